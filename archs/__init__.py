@@ -1,0 +1,1 @@
+"""Networks in plain PyTorch, each family beside a TOML of its variants and what others published about them."""

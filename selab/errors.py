@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of the program: each message says where, what, what is allowed, and the next step."""
+"""What can go wrong through no fault of the program: each message says where, what, what is allowed, what is next."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -31,7 +31,7 @@ class Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 # ---------------------------------------------------------------------------------------------------------------- cost
 
 
-class Macs(Frozen):
+class Macs(Frozen, frozen=True, kw_only=True):
     """Multiply-accumulates of one forward pass (or one backward pass) under three named conventions.
 
     Attributes:
@@ -45,14 +45,14 @@ class Macs(Frozen):
     all: int
 
 
-class StageCost(Frozen):
+class StageCost(Frozen, frozen=True, kw_only=True):
     """What one stage of the SE blocks costs in a forward pass: MACs by the convention `all`, and bytes moved."""
 
     macs: int
     bytes: int
 
 
-class SECost(Frozen):
+class SECost(Frozen, frozen=True, kw_only=True):
     """The forward cost of all SE blocks, by stage (squeeze, excitation, scale), and their parameters."""
 
     blocks: int
@@ -62,7 +62,7 @@ class SECost(Frozen):
     scale: StageCost
 
 
-class OperatorCost(Frozen):
+class OperatorCost(Frozen, frozen=True, kw_only=True):
     """One kind of operator (or one module): how often it ran and what that cost in a forward pass."""
 
     calls: int
@@ -71,14 +71,14 @@ class OperatorCost(Frozen):
     bytes: int
 
 
-class Difference(Frozen):
+class Difference(Frozen, frozen=True, kw_only=True):
     """Why another counter's total is not ours: the cause in words, and its amount in that counter's unit."""
 
     cause: str
     amount: int
 
 
-class Counter(Frozen):
+class Counter(Frozen, frozen=True, kw_only=True):
     """Another counter beside ours: `total = ours (in its unit) + sum(differences) + remainder`.
 
     Attributes:
@@ -101,7 +101,7 @@ class Counter(Frozen):
     error: str = ""
 
 
-class Cost(Frozen):
+class Cost(Frozen, frozen=True, kw_only=True):
     """What a network costs, counted: nothing here was timed.
 
     Attributes:
@@ -135,7 +135,7 @@ class Cost(Frozen):
 # ------------------------------------------------------------------------------------------------------------- latency
 
 
-class Quad(Frozen):
+class Quad(Frozen, frozen=True, kw_only=True):
     """Four samples of two arms in the order ABBA or BAAB: two adjacent pairs of opposite order.
 
     Each statistic has four values in seconds per call, in the order in which they were taken. A sample is `k` calls:
@@ -148,14 +148,14 @@ class Quad(Frozen):
     mean: tuple[float, float, float, float]
 
 
-class Flag(Frozen):
+class Flag(Frozen, frozen=True, kw_only=True):
     """Something about the measurement that a reader must know: it marks samples and never removes them."""
 
     name: str
     detail: str
 
 
-class Run(Frozen):
+class Run(Frozen, frozen=True, kw_only=True):
     """One paired measurement in one process, raw.
 
     Attributes:
@@ -176,7 +176,7 @@ class Run(Frozen):
     flags: tuple[Flag, ...] = ()
 
 
-class Estimate(Frozen):
+class Estimate(Frozen, frozen=True, kw_only=True):
     """The ratio variant / baseline with its exact 95 % interval, and the medians that it stands for."""
 
     baseline_s: float
@@ -188,7 +188,7 @@ class Estimate(Frozen):
     processes: int
 
 
-class Latency(Frozen):
+class Latency(Frozen, frozen=True, kw_only=True):
     """One phase under one method, measured against the baseline.
 
     Attributes:
@@ -226,7 +226,7 @@ class Latency(Frozen):
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-class Memory(Frozen):
+class Memory(Frozen, frozen=True, kw_only=True):
     """Peak memory of one phase and the bytes kept for backward; the method says what the peak is a peak of.
 
     Attributes:
@@ -245,7 +245,7 @@ class Memory(Frozen):
 # ------------------------------------------------------------------------------------------------- circumstances, whole
 
 
-class Workload(Frozen):
+class Workload(Frozen, frozen=True, kw_only=True):
     """What was asked of the networks; records of different workloads never share a column."""
 
     batch: int
@@ -269,7 +269,7 @@ class Workload(Frozen):
         return "-".join(part for part in parts if part)
 
 
-class Machine(Frozen):
+class Machine(Frozen, frozen=True, kw_only=True):
     """What was measured on; records of different machines never share a column.
 
     Attributes:
@@ -292,8 +292,8 @@ class Machine(Frozen):
     quota_cores: float | None = None
 
 
-class Insertion(Frozen):
-    """One SE block as it was inserted, or as it would be."""
+class Insertion(Frozen, frozen=True, kw_only=True):
+    """One SE block as it was inserted, or as it would be; `macs` by the convention `all`, of one image."""
 
     path: str
     placement: str
@@ -302,9 +302,10 @@ class Insertion(Frozen):
     params: int
     height: int
     width: int
+    macs: int
 
 
-class Record(Frozen):
+class Record(Frozen, frozen=True, kw_only=True):
     """One profile: a variant and its baseline, counted and measured on one machine under one workload."""
 
     schema: str

@@ -1,0 +1,100 @@
+"""Variant → model: import the builder that the facts name, call it, insert SE as they say."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from selab.errors import InsertionError, ModelError, SpecError
+from selab.insert import insert_se
+from selab.probe import first_line
+from selab.record import Insertion
+from selab.se import Init
+from selab.spec import Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A network and the SE blocks that were put into it."""
+
+    model: nn.Module
+    insertions: tuple[Insertion, ...]
+
+
+def build(
+    variant: Variant,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    input_hw: tuple[int, int] | None = None,
+    init: Init = "he",
+) -> Built:
+    """Builds a variant, in train mode.
+
+    A variant and its baseline of one seed share the initial values of all their common layers: the network is drawn
+    first, the SE blocks after it. The caller's random state is left as it was.
+
+    Args:
+        variant: the facts.
+        seed: of the initial weights.
+        device: where the parameters are made; `meta` makes none.
+        input_hw: height and width if they are not those of the facts.
+        init: of the SE blocks.
+
+    Raises:
+        SpecError: the builder cannot be imported, or refuses its arguments.
+        InsertionError: the facts ask for SE where it cannot stand.
+        ModelError: the network fails on the input of its facts.
+    """
+    builder = _builder(variant)
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        try:
+            model = builder(num_classes=variant.num_classes, **variant.arguments)
+        except Exception as error:
+            raise SpecError(
+                f"{variant.origin}: variants.{variant.name}: {variant.builder} refuses its arguments "
+                f"{dict(variant.arguments)}: {first_line(error)}"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise SpecError(f"{variant.origin}: builder: {variant.builder} returns no torch.nn.Module")
+        if variant.se is None:
+            return Built(model=model, insertions=())
+        channels, height, width = variant.input_chw
+        height, width = input_hw or (height, width)
+        try:
+            insertions = insert_se(model, variant.se, input_nchw=(1, channels, height, width), init=init)
+        except (InsertionError, ModelError) as error:
+            raise type(error)(f"{variant.origin}: variants.{variant.name}: {error}") from error
+    return Built(model=model, insertions=insertions)
+
+
+def _builder(variant: Variant):  # type: ignore[no-untyped-def]
+    module_name, _, attribute = variant.builder.partition(":")
+    with _import_beside(variant):
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise SpecError(
+                f"{variant.origin}: builder: {variant.builder!r} cannot be imported: {first_line(error)}; "
+                "it is looked up beside the TOML and among the installed packages"
+            ) from error
+
+
+@contextmanager
+def _import_beside(variant: Variant) -> Iterator[None]:
+    """A family's own TOML may name a module that lies beside it."""
+    if variant.origin.startswith("archs/"):
+        yield
+        return
+    folder = str(Path(variant.origin).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

@@ -1,0 +1,288 @@
+"""Pure surgery: put SE blocks into a network, say what was done, and undo it.
+
+Every key of the baseline's checkpoint stays as it is; those of the SE blocks are the only new ones. A block is
+inserted by one of three moves, whichever keeps the keys:
+
+* a residual block's join is replaced by one that gates an edge (`GatedJoin`);
+* in an `nn.Sequential` the block becomes one more child, named `se`;
+* at any other module it becomes a child named `se` that a forward hook runs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from selab.errors import InsertionError
+from selab.probe import Passage, passages
+from selab.record import Insertion
+from selab.se import GatedJoin, Init, SqueezeExcitation, squeeze_width
+from selab.sites import Tap, check_unshared, find_sites, tap_for
+from selab.spec import Gate, Placement, SEFacts, Squeeze, SqueezeFrom
+
+_CHILD = "se"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """One block before it exists."""
+
+    tap: Tap
+    insertion: Insertion
+
+
+def plan_se(model: nn.Module, facts: SEFacts, input_nchw: tuple[int, ...]) -> tuple[Insertion, ...]:
+    """The dry run: which blocks would stand where, with how many channels and at what cost. Nothing changes.
+
+    Args:
+        model: any module; runs once on the meta device, as a copy.
+        facts: sites, placement, reduction and the block's options.
+        input_nchw: the shape of an example input, (N, C, H, W).
+
+    Raises:
+        InsertionError: as `insert_se`.
+        ModelError: the forward pass fails with this input.
+    """
+    return tuple(plan.insertion for plan in _plan(model, facts, input_nchw))
+
+
+def insert_se(
+    model: nn.Module,
+    sites: str | Sequence[str] | SEFacts,
+    *,
+    input_nchw: tuple[int, ...] = (1, 3, 224, 224),
+    placement: Placement = "standard",
+    reduction: int = 16,
+    squeeze_from: SqueezeFrom = "site",
+    divisor: int = 1,
+    squeeze: Squeeze = "avg",
+    gate: Gate = "sigmoid",
+    bias: bool = True,
+    init: Init = "he",
+    optimizer: torch.optim.Optimizer | None = None,
+    dry_run: bool = False,
+) -> tuple[Insertion, ...]:
+    """Puts SE blocks into a network, in place, and proves on a copy that each of them runs once in a forward pass.
+
+    Args:
+        model: any module.
+        sites: a site group that the network declares (`residual`, `pointwise` …), module-path patterns (`layer*.*.bn3`:
+            `*` within a name, `**` across names), or all facts at once; then the arguments from `placement` to `bias`
+            are not looked at.
+        input_nchw: the shape of an example input, (N, C, H, W).
+        placement: `standard` (the branch's output, before the addition), `pre` (its input), `post` (after the join),
+            `identity` (on the shortcut) or `3x3` (inside the branch). At a module that is no residual block, `standard`
+            and `post` gate its output, `pre` its input.
+        reduction: channels / squeeze width.
+        squeeze_from: the channels that are divided: those at the `site`, or those of the `block_input`.
+        divisor: the squeeze width is rounded to a multiple of it.
+        squeeze: `avg` or `max`.
+        gate: `sigmoid`, `tanh`, `relu` or `hardsigmoid`.
+        bias: whether the blocks' layers have biases.
+        init: `he`, or `identity` for blocks that leave a pretrained network's output as it is, to the bit, and learn.
+        optimizer: gets the new parameters as one more group, with its defaults.
+        dry_run: only list what would be done.
+
+    Returns:
+        What was (or would be) inserted, in the order of the network.
+
+    Raises:
+        InsertionError: no site, a pattern that matches nothing, a site inside an SE block, a site whose tensor is not
+            (N, C, H, W), a shared module, a reduction larger than the channels, a block that would not run exactly
+            once. The message names the module; the model is left as it was.
+        ModelError: the forward pass fails with this input.
+
+    Source: placements: arXiv 1709.01507, Fig. 5 and Tables 14-15.
+    """
+    if isinstance(sites, SEFacts):
+        facts = sites
+    else:
+        facts = SEFacts(
+            sites=sites if isinstance(sites, str) else tuple(sites),
+            placement=placement,
+            reduction=reduction,
+            squeeze_from=squeeze_from,
+            divisor=divisor,
+            squeeze=squeeze,
+            gate=gate,
+            bias=bias,
+        )
+    plans = _plan(model, facts, input_nchw)
+    if dry_run:
+        return tuple(plan.insertion for plan in plans)
+    blocks = [_block_for(model, plan, facts, init) for plan in plans]
+    for plan, block in zip(plans, blocks, strict=True):
+        _put(model, plan.tap, block)
+    try:
+        check_blocks_run(model, input_nchw)
+    except Exception:
+        remove_se(model)
+        raise
+    if optimizer is not None:
+        optimizer.add_param_group({"params": [p for block in blocks for p in block.parameters()]})
+    return tuple(plan.insertion for plan in plans)
+
+
+def remove_se(model: nn.Module) -> int:
+    """Takes out every block that `insert_se` put in, in place; gives back exactly the baseline.
+
+    Blocks that belong to the network itself stay. An optimizer that was given their parameters keeps them.
+
+    Returns:
+        The number of blocks removed.
+    """
+    removed = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, GatedJoin) and child.se.inserted:
+                module._modules[name] = child.inner
+                removed += 1
+            elif _is_inserted(child) and not isinstance(module, GatedJoin):
+                _drop_child(module, name)
+                removed += 1
+    return removed
+
+
+def _is_inserted(module: nn.Module) -> bool:
+    return isinstance(module, SqueezeExcitation) and module.inserted
+
+
+def check_blocks_run(model: nn.Module, input_nchw: tuple[int, ...]) -> None:
+    """Proves that every SE block of a network runs exactly once in a forward pass.
+
+    Raises:
+        InsertionError: names the first block that does not.
+        ModelError: the forward pass fails with this input.
+    """
+    paths = [path for path, module in model.named_modules() if isinstance(module, SqueezeExcitation)]
+    for path, passage in passages(model, paths, input_nchw).items():
+        if passage.calls != 1:
+            raise InsertionError(
+                f"{path}: this SE block ran {passage.calls} times in a forward pass, not once; "
+                "choose a site that the forward pass goes through once"
+            )
+
+
+def _plan(model: nn.Module, facts: SEFacts, input_nchw: tuple[int, ...]) -> list[_Plan]:
+    sites = find_sites(model, facts.sites)
+    taps = [tap_for(model, site, facts.placement) for site in sites]
+    check_unshared(model, [tap.module for tap in taps])
+    for tap in taps:
+        _check_free(model, tap)
+    seen = passages(model, {tap.module for tap in taps} | {tap.block for tap in taps}, input_nchw)
+    return [_Plan(tap=tap, insertion=_insertion(tap, seen, facts)) for tap in taps]
+
+
+def _check_free(model: nn.Module, tap: Tap) -> None:
+    holder = model.get_submodule(f"{tap.site}.join" if tap.edge else tap.module)
+    if isinstance(holder, GatedJoin) or hasattr(holder, _CHILD):
+        raise InsertionError(f"{tap.site}: already holds an SE block (or a child named '{_CHILD}'); remove it first")
+
+
+def _insertion(tap: Tap, seen: Any, facts: SEFacts) -> Insertion:
+    passage: Passage = seen[tap.module]
+    if passage.calls != 1:
+        how = "does not run" if passage.calls == 0 else f"runs {passage.calls} times (a shared module)"
+        raise InsertionError(f"{tap.module}: {how} in a forward pass, so it cannot be a site; it must run exactly once")
+    shape = passage.input_shape if tap.side == "input" else passage.output_shape
+    if shape is None or len(shape) != 4:
+        what = passage.output_kind if shape is None else f"a tensor of shape {shape}"
+        raise InsertionError(f"{tap.module}: its {tap.side} is {what}; SE needs (N, C, H, W)")
+    _, channels, height, width = shape
+    divided = channels
+    if facts.squeeze_from == "block_input":
+        block_input = seen[tap.block].input_shape
+        if block_input is None or len(block_input) != 4:
+            raise InsertionError(
+                f"{tap.block or 'the network'}: its input is not (N, C, H, W); use squeeze_from='site'"
+            )
+        divided = block_input[1]
+    try:
+        squeezed = squeeze_width(divided, facts.reduction, facts.divisor)
+    except InsertionError as error:
+        raise InsertionError(f"{tap.module}: {error}") from None
+    params = 2 * channels * squeezed + (channels + squeezed if facts.bias else 0)
+    return Insertion(
+        path=tap.site,
+        placement=facts.placement,
+        channels=channels,
+        squeeze_channels=squeezed,
+        params=params,
+        height=height,
+        width=width,
+        macs=2 * channels * height * width + 2 * channels * squeezed + channels + squeezed,
+    )
+
+
+def _block_for(model: nn.Module, plan: _Plan, facts: SEFacts, init: Init) -> SqueezeExcitation:
+    block = SqueezeExcitation(
+        plan.insertion.channels,
+        squeeze=facts.squeeze,
+        gate=facts.gate,
+        bias=facts.bias,
+        squeeze_channels=plan.insertion.squeeze_channels,
+        init=init,
+    )
+    block.inserted = True
+    site = model.get_submodule(plan.tap.site)
+    like = next((p for owner in (site, model) for p in owner.parameters() if p.is_floating_point()), None)
+    if like is not None:
+        block.to(device=like.device, dtype=like.dtype)
+    return block.train(model.training)
+
+
+def _put(model: nn.Module, tap: Tap, block: SqueezeExcitation) -> None:
+    if tap.edge:
+        owner = model.get_submodule(tap.site)
+        owner.join = GatedJoin(owner.get_submodule("join"), block, tap.edge).train(owner.training)
+        return
+    module = model.get_submodule(tap.module)
+    parent_path, _, name = tap.module.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    if _runs_children_in_order(module):
+        _add_child(module, _CHILD, block, after=None if tap.side == "input" else list(module._modules)[-1])
+    elif tap.module != tap.site and _runs_children_in_order(parent):
+        # Inside the named branch of a residual block: a child of the branch, not of a leaf.
+        _add_child(parent, _CHILD, block, after=name)
+    else:
+        module.add_module(_CHILD, block)
+        if tap.side == "input":
+            module.register_forward_pre_hook(_gate_input)
+        else:
+            module.register_forward_hook(_gate_output)
+
+
+def _runs_children_in_order(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _add_child(parent: nn.Module, name: str, child: nn.Module, *, after: str | None) -> None:
+    if name in parent._modules:
+        raise InsertionError(f"{type(parent).__name__}: already has a child named {name!r}; remove it first")
+    items = list(parent._modules.items())
+    position = 0 if after is None else [key for key, _ in items].index(after) + 1
+    items.insert(position, (name, child))
+    parent._modules.clear()
+    parent._modules.update(items)
+
+
+def _drop_child(module: nn.Module, name: str) -> None:
+    del module._modules[name]
+    for hooks, ours in ((module._forward_hooks, _gate_output), (module._forward_pre_hooks, _gate_input)):
+        _drop_hook(hooks, ours)
+
+
+def _drop_hook(hooks: Any, ours: Callable[..., Any]) -> None:
+    for key in [key for key, hook in hooks.items() if hook is ours]:
+        del hooks[key]
+
+
+def _gate_output(module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    gated: torch.Tensor = module.get_submodule(_CHILD)(output)
+    return gated
+
+
+def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.get_submodule(_CHILD)(args[0]), *args[1:])

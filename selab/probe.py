@@ -1,0 +1,97 @@
+"""One forward pass without arithmetic: what shapes a network's modules see, and how often each of them runs."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from selab.errors import ModelError
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A deep copy whose tensors are on the meta device: same structure, hooks and flags, no memory, no values.
+
+    Ties between tensors are kept. Neither the copy nor running it touches the model.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        # Parameters and buffers, and tensors that a module keeps as plain attributes.
+        for tensor in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                twin = torch.empty_like(tensor, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode and gives every module its own mode back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(kw_only=True)
+class Passage:
+    """What went through a module in one forward pass: shapes of its first input and of its output, and its calls.
+
+    A value that is not a tensor has no shape and is None here; `kind` then names its type.
+    """
+
+    calls: int = 0
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+    output_kind: str = ""
+    order: list[int] = field(default_factory=list)
+
+
+def passages(model: nn.Module, paths: Iterable[str], input_nchw: tuple[int, ...]) -> Mapping[str, Passage]:
+    """Runs the model once on the meta device and reports what went through the modules at these paths.
+
+    Args:
+        model: left as it is, whatever device it is on.
+        paths: module paths, as of `named_modules`.
+        input_nchw: the shape of the example input, (N, C, H, W).
+
+    Raises:
+        ModelError: the forward pass fails with this input.
+    """
+    twin = meta_twin(model)
+    seen = {path: Passage() for path in paths}
+    for path, passage in seen.items():
+        twin.get_submodule(path).register_forward_hook(_recorder(passage))
+    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        with evaluating(twin), torch.no_grad():
+            twin(torch.empty(input_nchw, device="meta", dtype=dtype))
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: forward fails with an input of shape {tuple(input_nchw)}: {first_line(error)}; "
+            "pass the shape that the network expects"
+        ) from error
+    return seen
+
+
+def _recorder(passage: Passage):  # type: ignore[no-untyped-def]
+    def record(_module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        passage.calls += 1
+        first = args[0] if args else None
+        passage.input_shape = tuple(first.shape) if isinstance(first, Tensor) else None
+        passage.output_shape = tuple(output.shape) if isinstance(output, Tensor) else None
+        passage.output_kind = type(output).__name__
+
+    return record
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message as one line, or its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

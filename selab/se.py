@@ -1,0 +1,193 @@
+"""The Squeeze-and-Excitation block (Hu et al., arXiv 1709.01507) and its variants."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from selab.errors import InsertionError
+
+Init = Literal["he", "identity"]
+
+GATES: dict[str, type[nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "hardsigmoid": nn.Hardsigmoid,
+}
+
+# (scale, offset) that turn a gate's value at zero into one, exactly in binary floating point. ReLU reaches one by its
+# bias instead, for its slope at zero is zero.
+_IDENTITY_AFFINE = {"sigmoid": (2.0, 0.0), "tanh": (1.0, 1.0), "hardsigmoid": (2.0, 0.0)}
+
+
+def squeeze_width(channels: int, reduction: int, divisor: int = 1) -> int:
+    """The width between the two layers: `channels / reduction`, rounded to a multiple of `divisor`.
+
+    Without a divisor it is rounded down. With one it is rounded to the nearest multiple, at least one, and one more
+    where that would lose over a tenth.
+
+    Source: the rounding by a divisor is that of MobileNetV3, Howard et al., arXiv 1905.02244.
+
+    Raises:
+        InsertionError: an argument under one, or a reduction larger than the channels.
+    """
+    if min(channels, reduction, divisor) < 1:
+        raise InsertionError(f"channels {channels}, reduction {reduction}, divisor {divisor}: each must be at least 1")
+    if reduction > channels:
+        raise InsertionError(
+            f"reduction {reduction} is larger than the {channels} channels, so nothing would be left of them; "
+            f"use at most {channels}"
+        )
+    width = channels / reduction
+    if divisor == 1:
+        return int(width)
+    rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * width else rounded
+
+
+class Squeeze(nn.Module):
+    """mean(x) or max(x) over height and width: (N, C, H, W) → (N, C).
+
+    The mean is a plain reduction and not adaptive pooling, which gave NaN in half precision with channels last
+    (pytorch issue 43992).
+
+    Source: arXiv 1709.01507, eq. 2 (mean) and Table 11 (max).
+    """
+
+    def __init__(self, kind: Literal["avg", "max"] = "avg") -> None:
+        super().__init__()
+        if kind not in ("avg", "max"):
+            raise InsertionError(f"squeeze {kind!r}: allowed: avg, max")
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C)."""
+        return x.mean((2, 3)) if self.kind == "avg" else x.amax((2, 3))
+
+    def extra_repr(self) -> str:
+        """The kind, as printed by the module."""
+        return self.kind
+
+
+class SqueezeExcitation(nn.Module):
+    """x * gate(fc2(relu(fc1(squeeze(x))))), one factor per channel.
+
+    Shapes: input and output (N, C, H, W); squeezed (N, C); between the layers (N, squeeze_channels).
+
+    With `init="he"` the layers start as those of the paper. With `init="identity"` the block starts as the identity, to
+    the bit, and still learns: the second layer starts at zero and the gate is stretched so that its value there is one
+    with its slope intact (sigmoid and hardsigmoid doubled, range 0 to 2; tanh plus one, range 0 to 2; ReLU starts at a
+    bias of one). A sigmoid pushed to saturation would also return one, but its gradient would be zero. The stretch is
+    a buffer, `gate_affine`, so that a checkpoint cannot be read without it unnoticed. As with every layer that starts
+    at zero, the first step moves the second layer alone and the first layer follows from the second step on.
+
+    Args:
+        channels: C.
+        reduction: C / squeeze_channels, before rounding.
+        squeeze: what stands for the map, its mean (`avg`) or its maximum (`max`).
+        gate: `sigmoid`, `tanh`, `relu` or `hardsigmoid`.
+        bias: whether the two layers have biases. The authors' released models have them, the paper's ablations do not.
+        divisor: the squeeze width is rounded to a multiple of it.
+        squeeze_channels: the squeeze width itself, instead of reduction and divisor.
+        init: `he` or `identity`.
+
+    Raises:
+        InsertionError: an argument out of its range; the message says what is allowed.
+
+    Source: arXiv 1709.01507, eq. 2 (squeeze), eq. 3 (excitation), eq. 4 (scale), Tables 10-12 (the alternatives).
+    """
+
+    gate_affine: Tensor | None
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        *,
+        squeeze: Literal["avg", "max"] = "avg",
+        gate: Literal["sigmoid", "tanh", "relu", "hardsigmoid"] = "sigmoid",
+        bias: bool = True,
+        divisor: int = 1,
+        squeeze_channels: int | None = None,
+        init: Init = "he",
+    ) -> None:
+        super().__init__()
+        if gate not in GATES:
+            raise InsertionError(f"gate {gate!r}: allowed: {', '.join(GATES)}")
+        if init not in ("he", "identity"):
+            raise InsertionError(f"init {init!r}: allowed: he, identity")
+        if init == "identity" and gate == "relu" and not bias:
+            raise InsertionError(
+                "init 'identity' with gate 'relu' needs bias=True: a ReLU is one only through its bias"
+            )
+        width = squeeze_width(channels, reduction, divisor) if squeeze_channels is None else squeeze_channels
+        if width < 1:
+            raise InsertionError(f"squeeze_channels {width}: must be at least 1")
+        self.channels = channels
+        self.squeeze_channels = width
+        self.inserted = False
+        self.squeeze = Squeeze(squeeze)
+        self.fc1 = nn.Linear(channels, width, bias=bias)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc2 = nn.Linear(width, channels, bias=bias)
+        self.gate = GATES[gate]()
+        affine = _IDENTITY_AFFINE.get(gate) if init == "identity" else None
+        self.register_buffer("gate_affine", None if affine is None else torch.tensor(affine))
+        self._initialise(init, gate)
+
+    def _initialise(self, init: Init, gate: str) -> None:
+        for layer in (self.fc1, self.fc2):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if init == "identity":
+            nn.init.zeros_(self.fc2.weight)
+            if gate == "relu":
+                nn.init.ones_(self.fc2.bias)
+
+    def excite(self, squeezed: Tensor) -> Tensor:
+        """(N, C) → (N, C): the factor of each channel, eq. 3."""
+        factor: Tensor = self.gate(self.fc2(self.relu(self.fc1(squeezed))))
+        if self.gate_affine is not None:
+            factor = torch.addcmul(self.gate_affine[1], factor, self.gate_affine[0]).to(factor.dtype)
+        return factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        return x * self.excite(self.squeeze(x))[:, :, None, None]
+
+    def extra_repr(self) -> str:
+        """The two widths, as printed by the module."""
+        return f"{self.channels} → {self.squeeze_channels}"
+
+
+class GatedJoin(nn.Module):
+    """A residual block's join with SE on one of its three edges.
+
+    `edge="branch"`: inner(se(branch), shortcut), the paper's standard block. `edge="shortcut"`: inner(branch,
+    se(shortcut)), its SE-Identity. `edge="output"`: se(inner(branch, shortcut)), its SE-POST.
+
+    Shapes: both inputs and the output (N, C, H, W).
+
+    Source: arXiv 1709.01507, Fig. 3 and Fig. 5.
+    """
+
+    def __init__(self, inner: nn.Module, se: SqueezeExcitation, edge: Literal["branch", "shortcut", "output"]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.se = se
+        self.edge = edge
+
+    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        """(N, C, H, W) twice → (N, C, H, W)."""
+        if self.edge == "branch":
+            branch = self.se(branch)
+        elif self.edge == "shortcut":
+            shortcut = self.se(shortcut)
+        joined: Tensor = self.inner(branch, shortcut)
+        return self.se(joined) if self.edge == "output" else joined
+
+    def extra_repr(self) -> str:
+        """The gated edge, as printed by the module."""
+        return f"edge={self.edge}"

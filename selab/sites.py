@@ -1,0 +1,165 @@
+"""Where an SE block can stand in a network: site groups that it declares, module-path patterns, and taps.
+
+A *site* is a module. A *tap* is the tensor beside it that SE reads and scales: what a module returns, or what it is
+given. In a residual block (children `branch`, `shortcut` and a `join` without parameters, as the networks of
+`selab.archs` have) the placement decides which of the block's tensors it is; any other module is tapped itself.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from selab.errors import InsertionError, nearest
+from selab.se import SqueezeExcitation
+from selab.spec import Placement
+
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tap:
+    """One place for one SE block.
+
+    Attributes:
+        site: the path of the site.
+        module: the path of the module whose input or output is gated.
+        side: which of the two.
+        block: the path of the module whose input is the `block_input` of `squeeze_from`.
+        edge: for a residual block's join, the edge that is gated; empty otherwise.
+    """
+
+    site: str
+    module: str
+    side: Side
+    block: str
+    edge: Literal["", "branch", "shortcut", "output"] = ""
+
+
+def declared_groups(model: nn.Module) -> dict[str, list[str]]:
+    """The site groups that a network declares through a method `site_groups`; empty for one that does not."""
+    declare = getattr(model, "site_groups", None)
+    return dict(declare()) if callable(declare) else {}
+
+
+def is_residual_block(module: nn.Module) -> bool:
+    """Whether a module keeps its branch, its shortcut and a join without parameters apart."""
+    children = dict(module.named_children())
+    return {"branch", "shortcut", "join"} <= children.keys() and not any(True for _ in children["join"].parameters())
+
+
+def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
+    """The paths that a site group or patterns stand for, in the order of the network.
+
+    Args:
+        model: any module.
+        sites: the name of a declared group, one pattern, or several. In a pattern `*` matches within one name and `**`
+            across names: `layer*.*.bn3`, `features.**.conv`.
+
+    Raises:
+        InsertionError: no site, or a pattern that matches nothing.
+    """
+    groups = declared_groups(model)
+    if isinstance(sites, str) and sites in groups:
+        found = groups[sites]
+        if not found:
+            raise InsertionError(f"{type(model).__name__}: its site group {sites!r} is empty; no site found")
+        return list(found)
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    if not patterns:
+        raise InsertionError(f"{type(model).__name__}: no site found: no pattern was given{_offer(groups)}")
+    # The root has an empty path and cannot be a site, for nothing holds it.
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if path and not _in_se(model, path)]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matching = [path for path in paths if _matches(pattern, path)]
+        if not matching:
+            inside = [p for p, _ in model.named_modules(remove_duplicate=False) if p and _matches(pattern, p)]
+            if inside:
+                raise InsertionError(f"{inside[0]}: stands inside another SE block; choose a site outside of it")
+            offer = _offer(groups) + nearest(pattern, paths)
+            raise InsertionError(f"pattern {pattern!r} matches no module of {type(model).__name__}{offer}")
+        chosen.update(matching)
+    return [path for path in paths if path in chosen]
+
+
+def _offer(groups: dict[str, list[str]]) -> str:
+    return f"; site groups: {', '.join(groups)}" if groups else ""
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return _match_names(pattern.split("."), path.split("."))
+
+
+def _match_names(patterns: list[str], names: list[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_match_names(patterns[1:], names[start:]) for start in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and _match_names(patterns[1:], names[1:])
+
+
+def _in_se(model: nn.Module, path: str) -> bool:
+    """Whether a path is an SE block or leads into one."""
+    module = model
+    for name in path.split("."):
+        module = module._modules[name]  # type: ignore[assignment]
+        if isinstance(module, SqueezeExcitation):
+            return True
+    return False
+
+
+def tap_for(model: nn.Module, site: str, placement: Placement) -> Tap:
+    """Which tensor a placement means at a site.
+
+    Raises:
+        InsertionError: the placement needs a residual block, or one that names its 3x3 convolution.
+    """
+    module = model.get_submodule(site)
+    if is_residual_block(module):
+        return _residual_tap(module, site, placement)
+    if placement in ("identity", "3x3"):
+        raise InsertionError(
+            f"{site}: placement {placement!r} needs a residual block (children branch, shortcut, join), and "
+            f"{type(module).__name__} is none; use 'standard' (its output) or 'pre' (its input), or a pattern that "
+            "names the module itself"
+        )
+    return Tap(site=site, module=site, side="input" if placement == "pre" else "output", block=site.rpartition(".")[0])
+
+
+def _residual_tap(block: nn.Module, site: str, placement: Placement) -> Tap:
+    match placement:
+        case "standard":
+            return Tap(site=site, module=f"{site}.branch", side="output", block=site, edge="branch")
+        case "identity":
+            return Tap(site=site, module=f"{site}.shortcut", side="output", block=site, edge="shortcut")
+        case "post":
+            return Tap(site=site, module=f"{site}.join", side="output", block=site, edge="output")
+        case "pre":
+            return Tap(site=site, module=f"{site}.branch", side="input", block=site)
+        case "3x3":
+            after = getattr(block, "after_3x3", None)
+            if not isinstance(after, str):
+                raise InsertionError(
+                    f"{site}: {type(block).__name__} does not say after which child of its branch the 3x3 placement "
+                    "stands (attribute after_3x3); name that module by a pattern instead"
+                )
+            return Tap(site=site, module=f"{site}.branch.{after}", side="output", block=site)
+    raise InsertionError(f"placement {placement!r}: allowed: standard, pre, post, identity, 3x3")
+
+
+def check_unshared(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuses sites that are one module under several paths: a block there would run for each of them.
+
+    Raises:
+        InsertionError: names the module and its other path.
+    """
+    homes: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        homes.setdefault(id(module), []).append(path)
+    for path in paths:
+        others = [other for other in homes[id(model.get_submodule(path))] if other != path]
+        if others:
+            raise InsertionError(f"{path}: is shared with {others[0]}; give each its own module to gate them apart")

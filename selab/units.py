@@ -1,0 +1,57 @@
+"""The only place where seconds, bytes and counts become text.
+
+Decimal prefixes throughout: 1 M = 10^6, 1 MB = 10^6 bytes. (Tables that use 2^20 for M circulate; they differ by 5 %.)
+"""
+
+import math
+
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def _significant(value: float, digits: int) -> str:
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}"
+
+
+def _scaled(value: float, digits: int, unit: str) -> str:
+    for factor, prefix in _PREFIXES:
+        if abs(value) >= factor:
+            return f"{_significant(value / factor, digits)} {prefix}{unit}"
+    return f"{value:g}{' ' + unit if unit else ''}"
+
+
+def count(value: float, *, digits: int = 4) -> str:
+    """4711720 → `4.712 M`."""
+    return _scaled(value, digits, "")
+
+
+def exact(value: int) -> str:
+    """4711720 → `4,711,720`."""
+    return f"{value:,}"
+
+
+def size(value: float, *, digits: int = 4) -> str:
+    """66232320 → `66.23 MB`."""
+    return _scaled(value, digits, "B")
+
+
+def seconds(value: float, *, digits: int = 4) -> str:
+    """0.02451 → `24.51 ms`."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if abs(value) >= factor:
+            return f"{_significant(value / factor, digits)} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def percent(fraction: float, *, decimals: int = 2) -> str:
+    """0.1061 → `+10.61 %`; the sign is always there, for this is a difference."""
+    return f"{fraction * 100:+.{decimals}f} %"
+
+
+def decimals_for(half_width: float) -> int:
+    """How many decimals a percentage deserves whose 95 % half-width is this fraction: one beyond its first digit."""
+    if not half_width or not math.isfinite(half_width):
+        return 1
+    return min(3, max(0, 1 - math.floor(math.log10(half_width * 100))))

@@ -198,7 +198,7 @@ class ShuffleNetV1(nn.Module):
         )
         out2, out3, out4 = stage_channels
         units2, units3, units4 = _STAGE_UNITS
-        # The stem has so few channels that the paper does not group the convolution that reads them (Table 1, note).
+        # The stem has so few channels that the paper does not group the convolution that reads them (Sec. 3.3).
         self.stage2 = _stage(stem_channels, out2, units2, groups, first_groups=1)
         self.stage3 = _stage(out2, out3, units3, groups, first_groups=groups)
         self.stage4 = _stage(out3, out4, units4, groups, first_groups=groups)
@@ -250,7 +250,7 @@ def shufflenet_v1(*, num_classes: int = 1000, groups: int = 3, width_mult: float
         ValueError: If num_classes is below 1, groups is not in the paper's table, or width_mult gives channels that the
             groups do not divide.
 
-    Source: arXiv 1707.01083, Table 1; width_mult: Sec. 4.1.
+    Source: arXiv 1707.01083, Table 1; width_mult: Sec. 3.3.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes!r}: it must be 1 or more")
@@ -264,7 +264,7 @@ def shufflenet_v1(*, num_classes: int = 1000, groups: int = 3, width_mult: float
     # conv3 of the first unit makes out2 - stem channels in `groups` groups; every bottleneck is out / 4 in `groups`.
     if stem < 1 or (out2 - stem) % groups or any(out % (4 * groups) for out in (out2, out3, out4)):
         raise ValueError(
-            f"width_mult is {width_mult!r}: with {groups} groups it gives a stem of {stem} and stages of "
-            f"{out2}, {out3}, {out4} channels; the stages must be multiples of {4 * groups} and {out2} - {stem} of {groups}"
+            f"width_mult is {width_mult!r}: with {groups} groups it gives a stem of {stem} channels and stages of "
+            f"{out2}, {out3}, {out4}; stages must be multiples of {4 * groups}, and {out2} - {stem} one of {groups}"
         )
     return ShuffleNetV1(stem, (out2, out3, out4), groups, num_classes)

@@ -14,8 +14,8 @@ _BLOCKS: tuple[tuple[int, int], ...] = ((64, 2), (128, 2), (256, 3), (512, 3), (
 class ConvBNReLU(nn.Sequential):
     """relu(bn(conv3x3(x))).
 
-    The convolution keeps its bias, which the BN makes redundant, because the usual VGG-16-BN has it too: the parameter
-    counts agree, and its checkpoints have a place for every value.
+    The convolution keeps its bias, which the BN makes redundant, because torchvision's vgg16_bn has it too: parameter
+    counts and costs can be compared one to one.
 
     Shapes: (N, in_channels, H, W) to (N, out_channels, H, W).
 

@@ -22,6 +22,7 @@ Phase = Literal["forward", "backward", "forward_backward"]
 Order = Literal["ABBA", "BAAB"]
 Statistic = Literal["floor", "typical", "mean"]
 Status = Literal["converged", "budget"]
+VerdictKind = Literal["slower", "faster", "equal", "undecided", "no_result"]
 
 
 class Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -198,6 +199,7 @@ class Latency(Frozen, frozen=True, kw_only=True):
         difference_s: variant minus baseline, in seconds per call.
         control_floor: the largest |ratio - 1| + half-width that a baseline showed against a second instance of itself.
         verdict: what may be said, in words.
+        verdict_kind: the same for programs.
         runs: one per process, raw.
         controls: baseline against a second baseline, before and after each run, raw.
         error: why there is no result, in one line (out of memory, say); empty if there is one.
@@ -216,6 +218,7 @@ class Latency(Frozen, frozen=True, kw_only=True):
     difference_s: float | None = None
     control_floor: float | None = None
     verdict: str = ""
+    verdict_kind: VerdictKind = "no_result"
     flags: tuple[Flag, ...] = ()
     target_half_width: float = 0.005
     runs: tuple[Run, ...] = ()

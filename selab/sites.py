@@ -13,7 +13,7 @@ from typing import Literal
 from torch import nn
 
 from selab.errors import InsertionError, nearest
-from selab.se import SqueezeExcitation
+from selab.se import GatedJoin, SqueezeExcitation
 from selab.spec import Placement
 
 Side = Literal["input", "output"]
@@ -45,9 +45,12 @@ def declared_groups(model: nn.Module) -> dict[str, list[str]]:
 
 
 def is_residual_block(module: nn.Module) -> bool:
-    """Whether a module keeps its branch, its shortcut and a join without parameters apart."""
+    """Whether a module keeps its branch, its shortcut and a join without parameters (SE's apart) as children."""
     children = dict(module.named_children())
-    return {"branch", "shortcut", "join"} <= children.keys() and not any(True for _ in children["join"].parameters())
+    if not {"branch", "shortcut", "join"} <= children.keys():
+        return False
+    join = children["join"]
+    return isinstance(join, GatedJoin) or next(join.parameters(), None) is None
 
 
 def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:

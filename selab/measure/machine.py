@@ -1,0 +1,218 @@
+"""What is measured on, and what disturbs it: facts for the record, readings for the flags."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from selab.record import Device, Flag, Machine
+
+_LIBRARIES = ("torch", "numpy", "fvcore", "thop", "triton")
+
+
+def machine(device: Device = "cpu") -> Machine:
+    """Describes this machine, with the versions that decide a latency. No host name, no path."""
+    cpu = _cpu_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_gpu = device == "cuda" and torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if on_gpu else None
+    return Machine(
+        name=_slug(gpu) if gpu else f"{_slug(cpu)}-{cores}c",
+        cpu=cpu,
+        cores=cores,
+        memory_bytes=_memory_bytes(),
+        gpu=gpu,
+        gpu_memory_bytes=torch.cuda.get_device_properties(0).total_memory if on_gpu else None,
+        driver=_driver() if on_gpu else None,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        libraries=_versions(),
+        governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        quota_cores=_quota_cores(),
+    )
+
+
+def _slug(name: str) -> str:
+    words = re.sub(r"\((r|tm)\)", "", name.lower())
+    return "-".join(re.findall(r"[a-z0-9.]+", words)).replace("-processor", "").replace("-cpu", "") or "unknown"
+
+
+def _cpu_name() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo") or "")
+    return found[1].strip() if found else platform.processor() or platform.machine() or "unknown"
+
+
+def _memory_bytes() -> int:
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    return found
+
+
+def _quota_cores() -> float | None:
+    """The container's limit, from cgroup v2."""
+    words = (_read("/sys/fs/cgroup/cpu.max") or "max").split()
+    return None if words[0] == "max" or len(words) < 2 else int(words[0]) / int(words[1])
+
+
+def _driver() -> str | None:
+    found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", _read("/proc/driver/nvidia/version") or "")
+    return found[1] if found else None
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------- while measuring: CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuReading:
+    """Seconds since some moment: of the clock, of all processors' work, of work stolen by the host, of our own work."""
+
+    at_s: float
+    busy_s: float
+    stolen_s: float
+    own_s: float
+
+
+def read_cpu() -> CpuReading | None:
+    """Reads the kernel's counters; None where there are none (not Linux)."""
+    line = (_read("/proc/stat") or "").split("\n", 1)[0].split()
+    if len(line) < 9:
+        return None
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(word) / tick for word in line[1:9])
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return CpuReading(
+        at_s=time.monotonic(),
+        busy_s=user + nice + system + irq + softirq,
+        stolen_s=steal,
+        own_s=usage.ru_utime + usage.ru_stime,
+    )
+
+
+def contention_flags(before: CpuReading | None, after: CpuReading | None, *, threads: int, cores: int) -> list[Flag]:
+    """What other work on the machine did to a measurement between two readings.
+
+    Other processes' work is told from a tenth of one processor upward, stolen time from 2 % of the wall time upward.
+    """
+    flags: list[Flag] = []
+    if threads > cores:
+        flags.append(
+            Flag(
+                name="oversubscribed",
+                detail=f"{threads} threads on {cores} cores: they wait for each other; use --threads {cores} or fewer",
+            )
+        )
+    if before is None or after is None or after.at_s <= before.at_s:
+        return flags
+    elapsed = after.at_s - before.at_s
+    others = (after.busy_s - before.busy_s - (after.own_s - before.own_s)) / elapsed
+    stolen = (after.stolen_s - before.stolen_s) / elapsed
+    free = cores - threads
+    if others > max(0.1, free + 0.1) or (others > 0.1 and free <= 0):
+        detail = f"other processes used {others:.2f} of {cores} cores while {threads} were measured; stop them"
+        flags.append(Flag(name="contention", detail=detail))
+    elif others > 0.1:
+        detail = f"other processes used {others:.2f} of {cores} cores beside the {threads} measured; caches were shared"
+        flags.append(Flag(name="neighbours", detail=detail))
+    if stolen > 0.02:
+        detail = f"the host took {stolen:.2f} cores away; measure on a quieter host"
+        flags.append(Flag(name="stolen_time", detail=detail))
+    return flags
+
+
+@contextmanager
+def threads_and_affinity(threads: int) -> Iterator[None]:
+    """Runs the body with this many threads; one thread is pinned to the last core that this process may use.
+
+    Gives both back at the end. (The first core serves most interrupts, so the last one is the quieter.)
+    """
+    before = torch.get_num_threads()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    torch.set_num_threads(threads)
+    if threads == 1 and allowed:
+        os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        if threads == 1 and allowed:
+            os.sched_setaffinity(0, allowed)
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------- while measuring: GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuReading:
+    """One look at the GPU through NVML: its clock in MHz, and why it is not higher."""
+
+    sm_clock_mhz: int
+    hard_throttle: tuple[str, ...]
+    power_capped: bool
+
+
+class GpuMonitor:
+    """Reads clocks and throttle reasons through NVML; where NVML is not to be had, `problem` says why."""
+
+    # NVML's bits of nvmlClocksEventReason*: slowdowns that void a quad, and the power cap, which is told only.
+    _HARD = MappingProxyType(
+        {0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake"}
+    )
+    _POWER_CAP = 0x4
+
+    def __init__(self) -> None:
+        self.problem = ""
+        self._nvml: Any = None
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            # By PCI address: CUDA's order, and CUDA_VISIBLE_DEVICES, are not NVML's.
+            properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+            address = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+            self._handle = pynvml.nvmlDeviceGetHandleByPciBusId(address)
+            self._nvml = pynvml
+        except Exception as error:
+            self.problem = f"NVML is not to be had ({error}); clocks and throttling were not watched"
+
+    def read(self) -> GpuReading | None:
+        """One reading, or None without NVML."""
+        if self._nvml is None:
+            return None
+        try:
+            clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
+            reasons = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle)
+        except Exception as error:
+            self.problem, self._nvml = f"NVML stopped answering ({error})", None
+            return None
+        hard = tuple(name for bit, name in self._HARD.items() if reasons & bit)
+        return GpuReading(sm_clock_mhz=clock, hard_throttle=hard, power_capped=bool(reasons & self._POWER_CAP))

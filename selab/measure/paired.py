@@ -1,0 +1,431 @@
+"""The paired sampler: two arms alternate in one process until the interval of their ratio is narrow enough.
+
+It knows no torch and reads no clock but the one it is given, so that a fake clock can drive it. What one call is, and
+how it is timed, is the arm's affair; when to call which arm, and when to stop, is decided here.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Protocol
+
+from selab import stats, verdict
+from selab.errors import SelabError
+from selab.record import Flag, Order, Quad, Run, Statistic, Status
+
+Clock = Callable[[], float]
+
+LOOKS = frozenset(base << doublings for base in (10, 14) for doublings in range(20))
+"""Numbers of quads after which the width may be looked at: 10, 14, 20, 28, 40, 56, 80, 112, 160 …"""
+
+_STEADY = 0.01
+_LEAST_BELOW_THRESHOLD = 2
+_WINDOW_ROUNDS = 2
+_RECHECK = 1.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """k calls, in seconds per call: the fastest, the median and the mean of them."""
+
+    floor_s: float
+    typical_s: float
+    mean_s: float
+
+    @classmethod
+    def of_calls(cls, calls_s: Sequence[float]) -> "Sample":
+        """From the time of each call."""
+        return cls(floor_s=min(calls_s), typical_s=stats.median(calls_s), mean_s=stats.mean(calls_s))
+
+    @classmethod
+    def of_window(cls, window_s: float, calls: int) -> "Sample":
+        """From one time around all calls: their mean, which stands for all three."""
+        each = window_s / calls
+        return cls(floor_s=each, typical_s=each, mean_s=each)
+
+
+class Arm(Protocol):
+    """One of two things to compare. It times itself, and may do so by several methods over the same calls."""
+
+    def settle(self) -> float:
+        """One call, finished when this returns; its seconds, which warm-up reads and settling ignores."""
+
+    def sample(self, calls: int) -> Mapping[str, Sample]:
+        """`calls` calls in a row, finished when this returns; method name → their sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WallArm:
+    """An arm whose every call is timed on its own by a host clock.
+
+    Attributes:
+        call: what is timed; what it returns is dropped.
+        clock: seconds, monotone.
+        synchronize: waits until the call's work is done; part of the time.
+        prepare: runs untimed before each call (a forward pass, where the backward pass is timed).
+        method: the name of this way of timing.
+    """
+
+    call: Callable[[], object]
+    clock: Clock = time.perf_counter
+    synchronize: Callable[[], object] | None = None
+    prepare: Callable[[], object] | None = None
+    method: str = "wall"
+
+    def settle(self) -> float:
+        """One call; its seconds."""
+        if self.prepare is not None:
+            self.prepare()
+        start = self.clock()
+        self.call()
+        if self.synchronize is not None:
+            self.synchronize()
+        return self.clock() - start
+
+    def sample(self, calls: int) -> dict[str, Sample]:
+        """`calls` calls in a row, each timed."""
+        return {self.method: Sample.of_calls([self.settle() for _ in range(calls)])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long to warm up, what a sample is, and when to stop.
+
+    Attributes:
+        method: of the arms' methods, the one whose width decides when to stop.
+        statistic: the statistic of that method.
+        warmup_least_s: alternate for at least this long …
+        warmup_least_calls: … and this many calls of the two arms together.
+        warmup_most_s: give up waiting for a steady state after this long.
+        sample_s: about how long one sample lasts.
+        single_call_s: from here on a sample is one call, and no settle calls are made.
+        target_half_width: stop when half the interval of ln(variant / baseline) is this narrow.
+        budget_s: seconds of sampling, warm-up not counted, after which to stop in any case.
+    """
+
+    method: str = "wall"
+    statistic: Statistic = "floor"
+    warmup_least_s: float = 1.0
+    warmup_least_calls: int = 10
+    warmup_most_s: float = 10.0
+    sample_s: float = 0.010
+    single_call_s: float = 0.050
+    target_half_width: float = 0.005
+    budget_s: float = 60.0
+
+    @classmethod
+    def for_cpu(cls, *, quick: bool = False) -> "Plan":
+        """Wall time, headline `floor`."""
+        return cls().in_haste() if quick else cls()
+
+    @classmethod
+    def for_gpu(cls, *, method: str = "eager_wall", quick: bool = False) -> "Plan":
+        """Longer warm-up and samples, headline `typical`."""
+        plan = cls(method=method, statistic="typical", warmup_least_s=3.0, sample_s=0.020)
+        return plan.in_haste() if quick else plan
+
+    def in_haste(self) -> "Plan":
+        """±1 % within 15 s."""
+        return replace(self, target_half_width=0.01, budget_s=15.0)
+
+    def for_control(self) -> "Plan":
+        """The same width within half the time: the control's width is part of the floor a difference must exceed."""
+        return replace(self, budget_s=self.budget_s / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Void:
+    """The quad that just ended must not count: the sampler discards it whole and runs it again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a measurement stands after a quad.
+
+    Attributes:
+        quads: those that count.
+        half_width: of the headline at the last look; None before the first.
+        elapsed_s: since sampling began.
+        budget_s: the plan's.
+    """
+
+    quads: int
+    half_width: float | None
+    elapsed_s: float
+    budget_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp:
+    """How the warm-up went.
+
+    Attributes:
+        calls: of both arms together, the first ones included.
+        call_s: mean of the two arms' median calls in the last window.
+        steady: whether the last two equal windows agreed within 1 %.
+    """
+
+    calls: int
+    elapsed_s: float
+    call_s: float
+    steady: bool
+
+
+def warm_up(baseline: Arm, variant: Arm, plan: Plan, clock: Clock) -> WarmUp:
+    """One call each, then A, B, A, B … until the last third of the rounds is as fast as the third before it.
+
+    Thirds, because a window of fixed length is either too short to have a steady median or longer than a warm-up.
+    They are compared at growing intervals, which keeps the sorting off the machine's caches.
+    """
+    start = clock()
+    baseline.settle()
+    variant.settle()
+    rounds: list[tuple[float, float]] = []
+    next_check_s = plan.warmup_least_s
+    while True:
+        rounds.append((baseline.settle(), variant.settle()))
+        elapsed = clock() - start
+        over = elapsed >= plan.warmup_most_s
+        if not over and (elapsed < next_check_s or 2 * len(rounds) < plan.warmup_least_calls):
+            continue
+        steady = is_steady(rounds)
+        if steady or over:
+            last = rounds[-_window(rounds) :]
+            call_s = stats.mean([stats.median([each[arm] for each in last]) for arm in (0, 1)])
+            return WarmUp(calls=2 + 2 * len(rounds), elapsed_s=clock() - start, call_s=call_s, steady=steady)
+        next_check_s = elapsed * _RECHECK
+
+
+def _window(rounds: Sequence[tuple[float, float]]) -> int:
+    return max(min(_WINDOW_ROUNDS, len(rounds)), len(rounds) // 3)
+
+
+def is_steady(rounds: Sequence[tuple[float, float]]) -> bool:
+    """Whether the median rounds of the last two thirds of a warm-up differ by less than 1 %.
+
+    Args:
+        rounds: seconds of one call of the baseline and of one call of the variant.
+    """
+    width = _window(rounds)
+    if len(rounds) < 2 * width:
+        return False
+    totals = [sum(each) for each in rounds]
+    earlier, later = stats.median(totals[-2 * width : -width]), stats.median(totals[-width:])
+    return abs(later - earlier) < _STEADY * earlier
+
+
+def calls_per_sample(call_s: float, plan: Plan) -> int:
+    """k: one call from 50 ms on; below that about `sample_s` worth of calls and at least two.
+
+    Raises:
+        SelabError: a call took no time by this clock.
+    """
+    if not 0 < call_s < math.inf:
+        raise SelabError(f"warm-up: a call took {call_s!r} s by this clock; time something longer, or a finer clock")
+    if call_s >= plan.single_call_s:
+        return 1
+    return max(_LEAST_BELOW_THRESHOLD, round(plan.sample_s / call_s))
+
+
+def orders(seed: int) -> Iterator[Order]:
+    """ABBA or BAAB, for ever, by a coin that the seed decides."""
+    coin = Random(seed)
+    while True:
+        yield "ABBA" if coin.getrandbits(1) else "BAAB"
+
+
+class _Sampler:
+    """Takes quads, and remembers which arm ran last so that a change of arm is followed by a settle call."""
+
+    def __init__(self, baseline: Arm, variant: Arm, *, calls: int, settles: bool) -> None:
+        self._arms = {"A": baseline, "B": variant}
+        self._calls = calls
+        self._settles = settles
+        self._last = ""
+
+    def quad(self, order: Order) -> dict[str, Quad]:
+        """Four samples in this order, by each of the arms' methods."""
+        samples = [self._sample(letter) for letter in order]
+        methods = samples[0].keys()
+        for letter, sample in zip(order, samples, strict=True):
+            if sample.keys() != methods:
+                raise ValueError(f"arm {letter} samples {sorted(sample)}, another sample has {sorted(methods)}")
+        return {method: _quad(order, [sample[method] for sample in samples], method) for method in methods}
+
+    def _sample(self, letter: str) -> Mapping[str, Sample]:
+        arm = self._arms[letter]
+        if self._settles and letter != self._last:
+            arm.settle()
+        self._last = letter
+        return arm.sample(self._calls)
+
+
+def _quad(order: Order, samples: Sequence[Sample], method: str) -> Quad:
+    for sample in samples:
+        if not 0 < sample.floor_s < math.inf:
+            raise SelabError(f"{method}: a call took {sample.floor_s!r} s by this clock; a finer clock is needed")
+    first, second, third, fourth = samples
+    return Quad(
+        order=order,
+        floor=(first.floor_s, second.floor_s, third.floor_s, fourth.floor_s),
+        typical=(first.typical_s, second.typical_s, third.typical_s, fourth.typical_s),
+        mean=(first.mean_s, second.mean_s, third.mean_s, fourth.mean_s),
+    )
+
+
+class _Notes:
+    """Flags by name: the first detail, and at how many quads each was seen."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[str, int]] = {}
+
+    def add(self, name: str, detail: str) -> None:
+        first, times = self._seen.get(name, (detail, 0))
+        self._seen[name] = (first, times + 1)
+
+    def flags(self, taken: int) -> tuple[Flag, ...]:
+        return tuple(
+            Flag(name=name, detail=f"{detail} (at {times} of {taken} quads)")
+            for name, (detail, times) in self._seen.items()
+        )
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Keeps the garbage collector from running, and restores it however the block is left."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def measure(
+    baseline: Arm,
+    variant: Arm,
+    plan: Plan,
+    *,
+    clock: Clock = time.perf_counter,
+    seed: int = 0,
+    progress: Callable[[Progress], object] | None = None,
+    between_quads: Callable[[], Sequence[Flag] | Void] | None = None,
+) -> dict[str, Run]:
+    """Warm-up, then quads until the headline's interval is narrow enough or the budget is spent.
+
+    The width is looked at after 10, 14, 20, 28, 40 … quads and nowhere else, and nothing but the width stops: neither
+    the ratio nor its distance from one. A spent budget stops at the end of the quad.
+
+    Args:
+        baseline: arm A.
+        variant: arm B.
+        plan: durations, headline and target.
+        clock: seconds, monotone; times the warm-up and the budget.
+        seed: decides the order of each quad.
+        progress: called after every quad.
+        between_quads: called after every quad: what to flag, or that the quad is void. A void quad is discarded whole
+            and run again in the same order.
+
+    Returns:
+        Method name → its run. All methods have the same quads and the headline's status.
+
+    Raises:
+        SelabError: a call took no time by the arm's clock.
+        ValueError: the arms' methods differ, or the plan's headline is none of them.
+    """
+    with collector_off():
+        warm = warm_up(baseline, variant, plan, clock)
+        calls = calls_per_sample(warm.call_s, plan)
+        sampler = _Sampler(baseline, variant, calls=calls, settles=warm.call_s < plan.single_call_s)
+        notes = _Notes()
+        quads: dict[str, list[Quad]] = {}
+        kept = taken = 0
+        width: float | None = None
+        status: Status | None = None
+        coin = orders(seed)
+        order = next(coin)
+        start = clock()
+        while status is None:
+            quad = sampler.quad(order)
+            taken += 1
+            headline = _headline(quads, quad, plan)
+            seen = between_quads() if between_quads is not None else ()
+            if isinstance(seen, Void):
+                notes.add("voided", f"quads were discarded whole and measured again: {seen.reason}")
+            else:
+                for flag in seen:
+                    notes.add(flag.name, flag.detail)
+                for method, one in quad.items():
+                    quads[method].append(one)
+                kept += 1
+                order = next(coin)
+                if kept in LOOKS:
+                    width = verdict.half_width(headline, plan.statistic)
+                    if width is not None and width <= plan.target_half_width:
+                        status = "converged"
+            elapsed = clock() - start
+            if status is None and elapsed >= plan.budget_s:
+                status = "budget"
+            if progress is not None:
+                progress(Progress(quads=kept, half_width=width, elapsed_s=elapsed, budget_s=plan.budget_s))
+    return {
+        method: Run(
+            calls_per_sample=calls,
+            warmup_calls=warm.calls,
+            warmup_s=warm.elapsed_s,
+            seed=seed,
+            steady=warm.steady,
+            status=status,
+            elapsed_s=elapsed,
+            quads=tuple(taken_quads),
+            flags=notes.flags(taken),
+        )
+        for method, taken_quads in quads.items()
+    }
+
+
+def _headline(quads: dict[str, list[Quad]], quad: Mapping[str, Quad], plan: Plan) -> list[Quad]:
+    for method in quad:
+        quads.setdefault(method, [])
+    if plan.method not in quads:
+        raise ValueError(f"the plan's headline is {plan.method!r}, the arms sample {sorted(quads)}")
+    return quads[plan.method]
+
+
+def measure_control(
+    baseline: Arm,
+    again: Arm,
+    plan: Plan,
+    *,
+    clock: Clock = time.perf_counter,
+    seed: int = 0,
+    progress: Callable[[Progress], object] | None = None,
+    between_quads: Callable[[], Sequence[Flag] | Void] | None = None,
+) -> dict[str, Run]:
+    """The baseline against a second instance of itself, under `plan.for_control()`: all it shows is the machine.
+
+    Args:
+        baseline: arm A.
+        again: a second instance of the same network, as arm B; never the same object.
+        plan: the measurement's own.
+        clock: as in `measure`.
+        seed: as in `measure`; another one than the measurement's.
+        progress: as in `measure`.
+        between_quads: as in `measure`.
+    """
+    return measure(
+        baseline,
+        again,
+        plan.for_control(),
+        clock=clock,
+        seed=seed,
+        progress=progress,
+        between_quads=between_quads,
+    )

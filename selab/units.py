@@ -4,6 +4,9 @@ Decimal prefixes throughout: 1 M = 10^6, 1 MB = 10^6 bytes. (Tables that use 2^2
 """
 
 import math
+from collections.abc import Callable
+
+Format = Callable[[float], str]
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -1,0 +1,544 @@
+"""Records and published numbers → tables, as text for a terminal and as Markdown for a file.
+
+A `Grid` is a table before it has a look; the functions that make one are here, and one function per look.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from selab import catalog, units
+from selab.errors import RecordError, UnknownNameError, nearest
+from selab.record import Cost, Insertion, Latency, Machine, Memory, Phase, Record, from_json
+from selab.spec import Metric, Published, Variant
+from selab.verdict import check
+
+NONE = "–"
+PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "forward_backward": "forward+backward"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A table: the first column is words, the others are numbers, aligned right; notes stand under it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    words: frozenset[int] = frozenset({0})
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """As a terminal shows it."""
+        table = Table(title=self.title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+        for index, column in enumerate(self.columns):
+            words = index in self.words
+            table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        yield table
+        yield from self.notes
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        align = ["---" if index in self.words else "---:" for index in range(len(self.columns))]
+        lines = [self.columns, align, *self.rows]
+        cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        notes = "".join(f"\n\n{note}" for note in self.notes)
+        return f"### {self.title}\n\n" + "\n".join(cells) + notes + "\n"
+
+    def as_builtins(self) -> dict[str, object]:
+        """For `--json`."""
+        return {"title": self.title, "columns": self.columns, "rows": self.rows, "notes": self.notes}
+
+
+# ---------------------------------------------------------------------------------------------------- one architecture
+
+
+def _row(label: str, base: float | None, variant: float | None, show: units.Format) -> tuple[str, ...]:
+    if variant is None:
+        return (label, NONE if base is None else show(base), NONE, NONE, NONE)
+    if base is None:
+        return (label, NONE, show(variant), NONE, NONE)
+    change = units.percent(variant / base - 1) if base else NONE
+    difference = variant - base
+    return (label, show(base), show(variant), f"{'+' if difference > 0 else ''}{show(difference)}", change)
+
+
+_COST_ROWS: tuple[tuple[str, str, units.Format], ...] = (
+    ("parameters", "params", units.count),
+    ("MACs, conv+linear", "macs.conv_linear", units.count),
+    ("MACs, paper", "macs.paper", units.count),
+    ("MACs, all operations", "macs.all", units.count),
+    ("MACs backward, conv+linear", "macs_backward.conv_linear", units.count),
+    ("bytes moved, forward", "bytes", units.size),
+)
+_MORE_COST_ROWS: tuple[tuple[str, str, units.Format], ...] = (
+    ("FLOPs, forward", "flops", units.count),
+    ("FLOPs, backward", "flops_backward", units.count),
+    ("activations (conv outputs)", "activations", units.count),
+    ("running statistics", "buffer_elements", units.count),
+)
+
+
+def _cost_rows(cost: Cost, base: Cost | None, which: Sequence[tuple[str, str, units.Format]]) -> list[tuple[str, ...]]:
+    return [
+        _row(label, None if base is None else attrgetter(path)(base), attrgetter(path)(cost), show)
+        for label, path, show in which
+    ]
+
+
+def _latency_row(latency: Latency, *, label: str) -> tuple[str, ...]:
+    if latency.error or latency.baseline_s is None or latency.variant_s is None:
+        return (label, NONE, NONE, NONE, "no result")
+    base, variant = units.seconds(latency.baseline_s), units.seconds(latency.variant_s)
+    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
+        return (label, base, variant, NONE, "no result")
+    assert latency.difference_s is not None
+    half = (latency.ratio_high - latency.ratio_low) / 2
+    change = units.percent(latency.ratio - 1, decimals=units.decimals_for(half))
+    shown = {"no_result": "no result", "undecided": "not shown", "equal": "equal"}.get(latency.verdict_kind, change)
+    sign = "+" if latency.difference_s > 0 else ""
+    return (label, base, variant, f"{sign}{units.seconds(latency.difference_s, digits=3)}", shown)
+
+
+def _latencies(record: Record) -> list[tuple[str, Latency]]:
+    """Every latency of a record with its label, in the order of the table."""
+    found: list[tuple[str, Latency]] = []
+    for group in (record.latency, record.latency_all_cores):
+        for phase, latency in group.items():
+            where = "" if record.workload.device != "cpu" else f", {latency.threads} thr"
+            found.append((PHASE_NAMES[phase] + where, latency))  # type: ignore[index]
+    for phase, methods in record.gpu_methods.items():
+        found += [
+            (f"{PHASE_NAMES[phase]}, {method}", latency)  # type: ignore[index]
+            for method, latency in methods.items()
+            if latency is not record.latency.get(phase)
+        ]
+    return found
+
+
+def _memory_rows(memory: Memory | None, base: Memory | None) -> list[tuple[str, ...]]:
+    if memory is None or base is None:
+        return []
+    rows = [
+        ("peak memory, forward", "peak_forward_bytes"),
+        ("peak memory, fwd+bwd", "peak_forward_backward_bytes"),
+        ("saved for backward", "saved_for_backward_bytes"),
+    ]
+    return [_row(label, getattr(base, name), getattr(memory, name), units.size) for label, name in rows]
+
+
+def _published_rows(variant: Variant, baseline: Variant | None) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for metric, label in (("top1_error_pct", "published top-1 error"), ("top5_error_pct", "published top-5 error")):
+        ours, theirs = published(variant, metric), published(baseline, metric)  # type: ignore[arg-type]
+        if ours is None:
+            continue
+        difference = NONE if theirs is None else f"{ours.value - theirs.value:+.2f} pp"
+        rows.append((label, NONE if theirs is None else f"{theirs.value:g} %", f"{ours.value:g} %", difference, ""))
+    return rows
+
+
+def published(variant: Variant | None, metric: Metric) -> Published | None:
+    """A variant's published number for a metric, if there is one."""
+    return next((one for one in variant.published if one.metric == metric), None) if variant else None
+
+
+def _workload_title(record: Record) -> str:
+    work = record.workload
+    size = "×".join(map(str, work.input_chw))
+    layout = ", channels last" if work.memory_format == "channels_last" else ""
+    compiled = ", compiled" if work.compiled else ""
+    return f"batch {work.batch}, {size}, {work.dtype}{layout}{compiled}, {work.device}"
+
+
+def profile_grid(record: Record) -> Grid:
+    """The table of `selab profile`: base, variant, difference in units and in percent."""
+    variant, baseline = _variants(record)
+    rows = _cost_rows(record.cost, record.baseline_cost, _COST_ROWS)
+    rows += [_latency_row(latency, label=label) for label, latency in _latencies(record)]
+    rows += _memory_rows(record.memory, record.baseline_memory)
+    notes = []
+    if variant is not None:
+        rows += _published_rows(variant, baseline)
+        sources = {f"{one.source}, {one.where}" for one in variant.published if one.metric.startswith("top")}
+        notes += [f"published: {'; '.join(sorted(sources))}"] if sources else []
+    return Grid(
+        title=f"{record.arch} against {record.baseline} ({_workload_title(record)})",
+        columns=("", "base", "variant", "difference", "change"),
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
+
+
+def _variants(record: Record) -> tuple[Variant | None, Variant | None]:
+    known = catalog.installed()
+    return known.get(record.arch), known.get(record.baseline or "")
+
+
+def is_stale(record: Record) -> bool:
+    """Whether the catalog's facts have changed since the record was made."""
+    variant, baseline = _variants(record)
+    if variant is None:
+        return False
+    now = variant.facts_hash + ("" if record.baseline is None or baseline is None else f"-{baseline.facts_hash}")
+    return now != record.facts_hash
+
+
+def stage_grid(cost: Cost) -> Grid:
+    """What SE costs by stage, against the whole network."""
+    rows = []
+    for name in ("squeeze", "excitation", "scale"):
+        stage = getattr(cost.se, name)
+        rows.append(
+            (
+                name,
+                units.count(stage.macs),
+                units.percent(stage.macs / cost.macs.all).lstrip("+"),
+                units.size(stage.bytes),
+                units.percent(stage.bytes / cost.bytes).lstrip("+"),
+            )
+        )
+    title = f"SE by stage ({cost.se.blocks} blocks, {units.exact(cost.se.params)} parameters)"
+    return Grid(title=title, columns=("", "MACs, all", "of network", "bytes", "of network"), rows=tuple(rows))
+
+
+def verdict_lines(record: Record) -> list[str]:
+    """One sentence per latency, and under it what the reader must know about it."""
+    lines = []
+    told: set[tuple[str, str]] = set()
+    for label, latency in _latencies(record):
+        lines.append(f"{label}: {latency.verdict}")
+        for flag in latency.flags:
+            if (flag.name, flag.detail) not in told:
+                lines.append(f"  flag {flag.name}: {flag.detail}")
+                told.add((flag.name, flag.detail))
+    for name, memory in ((record.arch, record.memory), (record.baseline, record.baseline_memory)):
+        if memory is not None and memory.error:
+            lines.append(f"memory of {name}: {memory.error}")
+    return lines
+
+
+def count_grid(records: Sequence[Record]) -> Grid:
+    """The table of `selab count` for several networks: one row each."""
+    rows = []
+    for record in records:
+        cost = record.cost
+        figures = (cost.params, cost.macs.conv_linear, cost.macs.paper, cost.macs.all)
+        rows.append((record.arch, *(units.count(figure) for figure in figures), units.size(cost.bytes)))
+    columns = ("", "params", "conv+linear", "paper", "all", "bytes")
+    work = records[0].workload
+    return Grid(title=f"Forward cost, MACs by convention (batch {work.batch})", columns=columns, rows=tuple(rows))
+
+
+def single_count_grid(record: Record) -> Grid:
+    """The table of `selab count` for one network, beside its baseline if it has one."""
+    cost, base = record.cost, record.baseline_cost
+    rows = _cost_rows(cost, base, (*_COST_ROWS, *_MORE_COST_ROWS))
+    notes = tuple(f"no rule for {name} ({calls} calls): not in the totals" for name, calls in cost.unknown.items())
+    against = f" against {record.baseline}" if record.baseline else ""
+    return Grid(
+        title=f"{record.arch}{against} ({_workload_title(record)})",
+        columns=("", "base", "network", "difference", "change"),
+        rows=tuple(rows),
+        notes=notes,
+    )
+
+
+def share_grid(record: Record, by: str) -> Grid:
+    """A network's cost by operator or by module."""
+    shares = record.cost.by_operator if by == "operator" else record.cost.by_module
+    rows = tuple(
+        (
+            name or "(the network itself)",
+            str(share.calls),
+            *map(units.count, (share.macs, share.flops)),
+            units.size(share.bytes),
+        )
+        for name, share in shares.items()
+    )
+    return Grid(title=f"{record.arch} by {by}", columns=("", "calls", "MACs, all", "FLOPs", "bytes"), rows=rows)
+
+
+def counters_grid(cost: Cost) -> Grid:
+    """Other counters beside ours, each difference in words, until nothing is left."""
+    rows: list[tuple[str, ...]] = []
+    notes = []
+    for counter in cost.counters.values():
+        name = f"{counter.name} {counter.version}, {counter.direction.replace('_', '+')}"
+        if counter.total is None:
+            rows.append((f"{name}: failed: {counter.error}", NONE, counter.unit))
+            continue
+        rows.append((f"{name}: total", units.exact(counter.total), counter.unit))
+        rows.append(("  ours, conv+linear", units.exact(counter.ours), counter.unit))
+        rows += [(f"  {one.cause}", f"{one.amount:+,}", counter.unit) for one in counter.differences]
+        rows.append(("  not explained", units.exact(counter.remainder or 0), counter.unit))
+        if counter.uncounted:
+            listed = ", ".join(f"{op} ({calls})" for op, calls in sorted(counter.uncounted.items()))
+            notes.append(f"{counter.name} does not count: {listed}")
+    return Grid(title="Other counters", columns=("", "amount", "unit"), rows=tuple(rows), notes=tuple(notes))
+
+
+# ------------------------------------------------------------------------------------------------- facts of a variant
+
+
+def facts_grid(variant: Variant) -> Grid:
+    """What the catalog says about a variant."""
+    facts = {
+        "title": variant.title,
+        "family": f"{variant.family} ({variant.source})",
+        "builder": variant.builder,
+        "arguments": ", ".join(f"{key}={value}" for key, value in variant.arguments.items()) or NONE,
+        "input": "×".join(map(str, variant.input_chw)),
+        "classes": str(variant.num_classes),
+        "baseline": variant.baseline or NONE,
+    }
+    if variant.se is not None:
+        sites = variant.se.sites if isinstance(variant.se.sites, str) else ", ".join(variant.se.sites)
+        facts["SE sites"] = f"{sites}, placement {variant.se.placement}"
+        facts["SE block"] = (
+            f"reduction {variant.se.reduction} of the {variant.se.squeeze_from}'s channels, squeeze "
+            f"{variant.se.squeeze}, gate {variant.se.gate}, {'with' if variant.se.bias else 'without'} bias"
+        )
+    facts |= {"note": variant.note} if variant.note else {}
+    facts["facts from"] = f"{variant.origin} ({variant.facts_hash})"
+    rows = tuple(facts.items())
+    return Grid(title=variant.name, columns=("", ""), rows=rows, words=frozenset({0, 1}))
+
+
+def sites_grid(insertions: Sequence[Insertion]) -> Grid:
+    """Where SE stands in a network, and what each block costs."""
+    rows = tuple(
+        (
+            one.path,
+            f"{one.channels}→{one.squeeze_channels}",
+            f"{one.height}×{one.width}",
+            units.exact(one.params),
+            units.count(one.macs),
+        )
+        for one in insertions
+    )
+    title = f"SE sites ({len(insertions)}, placement {insertions[0].placement})"
+    return Grid(title=title, columns=("module", "channels", "map", "params", "MACs, all"), rows=rows)
+
+
+def published_grid(variant: Variant) -> Grid:
+    """What others published about a variant."""
+    rows = tuple(
+        (one.metric, one.printed or f"{one.value:g}", one.dataset, f"{one.source}, {one.where}")
+        for one in variant.published
+    )
+    notes = tuple(f"{one.metric}: {one.note}" for one in variant.published if one.note)
+    columns = ("published", "value", "on", "source")
+    return Grid(title="Published", columns=columns, rows=rows, notes=notes, words=frozenset({0, 2, 3}))
+
+
+# ------------------------------------------------------------------------------------------------------ tables by name
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records under a folder, checked against their own raw samples; interrupted ones are left out.
+
+    Raises:
+        RecordError: a file is no record, or its figures are not those of its samples.
+    """
+    paths = sorted(folder.rglob("*.json"), key=lambda path: path.name)
+    return [read_record(path) for path in paths if not path.name.endswith(".partial.json")]
+
+
+def read_record(path: Path) -> Record:
+    """One record, checked against its own raw samples.
+
+    Raises:
+        RecordError: as `read_records`.
+    """
+    try:
+        record = from_json(path.read_bytes(), where=str(path))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
+    methods = [latency for group in record.gpu_methods.values() for latency in group.values()]
+    try:
+        for latency in (*record.latency.values(), *record.latency_all_cores.values(), *methods):
+            check(latency)
+    except RecordError as error:
+        raise RecordError(f"{path}: {error}") from None
+    return record
+
+
+def printed_equals(value: float, printed: str) -> bool:
+    """Whether a number rounds to what was printed: 3_865_000_000 and `3.87 GFLOPs`."""
+    found = re.match(r"([\d.]+)\s*([TGMk]?)", printed)
+    if found is None:
+        return False
+    factor = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}[found[2]]
+    decimals = len(found[1].partition(".")[2])
+    return f"{value / factor:.{decimals}f}" == found[1]
+
+
+def _mark(value: float, one: Published) -> str:
+    if not one.printed:
+        return NONE
+    return "=" if printed_equals(value, one.printed) else f"{value / one.value - 1:+.1%}".replace("%", " %")
+
+
+_PAPER_2 = ("resnet50", "resnet101", "resnet152", "vgg16")
+_PAPER_3 = ("mobilenet", "shufflenet")
+
+
+def _pairs(baselines: Iterable[str]) -> list[tuple[Variant, Variant]]:
+    known = catalog.installed()
+    return [(known[name], known[f"se_{name}"]) for name in baselines]
+
+
+def paper_grid(number: int, costs: dict[str, Cost]) -> Grid:
+    """Table 2 or 3 of arXiv 1709.01507: published and counted side by side.
+
+    Args:
+        number: 2 or 3.
+        costs: by variant name, at batch 1.
+    """
+    baselines = _PAPER_2 if number == 2 else _PAPER_3
+    rows = []
+    equal = total = 0
+    for variant in (one for pair in _pairs(baselines) for one in pair):
+        cost = costs[variant.name]
+        cells = [variant.name]
+        for metric, value in (("macs", cost.macs.paper), ("params", cost.params)):
+            one = published(variant, metric)  # type: ignore[arg-type]
+            if one is None:
+                cells += [NONE, units.count(value), ""]
+                continue
+            mark = _mark(value, one)
+            equal, total = equal + (mark == "="), total + 1
+            cells += [one.printed or units.count(one.value), units.count(value), mark]
+        top1 = published(variant, "top1_error_pct")
+        cells.append(NONE if top1 is None else f"{top1.value:g} %")
+        rows.append(tuple(cells))
+    columns = ("", "MACs printed", "counted", "", "params printed", "counted", "", "top-1 error")
+    notes = (
+        f"{equal} of {total} published cost numbers reproduced to the printed digit (=). MACs by the convention "
+        "`paper`: convolutions, fully connected layers and SE's pooling additions; the paper prints them as FLOPs.",
+        *(
+            f"{v.name}: {p.note}"
+            for pair in _pairs(baselines)
+            for v in pair
+            for p in v.published
+            if p.note and p.metric in ("macs", "params")
+        ),
+    )
+    return Grid(title=f"arXiv 1709.01507, Table {number}", columns=columns, rows=tuple(rows), notes=notes)
+
+
+def latency_grid(records: Sequence[Record]) -> Grid:
+    """One machine's ratios: each variant over its baseline, by phase, with the 95 % interval.
+
+    Raises:
+        RecordError: the records are of several machines.
+    """
+    if len({record.machine.name for record in records}) > 1:
+        raise RecordError("records of different machines do not share a table; name one machine's folder")
+    rows = []
+    for record in records:
+        for label, latency in _latencies(record):
+            stale = " (stale)" if is_stale(record) else ""
+            rows.append((record.arch + stale, f"{_workload_title(record)}; {label}", *_ratio_cells(latency)))
+    columns = ("", "workload", "base", "ratio", "95 % interval", "verdict")
+    machine = records[0].machine
+    return Grid(
+        title=f"Latency on {machine.gpu or machine.cpu}", columns=columns, rows=tuple(rows), words=frozenset({0, 1, 5})
+    )
+
+
+def _ratio_cells(latency: Latency) -> tuple[str, str, str, str]:
+    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None or latency.baseline_s is None:
+        return (NONE, NONE, NONE, latency.verdict)
+    interval = f"[{latency.ratio_low:.4f}, {latency.ratio_high:.4f}]"
+    return (units.seconds(latency.baseline_s), f"{latency.ratio:.4f}", interval, latency.verdict)
+
+
+def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
+    """The mobile networks: cost, measured ratio of a forward pass, and published error, base and SE in turn."""
+    measured = {record.arch: record for record in records if record.kind == "profile"}
+    rows = []
+    for baseline, variant in _pairs(_PAPER_3):
+        for one in (baseline, variant):
+            cost, record = costs[one.name], measured.get(one.name)
+            forward = record.latency.get("forward") if record is not None else None
+            ratio, interval = _ratio_cells(forward)[1:3] if forward is not None else (NONE, "")
+            top1 = published(one, "top1_error_pct")
+            rows.append(
+                (
+                    one.name,
+                    units.count(cost.params),
+                    units.count(cost.macs.paper),
+                    units.size(cost.bytes),
+                    f"{ratio} {interval}".strip(),
+                    NONE if top1 is None else f"{top1.value:g} %",
+                )
+            )
+    columns = ("", "params", "MACs, paper", "bytes", "forward SE / base", "top-1 error")
+    return Grid(title="Mobile networks", columns=columns, rows=tuple(rows))
+
+
+REPORT = "report"
+NAMES = ("mobile", "paper-2", "paper-3", "latency")
+
+
+def check_name(name: str) -> None:
+    """Raises UnknownNameError, with the nearest names, for a table that there is not."""
+    if name not in (*NAMES, REPORT):
+        raise UnknownNameError(f"table {name}: no such table{nearest(name, (*NAMES, REPORT))}")
+
+
+def costs_needed(name: str) -> tuple[str, ...]:
+    """The variants whose cost a table shows."""
+    both = (*_PAPER_2, *_PAPER_3)
+    baselines = {"mobile": _PAPER_3, "paper-2": _PAPER_2, "paper-3": _PAPER_3, REPORT: both}.get(name, ())
+    return tuple(one.name for pair in _pairs(baselines) for one in pair)
+
+
+def named_grids(name: str, costs: dict[str, Cost], records: Sequence[Record]) -> list[Grid]:
+    """A table by its name; `report` is all of them.
+
+    Raises:
+        UnknownNameError: there is no such table.
+        RecordError: the table needs records and there are none.
+    """
+    check_name(name)
+    if name == REPORT:
+        return [grid for one in NAMES for grid in named_grids(one, costs, records)]
+    if name == "mobile":
+        return [mobile_grid(costs, records)]
+    if name.startswith("paper-"):
+        return [paper_grid(int(name[-1]), costs)]
+    profiles = [record for record in records if record.kind == "profile"]
+    if not profiles:
+        raise RecordError("table latency: no records; measure with `selab profile`, and name their folder: --profiles")
+    return [latency_grid(profiles)]
+
+
+def page(name: str, grids: Sequence[Grid], records: Sequence[Record]) -> str:
+    """Tables as a Markdown page; a report says on what machine it was measured and how to repeat it."""
+    body = "\n".join(grid.markdown() for grid in grids)
+    if name != REPORT or not records:
+        return body
+    machine = records[0].machine
+    commands = "\n".join(dict.fromkeys(record.command for record in records if record.kind == "profile"))
+    head = f"# Measured on {machine.gpu or machine.cpu}\n\n" + "\n".join(f"- {line}" for line in machine_lines(machine))
+    how = f"### How to repeat this\n\n```\n{commands}\n```\n"
+    return f"{head}\n\nRendered from the records beside this file by `selab table report`; not typed.\n\n{body}\n{how}"
+
+
+def machine_lines(machine: Machine) -> list[str]:
+    """The circumstances that a table's numbers travel with."""
+    lines = [f"{machine.cpu}, {machine.cores} cores, {units.size(machine.memory_bytes, digits=3)}; {machine.system}"]
+    if machine.gpu is not None:
+        lines.append(f"{machine.gpu}, driver {machine.driver}")
+    libraries = ", ".join(f"{name} {version}" for name, version in machine.libraries.items())
+    lines.append(f"Python {machine.python}, {libraries}")
+    return lines

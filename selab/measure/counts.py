@@ -300,7 +300,7 @@ def _converted(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     return out if kwargs.get("dtype") in (None, x.dtype) else out.to(kwargs["dtype"])
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------------------ the table
 
 
 def _named(names: str, rule: Callable[[str], Rule]) -> dict[str, Rule]:
@@ -387,11 +387,12 @@ RULES: dict[str, Rule] = {
 
 # These touch no data: views of every kind, memory that nobody wrote yet, and reading a single weight.
 _FREE = {
-    f"aten::{name}" for name in "_unsafe_view empty empty_like new_empty empty_strided _local_scalar_dense".split()
+    f"aten::{name}"
+    for name in ("_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense")
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- the trace
+# ------------------------------------------------------------------------------------------------------------ the trace
 
 
 class Operation(Frozen, frozen=True, kw_only=True):
@@ -403,7 +404,7 @@ class Operation(Frozen, frozen=True, kw_only=True):
         path: the module that called it.
         function: the outermost public function that called it; empty unless the trace was asked for `details`.
         stage: the part of an SE block that it is; empty outside of one.
-        block: the path of that SE block.
+        block: the path of that SE block; None outside of one.
         known: whether there is a rule for it; without one all its costs are zero.
         input_numel: elements of its first input.
         output_numel: elements of its first output.
@@ -429,7 +430,7 @@ class Operation(Frozen, frozen=True, kw_only=True):
     path: str
     function: str
     stage: Stage
-    block: str
+    block: str | None
     known: bool
     input_numel: int
     output_numel: int
@@ -484,7 +485,7 @@ class _Place:
     """
 
     path: str
-    block: str = ""
+    block: str | None = None
     gates: bool = False
     joins: bool = False
 
@@ -502,14 +503,15 @@ def _rule_of(func: Any) -> Rule | None:
 
 def _tensors_in(values: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The distinct tensors among arguments and in their lists."""
-    found: list[Tensor] = []
+    found: dict[int, Tensor] = {}
     for value in (*values, *kwargs.values()) if kwargs else values:
         if isinstance(value, Tensor):
-            if not any(value is other for other in found):
-                found.append(value)
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-            found += _tensors_in([t for t in value if all(t is not other for other in found)], {})
-    return found
+            found[id(value)] = value
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                if isinstance(item, Tensor):
+                    found[id(item)] = item
+    return list(found.values())
 
 
 def _numel(x: Tensor) -> int:
@@ -522,20 +524,18 @@ def _numel(x: Tensor) -> int:
     return count
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Stands between a model and the kernels: shapes go through, arithmetic does not."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype | None, se_blocks: Collection[str], details: bool):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.module_calls: list[ModuleCall] = []
         self.functions = _Functions() if details else None
-        self._model = model
         self._itemsize = None if dtype is None else dtype.itemsize
-        self._places = _places(model, se_blocks)
-        self._root = _Place(path="")
-        self._stack: list[tuple[nn.Module, _Place]] = [(model, self._root)]
+        self.places = _places(model, se_blocks)
+        self._stack: list[tuple[nn.Module, _Place]] = [(model, _Place(path=""))]
         # The map of each SE block: the shape that its scale has and that its squeeze reads.
         self._maps: dict[str, torch.Size] = {}
         # Tensors on a real device that the forward pass itself made: constants. All other real ones are the model's,
@@ -552,16 +552,16 @@ class _Tracer(TorchDispatchMode):
     # The module hooks.
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        place = self._places.get(id(module))
+        place = self.places.get(id(module))
         if place is None:
             return
         self._stack.append((module, place))
         self.calls[place.path] += 1
-        if place.gates and args and isinstance(args[0], Tensor):
+        if place.gates and place.block is not None and args and isinstance(args[0], Tensor):
             self._maps[place.block] = args[0].shape
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if id(module) not in self._places:
+        if id(module) not in self.places:
             return
         # A model that catches an exception leaves the modules below it without a word.
         while self._stack.pop()[0] is not module:
@@ -570,7 +570,7 @@ class _Tracer(TorchDispatchMode):
             first = args[0] if args else None
             self.module_calls.append(
                 ModuleCall(
-                    path=self._places[id(module)].path,
+                    path=self.places[id(module)].path,
                     input_shape=tuple(first.shape) if isinstance(first, Tensor) else None,
                     output_shape=tuple(output.shape) if isinstance(output, Tensor) else None,
                 )
@@ -584,7 +584,7 @@ class _Tracer(TorchDispatchMode):
 
     # The operators.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rule = _FOUND[func] if func in _FOUND else _rule_of(func)
         if rule is _VIEW:
@@ -640,21 +640,19 @@ class _Tracer(TorchDispatchMode):
         _, place = self._stack[-1]
         function = self.functions.current if self.functions is not None else ""
         if rule is None:
-            return _uncounted(func._schema.name, place.path, function)
+            return _uncounted(func._schema.name, place.path, function, tensors, out)
         work = rule.work(args, out)
         moved = self._bytes(out)
         for x in tensors:
             moved += self._bytes(x)
-        stage, stage_macs, stage_bytes = "", 0, 0
-        if place.block:
-            stage, stage_macs, stage_bytes = self._stage(place, rule, work, tensors, out, moved)
+        stage, stage_macs, stage_bytes = self._stage(place, rule, work, tensors, out, moved)
         return Operation(
             name=rule.name,
             operator=func._schema.name,
             path=place.path,
             function=function,
             stage=stage,
-            block=place.block if stage else "",
+            block=place.block if stage else None,
             known=True,
             input_numel=tensors[0].numel() if tensors else 0,
             output_numel=out.numel(),
@@ -678,6 +676,8 @@ class _Tracer(TorchDispatchMode):
         self, place: _Place, rule: Rule, work: Work, tensors: list[Tensor], out: Tensor, moved: int
     ) -> tuple[Stage, int, int]:
         """Which part of an SE block an operator is, and what of its MACs and bytes SE adds to the network."""
+        if place.block is None:
+            return "", 0, 0
         macs = work.macs + work.other
         if rule.role == "reduction":
             shape = self._maps.setdefault(place.block, tensors[0].shape)
@@ -689,11 +689,11 @@ class _Tracer(TorchDispatchMode):
         if rule.role != "product":
             return ("", 0, 0) if place.joins else ("excitation", macs, moved)
         maps = [x for x in tensors if x.shape == shape and _numel(x) == x.numel()]
-        if len(maps) < 2:
-            return "scale", macs, moved
-        # addcmul(shortcut, branch, gate) is the network's own addition with a factor more: the addition reads both maps
-        # and writes one all the same.
-        return "scale", macs - out.numel(), moved - self._bytes(out) - sum(self._bytes(x) for x in maps)
+        if rule.name == "addcmul" and len(maps) == 2:
+            # addcmul(shortcut, branch, gate) is the network's own addition with a factor more: the addition reads both
+            # maps and writes one all the same.
+            return "scale", macs - out.numel(), moved - self._bytes(out) - sum(self._bytes(x) for x in maps)
+        return "scale", macs, moved
 
     # Gradients.
 
@@ -733,7 +733,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.current = ""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before, name = self.current, getattr(func, "__name__", str(func))
         # fvcore 0.1.5 does not know convolutions whose padding is a word.
         self.current = f"{name}, padding by name" if "conv" in name and _has_word(args, kwargs) else name
@@ -778,17 +778,17 @@ def _replaced(operation: Operation, fields: dict[str, Any]) -> Operation:
     return msgspec.structs.replace(operation, **fields)
 
 
-def _uncounted(operator: str, path: str, function: str) -> Operation:
+def _uncounted(operator: str, path: str, function: str, tensors: list[Tensor], out: Tensor) -> Operation:
     return Operation(
         name=operator.replace("::", "."),
         operator=operator,
         path=path,
         function=function,
         stage="",
-        block="",
+        block=None,
         known=False,
-        input_numel=0,
-        output_numel=0,
+        input_numel=tensors[0].numel() if tensors else 0,
+        output_numel=out.numel(),
         macs=0,
         other=0,
         other_flops=0,
@@ -802,28 +802,23 @@ def _uncounted(operator: str, path: str, function: str) -> Operation:
 
 
 def _places(model: nn.Module, se_blocks: Collection[str]) -> dict[int, _Place]:
+    modules = dict(model.named_modules())
+    for path in se_blocks:
+        if path not in modules:
+            raise ModelError(f"{type(model).__name__}: has no module {path!r} to count as SE{nearest(path, modules)}")
     places: dict[int, _Place] = {}
-    blocks = _block_paths(model, se_blocks)
-    inside = ""
-    for path, module in model.named_modules():
+    inside: str | None = None
+    for path, module in modules.items():
         # named_modules goes depth first, so what follows a block with its prefix is inside of it.
-        if not inside or not path.startswith(f"{inside}."):
-            inside = path if path in blocks else ""
-        if inside:
+        if inside is None or (inside and not path.startswith(f"{inside}.")):
+            inside = path if isinstance(module, SqueezeExcitation) or path in se_blocks else None
+        if inside is not None:
             places[id(module)] = _Place(path=path, block=inside, gates=path == inside)
         elif isinstance(module, GatedJoin):
             places[id(module)] = _Place(path=path, block=f"{path}.se", gates=True, joins=True)
         else:
             places[id(module)] = _Place(path=path)
     return places
-
-
-def _block_paths(model: nn.Module, se_blocks: Collection[str]) -> tuple[str, ...]:
-    paths = {path: isinstance(module, SqueezeExcitation) for path, module in model.named_modules()}
-    for path in se_blocks:
-        if path not in paths:
-            raise ModelError(f"{type(model).__name__}: has no module {path!r} to count as SE{nearest(path, paths)}")
-    return tuple(path for path, is_se in paths.items() if path and (is_se or path in se_blocks))
 
 
 @contextmanager
@@ -915,11 +910,11 @@ def trace(
         operations=tuple(tracer.operations),
         calls=dict(tracer.calls),
         module_calls=tuple(tracer.module_calls),
-        se_blocks=_block_paths(model, se_blocks),
+        se_blocks=tuple(place.path for place in tracer.places.values() if place.path == place.block),
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- the cost
+# ------------------------------------------------------------------------------------------------------------- the cost
 
 
 def count(
@@ -952,9 +947,10 @@ def cost_of(model: nn.Module, traced: Trace) -> Cost:
     """The cost of a network from the trace of its forward pass."""
     operations = traced.operations
     by_module = _grouped(operations, lambda operation: operation.path)
+    params, buffer_elements = _sizes(model)
     return Cost(
-        params=sum(p.numel() for p in model.parameters()),
-        buffer_elements=sum(b.numel() for b in _persistent_buffers(model)),
+        params=params,
+        buffer_elements=buffer_elements,
         macs=_macs(operations),
         macs_backward=_macs_backward(operations),
         flops=sum(2 * o.macs + o.other_flops for o in operations),
@@ -987,14 +983,18 @@ def _macs_backward(operations: Sequence[Operation]) -> Macs:
     )
 
 
-def _persistent_buffers(model: nn.Module) -> list[Tensor]:
-    buffers = {
-        id(buffer): buffer
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
-    return list(buffers.values())
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    """Elements of parameters and of persistent buffers, shared ones once."""
+    params: dict[int, int] = {}
+    buffers: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                params[id(parameter)] = parameter.numel()
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                buffers[id(buffer)] = buffer.numel()
+    return sum(params.values()), sum(buffers.values())
 
 
 def _se_cost(model: nn.Module, traced: Trace) -> SECost:

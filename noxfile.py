@@ -1,0 +1,113 @@
+"""The only door to every check and every table; `nox -l` lists the sessions."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["tests", "lint", "types"]
+nox.options.reuse_existing_virtualenvs = True
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PAIRS = ("small_cnn", "mobilenet", "shufflenet", "resnet18", "resnet34", "resnet50", "vgg16", "resnet101", "resnet152")
+
+
+def group(name: str) -> list[str]:
+    """The requirements of one of pyproject.toml's dependency groups."""
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Install the project and run every test; arguments after -- go to pytest."""
+    session.install("-e", ".", *group("test"))
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with mypy, strictly."""
+    session.install("-e", ".", *group("types"))
+    session.run("mypy")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it into this clean environment, leave the checkout, and use it there."""
+    session.install(*group("build"))
+    built = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(built, ignore_errors=True)
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(built), ".")
+    session.run("pip", "uninstall", "--yes", "selab", silent=True)
+    session.install(*map(str, built.glob("*.whl")))
+    with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
+        session.run("selab", "archs")
+        session.run("selab", "count", "--arch", "se_mobilenet")
+
+
+def machine_folder(session: nox.Session) -> str:
+    """The folder of this machine's records."""
+    code = "from selab.measure.machine import machine; print(machine('cuda').name)"
+    name = session.run("python", "-c", code, silent=True)
+    return f"profiles/{str(name).strip()}"
+
+
+def has_gpu(session: nox.Session) -> bool:
+    """Whether torch finds a CUDA device."""
+    found = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
+    return "True" in str(found)
+
+
+def report(session: nox.Session, folder: str) -> None:
+    """Render a machine's README from its records."""
+    session.run("selab", "table", "report", "--profiles", folder, "--out", f"{folder}/README.md")
+
+
+@nox.session
+def cost_tables(session: nox.Session) -> None:
+    """Count every architecture, write the records under profiles/<machine>/cost and render that folder's README."""
+    session.install("-e", ".")
+    folder = machine_folder(session)
+    session.run("selab", "count", "--all", "--out", f"{folder}/cost", "--replace")
+    report(session, folder)
+
+
+@nox.session
+def latency_tables(session: nox.Session) -> None:
+    """Measure SE against base in three fresh processes each (hours on a CPU); names after -- choose the baselines."""
+    session.install("-e", ".")
+    common = ["--processes", "3", "--out", "profiles", "--replace"]
+    if has_gpu(session):
+        for dtype in ("fp32", "bf16"):
+            for layout in ([], ["--channels-last"]):
+                for batch in ("32", "256"):
+                    options = ["--device", "cuda", "--dtype", dtype, "--batch", batch, *layout]
+                    session.run("selab", "profile", "--arch", "se_resnet50", *options, *common)
+    else:
+        for baseline in session.posargs or PAIRS:
+            session.run("selab", "profile", "--arch", f"se_{baseline}", *common)
+    report(session, machine_folder(session))
+
+
+@nox.session
+def aa(session: nox.Session) -> None:
+    """Measure a network against itself, and against itself made 2 % slower, live; the record goes to profiles/."""
+    session.install("-e", ".")
+    session.run("python", "tests/benchmarks/aa.py", "--out", f"{machine_folder(session)}/aa.json", *session.posargs)
+
+
+@nox.session
+def bench_counts(session: nox.Session) -> None:
+    """Time our counter beside fvcore and thop, in one run."""
+    session.install("-e", ".")
+    session.run("python", "tests/benchmarks/bench_counts.py", *session.posargs)

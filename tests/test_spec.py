@@ -1,0 +1,118 @@
+import pytest
+
+from selab import catalog
+from selab.errors import SpecError, UnknownNameError
+from selab.spec import parse_family
+
+GOOD = """
+family = "toy"
+source = "a paper"
+builder = "toy:build"
+input_chw = [3, 32, 32]
+num_classes = 10
+[variants.toy]
+title = "Toy"
+[variants.se_toy]
+title = "Toy with SE"
+baseline = "toy"
+[variants.se_toy.se]
+sites = ["layer*"]
+bias = false
+[[variants.se_toy.published]]
+metric = "params"
+value = 1.0
+source = "a paper"
+where = "Table 1"
+"""
+
+
+def test_reads_a_family():
+    variant = parse_family(GOOD, origin="toy.toml")["se_toy"]
+    assert variant.se.sites == ("layer*",)
+    assert variant.se.reduction == 16
+    assert variant.baseline == "toy"
+    assert variant.published[0].where == "Table 1"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("family =", "family", "toy.toml: not TOML"),
+        ("num_classes = 10", "num_clases = 10", "toy.toml: num_clases: unknown key; allowed: family, source"),
+        ("num_classes = 10", "", "toy.toml: num_classes: missing"),
+        ("num_classes = 10", "num_classes = 0", "toy.toml: num_classes: 0; must be at least 1"),
+        ('"toy:build"', '"toy.build"', "toy.toml: builder: 'toy.build' is not of the form 'package.module:callable'"),
+        ("[3, 32, 32]", "[3, 32]", "toy.toml: input_chw: expected"),
+        ('title = "Toy"', "titel = 1", "toy.toml: variants.toy.titel: unknown key; allowed: title, baseline"),
+        ('title = "Toy"', "title = 1", "toy.toml: variants.toy.title: expected str, got int"),
+        ("bias = false", "bias = 0", "toy.toml: variants.se_toy.se.bias: expected bool, got int"),
+        ("bias = false", "", "toy.toml: variants.se_toy.se.bias: missing"),
+        ("bias = false", "bias = false\nratio = 2", "toy.toml: variants.se_toy.se.ratio: unknown key; allowed: sites"),
+        (
+            "bias = false",
+            "bias = false\nreduction = 0",
+            "toy.toml: variants.se_toy.se.reduction: 0; must be at least 1",
+        ),
+        (
+            "bias = false",
+            'bias = false\ngate = "soft"',
+            "toy.toml: variants.se_toy.se.gate: invalid enum value 'soft'; allowed: sigmoid, tanh, relu, hardsigmoid",
+        ),
+        ('baseline = "toy"', 'baseline = "tony"', "variants.se_toy.baseline: no variant 'tony' here; did you mean toy"),
+        ('baseline = "toy"', "", "variants.se_toy.baseline: missing"),
+        ('where = "Table 1"', 'where = " "', r"variants.se_toy.published\[0\]: source and where must say"),
+        ('source = "a paper"\nwhere', "where", r"variants.se_toy.published\[0\].source: missing"),
+        ("[variants.toy]", "[variants.Toy]", "variants.Toy: a variant's name is lower-case"),
+    ],
+)
+def test_errors_name_file_and_key(old, new, message):
+    assert old in GOOD
+    with pytest.raises(SpecError, match=message):
+        parse_family(GOOD.replace(old, new, 1), origin="toy.toml")
+
+
+def test_a_family_without_variants():
+    with pytest.raises(SpecError, match=r"toy.toml: no \[variants.NAME\] table"):
+        parse_family(GOOD.split("[variants")[0], origin="toy.toml")
+
+
+def test_the_hash_is_of_what_decides_the_network():
+    def hash_of(text):
+        return parse_family(text, origin="x.toml")["se_toy"].facts_hash
+
+    assert hash_of(GOOD) == hash_of(GOOD.replace("Toy with SE", "Another title").replace("value = 1.0", "value = 2.0"))
+    assert hash_of(GOOD) != hash_of(GOOD.replace("bias = false", "bias = true"))
+    assert hash_of(GOOD) != hash_of(GOOD.replace("num_classes = 10", "num_classes = 11"))
+
+
+class TestCatalog:
+    def test_names_are_unique_and_baselines_exist(self):
+        for variant in catalog.installed().values():
+            baseline = catalog.baseline_of(variant)
+            assert (baseline is None) == (variant.se is None)
+
+    def test_bias_is_stated_by_every_variant(self):
+        for variant in catalog.installed().values():
+            assert variant.se is None or isinstance(variant.se.bias, bool)
+
+    @pytest.mark.parametrize(
+        ("name", "nearest"), [("se_mobilnet", "se_mobilenet"), ("resnet-50", "resnet50"), ("VGG16", "vgg16")]
+    )
+    def test_unknown_names_have_neighbours(self, name, nearest):
+        with pytest.raises(UnknownNameError, match=rf"did you mean .*{nearest}"):
+            catalog.find(name)
+
+    def test_a_file_and_its_variant(self, tmp_path):
+        path = tmp_path / "toy.toml"
+        path.write_text(GOOD)
+        variant = catalog.find(f"{path}:se_toy")
+        assert variant.name == "se_toy"
+        assert catalog.baseline_of(variant).name == "toy"
+        with pytest.raises(SpecError, match="has 2 variants; name one"):
+            catalog.find(str(path))
+        with pytest.raises(UnknownNameError, match="no variant 'se_tony'; did you mean se_toy"):
+            catalog.find(f"{path}:se_tony")
+
+    def test_a_file_that_is_not_there(self, tmp_path):
+        with pytest.raises(SpecError, match="cannot be read: No such file"):
+            catalog.find(str(tmp_path / "none.toml"))

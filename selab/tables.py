@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
+import msgspec
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
@@ -117,7 +118,7 @@ def _latencies(record: Record) -> list[tuple[str, Latency]]:
         found += [
             (f"{PHASE_NAMES[phase]}, {method}", latency)  # type: ignore[index]
             for method, latency in methods.items()
-            if latency is not record.latency.get(phase)
+            if latency != record.latency.get(phase)
         ]
     return found
 
@@ -361,13 +362,18 @@ def read_record(path: Path) -> Record:
         record = from_json(path.read_bytes(), where=str(path))
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
-    methods = [latency for group in record.gpu_methods.values() for latency in group.values()]
     try:
-        for latency in (*record.latency.values(), *record.latency_all_cores.values(), *methods):
-            check(latency)
+        return msgspec.structs.replace(
+            record,
+            latency={phase: check(one) for phase, one in record.latency.items()},
+            latency_all_cores={phase: check(one) for phase, one in record.latency_all_cores.items()},
+            gpu_methods={
+                phase: {method: check(one) for method, one in methods.items()}
+                for phase, methods in record.gpu_methods.items()
+            },
+        )
     except RecordError as error:
         raise RecordError(f"{path}: {error}") from None
-    return record
 
 
 def printed_equals(value: float, printed: str) -> bool:

@@ -541,8 +541,11 @@ def recompute(latency: Latency) -> Latency:
     )
 
 
-def check(latency: Latency) -> None:
-    """Holds what a record states against its raw samples: figures to 1e-9, flags and verdict to the letter.
+def check(latency: Latency) -> Latency:
+    """Holds what a record states against its raw samples: figures to 1e-9, and which flags and verdict there are.
+
+    Returns:
+        The same with its words written anew: how a verdict is worded may change, what it says may not.
 
     Raises:
         RecordError: a stored figure disagrees; the message names the field.
@@ -552,10 +555,12 @@ def check(latency: Latency) -> None:
         stored, computed = getattr(latency, name), getattr(again, name)
         if not _agree(stored, computed):
             raise _disagreement(latency, name, stored, computed)
-    for name in ("verdict_kind", "verdict", "flags"):
-        stored, computed = getattr(latency, name), getattr(again, name)
-        if stored != computed:
-            raise _disagreement(latency, name, stored, computed)
+    if latency.verdict_kind != again.verdict_kind:
+        raise _disagreement(latency, "verdict_kind", latency.verdict_kind, again.verdict_kind)
+    stored_flags, computed_flags = ([flag.name for flag in one.flags] for one in (latency, again))
+    if stored_flags != computed_flags:
+        raise _disagreement(latency, "flags", stored_flags, computed_flags)
+    return again
 
 
 def _agree(stored: float | None, computed: float | None) -> bool:

@@ -1,0 +1,122 @@
+import pytest
+import torch
+from torch import nn
+
+from selab.errors import DeviceError, ModelError, OutOfMemoryError
+from selab.measure.passes import check_output, mode_of, phase_call, prepare, translated_errors
+from selab.record import Workload
+
+WORKLOAD = Workload(
+    batch=2,
+    input_chw=(3, 8, 8),
+    device="cpu",
+    dtype="fp32",
+    memory_format="contiguous",
+    mode="auto",
+    threads=1,
+)
+
+
+def workload(**changes):
+    import msgspec
+
+    return msgspec.structs.replace(WORKLOAD, **changes)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+
+
+@pytest.mark.parametrize(
+    ("phase", "mode", "expected"),
+    [
+        ("forward", "auto", "eval"),
+        ("backward", "auto", "train"),
+        ("forward_backward", "auto", "train"),
+        ("forward", "train", "train"),
+        ("forward_backward", "eval", "eval"),
+    ],
+)
+def test_modes(phase, mode, expected):
+    assert mode_of(phase, workload(mode=mode)) == expected
+
+
+def test_gradients_are_those_of_autograd():
+    prepared = prepare(net(), WORKLOAD)
+    both = phase_call(prepared, "forward_backward")()
+    alone = phase_call(prepared, "backward")
+    once, again = alone(), alone()
+    assert [grad.shape for grad in both] == [p.shape for p in prepared.network.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all(p.grad is None for p in prepared.network.parameters())
+
+
+def test_the_model_is_left_alone():
+    model = net().train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    prepared = prepare(model, workload(memory_format="channels_last"))
+    for phase in ("forward", "backward", "forward_backward"):
+        phase_call(prepared, phase)()
+    assert model.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert model[0].weight.is_contiguous()
+    assert prepared.network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert prepared.input.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_forward_in_eval_records_no_graph_and_in_train_does():
+    prepared = prepare(net(), WORKLOAD)
+    assert not phase_call(prepared, "forward")().requires_grad
+    assert phase_call(prepare(net(), workload(mode="train")), "forward")().requires_grad
+
+
+def test_autocast():
+    prepared = prepare(net(), workload(dtype="bf16"))
+    assert phase_call(prepared, "forward")().dtype == torch.bfloat16
+
+
+class Broken(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        if self.what == "raise":
+            raise RuntimeError("no such\nthing")
+        if self.what == "memory":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return {"nan": x * float("nan"), "none": None, "ints": x.long()}[self.what]
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("raise", ModelError, r"toy: forward fails with an input of shape \(2, 3, 8, 8\): no such$"),
+        ("nan", ModelError, "toy: its output holds NaN or infinity"),
+        ("none", ModelError, "returns no floating-point tensor"),
+        ("ints", ModelError, "returns no floating-point tensor"),
+        ("memory", OutOfMemoryError, "out of memory: .*; use a smaller --batch"),
+    ],
+)
+def test_networks_that_cannot_be_measured(what, error, message):
+    with pytest.raises(error, match=message):
+        check_output(prepare(Broken(what), WORKLOAD), "toy")
+
+
+def test_nothing_to_differentiate():
+    model = net().requires_grad_(False)
+    with pytest.raises(ModelError, match="no parameter needs a gradient"):
+        phase_call(prepare(model, WORKLOAD), "backward")
+
+
+def test_other_errors_pass_untranslated():
+    with pytest.raises(ValueError, match="mine"), translated_errors():
+        raise ValueError("mine")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda():
+    with pytest.raises(DeviceError, match=r"--device cuda: .*; use --device cpu"):
+        prepare(net(), workload(device="cuda"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selab import __version__, catalog
-from selab.errors import RecordError, SelabError, SpecError
+from selab.errors import RecordError, SelabError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +89,7 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         # Whoever read our output has gone, as `head` does; the interpreter must not complain about it at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         sys.exit(1)
 
 
@@ -150,30 +150,43 @@ def show(name: Annotated[str, typer.Argument(help="As --arch.")], json_to: Json 
 
 @app.command()
 def count(
-    arch: Archs,
+    arch: Archs = (),  # type: ignore[assignment]
+    every: Annotated[bool, typer.Option("--all", help="All architectures.")] = False,
     batch: Positive = 1,
     resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
-    by: Annotated[By | None, typer.Option(help="Share one network's cost out.")] = None,
+    by: Annotated[By | None, typer.Option(help="Share each network's cost out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write each record to OUT/<arch>.json and show the table.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over existing records.")] = False,
     json_to: Json = None,
 ) -> None:
     """Count parameters, MACs, FLOPs, bytes and activations; nothing is run, so this takes no time or memory."""
-    variants = [catalog.find(name) for name in arch]
-    from selab import tables
-    from selab.profiling import count_record
+    names = list(catalog.installed()) if every else list(arch)
+    if not names:
+        raise typer.BadParameter("name at least one network, or give --all", param_hint="--arch")
+    variants = [catalog.find(name) for name in names]
+    from selab import profiling, tables
 
-    with _status(_console(stderr=True), "counting"):
-        records = [count_record(variant, batch=batch, resolution=resolution) for variant in variants]
+    paths = {variant.name: out / f"{variant.name}.json" for variant in variants} if out is not None else {}
+    for path in paths.values():
+        profiling.check_writable(path, replace=replace)
+    records = []
+    with _reporting(_console(stderr=True)) as report:
+        for variant in variants:
+            report(f"counting {variant.name}" if len(variants) > 1 else "counting", None)
+            records.append(
+                profiling.count_record(variant, batch=batch, resolution=resolution, by_module=by is By.module)
+            )
+            if paths:
+                profiling.save(records[-1], paths[variant.name])
     if json_to is not None:
         return _write_json([_builtins(one) for one in records] if len(records) > 1 else _builtins(records[0]), json_to)
-    if len(records) > 1 and by is None:
+    if by is not None:
+        return _print(*(tables.share_grid(record, by.value) for record in records))
+    if len(records) > 1:
         return _print(tables.count_grid(records))
-    for record in records:
-        if by is not None:
-            _print(tables.share_grid(record, by.value))
-            continue
-        stages = [tables.stage_grid(record.cost)] if record.cost.se.blocks else []
-        _print(tables.single_count_grid(record), *stages, tables.counters_grid(record.cost))
-    return None
+    cost = records[0].cost
+    stages = [tables.stage_grid(cost)] if cost.se.blocks else []
+    return _print(tables.single_count_grid(records[0]), *stages, tables.counters_grid(cost))
 
 
 @app.command()
@@ -346,20 +359,11 @@ def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Pa
 
 
 @contextmanager
-def _status(console: "Console", text: str) -> Iterator[None]:
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(text):
-        yield
-
-
-@contextmanager
 def _reporting(console: "Console") -> Iterator[Callable[[str, "Progress | None"], None]]:
     """Progress on standard error: a live line on a terminal, otherwise one line per stage."""
     seen: set[str] = set()
 
-    def say(label: str, state: "Progress | None") -> None:
+    def say(label: str, _state: "Progress | None") -> None:
         if label not in seen:
             seen.add(label)
             console.print(f"{_plain(label)} …", highlight=False)

@@ -183,9 +183,8 @@ class Profile:
         """
         variant, baseline = self._build()
         report("counting", None)
-        # A record keeps what the network costs by operator; by module it is a hundred kilobytes, and `count` has it.
-        self.cost = msgspec.structs.replace(_counted(variant, self.workload), by_module={})
-        self.baseline_cost = msgspec.structs.replace(_counted(baseline, self.workload), by_module={})
+        self.cost = _counted(variant, self.workload)
+        self.baseline_cost = _counted(baseline, self.workload)
         self._time(variant, baseline, report)
         report("memory", None)
         self.memory = memory(variant, self.workload, seed=self.request.seed)
@@ -273,10 +272,12 @@ def facts_hash(variant: Variant, baseline: Variant | None) -> str:
     return variant.facts_hash + ("" if baseline is None else f"-{baseline.facts_hash}")
 
 
-def _counted(model: nn.Module, workload: Workload) -> Cost:
+def _counted(model: nn.Module, workload: Workload, *, by_module: bool = False) -> Cost:
+    """Ours and the other counters; by module only if asked, for that is a hundred kilobytes for a deep network."""
     shape = (workload.batch, *workload.input_chw)
     cost = count(model, shape)
-    return msgspec.structs.replace(cost, counters=compare(model, shape))
+    by = cost.by_module if by_module else {}
+    return msgspec.structs.replace(cost, counters=compare(model, shape), by_module=by)
 
 
 def counted(names: Iterable[str]) -> dict[str, Cost]:
@@ -288,7 +289,7 @@ def counted(names: Iterable[str]) -> dict[str, Cost]:
     return found
 
 
-def count_record(variant: Variant, *, batch: int, resolution: int | None = None) -> Record:
+def count_record(variant: Variant, *, batch: int, resolution: int | None = None, by_module: bool = False) -> Record:
     """Counts a variant and its baseline, without timing anything; the networks have no memory either (meta device).
 
     Raises:
@@ -312,8 +313,8 @@ def count_record(variant: Variant, *, batch: int, resolution: int | None = None)
         workload=workload,
         machine=machine(),
         seed=0,
-        cost=_counted(built.model, workload),
-        baseline_cost=None if other is None else _counted(other, workload),
+        cost=_counted(built.model, workload, by_module=by_module),
+        baseline_cost=None if other is None else _counted(other, workload, by_module=by_module),
         insertions=built.insertions,
     )
 

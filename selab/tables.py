@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
@@ -35,7 +36,14 @@ class Grid:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """As a terminal shows it."""
-        table = Table(title=self.title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+        table = Table(
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            header_style="bold",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for index, column in enumerate(self.columns):
             words = index in self.words
             table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
@@ -277,7 +285,9 @@ def counters_grid(cost: Cost) -> Grid:
             continue
         rows.append((f"{name}: total", units.exact(counter.total), counter.unit))
         rows.append(("  ours, conv+linear", units.exact(counter.ours), counter.unit))
-        rows += [(f"  {one.cause}", f"{one.amount:+,}", counter.unit) for one in counter.differences]
+        rows += [
+            (f"  {one.cause}", f"{one.amount:+,}" if one.amount else "0", counter.unit) for one in counter.differences
+        ]
         rows.append(("  not explained", units.exact(counter.remainder or 0), counter.unit))
         if counter.uncounted:
             listed = ", ".join(f"{op} ({calls})" for op, calls in sorted(counter.uncounted.items()))

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from selab.errors import ModelError
-from selab.measure.counts import Example, ModuleCall, Operation, Trace, meta_arguments, trace
+from selab.measure.counts import Example, ModuleCall, Operation, Trace, as_written, meta_arguments, trace
 from selab.probe import first_line, meta_twin
 from selab.record import Counter, Difference
 
@@ -51,6 +51,7 @@ def compare(
     Raises:
         ModelError: the model's own forward pass fails.
     """
+    model = as_written(model)
     traced = traced or trace(model, example, dtype=dtype, details=True)
     return {
         "fvcore": fvcore_counter(model, example, traced),
@@ -61,7 +62,7 @@ def compare(
 
 
 def fvcore_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
-    """fvcore's FlopCountAnalysis: its "flops" are MACs, and BatchNorm and adaptive pooling are among them.
+    """What fvcore's FlopCountAnalysis says: its "flops" are MACs, and BatchNorm and adaptive pooling are among them.
 
     Args:
         model: left as it was.
@@ -87,7 +88,9 @@ def fvcore_counter(model: nn.Module, example: Example, traced: Trace) -> Counter
 
 
 def thop_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
-    """thop's profile: MACs of the module types that it knows, BatchNorm at four per element; functions are zero.
+    """What thop's profile says: MACs of the module types that it knows, BatchNorm among them; functions are zero.
+
+    Its rules for recurrent layers are not explained and stay in the remainder.
 
     Args:
         model: left as it was.
@@ -114,7 +117,7 @@ def thop_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
 
 
 def torch_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
-    """torch's FlopCounterMode over a forward pass: two FLOPs per MAC of convolutions and matrix products.
+    """What torch's FlopCounterMode says of a forward pass: two FLOPs per MAC of convolutions and matrix products.
 
     Args:
         model: left as it was.
@@ -132,7 +135,7 @@ def torch_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
 
 
 def torch_counter_backward(model: nn.Module, example: Example, traced: Trace) -> Counter:
-    """torch's FlopCounterMode over forward and backward of the sum of the outputs.
+    """What torch's FlopCounterMode says of forward and backward of the sum of the outputs.
 
     torch 2.13 counts the weight gradient of a grouped convolution `groups` times.
 
@@ -166,7 +169,7 @@ def torch_counter_backward(model: nn.Module, example: Example, traced: Trace) ->
     )
 
 
-# ------------------------------------------------------------------------------------------------- running what is not ours
+# --------------------------------------------------------------------------------------------- running what is not ours
 
 
 def _counter(
@@ -213,7 +216,7 @@ def _quiet() -> Iterator[None]:
 
 def _twin_and_keywords(model: nn.Module, example: Example) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     args, kwargs = meta_arguments(model, example)
-    return meta_twin(model).eval(), args, kwargs
+    return meta_twin(as_written(model)).eval(), args, kwargs
 
 
 def _twin(model: nn.Module, example: Example) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -311,7 +314,7 @@ def _general_convolution(
         return values * dims if len(values) == 1 else values
 
     backend_flags = (False, False, False, False)
-    return torch._convolution(  # type: ignore[attr-defined]
+    return torch._convolution(
         x,
         weight,
         bias,
@@ -325,7 +328,7 @@ def _general_convolution(
     )
 
 
-# ----------------------------------------------------------------------------------------------- predicting their totals
+# ---------------------------------------------------------------------------------------------- predicting their totals
 
 
 def _ours(traced: Trace) -> int:
@@ -349,16 +352,22 @@ def _fvcore_differences(traced: Trace) -> list[Difference]:
     """Source: fvcore 0.1.5 `nn/flop_count.py` and `nn/jit_handles.py`."""
     amounts: Tally[str] = Tally()
     squeezes_counted = True
+    attending = {o.path for o in traced.operations if o.operator == "aten::_safe_softmax"}
     for o in traced.operations:
-        cause, amount = _fvcore_difference(o)
+        cause, amount = _fvcore_difference(o, o.path in attending)
         amounts[cause] += amount
         if o.stage == "squeeze" and not cause:
             squeezes_counted = False
     return [*_amounts(amounts), *_se_note(traced, squeeze_counted=squeezes_counted)]
 
 
-def _fvcore_difference(o: Operation) -> tuple[str, int]:
-    """Its price of one operator minus ours in conv_linear, and the cause."""
+def _fvcore_difference(o: Operation, attends: bool) -> tuple[str, int]:
+    """Its price of one operator minus ours in conv_linear, and the cause.
+
+    Args:
+        o: the operator call.
+        attends: its module holds a scaled dot-product attention, whose two products fvcore does not see.
+    """
     if o.function == "adaptive_avg_pool2d":
         kind = "SE squeeze by adaptive_avg_pool2d" if o.stage == "squeeze" else "adaptive_avg_pool2d"
         return f"{kind}, 1 per element", o.input_numel
@@ -376,9 +385,11 @@ def _fvcore_difference(o: Operation) -> tuple[str, int]:
     if o.macs and o.name == "convolution":
         counted = not o.function.endswith("padding by name")
         return ("", 0) if counted else ("convolution whose padding is given by name, not counted", -o.macs)
+    if o.macs and o.function == "multi_head_attention_forward":
+        counted = o.name == "linear" or (o.operator == "aten::bmm" and not attends)
+        return ("", 0) if counted else ("attention's products, not counted", -o.macs)
     if o.macs and o.function not in _FVCORE_PRODUCTS:
-        inside = o.function == "multi_head_attention_forward" and o.operator != "aten::baddbmm"
-        return ("", 0) if inside else (f"{o.function}, not counted", -o.macs)
+        return f"{o.function}, not counted", -o.macs
     return "", 0
 
 
@@ -413,7 +424,9 @@ def _thop_differences(model: nn.Module, traced: Trace) -> list[Difference]:
             amounts[f"{names[path]} in {title}, a type without a rule"] -= ours[path]
             continue
         times = hooked[id(module)] * summed[id(module)]
-        once = _thop_cause(title, theirs[path], ours[path], path in squeezes)
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            continue  # Its rules for recurrent layers are not predicted: they stay in the remainder.
+        once = _thop_cause(module, theirs[path], ours[path], path in squeezes)
         amounts[once] += theirs[path] - ours[path]
         if times == 0:
             amounts[f"{title} inside a module that it counts as one, not visited"] -= theirs[path]
@@ -472,17 +485,19 @@ def _thop_price(module: nn.Module, call: ModuleCall) -> int:
     return 0
 
 
-def _thop_cause(title: str, theirs: int, ours: int, is_squeeze: bool) -> str:
-    if "Norm" in title:
-        return f"{title}, 4 per element with scale and shift, else 2"
-    if "AdaptiveAvgPool" in title:
-        kind = f"SE squeeze by {title}" if is_squeeze else title
-        return f"{kind}, 1 per element read and 1 per element written"
-    if "ConvTranspose" in title:
-        return f"{title}, priced over its output instead of its input"
-    if ours:
-        return f"{title}, {theirs} MACs instead of {ours}"
-    return f"{title}, by a rule of its own" if title != "AvgPool2d" else f"{title}, 1 per element written"
+def _thop_cause(module: nn.Module, theirs: int, ours: int, is_squeeze: bool) -> str:
+    title = type(module).__name__
+    match module:
+        case nn.modules.batchnorm._NormBase() | nn.LayerNorm():
+            return f"{title}, {4 if any(True for _ in module.parameters()) else 2} per element"
+        case nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d() | nn.AdaptiveAvgPool3d():
+            kind = f"SE squeeze by {title}" if is_squeeze else title
+            return f"{kind}, 1 per element read and 1 per element written"
+        case nn.AvgPool1d() | nn.AvgPool2d() | nn.AvgPool3d():
+            return f"{title}, 1 per element written"
+        case nn.modules.conv._ConvTransposeNd():
+            return f"{title}, priced over its output instead of its input"
+    return f"{title}, {theirs} MACs instead of {ours}" if ours else f"{title}, by a rule of its own"
 
 
 def _torch_uncounted(traced: Trace) -> dict[str, int]:

@@ -29,6 +29,8 @@ squeezed element, the mean's gradient spread back.
 """
 
 import random
+import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -45,7 +47,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selab.errors import ModelError, nearest
-from selab.probe import evaluating, first_line
+from selab.probe import evaluating, first_line, meta_twin
 from selab.record import Cost, Frozen, Macs, OperatorCost, SECost, StageCost
 from selab.se import GatedJoin, SqueezeExcitation
 
@@ -334,7 +336,7 @@ RULES: dict[str, Rule] = {
     **_named(
         "_prelu_kernel relu6 pow sin cos exp2 expm1 log2 log1p log10 sign floor ceil round trunc frac remainder fmod "
         "eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not where "
-        "masked_fill native_dropout bernoulli cumsum fill",
+        "masked_fill native_dropout bernoulli cumsum",
         lambda name: Rule(name=name.removesuffix("_kernel"), work=_per_output(1)),
     ),
     **_named("addcdiv lerp glu", lambda name: Rule(name=name, work=_per_output(2))),
@@ -343,7 +345,8 @@ RULES: dict[str, Rule] = {
     **_named("max min argmax argmin any all", lambda name: Rule(name=name, work=_per_input(1), role="reduction")),
     **_named("prod norm linalg_vector_norm", lambda name: Rule(name=name, work=_per_input(1), role="reduction")),
     **_named("var std var_mean std_mean", lambda name: Rule(name=name, work=_per_input(2), role="reduction")),
-    **_named("_softmax _log_softmax _safe_softmax", lambda name: Rule(name=name, work=_per_output(3), makes=_same)),
+    **_named("_softmax _safe_softmax", lambda _: Rule(name="softmax", work=_per_output(3), makes=_same)),
+    **_named("_log_softmax", lambda name: Rule(name=name, work=_per_output(3), makes=_same)),
     **_named("logsumexp", lambda name: Rule(name=name, work=_per_input(3), role="reduction")),
     # One per element of every window.
     "aten::max_pool2d_with_indices": Rule(name="max_pool", work=_window_work, makes=_max_pooled, role="reduction"),
@@ -378,7 +381,7 @@ RULES: dict[str, Rule] = {
             "gather": "index index_select gather embedding take",
             "shuffle": "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col col2im",
             "copy": "flip roll repeat stack tril triu split_with_sizes_copy slice_scatter select_scatter",
-            "fill": "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero_ arange linspace",
+            "fill": "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero_ fill fill_ arange linspace",
         }.items()
         for name in names.split()
     },
@@ -388,7 +391,10 @@ RULES: dict[str, Rule] = {
 # These touch no data: views of every kind, memory that nobody wrote yet, and reading a single weight.
 _FREE = {
     f"aten::{name}"
-    for name in ("_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense")
+    for name in (
+        *("_unsafe_view", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes"),
+        *("empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense"),
+    )
 }
 
 
@@ -825,13 +831,31 @@ def _places(model: nn.Module, se_blocks: Collection[str]) -> dict[int, _Place]:
 def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """The surroundings of a count: gradients on, random states and modes given back."""
     python_state = random.getstate()
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+    with (
+        _eager(),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model),
+    ):
         if training:
             model.train()
         try:
             yield
         finally:
             random.setstate(python_state)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Lets compiled modules run as they were written; a model can hold one only if torch._dynamo is there."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        # torch 2.13 warns that hooks on all modules see torch.compile's wrapper twice; ours do not mind.
+        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules", category=UserWarning)
+        yield
 
 
 @contextmanager
@@ -846,6 +870,12 @@ def _hooked(tracer: _Tracer) -> Iterator[None]:
             after.remove()
     finally:
         before.remove()
+
+
+def as_written(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped; any other module itself."""
+    written = getattr(model, "_orig_mod", model)
+    return written if isinstance(written, nn.Module) else model
 
 
 def meta_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -895,6 +925,10 @@ def trace(
         ModelError: the forward pass fails; names the module in which it did.
     """
     args, kwargs = meta_arguments(model, example)
+    model = as_written(model)
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        # Recurrent operators compare the devices of input and weights before they can be intercepted.
+        model = meta_twin(model)
     tracer = _Tracer(model, dtype=dtype, se_blocks=se_blocks, details=details)
     try:
         with _undisturbed(model, training), _hooked(tracer), tracer.functions or nullcontext(), tracer:
@@ -945,6 +979,7 @@ def count(
 
 def cost_of(model: nn.Module, traced: Trace) -> Cost:
     """The cost of a network from the trace of its forward pass."""
+    model = as_written(model)
     operations = traced.operations
     by_module = _grouped(operations, lambda operation: operation.path)
     params, buffer_elements = _sizes(model)

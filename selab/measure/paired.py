@@ -274,13 +274,18 @@ def _quad(order: Order, samples: Sequence[Sample], method: str) -> Quad:
     for sample in samples:
         if not 0 < sample.floor_s < math.inf:
             raise SelabError(f"{method}: a call took {sample.floor_s!r} s by this clock; a finer clock is needed")
-    first, second, third, fourth = samples
     return Quad(
         order=order,
-        floor=(first.floor_s, second.floor_s, third.floor_s, fourth.floor_s),
-        typical=(first.typical_s, second.typical_s, third.typical_s, fourth.typical_s),
-        mean=(first.mean_s, second.mean_s, third.mean_s, fourth.mean_s),
+        floor=_four([sample.floor_s for sample in samples]),
+        typical=_four([sample.typical_s for sample in samples]),
+        mean=_four([sample.mean_s for sample in samples]),
     )
+
+
+def _four(samples_s: Sequence[float]) -> tuple[float, float, float, float]:
+    """To a tenth of a nanosecond: clocks tick in nanoseconds, and the digits behind are the binary fraction's."""
+    first, second, third, fourth = (round(sample, 10) for sample in samples_s)
+    return first, second, third, fourth
 
 
 class _Collected:

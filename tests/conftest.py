@@ -1,0 +1,117 @@
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+TOY_TOML = """
+family = "toy"
+source = "this test"
+builder = "toy_networks:build"
+input_chw = [3, 16, 16]
+num_classes = 4
+[variants.toy]
+title = "Toy"
+[variants.se_toy]
+title = "Toy with SE"
+baseline = "toy"
+[variants.se_toy.se]
+sites = ["0", "3"]
+reduction = 4
+bias = true
+[variants.nan]
+title = "A network whose output is NaN"
+baseline = "toy"
+arguments = { fault = "nan" }
+[variants.broken]
+title = "A network that fails in forward"
+baseline = "toy"
+arguments = { fault = "raise" }
+[variants.slow]
+title = "A network that is interrupted"
+baseline = "toy"
+arguments = { fault = "interrupt" }
+"""
+
+TOY_MODULE = """
+import os
+import signal
+
+from torch import nn
+
+
+class Fault(nn.Module):
+    calls = 0
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        if self.kind == "nan":
+            return x * float("nan")
+        if self.kind == "raise":
+            raise RuntimeError("the toy is broken")
+        if self.kind == "interrupt" and not x.is_meta:
+            Fault.calls += 1
+            if Fault.calls == 60:
+                os.kill(os.getpid(), signal.SIGINT)
+        return x
+
+
+def build(num_classes, fault=""):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16 * 12 * 12, num_classes), Fault(fault),
+    )
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A user's own family: `TOML:variant` names its networks."""
+    (tmp_path / "toy_networks.py").write_text(TOY_MODULE)
+    path = tmp_path / "toy.toml"
+    path.write_text(TOY_TOML)
+    yield path
+    sys.modules.pop("toy_networks", None)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Measurements that last milliseconds: what is tested is what happens, not how well it is measured."""
+    from selab import profiling
+
+    patient = profiling.plan_of
+    monkeypatch.setattr(
+        profiling,
+        "plan_of",
+        lambda request, workload: replace(
+            patient(request, workload), warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.2
+        ),
+    )
+
+
+@pytest.fixture
+def selab(monkeypatch, capsys):
+    """Runs the program in this process: words → (status, standard output, standard error)."""
+    from selab import cli
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["selab", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "80")
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as left:
+            status = left.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def root():
+    return Path(__file__).parent.parent

@@ -1,0 +1,368 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import msgspec
+import pytest
+import torch
+
+from selab import record
+from selab.record import Record
+
+RECORD_KEYS = [
+    "schema",
+    "arch",
+    "baseline",
+    "workload",
+    "machine",
+    "cost.params",
+    "cost.macs.conv_linear",
+    "cost.macs.paper",
+    "cost.macs.all",
+    "cost.se.squeeze.macs",
+    "cost.se.squeeze.bytes",
+    "cost.se.excitation.macs",
+    "cost.se.excitation.bytes",
+    "cost.se.scale.macs",
+    "cost.se.scale.bytes",
+    "cost.counters.fvcore",
+    "cost.counters.thop",
+    "cost.counters.torch",
+    "latency.forward.baseline_s",
+    "latency.forward.variant_s",
+    "latency.forward.ratio",
+    "latency.forward.ratio_low",
+    "latency.forward.ratio_high",
+    "latency.forward.verdict",
+    "latency.forward.flags",
+    "latency.backward.ratio",
+    "latency.forward_backward.ratio",
+    "latency.forward.runs",
+    "memory.peak_forward_bytes",
+]
+
+
+def program(*words, **options):
+    """The program as a user's shell runs it."""
+    command = [sys.executable, "-m", "selab.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def one_line(error):
+    """A user's mistake: one line, no traceback."""
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line and not line.endswith("…")]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+class TestNewcomer:
+    def test_help_imports_no_torch(self):
+        code = """
+import sys
+from selab import cli
+sys.argv = ["selab", "--help"]
+try:
+    cli.main()
+except SystemExit as left:
+    assert not left.code
+heavy = {"torch", "numpy", "fvcore", "thop", "tensorboard"} & set(sys.modules)
+assert not heavy, heavy
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "profile" in done.stdout
+
+    @pytest.mark.parametrize("words", [["archs"], ["show", "se_mobilnet"], ["profile", "--arch", "se_mobilnet"]])
+    def test_a_typo_is_answered_before_torch(self, words):
+        code = f"""
+import sys
+from selab import cli
+sys.argv = {["selab", *words]!r}
+try:
+    cli.main()
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def test_no_command_shows_the_commands(self, selab):
+        status, out, _ = selab()
+        assert status == 2
+        assert "profile" in out
+
+    def test_version(self, selab):
+        assert selab("--version")[1].startswith("selab ")
+
+
+class TestLooking:
+    def test_archs(self, selab):
+        status, out, _ = selab("archs")
+        assert status == 0
+        assert "se_mobilenet" in out
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_archs_as_json(self, selab):
+        found = json.loads(selab("archs", "--json", "-")[1])
+        assert {"name": "se_mobilenet", "baseline": "mobilenet"}.items() <= next(
+            one for one in found if one["name"] == "se_mobilenet"
+        ).items()
+
+    def test_show(self, selab):
+        _, out, _ = selab("show", "se_resnet50")
+        assert "stage2.0" in out
+        assert "3.87 GFLOPs" in out
+        assert "Table 2" in out
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_show_as_json(self, selab):
+        found = json.loads(selab("show", "se_resnet50", "--json", "-")[1])
+        assert len(found["insertions"]) == 16
+        assert found["se"]["bias"] is True
+
+    def test_schema_describes_a_record(self, selab):
+        schema = json.loads(selab("schema")[1])
+        assert "cost" in schema["$defs"]["Record"]["properties"]
+
+
+class TestCount:
+    def test_one(self, selab):
+        status, out, _ = selab("count", "--arch", "se_mobilenet")
+        assert status == 0
+        for text in ("4.712 M", "571.9 M", "squeeze", "BatchNorm, 2 per element", "not explained"):
+            assert text in out
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_several(self, selab):
+        _, out, _ = selab("count", "--arch", "small_cnn", "--arch", "se_small_cnn")
+        assert "small_cnn" in out
+        assert "1.252 M" in out
+
+    @pytest.mark.parametrize("by", ["operator", "module"])
+    def test_shares_sum_to_the_whole(self, selab, by):
+        found = json.loads(selab("count", "--arch", "se_small_cnn", "--by", by, "--json", "-")[1])["cost"]
+        shares = found[f"by_{by}"].values()
+        assert sum(share["macs"] for share in shares) == found["macs"]["all"]
+        assert sum(share["bytes"] for share in shares) == found["bytes"]
+
+    def test_records(self, selab, tmp_path):
+        out = tmp_path / "cost"
+        assert selab("count", "--arch", "small_cnn", "--out", out)[0] == 0
+        found = msgspec.json.decode((out / "small_cnn.json").read_bytes(), type=Record)
+        assert found.kind == "count"
+        status, _, error = selab("count", "--arch", "small_cnn", "--out", out)
+        assert status == 1
+        assert "exists; give --replace" in one_line(error)
+
+    def test_no_network_named(self, selab):
+        status, _, error = selab("count")
+        assert status == 2
+        assert "--all" in error
+
+
+@pytest.mark.usefixtures("hasty")
+class TestProfile:
+    def test_the_record_holds_what_was_promised(self, selab, toy, tmp_path):
+        status, out, error = selab(
+            "profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r", "--json", tmp_path / "j"
+        )
+        assert status == 0, error
+        (path,) = (tmp_path / "r").rglob("*.json")
+        found = json.loads(path.read_text())
+        for key in RECORD_KEYS:
+            value = found
+            for part in key.split("."):
+                assert part in value, key
+                value = value[part]
+        assert found == json.loads((tmp_path / "j").read_text())
+        assert found["complete"] is True
+        assert (found["latency_all_cores"] != {}) == (len(os.sched_getaffinity(0)) > 1)
+        for text in ("se_toy against toy", "parameters", "forward", "saved for backward", "record: "):
+            assert text in out
+        assert max(map(len, out.splitlines()[:20])) <= 80
+
+    def test_json_alone_on_standard_output(self, selab, toy, tmp_path):
+        options = ["--phase", "forward", "--threads", 1, "--out", tmp_path / "r", "--json", "-"]
+        found = json.loads(selab("profile", "--arch", f"{toy}:se_toy", *options)[1])
+        assert list(found["latency"]) == ["forward"]
+        assert found["latency_all_cores"] == {}
+
+    def test_no_color_and_pipes(self, selab, toy, tmp_path, monkeypatch):
+        monkeypatch.setenv("NO_COLOR", "1")
+        options = ["--phase", "forward", "--threads", 1, "--out", tmp_path / "r"]
+        _, out, error = selab("profile", "--arch", f"{toy}:se_toy", *options)
+        assert "\x1b" not in out + error
+
+    def test_a_picture_of_the_output(self, selab, toy, tmp_path):
+        options = ["--phase", "forward", "--threads", 1, "--out", tmp_path / "r", "--svg", tmp_path / "out.svg"]
+        assert selab("profile", "--arch", f"{toy}:se_toy", *options)[0] == 0
+        assert "se_toy" in (tmp_path / "out.svg").read_text()
+
+    def test_an_existing_record_is_kept_unless_asked(self, selab, toy, tmp_path):
+        words = ["profile", "--arch", f"{toy}:se_toy", "--phase", "forward", "--threads", 1, "--out", tmp_path / "r"]
+        assert selab(*words)[0] == 0
+        (path,) = (tmp_path / "r").rglob("*.json")
+        before = path.read_bytes()
+        status, _, error = selab(*words)
+        assert status == 1
+        assert "exists; give --replace" in one_line(error)
+        assert path.read_bytes() == before
+        assert selab(*words, "--replace")[0] == 0
+        assert path.read_bytes() != before
+
+    def test_out_of_memory_is_a_row(self, selab, toy, tmp_path):
+        options = ["--batch", 10**9, "--threads", 1, "--out", tmp_path / "r"]
+        status, out, _ = selab("profile", "--arch", f"{toy}:se_toy", *options)
+        assert status == 0
+        assert "no result: out of memory" in out
+        assert "parameters" in out
+        (path,) = (tmp_path / "r").rglob("*.json")
+        found = json.loads(path.read_text())
+        assert "out of memory" in found["latency"]["forward"]["error"]
+        assert found["cost"]["params"] > 0
+
+    @pytest.mark.parametrize(
+        ("variant", "message"),
+        [("nan", "variant: its output holds NaN"), ("broken", "the toy is broken")],
+    )
+    def test_networks_that_cannot_be_measured(self, selab, toy, tmp_path, variant, message):
+        status, _, error = selab("profile", "--arch", f"{toy}:{variant}", "--out", tmp_path / "r")
+        assert status == 1
+        assert message in one_line(error)
+        assert not list((tmp_path / "r").rglob("*.json"))
+
+    def test_interrupted_in_process(self, selab, toy, tmp_path):
+        status, _, error = selab("profile", "--arch", f"{toy}:slow", "--threads", 1, "--out", tmp_path / "r")
+        assert status == 1
+        assert "interrupted; what was measured until then is in" in one_line(error)
+        (path,) = (tmp_path / "r").rglob("*.json")
+        assert path.name.endswith(".partial.json")
+        found = msgspec.json.decode(path.read_bytes(), type=Record)
+        assert not found.complete
+        assert found.cost.params > 0
+
+
+class TestInterruption:
+    def test_control_c_in_a_shell(self, toy, tmp_path):
+        words = ["profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r"]
+        running = subprocess.Popen(
+            [sys.executable, "-m", "selab.cli", *map(str, words)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for line in running.stderr:
+            if line.startswith("forward"):
+                break
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate(timeout=60)
+        assert running.returncode == 1
+        assert "interrupted; what was measured until then is in" in one_line(error)
+        (path,) = (tmp_path / "r").rglob("*.json")
+        assert path.name.endswith(".partial.json")
+        assert not list((tmp_path / "r").rglob(".*"))
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["profile", "--arch", "se_mobilnet"], "no such architecture; did you mean se_mobilenet"),
+            (["profile", "--arch", "mobilenet"], "is a baseline itself; profile its variant: --arch se_mobilenet"),
+            (["profile", "--arch", "se_mobilenet", "--baseline", "small_cnn"], "only networks of equal input"),
+            (["count", "--arch", "none.toml"], "none.toml: cannot be read: No such file"),
+            (["table", "papper-2"], "no such table; did you mean paper-2"),
+            (["table", "latency"], "no records"),
+            (["table", "latency", "--profiles", "/no/such"], "is no folder"),
+            (["show", "resnet_50"], "did you mean resnet50"),
+        ],
+    )
+    def test_one_clear_line(self, selab, words, message):
+        status, out, error = selab(*words)
+        assert status == 1
+        assert out == ""
+        assert message in one_line(error)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_no_cuda(self, selab):
+        status, _, error = selab("profile", "--arch", "se_mobilenet", "--device", "cuda")
+        assert status == 1
+        assert "--device cuda: " in one_line(error)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["profile", "--arch", "se_mobilenet", "--batch", 0],
+            ["profile", "--arch", "se_mobilenet", "--dtype", "int8"],
+            ["profile"],
+            ["profil"],
+        ],
+    )
+    def test_wrong_usage_is_2(self, selab, words):
+        status, _, error = selab(*words)
+        assert status == 2
+        assert "Traceback" not in error
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("reduction = 4", "redaction = 4", "variants.se_toy.se.redaction: unknown key"),
+            ("num_classes = 4", "num_classes = ", "not TOML"),
+            ("reduction = 4", "reduction = 9", "0: reduction 9 is larger than the 8 channels"),
+            ('sites = ["0", "3"]', 'sites = ["7"]', "7: its output is a tensor of shape (1, 4)"),
+        ],
+    )
+    def test_a_malformed_toml_names_file_and_key(self, selab, toy, old, new, message):
+        toy.write_text(toy.read_text().replace(old, new))
+        status, _, error = selab("count", "--arch", f"{toy}:se_toy")
+        assert status == 1
+        line = one_line(error)
+        assert "toy.toml: " in line
+        assert message in line
+
+    def test_a_folder_that_cannot_be_written(self, selab, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        status, _, error = selab("profile", "--arch", "se_small_cnn", "--out", tmp_path / "file" / "r")
+        assert status == 1
+        assert "cannot be written: Not a directory; give --out" in one_line(error)
+
+    def test_a_reader_that_leaves(self):
+        done = subprocess.run(
+            f"{sys.executable} -m selab.cli archs --json - | head -1",
+            shell=True,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stderr == ""
+
+
+class TestTables:
+    @pytest.mark.parametrize(
+        ("name", "expected"), [("paper-2", "3.87 GFLOPs"), ("paper-3", "572 MFLOPs"), ("mobile", "")]
+    )
+    def test_rendered_from_facts(self, selab, name, expected):
+        status, out, _ = selab("table", name, "--format", "markdown")
+        assert status == 0
+        assert expected in out
+        assert out.startswith("### ")
+
+    def test_a_tampered_record_is_refused(self, selab, toy, hasty, tmp_path):
+        words = ["profile", "--arch", f"{toy}:se_toy", "--phase", "forward", "--threads", 1, "--out", tmp_path / "r"]
+        assert selab(*words)[0] == 0
+        (path,) = (tmp_path / "r").rglob("*.json")
+        found = json.loads(path.read_text())
+        assert selab("table", "latency", "--profiles", path.parent)[0] == 0
+        found["latency"]["forward"]["baseline_s"] *= 0.9
+        path.write_text(json.dumps(found))
+        status, _, error = selab("table", "latency", "--profiles", path.parent)
+        assert status == 1
+        assert "baseline_s is stored as" in one_line(error)
+        found["schema"] = "selab.profile/0"
+        path.write_text(json.dumps(found))
+        assert record.SCHEMA in one_line(selab("table", "latency", "--profiles", path.parent)[2])

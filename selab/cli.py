@@ -261,7 +261,8 @@ def table(
     name: Annotated[str, typer.Argument(help="mobile, paper-2, paper-3, latency, or report (a folder's README).")],
     profiles: Annotated[Path | None, typer.Option(help="A machine's folder of records.")] = None,
     look: Annotated[TableFormat, typer.Option("--format")] = TableFormat.rich,
-    out: Annotated[Path | None, typer.Option(help="Write to this file instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write Markdown to this file instead.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Put it between '<!-- table NAME -->' marks in this file.")] = None,
     json_to: Json = None,
 ) -> None:
     """Render a table again, from the records and the published numbers."""
@@ -277,10 +278,12 @@ def table(
     grids = tables.named_grids(name, costs, records)
     if json_to is not None or look is TableFormat.json:
         return _write_json([grid.as_builtins() for grid in grids], json_to or out or Path("-"))
-    if look is TableFormat.rich and out is None:
+    if look is TableFormat.rich and out is None and into is None:
         return _print(*grids)
     text = tables.page(name, grids, records)
-    if out is None:
+    if into is not None:
+        write_atomically(into, tables.spliced(_read_text(into), name, text, where=str(into)).encode())
+    elif out is None:
         typer.echo(text, nl=False)
     else:
         write_atomically(out, text.encode())
@@ -320,6 +323,13 @@ def _write_json(value: object, to: Path) -> None:
     from selab.profiling import write_atomically
 
     write_atomically(to, text.encode())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read: {error}") from None
 
 
 def _read_back(path: Path) -> "Record":

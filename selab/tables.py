@@ -353,12 +353,12 @@ def published_grid(variant: Variant) -> Grid:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records under a folder, checked against their own raw samples; interrupted ones are left out.
+    """All records in a machine's folder, checked against their own raw samples; interrupted ones are left out.
 
     Raises:
         RecordError: a file is no record, or its figures are not those of its samples.
     """
-    paths = sorted(folder.rglob("*.json"), key=lambda path: path.name)
+    paths = sorted(folder.glob("*.json"))
     return [read_record(path) for path in paths if not path.name.endswith(".partial.json")]
 
 
@@ -548,6 +548,20 @@ def page(name: str, grids: Sequence[Grid], records: Sequence[Record]) -> str:
     head = f"# Measured on {machine.gpu or machine.cpu}\n\n" + "\n".join(f"- {line}" for line in machine_lines(machine))
     how = f"### How to repeat this\n\n```\n{commands}\n```\n"
     return f"{head}\n\nRendered from the records beside this file by `selab table report`; not typed.\n\n{body}\n{how}"
+
+
+def spliced(text: str, name: str, body: str, *, where: str) -> str:
+    """Puts a rendered table between `<!-- table NAME -->` and `<!-- /table -->`, in place of what stands there.
+
+    Raises:
+        RecordError: the file has no such pair of marks.
+    """
+    pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- /table -->)", re.DOTALL)
+    if pattern.search(text) is None:
+        raise RecordError(
+            f"{where}: has no lines '<!-- table {name} -->' and '<!-- /table -->' to put the table between"
+        )
+    return pattern.sub(lambda found: found[1] + body + found[2], text)
 
 
 def machine_lines(machine: Machine) -> list[str]:

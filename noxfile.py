@@ -14,7 +14,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PAIRS = ("small_cnn", "mobilenet", "shufflenet", "resnet18", "resnet34", "resnet50", "vgg16", "resnet101", "resnet152")
 
 
-def group(name: str) -> list[str]:
+def group(name: str) -> tuple[str, ...]:
     """The requirements of one of pyproject.toml's dependency groups."""
     return nox.project.dependency_groups(PYPROJECT, name)
 

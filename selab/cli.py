@@ -258,7 +258,7 @@ def profile(
 
 @app.command()
 def table(
-    name: Annotated[str, typer.Argument(help="mobile, paper-2, paper-3, latency, or report (a folder's README).")],
+    name: Annotated[str, typer.Argument(help="added, mobile, paper-2, paper-3, latency, or report (all of them).")],
     profiles: Annotated[Path | None, typer.Option(help="A machine's folder of records.")] = None,
     look: Annotated[TableFormat, typer.Option("--format")] = TableFormat.rich,
     out: Annotated[Path | None, typer.Option(help="Write Markdown to this file instead.")] = None,

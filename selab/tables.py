@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from rich.box import SIMPLE_HEAD
@@ -21,6 +22,7 @@ from selab.spec import Metric, Published, Variant
 from selab.verdict import check
 
 NONE = "–"
+_NAME_WIDTH = 28
 PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "forward_backward": "forward+backward"}
 
 
@@ -45,10 +47,12 @@ class Grid:
             pad_edge=False,
         )
         for index, column in enumerate(self.columns):
-            words = index in self.words
-            table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+            # Names stay whole where they leave room for the rest.
+            whole = index == 0 and max(map(len, (row[0] for row in self.rows)), default=0) <= _NAME_WIDTH
+            justify: Literal["left", "right"] = "left" if index in self.words else "right"
+            table.add_column(column, justify=justify, overflow="fold", no_wrap=whole)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*(cell if index in self.words else _unbroken(cell) for index, cell in enumerate(row)))
         yield table
         yield from self.notes
 
@@ -76,6 +80,11 @@ def _row(label: str, base: float | None, variant: float | None, show: units.Form
     change = units.percent(variant / base - 1) if base else NONE
     difference = variant - base
     return (label, show(base), show(variant), f"{'+' if difference > 0 else ''}{show(difference)}", change)
+
+
+def _unbroken(cell: str) -> str:
+    """A number keeps its unit on its line; an interval may go to the next one."""
+    return cell.replace(" ", "\u00a0").replace("\u00a0[", " [")
 
 
 _COST_ROWS: tuple[tuple[str, str, units.Format], ...] = (
@@ -404,6 +413,11 @@ def _mark(value: float, one: Published) -> str:
 
 _PAPER_2 = ("resnet50", "resnet101", "resnet152", "vgg16")
 _PAPER_3 = ("mobilenet", "shufflenet")
+_PAPER_TABLES: dict[int, tuple[tuple[str, ...], tuple[Metric, ...]]] = {
+    2: (_PAPER_2, ("macs",)),
+    3: (_PAPER_3, ("macs", "params")),
+}
+_HEADERS: dict[Metric, str] = {"macs": "MACs", "params": "params"}
 
 
 def _pairs(baselines: Iterable[str]) -> list[tuple[Variant, Variant]]:
@@ -418,63 +432,136 @@ def paper_grid(number: int, costs: dict[str, Cost]) -> Grid:
         number: 2 or 3.
         costs: by variant name, at batch 1.
     """
-    baselines = _PAPER_2 if number == 2 else _PAPER_3
-    rows = []
+    baselines, metrics = _PAPER_TABLES[number]
+    rows, remarks = [], []
     equal = total = 0
     for variant in (one for pair in _pairs(baselines) for one in pair):
         cost = costs[variant.name]
         cells = [variant.name]
-        for metric, value in (("macs", cost.macs.paper), ("params", cost.params)):
-            one = published(variant, metric)  # type: ignore[arg-type]
+        for metric in metrics:
+            value = cost.macs.paper if metric == "macs" else cost.params
+            one = published(variant, metric)
             if one is None:
                 cells += [NONE, units.count(value), ""]
                 continue
             mark = _mark(value, one)
             equal, total = equal + (mark == "="), total + 1
             cells += [one.printed or units.count(one.value), units.count(value), mark]
+            remarks += [f"{variant.name}, {metric}: {one.note}"] if one.note else []
         top1 = published(variant, "top1_error_pct")
         cells.append(NONE if top1 is None else f"{top1.value:g} %")
         rows.append(tuple(cells))
-    columns = ("", "MACs printed", "counted", "", "params printed", "counted", "", "top-1 error")
+    headers = [header for metric in metrics for header in (f"{_HEADERS[metric]} printed", "counted", "")]
     notes = (
         f"{equal} of {total} published cost numbers reproduced to the printed digit (=). MACs by the convention "
         "`paper`: convolutions, fully connected layers and SE's pooling additions; the paper prints them as FLOPs.",
-        *(
-            f"{v.name}: {p.note}"
-            for pair in _pairs(baselines)
-            for v in pair
-            for p in v.published
-            if p.note and p.metric in ("macs", "params")
-        ),
+        *remarks,
     )
+    columns = ("", *headers, "top-1 error")
     return Grid(title=f"arXiv 1709.01507, Table {number}", columns=columns, rows=tuple(rows), notes=notes)
 
 
-def latency_grid(records: Sequence[Record]) -> Grid:
-    """One machine's ratios: each variant over its baseline, by phase, with the 95 % interval.
+def check_one_machine(records: Sequence[Record]) -> None:
+    """Raises RecordError where records do not share their circumstances: another machine, or another torch on it."""
+    places = {(record.machine.name, record.machine.libraries.get("torch", "")) for record in records}
+    if len(places) > 1:
+        listed = "; ".join(f"{name} with torch {version}" for name, version in sorted(places))
+        raise RecordError(f"records of different machines do not share a table: {listed}; name one machine's folder")
+
+
+def _by_workload(records: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(_workload_title(record), []).append(record)
+    return groups
+
+
+def _name(record: Record) -> str:
+    return record.arch + (" (stale)" if is_stale(record) else "")
+
+
+def latency_grids(records: Sequence[Record]) -> list[Grid]:
+    """One machine's ratios, variant over baseline with the 95 % interval: one table per workload and phase.
 
     Raises:
         RecordError: the records are of several machines.
     """
-    if len({record.machine.name for record in records}) > 1:
-        raise RecordError("records of different machines do not share a table; name one machine's folder")
-    rows = []
-    for record in records:
-        for label, latency in _latencies(record):
-            stale = " (stale)" if is_stale(record) else ""
-            rows.append((record.arch + stale, f"{_workload_title(record)}; {label}", *_ratio_cells(latency)))
-    columns = ("", "workload", "base", "ratio", "95 % interval", "verdict")
+    check_one_machine(records)
+    grids = []
+    for work, group in _by_workload(records).items():
+        rows: dict[str, list[tuple[str, ...]]] = {}
+        for record in group:
+            for label, latency in _latencies(record):
+                rows.setdefault(label, []).append((_name(record), *_ratio_cells(latency)))
+        columns = ("", "base", "SE", "ratio", "95 % interval", "verdict")
+        grids += [
+            Grid(title=f"{label} ({work})", columns=columns, rows=tuple(lines), words=frozenset({0, 5}))
+            for label, lines in rows.items()
+        ]
+    return grids
+
+
+def added_grids(records: Sequence[Record]) -> list[Grid]:
+    """What SE adds to each network, everything in percent of the baseline; one table per workload.
+
+    Raises:
+        RecordError: the records are of several machines.
+    """
+    check_one_machine(records)
     machine = records[0].machine
-    return Grid(
-        title=f"Latency on {machine.gpu or machine.cpu}", columns=columns, rows=tuple(rows), words=frozenset({0, 1, 5})
+    columns = ("", "params", "MACs", "bytes", "forward", "forward+backward", "saved for backward", "top-1 error")
+    return [
+        Grid(
+            title=f"What SE adds ({work})",
+            columns=columns,
+            rows=tuple(_added_row(record) for record in sorted(group, key=lambda record: record.cost.macs.all)),
+            notes=(
+                f"Measured on {machine.gpu or machine.cpu}"
+                + (", one thread" if group[0].workload.threads == 1 and machine.gpu is None else "")
+                + ", 95 % intervals in brackets. MACs by the convention `paper`. Top-1 error as published, in points.",
+            ),
+        )
+        for work, group in _by_workload(records).items()
+    ]
+
+
+def _added_row(record: Record) -> tuple[str, ...]:
+    cost, base = record.cost, record.baseline_cost
+    figures = [NONE] * 3
+    if base is not None:
+        pairs = ((cost.params, base.params), (cost.macs.paper, base.macs.paper), (cost.bytes, base.bytes))
+        figures = [units.percent(ours / theirs - 1) for ours, theirs in pairs]
+    saved = [memory and memory.saved_for_backward_bytes for memory in (record.memory, record.baseline_memory)]
+    ours, theirs = (published(variant, "top1_error_pct") for variant in _variants(record))
+    return (
+        _name(record),
+        *figures,
+        _change(record.latency.get("forward")),
+        _change(record.latency.get("forward_backward")),
+        units.percent(saved[0] / saved[1] - 1) if saved[0] and saved[1] else NONE,
+        f"{ours.value - theirs.value:+.2f}" if ours is not None and theirs is not None else NONE,
     )
 
 
-def _ratio_cells(latency: Latency) -> tuple[str, str, str, str]:
-    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None or latency.baseline_s is None:
-        return (NONE, NONE, NONE, latency.verdict)
+def _change(latency: Latency | None) -> str:
+    """`+21.7 % [19.3, 23.4]`, or why there is none."""
+    if latency is None or latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
+        return NONE
+    if latency.verdict_kind == "no_result":
+        return "no result"
+    decimals = units.decimals_for((latency.ratio_high - latency.ratio_low) / 2)
+    low, high = ((bound - 1) * 100 for bound in (latency.ratio_low, latency.ratio_high))
+    return f"{units.percent(latency.ratio - 1, decimals=decimals)} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _ratio_cells(latency: Latency) -> tuple[str, str, str, str, str]:
+    if latency.baseline_s is None or latency.variant_s is None:
+        return (NONE, NONE, NONE, NONE, latency.verdict)
+    times = (units.seconds(latency.baseline_s), units.seconds(latency.variant_s))
+    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
+        return (*times, NONE, NONE, latency.verdict)
     interval = f"[{latency.ratio_low:.4f}, {latency.ratio_high:.4f}]"
-    return (units.seconds(latency.baseline_s), f"{latency.ratio:.4f}", interval, latency.verdict)
+    return (*times, f"{latency.ratio:.4f}", interval, latency.verdict)
 
 
 def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
@@ -485,7 +572,6 @@ def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
         for one in (baseline, variant):
             cost, record = costs[one.name], measured.get(one.name)
             forward = record.latency.get("forward") if record is not None else None
-            ratio, interval = _ratio_cells(forward)[1:3] if forward is not None else (NONE, "")
             top1 = published(one, "top1_error_pct")
             rows.append(
                 (
@@ -493,16 +579,16 @@ def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
                     units.count(cost.params),
                     units.count(cost.macs.paper),
                     units.size(cost.bytes),
-                    f"{ratio} {interval}".strip(),
+                    _change(forward),
                     NONE if top1 is None else f"{top1.value:g} %",
                 )
             )
-    columns = ("", "params", "MACs, paper", "bytes", "forward SE / base", "top-1 error")
+    columns = ("", "params", "MACs, paper", "bytes", "forward", "top-1 error")
     return Grid(title="Mobile networks", columns=columns, rows=tuple(rows))
 
 
 REPORT = "report"
-NAMES = ("mobile", "paper-2", "paper-3", "latency")
+NAMES = ("added", "mobile", "paper-2", "paper-3", "latency")
 
 
 def check_name(name: str) -> None:
@@ -534,8 +620,8 @@ def named_grids(name: str, costs: dict[str, Cost], records: Sequence[Record]) ->
         return [paper_grid(int(name[-1]), costs)]
     profiles = [record for record in records if record.kind == "profile"]
     if not profiles:
-        raise RecordError("table latency: no records; measure with `selab profile`, and name their folder: --profiles")
-    return [latency_grid(profiles)]
+        raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
+    return latency_grids(profiles) if name == "latency" else added_grids(profiles)
 
 
 def page(name: str, grids: Sequence[Grid], records: Sequence[Record]) -> str:

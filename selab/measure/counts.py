@@ -381,7 +381,8 @@ RULES: dict[str, Rule] = {
             "gather": "index index_select gather embedding take",
             "shuffle": "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col col2im",
             "copy": "flip roll repeat stack tril triu split_with_sizes_copy slice_scatter select_scatter",
-            "fill": "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero_ fill fill_ arange linspace",
+            "fill": "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full "
+            "zero_ fill fill_ arange linspace",
         }.items()
         for name in names.split()
     },
@@ -497,13 +498,14 @@ class _Place:
 
 
 _VIEW = Rule(name="view", work=_nothing, linear=True)
-_FOUND: dict[Any, Rule | None] = {}
+_FOUND: dict[Any, Rule] = {}
 
 
 def _rule_of(func: Any) -> Rule | None:
     name = func._schema.name
     rule = RULES.get(name) or (_VIEW if func.is_view or name in _FREE else None)
-    _FOUND[func] = rule
+    if rule is not None:
+        _FOUND[func] = rule
     return rule
 
 
@@ -549,6 +551,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._constants: dict[int, Tensor] = {}
         # What ran with gradients switched off, as the inside of a torch.autograd.Function does.
         self._hidden: list[tuple[int, Rule, Sequence[Any], list[Tensor], list[Tensor]]] = []
+        # The source of the copy that was the last operator.
+        self._copied: Tensor | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -592,25 +596,33 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rule = _FOUND[func] if func in _FOUND else _rule_of(func)
+        rule = _FOUND.get(func) or _rule_of(func)
+        tensors = _tensors_in(args, kwargs)
+        index = -1
         if rule is _VIEW:
             result = func(*args, **kwargs)
             self._note_constants(func, args, result)
-            if not torch.is_grad_enabled():
-                self._hide(-1, func, rule, args, kwargs, result)
-            return result
-        tensors = _tensors_in(args, kwargs)
-        if all(id(x) in self._constants for x in tensors):
-            result = func(*args, **kwargs)
-            self._note_constants(func, args, result)
         else:
-            result = self._make(func, rule, args, kwargs, tensors)
-        out = result[0] if isinstance(result, (tuple, list)) else result
-        if isinstance(out, Tensor):
-            self.operations.append(self._operation(func, rule, args, tensors, out))
-            if rule is not None and not torch.is_grad_enabled():
-                self._hide(len(self.operations) - 1, func, rule, args, kwargs, result)
+            if all(id(x) in self._constants for x in tensors):
+                result = func(*args, **kwargs)
+                self._note_constants(func, args, result)
+            else:
+                result = self._make(func, rule, args, kwargs, tensors)
+            out = result[0] if isinstance(result, (tuple, list)) else result
+            if isinstance(out, Tensor):
+                self._drop_copy_of_autograd(func, args)
+                index = len(self.operations)
+                self.operations.append(self._operation(func, rule, args, tensors, out))
+        self._copied = args[0] if func._schema.name == "aten::clone" and torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled() and func._schema.name != "aten::detach":
+            outs = [x for x in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(x, Tensor)]
+            self._hidden.append((index, rule or _VIEW, args, tensors, outs))
         return result
+
+    def _drop_copy_of_autograd(self, func: Any, args: Any) -> None:
+        """Forgets a copy that an operator in place follows on its source: autograd keeps it, inference makes none."""
+        if self._copied is not None and func._schema.is_mutable and args[0] is self._copied:
+            self.operations.pop()
 
     def _make(self, func: Any, rule: Rule | None, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """The empty output of an operator; the model's own tensors are never written."""
@@ -702,11 +714,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "scale", macs, moved
 
     # Gradients.
-
-    def _hide(self, index: int, func: Any, rule: Rule, args: Any, kwargs: Any, result: Any) -> None:
-        if func._schema.name != "aten::detach":
-            outs = [x for x in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(x, Tensor)]
-            self._hidden.append((index, rule, args, _tensors_in(args, kwargs), outs))
 
     def reveal_hidden(self) -> None:
         """Finds, at the end, which operators without gradients were the inside of a `torch.autograd.Function`.
@@ -829,7 +836,7 @@ def _places(model: nn.Module, se_blocks: Collection[str]) -> dict[int, _Place]:
 
 @contextmanager
 def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
-    """The surroundings of a count: gradients on, random states and modes given back."""
+    """The surroundings of a count: gradients on, so that autograd tells which tensors need one; states given back."""
     python_state = random.getstate()
     with (
         _eager(),
@@ -933,13 +940,13 @@ def trace(
     try:
         with _undisturbed(model, training), _hooked(tracer), tracer.functions or nullcontext(), tracer:
             model(*args, **kwargs)
+            tracer.reveal_hidden()
     except Exception as error:
         given = ", ".join(str(tuple(x.shape)) for x in _tensors_in(args, kwargs))
         raise ModelError(
             f"{type(model).__name__}: counting fails in {tracer.where} with an input of shape {given}: "
             f"{first_line(error)}; pass the input that the network expects"
         ) from error
-    tracer.reveal_hidden()
     return Trace(
         operations=tuple(tracer.operations),
         calls=dict(tracer.calls),

@@ -1,0 +1,60 @@
+"""The committed half that no machine changes: costs in profiles/, and the tables in README.md."""
+
+import re
+
+import pytest
+
+from selab import tables
+from selab.build import build
+from selab.catalog import find
+from selab.measure.counts import count
+from selab.profiling import counted
+from selab.record import from_json
+
+SAME = ("params", "buffer_elements", "macs", "macs_backward", "flops", "flops_backward", "bytes", "activations", "se")
+
+
+def committed(root):
+    return sorted((root / "profiles").rglob("*.json"))
+
+
+def test_there_are_profiles(root):
+    names = [path.name for path in committed(root)]
+    assert any(name.startswith("se_mobilenet.") for name in names)
+
+
+def test_costs_are_those_of_today_s_counter(root):
+    fresh = {}
+    for path in committed(root):
+        if path.name == "aa.json":
+            continue
+        record = from_json(path.read_bytes(), where=path.name)
+        work = record.workload
+        for name, stored in ((record.arch, record.cost), (record.baseline, record.baseline_cost)):
+            if stored is None:
+                continue
+            key = (name, work.batch, work.input_chw)
+            if key not in fresh:
+                fresh[key] = count(build(find(name), device="meta").model, (work.batch, *work.input_chw))
+            for field in SAME:
+                assert getattr(stored, field) == getattr(fresh[key], field), f"{path.name}: {name}: {field}"
+
+
+def test_records_are_complete_fresh_and_those_of_their_samples(root):
+    for path in committed(root):
+        if path.parent.parent.name == "profiles" and path.name != "aa.json":
+            record = tables.read_record(path)
+            assert record.complete, path.name
+            assert not tables.is_stale(record), path.name
+
+
+@pytest.mark.parametrize("name", ["added", "paper-2", "paper-3", "mobile"])
+def test_tables_in_the_readme_are_rendered(root, name):
+    text = (root / "README.md").read_text()
+    found = re.search(rf"<!-- table {name} -->", text)
+    if found is None:
+        pytest.skip(f"README.md shows no table {name}")
+    (folder,) = [path for path in (root / "profiles").iterdir() if path.is_dir()][:1]
+    records = tables.read_records(folder)
+    body = tables.page(name, tables.named_grids(name, counted(tables.costs_needed(name)), records), records)
+    assert tables.spliced(text, name, body, where="README.md") == text

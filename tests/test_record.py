@@ -1,0 +1,88 @@
+import msgspec
+import pytest
+
+from selab import record
+from selab.catalog import find
+from selab.errors import RecordError
+from selab.profiling import count_record, save
+from selab.tables import printed_equals, read_record, spliced
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return count_record(find("se_small_cnn"), batch=2)
+
+
+def test_json_and_back(counted):
+    raw = record.to_json(counted)
+    assert record.from_json(raw, where="x") == counted
+    assert raw.endswith(b"\n")
+
+
+def test_lists_of_numbers_stay_on_a_line():
+    work = record.Workload(
+        batch=1, input_chw=(3, 224, 224), device="cpu", dtype="fp32", memory_format="contiguous", mode="auto", threads=1
+    )
+    assert work.slug == "cpu-b1-224-fp32-t1"
+    changed = msgspec.structs.replace(
+        work, memory_format="channels_last", mode="train", compiled=True, input_chw=(1, 8, 9)
+    )
+    assert changed.slug == "cpu-b1-c1-8x9-fp32-nhwc-train-compiled-t1"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "x.json: not a record"),
+        (b"[]", "x.json: schema is None"),
+        (b'{"schema": "selab.profile/99"}', "schema is 'selab.profile/99', this version reads"),
+        (b'{"schema": "selab.profile/1"}', "x.json: Object missing required field"),
+    ],
+)
+def test_what_is_no_record(raw, message):
+    with pytest.raises(RecordError, match=message):
+        record.from_json(raw, where="x.json")
+
+
+def test_an_unknown_field_is_refused(counted):
+    raw = record.to_json(counted).replace(b'"batch": 2', b'"batch": 2, "bath": 3')
+    with pytest.raises(RecordError, match="unknown field `bath`"):
+        record.from_json(raw, where="x.json")
+
+
+def test_saved_whole_or_not_at_all(counted, tmp_path, monkeypatch):
+    path = tmp_path / "a" / "b.json"
+    save(counted, path)
+    assert read_record(path) == counted
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RecordError, match="cannot be written: No space left on device; nothing was changed"):
+        save(counted, path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize(
+    ("value", "printed", "equal"),
+    [
+        (3_866_007_552, "3.87 GFLOPs", True),
+        (3_860_488_192, "3.87 GFLOPs", False),
+        (571_929_600, "572 MFLOPs", True),
+        (4_711_720, "4.7M", True),
+        (1_865_728, "1.8M", False),
+        (1.0, "unknown", False),
+    ],
+)
+def test_equal_to_the_printed_digit(value, printed, equal):
+    assert printed_equals(value, printed) is equal
+
+
+def test_splicing():
+    page = "a\n<!-- table x -->\nold\n<!-- /table -->\nb\n"
+    assert spliced(page, "x", "new\n", where="p") == "a\n<!-- table x -->\nnew\n<!-- /table -->\nb\n"
+    with pytest.raises(RecordError, match="p: has no lines"):
+        spliced(page, "y", "new", where="p")

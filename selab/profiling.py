@@ -27,7 +27,7 @@ from selab.measure.latency import PHASES, RawPhase, measure_phase, networks
 from selab.measure.machine import machine
 from selab.measure.memory import memory
 from selab.measure.paired import Plan, Progress
-from selab.measure.passes import check_device, mode_of
+from selab.measure.passes import DTYPES, check_device, mode_of
 from selab.record import (
     SCHEMA,
     Cost,
@@ -275,9 +275,10 @@ def facts_hash(variant: Variant, baseline: Variant | None) -> str:
 def _counted(model: nn.Module, workload: Workload, *, by_module: bool = False) -> Cost:
     """Ours and the other counters; by module only if asked, for that is a hundred kilobytes for a deep network."""
     shape = (workload.batch, *workload.input_chw)
-    cost = count(model, shape)
+    dtype = DTYPES[workload.dtype]
+    cost = count(model, shape, dtype=dtype)
     by = cost.by_module if by_module else {}
-    return msgspec.structs.replace(cost, counters=compare(model, shape), by_module=by)
+    return msgspec.structs.replace(cost, counters=compare(model, shape, dtype=dtype), by_module=by)
 
 
 def counted(names: Iterable[str]) -> dict[str, Cost]:

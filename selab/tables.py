@@ -23,6 +23,7 @@ from selab.verdict import check
 
 NONE = "–"
 _NAME_WIDTH = 28
+_GAP = 2
 PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "forward_backward": "forward+backward"}
 
 
@@ -37,7 +38,9 @@ class Grid:
     words: frozenset[int] = frozenset({0})
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As a terminal shows it."""
+        """As a terminal shows it; where it is too narrow, headers and intervals go to a second line, then words fold."""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        narrow = sum(widths) + _GAP * len(widths) > options.max_width
         table = Table(
             title=self.title,
             title_justify="left",
@@ -47,12 +50,15 @@ class Grid:
             pad_edge=False,
         )
         for index, column in enumerate(self.columns):
+            words = index in self.words
             # Names stay whole where they leave room for the rest.
-            whole = index == 0 and max(map(len, (row[0] for row in self.rows)), default=0) <= _NAME_WIDTH
-            justify: Literal["left", "right"] = "left" if index in self.words else "right"
-            table.add_column(column, justify=justify, overflow="fold", no_wrap=whole)
+            whole = not words or (index == 0 and widths[0] <= _NAME_WIDTH)
+            justify: Literal["left", "right"] = "left" if words else "right"
+            header = column.replace(" ", "\n") if narrow and not words else column
+            table.add_column(header, justify=justify, overflow="fold", no_wrap=whole)
         for row in self.rows:
-            table.add_row(*(cell if index in self.words else _unbroken(cell) for index, cell in enumerate(row)))
+            cells = enumerate(row)
+            table.add_row(*(cell.replace(" [", "\n[") if narrow and i not in self.words else cell for i, cell in cells))
         yield table
         yield from self.notes
 
@@ -80,11 +86,6 @@ def _row(label: str, base: float | None, variant: float | None, show: units.Form
     change = units.percent(variant / base - 1) if base else NONE
     difference = variant - base
     return (label, show(base), show(variant), f"{'+' if difference > 0 else ''}{show(difference)}", change)
-
-
-def _unbroken(cell: str) -> str:
-    """A number keeps its unit on its line; an interval may go to the next one."""
-    return cell.replace(" ", "\u00a0").replace("\u00a0[", " [")
 
 
 _COST_ROWS: tuple[tuple[str, str, units.Format], ...] = (

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 from rich.box import SIMPLE_HEAD
@@ -22,9 +21,13 @@ from selab.spec import Metric, Published, Variant
 from selab.verdict import check
 
 NONE = "–"
-_NAME_WIDTH = 28
-_GAP = 2
 PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "forward_backward": "forward+backward"}
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """Of a table as a terminal shows it: the widest line of each column, and two between them."""
+    columns = zip(*lines, strict=True)
+    return sum(max(len(line) for cell in column for line in cell.split("\n")) + 2 for column in columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,27 +41,22 @@ class Grid:
     words: frozenset[int] = frozenset({0})
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As a terminal shows it; where it is too narrow, headers and intervals go to a second line, then words fold."""
-        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
-        narrow = sum(widths) + _GAP * len(widths) > options.max_width
-        table = Table(
-            title=self.title,
-            title_justify="left",
-            title_style="bold",
-            header_style="bold",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for index, column in enumerate(self.columns):
+        """As a terminal shows it. Too narrow a one gets headers and intervals on two lines, then folded words."""
+        lines = [self.columns, *self.rows]
+        if _width(lines) > options.max_width:
+            lines = [tuple(head if i in self.words else head.replace(" ", "\n") for i, head in enumerate(self.columns))]
+            lines += [
+                tuple(cell if i in self.words else cell.replace(" [", "\n[") for i, cell in enumerate(row))
+                for row in self.rows
+            ]
+        whole = _width(lines) <= options.max_width
+        table = Table(title=self.title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
+        table.padding = (0, 1, 0, 0)
+        for index, column in enumerate(lines[0]):
             words = index in self.words
-            # Names stay whole where they leave room for the rest.
-            whole = not words or (index == 0 and widths[0] <= _NAME_WIDTH)
-            justify: Literal["left", "right"] = "left" if words else "right"
-            header = column.replace(" ", "\n") if narrow and not words else column
-            table.add_column(header, justify=justify, overflow="fold", no_wrap=whole)
-        for row in self.rows:
-            cells = enumerate(row)
-            table.add_row(*(cell.replace(" [", "\n[") if narrow and i not in self.words else cell for i, cell in cells))
+            table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=whole and not words)
+        for row in lines[1:]:
+            table.add_row(*row)
         yield table
         yield from self.notes
 

@@ -267,17 +267,23 @@ def test_convergence_happens_at_a_look():
 
 def test_budget_stops_at_the_end_of_the_quad():
     clock, _, a, b = fake_arms(0.5, 1.0)
-    run = measure(a, b, Plan(budget_s=15.0, target_half_width=-1.0), clock=clock)["wall"]
+    run = measure(a, b, Plan(budget_s=35.0, target_half_width=-1.0), clock=clock)["wall"]
     assert run.status == "budget"
-    # Quads of 2 s: the eighth is the first to end at or after 15 s.
-    assert len(run.quads) == 8
-    assert run.elapsed_s == pytest.approx(16.0)
+    # Quads of 2 s: the eighteenth is the first to end at or after 35 s.
+    assert len(run.quads) == 18
+    assert run.elapsed_s == pytest.approx(36.0)
+
+
+def test_a_slow_network_overruns_the_budget_until_it_has_an_interval():
+    clock, _, a, b = fake_arms(1.0, 1.0)
+    run = measure(a, b, Plan(budget_s=15.0, target_half_width=-1.0), clock=clock)["wall"]
+    assert (run.status, len(run.quads), run.elapsed_s) == ("budget", 10, pytest.approx(40.0))
 
 
 def test_a_budget_too_small_for_twenty_pairs_gives_no_result():
     clock, _, a, b = fake_arms(1.0, 1.0)
-    run = measure(a, b, Plan(budget_s=15.0), clock=clock)["wall"]
-    assert summarised([run], [run]).verdict.startswith("no result: 8 pairs in 16 s, 20 are needed")
+    run = measure(a, b, Plan(budget_s=5.0), clock=clock)["wall"]
+    assert summarised([run], [run]).verdict.startswith("no result: 14 pairs in 28 s, 20 are needed")
 
 
 def test_progress_reports_every_quad():

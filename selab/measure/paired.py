@@ -104,7 +104,8 @@ class Plan:
         sample_s: about how long one sample lasts.
         single_call_s: from here on a sample is one call, and no settle calls are made.
         target_half_width: stop when half the interval of ln(variant / baseline) is this narrow.
-        budget_s: seconds of sampling, warm-up not counted, after which to stop in any case.
+        budget_s: seconds of sampling, warm-up not counted, after which to stop: as soon as there are enough pairs for
+            an interval, and after `most_overrun` budgets in any case.
     """
 
     method: str = "wall"
@@ -116,6 +117,7 @@ class Plan:
     single_call_s: float = 0.050
     target_half_width: float = 0.005
     budget_s: float = 60.0
+    most_overrun: float = 5.0
 
     @classmethod
     def for_cpu(cls, *, quick: bool = False) -> "Plan":
@@ -357,6 +359,12 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
+def _is_spent(plan: Plan, elapsed_s: float, quads: int) -> bool:
+    """A slow network overruns the budget until it has an interval: what was spent so far would be worth nothing."""
+    enough = 2 * quads >= verdict.MIN_PAIRS
+    return elapsed_s >= plan.budget_s * (1.0 if enough else plan.most_overrun)
+
+
 def measure(
     baseline: Arm,
     variant: Arm,
@@ -370,7 +378,7 @@ def measure(
     """Warm-up, then quads until the headline's interval is narrow enough or the budget is spent.
 
     The width is looked at after 10, 14, 20, 28, 40 … quads and nowhere else, and nothing but the width stops: neither
-    the ratio nor its distance from one. A spent budget stops at the end of the quad.
+    the ratio nor its distance from one. A spent budget stops at the end of the quad, once there are 20 pairs.
 
     Args:
         baseline: arm A.
@@ -407,7 +415,7 @@ def measure(
                     width = collected.half_width()
                     status = "converged" if width is not None and width <= plan.target_half_width else None
             elapsed = clock() - start
-            if status is None and elapsed >= plan.budget_s:
+            if status is None and _is_spent(plan, elapsed, collected.kept):
                 status = "budget"
             if progress is not None:
                 progress(Progress(quads=collected.kept, half_width=width, elapsed_s=elapsed, budget_s=plan.budget_s))

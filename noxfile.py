@@ -84,7 +84,7 @@ def cost_tables(session: nox.Session) -> None:
 
 @nox.session
 def latency_tables(session: nox.Session) -> None:
-    """Measure SE against base in three fresh processes each (hours on a CPU); names after -- choose the baselines."""
+    """Measure SE against base in three fresh processes each; on a CPU, names after -- choose the baselines."""
     session.install("-e", ".")
     common = ["--processes", "3", "--out", "profiles", "--replace"]
     if has_gpu(session):

@@ -84,15 +84,18 @@ def _builder(variant: Variant):  # type: ignore[no-untyped-def]
                 f"{variant.origin}: builder: {variant.builder!r} cannot be imported: {first_line(error)}; "
                 "it is looked up beside the TOML and among the installed packages"
             ) from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise SpecError(f"{variant.origin}: builder: importing {module_name!r} fails: {reason}") from error
 
 
 @contextmanager
 def _import_beside(variant: Variant) -> Iterator[None]:
     """A family's own TOML may name a module that lies beside it."""
-    if variant.origin.startswith("archs/"):
+    if not variant.file:
         yield
         return
-    folder = str(Path(variant.origin).resolve().parent)
+    folder = str(Path(variant.file).resolve().parent)
     sys.path.insert(0, folder)
     try:
         yield

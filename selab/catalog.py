@@ -1,5 +1,6 @@
 """Name → variant: the families that are installed, and a user's own TOML by its path."""
 
+import re
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -26,18 +27,23 @@ def installed() -> dict[str, Variant]:
     return found
 
 
-def find(name: str) -> Variant:
+def find(name: str, *, option: str = "--arch") -> Variant:
     """A variant by its catalog name, or by `path/to/family.toml[:variant]`.
+
+    Args:
+        name: the word.
+        option: where it was given, for the message.
 
     Raises:
         UnknownNameError: nothing has this name; the message lists the nearest ones.
         SpecError: the file is malformed, or has several variants and none was named.
     """
-    if ".toml" in name:
-        return _from_file(name)
+    file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", name)
+    if file is not None:
+        return _from_file(Path(file[1]), file[2])
     known = installed()
     if name not in known:
-        raise UnknownNameError(f"--arch {name}: no such architecture{nearest(name, known)} (`selab archs` lists all)")
+        raise UnknownNameError(f"{option} {name}: no such architecture{nearest(name, known)} (`selab archs` lists all)")
     return known[name]
 
 
@@ -45,18 +51,16 @@ def baseline_of(variant: Variant) -> Variant | None:
     """The variant that this one is compared with; None for a baseline itself."""
     if variant.baseline is None:
         return None
-    family = installed() if variant.origin.startswith("archs/") else read_family(Path(variant.origin))
+    family = read_family(Path(variant.file)) if variant.file else installed()
     return family[variant.baseline]
 
 
-def _from_file(name: str) -> Variant:
-    file, _, wanted = name.partition(".toml")
-    path = Path(file + ".toml")
+def _from_file(path: Path, wanted: str | None) -> Variant:
     family = read_family(path)
-    if wanted.startswith(":") and len(wanted) > 1:
-        if wanted[1:] not in family:
-            raise UnknownNameError(f"{path}: no variant {wanted[1:]!r}{nearest(wanted[1:], family)}")
-        return family[wanted[1:]]
+    if wanted is not None:
+        if wanted not in family:
+            raise UnknownNameError(f"{path}: no variant {wanted!r}{nearest(wanted, family)}")
+        return family[wanted]
     if len(family) > 1:
         raise SpecError(f"{path}: has {len(family)} variants; name one as {path}:NAME{nearest('', family)}")
     return next(iter(family.values()))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selab import __version__, catalog
+from selab import __version__, catalog, units
 from selab.errors import RecordError, SelabError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from selab.measure.paired import Progress
+    from selab.profiling import Profile
     from selab.record import Record
 
 app = typer.Typer(
@@ -74,6 +75,9 @@ class TableFormat(StrEnum):
     json = "json"
 
 
+# What typer's own runner exits with when it is interrupted: 128 + SIGINT.
+_INTERRUPTED = 130
+
 Json = Annotated[Path | None, typer.Option("--json", help="Write JSON to this file, or to - for standard output.")]
 Arch = Annotated[str, typer.Option("--arch", help="A name from `selab archs`, or path/to/family.toml[:variant].")]
 Archs = Annotated[list[str], typer.Option("--arch", help="As in `profile`; repeat it for several networks.")]
@@ -85,12 +89,24 @@ def main() -> None:
     try:
         app()
     except SelabError as error:
-        _console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        _complain(str(error))
         sys.exit(1)
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written")
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            _complain("interrupted; nothing was written")
+            sys.exit(1)
+        raise
     except BrokenPipeError:
         # Whoever read our output has gone, as `head` does; the interpreter must not complain about it at exit.
         sys.stdout = None
         sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    _console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", highlight=False, soft_wrap=True)
 
 
 def _console(*, stderr: bool = False) -> "Console":
@@ -123,8 +139,8 @@ def _root(
 @app.command()
 def archs(json_to: Json = None) -> None:
     """List the architectures, each with its baseline."""
+    from selab.grid import Grid
     from selab.spec import as_builtins
-    from selab.tables import Grid
 
     variants = catalog.installed()
     if json_to is not None:
@@ -137,7 +153,7 @@ def archs(json_to: Json = None) -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="As --arch.")], json_to: Json = None) -> None:
     """Show one architecture: its facts, its SE sites and what others published about it."""
-    variant = catalog.find(name)
+    variant = catalog.find(name, option="show")
     from selab.build import build
     from selab.spec import as_builtins
     from selab.tables import facts_grid, published_grid, sites_grid
@@ -145,7 +161,8 @@ def show(name: Annotated[str, typer.Argument(help="As --arch.")], json_to: Json 
     insertions = build(variant, device="meta").insertions
     if json_to is not None:
         return _write_json({**as_builtins(variant), "insertions": [_builtins(one) for one in insertions]}, json_to)
-    return _print(facts_grid(variant), *([sites_grid(insertions)] if insertions else []), published_grid(variant))
+    published = [published_grid(variant)] if variant.published else []
+    return _print(facts_grid(variant), *([sites_grid(insertions)] if insertions else []), *published)
 
 
 @app.command()
@@ -159,25 +176,29 @@ def count(
     replace: Annotated[bool, typer.Option("--replace", help="Write over existing records.")] = False,
     json_to: Json = None,
 ) -> None:
-    """Count parameters, MACs, FLOPs, bytes and activations; nothing is run, so this takes no time or memory."""
+    """Count parameters, MACs, FLOPs, bytes and activations; no kernel runs, so batch and resolution cost nothing."""
     names = list(catalog.installed()) if every else list(arch)
     if not names:
         raise typer.BadParameter("name at least one network, or give --all", param_hint="--arch")
     variants = [catalog.find(name) for name in names]
-    from selab import profiling, tables
+    from selab import profiling, store, tables
 
-    paths = {variant.name: out / f"{variant.name}.json" for variant in variants} if out is not None else {}
+    paths = {} if out is None else {name: out / f"{one.name}.json" for name, one in zip(names, variants, strict=True)}
+    if len(set(paths.values())) < len(paths):
+        raise RecordError(f"--out {out}: two of these networks have the same name; count them into two folders")
     for path in paths.values():
-        profiling.check_writable(path, replace=replace)
+        store.check_writable(path, replace=replace)
+    counters = len(names) == 1 or bool(paths) or json_to is not None
     records = []
     with _reporting(_console(stderr=True)) as report:
-        for variant in variants:
-            report(f"counting {variant.name}" if len(variants) > 1 else "counting", None)
-            records.append(
-                profiling.count_record(variant, batch=batch, resolution=resolution, by_module=by is By.module)
+        for name in names:
+            report(f"counting {name}" if len(names) > 1 else "counting", None)
+            one = profiling.count_record(
+                name, batch=batch, resolution=resolution, by_module=by is By.module, counters=counters
             )
+            records.append(one)
             if paths:
-                profiling.save(records[-1], paths[variant.name])
+                store.save(one, paths[name])
     if json_to is not None:
         return _write_json([_builtins(one) for one in records] if len(records) > 1 else _builtins(records[0]), json_to)
     if by is not None:
@@ -219,11 +240,12 @@ def profile(
     """Count and measure a network against its baseline: cost, latency with its interval, memory."""
     catalog.find(arch)
     if baseline is not None:
-        catalog.find(baseline)
-    from selab import profiling
+        catalog.find(baseline, option="--baseline")
+    from selab import profiling, store
+    from selab.request import Request
 
     options: dict[str, Any] = {"phases": tuple(one.value for one in phase)} if phase else {}
-    request = profiling.Request(
+    request = Request(
         arch=arch,
         baseline=baseline,
         device=device.value,
@@ -242,37 +264,52 @@ def profile(
         **options,
     )
     growing = profiling.Profile(request)
-    path = profiling.record_path(out, growing)
-    profiling.check_writable(path, replace=replace)
+    path = growing.path(out)
+    store.check_writable(path, replace=replace)
+    for extra in (svg, json_to):
+        if extra is not None and str(extra) != "-":
+            store.check_writable(extra, replace=True)
     try:
         with _reporting(_console(stderr=True)) as report:
             growing.run(report)
     except KeyboardInterrupt:
-        partial = profiling.partial_path(path)
-        profiling.save(growing.record(), partial)
-        raise SelabError(f"interrupted; what was measured until then is in {partial}") from None
-    record = growing.record()
-    profiling.save(record, path)
-    _show_profile(_read_back(path), path, json_to=json_to, svg=svg)
+        raise SelabError(f"interrupted; {_keep_partial(growing, path)}") from None
+    except Exception:
+        if growing.latency:
+            _keep_partial(growing, path)
+        raise
+    store.save(growing.record(), path)
+    _show_profile(store.read_record(path), path, json_to=json_to, svg=svg)
+
+
+def _keep_partial(growing: "Profile", path: Path) -> str:
+    """Saves what there is of a profile that ended early; says what was done."""
+    from selab import store
+
+    if growing.cost is None:
+        return "nothing was measured yet, and nothing was written"
+    partial = store.partial_path(path)
+    store.save(growing.record(), partial)
+    return f"what was measured until then is in {partial}"
 
 
 @app.command()
 def table(
     name: Annotated[str, typer.Argument(help="added, mobile, paper-2, paper-3, latency, or report (all of them).")],
     profiles: Annotated[Path | None, typer.Option(help="A machine's folder of records.")] = None,
-    look: Annotated[TableFormat, typer.Option("--format")] = TableFormat.rich,
+    look: Annotated[TableFormat, typer.Option("--format", help="For standard output.")] = TableFormat.rich,
     out: Annotated[Path | None, typer.Option(help="Write Markdown to this file instead.")] = None,
     into: Annotated[Path | None, typer.Option(help="Put it between '<!-- table NAME -->' marks in this file.")] = None,
     json_to: Json = None,
 ) -> None:
     """Render a table again, from the records and the published numbers."""
-    from selab import tables
+    if out is not None and into is not None:
+        raise typer.BadParameter("give --out or --into, not both", param_hint="--into")
+    from selab import store, tables
 
     tables.check_name(name)
-    if profiles is not None and not profiles.is_dir():
-        raise RecordError(f"{profiles}: is no folder; name the folder of one machine's records")
-    records = tables.read_records(profiles) if profiles is not None else []
-    from selab.profiling import counted, write_atomically
+    records = store.read_records(profiles) if profiles is not None else []
+    from selab.profiling import counted
 
     costs = counted(tables.costs_needed(name))
     grids = tables.named_grids(name, costs, records)
@@ -282,11 +319,12 @@ def table(
         return _print(*grids)
     text = tables.page(name, grids, records)
     if into is not None:
-        write_atomically(into, tables.spliced(_read_text(into), name, text, where=str(into)).encode())
-    elif out is None:
-        typer.echo(text, nl=False)
+        spliced = tables.spliced(store.read_text(into), name, text, where=str(into))
+        store.write_atomically(into, spliced.encode())
+    elif out is not None:
+        store.write_atomically(out, text.encode())
     else:
-        write_atomically(out, text.encode())
+        typer.echo(text, nl=False)
     return None
 
 
@@ -320,22 +358,9 @@ def _write_json(value: object, to: Path) -> None:
     if str(to) == "-":
         sys.stdout.write(text)
         return
-    from selab.profiling import write_atomically
+    from selab.store import write_atomically
 
     write_atomically(to, text.encode())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: cannot be read: {error}") from None
-
-
-def _read_back(path: Path) -> "Record":
-    from selab.tables import read_record
-
-    return read_record(path)
 
 
 def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Path | None) -> None:
@@ -343,6 +368,7 @@ def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Pa
     from rich.console import Console
 
     from selab.record import to_json
+    from selab.store import write_atomically
     from selab.tables import profile_grid, stage_grid, verdict_lines
 
     if json_to is not None and str(json_to) == "-":
@@ -361,10 +387,8 @@ def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Pa
             console.print(_plain(line), highlight=False, soft_wrap=False)
         console.print(f"\nrecord: {_plain(str(path))}", highlight=False, soft_wrap=True)
     if svg is not None:
-        consoles[1].save_svg(str(svg), title=record.command)
+        write_atomically(svg, consoles[1].export_svg(title=record.command).encode())
     if json_to is not None:
-        from selab.profiling import write_atomically
-
         write_atomically(json_to, to_json(record))
 
 
@@ -390,7 +414,7 @@ def _reporting(console: "Console") -> Iterator[Callable[[str, "Progress | None"]
 
 
 def _describe(state: "Progress") -> str:
-    width = "" if state.half_width is None else f", ±{state.half_width:.2%}".replace("%", " %")
+    width = "" if state.half_width is None else f", ±{units.share(state.half_width, decimals=2)}"
     return f"{state.quads} quads{width}, {state.elapsed_s:.0f} of at most {state.budget_s:.0f} s"
 
 

@@ -37,7 +37,7 @@ class RecordError(SelabError):
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
-    """Ends an error message: `; did you mean a, b?`, or what there is where nothing is near."""
+    """Ends an error message: `; did you mean a, b?`, or the first of what there is where nothing is near."""
     names = sorted(known)
     close = get_close_matches(name.lower(), names, n=most, cutoff=0.5)
     if close:

@@ -8,7 +8,7 @@ inserted by one of three moves, whichever keeps the keys:
 * at any other module it becomes a child named `se` that a forward hook runs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import nn
 from selab.errors import InsertionError
 from selab.probe import Passage, passages
 from selab.record import Insertion
-from selab.se import GatedJoin, Init, SqueezeExcitation, squeeze_width
+from selab.se import GatedJoin, Init, SqueezeExcitation, check_init, squeeze_width
 from selab.sites import Tap, check_unshared, find_sites, tap_for
-from selab.spec import Gate, Placement, SEFacts, Squeeze, SqueezeFrom
+from selab.spec import Gate, Placement, SEFacts, Squeeze, SqueezeFrom, se_facts
 
 _CHILD = "se"
 
@@ -31,21 +31,6 @@ class _Plan:
 
     tap: Tap
     insertion: Insertion
-
-
-def plan_se(model: nn.Module, facts: SEFacts, input_nchw: tuple[int, ...]) -> tuple[Insertion, ...]:
-    """The dry run: which blocks would stand where, with how many channels and at what cost. Nothing changes.
-
-    Args:
-        model: any module; runs once on the meta device, as a copy.
-        facts: sites, placement, reduction and the block's options.
-        input_nchw: the shape of an example input, (N, C, H, W).
-
-    Raises:
-        InsertionError: as `insert_se`.
-        ModelError: the forward pass fails with this input.
-    """
-    return tuple(plan.insertion for plan in _plan(model, facts, input_nchw))
 
 
 def insert_se(
@@ -89,6 +74,7 @@ def insert_se(
         What was (or would be) inserted, in the order of the network.
 
     Raises:
+        SpecError: an argument of a wrong type or a word that is not allowed; the message names it.
         InsertionError: no site, a pattern that matches nothing, a site inside an SE block, a site whose tensor is not
             (N, C, H, W), a shared module, a reduction larger than the channels, a block that would not run exactly
             once. The message names the module; the model is left as it was.
@@ -99,8 +85,8 @@ def insert_se(
     if isinstance(sites, SEFacts):
         facts = sites
     else:
-        facts = SEFacts(
-            sites=sites if isinstance(sites, str) else tuple(sites),
+        facts = se_facts(
+            sites=sites if isinstance(sites, str) else list(sites),
             placement=placement,
             reduction=reduction,
             squeeze_from=squeeze_from,
@@ -109,6 +95,7 @@ def insert_se(
             gate=gate,
             bias=bias,
         )
+    check_init(init, facts.gate, bias=facts.bias)
     plans = _plan(model, facts, input_nchw)
     if dry_run:
         return tuple(plan.insertion for plan in plans)
@@ -117,11 +104,11 @@ def insert_se(
         _put(model, plan.tap, block)
     try:
         check_blocks_run(model, input_nchw)
-    except Exception:
-        remove_se(model)
+        if optimizer is not None:
+            optimizer.add_param_group({"params": [p for block in blocks for p in block.parameters()]})
+    except BaseException:
+        _remove(model, blocks)
         raise
-    if optimizer is not None:
-        optimizer.add_param_group({"params": [p for block in blocks for p in block.parameters()]})
     return tuple(plan.insertion for plan in plans)
 
 
@@ -133,20 +120,18 @@ def remove_se(model: nn.Module) -> int:
     Returns:
         The number of blocks removed.
     """
-    removed = 0
+    blocks = [module for module in model.modules() if isinstance(module, SqueezeExcitation) and module.inserted]
+    _remove(model, blocks)
+    return len(blocks)
+
+
+def _remove(model: nn.Module, blocks: Collection[nn.Module]) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, GatedJoin) and child.se.inserted:
+            if isinstance(child, GatedJoin) and child.se in blocks:
                 module._modules[name] = child.inner
-                removed += 1
-            elif _is_inserted(child) and not isinstance(module, GatedJoin):
+            elif child in blocks and not isinstance(module, GatedJoin):
                 _drop_child(module, name)
-                removed += 1
-    return removed
-
-
-def _is_inserted(module: nn.Module) -> bool:
-    return isinstance(module, SqueezeExcitation) and module.inserted
 
 
 def check_blocks_run(model: nn.Module, input_nchw: tuple[int, ...]) -> None:
@@ -188,7 +173,8 @@ def _insertion(tap: Tap, seen: Any, facts: SEFacts) -> Insertion:
         raise InsertionError(f"{tap.module}: {how} in a forward pass, so it cannot be a site; it must run exactly once")
     shape = passage.input_shape if tap.side == "input" else passage.output_shape
     if shape is None or len(shape) != 4:
-        what = passage.output_kind if shape is None else f"a tensor of shape {shape}"
+        kind = passage.input_kind if tap.side == "input" else passage.output_kind
+        what = kind if shape is None else f"a tensor of shape {shape}"
         raise InsertionError(f"{tap.module}: its {tap.side} is {what}; SE needs (N, C, H, W)")
     _, channels, height, width = shape
     divided = channels

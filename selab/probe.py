@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class Passage:
     """What went through a module in one forward pass: shapes of its first input and of its output, and its calls.
 
-    A value that is not a tensor has no shape and is None here; `kind` then names its type.
+    A value that is not a tensor has no shape and is None here; its kind then names its type.
     """
 
     calls: int = 0
     input_shape: tuple[int, ...] | None = None
     output_shape: tuple[int, ...] | None = None
+    input_kind: str = "not given by position"
     output_kind: str = ""
-    order: list[int] = field(default_factory=list)
 
 
 def passages(model: nn.Module, paths: Iterable[str], input_nchw: tuple[int, ...]) -> Mapping[str, Passage]:
@@ -75,7 +75,7 @@ def passages(model: nn.Module, paths: Iterable[str], input_nchw: tuple[int, ...]
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__}: forward fails with an input of shape {tuple(input_nchw)}: {first_line(error)}; "
-            "pass the shape that the network expects"
+            "give the shape that the network expects (input_nchw, --resolution)"
         ) from error
     return seen
 
@@ -86,6 +86,7 @@ def _recorder(passage: Passage):  # type: ignore[no-untyped-def]
         first = args[0] if args else None
         passage.input_shape = tuple(first.shape) if isinstance(first, Tensor) else None
         passage.output_shape = tuple(output.shape) if isinstance(output, Tensor) else None
+        passage.input_kind = type(first).__name__ if args else "not given by position"
         passage.output_kind = type(output).__name__
 
     return record
@@ -94,4 +95,4 @@ def _recorder(passage: Passage):  # type: ignore[no-untyped-def]
 def first_line(error: BaseException) -> str:
     """An exception's message as one line, or its type where it has none."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

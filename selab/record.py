@@ -114,7 +114,7 @@ class Cost(Frozen, frozen=True, kw_only=True):
         bytes: compulsory traffic of a forward pass: each operator's inputs read once, outputs written once.
         activations: elements of all convolution outputs (Radosavovic et al., arXiv 2003.13678).
         by_operator: operator name to its share.
-        by_module: module path to its own share, without that of its children.
+        by_module: module path to its own share, without that of its children; empty unless it was asked for.
         unknown: operators without a counting rule, with the number of calls; their cost is not in the totals.
     """
 
@@ -196,7 +196,7 @@ class Latency(Frozen, frozen=True, kw_only=True):
         method: `wall` on the CPU; `eager_wall`, `eager_event` or `graph` on a GPU. Never mixed.
         statistic: the sample statistic of the headline, `floor` (CPU) or `typical` (GPU).
         mode: whether the networks were in `train` or `eval` mode in this phase.
-        difference_s: variant minus baseline, in seconds per call.
+        difference_s: the median of variant minus baseline over adjacent pairs, in seconds per call.
         control_floor: the largest |ratio - 1| + half-width that a baseline showed against a second instance of itself.
         verdict: what may be said, in words.
         verdict_kind: the same for programs.
@@ -309,13 +309,26 @@ class Insertion(Frozen, frozen=True, kw_only=True):
 
 
 class Record(Frozen, frozen=True, kw_only=True):
-    """One profile: a variant and its baseline, counted and measured on one machine under one workload."""
+    """One profile: a variant and its baseline, counted and measured on one machine under one workload.
+
+    Attributes:
+        origin: the TOML that the variant stands in, if it is a user's own; empty for those that are installed.
+        baseline_origin: the same of the baseline.
+        facts_hash: of both networks' facts; another one than today's means that the record is stale.
+        command: the command line that asks for the same again.
+        complete: whether everything that was asked for is there.
+        latency: the headline; on a CPU one thread, or as many as were asked for.
+        latency_all_cores: on a CPU the row beside it, measured as with `--quick`.
+        gpu_methods: on a GPU every method's figures, the headline's among them.
+    """
 
     schema: str
     selab: str
     kind: Literal["profile", "count"]
     arch: str
     baseline: str | None
+    origin: str
+    baseline_origin: str
     facts_hash: str
     created: str
     command: str
@@ -326,9 +339,9 @@ class Record(Frozen, frozen=True, kw_only=True):
     cost: Cost
     baseline_cost: Cost | None = None
     insertions: tuple[Insertion, ...] = ()
-    latency: dict[str, Latency] = {}
-    latency_all_cores: dict[str, Latency] = {}
-    gpu_methods: dict[str, dict[str, Latency]] = {}
+    latency: dict[Phase, Latency] = {}
+    latency_all_cores: dict[Phase, Latency] = {}
+    gpu_methods: dict[Phase, dict[str, Latency]] = {}
     memory: Memory | None = None
     baseline_memory: Memory | None = None
     warnings: tuple[str, ...] = ()

@@ -46,6 +46,14 @@ def squeeze_width(channels: int, reduction: int, divisor: int = 1) -> int:
     return rounded + divisor if rounded < 0.9 * width else rounded
 
 
+def check_init(init: str, gate: str, *, bias: bool) -> None:
+    """Raises InsertionError where a block cannot start like this."""
+    if init not in ("he", "identity"):
+        raise InsertionError(f"init {init!r}: allowed: he, identity")
+    if init == "identity" and gate == "relu" and not bias:
+        raise InsertionError("init 'identity' with gate 'relu' needs bias=True: a ReLU is one only through its bias")
+
+
 class Squeeze(nn.Module):
     """mean(x) or max(x) over height and width: (N, C, H, W) → (N, C).
 

@@ -83,7 +83,8 @@ class Variant(Frozen, frozen=True, kw_only=True):
     Attributes:
         builder: `package.module:callable`, called with `num_classes` and `arguments`.
         baseline: the variant that this one is compared with; None for a baseline.
-        origin: the file that says so.
+        origin: the file that says so, for messages.
+        file: its path if it is a user's own; empty for the families that are installed.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
     published: tuple[Published, ...]
     note: str
     origin: str
+    file: str
 
     @property
     def facts_hash(self) -> str:
@@ -107,12 +109,18 @@ class Variant(Frozen, frozen=True, kw_only=True):
         return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:12]
 
 
-def parse_family(text: str, *, origin: str) -> dict[str, Variant]:
+def pair_hash(variant: Variant, baseline: Variant | None) -> str:
+    """Of both networks' facts: a record whose hash differs from today's is stale."""
+    return variant.facts_hash + ("" if baseline is None else f"-{baseline.facts_hash}")
+
+
+def parse_family(text: str, *, origin: str, file: str = "") -> dict[str, Variant]:
     """Reads a family's TOML.
 
     Args:
         text: the file's content.
         origin: the file's name, for messages.
+        file: its path, if it is a user's own.
 
     Raises:
         SpecError: malformed TOML, unknown key, wrong type, missing source, or a baseline that is not there; the message
@@ -130,10 +138,12 @@ def parse_family(text: str, *, origin: str) -> dict[str, Variant]:
         raise SpecError(f"{origin}: builder: {family.builder!r} is not of the form 'package.module:callable'")
     _check_positive(family.input_chw, origin=origin, key="input_chw")
     _check_positive((family.num_classes,), origin=origin, key="num_classes")
-    return {name: _variant(name, table, family, tables, origin) for name, table in tables.items()}
+    return {name: _variant(name, table, family, tables, origin, file) for name, table in tables.items()}
 
 
-def _variant(name: str, table: object, family: _FamilyTable, tables: dict[str, object], origin: str) -> Variant:
+def _variant(
+    name: str, table: object, family: _FamilyTable, tables: dict[str, object], origin: str, file: str
+) -> Variant:
     key = f"variants.{name}"
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise SpecError(f"{origin}: {key}: a variant's name is lower-case letters, digits and _")
@@ -164,6 +174,7 @@ def _variant(name: str, table: object, family: _FamilyTable, tables: dict[str, o
         published=facts.published,
         note=facts.note,
         origin=origin,
+        file=file,
     )
 
 
@@ -218,7 +229,19 @@ def read_family(path: Path) -> dict[str, Variant]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SpecError(f"{path}: cannot be read: {reason}") from None
-    return parse_family(text, origin=str(path))
+    return parse_family(text, origin=str(path), file=str(path))
+
+
+def se_facts(**keys: object) -> SEFacts:
+    """The facts of an SE block from keyword arguments, as strictly as from a TOML.
+
+    Raises:
+        SpecError: an unknown key, a wrong type, or a value that is not allowed; the message names the key.
+    """
+    facts = _convert(keys, SEFacts, origin="SE", key="")
+    _check_positive((facts.reduction,), origin="SE", key="reduction")
+    _check_positive((facts.divisor,), origin="SE", key="divisor")
+    return facts
 
 
 def as_builtins(variant: Variant) -> dict[str, Any]:

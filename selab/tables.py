@@ -1,76 +1,17 @@
-"""Records and published numbers → tables, as text for a terminal and as Markdown for a file.
-
-A `Grid` is a table before it has a look; the functions that make one are here, and one function per look.
-"""
+"""Records and published numbers → tables."""
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
-
-import msgspec
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 
 from selab import catalog, units
-from selab.errors import RecordError, UnknownNameError, nearest
-from selab.record import Cost, Insertion, Latency, Machine, Memory, Phase, Record, from_json
-from selab.spec import Metric, Published, Variant
-from selab.verdict import check
+from selab.errors import RecordError, SelabError, UnknownNameError, nearest
+from selab.grid import Grid
+from selab.record import Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
+from selab.spec import Metric, Published, Variant, pair_hash
 
 NONE = "–"
 PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "forward_backward": "forward+backward"}
-
-
-def _width(lines: Sequence[Sequence[str]]) -> int:
-    """Of a table as a terminal shows it: the widest line of each column, and two between them."""
-    columns = zip(*lines, strict=True)
-    return sum(max(len(line) for cell in column for line in cell.split("\n")) + 2 for column in columns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A table: the first column is words, the others are numbers, aligned right; notes stand under it."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-    words: frozenset[int] = frozenset({0})
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As a terminal shows it. Too narrow a one gets headers and intervals on two lines, then folded words."""
-        lines = [self.columns, *self.rows]
-        if _width(lines) > options.max_width:
-            lines = [tuple(head if i in self.words else head.replace(" ", "\n") for i, head in enumerate(self.columns))]
-            lines += [
-                tuple(cell if i in self.words else cell.replace(" [", "\n[") for i, cell in enumerate(row))
-                for row in self.rows
-            ]
-        whole = _width(lines) <= options.max_width
-        table = Table(title=self.title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
-        table.padding = (0, 1, 0, 0)
-        for index, column in enumerate(lines[0]):
-            words = index in self.words
-            table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=whole and not words)
-        for row in lines[1:]:
-            table.add_row(*row)
-        yield table
-        yield from self.notes
-
-    def markdown(self) -> str:
-        """As a Markdown table."""
-        align = ["---" if index in self.words else "---:" for index in range(len(self.columns))]
-        lines = [self.columns, align, *self.rows]
-        cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-        notes = "".join(f"\n\n{note}" for note in self.notes)
-        return f"### {self.title}\n\n" + "\n".join(cells) + notes + "\n"
-
-    def as_builtins(self) -> dict[str, object]:
-        """For `--json`."""
-        return {"title": self.title, "columns": self.columns, "rows": self.rows, "notes": self.notes}
 
 
 # ---------------------------------------------------------------------------------------------------- one architecture
@@ -129,10 +70,10 @@ def _latencies(record: Record) -> list[tuple[str, Latency]]:
     for group in (record.latency, record.latency_all_cores):
         for phase, latency in group.items():
             where = "" if record.workload.device != "cpu" else f", {latency.threads} thr"
-            found.append((PHASE_NAMES[phase] + where, latency))  # type: ignore[index]
+            found.append((PHASE_NAMES[phase] + where, latency))
     for phase, methods in record.gpu_methods.items():
         found += [
-            (f"{PHASE_NAMES[phase]}, {method}", latency)  # type: ignore[index]
+            (f"{PHASE_NAMES[phase]}, {method}", latency)
             for method, latency in methods.items()
             if latency != record.latency.get(phase)
         ]
@@ -166,12 +107,12 @@ def published(variant: Variant | None, metric: Metric) -> Published | None:
     return next((one for one in variant.published if one.metric == metric), None) if variant else None
 
 
-def _workload_title(record: Record) -> str:
-    work = record.workload
+def _workload_title(work: Workload) -> str:
     size = "×".join(map(str, work.input_chw))
-    layout = ", channels last" if work.memory_format == "channels_last" else ""
-    compiled = ", compiled" if work.compiled else ""
-    return f"batch {work.batch}, {size}, {work.dtype}{layout}{compiled}, {work.device}"
+    parts = [f"batch {work.batch}", size, work.dtype, "channels last" if work.memory_format == "channels_last" else ""]
+    parts += ["compiled" if work.compiled else "", f"{work.mode} mode" if work.mode != "auto" else "", work.device]
+    parts += [f"{work.threads} threads" if work.device == "cpu" and work.threads > 1 else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def profile_grid(record: Record) -> Grid:
@@ -180,13 +121,13 @@ def profile_grid(record: Record) -> Grid:
     rows = _cost_rows(record.cost, record.baseline_cost, _COST_ROWS)
     rows += [_latency_row(latency, label=label) for label, latency in _latencies(record)]
     rows += _memory_rows(record.memory, record.baseline_memory)
-    notes = []
+    notes = ["counted before torch.compile, which fuses operators"] if record.workload.compiled else []
     if variant is not None:
         rows += _published_rows(variant, baseline)
         sources = {f"{one.source}, {one.where}" for one in variant.published if one.metric.startswith("top")}
         notes += [f"published: {'; '.join(sorted(sources))}"] if sources else []
     return Grid(
-        title=f"{record.arch} against {record.baseline} ({_workload_title(record)})",
+        title=f"{record.arch} against {record.baseline} ({_workload_title(record.workload)})",
         columns=("", "base", "variant", "difference", "change"),
         rows=tuple(rows),
         notes=tuple(notes),
@@ -194,17 +135,28 @@ def profile_grid(record: Record) -> Grid:
 
 
 def _variants(record: Record) -> tuple[Variant | None, Variant | None]:
-    known = catalog.installed()
-    return known.get(record.arch), known.get(record.baseline or "")
+    """The facts of a record's two networks as they are today; None where they are not to be had any more."""
+
+    def facts(name: str | None, file: str) -> Variant | None:
+        if name is None:
+            return None
+        try:
+            return catalog.find(f"{file}:{name}" if file else name)
+        except SelabError:
+            return None
+
+    return facts(record.arch, record.origin), facts(record.baseline, record.baseline_origin)
+
+
+def _is_own_baseline(record: Record) -> bool:
+    variant, _ = _variants(record)
+    return variant is not None and record.baseline == variant.baseline
 
 
 def is_stale(record: Record) -> bool:
     """Whether the catalog's facts have changed since the record was made."""
     variant, baseline = _variants(record)
-    if variant is None:
-        return False
-    now = variant.facts_hash + ("" if record.baseline is None or baseline is None else f"-{baseline.facts_hash}")
-    return now != record.facts_hash
+    return variant is not None and pair_hash(variant, baseline) != record.facts_hash
 
 
 def stage_grid(cost: Cost) -> Grid:
@@ -260,8 +212,8 @@ def single_count_grid(record: Record) -> Grid:
     notes = tuple(f"no rule for {name} ({calls} calls): not in the totals" for name, calls in cost.unknown.items())
     against = f" against {record.baseline}" if record.baseline else ""
     return Grid(
-        title=f"{record.arch}{against} ({_workload_title(record)})",
-        columns=("", "base", "network", "difference", "change"),
+        title=f"{record.arch}{against} ({_workload_title(record.workload)})",
+        columns=("", "base", "variant", "difference", "change"),
         rows=tuple(rows),
         notes=notes,
     )
@@ -300,7 +252,9 @@ def counters_grid(cost: Cost) -> Grid:
         if counter.uncounted:
             listed = ", ".join(f"{op} ({calls})" for op, calls in sorted(counter.uncounted.items()))
             notes.append(f"{counter.name} does not count: {listed}")
-    return Grid(title="Other counters", columns=("", "amount", "unit"), rows=tuple(rows), notes=tuple(notes))
+    return Grid(
+        title="Other counters", columns=("", "amount", "unit"), rows=tuple(rows), notes=tuple(dict.fromkeys(notes))
+    )
 
 
 # ------------------------------------------------------------------------------------------------- facts of a variant
@@ -358,40 +312,6 @@ def published_grid(variant: Variant) -> Grid:
 
 
 # ------------------------------------------------------------------------------------------------------ tables by name
-
-
-def read_records(folder: Path) -> list[Record]:
-    """All records in a machine's folder, checked against their own raw samples; interrupted ones are left out.
-
-    Raises:
-        RecordError: a file is no record, or its figures are not those of its samples.
-    """
-    paths = sorted(folder.glob("*.json"))
-    return [read_record(path) for path in paths if not path.name.endswith(".partial.json")]
-
-
-def read_record(path: Path) -> Record:
-    """One record, checked against its own raw samples.
-
-    Raises:
-        RecordError: as `read_records`.
-    """
-    try:
-        record = from_json(path.read_bytes(), where=str(path))
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return msgspec.structs.replace(
-            record,
-            latency={phase: check(one) for phase, one in record.latency.items()},
-            latency_all_cores={phase: check(one) for phase, one in record.latency_all_cores.items()},
-            gpu_methods={
-                phase: {method: check(one) for method, one in methods.items()}
-                for phase, methods in record.gpu_methods.items()
-            },
-        )
-    except RecordError as error:
-        raise RecordError(f"{path}: {error}") from None
 
 
 def printed_equals(value: float, printed: str) -> bool:
@@ -469,14 +389,16 @@ def check_one_machine(records: Sequence[Record]) -> None:
 
 
 def _by_workload(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """By the whole workload, whose title tells all of it."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(_workload_title(record), []).append(record)
+        groups.setdefault(_workload_title(record.workload), []).append(record)
     return groups
 
 
 def _name(record: Record) -> str:
-    return record.arch + (" (stale)" if is_stale(record) else "")
+    against = "" if _is_own_baseline(record) else f" against {record.baseline}"
+    return record.arch + against + (" (stale)" if is_stale(record) else "")
 
 
 def latency_grids(records: Sequence[Record]) -> list[Grid]:
@@ -492,7 +414,7 @@ def latency_grids(records: Sequence[Record]) -> list[Grid]:
         for record in group:
             for label, latency in _latencies(record):
                 rows.setdefault(label, []).append((_name(record), *_ratio_cells(latency)))
-        columns = ("", "base", "SE", "ratio", "95 % interval", "verdict")
+        columns = ("", "base", "variant", "ratio", "95 % interval", "verdict")
         grids += [
             Grid(title=f"{label} ({work})", columns=columns, rows=tuple(lines), words=frozenset({0, 5}))
             for label, lines in rows.items()
@@ -508,6 +430,7 @@ def added_grids(records: Sequence[Record]) -> list[Grid]:
     """
     check_one_machine(records)
     machine = records[0].machine
+    own = [record for record in records if _is_own_baseline(record)]
     columns = ("", "params", "MACs", "bytes", "forward", "forward+backward", "saved for backward", "top-1 error")
     return [
         Grid(
@@ -520,7 +443,7 @@ def added_grids(records: Sequence[Record]) -> list[Grid]:
                 + ", 95 % intervals in brackets. MACs by the convention `paper`. Top-1 error as published, in points.",
             ),
         )
-        for work, group in _by_workload(records).items()
+        for work, group in _by_workload(own).items()
     ]
 
 
@@ -529,17 +452,21 @@ def _added_row(record: Record) -> tuple[str, ...]:
     figures = [NONE] * 3
     if base is not None:
         pairs = ((cost.params, base.params), (cost.macs.paper, base.macs.paper), (cost.bytes, base.bytes))
-        figures = [units.percent(ours / theirs - 1) for ours, theirs in pairs]
-    saved = [memory and memory.saved_for_backward_bytes for memory in (record.memory, record.baseline_memory)]
+        figures = [_relative(ours, theirs) for ours, theirs in pairs]
+    saved = [memory.saved_for_backward_bytes if memory else None for memory in (record.memory, record.baseline_memory)]
     ours, theirs = (published(variant, "top1_error_pct") for variant in _variants(record))
     return (
         _name(record),
         *figures,
         _change(record.latency.get("forward")),
         _change(record.latency.get("forward_backward")),
-        units.percent(saved[0] / saved[1] - 1) if saved[0] and saved[1] else NONE,
+        _relative(*saved),
         f"{ours.value - theirs.value:+.2f}" if ours is not None and theirs is not None else NONE,
     )
+
+
+def _relative(ours: float | None, theirs: float | None) -> str:
+    return NONE if ours is None or not theirs else units.percent(ours / theirs - 1)
 
 
 def _change(latency: Latency | None) -> str:
@@ -565,7 +492,7 @@ def _ratio_cells(latency: Latency) -> tuple[str, str, str, str, str]:
 
 def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
     """The mobile networks: cost, measured ratio of a forward pass, and published error, base and SE in turn."""
-    measured = {record.arch: record for record in records if record.kind == "profile"}
+    measured = {record.arch: record for record in records if _is_plain(record)}
     rows = []
     for baseline, variant in _pairs(_PAPER_3):
         for one in (baseline, variant):
@@ -583,10 +510,33 @@ def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
                 )
             )
     columns = ("", "params", "MACs, paper", "bytes", "forward", "top-1 error")
-    return Grid(title="Mobile networks", columns=columns, rows=tuple(rows))
+    machines = {record.machine.gpu or record.machine.cpu for record in measured.values()}
+    note = "forward: SE against base, batch 1, fp32"
+    note += (
+        f", on {', '.join(machines)}, 95 % intervals in brackets"
+        if machines
+        else ": no records were given (--profiles)"
+    )
+    return Grid(title="Mobile networks", columns=columns, rows=tuple(rows), notes=(note,))
+
+
+def _is_plain(record: Record) -> bool:
+    """Whether a record is of the workload that needs no words: its own baseline, one image, fp32, one CPU thread."""
+    work = record.workload
+    plain = (work.batch, work.dtype, work.memory_format, work.mode, work.compiled) == (
+        1,
+        "fp32",
+        "contiguous",
+        "auto",
+        False,
+    )
+    variant, _ = _variants(record)
+    size = variant is not None and work.input_chw == variant.input_chw
+    return record.kind == "profile" and plain and size and work.threads == 1 and _is_own_baseline(record)
 
 
 REPORT = "report"
+_WITHOUT_RECORDS = ("mobile", "paper-2", "paper-3")
 NAMES = ("added", "mobile", "paper-2", "paper-3", "latency")
 
 
@@ -612,7 +562,8 @@ def named_grids(name: str, costs: dict[str, Cost], records: Sequence[Record]) ->
     """
     check_name(name)
     if name == REPORT:
-        return [grid for one in NAMES for grid in named_grids(one, costs, records)]
+        names = NAMES if any(record.kind == "profile" for record in records) else _WITHOUT_RECORDS
+        return [grid for one in names for grid in named_grids(one, costs, records)]
     if name == "mobile":
         return [mobile_grid(costs, records)]
     if name.startswith("paper-"):

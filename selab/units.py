@@ -53,6 +53,11 @@ def percent(fraction: float, *, decimals: int = 2) -> str:
     return f"{fraction * 100:+.{decimals}f} %"
 
 
+def share(fraction: float, *, decimals: int = 1) -> str:
+    """0.15 → `15.0 %`; no sign, for this is a part or a width."""
+    return f"{fraction * 100:.{decimals}f} %"
+
+
 def decimals_for(half_width: float) -> int:
     """How many decimals a percentage deserves whose 95 % half-width is this fraction: one beyond its first digit."""
     if not half_width or not math.isfinite(half_width):

@@ -231,7 +231,8 @@ def _dispersion(logs: dict[str, list[float]]) -> list[Flag]:
     arm = max(spreads, key=lambda name: spreads[name])
     if spreads[arm] <= _DISPERSION:
         return []
-    detail = f"the {arm}'s samples spread by {spreads[arm]:.1%} (robust deviation); quiet the machine and measure again"
+    spread = units.share(spreads[arm])
+    detail = f"the {arm}'s samples spread by {spread} (robust deviation); quiet the machine and measure again"
     return [Flag(name="dispersion", detail=detail)]
 
 
@@ -256,9 +257,9 @@ def _drift(logs: dict[str, list[float]], ratios: Sequence[float]) -> list[Flag]:
     ratio, ratio_error = _shift([(one + other) / 2 for one, other in zip(ratios[0::2], ratios[1::2], strict=True)])
     found = []
     if abs(level) > max(_LEVEL_DRIFT, _SURE * level_error):
-        found.append(f"the baseline's time changed by {math.expm1(level):+.1%}")
+        found.append(f"the baseline's time changed by {units.percent(math.expm1(level), decimals=1)}")
     if abs(ratio) > max(_RATIO_DRIFT, _SURE * ratio_error):
-        found.append(f"the ratio changed by {math.expm1(ratio):+.1%}")
+        found.append(f"the ratio changed by {units.percent(math.expm1(ratio), decimals=1)}")
     if not found:
         return []
     detail = (
@@ -275,7 +276,7 @@ def _order_effect(ratios: Sequence[float]) -> list[Flag]:
         return []
     word = "slower" if effect > 0 else "faster"
     detail = (
-        f"the second sample of a pair is {abs(math.expm1(effect)):.1%} {word} than the first; "
+        f"the second sample of a pair is {units.share(abs(math.expm1(effect)))} {word} than the first; "
         "the orders balance it, but the interval is wider for it: let the machine cool, or measure longer"
     )
     return [Flag(name="order_effect", detail=detail)]
@@ -440,7 +441,8 @@ def _estimated(runs: Sequence[Run], statistic: Statistic) -> tuple[Estimate | No
     if half <= WIDEST_HALF_WIDTH:
         return found, []
     elapsed_s = sum(run.elapsed_s for run in runs)
-    reason = f"the interval is ±{half:.1%} of the ratio after {elapsed_s:.3g} s, more than ±{WIDEST_HALF_WIDTH:.0%}"
+    widest = units.share(WIDEST_HALF_WIDTH, decimals=0)
+    reason = f"the interval is ±{units.share(half)} of the ratio after {elapsed_s:.3g} s, more than ±{widest}"
     return found, [f"{reason}; quiet the machine or raise the budget"]
 
 
@@ -452,7 +454,8 @@ def _controlled(controls: Sequence[Run], statistic: Statistic) -> tuple[float | 
         return None, [f"control: {short}"]
     if floor <= WIDEST_HALF_WIDTH:
         return floor, []
-    reason = f"control: the baseline against itself shows up to {floor:.1%}, more than {WIDEST_HALF_WIDTH:.0%}"
+    widest = units.share(WIDEST_HALF_WIDTH, decimals=0)
+    reason = f"control: the baseline against itself shows up to {units.share(floor)}, more than {widest}"
     return floor, [f"{reason}; quiet the machine"]
 
 

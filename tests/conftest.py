@@ -81,16 +81,16 @@ def toy(tmp_path):
 @pytest.fixture
 def hasty(monkeypatch):
     """Measurements that last milliseconds: what is tested is what happens, not how well it is measured."""
-    from selab import profiling
+    from selab import profiling, request, workers
 
-    patient = profiling.plan_of
-    monkeypatch.setattr(
-        profiling,
-        "plan_of",
-        lambda request, workload: replace(
-            patient(request, workload), warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.2
-        ),
-    )
+    patient = request.plan_of
+
+    def hasty(asked, workload):
+        plan = patient(asked, workload)
+        return replace(plan, warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.2)
+
+    for module in (profiling, workers):
+        monkeypatch.setattr(module, "plan_of", hasty)
 
 
 @pytest.fixture

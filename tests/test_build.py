@@ -42,7 +42,7 @@ se = { sites = "0", bias = true, reduction = 2 }
 """
     for old, new in changes.items():
         text = text.replace(old, new)
-    return parse_family(text, origin=str(tmp_path / "toy.toml"))
+    return parse_family(text, origin="toy.toml", file=str(tmp_path / "toy.toml"))
 
 
 @pytest.fixture(autouse=True)

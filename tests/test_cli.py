@@ -228,13 +228,48 @@ class TestProfile:
 
     @pytest.mark.parametrize(
         ("variant", "message"),
-        [("nan", "variant: its output holds NaN"), ("broken", "the toy is broken")],
+        [("nan", "toy.toml:nan: its output holds NaN"), ("broken", "toy.toml: variants.broken: ")],
     )
     def test_networks_that_cannot_be_measured(self, selab, toy, tmp_path, variant, message):
         status, _, error = selab("profile", "--arch", f"{toy}:{variant}", "--out", tmp_path / "r")
         assert status == 1
         assert message in one_line(error)
         assert not list((tmp_path / "r").rglob("*.json"))
+
+    def test_a_phase_that_fails_in_training_is_a_row(self, selab, toy, tmp_path):
+        toy.write_text(toy.read_text().replace("[3, 16, 16]", "[3, 5, 5]"))
+        module = toy.with_name("toy_networks.py")
+        module.write_text(module.read_text().replace("nn.Linear(16 * 12 * 12", "nn.BatchNorm1d(16), nn.Linear(16"))
+        status, out, error = selab("profile", "--arch", f"{toy}:se_toy", "--threads", 1, "--out", tmp_path / "r")
+        assert status == 0, error
+        assert "backward, 1 thr: no result: backward in train mode fails: Expected more than 1 value" in " ".join(
+            out.split()
+        )
+        assert "memory of se_toy: a pass for the memory fails" in " ".join(out.split())
+
+    def test_outputs_are_tried_before_anything_is_measured(self, selab, toy, tmp_path):
+        words = ["profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r"]
+        for option in ("--svg", "--json"):
+            status, _, error = selab(*words, option, tmp_path)
+            assert status == 1
+            assert "is a folder; name a file in it" in one_line(error)
+        assert not (tmp_path / "r").exists()
+
+    def test_another_baseline_has_its_own_record(self, selab, toy, tmp_path):
+        words = ["profile", "--threads", 1, "--phase", "forward", "--out", tmp_path / "r", "--arch", f"{toy}:se_toy"]
+        assert selab(*words)[0] == 0
+        assert selab(*words, "--baseline", f"{toy}:se_toy")[0] == 0
+        names = sorted(path.name.split(".")[0] for path in (tmp_path / "r").rglob("*.json"))
+        assert names == ["se_toy", "se_toy-vs-se_toy"]
+
+    def test_the_command_repeats_the_record(self, selab, toy, tmp_path):
+        words = ["--batch", 2, "--threads", 1, "--phase", "forward", "--channels-last", "--seed", 3]
+        found = json.loads(
+            selab("profile", "--arch", f"{toy}:se_toy", *words, "--out", tmp_path / "r", "--json", "-")[1]
+        )
+        assert found["command"].startswith(f"selab profile --arch {toy}:se_toy ")
+        asked = set(found["command"].split()[4:])
+        assert asked == set(map(str, words))
 
     def test_interrupted_in_process(self, selab, toy, tmp_path):
         status, _, error = selab("profile", "--arch", f"{toy}:slow", "--threads", 1, "--out", tmp_path / "r")
@@ -279,7 +314,9 @@ class TestMistakes:
             (["table", "papper-2"], "no such table; did you mean paper-2"),
             (["table", "latency"], "no records"),
             (["table", "latency", "--profiles", "/no/such"], "is no folder"),
-            (["show", "resnet_50"], "did you mean resnet50"),
+            (["show", "resnet_50"], "show resnet_50: no such architecture; did you mean resnet50"),
+            (["profile", "--arch", "se_mobilenet", "--baseline", "small_cn"], "--baseline small_cn: no such"),
+            (["count", "--arch", "se_small_cnn", "--resolution", "64"], "give the shape that the network expects"),
         ],
     )
     def test_one_clear_line(self, selab, words, message):
@@ -329,7 +366,7 @@ class TestMistakes:
         (tmp_path / "file").write_text("in the way")
         status, _, error = selab("profile", "--arch", "se_small_cnn", "--out", tmp_path / "file" / "r")
         assert status == 1
-        assert "cannot be written: Not a directory; give --out" in one_line(error)
+        assert "cannot be written: Not a directory; name a folder that can" in one_line(error)
 
     def test_a_reader_that_leaves(self):
         done = subprocess.run(

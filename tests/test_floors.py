@@ -9,10 +9,10 @@ ROOT = Path(__file__).parent.parent / "selab"
 
 FLOORS = [
     {"errors", "units", "stats"},
-    {"spec", "record", "catalog", "verdict"},
+    {"spec", "record", "catalog", "verdict", "store", "grid"},
     {"se", "sites", "insert", "build", "probe"},
     {"measure"},
-    {"profiling", "tables"},
+    {"request", "workers", "profiling", "tables"},
     {"cli"},
 ]
 TORCH_FREE = {"cli"} | FLOORS[0] | FLOORS[1]

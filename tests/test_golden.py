@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from selab import tables
+from selab import store, tables
 from selab.build import build
 from selab.catalog import find
 from selab.measure.counts import count
@@ -43,7 +43,7 @@ def test_costs_are_those_of_today_s_counter(root):
 def test_records_are_complete_fresh_and_those_of_their_samples(root):
     for path in committed(root):
         if path.parent.parent.name == "profiles" and path.name != "aa.json":
-            record = tables.read_record(path)
+            record = store.read_record(path)
             assert record.complete, path.name
             assert not tables.is_stale(record), path.name
 
@@ -55,6 +55,6 @@ def test_tables_in_the_readme_are_rendered(root, name):
     if found is None:
         pytest.skip(f"README.md shows no table {name}")
     (folder,) = [path for path in (root / "profiles").iterdir() if path.is_dir()][:1]
-    records = tables.read_records(folder)
+    records = store.read_records(folder)
     body = tables.page(name, tables.named_grids(name, counted(tables.costs_needed(name)), records), records)
     assert tables.spliced(text, name, body, where="README.md") == text

@@ -7,8 +7,8 @@ from torch import nn
 
 from selab import catalog
 from selab.build import build
-from selab.errors import InsertionError, ModelError
-from selab.insert import check_blocks_run, insert_se, plan_se, remove_se
+from selab.errors import InsertionError, ModelError, SelabError
+from selab.insert import check_blocks_run, insert_se, remove_se
 from selab.probe import meta_twin
 from selab.se import SqueezeExcitation
 from selab.spec import SEFacts
@@ -118,7 +118,7 @@ class TestDryRun:
         model = residual_net()
         before = {key: value.clone() for key, value in model.state_dict().items()}
         facts = SEFacts(sites="residual", bias=True)
-        plan = plan_se(model, facts, CHW)
+        plan = insert_se(model, facts, input_nchw=CHW, dry_run=True)
         assert not blocks(model)
         assert dict.fromkeys(before, True) == {k: torch.equal(v, before[k]) for k, v in model.state_dict().items()}
         assert [item.path for item in plan[:4]] == ["stage2.0", "stage2.1", "stage2.2", "stage3.0"]
@@ -245,7 +245,7 @@ class TestRefusals:
             insert_se(model, "0", input_nchw=(2, 3, 8))
 
     def test_wrong_input_says_so(self, foreign):
-        with pytest.raises(ModelError, match="pass the shape that the network expects"):
+        with pytest.raises(ModelError, match="give the shape that the network expects"):
             insert_se(foreign, "stem", input_nchw=(1, 4, 32, 32))
 
     def test_a_block_that_never_runs_is_refused(self, foreign):
@@ -255,6 +255,38 @@ class TestRefusals:
         with pytest.raises(InsertionError, match="forgotten"):
             insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
         assert len(blocks(foreign)) == 1, "the insertion is undone"
+
+    def test_a_failure_leaves_earlier_blocks(self, foreign):
+        insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
+        structure = repr(foreign)
+        with pytest.raises(AttributeError):
+            insert_se(foreign, "layers.*", reduction=4, input_nchw=CHW, optimizer="adam")
+        assert repr(foreign) == structure
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"placement": "befor"}, "placement: invalid enum value 'befor'; allowed: standard, pre, post"),
+            ({"squeeze_from": "blok"}, "squeeze_from: invalid enum value 'blok'; allowed: site, block_input"),
+            ({"gate": "sigmiod"}, "gate: invalid enum value 'sigmiod'; allowed: sigmoid"),
+            ({"reduction": 2.5}, "reduction: expected int, got float"),
+            ({"reduction": 0}, "reduction: 0; must be at least 1"),
+            ({"init": "idd"}, "init 'idd': allowed: he, identity"),
+        ],
+    )
+    def test_nonsense_is_refused_in_a_dry_run_as_well(self, foreign, options, message):
+        for dry_run in (True, False):
+            with pytest.raises(SelabError, match=message):
+                insert_se(foreign, "stem", input_nchw=CHW, dry_run=dry_run, **({"reduction": 4} | options))
+
+    def test_an_input_given_by_keyword_cannot_be_gated(self):
+        class ByKeyword(Foreign):
+            def forward(self, x):
+                return self.head(self.layers(self.stem(input=x)).mean((2, 3)))
+
+        foreign = ByKeyword()
+        with pytest.raises(InsertionError, match="stem: its input is not given by position"):
+            insert_se(foreign, "stem", placement="pre", reduction=2, input_nchw=CHW)
 
 
 class TestSurvival:

@@ -133,7 +133,7 @@ def test_the_whole_gpu_path_on_a_fake_device(monkeypatch):
     monkeypatch.setattr(latency, "phase_call", lambda prepared, phase, capture=False: gpu.call)
     monkeypatch.setattr(latency, "captured", lambda call: call)
     cuda = workload(device="cuda")
-    nets = latency.Networks(baseline=None, again=None, variant=None, workload=cuda)
+    nets = latency.Networks(baseline=None, again=None, variant=None, workload=cuda, cores=2)
     plan = Plan(budget_s=5.0)  # of the fake clock
     found = measure_phase(nets, "forward", plan, clock=gpu.clock)
     assert set(found) == {"eager_wall", "eager_event", "graph"}

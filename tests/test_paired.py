@@ -72,21 +72,20 @@ def sampling(diary, warmup_calls):
 # ------------------------------------------------------------------------------------------------------------- samples
 
 
-def test_wall_arm_times_each_call_with_its_synchronization_and_without_its_preparation():
+def test_wall_arm_times_each_call_with_its_synchronization():
     clock = FakeClock()
     durations = iter([0.005, 0.001, 0.003, 0.002])
     arm = WallArm(
         call=lambda: clock.spend(next(durations)),
         clock=clock,
         synchronize=lambda: clock.spend(0.010),
-        prepare=lambda: clock.spend(1.0),
     )
     assert arm.settle() == pytest.approx(0.015)
     sample = arm.sample(3)["wall"]
     assert sample.floor_s == pytest.approx(0.011)
     assert sample.typical_s == pytest.approx(0.012)
     assert sample.mean_s == pytest.approx(0.012)
-    assert clock.now == pytest.approx(4 * 1.010 + 0.011)
+    assert clock.now == pytest.approx(4 * 0.010 + 0.011)
 
 
 def test_a_window_has_one_figure_for_all_statistics():

@@ -93,7 +93,7 @@ class Broken(nn.Module):
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        ("raise", ModelError, r"toy: forward fails with an input of shape \(2, 3, 8, 8\): no such$"),
+        ("raise", ModelError, r"toy: forward with an input of shape \(2, 3, 8, 8\) fails: no such$"),
         ("nan", ModelError, "toy: its output holds NaN or infinity"),
         ("none", ModelError, "returns no floating-point tensor"),
         ("ints", ModelError, "returns no floating-point tensor"),
@@ -111,9 +111,15 @@ def test_nothing_to_differentiate():
         phase_call(prepare(model, WORKLOAD), "backward")
 
 
-def test_other_errors_pass_untranslated():
-    with pytest.raises(ValueError, match="mine"), translated_errors():
-        raise ValueError("mine")
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DeviceError("mine"), AssertionError("mine")])
+def test_other_errors_pass_untranslated(error):
+    with pytest.raises(type(error)), translated_errors("this"):
+        raise error
+
+
+def test_what_fails_is_named():
+    with pytest.raises(ModelError, match=r"^this fails: more than 1 value$"), translated_errors("this"):
+        raise ValueError("more than 1 value")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

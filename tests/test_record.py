@@ -2,15 +2,15 @@ import msgspec
 import pytest
 
 from selab import record
-from selab.catalog import find
 from selab.errors import RecordError
-from selab.profiling import count_record, save
-from selab.tables import printed_equals, read_record, spliced
+from selab.profiling import count_record
+from selab.store import read_record, save
+from selab.tables import printed_equals, spliced
 
 
 @pytest.fixture(scope="module")
 def counted():
-    return count_record(find("se_small_cnn"), batch=2)
+    return count_record("se_small_cnn", batch=2)
 
 
 def test_json_and_back(counted):
@@ -60,7 +60,7 @@ def test_saved_whole_or_not_at_all(counted, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RecordError, match="cannot be written: No space left on device; nothing was changed"):
+    with pytest.raises(RecordError, match="cannot be written: No space left on device; the file is as it was"):
         save(counted, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == ["b.json"]

@@ -238,7 +238,7 @@ def test_summary_of_a_slower_variant():
     ("runs", "controls", "reason", "has_ratio"),
     [
         ([simulated(1.03, seed=1, quads=7)], None, "14 pairs in 4 s, 20 are needed", False),
-        ([simulated(1.03, seed=1, noise=0.2)], None, "more than ±5%", True),
+        ([simulated(1.03, seed=1, noise=0.2)], None, "more than ±5 %", True),
         ([simulated(1.03, seed=1)], [], "control: no control run", True),
         ([simulated(1.03, seed=1)], [simulated(1.0, seed=2, quads=3)], "control: 6 pairs", True),
         ([simulated(1.20, seed=1)], [simulated(1.06, seed=2)], "control: the baseline against itself shows", True),

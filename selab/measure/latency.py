@@ -1,6 +1,5 @@
 """Latency of a variant against its baseline: networks become arms, the paired sampler times them, controls frame it."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,7 +11,7 @@ import msgspec
 import torch
 from torch import nn
 
-from selab.measure.machine import GpuMonitor, contention_flags, read_cpu, threads_and_affinity
+from selab.measure.machine import GpuMonitor, available_cores, contention_flags, read_cpu, threads_and_affinity
 from selab.measure.paired import (
     Arm,
     Clock,
@@ -24,7 +23,7 @@ from selab.measure.paired import (
     measure,
     measure_control,
 )
-from selab.measure.passes import Call, Prepared, check_output, phase_call, prepare, translated_errors
+from selab.measure.passes import Call, Prepared, check_output, mode_of, phase_call, prepare, translated_errors
 from selab.record import Flag, Frozen, Phase, Run, Workload
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "forward_backward")
@@ -43,16 +42,28 @@ class RawPhase(Frozen, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """Baseline, a second instance of it for the control, and the variant: private copies, ready to run."""
+    """Baseline, a second instance of it for the control, and the variant: private copies, ready to run.
+
+    Attributes:
+        cores: that this process could use before it was pinned.
+    """
 
     baseline: Prepared
     again: Prepared
     variant: Prepared
     workload: Workload
+    cores: int
 
 
 @contextmanager
-def networks(baseline: nn.Module, variant: nn.Module, workload: Workload, *, seed: int = 0) -> Iterator[Networks]:
+def networks(
+    baseline: nn.Module,
+    variant: nn.Module,
+    workload: Workload,
+    *,
+    seed: int = 0,
+    names: tuple[str, str] = ("baseline", "variant"),
+) -> Iterator[Networks]:
     """Copies both networks to where they will run and checks what they return; the models are left as they are.
 
     Threads and affinity are as the workload says while the block runs, and random numbers are its own.
@@ -62,6 +73,7 @@ def networks(baseline: nn.Module, variant: nn.Module, workload: Workload, *, see
         variant: arm B.
         workload: of both.
         seed: of the input, the same for both.
+        names: what to call the two in messages.
 
     Raises:
         DeviceError: no such device.
@@ -70,13 +82,14 @@ def networks(baseline: nn.Module, variant: nn.Module, workload: Workload, *, see
     """
     on_gpu = workload.device == "cuda"
     place = nullcontext() if on_gpu else threads_and_affinity(workload.threads)
+    cores = available_cores()
     devices = range(torch.cuda.device_count()) if on_gpu and torch.cuda.is_available() else []
     with place, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         made = [prepare(model, workload, seed=seed) for model in (baseline, baseline, variant)]
-        for prepared, name in zip(made, ("baseline", "baseline", "variant"), strict=True):
+        for prepared, name in zip(made, (names[0], *names), strict=True):
             check_output(prepared, name)
-        yield Networks(baseline=made[0], again=made[1], variant=made[2], workload=workload)
+        yield Networks(baseline=made[0], again=made[1], variant=made[2], workload=workload, cores=cores)
 
 
 def measure_phase(
@@ -108,7 +121,7 @@ def measure_phase(
         OutOfMemoryError: the pass does not fit.
         ModelError: there is nothing to differentiate.
     """
-    with translated_errors():
+    with translated_errors(f"{phase} in {mode_of(phase, nets.workload)} mode"):
         if nets.workload.device == "cpu":
             return _measured(nets, phase, plan, _cpu_arm(clock), seed=seed, clock=clock, progress=progress)
         return _on_gpu(nets, phase, plan, seed=seed, cold=cold, clock=clock, progress=progress)
@@ -134,7 +147,7 @@ def _measured(
 ) -> dict[str, RawPhase]:
     """Control, comparison, control, with the machine watched around each."""
     baseline, again = arm_of(nets.baseline, phase), arm_of(nets.again, phase)
-    watch = _Watch(nets.workload)
+    watch = _Watch(nets)
 
     def control(number: int) -> dict[str, Run]:
         runs = measure_control(
@@ -176,10 +189,9 @@ def _labelled(progress: ProgressOf | None, label: str) -> Callable[[Progress], o
 class _Watch:
     """Reads the kernel's counters around a run and flags what others did meanwhile."""
 
-    def __init__(self, workload: Workload) -> None:
-        self._threads = workload.threads if workload.device == "cpu" else 1
-        # Affinity may be narrowed to one core by now, so the machine's own number is asked for.
-        self._cores = os.cpu_count() or 1
+    def __init__(self, nets: Networks) -> None:
+        self._threads = nets.workload.threads if nets.workload.device == "cpu" else 1
+        self._cores = nets.cores
         self.restart()
 
     def restart(self) -> None:

@@ -1,6 +1,7 @@
 """What is measured on, and what disturbs it: facts for the record, readings for the flags."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -23,7 +24,7 @@ _LIBRARIES = ("torch", "numpy", "fvcore", "thop", "triton")
 def machine(device: Device = "cpu") -> Machine:
     """Describes this machine, with the versions that decide a latency. No host name, no path."""
     cpu = _cpu_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     on_gpu = device == "cuda" and torch.cuda.is_available()
     gpu = torch.cuda.get_device_name() if on_gpu else None
     return Machine(
@@ -40,6 +41,13 @@ def machine(device: Device = "cpu") -> Machine:
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         quota_cores=_quota_cores(),
     )
+
+
+def available_cores() -> int:
+    """Logical processors that this process may use: by its affinity and, rounded up, by its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota_cores()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def _slug(name: str) -> str:

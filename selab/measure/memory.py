@@ -34,7 +34,7 @@ def memory(model: nn.Module, workload: Workload, *, seed: int = 0) -> Memory:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if workload.device == "cuda" else []):
         try:
             prepared = prepare(model, workload, seed=seed)
-            with translated_errors():
+            with translated_errors("a pass for the memory"):
                 found["peak_forward_bytes"] = _peak(prepared, "forward")
                 found["saved_for_backward_bytes"] = saved_for_backward(prepared)
                 found["peak_forward_backward_bytes"] = _peak(prepared, "forward_backward")

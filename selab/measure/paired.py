@@ -66,20 +66,16 @@ class WallArm:
         call: what is timed; what it returns is dropped.
         clock: seconds, monotone.
         synchronize: waits until the call's work is done; part of the time.
-        prepare: runs untimed before each call (a forward pass, where the backward pass is timed).
         method: the name of this way of timing.
     """
 
     call: Callable[[], object]
     clock: Clock = time.perf_counter
     synchronize: Callable[[], object] | None = None
-    prepare: Callable[[], object] | None = None
     method: str = "wall"
 
     def settle(self) -> float:
         """One call; its seconds."""
-        if self.prepare is not None:
-            self.prepare()
         start = self.clock()
         self.call()
         if self.synchronize is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from selab.errors import DeviceError, ModelError, OutOfMemoryError
+from selab.errors import DeviceError, ModelError, OutOfMemoryError, SelabError
 from selab.probe import first_line
 from selab.record import Phase, Workload
 
@@ -67,7 +67,7 @@ def prepare(model: nn.Module, workload: Workload, *, seed: int = 0) -> Prepared:
     """
     check_device(workload.device)
     memory_format = torch.channels_last if workload.memory_format == "channels_last" else torch.contiguous_format
-    with translated_errors():
+    with translated_errors("preparing the network"):
         network = copy.deepcopy(model).to(workload.device)
         if workload.memory_format == "channels_last":
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -91,13 +91,9 @@ def check_output(prepared: Prepared, name: str) -> None:
         OutOfMemoryError: the pass does not fit.
     """
     prepared.network.eval()
-    try:
-        with translated_errors(), torch.inference_mode(), prepared.autocast():
-            outputs = output_tensors(prepared.run(prepared.input))
-    except (SyntaxError, AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
-        raise ModelError(
-            f"{name}: forward fails with an input of shape {_shape(prepared)}: {first_line(error)}"
-        ) from error
+    what = f"{name}: forward with an input of shape {_shape(prepared)}"
+    with translated_errors(what), torch.inference_mode(), prepared.autocast():
+        outputs = output_tensors(prepared.run(prepared.input))
     if not outputs:
         raise ModelError(f"{name}: forward returns no floating-point tensor, so there is nothing to measure")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
@@ -150,12 +146,23 @@ def phase_call(prepared: Prepared, phase: Phase, *, capture: bool = False) -> Ca
 
 
 class translated_errors(AbstractContextManager[None]):  # noqa: N801 - used like a function, as contextlib's own
-    """Turns torch's out-of-memory errors, which are plain RuntimeErrors on the CPU, into OutOfMemoryError."""
+    """Turns what torch and a network raise into one line: OutOfMemoryError or ModelError.
+
+    On the CPU torch tells that memory is exhausted by a plain RuntimeError.
+
+    Args:
+        what: what was tried, for the message.
+    """
+
+    def __init__(self, what: str = "this workload") -> None:
+        self._what = what
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Translates what belongs here; everything else passes."""
-        if error is None or isinstance(error, OutOfMemoryError):
+        if error is None or isinstance(error, SelabError):
             return
         text = first_line(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            raise OutOfMemoryError(f"out of memory: {text}; use a smaller --batch or resolution") from error
+            raise OutOfMemoryError(f"out of memory: {text}; use a smaller --batch or --resolution") from error
+        if isinstance(error, (RuntimeError, ValueError, TypeError, AttributeError, LookupError)):
+            raise ModelError(f"{self._what} fails: {text}") from error

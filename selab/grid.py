@@ -1,0 +1,57 @@
+"""A table before it has a look, and its looks: a terminal's, Markdown's, JSON's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """Of a table as a terminal shows it: the widest line of each column, and two between them."""
+    columns = zip(*lines, strict=True)
+    return sum(max(len(line) for cell in column for line in cell.split("\n")) + 2 for column in columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A table: the first column is words, the others are numbers, aligned right; notes stand under it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    words: frozenset[int] = frozenset({0})
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """As a terminal shows it. Too narrow a one gets headers and intervals on two lines, then folded words."""
+        lines = [self.columns, *self.rows]
+        if _width(lines) > options.max_width:
+            lines = [tuple(head if i in self.words else head.replace(" ", "\n") for i, head in enumerate(self.columns))]
+            lines += [
+                tuple(cell if i in self.words else cell.replace(" [", "\n[") for i, cell in enumerate(row))
+                for row in self.rows
+            ]
+        whole = _width(lines) <= options.max_width
+        table = Table(title=self.title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
+        table.padding = (0, 1, 0, 0)
+        for index, column in enumerate(lines[0]):
+            words = index in self.words
+            table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=whole and not words)
+        for row in lines[1:]:
+            table.add_row(*row)
+        yield table
+        yield from self.notes
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        align = ["---" if index in self.words else "---:" for index in range(len(self.columns))]
+        lines = [self.columns, align, *self.rows]
+        cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        notes = "".join(f"\n\n{note}" for note in self.notes)
+        return f"### {self.title}\n\n" + "\n".join(cells) + notes + "\n"
+
+    def as_builtins(self) -> dict[str, object]:
+        """For `--json`."""
+        return {"title": self.title, "columns": self.columns, "rows": self.rows, "notes": self.notes}

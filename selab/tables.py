@@ -54,9 +54,8 @@ def _latency_row(latency: Latency, *, label: str) -> tuple[str, ...]:
     if latency.error or latency.baseline_s is None or latency.variant_s is None:
         return (label, NONE, NONE, NONE, "no result")
     base, variant = units.seconds(latency.baseline_s), units.seconds(latency.variant_s)
-    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
+    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None or latency.difference_s is None:
         return (label, base, variant, NONE, "no result")
-    assert latency.difference_s is not None
     half = (latency.ratio_high - latency.ratio_low) / 2
     change = units.percent(latency.ratio - 1, decimals=units.decimals_for(half))
     shown = {"no_result": "no result", "undecided": "not shown", "equal": "equal"}.get(latency.verdict_kind, change)
@@ -98,13 +97,18 @@ def _published_rows(variant: Variant, baseline: Variant | None) -> list[tuple[st
         if ours is None:
             continue
         difference = NONE if theirs is None else f"{ours.value - theirs.value:+.2f} pp"
-        rows.append((label, NONE if theirs is None else f"{theirs.value:g} %", f"{ours.value:g} %", difference, ""))
+        rows.append((label, NONE if theirs is None else _points(theirs), _points(ours), difference, ""))
     return rows
 
 
 def published(variant: Variant | None, metric: Metric) -> Published | None:
     """A variant's published number for a metric, if there is one."""
     return next((one for one in variant.published if one.metric == metric), None) if variant else None
+
+
+def _points(one: Published) -> str:
+    """An error rate as it was printed, where the text is known."""
+    return f"{one.printed or f'{one.value:g}'} %"
 
 
 def _workload_title(work: Workload) -> str:
@@ -368,7 +372,7 @@ def paper_grid(number: int, costs: dict[str, Cost]) -> Grid:
             cells += [one.printed or units.count(one.value), units.count(value), mark]
             remarks += [f"{variant.name}, {metric}: {one.note}"] if one.note else []
         top1 = published(variant, "top1_error_pct")
-        cells.append(NONE if top1 is None else f"{top1.value:g} %")
+        cells.append(NONE if top1 is None else _points(top1))
         rows.append(tuple(cells))
     headers = [header for metric in metrics for header in (f"{_HEADERS[metric]} printed", "counted", "")]
     notes = (
@@ -506,7 +510,7 @@ def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
                     units.count(cost.macs.paper),
                     units.size(cost.bytes),
                     _change(forward),
-                    NONE if top1 is None else f"{top1.value:g} %",
+                    NONE if top1 is None else _points(top1),
                 )
             )
     columns = ("", "params", "MACs, paper", "bytes", "forward", "top-1 error")

@@ -19,7 +19,8 @@ from selab.catalog import find
 from selab.measure.machine import contention_flags, machine, read_cpu, threads_and_affinity
 from selab.measure.paired import Plan, WallArm, measure, measure_control
 from selab.measure.passes import phase_call, prepare
-from selab.profiling import Request, workload_of, write_atomically
+from selab.request import Request, workload_of
+from selab.store import write_atomically
 from selab.units import percent
 
 SLOWER = 0.02

@@ -317,6 +317,8 @@ def table(
 
     costs = counted(tables.costs_needed(name))
     grids = tables.named_grids(name, costs, records)
+    if name == tables.REPORT and profiles is not None:
+        grids += tables.acceptance_grids(*store.read_acceptance(profiles))
     if json_to is not None or look is TableFormat.json:
         return _write_json([grid.as_builtins() for grid in grids], json_to or out or Path("-"))
     if look is TableFormat.rich and out is None and into is None:

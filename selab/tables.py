@@ -7,7 +7,18 @@ from operator import attrgetter
 from selab import catalog, units
 from selab.errors import RecordError, SelabError, UnknownNameError, nearest
 from selab.grid import Grid
-from selab.record import Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
+from selab.record import (
+    Cost,
+    CountingTime,
+    Insertion,
+    Latency,
+    LiveAcceptance,
+    Machine,
+    Memory,
+    Phase,
+    Record,
+    Workload,
+)
 from selab.spec import Metric, Published, Variant, pair_hash
 
 NONE = "–"
@@ -576,6 +587,30 @@ def named_grids(name: str, costs: dict[str, Cost], records: Sequence[Record]) ->
     if not profiles:
         raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
     return latency_grids(profiles) if name == "latency" else added_grids(profiles)
+
+
+def acceptance_grids(live: LiveAcceptance | None, counting: CountingTime | None) -> list[Grid]:
+    """How far this machine's ratios can be trusted, and how long counting takes on it."""
+    grids = []
+    if live is not None:
+        rows = (
+            ("median |ratio − 1| of a network against itself", units.share(live.median_error, decimals=2)),
+            ("95th percentile of the same", units.share(live.p95_error, decimals=2)),
+            ("intervals that hold 1", f"{live.intervals_holding_one} of {live.trials}"),
+            (
+                f"slowed by {units.share(live.slower_by_calibration, decimals=2)} and found slower",
+                f"{live.slower_detected} of {live.slower_trials}",
+            ),
+        )
+        notes = tuple(f"flag {flag.name}: {flag.detail}" for flag in live.flags)
+        title = f"Live acceptance: {live.arch}, trials of {live.seconds_per_trial:g} s"
+        grids.append(Grid(title=title, columns=("", "measured"), rows=rows, notes=notes))
+    if counting is not None:
+        lines = tuple((name, *_ratio_cells(latency)) for name, latency in counting.comparisons.items())
+        columns = ("", "ours, batch 1", "this", "ratio", "95 % interval", "verdict")
+        title = f"Time to count {counting.arch}"
+        grids.append(Grid(title=title, columns=columns, rows=lines, words=frozenset({0, 5})))
+    return grids
 
 
 def page(name: str, grids: Sequence[Grid], records: Sequence[Record]) -> str:

@@ -496,13 +496,15 @@ def _change(latency: Latency | None) -> str:
 
 
 def _ratio_cells(latency: Latency) -> tuple[str, str, str, str, str]:
+    flags = ", ".join(flag.name for flag in latency.flags)
+    verdict = latency.verdict + (f" (flags: {flags})" if flags else "")
     if latency.baseline_s is None or latency.variant_s is None:
-        return (NONE, NONE, NONE, NONE, latency.verdict)
+        return (NONE, NONE, NONE, NONE, verdict)
     times = (units.seconds(latency.baseline_s), units.seconds(latency.variant_s))
     if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
-        return (*times, NONE, NONE, latency.verdict)
+        return (*times, NONE, NONE, verdict)
     interval = f"[{latency.ratio_low:.4f}, {latency.ratio_high:.4f}]"
-    return (*times, f"{latency.ratio:.4f}", interval, latency.verdict)
+    return (*times, f"{latency.ratio:.4f}", interval, verdict)
 
 
 def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:

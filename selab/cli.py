@@ -222,10 +222,14 @@ def profile(
     mode: Mode = Mode.auto,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     phase: Annotated[list[Phase] | None, typer.Option(help="Measure only this; repeat it for several.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="±1 % within 15 s a phase instead of ±0.5 % in 60 s.")] = False,
-    budget: Annotated[float | None, typer.Option(min=0.1, help="Seconds of sampling a phase.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Stop at ±1 % or after 15 s of sampling, instead of ±0.5 % or 60 s.")
+    ] = False,
+    budget: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds of sampling for each phase; its two controls take half each.")
+    ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; by default 1, with all cores beside.")
+        int | None, typer.Option(min=1, help="CPU threads; by default 1, and beside it a quick row on all cores.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes per figure; 3 for what you publish.")] = 1,
     cold: Annotated[bool, typer.Option("--cold", help="On a GPU: flush the L2 cache before each call.")] = False,
@@ -313,6 +317,8 @@ def table(
 
     costs = counted(tables.costs_needed(name))
     grids = tables.named_grids(name, costs, records)
+    if name == tables.REPORT and profiles is not None:
+        grids += tables.acceptance_grids(*store.read_acceptance(profiles))
     if json_to is not None or look is TableFormat.json:
         return _write_json([grid.as_builtins() for grid in grids], json_to or out or Path("-"))
     if look is TableFormat.rich and out is None and into is None:
@@ -371,10 +377,10 @@ def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Pa
     from selab.store import write_atomically
     from selab.tables import profile_grid, stage_grid, verdict_lines
 
-    if json_to is not None and str(json_to) == "-":
+    alone = str(json_to) == "-"
+    if alone:
         sys.stdout.buffer.write(to_json(record))
-        return
-    consoles = [_console()]
+    consoles = [Console(file=io.StringIO()) if alone else _console()]
     if svg is not None:
         consoles.append(Console(record=True, width=88, file=io.StringIO(), force_terminal=True))
     for console in consoles:
@@ -388,13 +394,17 @@ def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Pa
         console.print(f"\nrecord: {_plain(str(path))}", highlight=False, soft_wrap=True)
     if svg is not None:
         write_atomically(svg, consoles[1].export_svg(title=record.command).encode())
-    if json_to is not None:
+    if json_to is not None and not alone:
         write_atomically(json_to, to_json(record))
 
 
 @contextmanager
 def _reporting(console: "Console") -> Iterator[Callable[[str, "Progress | None"], None]]:
-    """Progress on standard error: a live line on a terminal, otherwise one line per stage."""
+    """Progress on standard error: a live line on a terminal, otherwise one line per stage.
+
+    The live line is drawn only when it is told something, which is between samples: a thread that turned a spinner
+    would run beside what is measured.
+    """
     seen: set[str] = set()
 
     def say(label: str, _state: "Progress | None") -> None:
@@ -405,12 +415,15 @@ def _reporting(console: "Console") -> Iterator[Callable[[str, "Progress | None"]
     if not console.is_terminal:
         yield say
         return
-    with console.status("starting") as status:
+    from rich.live import Live
+    from rich.text import Text
 
-        def live(label: str, state: "Progress | None") -> None:
-            status.update(_plain(label if state is None else f"{label}: {_describe(state)}"))
+    with Live(console=console, auto_refresh=False, transient=True) as line:
 
-        yield live
+        def draw(label: str, state: "Progress | None") -> None:
+            line.update(Text(label if state is None else f"{label}: {_describe(state)}"), refresh=True)
+
+        yield draw
 
 
 def _describe(state: "Progress") -> str:

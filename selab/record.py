@@ -347,6 +347,43 @@ class Record(Frozen, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
+class LiveAcceptance(Frozen, frozen=True, kw_only=True):
+    """A network against itself, and against itself slowed down, measured live on one machine.
+
+    Attributes:
+        median_error: of |ratio - 1| where the truth is one, and its 95th percentile.
+        intervals_holding_one: of `trials`.
+        slower_by_calibration: by how much the second kind was slowed down, as timed apart.
+        slower_detected: trials of `slower_trials` whose verdict was `slower`.
+        same: ratio, low and high of each trial of the first kind.
+        slowed: of the second kind, with the control floor and the verdict.
+    """
+
+    kind: Literal["aa"]
+    machine: Machine
+    arch: str
+    trials: int
+    seconds_per_trial: float
+    median_error: float
+    p95_error: float
+    intervals_holding_one: int
+    slower_by_calibration: float
+    slower_detected: int
+    slower_trials: int
+    flags: tuple[Flag, ...]
+    same: tuple[tuple[float, float, float], ...]
+    slowed: tuple[tuple[float | None, float | None, float | None, float | None, VerdictKind], ...]
+
+
+class CountingTime(Frozen, frozen=True, kw_only=True):
+    """How long other ways of counting a network take against ours at batch 1; by their names."""
+
+    kind: Literal["counting"]
+    arch: str
+    machine: Machine
+    comparisons: dict[str, Latency]
+
+
 _NUMBERS = re.compile(rb"\[\s*((?:-?\d[\d.eE+-]*,?\s*)+)\]")
 
 

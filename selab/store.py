@@ -10,10 +10,11 @@ from typing import TypeVar
 import msgspec
 
 from selab.errors import RecordError
-from selab.record import Latency, Record, from_json, to_json
+from selab.record import CountingTime, Latency, LiveAcceptance, Record, from_json, to_json
 from selab.verdict import check
 
 _K = TypeVar("_K", bound=str)
+_T = TypeVar("_T")
 
 
 def record_path(out: Path, *, machine: str, arch: str, against: str | None, workload: str) -> Path:
@@ -126,6 +127,25 @@ def read_record(path: Path) -> Record:
         )
     except RecordError as error:
         raise RecordError(f"{path}: {error}") from None
+
+
+def read_acceptance(folder: Path) -> tuple[LiveAcceptance | None, CountingTime | None]:
+    """What `nox -s aa` and `nox -s bench_counts` left in a machine's folder; None where they were not run.
+
+    Raises:
+        RecordError: a file is not what it should be.
+    """
+
+    def read(name: str, kind: type[_T]) -> _T | None:
+        path = folder / "acceptance" / name
+        if not path.exists():
+            return None
+        try:
+            return msgspec.json.decode(read_text(path), type=kind)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise RecordError(f"{path}: {error}; measure again") from None
+
+    return read("aa.json", LiveAcceptance), read("counts.json", CountingTime)
 
 
 def _checked(latencies: Mapping[_K, Latency]) -> dict[_K, Latency]:

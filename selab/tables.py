@@ -7,7 +7,18 @@ from operator import attrgetter
 from selab import catalog, units
 from selab.errors import RecordError, SelabError, UnknownNameError, nearest
 from selab.grid import Grid
-from selab.record import Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
+from selab.record import (
+    Cost,
+    CountingTime,
+    Insertion,
+    Latency,
+    LiveAcceptance,
+    Machine,
+    Memory,
+    Phase,
+    Record,
+    Workload,
+)
 from selab.spec import Metric, Published, Variant, pair_hash
 
 NONE = "–"
@@ -54,9 +65,8 @@ def _latency_row(latency: Latency, *, label: str) -> tuple[str, ...]:
     if latency.error or latency.baseline_s is None or latency.variant_s is None:
         return (label, NONE, NONE, NONE, "no result")
     base, variant = units.seconds(latency.baseline_s), units.seconds(latency.variant_s)
-    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
+    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None or latency.difference_s is None:
         return (label, base, variant, NONE, "no result")
-    assert latency.difference_s is not None
     half = (latency.ratio_high - latency.ratio_low) / 2
     change = units.percent(latency.ratio - 1, decimals=units.decimals_for(half))
     shown = {"no_result": "no result", "undecided": "not shown", "equal": "equal"}.get(latency.verdict_kind, change)
@@ -98,13 +108,18 @@ def _published_rows(variant: Variant, baseline: Variant | None) -> list[tuple[st
         if ours is None:
             continue
         difference = NONE if theirs is None else f"{ours.value - theirs.value:+.2f} pp"
-        rows.append((label, NONE if theirs is None else f"{theirs.value:g} %", f"{ours.value:g} %", difference, ""))
+        rows.append((label, NONE if theirs is None else _points(theirs), _points(ours), difference, ""))
     return rows
 
 
 def published(variant: Variant | None, metric: Metric) -> Published | None:
     """A variant's published number for a metric, if there is one."""
     return next((one for one in variant.published if one.metric == metric), None) if variant else None
+
+
+def _points(one: Published) -> str:
+    """An error rate as it was printed, where the text is known."""
+    return f"{one.printed or f'{one.value:g}'} %"
 
 
 def _workload_title(work: Workload) -> str:
@@ -368,7 +383,7 @@ def paper_grid(number: int, costs: dict[str, Cost]) -> Grid:
             cells += [one.printed or units.count(one.value), units.count(value), mark]
             remarks += [f"{variant.name}, {metric}: {one.note}"] if one.note else []
         top1 = published(variant, "top1_error_pct")
-        cells.append(NONE if top1 is None else f"{top1.value:g} %")
+        cells.append(NONE if top1 is None else _points(top1))
         rows.append(tuple(cells))
     headers = [header for metric in metrics for header in (f"{_HEADERS[metric]} printed", "counted", "")]
     notes = (
@@ -481,13 +496,15 @@ def _change(latency: Latency | None) -> str:
 
 
 def _ratio_cells(latency: Latency) -> tuple[str, str, str, str, str]:
+    flags = ", ".join(flag.name for flag in latency.flags)
+    verdict = latency.verdict + (f" (flags: {flags})" if flags else "")
     if latency.baseline_s is None or latency.variant_s is None:
-        return (NONE, NONE, NONE, NONE, latency.verdict)
+        return (NONE, NONE, NONE, NONE, verdict)
     times = (units.seconds(latency.baseline_s), units.seconds(latency.variant_s))
     if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
-        return (*times, NONE, NONE, latency.verdict)
+        return (*times, NONE, NONE, verdict)
     interval = f"[{latency.ratio_low:.4f}, {latency.ratio_high:.4f}]"
-    return (*times, f"{latency.ratio:.4f}", interval, latency.verdict)
+    return (*times, f"{latency.ratio:.4f}", interval, verdict)
 
 
 def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
@@ -506,7 +523,7 @@ def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
                     units.count(cost.macs.paper),
                     units.size(cost.bytes),
                     _change(forward),
-                    NONE if top1 is None else f"{top1.value:g} %",
+                    NONE if top1 is None else _points(top1),
                 )
             )
     columns = ("", "params", "MACs, paper", "bytes", "forward", "top-1 error")
@@ -572,6 +589,30 @@ def named_grids(name: str, costs: dict[str, Cost], records: Sequence[Record]) ->
     if not profiles:
         raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
     return latency_grids(profiles) if name == "latency" else added_grids(profiles)
+
+
+def acceptance_grids(live: LiveAcceptance | None, counting: CountingTime | None) -> list[Grid]:
+    """How far this machine's ratios can be trusted, and how long counting takes on it."""
+    grids = []
+    if live is not None:
+        rows = (
+            ("median |ratio − 1| of a network against itself", units.share(live.median_error, decimals=2)),
+            ("95th percentile of the same", units.share(live.p95_error, decimals=2)),
+            ("intervals that hold 1", f"{live.intervals_holding_one} of {live.trials}"),
+            (
+                f"slowed by {units.share(live.slower_by_calibration, decimals=2)} and found slower",
+                f"{live.slower_detected} of {live.slower_trials}",
+            ),
+        )
+        notes = tuple(f"flag {flag.name}: {flag.detail}" for flag in live.flags)
+        title = f"Live acceptance: {live.arch}, trials of {live.seconds_per_trial:g} s"
+        grids.append(Grid(title=title, columns=("", "measured"), rows=rows, notes=notes))
+    if counting is not None:
+        lines = tuple((name, *_ratio_cells(latency)) for name, latency in counting.comparisons.items())
+        columns = ("", "ours, batch 1", "this", "ratio", "95 % interval", "verdict")
+        title = f"Time to count {counting.arch}"
+        grids.append(Grid(title=title, columns=columns, rows=lines, words=frozenset({0, 5})))
+    return grids
 
 
 def page(name: str, grids: Sequence[Grid], records: Sequence[Record]) -> str:

@@ -29,6 +29,7 @@ _LEVEL_DRIFT = 0.05
 _RATIO_DRIFT = 0.01
 _ORDER_EFFECT = 0.01
 _SURE = 4.0
+_CONTENTION = frozenset({"contention", "oversubscribed"})
 
 
 class InsufficientPairsError(SelabError):
@@ -459,6 +460,14 @@ def _controlled(controls: Sequence[Run], statistic: Statistic) -> tuple[float | 
     return floor, [f"{reason}; quiet the machine"]
 
 
+def _contended(runs: Sequence[Run], threads: int) -> list[str]:
+    """Several threads wait for the slowest of them, so a contended one decides the figure: that is no result."""
+    seen = {flag.name for run in runs for flag in run.flags} & _CONTENTION
+    if threads == 1 or not seen:
+        return []
+    return [f"{' and '.join(sorted(seen))} while {threads} threads were measured; stop other work, or use --threads 1"]
+
+
 def summarise(
     *,
     phase: Phase,
@@ -473,10 +482,10 @@ def summarise(
 ) -> Latency:
     """Raw runs and controls → a `Latency` with every figure, flag and the verdict.
 
-    There is no result if a run has fewer than 20 pairs, if the half-width exceeds 5 %, or if the control fails: none
-    was taken, one has fewer than 20 pairs, or its floor exceeds 5 %. What can be computed stands in the fields all the
-    same (the medians of two arms from the first quad on, ratio and interval from 20 pairs on), so that nothing is
-    hidden; `verdict_kind` says whether it may be quoted.
+    There is no result if a run has fewer than 20 pairs, if the half-width exceeds 5 %, if several threads were measured
+    under contention, or if the control fails: none was taken, one has fewer than 20 pairs, or its floor exceeds 5 %.
+    What can be computed stands in the fields all the same (the medians of two arms from the first quad on, ratio and
+    interval from 20 pairs on), so that nothing is hidden; `verdict_kind` says whether it may be quoted.
 
     Args:
         phase: what one call was.
@@ -499,7 +508,7 @@ def summarise(
     if runs or controls or not error:
         found, against = _estimated(runs, statistic)
         floor, failing = _controlled(controls, statistic)
-        reasons += against + failing
+        reasons += against + failing + _contended(runs, threads)
     if found is not None:
         difference = paired_difference_s(runs, statistic)
     if reasons or found is None or floor is None or difference is None:

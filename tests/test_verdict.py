@@ -281,6 +281,22 @@ def test_the_difference_has_the_sign_of_the_ratio_where_the_machine_drifts():
     assert verdict.paired_difference_s([run], "floor") == pytest.approx(0.004 * 0.015, rel=0.2)
 
 
+@pytest.mark.parametrize(("threads", "kind"), [(1, "slower"), (2, "no_result")])
+def test_several_threads_under_contention_give_no_result(threads, kind):
+    flagged = msgspec.structs.replace(simulated(1.03, seed=1), flags=(Flag(name="contention", detail="others"),))
+    latency = verdict.summarise(
+        phase="forward",
+        method="wall",
+        statistic="floor",
+        threads=threads,
+        mode="eval",
+        runs=[flagged],
+        controls=[simulated(1.0, seed=2)],
+    )
+    assert latency.verdict_kind == kind
+    assert ("while 2 threads were measured" in latency.verdict) == (threads == 2)
+
+
 def test_check_accepts_what_summarise_made_and_what_json_kept():
     latency = summary([simulated(1.03, seed=seed) for seed in range(3)])
     verdict.check(latency)

@@ -1,75 +1,97 @@
-"""How long counting takes: ours beside fvcore and thop, on SE-ResNet-152, in one interleaved run.
+"""How long counting takes: fvcore and thop against ours, on SE-ResNet-152, by the project's own paired measurement.
 
-    python tests/benchmarks/bench_counts.py [rounds]
-
-The other two run as their documentation shows, on a CPU model and a CPU image. thop runs on the meta device too. fvcore
-cannot (torch 2.13 loses the convolutions of a trace there), except as `selab.measure.counters` runs it.
+`python tests/benchmarks/bench_counts.py --out FILE` measures each of the others, and ours at other batches, against
+ours at batch 1; prints the ratios and writes them with their raw samples. The other two run as their documentation
+shows, on a CPU model and a CPU image; thop on the meta device too (fvcore cannot: torch 2.13 loses the convolutions of
+a trace there).
 """
 
+import argparse
+import copy
+import json
 import logging
-import statistics
-import sys
-import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import msgspec
 import torch
 
+from selab import verdict
 from selab.build import build
 from selab.catalog import find
-from selab.measure.counters import fvcore_counter
-from selab.measure.counts import count, trace
+from selab.measure.counts import count
+from selab.measure.machine import machine, threads_and_affinity
+from selab.measure.paired import Plan, WallArm, measure
 from selab.probe import meta_twin
+from selab.store import write_atomically
 
-BATCHES = (1, 4, 16, 64, 256)
+ARCH = "se_resnet152"
 
 
 def image(batch: int) -> tuple[int, ...]:
     return (batch, 3, 224, 224)
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds of sampling for each comparison")
+    options = parser.parse_args()
 
-
-def main(rounds: int) -> None:
     # fvcore 0.1.5 warns of torch.jit and of operators that it does not know; thop 0.1.1 of distutils.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     import thop
     from fvcore.nn import FlopCountAnalysis
 
-    model = build(find("se_resnet152")).model.eval()
+    model = build(find(ARCH)).model.eval()
+    for_thop = copy.deepcopy(model)  # it leaves buffers behind
     twin = meta_twin(model)
     pixels = torch.randn(image(1))
     meta_pixels = pixels.to("meta")
-    traced = trace(model, image(1), details=True)
-    calls: dict[str, Callable[[], object]] = {
-        **{f"selab, batch {batch}": lambda batch=batch: count(model, image(batch)) for batch in BATCHES},
-        "selab, batch 1, model on meta": lambda: count(twin, image(1)),
-        "fvcore, CPU": lambda: FlopCountAnalysis(model, pixels).total(),
-        "thop, CPU": lambda: thop.profile(model, (pixels,), verbose=False),
-        "thop, meta": lambda: thop.profile(twin, (meta_pixels,), verbose=False),
-        "fvcore, meta, as selab runs it": lambda: fvcore_counter(model, image(1), traced),
+
+    def ours(batch: int) -> WallArm:
+        return WallArm(call=lambda: count(model, image(batch)))
+
+    def other(call: Callable[[], object]) -> WallArm:
+        return WallArm(call=call)
+
+    arms = {
+        "thop, CPU": other(lambda: thop.profile(for_thop, (pixels,), verbose=False)),
+        "thop, meta": other(lambda: thop.profile(twin, (meta_pixels,), verbose=False)),
+        "fvcore, CPU": other(lambda: FlopCountAnalysis(model, pixels).total()),
+        **{f"ours, batch {batch}": ours(batch) for batch in (4, 16, 64, 256)},
     }
-    for call in calls.values():
-        call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in list(calls)[:: 1 if turn % 2 else -1]:
-            taken[name].append(seconds(calls[name]))
-    medians = {name: statistics.median(times) for name, times in taken.items()}
-    ours = medians["selab, batch 1"]
-    print(f"SE-ResNet-152, torch {torch.__version__}, {torch.get_num_threads()} threads, median of {rounds}")
-    for name, median in medians.items():
-        print(f"{name:32} {1e3 * median:8.1f} ms {median / ours:7.2f}x")
-    fastest = min(medians["fvcore, CPU"], medians["thop, CPU"])
-    print(f"the fastest of the others as documented / ours: {fastest / ours:.2f}")
-    flat = [medians[f"selab, batch {batch}"] / ours for batch in BATCHES]
-    print(f"ours, batch {BATCHES[0]} to {BATCHES[-1]}: {min(flat):.3f} to {max(flat):.3f} of batch 1")
+    plan = replace(Plan.for_cpu(), target_half_width=0.01, budget_s=options.budget)
+    threads = torch.get_num_threads()
+    found = {}
+    with threads_and_affinity(threads):
+        control = measure(ours(1), ours(1), plan, seed=1)["wall"]
+        for name, arm in arms.items():
+            run = measure(ours(1), arm, plan)["wall"]
+            found[name] = verdict.summarise(
+                phase="forward",
+                method="wall",
+                statistic="floor",
+                threads=threads,
+                mode="eval",
+                runs=[run],
+                controls=[control],
+                target_half_width=plan.target_half_width,
+            )
+    print(f"counting {ARCH}, time over ours at batch 1 ({1e3 * found['thop, CPU'].baseline_s:.1f} ms)")
+    for name, one in found.items():
+        print(f"{name:16} {one.ratio:6.3f} [{one.ratio_low:.3f}, {one.ratio_high:.3f}]  {one.verdict_kind}")
+    result = {
+        "kind": "counting",
+        "arch": ARCH,
+        "machine": msgspec.to_builtins(machine()),
+        "comparisons": {name: msgspec.to_builtins(one) for name, one in found.items()},
+    }
+    write_atomically(options.out, (json.dumps(result) + "\n").encode())
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)
+    main()

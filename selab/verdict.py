@@ -515,6 +515,8 @@ def summarise(
         verdict = no_result(reasons)
     else:
         verdict = sentence(found, floor, difference)
+        if len(runs) == 1:
+            verdict = Verdict(kind=verdict.kind, text=f"{verdict.text}; in one process")
     return Latency(
         phase=phase,
         method=method,

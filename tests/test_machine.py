@@ -14,8 +14,8 @@ def test_a_machine_tells_what_decides_a_latency_and_nothing_private():
     assert os.uname().nodename not in repr(here)
 
 
-def reading(at, busy=0.0, stolen=0.0, own=0.0):
-    return CpuReading(at_s=at, busy_s=busy, stolen_s=stolen, own_s=own)
+def reading(at, busy=0.0, stolen=0.0, own=0.0, faults=0):
+    return CpuReading(at_s=at, busy_s=busy, stolen_s=stolen, own_s=own, page_faults=faults)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,8 @@ def reading(at, busy=0.0, stolen=0.0, own=0.0):
         (reading(10, busy=25, own=20), 2, ["contention"]),
         (reading(10, busy=10, own=10, stolen=0.5), 1, ["stolen_time"]),
         (reading(10, busy=20, own=20), 4, ["oversubscribed"]),
+        (reading(10, busy=10, own=10, faults=90_000), 1, []),
+        (reading(10, busy=10, own=10, faults=900_000), 1, ["page_faults"]),
     ],
 )
 def test_flags(after, threads, names):

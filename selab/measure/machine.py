@@ -18,6 +18,9 @@ import torch
 
 from selab.record import Device, Flag, Machine
 
+# A fault costs about a microsecond, so this many are a hundredth of the time.
+_MANY_FAULTS = 10_000
+
 _LIBRARIES = ("torch", "numpy", "fvcore", "thop", "triton")
 
 
@@ -102,12 +105,17 @@ def _read(path: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class CpuReading:
-    """Seconds since some moment: of the clock, of all processors' work, of work stolen by the host, of our own work."""
+    """Seconds since some moment: of the clock, of all processors' work, of work stolen by the host, of our own work.
+
+    Attributes:
+        page_faults: of this process, those that needed no disk.
+    """
 
     at_s: float
     busy_s: float
     stolen_s: float
     own_s: float
+    page_faults: int = 0
 
 
 def read_cpu() -> CpuReading | None:
@@ -123,6 +131,7 @@ def read_cpu() -> CpuReading | None:
         busy_s=user + nice + system + irq + softirq,
         stolen_s=steal,
         own_s=usage.ru_utime + usage.ru_stime,
+        page_faults=usage.ru_minflt,
     )
 
 
@@ -151,6 +160,13 @@ def contention_flags(before: CpuReading | None, after: CpuReading | None, *, thr
     elif others > 0.1:
         detail = f"other processes used {others:.2f} of {cores} cores beside the {threads} measured; caches were shared"
         flags.append(Flag(name="neighbours", detail=detail))
+    faults = (after.page_faults - before.page_faults) / elapsed
+    if faults > _MANY_FAULTS:
+        detail = (
+            f"{faults:.0f} page faults a second: the allocator gives memory back and takes it again, more in some "
+            "processes than in others; use --processes 3, or MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_"
+        )
+        flags.append(Flag(name="page_faults", detail=detail))
     if stolen > 0.02:
         detail = f"the host took {stolen:.2f} cores away; measure on a quieter host"
         flags.append(Flag(name="stolen_time", detail=detail))

@@ -492,7 +492,10 @@ def _change(latency: Latency | None) -> str:
         return "no result"
     decimals = units.decimals_for((latency.ratio_high - latency.ratio_low) / 2)
     low, high = ((bound - 1) * 100 for bound in (latency.ratio_low, latency.ratio_high))
-    return f"{units.percent(latency.ratio - 1, decimals=decimals)} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    change = units.percent(latency.ratio - 1, decimals=decimals)
+    # Below the control floor the figure is the machine's own, so only what cannot be excluded is shown.
+    shown = "not shown" if latency.verdict_kind == "undecided" else change
+    return f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
 def _ratio_cells(latency: Latency) -> tuple[str, str, str, str, str]:

@@ -133,7 +133,17 @@ class Profile:
             gpu_methods=self.gpu_methods,
             memory=self.memory,
             baseline_memory=self.baseline_memory,
+            warnings=warnings_of(self.cost),
         )
+
+
+def warnings_of(cost: Cost) -> tuple[str, ...]:
+    """What a reader of these costs must know: operators that are not in them, counters that failed."""
+    unknown = [
+        f"no counting rule for {name} ({calls} calls): not in the totals" for name, calls in cost.unknown.items()
+    ]
+    failed = [f"{counter.name} failed: {counter.error}" for counter in cost.counters.values() if counter.error]
+    return (*unknown, *failed)
 
 
 def _method(workload: Workload, *, cold: bool = False) -> str:
@@ -230,4 +240,5 @@ def count_record(
         cost=costs[0],
         baseline_cost=costs[1] if len(costs) > 1 else None,
         insertions=insertions,
+        warnings=warnings_of(costs[0]),
     )

@@ -194,7 +194,7 @@ def stage_grid(cost: Cost) -> Grid:
 
 def verdict_lines(record: Record) -> list[str]:
     """One sentence per latency, and under it what the reader must know about it."""
-    lines = []
+    lines = [f"warning: {warning}" for warning in record.warnings]
     told: set[tuple[str, str]] = set()
     for label, latency in _latencies(record):
         lines.append(f"{label}: {latency.verdict}")
@@ -224,13 +224,12 @@ def single_count_grid(record: Record) -> Grid:
     """The table of `selab count` for one network, beside its baseline if it has one."""
     cost, base = record.cost, record.baseline_cost
     rows = _cost_rows(cost, base, (*_COST_ROWS, *_MORE_COST_ROWS))
-    notes = tuple(f"no rule for {name} ({calls} calls): not in the totals" for name, calls in cost.unknown.items())
     against = f" against {record.baseline}" if record.baseline else ""
     return Grid(
         title=f"{record.arch}{against} ({_workload_title(record.workload)})",
         columns=("", "base", "variant", "difference", "change"),
         rows=tuple(rows),
-        notes=notes,
+        notes=record.warnings,
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from selab import tables, verdict
 from selab.catalog import find
 from selab.errors import RecordError
-from selab.profiling import count_record
+from selab.profiling import count_record, warnings_of
 from selab.record import Quad, Run
 from selab.spec import pair_hash
 
@@ -62,6 +62,15 @@ def test_a_profile_shows_base_variant_and_difference(record):
 def test_a_verdict_line_for_each_latency(record):
     (line,) = tables.verdict_lines(record)
     assert line.startswith("forward, 1 thr: slower by ")
+
+
+def test_warnings_come_first(record):
+    odd = msgspec.structs.replace(record.cost, unknown={"aten.fft": 2})
+    (warning,) = warnings_of(odd)
+    assert warning == "no counting rule for aten.fft (2 calls): not in the totals"
+    warned = msgspec.structs.replace(record, warnings=(warning,))
+    assert tables.verdict_lines(warned)[0] == f"warning: {warning}"
+    assert tables.single_count_grid(warned).notes == (warning,)
 
 
 def test_workloads_do_not_share_a_table(record):

@@ -12,7 +12,7 @@ from selab import catalog, verdict
 from selab.build import build
 from selab.errors import ModelError, RecordError
 from selab.measure.counters import compare
-from selab.measure.counts import count
+from selab.measure.counts import cost_of, count, trace
 from selab.measure.latency import RawPhase
 from selab.measure.machine import machine
 from selab.measure.memory import memory
@@ -176,12 +176,13 @@ def _counted(
     shape = (workload.batch, *workload.input_chw)
     dtype = DTYPES[workload.dtype]
     try:
-        cost = count(model, shape, dtype=dtype)
+        traced = trace(model, shape, dtype=dtype, details=counters)
     except ModelError as error:
         raise ModelError(f"{variant.origin}: variants.{variant.name}: {error}") from error
+    cost = cost_of(model, traced)
     return msgspec.structs.replace(
         cost,
-        counters=compare(model, shape, dtype=dtype) if counters else {},
+        counters=compare(model, shape, dtype=dtype, traced=traced) if counters else {},
         by_module=cost.by_module if by_module else {},
     )
 

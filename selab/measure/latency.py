@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -326,7 +326,7 @@ def _on_gpu(
     found = _measured(
         nets,
         phase,
-        _planned(plan, headline),
+        replace(plan, method=headline, statistic="typical"),
         eager,
         seed=seed,
         clock=clock,
@@ -337,7 +337,7 @@ def _on_gpu(
         found |= _measured(
             nets,
             phase,
-            _planned(plan, "graph"),
+            replace(plan, method="graph", statistic="typical"),
             graphed,
             seed=seed,
             clock=clock,
@@ -345,18 +345,6 @@ def _on_gpu(
             between_quads=between,
         )
     return found
-
-
-def _planned(plan: Plan, method: str) -> Plan:
-    gpu = Plan.for_gpu(method=method)
-    return Plan(
-        method=method,
-        statistic=gpu.statistic,
-        warmup_least_s=gpu.warmup_least_s,
-        sample_s=gpu.sample_s,
-        target_half_width=plan.target_half_width,
-        budget_s=plan.budget_s,
-    )
 
 
 def captured(call: Call) -> Call:

@@ -10,20 +10,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from selab import foreign
+from selab.attention import Init
 from selab.errors import InsertionError, ModelError, SpecError
 from selab.insert import insert_se
 from selab.probe import first_line
 from selab.record import Insertion
-from selab.se import Init
 from selab.spec import Variant
 
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A network and the SE blocks that were put into it."""
+    """A network and the attention blocks that were put into it.
+
+    Attributes:
+        native: paths of SE blocks that a network from elsewhere brought with it.
+    """
 
     model: nn.Module
-    insertions: tuple[Insertion, ...]
+    insertions: tuple[Insertion, ...] = ()
+    native: tuple[str, ...] = ()
 
 
 def build(
@@ -31,7 +37,7 @@ def build(
     *,
     seed: int = 0,
     device: str = "cpu",
-    input_hw: tuple[int, int] | None = None,
+    input_chw: tuple[int, int, int] | None = None,
     init: Init = "he",
 ) -> Built:
     """Builds a variant, in train mode.
@@ -43,7 +49,7 @@ def build(
         variant: the facts.
         seed: of the initial weights.
         device: where the parameters are made; `meta` makes none.
-        input_hw: height and width if they are not those of the facts.
+        input_chw: the input, if it is not that of the facts.
         init: of the SE blocks.
 
     Raises:
@@ -63,15 +69,15 @@ def build(
             ) from error
         if not isinstance(model, nn.Module):
             raise SpecError(f"{variant.origin}: builder: {variant.builder} returns no torch.nn.Module")
+        native = foreign.se_blocks(model)
         if variant.se is None:
-            return Built(model=model, insertions=())
-        channels, height, width = variant.input_chw
-        height, width = input_hw or (height, width)
+            return Built(model=model, native=native)
         try:
-            insertions = insert_se(model, variant.se, input_nchw=(1, channels, height, width), init=init)
+            input_nchw = (1, *(input_chw or variant.input_chw))
+            insertions = insert_se(model, variant.se, input_nchw=input_nchw, init=init)
         except (InsertionError, ModelError) as error:
             raise type(error)(f"{variant.origin}: variants.{variant.name}: {error}") from error
-    return Built(model=model, insertions=insertions)
+    return Built(model=model, insertions=insertions, native=native)
 
 
 def _builder(variant: Variant):  # type: ignore[no-untyped-def]

@@ -1,12 +1,15 @@
-"""Name → variant: the families that are installed, and a user's own TOML by its path."""
+"""Word → variant: the families that are installed, a user's own TOML, anybody's network, and any of them changed."""
 
 import re
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+import msgspec
+
+from selab import foreign
 from selab.errors import SpecError, UnknownNameError, nearest
-from selab.spec import Variant, parse_family, read_family
+from selab.spec import Variant, changed, parse_family, read_family
 
 
 @cache
@@ -27,32 +30,62 @@ def installed() -> dict[str, Variant]:
     return found
 
 
-def find(name: str, *, option: str = "--arch") -> Variant:
-    """A variant by its catalog name, or by `path/to/family.toml[:variant]`.
+def find(word: str, *, option: str = "--arch") -> Variant:
+    """A variant by what a user calls it.
+
+    The word is a catalog name, `path/to/family.toml[:variant]`, `torchvision:NAME`, `timm:NAME`, `path/to/file.py:name`
+    or `package.module:name`; and behind any of these `+KEY=VALUE,…` puts attention blocks into it, or changes those
+    that it has: `resnet50+reduction=8,stages=2-4` (the grammar is that of `selab.spec.changed`).
 
     Args:
-        name: the word.
+        word: what the user wrote.
         option: where it was given, for the message.
 
     Raises:
         UnknownNameError: nothing has this name; the message lists the nearest ones.
-        SpecError: the file is malformed, or has several variants and none was named.
+        SpecError: the file is malformed, or has several variants and none was named; a change that is not of the
+            grammar, or that names no site where the network declares none.
     """
-    file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", name)
+    split = re.fullmatch(r"(.+?)\+(\w+=.*)", word)
+    if split is not None:
+        return _changed(find(split[1], option=option), split[2], option=option)
+    file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", word)
     if file is not None:
         return _from_file(Path(file[1]), file[2])
     known = installed()
-    if name not in known:
-        raise UnknownNameError(f"{option} {name}: no such architecture{nearest(name, known)} (`selab archs` lists all)")
-    return known[name]
+    if word in known:
+        return known[word]
+    others = foreign.find(word, option=option)
+    if others is None:
+        raise UnknownNameError(f"{option} {word}: no such architecture{nearest(word, known)} (`selab archs` lists all)")
+    return others
 
 
 def baseline_of(variant: Variant) -> Variant | None:
     """The variant that this one is compared with; None for a baseline itself."""
     if variant.baseline is None:
         return None
-    family = read_family(Path(variant.file)) if variant.file else installed()
-    return family[variant.baseline]
+    return _family_of(variant)[variant.baseline] if variant.file else find(variant.baseline)
+
+
+def _family_of(variant: Variant) -> dict[str, Variant]:
+    return read_family(Path(variant.file)) if variant.file else installed()
+
+
+def _changed(variant: Variant, text: str, *, option: str) -> Variant:
+    """A variant with other attention blocks; the one with SE lends what a baseline does not say."""
+    start = variant.se
+    if start is None:
+        same = [one for one in _family_of(variant).values() if one.baseline == variant.name and one.se is not None]
+        start = next((one.se for one in same if one.name == f"se_{variant.name}"), same[0].se if same else None)
+    return msgspec.structs.replace(
+        variant,
+        name=f"{variant.name}+{text}",
+        title=f"{variant.title}, changed: {text}",
+        baseline=variant.baseline or variant.name,
+        se=changed(start, text, option=option),
+        published=(),
+    )
 
 
 def _from_file(path: Path, wanted: str | None) -> Variant:

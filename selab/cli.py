@@ -2,8 +2,9 @@
 
 import io
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selab import __version__, catalog, units
+from selab import __version__, catalog, foreign, units
 from selab.errors import RecordError, SelabError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from selab.grid import Grid
     from selab.measure.paired import Progress
     from selab.profiling import Profile
-    from selab.record import Record
+    from selab.record import Insertion, Record
+    from selab.spec import Variant
 
 app = typer.Typer(
     help="What channel attention really costs: insert, count and measure Squeeze-and-Excitation blocks.",
@@ -72,15 +75,43 @@ class TableFormat(StrEnum):
 
     rich = "rich"
     markdown = "markdown"
+    csv = "csv"
+    latex = "latex"
     json = "json"
 
+
+_ALL_TABLES = "all"
+_TABLE_HELP = (
+    "paper-2, paper-3, cifar, reduction, squeeze, excitation, stages, integration, mobile or zoo, which are counted; "
+    "added or latency, which are measured (--profiles); report, a machine's page; all, every counted one as files."
+)
 
 # What typer's own runner exits with when it is interrupted: 128 + SIGINT.
 _INTERRUPTED = 130
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write JSON to this file, or to - for standard output.")]
-Arch = Annotated[str, typer.Option("--arch", help="A name from `selab archs`, or path/to/family.toml[:variant].")]
+Arch = Annotated[
+    str,
+    typer.Option(
+        "--arch",
+        help="A name from `selab archs`, path/to/family.toml[:variant], torchvision:NAME, timm:NAME, "
+        "path/to/file.py:callable or package.module:callable.",
+    ),
+]
 Archs = Annotated[list[str], typer.Option("--arch", help="As in `profile`; repeat it for several networks.")]
+Se = Annotated[
+    str | None,
+    typer.Option(
+        "--se", help="Put attention blocks in, or change them: KEY=VALUE,…, as reduction=8,stages=2-4 or block=eca."
+    ),
+]
+Insert = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--insert", help="Where: a site group, a pattern such as 'layer*.*.bn3', or auto; repeat it for several."
+    ),
+]
+Input = Annotated[str | None, typer.Option("--input", help="The input as CxHxW, if it is not the network's own.")]
 Positive = Annotated[int, typer.Option(min=1)]
 
 
@@ -127,6 +158,44 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _address(arch: str, se: str | None, insert: Sequence[str] | None) -> str:
+    """One word for a network and the blocks in it, as `selab.catalog.find` reads it."""
+    changes = [*([se] if se else []), *([f"sites={'+'.join(insert)}"] if insert else [])]
+    if not changes:
+        return arch
+    return arch + ("," if re.search(r"\+\w+=", arch) else "+") + ",".join(changes)
+
+
+def _find(word: str, *, option: str = "--arch") -> "Variant":
+    """A variant; says so if that runs a user's code."""
+    variant = catalog.find(word, option=option)
+    code = foreign.runs_code_of(variant)
+    if code is not None:
+        _console(stderr=True).print(f"running code from {_plain(code)}", highlight=False, soft_wrap=True)
+    return variant
+
+
+def _input_chw(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if found is None or 0 in map(int, found.groups()):
+        raise typer.BadParameter(f"{text!r} is not CxHxW; for example 3x224x224", param_hint="--input")
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def _tell_found_sites(word: str, insertions: "Sequence[Insertion]") -> None:
+    """Nothing is guessed silently: where `--insert auto` put blocks is said before anything is said about them."""
+    if "sites=auto" not in word or not insertions:
+        return
+    listed = ", ".join(one.path for one in insertions)
+    _console(stderr=True).print(
+        f"auto: {len(insertions)} sites found: {_plain(listed)}; `selab sites` shows them in the network",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -153,7 +222,7 @@ def archs(json_to: Json = None) -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="As --arch.")], json_to: Json = None) -> None:
     """Show one architecture: its facts, its SE sites and what others published about it."""
-    variant = catalog.find(name, option="show")
+    variant = _find(name, option="show")
     from selab.build import build
     from selab.spec import as_builtins
     from selab.tables import facts_grid, published_grid, sites_grid
@@ -166,10 +235,43 @@ def show(name: Annotated[str, typer.Argument(help="As --arch.")], json_to: Json 
 
 
 @app.command()
+def sites(
+    arch: Arch,
+    se: Se = None,
+    insert: Insert = None,
+    input_size: Input = None,
+    json_to: Json = None,
+) -> None:
+    """Show a network's module tree and where blocks stand or could stand; nothing is changed, nothing runs."""
+    variant = _find(_address(arch, se, insert))
+    from selab.build import build
+    from selab.catalog import baseline_of
+    from selab.ends import block_ends
+    from selab.errors import InsertionError
+    from selab.sites import declared_groups
+    from selab.tree import site_tree, sites_as_builtins
+
+    size = _input_chw(input_size) or variant.input_chw
+    network = build(baseline_of(variant) or variant, device="meta", input_chw=size).model
+    insertions = build(variant, device="meta", input_chw=size).insertions
+    groups = declared_groups(network)
+    try:
+        ends = block_ends(network, (1, *size)) if not groups or (insert and "auto" in insert) else ()
+    except InsertionError:
+        ends = ()
+    if json_to is not None:
+        return _write_json(sites_as_builtins(network, insertions, ends=ends, groups=groups), json_to)
+    return _print(site_tree(network, insertions, ends=ends, groups=groups))
+
+
+@app.command()
 def count(
     arch: Archs = (),  # type: ignore[assignment]
     every: Annotated[bool, typer.Option("--all", help="All architectures.")] = False,
+    se: Se = None,
+    insert: Insert = None,
     batch: Positive = 1,
+    input_size: Input = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
     by: Annotated[By | None, typer.Option(help="Share each network's cost out.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write each record to OUT/<arch>.json and show the table.")] = None,
@@ -177,13 +279,16 @@ def count(
     json_to: Json = None,
 ) -> None:
     """Count parameters, MACs, FLOPs, bytes and activations; no kernel runs, so batch and resolution cost nothing."""
-    names = list(catalog.installed()) if every else list(arch)
+    names = list(catalog.installed()) if every else [_address(one, se, insert) for one in arch]
     if not names:
         raise typer.BadParameter("name at least one network, or give --all", param_hint="--arch")
-    variants = [catalog.find(name) for name in names]
+    variants = [_find(name) for name in names]
+    size = _input_chw(input_size)
     from selab import profiling, store, tables
 
-    paths = {} if out is None else {name: out / f"{one.name}.json" for name, one in zip(names, variants, strict=True)}
+    paths: dict[str, Path] = {}
+    if out is not None:
+        paths = {name: out / f"{store.file_name(one.name)}.json" for name, one in zip(names, variants, strict=True)}
     if len(set(paths.values())) < len(paths):
         raise RecordError(f"--out {out}: two of these networks have the same name; count them into two folders")
     for path in paths.values():
@@ -194,8 +299,14 @@ def count(
         for name in names:
             report(f"counting {name}" if len(names) > 1 else "counting", None)
             one = profiling.count_record(
-                name, batch=batch, resolution=resolution, by_module=by is By.module, counters=counters
+                name,
+                batch=batch,
+                input_chw=size,
+                resolution=resolution,
+                by_module=by is By.module,
+                counters=counters,
             )
+            _tell_found_sites(name, one.insertions)
             records.append(one)
             if paths:
                 store.save(one, paths[name])
@@ -213,9 +324,12 @@ def count(
 @app.command()
 def profile(
     arch: Arch,
+    se: Se = None,
+    insert: Insert = None,
     baseline: Annotated[str | None, typer.Option(help="Compare with this instead of the variant's own.")] = None,
     device: Device = Device.cpu,
     batch: Positive = 1,
+    input_size: Input = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
     dtype: Dtype = Dtype.fp32,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")] = False,
@@ -242,9 +356,10 @@ def profile(
     svg: Annotated[Path | None, typer.Option(help="Also draw what was shown as an SVG picture.")] = None,
 ) -> None:
     """Count and measure a network against its baseline: cost, latency with its interval, memory."""
-    catalog.find(arch)
+    arch = _address(arch, se, insert)
+    _find(arch)
     if baseline is not None:
-        catalog.find(baseline, option="--baseline")
+        _find(baseline, option="--baseline")
     from selab import profiling, store
     from selab.request import Request
 
@@ -254,6 +369,7 @@ def profile(
         baseline=baseline,
         device=device.value,
         batch=batch,
+        input_chw=_input_chw(input_size),
         resolution=resolution,
         dtype=dtype.value,
         memory_format="channels_last" if channels_last else "contiguous",
@@ -273,6 +389,7 @@ def profile(
     for extra in (svg, json_to):
         if extra is not None and str(extra) != "-":
             store.check_writable(extra, replace=True)
+    _tell_found_sites(arch, growing.sites())
     try:
         with _reporting(_console(stderr=True)) as report:
             growing.run(report)
@@ -299,10 +416,13 @@ def _keep_partial(growing: "Profile", path: Path) -> str:
 
 @app.command()
 def table(
-    name: Annotated[str, typer.Argument(help="added, mobile, paper-2, paper-3, latency, or report (all of them).")],
+    name: Annotated[str, typer.Argument(help=_TABLE_HELP)],
     profiles: Annotated[Path | None, typer.Option(help="A machine's folder of records.")] = None,
     look: Annotated[TableFormat, typer.Option("--format", help="For standard output.")] = TableFormat.rich,
-    out: Annotated[Path | None, typer.Option(help="Write Markdown to this file instead.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write to this file instead, as Markdown or as --format says; for all, a folder."),
+    ] = None,
     into: Annotated[Path | None, typer.Option(help="Put it between '<!-- table NAME -->' marks in this file.")] = None,
     json_to: Json = None,
 ) -> None:
@@ -311,6 +431,8 @@ def table(
         raise typer.BadParameter("give --out or --into, not both", param_hint="--into")
     from selab import store, tables
 
+    if name == _ALL_TABLES:
+        return _write_tables(out)
     tables.check_name(name)
     records = store.read_records(profiles) if profiles is not None else []
     from selab.profiling import counted
@@ -323,7 +445,7 @@ def table(
         return _write_json([grid.as_builtins() for grid in grids], json_to or out or Path("-"))
     if look is TableFormat.rich and out is None and into is None:
         return _print(*grids)
-    text = tables.page(name, grids, records)
+    text = _TEXT[look](name, grids, records)
     if into is not None:
         spliced = tables.spliced(store.read_text(into), name, text, where=str(into))
         store.write_atomically(into, spliced.encode())
@@ -332,6 +454,32 @@ def table(
     else:
         typer.echo(text, nl=False)
     return None
+
+
+_TEXT: dict[TableFormat, Callable[..., str]] = {
+    TableFormat.csv: lambda _name, grids, _records: "\n".join(grid.csv() for grid in grids),
+    TableFormat.latex: lambda _name, grids, _records: "\n".join(grid.latex() for grid in grids),
+    TableFormat.markdown: lambda *parts: _markdown(*parts),
+    TableFormat.rich: lambda *parts: _markdown(*parts),
+}
+
+
+def _markdown(name: str, grids: "Sequence[Grid]", records: "Sequence[Record]") -> str:
+    from selab.tables import page
+
+    return page(name, grids, records)
+
+
+def _write_tables(out: Path | None) -> None:
+    """Every cost table as a file, counted in as many processes as pay."""
+    if out is None:
+        raise typer.BadParameter("the table 'all' is a folder of files; name it", param_hint="--out")
+    from selab import store, tables
+    from selab.profiling import counted
+
+    store.check_writable(out / "README.md", replace=True)
+    for name, text in tables.cost_pages(counted(catalog.installed())).items():
+        store.write_atomically(out / name, text.encode())
 
 
 @app.command("schema")

@@ -1,11 +1,18 @@
-"""A table before it has a look, and its looks: a terminal's, Markdown's, JSON's."""
+"""A table before it has a look, and its looks: a terminal's, Markdown's, CSV's, LaTeX's, JSON's."""
 
+import csv
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+
+NONE = "–"
+# A name up to this long is not broken over two lines, however narrow the terminal is.
+_LONGEST_NAME = 24
 
 
 def _width(lines: Sequence[Sequence[str]]) -> int:
@@ -38,7 +45,13 @@ class Grid:
         table.padding = (0, 1, 0, 0)
         for index, column in enumerate(lines[0]):
             words = index in self.words
-            table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=whole and not words)
+            names = index == 0 and max(len(row[0]) for row in lines) <= _LONGEST_NAME
+            table.add_column(
+                column,
+                justify="left" if words else "right",
+                overflow="fold",
+                no_wrap=names or (whole and not words),
+            )
         for row in lines[1:]:
             table.add_row(*row)
         yield table
@@ -52,6 +65,42 @@ class Grid:
         notes = "".join(f"\n\n{note}" for note in self.notes)
         return f"### {self.title}\n\n" + "\n".join(cells) + notes + "\n"
 
+    def csv(self) -> str:
+        """As comma-separated values (RFC 4180): the columns, then the rows; title and notes have no place in it."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows((self.columns, *self.rows))
+        return text.getvalue()
+
+    def latex(self) -> str:
+        """As a LaTeX table (package booktabs), the notes below it."""
+        align = "".join("l" if index in self.words else "r" for index in range(len(self.columns)))
+        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.columns, *self.rows)]
+        notes = "".join(f"\n\n{_latex(note)}" for note in self.notes)
+        body = "\n".join((lines[0], r"\midrule", *lines[1:]))
+        return (
+            f"\\begin{{table}}\n\\centering\n\\caption{{{_latex(self.title)}}}\n\\begin{{tabular}}{{{align}}}\n\\toprule\n"
+            f"{body}\n\\bottomrule\n\\end{{tabular}}{notes}\n\\end{{table}}\n"
+        )
+
     def as_builtins(self) -> dict[str, object]:
         """For `--json`."""
         return {"title": self.title, "columns": self.columns, "rows": self.rows, "notes": self.notes}
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "×": r"$\times$",
+    "→": r"$\rightarrow$",
+    "−": "$-$",
+    "±": r"$\pm$",
+    "µ": r"$\mu$",
+    "–": "--",
+    **{character: f"\\{character}" for character in "#$%&_{}"},
+}
+
+
+def _latex(text: str) -> str:
+    return re.sub(r"[^\w\s]|_", lambda found: _LATEX.get(found[0], found[0]), text)

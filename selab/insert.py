@@ -1,6 +1,6 @@
-"""Pure surgery: put SE blocks into a network, say what was done, and undo it.
+"""Pure surgery: put attention blocks into a network, say what was done, and undo it.
 
-Every key of the baseline's checkpoint stays as it is; those of the SE blocks are the only new ones. A block is
+Every key of the baseline's checkpoint stays as it is; those of the blocks are the only new ones. A block is
 inserted by one of three moves, whichever keeps the keys:
 
 * a residual block's join is replaced by one that gates an edge (`GatedJoin`);
@@ -15,14 +15,35 @@ from typing import Any
 import torch
 from torch import nn
 
+from selab.attention import CBAM, ECA, ESE, SCSE, SSE, Attention, CoordinateAttention, GatherExcite, Init
+from selab.ends import block_ends
 from selab.errors import InsertionError
 from selab.probe import Passage, passages
 from selab.record import Insertion
-from selab.se import GatedJoin, Init, SqueezeExcitation, check_init, squeeze_width
-from selab.sites import Tap, check_unshared, find_sites, tap_for
-from selab.spec import Gate, Placement, SEFacts, Squeeze, SqueezeFrom, se_facts
+from selab.se import GatedJoin, SqueezeExcitation, squeeze_width
+from selab.sites import Tap, check_unshared, find_sites, in_stages, tap_for
+from selab.spec import (
+    Activation,
+    Gate,
+    Placement,
+    SEFacts,
+    SiteFacts,
+    Squeeze,
+    SqueezeFrom,
+    block_facts,
+)
 
 _CHILD = "se"
+_BLOCKS: dict[str, type[Attention]] = {
+    "eca": ECA,
+    "cbam": CBAM,
+    "coordinate": CoordinateAttention,
+    "scse": SCSE,
+    "sse": SSE,
+    "gather_excite": GatherExcite,
+    "ese": ESE,
+}
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +56,7 @@ class _Plan:
 
 def insert_se(
     model: nn.Module,
-    sites: str | Sequence[str] | SEFacts,
+    sites: str | Sequence[str] | SiteFacts,
     *,
     input_nchw: tuple[int, ...] = (1, 3, 224, 224),
     placement: Placement = "standard",
@@ -44,17 +65,19 @@ def insert_se(
     divisor: int = 1,
     squeeze: Squeeze = "avg",
     gate: Gate = "sigmoid",
+    activation: Activation = "relu",
     bias: bool = True,
     init: Init = "he",
     optimizer: torch.optim.Optimizer | None = None,
     dry_run: bool = False,
 ) -> tuple[Insertion, ...]:
-    """Puts SE blocks into a network, in place, and proves on a copy that each of them runs once in a forward pass.
+    """Puts SE (or other attention) blocks into a network, in place, and proves that each runs once in a forward pass.
 
     Args:
         model: any module.
         sites: a site group that the network declares (`residual`, `pointwise` …), module-path patterns (`layer*.*.bn3`:
-            `*` within a name, `**` across names), or all facts at once; then the arguments from `placement` to `bias`
+            `*` within a name, `**` across names), `auto` for the block ends that tracing finds, or all facts at once
+            (`selab.spec.ECAFacts(sites=…)` for another kind of block); then the arguments from `placement` to `bias`
             are not looked at.
         input_nchw: the shape of an example input, (N, C, H, W).
         placement: `standard` (the branch's output, before the addition), `pre` (its input), `post` (after the join),
@@ -63,8 +86,9 @@ def insert_se(
         reduction: channels / squeeze width.
         squeeze_from: the channels that are divided: those at the `site`, or those of the `block_input`.
         divisor: the squeeze width is rounded to a multiple of it.
-        squeeze: `avg` or `max`.
+        squeeze: `avg`, `max` or `none`.
         gate: `sigmoid`, `tanh`, `relu` or `hardsigmoid`.
+        activation: between the blocks' layers, `relu` or `silu`.
         bias: whether the blocks' layers have biases.
         init: `he`, or `identity` for blocks that leave a pretrained network's output as it is, to the bit, and learn.
         optimizer: gets the new parameters as one more group, with its defaults.
@@ -82,10 +106,10 @@ def insert_se(
 
     Source: placements: arXiv 1709.01507, Fig. 5 and Tables 14-15.
     """
-    if isinstance(sites, SEFacts):
+    if isinstance(sites, SiteFacts):
         facts = sites
     else:
-        facts = se_facts(
+        facts = block_facts(
             sites=sites if isinstance(sites, str) else list(sites),
             placement=placement,
             reduction=reduction,
@@ -93,10 +117,10 @@ def insert_se(
             divisor=divisor,
             squeeze=squeeze,
             gate=gate,
+            activation=activation,
             bias=bias,
         )
-    check_init(init, facts.gate, bias=facts.bias)
-    plans = _plan(model, facts, input_nchw)
+    plans = _plan(model, facts, input_nchw, init)
     if dry_run:
         return tuple(plan.insertion for plan in plans)
     blocks = [_block_for(model, plan, facts, init) for plan in plans]
@@ -120,7 +144,7 @@ def remove_se(model: nn.Module) -> int:
     Returns:
         The number of blocks removed.
     """
-    blocks = [module for module in model.modules() if isinstance(module, SqueezeExcitation) and module.inserted]
+    blocks = [module for module in model.modules() if isinstance(module, Attention) and module.inserted]
     _remove(model, blocks)
     return len(blocks)
 
@@ -141,7 +165,7 @@ def check_blocks_run(model: nn.Module, input_nchw: tuple[int, ...]) -> None:
         InsertionError: names the first block that does not.
         ModelError: the forward pass fails with this input.
     """
-    paths = [path for path, module in model.named_modules() if isinstance(module, SqueezeExcitation)]
+    paths = [path for path, module in model.named_modules() if isinstance(module, Attention)]
     for path, passage in passages(model, paths, input_nchw).items():
         if passage.calls != 1:
             raise InsertionError(
@@ -150,14 +174,19 @@ def check_blocks_run(model: nn.Module, input_nchw: tuple[int, ...]) -> None:
             )
 
 
-def _plan(model: nn.Module, facts: SEFacts, input_nchw: tuple[int, ...]) -> list[_Plan]:
-    sites = find_sites(model, facts.sites)
+def _plan(model: nn.Module, facts: SiteFacts, input_nchw: tuple[int, ...], init: Init) -> list[_Plan]:
+    if facts.sites == AUTO:
+        sites = [end.path for end in block_ends(model, input_nchw)]
+    else:
+        sites = find_sites(model, facts.sites)
+    if facts.stages:
+        sites = in_stages(sites, facts.stages)
     taps = [tap_for(model, site, facts.placement) for site in sites]
     check_unshared(model, [tap.module for tap in taps])
     for tap in taps:
         _check_free(model, tap)
     seen = passages(model, {tap.module for tap in taps} | {tap.block for tap in taps}, input_nchw)
-    return [_Plan(tap=tap, insertion=_insertion(tap, seen, facts)) for tap in taps]
+    return [_Plan(tap=tap, insertion=_insertion(tap, seen, facts, init)) for tap in taps]
 
 
 def _check_free(model: nn.Module, tap: Tap) -> None:
@@ -166,7 +195,7 @@ def _check_free(model: nn.Module, tap: Tap) -> None:
         raise InsertionError(f"{tap.site}: already holds an SE block (or a child named '{_CHILD}'); remove it first")
 
 
-def _insertion(tap: Tap, seen: Any, facts: SEFacts) -> Insertion:
+def _insertion(tap: Tap, seen: Any, facts: SiteFacts, init: Init) -> Insertion:
     passage: Passage = seen[tap.module]
     if passage.calls != 1:
         how = "does not run" if passage.calls == 0 else f"runs {passage.calls} times (a shared module)"
@@ -177,40 +206,55 @@ def _insertion(tap: Tap, seen: Any, facts: SEFacts) -> Insertion:
         what = kind if shape is None else f"a tensor of shape {shape}"
         raise InsertionError(f"{tap.module}: its {tap.side} is {what}; SE needs (N, C, H, W)")
     _, channels, height, width = shape
+    try:
+        squeezed = _squeeze_channels(tap, seen, facts, channels) if isinstance(facts, SEFacts) else None
+        with torch.device("meta"):
+            block = _make(facts, channels, squeezed, init)
+    except InsertionError as error:
+        raise InsertionError(f"{tap.module}: {error}") from None
+    return Insertion(
+        path=tap.site,
+        placement=facts.placement,
+        channels=channels,
+        squeeze_channels=block.squeeze_channels,
+        params=sum(parameter.numel() for parameter in block.parameters()),
+        height=height,
+        width=width,
+        macs=block.macs(height, width),
+        block=str(facts.__struct_config__.tag),
+    )
+
+
+def _squeeze_channels(tap: Tap, seen: Any, facts: SEFacts, channels: int) -> int:
     divided = channels
     if facts.squeeze_from == "block_input":
         block_input = seen[tap.block].input_shape
         if block_input is None or len(block_input) != 4:
             raise InsertionError(
-                f"{tap.block or 'the network'}: its input is not (N, C, H, W); use squeeze_from='site'"
+                f"the input of {tap.block or 'the network'} is not (N, C, H, W); use squeeze_from='site'"
             )
         divided = block_input[1]
-    try:
-        squeezed = squeeze_width(divided, facts.reduction, facts.divisor)
-    except InsertionError as error:
-        raise InsertionError(f"{tap.module}: {error}") from None
-    params = 2 * channels * squeezed + (channels + squeezed if facts.bias else 0)
-    return Insertion(
-        path=tap.site,
-        placement=facts.placement,
-        channels=channels,
-        squeeze_channels=squeezed,
-        params=params,
-        height=height,
-        width=width,
-        macs=2 * channels * height * width + 2 * channels * squeezed + channels + squeezed,
-    )
+    return squeeze_width(divided, facts.reduction, facts.divisor)
 
 
-def _block_for(model: nn.Module, plan: _Plan, facts: SEFacts, init: Init) -> SqueezeExcitation:
-    block = SqueezeExcitation(
-        plan.insertion.channels,
-        squeeze=facts.squeeze,
-        gate=facts.gate,
-        bias=facts.bias,
-        squeeze_channels=plan.insertion.squeeze_channels,
-        init=init,
-    )
+def _make(facts: SiteFacts, channels: int, squeeze_channels: int | None, init: Init) -> Attention:
+    """The block that facts describe, for a map of this many channels."""
+    if isinstance(facts, SEFacts):
+        return SqueezeExcitation(
+            channels,
+            squeeze=facts.squeeze,
+            gate=facts.gate,
+            activation=facts.activation,
+            bias=facts.bias,
+            squeeze_channels=squeeze_channels,
+            init=init,
+        )
+    own = {name: getattr(facts, name) for name in facts.__struct_fields__ if name not in SiteFacts.__struct_fields__}
+    return _BLOCKS[str(facts.__struct_config__.tag)](channels, **own, init=init)
+
+
+def _block_for(model: nn.Module, plan: _Plan, facts: SiteFacts, init: Init) -> Attention:
+    block = _make(facts, plan.insertion.channels, plan.insertion.squeeze_channels, init)
     block.inserted = True
     site = model.get_submodule(plan.tap.site)
     like = next((p for owner in (site, model) for p in owner.parameters() if p.is_floating_point()), None)
@@ -219,7 +263,7 @@ def _block_for(model: nn.Module, plan: _Plan, facts: SEFacts, init: Init) -> Squ
     return block.train(model.training)
 
 
-def _put(model: nn.Module, tap: Tap, block: SqueezeExcitation) -> None:
+def _put(model: nn.Module, tap: Tap, block: Attention) -> None:
     if tap.edge:
         owner = model.get_submodule(tap.site)
         owner.join = GatedJoin(owner.get_submodule("join"), block, tap.edge).train(owner.training)

@@ -1,7 +1,9 @@
 """Runs the measurers on one variant and its baseline, and makes the record."""
 
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 
 import msgspec
@@ -9,12 +11,12 @@ from torch import nn
 
 import selab
 from selab import catalog, verdict
-from selab.build import build
+from selab.build import Built, build
 from selab.errors import ModelError, RecordError
 from selab.measure.counters import compare
 from selab.measure.counts import cost_of, count, trace
 from selab.measure.latency import RawPhase
-from selab.measure.machine import machine
+from selab.measure.machine import available_cores, machine
 from selab.measure.memory import memory
 from selab.measure.passes import DTYPES, check_device, mode_of
 from selab.record import SCHEMA, Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
@@ -54,6 +56,10 @@ class Profile:
             workload=self.workload.slug,
         )
 
+    def sites(self) -> tuple[Insertion, ...]:
+        """Where blocks go into the variant, before anything is measured."""
+        return build(self.variant, device="meta", input_chw=self.workload.input_chw).insertions
+
     @property
     def measures_all_cores(self) -> bool:
         """Whether a second row on all cores is due: on a CPU, unless the user chose the threads."""
@@ -70,8 +76,8 @@ class Profile:
         self.insertions = built.insertions
         variant, baseline = built.model, other.model
         report("counting", None)
-        self.cost = _counted(self.variant, variant, self.workload)
-        self.baseline_cost = _counted(self.baseline, baseline, self.workload)
+        self.cost = _counted(self.variant, built, self.workload)
+        self.baseline_cost = _counted(self.baseline, other, self.workload)
         self._time(variant, baseline, report)
         report("memory", None)
         self.memory = memory(variant, self.workload, seed=self.request.seed)
@@ -170,13 +176,14 @@ def _summary(
 
 
 def _counted(
-    variant: Variant, model: nn.Module, workload: Workload, *, by_module: bool = False, counters: bool = True
+    variant: Variant, built: Built, workload: Workload, *, by_module: bool = False, counters: bool = True
 ) -> Cost:
     """Ours and the other counters; by module only if asked, for that is a hundred kilobytes for a deep network."""
     shape = (workload.batch, *workload.input_chw)
     dtype = DTYPES[workload.dtype]
+    model = built.model
     try:
-        traced = trace(model, shape, dtype=dtype, details=counters)
+        traced = trace(model, shape, dtype=dtype, se_blocks=built.native, details=counters)
     except ModelError as error:
         raise ModelError(f"{variant.origin}: variants.{variant.name}: {error}") from error
     cost = cost_of(model, traced)
@@ -187,24 +194,42 @@ def _counted(
     )
 
 
+# Below this many networks a second process would not have loaded torch before the first has counted them all.
+_PARALLEL_FROM = 24
+
+
 def counted(names: Iterable[str]) -> dict[str, Cost]:
-    """The cost of these variants for one image, without the other counters."""
-    found = {}
-    for name in names:
-        variant = catalog.find(name)
-        found[name] = count(build(variant, device="meta").model, (1, *variant.input_chw))
-    return found
+    """The cost of these variants for one image, without the other counters; many are counted on all cores."""
+    chosen = list(names)
+    processes = min(available_cores(), 8)
+    if len(chosen) < _PARALLEL_FROM or processes < 2:
+        return {name: _cost_of_one(name) for name in chosen}
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return dict(zip(chosen, pool.map(_cost_of_one, chosen, chunksize=4), strict=True))
+
+
+def _cost_of_one(name: str) -> Cost:
+    variant = catalog.find(name)
+    built = build(variant, device="meta")
+    return count(built.model, (1, *variant.input_chw), se_blocks=built.native)
 
 
 def count_record(
-    arch: str, *, batch: int, resolution: int | None = None, by_module: bool = False, counters: bool = True
+    arch: str,
+    *,
+    batch: int,
+    input_chw: tuple[int, int, int] | None = None,
+    resolution: int | None = None,
+    by_module: bool = False,
+    counters: bool = True,
 ) -> Record:
     """Counts a variant and its baseline, without timing anything; the networks have no memory either (meta device).
 
     Args:
         arch: a catalog name, or a file and its variant.
         batch: images.
-        resolution: height and width, if not those of the facts.
+        input_chw: the input, if not that of the facts.
+        resolution: height and width, if not those of the input.
         by_module: whether to keep the cost of each module.
         counters: whether to ask the other counters, which takes most of the time.
 
@@ -213,16 +238,15 @@ def count_record(
     """
     variant = catalog.find(arch)
     baseline = catalog.baseline_of(variant)
-    request = Request(arch=arch, batch=batch, resolution=resolution)
+    request = Request(arch=arch, batch=batch, input_chw=input_chw, resolution=resolution)
     workload = workload_of(request, variant)
-    _, height, width = workload.input_chw
     costs = []
     insertions: tuple[Insertion, ...] = ()
     for one in (variant, baseline):
         if one is not None:
-            built = build(one, device="meta", input_hw=(height, width))
+            built = build(one, device="meta", input_chw=workload.input_chw)
             insertions = insertions or built.insertions
-            costs.append(_counted(one, built.model, workload, by_module=by_module, counters=counters))
+            costs.append(_counted(one, built, workload, by_module=by_module, counters=counters))
     return Record(
         schema=SCHEMA,
         selab=selab.__version__,

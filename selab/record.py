@@ -296,22 +296,29 @@ class Machine(Frozen, frozen=True, kw_only=True):
 
 
 class Insertion(Frozen, frozen=True, kw_only=True):
-    """One SE block as it was inserted, or as it would be; `macs` by the convention `all`, of one image."""
+    """One attention block as it was inserted, or as it would be; `macs` by the convention `all`, of one image.
+
+    Attributes:
+        squeeze_channels: the width between its layers; None for a block that has none.
+        block: its kind, as in the facts.
+    """
 
     path: str
     placement: str
     channels: int
-    squeeze_channels: int
+    squeeze_channels: int | None
     params: int
     height: int
     width: int
     macs: int
+    block: str = "se"
 
 
 class Record(Frozen, frozen=True, kw_only=True):
     """One profile: a variant and its baseline, counted and measured on one machine under one workload.
 
     Attributes:
+        arch: what `--arch` finds again, changes included: `resnet50+reduction=8`.
         origin: the TOML that the variant stands in, if it is a user's own; empty for those that are installed.
         baseline_origin: the same of the baseline.
         facts_hash: of both networks' facts; another one than today's means that the record is stale.

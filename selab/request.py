@@ -18,7 +18,8 @@ class Request(Frozen, frozen=True, kw_only=True):
 
     Attributes:
         baseline: what to compare with; None for the one that the variant's facts name.
-        resolution: height and width of the input; None for those of the facts.
+        input_chw: channels, height and width of the input; None for those of the facts.
+        resolution: height and width of the input; None for those of `input_chw`.
         threads: CPU threads of the headline; None for one thread, with all cores beside it.
         budget_s: seconds of sampling per phase; None for 60 (quick: 15).
         processes: fresh processes per figure; 1 measures in this one.
@@ -29,6 +30,7 @@ class Request(Frozen, frozen=True, kw_only=True):
     baseline: str | None = None
     device: Device = "cpu"
     batch: int = 1
+    input_chw: tuple[int, int, int] | None = None
     resolution: int | None = None
     dtype: Dtype = "fp32"
     memory_format: MemoryFormat = "contiguous"
@@ -51,6 +53,8 @@ class Request(Frozen, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value != getattr(default, name):
                 words += [option] if value is True else [option, str(value)]
+        if self.input_chw is not None:
+            words += ["--input", "x".join(map(str, self.input_chw))]
         if self.memory_format == "channels_last":
             words.append("--channels-last")
         for phase in self.phases if self.phases != PHASES else ():
@@ -88,7 +92,7 @@ def pair(request: Request) -> tuple[Variant, Variant]:
         others = [other.name for other in catalog.installed().values() if other.baseline == variant.name]
         instead = f"profile its variant: --arch {others[0]}, or name" if others else "name"
         raise SpecError(f"--arch {request.arch}: is a baseline itself; {instead} what to compare with: --baseline NAME")
-    if baseline.input_chw != variant.input_chw:
+    if request.input_chw is None and baseline.input_chw != variant.input_chw:
         raise SpecError(
             f"--baseline {baseline.name}: its input is {list(baseline.input_chw)}, that of {variant.name} is "
             f"{list(variant.input_chw)}; only networks of equal input can be compared"
@@ -98,7 +102,7 @@ def pair(request: Request) -> tuple[Variant, Variant]:
 
 def workload_of(request: Request, variant: Variant, *, threads: int | None = None) -> Workload:
     """The request's workload, on this many threads."""
-    channels, height, width = variant.input_chw
+    channels, height, width = request.input_chw or variant.input_chw
     if request.resolution is not None:
         height = width = request.resolution
     return Workload(

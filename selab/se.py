@@ -1,13 +1,13 @@
-"""The Squeeze-and-Excitation block (Hu et al., arXiv 1709.01507) and its variants."""
+"""The Squeeze-and-Excitation block (Hu et al., arXiv 1709.01507), its variants, and its place in a residual join."""
 
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selab.attention import Attention, Init
 from selab.errors import InsertionError
-
-Init = Literal["he", "identity"]
 
 GATES: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -15,6 +15,7 @@ GATES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "hardsigmoid": nn.Hardsigmoid,
 }
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 # (scale, offset) that turn a gate's value at zero into one, exactly in binary floating point. ReLU reaches one by its
 # bias instead, for its slope at zero is zero.
@@ -46,42 +47,40 @@ def squeeze_width(channels: int, reduction: int, divisor: int = 1) -> int:
     return rounded + divisor if rounded < 0.9 * width else rounded
 
 
-def check_init(init: str, gate: str, *, bias: bool) -> None:
-    """Raises InsertionError where a block cannot start like this."""
-    if init not in ("he", "identity"):
-        raise InsertionError(f"init {init!r}: allowed: he, identity")
-    if init == "identity" and gate == "relu" and not bias:
-        raise InsertionError("init 'identity' with gate 'relu' needs bias=True: a ReLU is one only through its bias")
-
-
 class Squeeze(nn.Module):
-    """mean(x) or max(x) over height and width: (N, C, H, W) → (N, C).
+    """mean(x) or max(x) over height and width: (N, C, H, W) → (N, C); or x itself: (N, C, H, W) → (N, C, H, W).
 
     The mean is a plain reduction and not adaptive pooling, which gave NaN in half precision with channels last
     (pytorch issue 43992).
 
-    Source: arXiv 1709.01507, eq. 2 (mean) and Table 11 (max).
+    Source: arXiv 1709.01507, eq. 2 (mean), Table 11 (max) and Table 16 (none).
     """
 
-    def __init__(self, kind: Literal["avg", "max"] = "avg") -> None:
+    def __init__(self, kind: Literal["avg", "max", "none"] = "avg") -> None:
         super().__init__()
-        if kind not in ("avg", "max"):
-            raise InsertionError(f"squeeze {kind!r}: allowed: avg, max")
+        if kind not in ("avg", "max", "none"):
+            raise InsertionError(f"squeeze {kind!r}: allowed: avg, max, none")
         self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C)."""
-        return x.mean((2, 3)) if self.kind == "avg" else x.amax((2, 3))
+        """(N, C, H, W) → (N, C), or (N, C, H, W) without a squeeze."""
+        match self.kind:
+            case "avg":
+                return x.mean((2, 3))
+            case "max":
+                return x.amax((2, 3))
+        return x
 
     def extra_repr(self) -> str:
         """The kind, as printed by the module."""
         return self.kind
 
 
-class SqueezeExcitation(nn.Module):
+class SqueezeExcitation(Attention):
     """x * gate(fc2(relu(fc1(squeeze(x))))), one factor per channel.
 
-    Shapes: input and output (N, C, H, W); squeezed (N, C); between the layers (N, squeeze_channels).
+    Shapes: input and output (N, C, H, W); squeezed (N, C); between the layers (N, squeeze_channels). With squeeze
+    `none` there is a factor per position, and the same layers run as 1x1 convolutions over the map.
 
     With `init="he"` the layers start as those of the paper. With `init="identity"` the block starts as the identity, to
     the bit, and still learns: the second layer starts at zero and the gate is stretched so that its value there is one
@@ -93,8 +92,9 @@ class SqueezeExcitation(nn.Module):
     Args:
         channels: C.
         reduction: C / squeeze_channels, before rounding.
-        squeeze: what stands for the map, its mean (`avg`) or its maximum (`max`).
+        squeeze: what stands for the map, its mean (`avg`), its maximum (`max`), or each of its positions (`none`).
         gate: `sigmoid`, `tanh`, `relu` or `hardsigmoid`.
+        activation: between the layers, `relu` or `silu` (as in EfficientNet, arXiv 1905.11946).
         bias: whether the two layers have biases. The authors' released models have them, the paper's ablations do not.
         divisor: the squeeze width is rounded to a multiple of it.
         squeeze_channels: the squeeze width itself, instead of reduction and divisor.
@@ -103,7 +103,7 @@ class SqueezeExcitation(nn.Module):
     Raises:
         InsertionError: an argument out of its range; the message says what is allowed.
 
-    Source: arXiv 1709.01507, eq. 2 (squeeze), eq. 3 (excitation), eq. 4 (scale), Tables 10-12 (the alternatives).
+    Source: arXiv 1709.01507, eq. 2 (squeeze), eq. 3 (excitation), eq. 4 (scale), Tables 10-12 and 16 (alternatives).
     """
 
     gate_affine: Tensor | None
@@ -113,18 +113,19 @@ class SqueezeExcitation(nn.Module):
         channels: int,
         reduction: int = 16,
         *,
-        squeeze: Literal["avg", "max"] = "avg",
+        squeeze: Literal["avg", "max", "none"] = "avg",
         gate: Literal["sigmoid", "tanh", "relu", "hardsigmoid"] = "sigmoid",
+        activation: Literal["relu", "silu"] = "relu",
         bias: bool = True,
         divisor: int = 1,
         squeeze_channels: int | None = None,
         init: Init = "he",
     ) -> None:
-        super().__init__()
+        super().__init__(channels, init)
         if gate not in GATES:
             raise InsertionError(f"gate {gate!r}: allowed: {', '.join(GATES)}")
-        if init not in ("he", "identity"):
-            raise InsertionError(f"init {init!r}: allowed: he, identity")
+        if activation not in ACTIVATIONS:
+            raise InsertionError(f"activation {activation!r}: allowed: {', '.join(ACTIVATIONS)}")
         if init == "identity" and gate == "relu" and not bias:
             raise InsertionError(
                 "init 'identity' with gate 'relu' needs bias=True: a ReLU is one only through its bias"
@@ -132,12 +133,10 @@ class SqueezeExcitation(nn.Module):
         width = squeeze_width(channels, reduction, divisor) if squeeze_channels is None else squeeze_channels
         if width < 1:
             raise InsertionError(f"squeeze_channels {width}: must be at least 1")
-        self.channels = channels
         self.squeeze_channels = width
-        self.inserted = False
         self.squeeze = Squeeze(squeeze)
         self.fc1 = nn.Linear(channels, width, bias=bias)
-        self.relu = nn.ReLU(inplace=True)
+        self.activation = ACTIVATIONS[activation](inplace=True)
         self.fc2 = nn.Linear(width, channels, bias=bias)
         self.gate = GATES[gate]()
         affine = _IDENTITY_AFFINE.get(gate) if init == "identity" else None
@@ -154,20 +153,40 @@ class SqueezeExcitation(nn.Module):
             if gate == "relu":
                 nn.init.ones_(self.fc2.bias)
 
+    def macs(self, height: int, width: int) -> int:
+        """For one image, by the convention `all`: squeeze, two layers, activation, gate, scale."""
+        channels, hidden = self.channels, self.fc1.out_features
+        layers = 2 * channels * hidden + hidden + channels
+        layers += 0 if self.gate_affine is None else channels
+        area = height * width
+        if self.squeeze.kind == "none":
+            return (layers + self.channels) * area
+        return layers + 2 * self.channels * area
+
     def excite(self, squeezed: Tensor) -> Tensor:
-        """(N, C) → (N, C): the factor of each channel, eq. 3."""
-        factor: Tensor = self.gate(self.fc2(self.relu(self.fc1(squeezed))))
+        """(N, C) → (N, C), or (N, C, H, W) → (N, C, H, W): the factor of each channel, eq. 3."""
+        hidden = self.activation(_layer(squeezed, self.fc1))
+        factor: Tensor = self.gate(_layer(hidden, self.fc2))
         if self.gate_affine is not None:
             factor = torch.addcmul(self.gate_affine[1], factor, self.gate_affine[0]).to(factor.dtype)
         return factor
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        return x * self.excite(self.squeeze(x))[:, :, None, None]
+        factor = self.excite(self.squeeze(x))
+        return x * (factor[:, :, None, None] if factor.dim() == 2 else factor)
 
     def extra_repr(self) -> str:
         """The two widths, as printed by the module."""
         return f"{self.channels} → {self.squeeze_channels}"
+
+
+def _layer(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A fully connected layer on (N, C), or at every position of (N, C, H, W)."""
+    if x.dim() == 2:
+        out: Tensor = layer(x)
+        return out
+    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
 
 
 class GatedJoin(nn.Module):
@@ -181,7 +200,7 @@ class GatedJoin(nn.Module):
     Source: arXiv 1709.01507, Fig. 3 and Fig. 5.
     """
 
-    def __init__(self, inner: nn.Module, se: SqueezeExcitation, edge: Literal["branch", "shortcut", "output"]) -> None:
+    def __init__(self, inner: nn.Module, se: Attention, edge: Literal["branch", "shortcut", "output"]) -> None:
         super().__init__()
         self.inner = inner
         self.se = se

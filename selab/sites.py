@@ -5,15 +5,17 @@ given. In a residual block (children `branch`, `shortcut` and a `join` without p
 `selab.archs` have) the placement decides which of the block's tensors it is; any other module is tapped itself.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
 
+from selab.attention import Attention
 from selab.errors import InsertionError, nearest
-from selab.se import GatedJoin, SqueezeExcitation
+from selab.se import GatedJoin
 from selab.spec import Placement
 
 Side = Literal["input", "output"]
@@ -71,6 +73,8 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
             raise InsertionError(f"{type(model).__name__}: its site group {sites!r} is empty; no site found")
         return list(found)
     patterns = [sites] if isinstance(sites, str) else list(sites)
+    for pattern in patterns:
+        _check_pattern(pattern)
     if not patterns:
         raise InsertionError(f"{type(model).__name__}: no site found: no pattern was given{_offer(groups)}")
     # The root has an empty path and cannot be a site, for nothing holds it.
@@ -86,6 +90,45 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
             raise InsertionError(f"pattern {pattern!r} matches no module of {type(model).__name__}{offer}")
         chosen.update(matching)
     return [path for path in paths if path in chosen]
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raises InsertionError, with the position, for text that can match no path."""
+    position = 1
+    for name in pattern.split("."):
+        problem = ""
+        if not name:
+            problem = "a name is missing here"
+        elif "**" in name and name != "**":
+            problem, position = "** stands alone between dots; * matches within a name", position + name.index("**")
+        elif (at := re.search(r"[^\w*?\[\]!+-]", name)) is not None:
+            problem, position = f"{at[0]!r} cannot stand in a module's path", position + at.start()
+        elif name.count("[") != name.count("]"):
+            problem, position = "[ without ]", position + max(name.rfind("["), name.rfind("]"))
+        if problem:
+            raise InsertionError(
+                f"pattern {pattern!r}: character {position}: {problem}; a pattern is names with dots between, such as "
+                "layer*.*.bn3 or features.**.conv"
+            )
+        position += len(name) + 1
+
+
+def in_stages(sites: Sequence[str], stages: Collection[int]) -> list[str]:
+    """Those of the sites that lie in modules named `stage<N>`.
+
+    Raises:
+        InsertionError: a stage that holds none of the sites; the message lists those that do.
+    """
+    of = {site: next((int(name[5:]) for name in site.split(".") if _STAGE.fullmatch(name)), None) for site in sites}
+    there = sorted({stage for stage in of.values() if stage is not None})
+    for stage in stages:
+        if stage not in there:
+            has = f"sites lie in stages {', '.join(map(str, there))}" if there else "no site lies in a module stage<N>"
+            raise InsertionError(f"stages: {stage}: {has}; choose among those, or name the sites by patterns")
+    return [site for site, stage in of.items() if stage in stages]
+
+
+_STAGE = re.compile(r"stage\d+")
 
 
 def _offer(groups: dict[str, list[str]]) -> str:
@@ -109,7 +152,7 @@ def _in_se(model: nn.Module, path: str) -> bool:
     module = model
     for name in path.split("."):
         module = module._modules[name]  # type: ignore[assignment]
-        if isinstance(module, SqueezeExcitation):
+        if isinstance(module, Attention):
             return True
     return False
 

@@ -8,7 +8,7 @@ import hashlib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -16,32 +16,95 @@ from selab.errors import SpecError, nearest
 from selab.record import Frozen
 
 Placement = Literal["standard", "pre", "post", "identity", "3x3"]
-Squeeze = Literal["avg", "max"]
+Squeeze = Literal["avg", "max", "none"]
 Gate = Literal["sigmoid", "tanh", "relu", "hardsigmoid"]
+Activation = Literal["relu", "silu"]
 SqueezeFrom = Literal["site", "block_input"]
 Metric = Literal["top1_error_pct", "top5_error_pct", "params", "macs", "forward_s", "forward_backward_s"]
 
 _T = TypeVar("_T", bound=Frozen)
 
 
-class SEFacts(Frozen, frozen=True, kw_only=True):
-    """How SE stands in a variant.
+class SiteFacts(Frozen, frozen=True, kw_only=True, tag_field="block"):
+    """Where attention blocks stand: what the facts of every kind of block begin with.
 
     Attributes:
-        sites: a site group that the network declares, or module-path patterns (`*` within a name, `**` across names).
-        squeeze_from: the channels that `reduction` divides: those at the site, or those of the block's input.
-        divisor: the squeeze width is rounded to a multiple of it.
-        bias: whether the two fully connected layers have biases. Stated by every variant, for codebases differ.
+        sites: a site group that the network declares, module-path patterns (`*` within a name, `**` across names), or
+            `auto` for the block ends that tracing finds.
+        placement: which tensor at a residual block.
+        stages: only the sites below a module of these names: `stage2` for 2; empty for all.
     """
 
     sites: str | tuple[str, ...]
-    bias: bool
     placement: Placement = "standard"
+    stages: tuple[int, ...] = ()
+
+
+class SEFacts(SiteFacts, frozen=True, kw_only=True, tag="se"):
+    """How SE stands in a variant.
+
+    Attributes:
+        bias: whether the two fully connected layers have biases. Stated by every variant, for codebases differ.
+        squeeze_from: the channels that `reduction` divides: those at the site, or those of the block's input.
+        divisor: the squeeze width is rounded to a multiple of it.
+        squeeze: mean or maximum over the map, or `none` for one gate per position (Table 16 of arXiv 1709.01507).
+        activation: between the two layers.
+    """
+
+    bias: bool
     reduction: int = 16
     squeeze_from: SqueezeFrom = "site"
     divisor: int = 1
     squeeze: Squeeze = "avg"
     gate: Gate = "sigmoid"
+    activation: Activation = "relu"
+
+
+class ECAFacts(SiteFacts, frozen=True, kw_only=True, tag="eca"):
+    """Efficient Channel Attention; `kernel_size` None is the paper's adaptive size."""
+
+    kernel_size: int | None = None
+
+
+class CBAMFacts(SiteFacts, frozen=True, kw_only=True, tag="cbam"):
+    """Convolutional Block Attention Module: a channel gate, then a spatial gate of `kernel_size`."""
+
+    reduction: int = 16
+    kernel_size: int = 7
+
+
+class CoordinateFacts(SiteFacts, frozen=True, kw_only=True, tag="coordinate"):
+    """Coordinate Attention."""
+
+    reduction: int = 32
+
+
+class SCSEFacts(SiteFacts, frozen=True, kw_only=True, tag="scse"):
+    """Concurrent spatial and channel SE."""
+
+    reduction: int = 2
+
+
+class SSEFacts(SiteFacts, frozen=True, kw_only=True, tag="sse"):
+    """Spatial SE alone."""
+
+
+class GatherExciteFacts(SiteFacts, frozen=True, kw_only=True, tag="gather_excite"):
+    """Gather-Excite without parameters; `extent` 0 gathers the whole map."""
+
+    extent: int = 0
+
+
+class ESEFacts(SiteFacts, frozen=True, kw_only=True, tag="ese"):
+    """Effective SE, with one layer."""
+
+
+BlockFacts = SEFacts | ECAFacts | CBAMFacts | CoordinateFacts | SCSEFacts | SSEFacts | GatherExciteFacts | ESEFacts
+BLOCKS: dict[str, type[SiteFacts]] = {str(kind.__struct_config__.tag): kind for kind in get_args(BlockFacts)}
+
+# Keys that came after the first records: they enter a variant's hash only where they say something, so that a record
+# stays as fresh as the network that it is about.
+_LATER_KEYS = {"block": "se", "activation": "relu", "stages": ()}
 
 
 class Published(Frozen, frozen=True, kw_only=True):
@@ -55,6 +118,11 @@ class Published(Frozen, frozen=True, kw_only=True):
     dataset: str = ""
     note: str = ""
 
+    @property
+    def table(self) -> str:
+        """The place up to its first comma, `Table 10` of `Table 10, ratio 4`: numbers of one table have one recipe."""
+        return self.where.partition(",")[0]
+
 
 class _VariantTable(Frozen, frozen=True, kw_only=True):
     """A `[variants.NAME]` table as it stands in the file."""
@@ -63,7 +131,7 @@ class _VariantTable(Frozen, frozen=True, kw_only=True):
     baseline: str | None = None
     arguments: dict[str, bool | int | float | str] = msgspec.field(default_factory=dict)
     note: str = ""
-    se: SEFacts | None = None
+    se: BlockFacts | None = None
     published: tuple[Published, ...] = ()
 
 
@@ -96,7 +164,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
     input_chw: tuple[int, int, int]
     num_classes: int
     baseline: str | None
-    se: SEFacts | None
+    se: BlockFacts | None
     published: tuple[Published, ...]
     note: str
     origin: str
@@ -105,7 +173,10 @@ class Variant(Frozen, frozen=True, kw_only=True):
     @property
     def facts_hash(self) -> str:
         """Twelve hex digits over what decides the network; titles, notes and published numbers do not enter."""
-        facts = (self.builder, self.arguments, self.input_chw, self.num_classes, self.se)
+        se = None if self.se is None else msgspec.to_builtins(self.se)
+        if se is not None:
+            se = {key: value for key, value in se.items() if key not in _LATER_KEYS or value != _LATER_KEYS[key]}
+        facts = (self.builder, self.arguments, self.input_chw, self.num_classes, se)
         return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:12]
 
 
@@ -147,7 +218,7 @@ def _variant(
     key = f"variants.{name}"
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise SpecError(f"{origin}: {key}: a variant's name is lower-case letters, digits and _")
-    facts = _convert(table, _VariantTable, origin=origin, key=key)
+    facts = _convert(_with_block(table), _VariantTable, origin=origin, key=key)
     if facts.baseline is not None and facts.baseline not in tables:
         raise SpecError(
             f"{origin}: {key}.baseline: no variant {facts.baseline!r} here{nearest(facts.baseline, tables)}"
@@ -155,8 +226,7 @@ def _variant(
     if facts.se is not None:
         if facts.baseline is None:
             raise SpecError(f"{origin}: {key}.baseline: missing; a variant with SE names the one it is compared with")
-        _check_positive((facts.se.reduction,), origin=origin, key=f"{key}.se.reduction")
-        _check_positive((facts.se.divisor,), origin=origin, key=f"{key}.se.divisor")
+        _check_block(facts.se, origin=origin, key=f"{key}.se")
     for index, published in enumerate(facts.published):
         if not published.source.strip() or not published.where.strip():
             raise SpecError(f"{origin}: {key}.published[{index}]: source and where must say where the number stands")
@@ -178,6 +248,22 @@ def _variant(
     )
 
 
+def _with_block(table: object) -> object:
+    """An `se` table that does not name its block is Squeeze-and-Excitation."""
+    if isinstance(table, dict) and isinstance(table.get("se"), dict):
+        return {**table, "se": {"block": "se", **table["se"]}}
+    return table
+
+
+def _check_block(facts: SiteFacts, *, origin: str, key: str) -> None:
+    for name in ("reduction", "divisor", "kernel_size"):
+        value = getattr(facts, name, None)
+        if value is not None:
+            _check_positive((value,), origin=origin, key=f"{key}.{name}" if key else name)
+    if facts.stages:
+        _check_positive(facts.stages, origin=origin, key=f"{key}.stages" if key else "stages")
+
+
 def _check_positive(values: tuple[int, ...], *, origin: str, key: str) -> None:
     if min(values) < 1:
         raise SpecError(f"{origin}: {key}: {values[0] if len(values) == 1 else list(values)}; must be at least 1")
@@ -187,35 +273,45 @@ def _convert(value: object, kind: type[_T], *, origin: str, key: str) -> _T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise SpecError(f"{origin}: {_explain(str(error), kind, key)}") from None
+        raise SpecError(f"{origin}: {_explain(str(error), kind, key, value)}") from None
 
 
-def _explain(message: str, kind: type[Frozen], key: str) -> str:
+def _explain(message: str, kind: type[Frozen], key: str, value: object) -> str:
     """Turns `Expected `int`, got `str` - at `$.se.reduction`` into `variants.x.se.reduction: expected int, got str`."""
     text, _, at = message.partition(" - at ")
     path = ".".join(part for part in (key, at.strip("`").removeprefix("$").removeprefix(".")) if part)
     unknown = re.search(r"unknown field `(\w+)`", text)
     if unknown:
-        owner = _type_at(kind, at)
-        return f"{path + '.' if path else ''}{unknown[1]}: unknown key; allowed: {', '.join(owner.__struct_fields__)}"
+        owner = _type_at(kind, at, value)
+        return f"{path + '.' if path else ''}{unknown[1]}: unknown key; allowed: {', '.join(_keys(owner))}"
     missing = re.search(r"missing required field `(\w+)`", text)
     if missing:
         return f"{path + '.' if path else ''}{missing[1]}: missing"
-    return f"{path}: {text[0].lower()}{text[1:].replace('`', '')}{_choices(kind, at)}"
+    if path.split(".")[-1] == "block":
+        return f"{path}: {text[0].lower()}{text[1:]}; allowed: {', '.join(BLOCKS)}"
+    return f"{path}: {text[0].lower()}{text[1:].replace('`', '')}{_choices(kind, at, value)}"
 
 
-def _choices(kind: type[Frozen], at: str) -> str:
+def _keys(kind: type[Frozen]) -> tuple[str, ...]:
+    return (*(("block",) if issubclass(kind, SiteFacts) else ()), *kind.__struct_fields__)
+
+
+def _choices(kind: type[Frozen], at: str, value: object) -> str:
     """The allowed words of an enumerated key, as `; allowed: avg, max`."""
     owner, _, leaf = at.strip("`").rpartition(".")
-    fields = {field.name: field.type for field in msgspec.structs.fields(_type_at(kind, owner))}
+    fields = {field.name: field.type for field in msgspec.structs.fields(_type_at(kind, owner, value))}
     words = getattr(fields.get(leaf), "__args__", ())
     return f"; allowed: {', '.join(map(str, words))}" if words and all(isinstance(word, str) for word in words) else ""
 
 
-def _type_at(kind: type[Frozen], at: str) -> type[Frozen]:
-    if re.search(r"\.se\b", at):
-        return SEFacts
-    return Published if ".published[" in at else kind
+def _type_at(kind: type[Frozen], at: str, value: object) -> type[Frozen]:
+    """The type of the table that an error message points into; `value` is what was read."""
+    if ".published[" in at:
+        return Published
+    if re.search(r"\.se\b", at) and isinstance(value, dict):
+        value, kind = value.get("se"), SEFacts
+    block = value.get("block") if isinstance(value, dict) else None
+    return BLOCKS.get(block, kind) if isinstance(block, str) else kind
 
 
 def read_family(path: Path) -> dict[str, Variant]:
@@ -232,16 +328,94 @@ def read_family(path: Path) -> dict[str, Variant]:
     return parse_family(text, origin=str(path), file=str(path))
 
 
-def se_facts(**keys: object) -> SEFacts:
-    """The facts of an SE block from keyword arguments, as strictly as from a TOML.
+def block_facts(*, origin: str = "SE", **keys: object) -> BlockFacts:
+    """The facts of an attention block from keyword arguments, as strictly as from a TOML.
+
+    Args:
+        origin: where the keys stand, for messages.
+        keys: those of the block's facts; `block` names its kind, by default `se`.
 
     Raises:
-        SpecError: an unknown key, a wrong type, or a value that is not allowed; the message names the key.
+        SpecError: an unknown block or key, a wrong type, or a value that is not allowed; the message names the key.
     """
-    facts = _convert(keys, SEFacts, origin="SE", key="")
-    _check_positive((facts.reduction,), origin="SE", key="reduction")
-    _check_positive((facts.divisor,), origin="SE", key="divisor")
-    return facts
+    block = keys.get("block", "se")
+    if not isinstance(block, str) or block not in BLOCKS:
+        raise SpecError(f"{origin}: block {block!r}: no such block{nearest(str(block), BLOCKS)}")
+    facts = _convert({**keys, "block": block}, BLOCKS[block], origin=origin, key="")
+    _check_block(facts, origin=origin, key="")
+    return facts  # type: ignore[return-value]
+
+
+def changed(start: BlockFacts | None, text: str, *, option: str = "--se") -> BlockFacts:
+    """Facts written in one line: `reduction=8,stages=2-4,placement=pre`.
+
+    The grammar: KEY=VALUE, separated by commas; the keys are those of a TOML's `se` table. A number or a word stands as
+    it is; `bias` is `yes` or `no`; several stages are a range or a sum (`2-4`, `2+4`); several sites are a sum
+    (`layer1.*.bn3+layer2.*.bn3`).
+
+    Args:
+        start: the facts that are changed; None to begin with the defaults (and `bias=yes`, as the authors' released
+            models). Where `block` names another kind, only sites, placement and stages are kept.
+        text: the line.
+        option: where it was given, for messages.
+
+    Raises:
+        SpecError: the text is not of this grammar (the message names the character), or as `block_facts`.
+    """
+    given: dict[str, str] = {}
+    position = 1
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        where = f"{option} {text}: character {position}"
+        if not re.fullmatch(r"\w+", key) or not equals or not value:
+            raise SpecError(f"{where}: expected KEY=VALUE, found {part!r}; for example reduction=8,stages=2-4")
+        if key in given:
+            raise SpecError(f"{where}: {key} is given twice")
+        given[key] = value
+        position += len(part) + 1
+    block = given.pop("block", None if start is None else start.__struct_config__.tag) or "se"
+    if block not in BLOCKS:
+        raise SpecError(f"{option} {text}: block {block!r}: no such block{nearest(str(block), BLOCKS)}")
+    kind = BLOCKS[str(block)]
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    keys: dict[str, object] = {} if start is None else msgspec.to_builtins(start)
+    keys = {key: value for key, value in keys.items() if key in (fields if type(start) is kind else _SHARED_KEYS)}
+    if "bias" in fields:
+        keys.setdefault("bias", True)
+    for key, value in given.items():
+        if key not in fields:
+            close = nearest(key, fields)
+            meant = close if close.startswith("; did") else ""
+            allowed = ", ".join(("block", *fields))
+            raise SpecError(f"{option} {text}: {key}: unknown key{meant}; allowed for {block}: {allowed}")
+        keys[key] = _value(key, value, fields[key], where=f"{option} {text}: {key}")
+    if "sites" not in keys:
+        raise SpecError(f"{option} {text}: sites: missing; name a site group or a pattern, or give --insert")
+    return block_facts(origin=f"{option} {text}", block=block, **keys)
+
+
+_SHARED_KEYS = SiteFacts.__struct_fields__
+
+
+def _value(key: str, text: str, kind: object, *, where: str) -> object:
+    if key == "sites":
+        return text.split("+") if "+" in text else text
+    if key == "stages":
+        found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in text.split("+")]
+        if not all(found):
+            raise SpecError(f"{where}: {text!r} names no stages; write 3, 2-4 or 2+4")
+        ranges = [range(int(one[1]), int(one[2] or one[1]) + 1) for one in found if one is not None]
+        if not all(ranges):
+            raise SpecError(f"{where}: {text!r} ends before it begins; write 2-4")
+        return sorted({stage for one in ranges for stage in one})
+    if kind is bool:
+        if text not in _YES_NO:
+            raise SpecError(f"{where}: {text!r}; allowed: {', '.join(_YES_NO)}")
+        return _YES_NO[text]
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+_YES_NO = {"yes": True, "no": False, "true": True, "false": False}
 
 
 def as_builtins(variant: Variant) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Records on disk: where they go, written whole or not at all, read back and held against their own samples."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +21,12 @@ _T = TypeVar("_T")
 def record_path(out: Path, *, machine: str, arch: str, against: str | None, workload: str) -> Path:
     """`OUT/<machine>/<arch>[-vs-<baseline>].<workload>.json`; the baseline is named if it is not the variant's own."""
     other = "" if against is None else f"-vs-{against}"
-    return out / machine / f"{arch}{other}.{workload}.json"
+    return out / machine / f"{file_name(arch + other)}.{workload}.json"
+
+
+def file_name(arch: str) -> str:
+    """An architecture's name as the name of a file: `timm:resnet50+sites=layer*.*.bn3` has no place in one."""
+    return re.sub(r"[^\w.+=,-]", "-", arch)
 
 
 def partial_path(path: Path) -> Path:

@@ -1,12 +1,25 @@
 """Records and published numbers → tables."""
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 
 from selab import catalog, units
 from selab.errors import RecordError, SelabError, UnknownNameError, nearest
-from selab.grid import Grid
+from selab.grid import NONE, Grid
+from selab.published import (
+    PAPER_TABLES,
+    SENET,
+    cost_numbers,
+    is_met,
+    paper_grid,
+    points,
+    published,
+    published_pair,
+    reproduced,
+    zoo_grids,
+)
 from selab.record import (
     Cost,
     CountingTime,
@@ -19,9 +32,8 @@ from selab.record import (
     Record,
     Workload,
 )
-from selab.spec import Metric, Published, Variant, pair_hash
+from selab.spec import SEFacts, SiteFacts, Variant, pair_hash
 
-NONE = "–"
 PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "forward_backward": "forward+backward"}
 
 
@@ -104,22 +116,12 @@ def _memory_rows(memory: Memory | None, base: Memory | None) -> list[tuple[str, 
 def _published_rows(variant: Variant, baseline: Variant | None) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for metric, label in (("top1_error_pct", "published top-1 error"), ("top5_error_pct", "published top-5 error")):
-        ours, theirs = published(variant, metric), published(baseline, metric)  # type: ignore[arg-type]
+        ours, theirs = published_pair(variant, baseline, metric)  # type: ignore[arg-type]
         if ours is None:
             continue
         difference = NONE if theirs is None else f"{ours.value - theirs.value:+.2f} pp"
-        rows.append((label, NONE if theirs is None else _points(theirs), _points(ours), difference, ""))
+        rows.append((label, NONE if theirs is None else points(theirs), points(ours), difference, ""))
     return rows
-
-
-def published(variant: Variant | None, metric: Metric) -> Published | None:
-    """A variant's published number for a metric, if there is one."""
-    return next((one for one in variant.published if one.metric == metric), None) if variant else None
-
-
-def _points(one: Published) -> str:
-    """An error rate as it was printed, where the text is known."""
-    return f"{one.printed or f'{one.value:g}'} %"
 
 
 def _workload_title(work: Workload) -> str:
@@ -287,15 +289,24 @@ def facts_grid(variant: Variant) -> Grid:
     }
     if variant.se is not None:
         sites = variant.se.sites if isinstance(variant.se.sites, str) else ", ".join(variant.se.sites)
-        facts["SE sites"] = f"{sites}, placement {variant.se.placement}"
-        facts["SE block"] = (
-            f"reduction {variant.se.reduction} of the {variant.se.squeeze_from}'s channels, squeeze "
-            f"{variant.se.squeeze}, gate {variant.se.gate}, {'with' if variant.se.bias else 'without'} bias"
-        )
+        stages = f", stages {', '.join(map(str, variant.se.stages))} only" if variant.se.stages else ""
+        facts["SE sites"] = f"{sites}, placement {variant.se.placement}{stages}"
+        facts["SE block"] = block_words(variant.se)
     facts |= {"note": variant.note} if variant.note else {}
     facts["facts from"] = f"{variant.origin} ({variant.facts_hash})"
     rows = tuple(facts.items())
     return Grid(title=variant.name, columns=("", ""), rows=rows, words=frozenset({0, 1}))
+
+
+def block_words(facts: SiteFacts) -> str:
+    """What kind of block stands at the sites, in words."""
+    if isinstance(facts, SEFacts):
+        return (
+            f"reduction {facts.reduction} of the {facts.squeeze_from}'s channels, squeeze {facts.squeeze}, "
+            f"gate {facts.gate}, activation {facts.activation}, {'with' if facts.bias else 'without'} bias"
+        )
+    own = [name for name in facts.__struct_fields__ if name not in SiteFacts.__struct_fields__]
+    return ", ".join([str(facts.__struct_config__.tag), *(f"{name} {getattr(facts, name)}" for name in own)])
 
 
 def sites_grid(insertions: Sequence[Insertion]) -> Grid:
@@ -303,7 +314,7 @@ def sites_grid(insertions: Sequence[Insertion]) -> Grid:
     rows = tuple(
         (
             one.path,
-            f"{one.channels}→{one.squeeze_channels}",
+            f"{one.channels}→{one.squeeze_channels}" if one.squeeze_channels else str(one.channels),
             f"{one.height}×{one.width}",
             units.exact(one.params),
             units.count(one.macs),
@@ -325,73 +336,7 @@ def published_grid(variant: Variant) -> Grid:
     return Grid(title="Published", columns=columns, rows=rows, notes=notes, words=frozenset({0, 2, 3}))
 
 
-# ------------------------------------------------------------------------------------------------------ tables by name
-
-
-def printed_equals(value: float, printed: str) -> bool:
-    """Whether a number rounds to what was printed: 3_865_000_000 and `3.87 GFLOPs`."""
-    found = re.match(r"([\d.]+)\s*([TGMk]?)", printed)
-    if found is None:
-        return False
-    factor = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}[found[2]]
-    decimals = len(found[1].partition(".")[2])
-    return f"{value / factor:.{decimals}f}" == found[1]
-
-
-def _mark(value: float, one: Published) -> str:
-    if not one.printed:
-        return NONE
-    return "=" if printed_equals(value, one.printed) else f"{value / one.value - 1:+.1%}".replace("%", " %")
-
-
-_PAPER_2 = ("resnet50", "resnet101", "resnet152", "vgg16")
-_PAPER_3 = ("mobilenet", "shufflenet")
-_PAPER_TABLES: dict[int, tuple[tuple[str, ...], tuple[Metric, ...]]] = {
-    2: (_PAPER_2, ("macs",)),
-    3: (_PAPER_3, ("macs", "params")),
-}
-_HEADERS: dict[Metric, str] = {"macs": "MACs", "params": "params"}
-
-
-def _pairs(baselines: Iterable[str]) -> list[tuple[Variant, Variant]]:
-    known = catalog.installed()
-    return [(known[name], known[f"se_{name}"]) for name in baselines]
-
-
-def paper_grid(number: int, costs: dict[str, Cost]) -> Grid:
-    """Table 2 or 3 of arXiv 1709.01507: published and counted side by side.
-
-    Args:
-        number: 2 or 3.
-        costs: by variant name, at batch 1.
-    """
-    baselines, metrics = _PAPER_TABLES[number]
-    rows, remarks = [], []
-    equal = total = 0
-    for variant in (one for pair in _pairs(baselines) for one in pair):
-        cost = costs[variant.name]
-        cells = [variant.name]
-        for metric in metrics:
-            value = cost.macs.paper if metric == "macs" else cost.params
-            one = published(variant, metric)
-            if one is None:
-                cells += [NONE, units.count(value), ""]
-                continue
-            mark = _mark(value, one)
-            equal, total = equal + (mark == "="), total + 1
-            cells += [one.printed or units.count(one.value), units.count(value), mark]
-            remarks += [f"{variant.name}, {metric}: {one.note}"] if one.note else []
-        top1 = published(variant, "top1_error_pct")
-        cells.append(NONE if top1 is None else _points(top1))
-        rows.append(tuple(cells))
-    headers = [header for metric in metrics for header in (f"{_HEADERS[metric]} printed", "counted", "")]
-    notes = (
-        f"{equal} of {total} published cost numbers reproduced to the printed digit (=). MACs by the convention "
-        "`paper`: convolutions, fully connected layers and SE's pooling additions; the paper prints them as FLOPs.",
-        *remarks,
-    )
-    columns = ("", *headers, "top-1 error")
-    return Grid(title=f"arXiv 1709.01507, Table {number}", columns=columns, rows=tuple(rows), notes=notes)
+# --------------------------------------------------------------------------------------------- measured, many records
 
 
 def check_one_machine(records: Sequence[Record]) -> None:
@@ -468,7 +413,7 @@ def _added_row(record: Record) -> tuple[str, ...]:
         pairs = ((cost.params, base.params), (cost.macs.paper, base.macs.paper), (cost.bytes, base.bytes))
         figures = [_relative(ours, theirs) for ours, theirs in pairs]
     saved = [memory.saved_for_backward_bytes if memory else None for memory in (record.memory, record.baseline_memory)]
-    ours, theirs = (published(variant, "top1_error_pct") for variant in _variants(record))
+    ours, theirs = published_pair(*_variants(record), "top1_error_pct")
     return (
         _name(record),
         *figures,
@@ -509,25 +454,46 @@ def _ratio_cells(latency: Latency) -> tuple[str, str, str, str, str]:
     return (*times, f"{latency.ratio:.4f}", interval, verdict)
 
 
+# One of each kind, at full width.
+MOBILE = (
+    "se_mobilenet",
+    "se_shufflenet",
+    "se_mobilenet_v2",
+    "se_shufflenet_v2_x1_0",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "mnasnet_a1",
+    "efficientnet_b0",
+    "ghostnet_100",
+    "regnet_y_400mf",
+    "regnet_y_800mf",
+)
+
+
+def mobile_names() -> list[str]:
+    """The mobile networks, base and SE in turn."""
+    known = catalog.installed()
+    return [name for one in MOBILE for name in (str(known[one].baseline), one)]
+
+
 def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
     """The mobile networks: cost, measured ratio of a forward pass, and published error, base and SE in turn."""
     measured = {record.arch: record for record in records if _is_plain(record)}
     rows = []
-    for baseline, variant in _pairs(_PAPER_3):
-        for one in (baseline, variant):
-            cost, record = costs[one.name], measured.get(one.name)
-            forward = record.latency.get("forward") if record is not None else None
-            top1 = published(one, "top1_error_pct")
-            rows.append(
-                (
-                    one.name,
-                    units.count(cost.params),
-                    units.count(cost.macs.paper),
-                    units.size(cost.bytes),
-                    _change(forward),
-                    NONE if top1 is None else _points(top1),
-                )
+    for one in (catalog.installed()[name] for name in mobile_names()):
+        cost, record = costs[one.name], measured.get(one.name)
+        forward = record.latency.get("forward") if record is not None else None
+        top1 = published(one, "top1_error_pct")
+        rows.append(
+            (
+                one.name,
+                units.count(cost.params),
+                units.count(cost.macs.paper),
+                units.size(cost.bytes),
+                _change(forward),
+                NONE if top1 is None else points(top1),
             )
+        )
     columns = ("", "params", "MACs, paper", "bytes", "forward", "top-1 error")
     machines = {record.machine.gpu or record.machine.cpu for record in measured.values()}
     note = "forward: SE against base, batch 1, fp32"
@@ -554,9 +520,15 @@ def _is_plain(record: Record) -> bool:
     return record.kind == "profile" and plain and size and work.threads == 1 and _is_own_baseline(record)
 
 
+# ------------------------------------------------------------------------------------------------------ tables by name
+
+
 REPORT = "report"
-_WITHOUT_RECORDS = ("mobile", "paper-2", "paper-3")
-NAMES = ("added", "mobile", "paper-2", "paper-3", "latency")
+ZOO = "zoo"
+MEASURED = ("added", "latency")
+COST_TABLES = (*PAPER_TABLES, "mobile", ZOO)
+NAMES = (*COST_TABLES, *MEASURED)
+_REPORTED = ("added", "mobile", "paper-2", "paper-3", "latency")
 
 
 def check_name(name: str) -> None:
@@ -567,30 +539,89 @@ def check_name(name: str) -> None:
 
 def costs_needed(name: str) -> tuple[str, ...]:
     """The variants whose cost a table shows."""
-    both = (*_PAPER_2, *_PAPER_3)
-    baselines = {"mobile": _PAPER_3, "paper-2": _PAPER_2, "paper-3": _PAPER_3, REPORT: both}.get(name, ())
-    return tuple(one.name for pair in _pairs(baselines) for one in pair)
+    if name == REPORT:
+        return tuple(dict.fromkeys(arch for one in _REPORTED for arch in costs_needed(one)))
+    if name == ZOO:
+        return tuple(catalog.installed())
+    if name == "mobile":
+        return tuple(mobile_names())
+    return tuple(dict.fromkeys(row for table in PAPER_TABLES.get(name, ()) for row in table.rows))
 
 
 def named_grids(name: str, costs: dict[str, Cost], records: Sequence[Record]) -> list[Grid]:
-    """A table by its name; `report` is all of them.
+    """A table by its name; `report` is the measured ones and those that they are read beside.
 
     Raises:
         UnknownNameError: there is no such table.
         RecordError: the table needs records and there are none.
     """
     check_name(name)
+    profiles = [record for record in records if record.kind == "profile"]
     if name == REPORT:
-        names = NAMES if any(record.kind == "profile" for record in records) else _WITHOUT_RECORDS
+        names = [one for one in _REPORTED if profiles or one not in MEASURED]
         return [grid for one in names for grid in named_grids(one, costs, records)]
     if name == "mobile":
         return [mobile_grid(costs, records)]
-    if name.startswith("paper-"):
-        return [paper_grid(int(name[-1]), costs)]
-    profiles = [record for record in records if record.kind == "profile"]
+    if name == ZOO:
+        return zoo_grids(costs)
+    if name in PAPER_TABLES:
+        return [paper_grid(one, costs) for one in PAPER_TABLES[name]]
     if not profiles:
         raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
     return latency_grids(profiles) if name == "latency" else added_grids(profiles)
+
+
+def cost_pages(costs: dict[str, Cost]) -> dict[str, str]:
+    """Every cost table as the text of a file, by the file's name; README.md lists them and says how much is met."""
+    pages = {}
+    rows = []
+    for name in COST_TABLES:
+        grids = named_grids(name, costs, ())
+        pages[f"{name}.md"] = page(name, grids, ())
+        variants = [catalog.installed()[one] for one in costs_needed(name)]
+        if name in PAPER_TABLES:
+            labels = {table.label for table in PAPER_TABLES[name]}
+            numbers = [
+                (variant, one)
+                for variant in variants
+                for one in cost_numbers(variant)
+                if one.source == SENET and one.table in labels
+            ]
+        else:
+            numbers = [(variant, one) for variant in variants for one in cost_numbers(variant)]
+        met = sum(is_met(one, costs[variant.name]) for variant, one in numbers)
+        about = "; ".join(grid.title for grid in grids) if len(grids) < 3 else f"every variant, {len(grids)} families"
+        rows.append((f"[{name}]({name}.md)", about, f"{met} of {len(numbers)}" if numbers else NONE))
+    equal, total = reproduced((catalog.installed()[name] for name in costs), costs)
+    index = Grid(
+        title="Cost tables",
+        columns=("table", "what it shows", "published cost numbers met"),
+        rows=tuple(rows),
+        notes=(
+            f"{equal} of {total} published cost numbers reproduced to the printed digit.",
+            "Counted, not timed: no machine enters. Rendered, not typed. The same in exact integers: "
+            "[costs.json](costs.json).",
+        ),
+        words=frozenset({0, 1}),
+    )
+    lines = ",\n".join(f' "{name}": {_exact_costs(cost)}' for name, cost in costs.items())
+    return {"README.md": index.markdown(), **pages, "costs.json": f"{{\n{lines}\n}}\n"}
+
+
+def _exact_costs(cost: Cost) -> str:
+    macs = cost.macs
+    return json.dumps(
+        {
+            "params": cost.params,
+            "buffer_elements": cost.buffer_elements,
+            "macs": {"conv_linear": macs.conv_linear, "paper": macs.paper, "all": macs.all},
+            "macs_backward": cost.macs_backward.all,
+            "flops": cost.flops,
+            "bytes": cost.bytes,
+            "activations": cost.activations,
+            "se": {"blocks": cost.se.blocks, "params": cost.se.params},
+        }
+    )
 
 
 def acceptance_grids(live: LiveAcceptance | None, counting: CountingTime | None) -> list[Grid]:

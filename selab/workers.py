@@ -31,8 +31,7 @@ class Failed(Frozen, frozen=True, kw_only=True):
 
 def build_pair(request: Request, workload: Workload, variant: Variant, baseline: Variant) -> tuple[Built, Built]:
     """Both networks of a request, with the same seed."""
-    _, height, width = workload.input_chw
-    made = [build(one, seed=request.seed, input_hw=(height, width)) for one in (variant, baseline)]
+    made = [build(one, seed=request.seed, input_chw=workload.input_chw) for one in (variant, baseline)]
     return made[0], made[1]
 
 

@@ -53,7 +53,8 @@ def program(*words, **options):
 def one_line(error):
     """A user's mistake: one line, no traceback."""
     assert "Traceback" not in error
-    lines = [line for line in error.splitlines() if line and not line.endswith("…")]
+    progress = [line for line in error.splitlines() if line.endswith("…") or line.startswith("running code from ")]
+    lines = [line for line in error.splitlines() if line and line not in progress]
     assert len(lines) == 1, error
     assert lines[0].startswith("error: ")
     return lines[0]

@@ -9,10 +9,10 @@ ROOT = Path(__file__).parent.parent / "selab"
 
 FLOORS = [
     {"errors", "units", "stats"},
-    {"spec", "record", "catalog", "verdict", "store", "grid"},
-    {"se", "sites", "insert", "build", "probe"},
+    {"spec", "record", "foreign", "keys", "catalog", "verdict", "store", "grid"},
+    {"attention", "se", "sites", "probe", "ends", "insert", "build", "weights"},
     {"measure"},
-    {"request", "workers", "profiling", "tables"},
+    {"request", "workers", "profiling", "published", "tables", "tree", "plots"},
     {"cli"},
 ]
 TORCH_FREE = {"cli"} | FLOORS[0] | FLOORS[1]
@@ -25,7 +25,8 @@ def floor_of(name):
 def imports(path):
     """(module, whether it is imported when the file itself is) for each import in a file."""
     tree = ast.parse(path.read_text())
-    inside = {id(node) for outer in ast.walk(tree) if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer)}
+    later = [outer for outer in ast.walk(tree) if isinstance(outer, ast.FunctionDef) or _is_for_types(outer)]
+    inside = {id(node) for outer in later for node in ast.walk(outer)}
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -34,6 +35,10 @@ def imports(path):
             names = [f"{node.module}.{alias.name}" if node.module == "selab" else node.module for alias in node.names]
         for name in names:
             yield name, id(node) not in inside
+
+
+def _is_for_types(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def modules():

@@ -294,7 +294,7 @@ class TestSurvival:
     def pair(self, request, foreign):
         """A network with SE by each of the two mechanisms, and an input."""
         if request.param == "residual":
-            model = build(catalog.find("se_resnet18"), input_hw=(32, 32)).model.eval()
+            model = build(catalog.find("se_resnet18"), input_chw=(3, 32, 32)).model.eval()
         else:
             model = foreign
             insert_se(model, ["stem", "layers.*"], reduction=4, input_nchw=CHW)

@@ -5,7 +5,8 @@ from selab import record
 from selab.errors import RecordError
 from selab.profiling import count_record
 from selab.store import read_record, save
-from selab.tables import printed_equals, spliced
+from selab.published import printed_equals
+from selab.tables import spliced
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from selab.errors import InsertionError
+from selab.measure.counts import count
 from selab.se import GatedJoin, SqueezeExcitation, squeeze_width
 
 GATES = ["sigmoid", "tanh", "relu", "hardsigmoid"]
@@ -130,3 +131,28 @@ def test_bf16_autocast_keeps_the_type_of_the_map():
     block = SqueezeExcitation(8, reduction=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert block(torch.randn(2, 8, 6, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("squeeze", ["avg", "max", "none"])
+@pytest.mark.parametrize("gate", ["sigmoid", "tanh", "relu", "hardsigmoid"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("init", ["he", "identity"])
+def test_macs_are_the_counter_s(squeeze, gate, activation, init):
+    block = SqueezeExcitation(32, 4, squeeze=squeeze, gate=gate, activation=activation, init=init).eval()
+    cost = count(block, (1, 32, 5, 7))
+    assert block.macs(5, 7) == cost.macs.all
+    assert cost.se.squeeze.macs == (0 if squeeze == "none" else 32 * 35)
+    # Where the gate of a whole map is stretched, the stretch cannot be told from a scale.
+    assert cost.se.scale.macs == 32 * 35 * (2 if squeeze == "none" and block.gate_affine is not None else 1)
+    assert not cost.unknown
+
+
+def test_without_a_squeeze_the_layers_run_at_every_position():
+    torch.manual_seed(0)
+    block = SqueezeExcitation(6, 2, squeeze="none", activation="silu").double()
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    hidden = torch.einsum("nchw,sc->nshw", x, block.fc1.weight) + block.fc1.bias[:, None, None]
+    factor = torch.einsum("nshw,cs->nchw", hidden * hidden.sigmoid(), block.fc2.weight) + block.fc2.bias[:, None, None]
+    torch.testing.assert_close(block(x), x * factor.sigmoid())
+    # The same weights as with a squeeze: a checkpoint fits both.
+    assert block.state_dict().keys() == SqueezeExcitation(6, 2).state_dict().keys()

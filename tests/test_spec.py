@@ -1,8 +1,10 @@
+import msgspec
 import pytest
 
 from selab import catalog
+from selab.catalog import baseline_of, find
 from selab.errors import SpecError, UnknownNameError
-from selab.spec import parse_family
+from selab.spec import BLOCKS, CBAMFacts, ECAFacts, block_facts, changed, parse_family
 
 GOOD = """
 family = "toy"
@@ -47,7 +49,11 @@ def test_reads_a_family():
         ('title = "Toy"', "title = 1", "toy.toml: variants.toy.title: expected str, got int"),
         ("bias = false", "bias = 0", "toy.toml: variants.se_toy.se.bias: expected bool, got int"),
         ("bias = false", "", "toy.toml: variants.se_toy.se.bias: missing"),
-        ("bias = false", "bias = false\nratio = 2", "toy.toml: variants.se_toy.se.ratio: unknown key; allowed: sites"),
+        (
+            "bias = false",
+            "bias = false\nratio = 2",
+            "toy.toml: variants.se_toy.se.ratio: unknown key; allowed: block, sites",
+        ),
         (
             "bias = false",
             "bias = false\nreduction = 0",
@@ -116,3 +122,85 @@ class TestCatalog:
     def test_a_file_that_is_not_there(self, tmp_path):
         with pytest.raises(SpecError, match="cannot be read: No such file"):
             catalog.find(str(tmp_path / "none.toml"))
+
+
+def test_one_line_of_changes_is_as_strict_as_a_toml():
+    facts = changed(None, "sites=residual,reduction=8,stages=2-4,placement=pre")
+    assert facts == block_facts(sites="residual", reduction=8, stages=[2, 3, 4], placement="pre", bias=True)
+    assert changed(facts, "stages=2+5,bias=no") == block_facts(
+        sites="residual", reduction=8, stages=[2, 5], placement="pre", bias=False
+    )
+    assert changed(facts, "sites=a.*+b").sites == ("a.*", "b")
+
+
+def test_another_kind_of_block_keeps_where_it_stands_and_nothing_else():
+    facts = changed(block_facts(sites="conv", bias=False, reduction=4, placement="pre"), "block=cbam")
+    assert facts == CBAMFacts(sites="conv", placement="pre")
+    assert changed(facts, "kernel_size=3").kernel_size == 3
+    assert {kind.__struct_config__.tag for kind in BLOCKS.values()} == set(BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("reduction=8,,gate=tanh", "character 13: expected KEY=VALUE, found ''; for example reduction=8"),
+        ("reduction", "character 1: expected KEY=VALUE, found 'reduction'"),
+        ("gate=tanh,gate=relu", "character 11: gate is given twice"),
+        ("ratio=8", r"ratio: unknown key; did you mean reduction.*; allowed for se: block, sites, placement, stages, bias, reduction"),
+        ("reduction=many", "reduction: expected int, got str"),
+        ("reduction=0", "reduction: 0; must be at least 1"),
+        ("gate=soft", "gate: invalid enum value 'soft'; allowed: sigmoid, tanh, relu, hardsigmoid"),
+        ("block=ecca", "block 'ecca': no such block; did you mean eca"),
+        (
+            "block=eca,reduction=4",
+            "reduction: unknown key; allowed for eca: block, sites, placement, stages, kernel_size",
+        ),
+        ("stages=last", "stages: 'last' names no stages; write 3, 2-4 or 2[+]4"),
+        ("stages=4-2", "stages: '4-2' ends before it begins"),
+        ("bias=1", "bias: '1'; allowed: yes, no"),
+    ],
+)
+def test_a_wrong_line_says_where(text, message):
+    with pytest.raises(SpecError, match=message):
+        changed(block_facts(sites="conv", bias=False), text)
+
+
+def test_without_facts_to_change_the_sites_must_be_named():
+    with pytest.raises(SpecError, match="sites: missing; name a site group or a pattern, or give --insert"):
+        changed(None, "reduction=8")
+
+
+def test_keys_of_other_blocks_are_refused_in_a_toml():
+    text = GOOD.replace("bias = false", 'block = "eca"\nreduction = 4')
+    with pytest.raises(
+        SpecError, match=r"se_toy.se.(reduction|gate|divisor): unknown key; allowed: block, sites, placement"
+    ):
+        parse_family(text, origin="toy.toml")
+    with pytest.raises(SpecError, match=r"se_toy.se.block: .* allowed: se, eca, cbam"):
+        parse_family(GOOD.replace("bias = false", 'bias = false\nblock = "ecca"'), origin="toy.toml")
+
+
+def test_keys_that_say_nothing_new_leave_the_hash_alone():
+    before = parse_family(GOOD, origin="a")["se_toy"].facts_hash
+    for line in ('activation = "relu"', "stages = []", 'block = "se"'):
+        assert (
+            parse_family(GOOD.replace("bias = false", f"bias = false\n{line}"), origin="a")["se_toy"].facts_hash
+            == before
+        )
+    for line in ('activation = "silu"', "stages = [2]"):
+        assert (
+            parse_family(GOOD.replace("bias = false", f"bias = false\n{line}"), origin="a")["se_toy"].facts_hash
+            != before
+        )
+
+
+def test_a_word_finds_a_changed_network():
+    variant = find("resnet50+reduction=8,stages=2-4,placement=pre")
+    assert variant.name == "resnet50+reduction=8,stages=2-4,placement=pre"
+    assert baseline_of(variant).name == "resnet50"
+    # It begins with the facts of the catalog's se_resnet50, with biases; se_vgg16 has none.
+    assert variant.se == msgspec.structs.replace(find("se_resnet50").se, reduction=8, stages=(2, 3, 4), placement="pre")
+    assert find("vgg16+reduction=8").se.bias is False
+    again = find("se_resnet50+block=eca")
+    assert (again.baseline, again.se) == ("resnet50", ECAFacts(sites="residual"))
+    assert not again.published

@@ -46,10 +46,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selab.attention import Attention
 from selab.errors import ModelError, nearest
 from selab.probe import evaluating, first_line, meta_twin
 from selab.record import Cost, Frozen, Macs, OperatorCost, SECost, StageCost
-from selab.se import GatedJoin, SqueezeExcitation
+from selab.se import GatedJoin
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 Stage = Literal["", "squeeze", "excitation", "scale"]
@@ -824,7 +825,7 @@ def _places(model: nn.Module, se_blocks: Collection[str]) -> dict[int, _Place]:
     for path, module in modules.items():
         # named_modules goes depth first, so what follows a block with its prefix is inside of it.
         if inside is None or (inside and not path.startswith(f"{inside}.")):
-            inside = path if isinstance(module, SqueezeExcitation) or path in se_blocks else None
+            inside = path if isinstance(module, Attention) or path in se_blocks else None
         if inside is not None:
             places[id(module)] = _Place(path=path, block=inside, gates=path == inside)
         elif isinstance(module, GatedJoin):

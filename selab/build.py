@@ -12,7 +12,7 @@ from torch import nn
 
 from selab import foreign
 from selab.attention import Init
-from selab.errors import InsertionError, ModelError, SpecError
+from selab.errors import InsertionError, ModelError, SelabError, SpecError
 from selab.insert import insert_se
 from selab.probe import first_line
 from selab.record import Insertion
@@ -62,9 +62,11 @@ def build(
         torch.manual_seed(seed)
         try:
             model = builder(num_classes=variant.num_classes, **variant.arguments)
+        except SelabError:
+            raise
         except Exception as error:
             raise SpecError(
-                f"{variant.origin}: variants.{variant.name}: {variant.builder} refuses its arguments "
+                f"{variant.place}: {variant.builder} refuses its arguments "
                 f"{dict(variant.arguments)}: {first_line(error)}"
             ) from error
         if not isinstance(model, nn.Module):
@@ -76,7 +78,7 @@ def build(
             input_nchw = (1, *(input_chw or variant.input_chw))
             insertions = insert_se(model, variant.se, input_nchw=input_nchw, init=init)
         except (InsertionError, ModelError) as error:
-            raise type(error)(f"{variant.origin}: variants.{variant.name}: {error}") from error
+            raise type(error)(f"{variant.place}: {error}") from error
     return Built(model=model, insertions=insertions, native=native)
 
 

@@ -1,11 +1,12 @@
 """The command line: each command one short function; torch is imported only by the commands that need it."""
 
+import dataclasses
 import io
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from selab.grid import Grid
     from selab.measure.paired import Progress
     from selab.profiling import Profile
-    from selab.record import Insertion, Record
+    from selab.record import Cost, Insertion, Record
     from selab.spec import Variant
 
 app = typer.Typer(
@@ -190,7 +191,8 @@ def _tell_found_sites(word: str, insertions: "Sequence[Insertion]") -> None:
         return
     listed = ", ".join(one.path for one in insertions)
     _console(stderr=True).print(
-        f"auto: {len(insertions)} sites found: {_plain(listed)}; `selab sites` shows them in the network",
+        f"auto: {len(insertions)} site{'s' if len(insertions) > 1 else ''} found: {_plain(listed)}; "
+        "`selab sites` shows them in the network",
         highlight=False,
         soft_wrap=True,
     )
@@ -246,22 +248,24 @@ def sites(
     variant = _find(_address(arch, se, insert))
     from selab.build import build
     from selab.catalog import baseline_of
-    from selab.ends import block_ends
-    from selab.errors import InsertionError
+    from selab.ends import Ends, trace_ends
     from selab.sites import declared_groups
     from selab.tree import site_tree, sites_as_builtins
 
     size = _input_chw(input_size) or variant.input_chw
-    network = build(baseline_of(variant) or variant, device="meta", input_chw=size).model
-    insertions = build(variant, device="meta", input_chw=size).insertions
-    groups = declared_groups(network)
-    try:
-        ends = block_ends(network, (1, *size)) if not groups or (insert and "auto" in insert) else ()
-    except InsertionError:
-        ends = ()
+    shape = (1, *size)
+    with redirect_stdout(sys.stderr):
+        network = build(baseline_of(variant) or variant, device="meta", input_chw=size).model
+        insertions = build(variant, device="meta", input_chw=size).insertions
+        groups = declared_groups(network)
+        found = trace_ends(network, shape) if not groups or "auto" in (insert or ()) else Ends(found=(), left_out=())
+        tree = site_tree(network, insertions, ends=found.found, groups=groups, input_nchw=shape)
     if json_to is not None:
-        return _write_json(sites_as_builtins(network, insertions, ends=ends, groups=groups), json_to)
-    return _print(site_tree(network, insertions, ends=ends, groups=groups))
+        return _write_json(
+            sites_as_builtins(network, insertions, ends=found.found, groups=groups, input_nchw=shape), json_to
+        )
+    lines = [f"auto: {end.path}: {end.reason}" for end in found.found] + [f"left out: {one}" for one in found.left_out]
+    return _print(tree, *(["\n".join(map(_plain, lines))] if lines else []))
 
 
 @app.command()
@@ -412,6 +416,48 @@ def _keep_partial(growing: "Profile", path: Path) -> str:
     partial = store.partial_path(path)
     store.save(growing.record(), partial)
     return f"what was measured until then is in {partial}"
+
+
+@app.command()
+def plot(
+    name: Annotated[str, typer.Argument(help="cost or accuracy (base → SE, with --x and --y), or added (bars).")],
+    x: Annotated[
+        str | None,
+        typer.Option(
+            help="params, macs, macs_all, flops, bytes, activations (counted); top1_error, top5_error (published); "
+            "latency, latency_fwd_bwd, tax, saved_for_backward (measured: --profiles). By default macs."
+        ),
+    ] = None,
+    y: Annotated[str | None, typer.Option(help="As --x; by default latency for cost, top1_error for accuracy.")] = None,
+    arch: Archs = (),  # type: ignore[assignment]
+    profiles: Annotated[Path | None, typer.Option(help="A machine's folder of records.")] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="Of several in the records this one, as in their files' names.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The picture, .svg or .png; by default NAME.svg.")] = None,
+    json_to: Json = None,
+) -> None:
+    """Draw base → SE in the plane of two quantities, or what SE adds as bars; the picture says what it leaves out."""
+    from selab import ink, plots, store
+
+    axes = plots.axes_of(name, x, y)
+    to = out or Path(f"{name}.svg")
+    ink.check_file(to)
+    records = store.read_records(profiles) if profiles is not None else []
+    needed = plots.costs_needed(*axes, arch) if axes is not None else ()
+    costs: dict[str, Cost] = {}
+    if needed:
+        from selab.profiling import counted
+
+        with _reporting(_console(stderr=True)) as report:
+            report(f"counting {len(needed)} networks", None)
+            costs = counted(needed)
+    shown = plots.picture(name, x=x, y=y, records=records, costs=costs, archs=arch, workload=workload)
+    if json_to is not None:
+        _write_json(dataclasses.asdict(shown), json_to)
+    if out is not None or json_to is None:
+        ink.draw(shown, to)
+        typer.echo(f"picture: {to}", err=str(json_to) == "-")
 
 
 @app.command()

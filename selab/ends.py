@@ -1,10 +1,11 @@
 """Block ends by tracing: where channel attention stands in a network that declares nothing.
 
-The network runs once on the meta device. Every operation on a map is a *value* that knows its operands, and every module
-tells which value it returned; an operation in place makes a new value of the same tensor. Two kinds of end are found:
+The network runs once on the meta device. Every operation on a map is a *value* that knows its operands, and every
+module tells which value it returned; an operation in place makes a new value of the same tensor. Two kinds of end are
+found:
 
-* the end of a residual branch: where two maps of one shape are added, the operand with more convolutions since both had a
-  common ancestor;
+* the end of a residual branch: where two maps of one shape are added, the operand with more convolutions since both had
+  a common ancestor;
 * the end of a depthwise-separable block that is no part of such a branch: a depthwise convolution, a pointwise one, and
   what follows elementwise, up to what reads the map next.
 
@@ -41,6 +42,8 @@ _ALSO_ELEMENTWISE = {
 }
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 _MAP_DIMS = 4
+# What `selab.insert` calls a block at its site.
+_BLOCK_NAME = "se"
 # How many of the ends that were left out an error message tells.
 _TOLD = 3
 
@@ -120,8 +123,8 @@ def block_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> tuple[BlockEnd,
         more = f" and {len(ends.left_out) - _TOLD} more" if len(ends.left_out) > _TOLD else ""
         seen = f" (left out: {'; '.join(ends.left_out[:_TOLD])}{more})" if ends.left_out else ""
         raise InsertionError(
-            f"{type(model).__name__}: tracing finds no block end, neither a residual addition nor a depthwise-separable "
-            f"block{seen}; name the modules yourself: --insert PATTERN (`selab sites` lists them)"
+            f"{type(model).__name__}: tracing finds no block end, neither a residual addition nor a "
+            f"depthwise-separable block{seen}; name the modules yourself: --insert PATTERN (`selab sites` lists them)"
         )
     return ends.found
 
@@ -146,11 +149,11 @@ def trace_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> Ends:
     return _Finder(trace).ends()
 
 
-class _Trace(TorchDispatchMode):
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the values of one forward pass."""
 
     def __init__(self, twin: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.twin = twin
         self.values: list[_Value] = []
         self.calls: Counter[str] = Counter()
@@ -282,7 +285,7 @@ class _Finder:
                 yield _Addition(total=value, branch=branch, inside=branch.ancestors & ~shortcut.ancestors)
 
     def _joins(self, value: _Value) -> bool:
-        """Whether a value is the sum of two maps of one shape, neither of them the network's input, with work between."""
+        """Whether a value is the sum of two maps of one shape, not the network's input, with convolutions between."""
         if value.operation not in ("add", "add_") or len(value.operands) != 2 or len(value.shape) != _MAP_DIMS:
             return False
         one, other = value.operands
@@ -307,7 +310,9 @@ class _Finder:
                 block = _common(place, path.rpartition(".")[0])
                 return self._add(value, path, f"before the addition in {_named(block)}")
             value = self._trunk(value)
-        self.left_out[f"the addition in {_named(place)}: its branch ends in no module that runs once"] = None
+        self.left_out[f"the addition in {_named(place)}: its branch ends in no module that runs once and is free"] = (
+            None
+        )
         return None
 
     # ------------------------------------------------------------------------------------ depthwise-separable blocks
@@ -335,7 +340,7 @@ class _Finder:
             path = self._site(value, outside=depthwise.module)
             if path is not None:
                 return self._add(value, path, f"after the depthwise-separable block {block}")
-        self.left_out[f"the depthwise-separable block {block}: ends in no module that runs once"] = None
+        self.left_out[f"the depthwise-separable block {block}: ends in no module that runs once and is free"] = None
         return None
 
     def _following(self, value: _Value) -> _Value | None:
@@ -358,7 +363,7 @@ class _Finder:
         return next((one for one in maps if all(other.comes_from(one) for other in maps)), None)
 
     def _site(self, value: _Value, *, outside: str | None = None) -> str | None:
-        """The outermost module that made a value and returned it before it was read.
+        """The outermost module that made a value, returned it before it was read, and can hold a block.
 
         A module that only hands the value on (an Identity, a DropPath in eval mode) serves where no other made it.
 
@@ -375,7 +380,8 @@ class _Finder:
         return made[-1] if made else (handed[0] if handed else None)
 
     def _is_free(self, path: str) -> bool:
-        return self.calls[path] == 1 and path not in self.shared
+        """Whether a block can be put there: the module runs once, and the block's name is not taken."""
+        return self.calls[path] == 1 and path not in self.shared and not hasattr(self.modules[path], _BLOCK_NAME)
 
     def _add(self, value: _Value, path: str, reason: str) -> None:
         own = [one.path for one in value.returned_by if isinstance(self.modules[one.path], Attention)]

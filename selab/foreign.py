@@ -1,8 +1,8 @@
 """Networks from elsewhere: torchvision's, timm's, and a user's own Python.
 
-A word becomes a variant whose builder is a function of this file. The libraries are imported when they are asked for and
-nothing is downloaded: weights are random. A user's code runs when the network is built, not before; what it prints goes
-to standard error, for standard output is ours.
+A word becomes a variant whose builder is a function of this file. The libraries are imported when they are asked for
+and nothing is downloaded: weights are random. A user's code runs when the network is built, not before; what it prints
+goes to standard error, for standard output is ours.
 """
 
 import copy

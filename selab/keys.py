@@ -1,7 +1,7 @@
 """Which foreign networks compute what ours do, and how their state dicts call the same tensors.
 
-Equal shapes are not equal functions: torchvision's ResNet-50 strides in the 3x3, Caffe's in the 1x1, and either's tensors
-fit the other. So a pair of networks is declared here, once it is proved (tests/interop builds both and compares
+Equal shapes are not equal functions: torchvision's ResNet-50 strides in the 3x3, Caffe's in the 1x1, and the tensors of
+one fit the other. So a pair of networks is declared here, once it is proved (tests/interop builds both and compares
 logits), and nothing else is converted. Pairs that fit in shape but compute something else are declared too, with the
 difference.
 """
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from selab.errors import UnknownNameError, nearest
 
@@ -57,7 +57,9 @@ def port_for(source: str, arch: str) -> Port:
     """
     sources = sorted({port.source for port in PORTS})
     if source not in sources:
-        raise UnknownNameError(f"--from {source}: no such source{nearest(source, sources)}; allowed: {', '.join(sources)}")
+        raise UnknownNameError(
+            f"--from {source}: no such source{nearest(source, sources)}; allowed: {', '.join(sources)}"
+        )
     found = [port for port in (*PORTS, *UNEQUAL) if (port.source, port.arch) == (source, arch)]
     if found and not found[0].unequal:
         return found[0]
@@ -86,7 +88,7 @@ def _vgg_places() -> tuple[tuple[int, str], ...]:
     """Pairs of a convolution's index in VGG-16's list of layers and `block_convolution` here."""
     names = [f"{block}_{conv}" for block, convs in enumerate((2, 2, 3, 3, 3), start=1) for conv in range(1, convs + 1)]
     # A convolution, its BN and its ReLU are three layers, and a pooling follows each block.
-    layers = [3 + (name[0] != after[0]) for name, after in zip(names, names[1:], strict=False)]
+    layers = [3 + (name[0] != after[0]) for name, after in pairwise(names)]
     return tuple(zip(accumulate(layers, initial=0), names, strict=True))
 
 
@@ -140,12 +142,6 @@ _VGG_TIMM: Rules = (
     (r"^head\.fc\.", "head.fc8."),
     *_counted(r"^pre_logits\.fc{}\.", "head.fc{}.", ((1, 6), (2, 7))),
 )
-_VGG_CADENE: Rules = (
-    *_counted("^_features", "features", ((0, 0),)),
-    *_VGG_FEATURES,
-    *_counted(r"^linear{}\.", "head.fc{}.", ((0, 6), (1, 7))),
-    (r"^last_linear\.", "head.fc8."),
-)
 
 _CONV_AND_BN: Rules = ((r"\.0\.(?=\w+$)", ".conv."), (r"\.1\.(?=\w+$)", ".bn."))
 _MOBILENET_V2_TORCHVISION: Rules = (
@@ -180,6 +176,11 @@ def _inverted_torchvision(first: str) -> Rules:
     return tuple((pattern.replace("{first}", first), replacement) for pattern, replacement in _INVERTED_TORCHVISION)
 
 
+# Blocks in the stages of MobileNetV3.
+_LARGE = (1, 2, 3, 4, 2, 3)
+_SMALL = (1, 2, 3, 2, 3)
+
+
 def _mobilenet_v3_torchvision(blocks: tuple[int, ...]) -> Rules:
     last = sum(blocks) + 1
     return (
@@ -202,7 +203,7 @@ _EFFICIENTNET_TORCHVISION: Rules = (
 
 
 def _inverted_timm(*, first_stage: int, stages: int) -> Rules:
-    """timm's MobileNets, MnasNets and EfficientNets; the block without an expansion counts its layers otherwise."""
+    """Timm's MobileNets, MnasNets and EfficientNets; the block without an expansion counts its layers otherwise."""
     return (
         (r"^conv_stem\.", "stem.conv."),
         (r"^bn1\.", "stem.bn."),
@@ -223,7 +224,8 @@ def _inverted_timm(*, first_stage: int, stages: int) -> Rules:
     )
 
 
-def _mobilenet_v3_timm(stages: int) -> Rules:
+def _mobilenet_v3_timm(blocks: tuple[int, ...]) -> Rules:
+    stages = len(blocks)
     return (
         (rf"^blocks\.{stages}\.0\.conv\.", "head.conv.conv."),
         (rf"^blocks\.{stages}\.0\.bn1\.", "head.conv.bn."),
@@ -241,7 +243,9 @@ _SHUFFLENET_V2: Rules = (
     (r"^conv5\.", "head."),
     (r"^fc\.", "head.fc."),
     *_counted(
-        r"\.branch1\.{}\.", ".shortcut.{}.", ((0, "conv1"), (1, "bn1"), (2, "conv2"), (3, "bn2")),
+        r"\.branch1\.{}\.",
+        ".shortcut.{}.",
+        ((0, "conv1"), (1, "bn1"), (2, "conv2"), (3, "bn2")),
     ),
     *_counted(
         r"\.branch2\.{}\.",
@@ -319,17 +323,14 @@ _INCEPTION_RESNET_V2: Rules = (
     *_counted(r"^stage3\.mixed\.branch1\.{}\.", "stage3.mixed.branches.path3x3_2.conv{}.", ((0, 1), (1, 2))),
     *_counted(r"\.branch2\.{}\.", _PATH_DOUBLE + "conv{}.", ((0, 1), (1, 2), (2, 3))),
     (r"\.branch3\.1\.", ".branches.path_pool.projection."),
-    *_counted(
-        r"^(stage2\.block\d+\.branch)\.branch1\.{}\.", r"\1.branches.path7x7.conv{}.", ((0, 1), (1, 2), (2, 3))
-    ),
+    *_counted(r"^(stage2\.block\d+\.branch)\.branch1\.{}\.", r"\1.branches.path7x7.conv{}.", ((0, 1), (1, 2), (2, 3))),
     *_counted(r"\.branch1\.{}\.", _PATH3X3 + "conv{}.", ((0, 1), (1, 2), (2, 3))),
 )
 _BN_INCEPTION: Rules = (
     (r"^last_linear\.", "head.fc."),
-    # Their BN has the name of its convolution with _bn behind it.
+    # Their BN is called as its convolution, with _bn behind it.
     (r"^(\w+)_bn\.", r"\1.bn."),
-    (r"^((?:inception|conv)\d?_\w+)\.(?!bn\.)", r"\1.conv."),
-    (r"^(conv1_\w+)\.(?!bn\.|conv\.)", r"\1.conv."),
+    (r"^(\w+)\.(?=\w+$)", r"\1.conv."),
     (r"^conv1_7x7_s2\.", "stem.conv1."),
     (r"^conv2_3x3_reduce\.", "stem.conv2_reduce."),
     (r"^conv2_3x3\.", "stem.conv2."),
@@ -369,10 +370,8 @@ PORTS: tuple[Port, ...] = (
     ),
     *_ports("torchvision", _VGG_TORCHVISION, vgg16="vgg16_bn"),
     *_ports("torchvision", _MOBILENET_V2_TORCHVISION, mobilenet_v2="mobilenet_v2"),
-    *_ports(
-        "torchvision", _mobilenet_v3_torchvision((1, 2, 3, 4, 2, 3)), mobilenet_v3_large="mobilenet_v3_large"
-    ),
-    *_ports("torchvision", _mobilenet_v3_torchvision((1, 2, 3, 2, 3)), mobilenet_v3_small="mobilenet_v3_small"),
+    *_ports("torchvision", _mobilenet_v3_torchvision(_LARGE), mobilenet_v3_large="mobilenet_v3_large"),
+    *_ports("torchvision", _mobilenet_v3_torchvision(_SMALL), mobilenet_v3_small="mobilenet_v3_small"),
     *_ports("torchvision", _EFFICIENTNET_TORCHVISION, efficientnet_b0="efficientnet_b0"),
     *_ports(
         "torchvision",
@@ -428,7 +427,8 @@ PORTS: tuple[Port, ...] = (
         mobilenet_v2_1_4="mobilenetv2_140",
         mnasnet_a1="semnasnet_100",
     ),
-    *_ports("timm", _mobilenet_v3_timm(6), mobilenetv3_large_100="mobilenetv3_large_100"),
+    *_ports("timm", _mobilenet_v3_timm(_LARGE), mobilenetv3_large_100="mobilenetv3_large_100"),
+    *_ports("timm", _mobilenet_v3_timm(_SMALL), mobilenetv3_small_100="mobilenetv3_small_100"),
     *_ports("timm", _EFFICIENTNET_TIMM, efficientnet_b0="efficientnet_b0"),
     *_ports(
         "timm",
@@ -463,53 +463,44 @@ PORTS: tuple[Port, ...] = (
     *_ports("cadene", _BN_INCEPTION, folds_bias=True, bn_inception="bninception"),
 )
 
-_TORCH_STRIDE = "strides in the 3x3 and pads the stem's pooling, and {} strides in the 1x1 and does not pad, as Caffe"
-_TORCH_POOL = "pads the stem's pooling, and {} does not, as Caffe"
-_CAFFE_POOL = "does not pad the stem's pooling, as Caffe, and {} does"
+_TORCH_STRIDE = "strides in the 3x3 and pads the stem's pooling; this one strides in the 1x1 and does not pad, as Caffe"
+_TORCH_POOL = "pads the stem's pooling; this one does not, as Caffe"
+_CAFFE_POOL = "does not pad the stem's pooling, as Caffe; this one does"
+_LARGE_EPS = "has a BN epsilon of 0.001, this one of 0.00001"
+_SMALL_EPS = "has a BN epsilon of 0.00001, this one of 0.001"
 
 UNEQUAL: tuple[Port, ...] = (
-    *(
-        port
-        for source in ("torchvision", "timm")
-        for depth in (50, 101, 152)
-        for port in _ports(
-            source, _RESNET, unequal=_TORCH_STRIDE.format(f"resnet{depth}"), **{f"resnet{depth}": f"resnet{depth}"}
-        )
-    ),
-    *(
-        port
-        for source in ("torchvision", "timm")
-        for port in _ports(
-            source, _RESNET, unequal=_TORCH_POOL.format("resnext50_32x4d"), resnext50_32x4d="resnext50_32x4d"
-        )
-    ),
-    *_ports("timm", _RESNET, unequal=_TORCH_POOL.format("resnext101_32x4d"), resnext101_32x4d="resnext101_32x4d"),
-    *(
-        port
-        for depth in (18, 34)
-        for port in _ports(
-            "timm",
-            _CAFFE_SE_RESNET,
-            unequal=_CAFFE_POOL.format(f"se_resnet{depth}"),
-            **{f"se_resnet{depth}": f"legacy_seresnet{depth}"},
-        )
-    ),
     *_ports(
-        "timm",
-        _mobilenet_v3_timm(6),
-        unequal="has a BN epsilon of 0.00001, and mobilenet_v3_large one of 0.001, as torchvision's",
-        mobilenet_v3_large="mobilenetv3_large_100",
+        "torchvision", _RESNET, unequal=_TORCH_STRIDE, resnet50="resnet50", resnet101="resnet101", resnet152="resnet152"
     ),
+    *_ports("torchvision", _RESNET, unequal=_TORCH_POOL, resnext50_32x4d="resnext50_32x4d"),
     *_ports(
-        "timm",
-        _mobilenet_v3_timm(5),
-        unequal="has a BN epsilon of 0.00001, and mobilenet_v3_small one of 0.001, as torchvision's",
-        mobilenet_v3_small="mobilenetv3_small_100",
+        "torchvision",
+        _mobilenet_v3_torchvision(_LARGE),
+        unequal=_LARGE_EPS,
+        mobilenetv3_large_100="mobilenet_v3_large",
     ),
     *_ports(
         "torchvision",
-        _mobilenet_v3_torchvision((1, 2, 3, 4, 2, 3)),
-        unequal="has a BN epsilon of 0.001, and mobilenetv3_large_100 one of 0.00001, as timm's",
-        mobilenetv3_large_100="mobilenet_v3_large",
+        _mobilenet_v3_torchvision(_SMALL),
+        unequal=_LARGE_EPS,
+        mobilenetv3_small_100="mobilenet_v3_small",
     ),
+    *_ports("timm", _RESNET, unequal=_TORCH_STRIDE, resnet50="resnet50", resnet101="resnet101", resnet152="resnet152"),
+    *_ports(
+        "timm",
+        _RESNET,
+        unequal=_TORCH_POOL,
+        resnext50_32x4d="resnext50_32x4d",
+        resnext101_32x4d="resnext101_32x4d",
+    ),
+    *_ports(
+        "timm",
+        _CAFFE_SE_RESNET,
+        unequal=_CAFFE_POOL,
+        se_resnet18="legacy_seresnet18",
+        se_resnet34="legacy_seresnet34",
+    ),
+    *_ports("timm", _mobilenet_v3_timm(_LARGE), unequal=_SMALL_EPS, mobilenet_v3_large="mobilenetv3_large_100"),
+    *_ports("timm", _mobilenet_v3_timm(_SMALL), unequal=_SMALL_EPS, mobilenet_v3_small="mobilenetv3_small_100"),
 )

@@ -1,7 +1,9 @@
 """Runs the measurers on one variant and its baseline, and makes the record."""
 
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -72,6 +74,11 @@ class Profile:
             SelabError: a network cannot be built, fails in inference, or returns NaN. Out of memory, or a failure in
                 training, is not raised: the rows that it concerns say so and the rest goes on.
         """
+        # What a user's network prints is no part of our output.
+        with redirect_stdout(sys.stderr):
+            self._run(report)
+
+    def _run(self, report: Report) -> None:
         built, other = build_pair(self.request, self.workload, self.variant, self.baseline)
         self.insertions = built.insertions
         variant, baseline = built.model, other.model
@@ -185,7 +192,7 @@ def _counted(
     try:
         traced = trace(model, shape, dtype=dtype, se_blocks=built.native, details=counters)
     except ModelError as error:
-        raise ModelError(f"{variant.origin}: variants.{variant.name}: {error}") from error
+        raise ModelError(f"{variant.place}: {error}") from error
     cost = cost_of(model, traced)
     return msgspec.structs.replace(
         cost,
@@ -243,7 +250,9 @@ def count_record(
     costs = []
     insertions: tuple[Insertion, ...] = ()
     for one in (variant, baseline):
-        if one is not None:
+        if one is None:
+            continue
+        with redirect_stdout(sys.stderr):
             built = build(one, device="meta", input_chw=workload.input_chw)
             insertions = insertions or built.insertions
             costs.append(_counted(one, built, workload, by_module=by_module, counters=counters))

@@ -171,6 +171,11 @@ class Variant(Frozen, frozen=True, kw_only=True):
     file: str
 
     @property
+    def place(self) -> str:
+        """Where a message says that it stands."""
+        return f"{self.origin}: variants.{self.name}" if self.origin.endswith(".toml") else self.name
+
+    @property
     def facts_hash(self) -> str:
         """Twelve hex digits over what decides the network; titles, notes and published numbers do not enter."""
         se = None if self.se is None else msgspec.to_builtins(self.se)

@@ -26,7 +26,7 @@ def record_path(out: Path, *, machine: str, arch: str, against: str | None, work
 
 def file_name(arch: str) -> str:
     """An architecture's name as the name of a file: `timm:resnet50+sites=layer*.*.bn3` has no place in one."""
-    return re.sub(r"[^\w.+=,-]", "-", arch)
+    return re.sub(r"[^\w.+=,-]", "-", arch).lstrip("-.")
 
 
 def partial_path(path: Path) -> Path:

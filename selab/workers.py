@@ -7,6 +7,7 @@ object per line, progress and raw runs, to its standard output.
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 
 import msgspec
 from torch import nn
@@ -151,10 +152,11 @@ def _progress(line: _Line) -> Progress | None:
 
 def _serve() -> None:
     """The child: one order in, lines out."""
+    lines = sys.stdout.buffer
 
     def write(line: _Line) -> None:
-        sys.stdout.buffer.write(msgspec.json.encode(line) + b"\n")
-        sys.stdout.buffer.flush()
+        lines.write(msgspec.json.encode(line) + b"\n")
+        lines.flush()
 
     def report(label: str, state: Progress | None) -> None:
         if state is None:
@@ -166,9 +168,11 @@ def _serve() -> None:
     try:
         order = msgspec.json.decode(sys.stdin.buffer.read(), type=_Order)
         variant, baseline = pair(order.request)
-        first, second = (built.model for built in build_pair(order.request, order.workload, variant, baseline))
-        for raw in raw_runs(order.request, order.workload, first, second, report, quad_seed=order.quad_seed):
-            write(_Line(failed=raw) if isinstance(raw, Failed) else _Line(raw=raw))
+        # What a user's network prints is none of the lines.
+        with redirect_stdout(sys.stderr):
+            first, second = (built.model for built in build_pair(order.request, order.workload, variant, baseline))
+            for raw in raw_runs(order.request, order.workload, first, second, report, quad_seed=order.quad_seed):
+                write(_Line(failed=raw) if isinstance(raw, Failed) else _Line(raw=raw))
     except SelabError as error:
         write(_Line(error=str(error)))
     except KeyboardInterrupt:

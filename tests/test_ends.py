@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,6 +129,11 @@ class TestResidual:
 
         assert paths(Stem(Scaled(conv()))) == ["blocks.0.branch"]
 
+    def test_a_module_whose_child_has_the_blocks_name_is_not_free(self):
+        block = Residual()
+        block.branch = nn.Sequential(OrderedDict(se=Gate(), conv=conv()))
+        assert paths(Stem(block)) == ["blocks.0.branch.conv"]
+
     def test_gates_inside_and_at_the_end_of_a_branch(self):
         model = Stem(Residual(conv(), Gate(), conv()), Residual(conv(), conv(), Gate()))
         assert paths(model) == ["blocks.0.branch", "blocks.1.branch"]
@@ -181,7 +188,7 @@ class TestResidual:
         shared = Residual(conv(), nn.BatchNorm2d(8))
         ends = trace_ends(Stem(shared, shared, Basic()), NCHW)
         assert [end.path for end in ends.found] == ["blocks.2.bn2"]
-        assert ends.left_out == ("the addition in blocks.0: its branch ends in no module that runs once",)
+        assert ends.left_out == ("the addition in blocks.0: its branch ends in no module that runs once and is free",)
 
     def test_channels_last_maps_are_left_out(self):
         class Last(nn.Module):
@@ -278,7 +285,7 @@ class TestDepthwiseSeparable:
             def forward(self, x):
                 return self.mix(torch.cat((x, self.branch(x)), 1))
 
-        with pytest.raises(InsertionError, match="Stem: tracing finds no block end.*blocks.0.branch: its map is conc"):
+        with pytest.raises(InsertionError, match=r"Stem: tracing finds no block end.*blocks.0.branch: its map is conc"):
             block_ends(Stem(Both()), NCHW)
 
 
@@ -300,7 +307,9 @@ class TestCatalog:
 
     def test_blocks_that_have_attention_are_left_out(self):
         model = build(catalog.find("se_resnet50"), device="meta").model
-        with pytest.raises(InsertionError, match=r"stage2.0.join.se: ends in an attention block already .* and 13 more"):
+        with pytest.raises(
+            InsertionError, match=r"stage2.0.join.se: ends in an attention block already .* and 13 more"
+        ):
             block_ends(model, (1, 3, 224, 224))
 
 

@@ -12,7 +12,7 @@ FLOORS = [
     {"spec", "record", "foreign", "keys", "catalog", "verdict", "store", "grid"},
     {"attention", "se", "sites", "probe", "ends", "insert", "build", "weights"},
     {"measure"},
-    {"request", "workers", "profiling", "published", "tables", "tree", "plots"},
+    {"request", "workers", "profiling", "published", "tables", "tree", "plots", "ink"},
     {"cli"},
 ]
 TORCH_FREE = {"cli"} | FLOORS[0] | FLOORS[1]

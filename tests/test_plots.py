@@ -9,7 +9,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from selab import plots, verdict
+from selab import ink, plots, verdict
 from selab.errors import RecordError, SelabError, UnknownNameError
 from selab.profiling import count_record, counted
 from selab.record import Quad, Run
@@ -241,7 +241,7 @@ def test_bars_show_what_the_table_shows(record, noisy, undecided):
     assert high == pytest.approx(0.04, abs=3e-4)
     written = text_of(shown)
     assert {"no result", "+0.56 %", "added by SE (% of the base)"} <= set(written)
-    assert "No result, and no bar, for 1 of 3 times: the machine was too noisy." in written
+    assert "No result, and no bar, for 1 of 3 times; their records say why." in written
 
 
 # -------------------------------------------------------------------------------------------------------- circumstances
@@ -310,11 +310,11 @@ def test_nothing_to_draw_says_why(noisy):
 
 def test_the_ending_decides(tmp_path, record):
     with pytest.raises(SelabError, match=r"cost\.pdf: \.pdf; a picture ends in \.svg or \.png"):
-        plots.check_file(tmp_path / "cost.pdf")
+        ink.check_file(tmp_path / "cost.pdf")
     shown = plots.picture("cost", records=[record])
-    plots.draw(shown, tmp_path / "a" / "cost.PNG")
+    ink.draw(shown, tmp_path / "a" / "cost.PNG")
     assert (tmp_path / "a" / "cost.PNG").read_bytes().startswith(b"\x89PNG")
-    plots.draw(shown, tmp_path / "cost.svg")
+    ink.draw(shown, tmp_path / "cost.svg")
     assert ET.fromstring((tmp_path / "cost.svg").read_bytes()).tag == f"{SVG}svg"
 
 
@@ -323,7 +323,7 @@ def test_the_ending_decides(tmp_path, record):
 
 def text_of(shown):
     """The lines of text in the SVG, in which text is text."""
-    root = ET.fromstring(plots.rendered(shown, ".svg"))
+    root = ET.fromstring(ink.rendered(shown, ".svg"))
     return ["".join(one.itertext()).strip() for one in root.iter(f"{SVG}text")]
 
 
@@ -338,10 +338,10 @@ def test_the_same_data_gives_the_same_bytes(record, noisy, undecided):
     import matplotlib
 
     scatter, bars = plots.points("macs", "tax", records=[record]), plots.bars([record, noisy, undecided])
-    before = [plots.rendered(shown, ending) for shown in (scatter, bars) for ending in plots.ENDINGS]
+    before = [ink.rendered(shown, ending) for shown in (scatter, bars) for ending in ink.ENDINGS]
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
         kept = dict(matplotlib.rcParams)
-        after = [plots.rendered(shown, ending) for shown in (scatter, bars) for ending in plots.ENDINGS]
+        after = [ink.rendered(shown, ending) for shown in (scatter, bars) for ending in ink.ENDINGS]
         assert dict(matplotlib.rcParams) == kept
     assert before == after
     assert b"<dc:date>" not in before[0]
@@ -367,10 +367,10 @@ def grey(colour):
 
 
 def test_colours_hold_in_grey():
-    fills = [grey(colour) for colour in plots._FILLS.values()]
+    fills = [grey(colour) for colour in ink._FILLS.values()]
     assert all(abs(one - other) > 40 for one, other in itertools.combinations(fills, 2))
     # Markers and lines are told from the white page, and families by their shape.
-    assert all(grey(colour) < 128 for colour in plots._COLOURS)
+    assert all(grey(colour) < 128 for colour in ink._COLOURS)
     assert len(set(plots._MARKERS)) == len(plots._MARKERS)
 
 
@@ -389,7 +389,7 @@ def test_colours_hold_in_grey():
     ],
 )
 def test_ticks_are_round(low, high, logarithmic, expected):
-    assert plots.ticks(low, high, logarithmic=logarithmic) == pytest.approx(expected)
+    assert ink.ticks(low, high, logarithmic=logarithmic) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -397,16 +397,16 @@ def test_ticks_are_round(low, high, logarithmic, expected):
     [("", 2e8, "200 M"), ("", 1.5e9, "1.5 G"), ("B", 1e8, "100 MB"), ("s", 0.025, "25 ms"), ("%", -5.0, "−5")],
 )
 def test_ticks_carry_their_prefix(unit, value, text):
-    assert plots._text(unit, value) == text
+    assert plots.with_unit(unit, value) == text
 
 
 def test_labels_keep_apart_and_inside():
     anchors = [(50.0 + index, 50.0) for index in range(6)]
     bounds = (0.0, 0.0, 200.0, 120.0)
-    boxes = plots.placed(anchors, [(40.0, 10.0)] * 6, [], bounds)
+    boxes = ink.placed(anchors, [(40.0, 10.0)] * 6, [], bounds)
     for one, other in itertools.combinations(boxes, 2):
         # Of 400: that two corners touch is no overlap that anyone sees.
-        assert plots._overlap(one, other) < 4
+        assert ink._overlap(one, other) < 4
     for left, bottom, right, top in boxes:
         assert left >= 0
         assert bottom >= 0
@@ -416,5 +416,5 @@ def test_labels_keep_apart_and_inside():
 
 def test_a_label_makes_room_for_what_is_drawn():
     marker = (45.0, 45.0, 90.0, 55.0)
-    (box,) = plots.placed([(50.0, 50.0)], [(30.0, 8.0)], [marker], (0.0, 0.0, 200.0, 100.0))
-    assert plots._overlap(box, marker) == 0
+    (box,) = ink.placed([(50.0, 50.0)], [(30.0, 8.0)], [marker], (0.0, 0.0, 200.0, 100.0))
+    assert ink._overlap(box, marker) == 0

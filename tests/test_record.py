@@ -4,8 +4,8 @@ import pytest
 from selab import record
 from selab.errors import RecordError
 from selab.profiling import count_record
-from selab.store import read_record, save
 from selab.published import printed_equals
+from selab.store import read_record, save
 from selab.tables import spliced
 
 

@@ -12,6 +12,20 @@ nox.options.sessions = ["tests", "lint", "types"]
 nox.options.reuse_existing_virtualenvs = True
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
+TABLES = Path("docs/tables")
+# One SE variant of each kind that the SENet paper publishes an ImageNet error for.
+DRAWN = (
+    "se_shufflenet",
+    "se_mobilenet",
+    "se_bn_inception",
+    "se_resnet50",
+    "se_resnet101",
+    "se_resnet152",
+    "se_resnext50_32x4d",
+    "se_resnext101_32x4d",
+    "se_inception_resnet_v2",
+    "se_vgg16",
+)
 PAIRS = ("small_cnn", "mobilenet", "shufflenet", "resnet18", "resnet34", "resnet50", "vgg16", "resnet101", "resnet152")
 
 
@@ -40,6 +54,13 @@ def types(session: nox.Session) -> None:
     """Check types with mypy, strictly."""
     session.install("-e", ".", *group("types"))
     session.run("mypy")
+
+
+@nox.session
+def interop(session: nox.Session) -> None:
+    """Prove against torchvision and timm that converted weights give the same logits (a CUDA build, on the CPU)."""
+    session.install("torch==2.12.1", "torchvision==0.27.1", "timm==1.0.31", "-e", ".", *group("test"))
+    session.run("pytest", "tests/interop", *session.posargs)
 
 
 @nox.session
@@ -77,21 +98,27 @@ def report(session: nox.Session, folder: str) -> None:
 
 @nox.session
 def readme(session: nox.Session) -> None:
-    """Render the tables in README.md again, from the records of the machine that it links to."""
+    """Render the tables and pictures in README.md again, from the records of the machine that it links to."""
     session.install("-e", ".")
     found = re.search(r"\((profiles/[^)]+)\)", Path("README.md").read_text(encoding="utf-8"))
     folder = found[1] if found else machine_folder(session)
     for name in ("added", "mobile", "paper-2"):
         session.run("selab", "table", name, "--profiles", folder, "--into", "README.md")
+    session.run("selab", "plot", "added", "--profiles", folder, "--out", "docs/added.svg")
+    arches = [word for name in DRAWN for word in ("--arch", name)]
+    session.run("selab", "plot", "accuracy", *arches, "--out", "docs/accuracy.svg")
 
 
 @nox.session
 def cost_tables(session: nox.Session) -> None:
-    """Count every architecture, write the records under profiles/<machine>/cost and render that folder's README."""
+    """Count the whole zoo and write every cost table under docs/tables; fails if that changes the committed ones."""
     session.install("-e", ".")
-    folder = machine_folder(session)
-    session.run("selab", "count", "--all", "--out", f"{folder}/cost", "--replace")
-    report(session, folder)
+    before = {path.name: path.read_bytes() for path in TABLES.glob("*")}
+    session.run("selab", "table", "all", "--out", str(TABLES))
+    after = {path.name: path.read_bytes() for path in TABLES.glob("*")}
+    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+    if changed:
+        session.error(f"{TABLES}: rendered anew and now different: {', '.join(changed)}; look at them and commit them")
 
 
 @nox.session
@@ -125,3 +152,11 @@ def bench_counts(session: nox.Session) -> None:
     session.install("-e", ".")
     out = f"{machine_folder(session)}/acceptance/counts.json"
     session.run("python", "tests/benchmarks/bench_counts.py", "--out", out, *session.posargs)
+
+
+@nox.session
+def bench_tables(session: nox.Session) -> None:
+    """Time the whole zoo's cost by fvcore, thop and ours, network by network; the record goes to profiles/."""
+    session.install("-e", ".")
+    out = f"{machine_folder(session)}/acceptance/tables.json"
+    session.run("python", "tests/benchmarks/bench_tables.py", "--out", out, *session.posargs)

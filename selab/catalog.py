@@ -48,7 +48,7 @@ def find(word: str, *, option: str = "--arch") -> Variant:
     """
     split = re.fullmatch(r"(.+?)\+(\w+=.*)", word)
     if split is not None:
-        return _changed(find(split[1], option=option), split[2], option=option)
+        return _changed(find(split[1], option=option), split[2])
     file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", word)
     if file is not None:
         return _from_file(Path(file[1]), file[2])
@@ -72,7 +72,7 @@ def _family_of(variant: Variant) -> dict[str, Variant]:
     return read_family(Path(variant.file)) if variant.file else installed()
 
 
-def _changed(variant: Variant, text: str, *, option: str) -> Variant:
+def _changed(variant: Variant, text: str) -> Variant:
     """A variant with other attention blocks; the one with SE lends what a baseline does not say."""
     start = variant.se
     if start is None:
@@ -83,7 +83,7 @@ def _changed(variant: Variant, text: str, *, option: str) -> Variant:
         name=f"{variant.name}+{text}",
         title=f"{variant.title}, changed: {text}",
         baseline=variant.baseline or variant.name,
-        se=changed(start, text, option=option),
+        se=changed(start, text),
         published=(),
     )
 

@@ -57,9 +57,7 @@ def port_for(source: str, arch: str) -> Port:
     """
     sources = sorted({port.source for port in PORTS})
     if source not in sources:
-        raise UnknownNameError(
-            f"--from {source}: no such source{nearest(source, sources)}; allowed: {', '.join(sources)}"
-        )
+        raise UnknownNameError(f"--from {source}: no such source{nearest(source, sources)}")
     found = [port for port in (*PORTS, *UNEQUAL) if (port.source, port.arch) == (source, arch)]
     if found and not found[0].unequal:
         return found[0]

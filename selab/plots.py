@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
-from selab import catalog, units
+from selab import catalog, units, verdict
 from selab.errors import RecordError, SelabError, UnknownNameError, nearest
 from selab.published import published_pair
-from selab.record import Cost, Latency, Phase, Record
+from selab.record import Cost, Phase, Record
 from selab.spec import Metric, Variant
 from selab.tables import check_one_machine, is_stale
 
@@ -301,7 +301,7 @@ def _measured(subject: _Subject, which: Axis) -> _Both | str:
     latency = subject.record.latency.get(phase)
     if latency is None:
         return f"{phase.replace('_', ' and ')} not measured"
-    interval = _quotable(latency)
+    interval = verdict.not_excluded(latency)
     if interval is None or latency.baseline_s is None or latency.variant_s is None or latency.ratio is None:
         return "no result"
     resolved = latency.verdict_kind != "undecided"
@@ -311,20 +311,6 @@ def _measured(subject: _Subject, which: Axis) -> _Both | str:
         return _Both(base=0.0, se=(latency.ratio - 1) * 100, interval=percents) if resolved else "difference unresolved"
     low, high = (latency.baseline_s * (1 + bound) for bound in interval)
     return _Both(base=latency.baseline_s, se=latency.variant_s, interval=(low, high), resolved=resolved)
-
-
-def _quotable(latency: Latency) -> tuple[float, float] | None:
-    """What a latency does not exclude, as fractions of the base; None where there is no result.
-
-    Where the difference is not resolved it reaches from the lower to the upper end of interval and control floor, as in
-    the verdict's words.
-    """
-    if latency.verdict_kind == "no_result" or latency.ratio_low is None or latency.ratio_high is None:
-        return None
-    low, high = latency.ratio_low - 1, latency.ratio_high - 1
-    if latency.verdict_kind == "undecided" and latency.control_floor is not None and (low > 0 or high < 0):
-        low, high = min(low, -latency.control_floor), max(high, latency.control_floor)
-    return low, high
 
 
 def _saved(record: Record) -> _Both | str:
@@ -476,7 +462,7 @@ def bars(records: Sequence[Record], *, archs: Sequence[str] = (), workload: str 
         if base is None or latency is None:
             left_out.append(LeftOut(name=name, why="base not counted" if base is None else "forward not measured"))
             continue
-        interval = _quotable(latency)
+        interval = verdict.not_excluded(latency)
         said = interval is not None and latency.ratio is not None and latency.verdict_kind != "undecided"
         rows.append(
             Row(

@@ -135,8 +135,8 @@ def read_record(path: Path) -> Record:
         raise RecordError(f"{path}: {error}") from None
 
 
-def read_acceptance(folder: Path) -> tuple[LiveAcceptance | None, CountingTime | None]:
-    """What `nox -s aa` and `nox -s bench_counts` left in a machine's folder; None where they were not run.
+def read_acceptance(folder: Path) -> tuple[LiveAcceptance | None, list[CountingTime]]:
+    """What `nox -s aa`, `bench_counts` and `bench_tables` left in a machine's folder; nothing where they were not run.
 
     Raises:
         RecordError: a file is not what it should be.
@@ -151,7 +151,8 @@ def read_acceptance(folder: Path) -> tuple[LiveAcceptance | None, CountingTime |
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise RecordError(f"{path}: {error}; measure again") from None
 
-    return read("aa.json", LiveAcceptance), read("counts.json", CountingTime)
+    counting = [read(name, CountingTime) for name in ("counts.json", "tables.json")]
+    return read("aa.json", LiveAcceptance), [one for one in counting if one is not None]
 
 
 def _checked(latencies: Mapping[_K, Latency]) -> dict[_K, Latency]:

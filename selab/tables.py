@@ -31,6 +31,7 @@ from selab.record import (
     Workload,
 )
 from selab.spec import SEFacts, SiteFacts, Variant, pair_hash
+from selab.verdict import not_excluded
 
 PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "forward_backward": "forward+backward"}
 
@@ -430,10 +431,11 @@ def _change(latency: Latency | None) -> str:
     """`+21.7 % [19.3, 23.4]`, or why there is none."""
     if latency is None or latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
         return NONE
-    if latency.verdict_kind == "no_result":
+    left = not_excluded(latency)
+    if left is None:
         return "no result"
     decimals = units.decimals_for((latency.ratio_high - latency.ratio_low) / 2)
-    low, high = ((bound - 1) * 100 for bound in (latency.ratio_low, latency.ratio_high))
+    low, high = (100 * bound for bound in left)
     change = units.percent(latency.ratio - 1, decimals=decimals)
     # Below the control floor the figure is the machine's own, so only what cannot be excluded is shown.
     shown = "not shown" if latency.verdict_kind == "undecided" else change
@@ -619,7 +621,7 @@ def _exact_costs(cost: Cost) -> str:
     )
 
 
-def acceptance_grids(live: LiveAcceptance | None, counting: CountingTime | None) -> list[Grid]:
+def acceptance_grids(live: LiveAcceptance | None, counting: Sequence[CountingTime]) -> list[Grid]:
     """How far this machine's ratios can be trusted, and how long counting takes on it."""
     grids = []
     if live is not None:
@@ -635,10 +637,10 @@ def acceptance_grids(live: LiveAcceptance | None, counting: CountingTime | None)
         notes = tuple(f"flag {flag.name}: {flag.detail}" for flag in live.flags)
         title = f"Live acceptance: {live.arch}, trials of {live.seconds_per_trial:g} s"
         grids.append(Grid(title=title, columns=("", "measured"), rows=rows, notes=notes))
-    if counting is not None:
-        lines = tuple((name, *_ratio_cells(latency)) for name, latency in counting.comparisons.items())
+    for one in counting:
+        lines = tuple((name, *_ratio_cells(latency)) for name, latency in one.comparisons.items())
         columns = ("", "ours, batch 1", "this", "ratio", "95 % interval", "verdict")
-        title = f"Time to count {counting.arch}"
+        title = f"Time to count {one.arch}"
         grids.append(Grid(title=title, columns=columns, rows=lines, words=frozenset({0, 5})))
     return grids
 

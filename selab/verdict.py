@@ -388,6 +388,20 @@ def sentence(found: Estimate, floor: float, difference_s: float) -> Verdict:
     return Verdict(kind=kind, text=f"{kind} by {_percent(change, places)} % {bounds}{band}, {difference}")
 
 
+def not_excluded(latency: Latency) -> tuple[float, float] | None:
+    """What a measured latency does not exclude, as fractions of the baseline's time; None where there is no result.
+
+    Where the difference is not resolved it reaches from the lower to the upper end of interval and control floor, as in
+    the verdict's words.
+    """
+    if latency.verdict_kind == "no_result" or latency.ratio_low is None or latency.ratio_high is None:
+        return None
+    low, high = latency.ratio_low - 1, latency.ratio_high - 1
+    if latency.verdict_kind == "undecided" and latency.control_floor is not None and (low > 0 or high < 0):
+        low, high = min(low, -latency.control_floor), max(high, latency.control_floor)
+    return low, high
+
+
 def _undecided(found: Estimate, floor: float) -> str:
     half = relative_half_width(found)
     places = units.decimals_for(half)

@@ -8,6 +8,7 @@ import hashlib
 import io
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,18 +221,25 @@ def _from_safetensors(path: Path, content: bytes) -> dict[str, Tensor]:
 def _from_pickle(path: Path, content: bytes) -> object:
     """Tensors, numbers, strings and containers; whatever else a pickle wants to build or call is refused."""
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About the file's age and kind; what is wrong with it is told by the error.
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"(?:GLOBAL|class|function)\s+`?([\w.]+\.\w+)", str(error))
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted is None:
-            raise WeightsError(f"{path}: is broken or no file of torch.save; get it again") from None
+            raise WeightsError(
+                f"{path}: is broken or no file of torch.save; get it again, or save a state dict"
+            ) from None
         raise WeightsError(
             f"{path}: is refused: it holds more than tensors ({wanted[1]}), and reading that could run any code; "
             "where you trust it, save its state dict alone, best with safetensors.torch.save_file"
         ) from None
     except Exception as error:
         # An untrusted file may fail the reader in any way; none of them is a fault of the program.
-        raise WeightsError(f"{path}: is broken or no file of torch.save ({_line(error)}); get it again") from None
+        raise WeightsError(
+            f"{path}: is broken or no file of torch.save ({_line(error)}); get it again, or save a state dict"
+        ) from None
 
 
 def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
@@ -243,8 +251,8 @@ def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
 
 
 def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__
+    """The first sentence of an error."""
+    return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------- mapping

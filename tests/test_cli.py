@@ -1,5 +1,8 @@
+import csv
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -404,3 +407,148 @@ class TestTables:
         found["schema"] = "selab.profile/0"
         path.write_text(json.dumps(found))
         assert record.SCHEMA in one_line(selab("table", "latency", "--profiles", path.parent)[2])
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+print("this module was imported")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.separable = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 32, 1), nn.ReLU())
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x):
+        print("forward")
+        return self.fc(self.separable(self.stem(x)).mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def network(tmp_path):
+    path = tmp_path / "network.py"
+    path.write_text(NETWORK)
+    return f"{path}:Net"
+
+
+class TestChanges:
+    def test_blocks_of_one_line_are_counted_against_the_network_without(self, selab):
+        status, out, _ = selab("count", "--arch", "resnet18", "--se", "reduction=8,stages=2-3", "--json", "-")
+        record = json.loads(out)
+        assert status == 0
+        assert (record["arch"], record["baseline"]) == ("resnet18+reduction=8,stages=2-3", "resnet18")
+        extra = sum(2 * (2 * c * c // 8) + 2 * (c + c // 8) for c in (64, 128))
+        assert record["cost"]["params"] - record["baseline_cost"]["params"] == extra
+        assert [one["path"] for one in record["insertions"]] == ["stage2.0", "stage2.1", "stage3.0", "stage3.1"]
+
+    def test_the_command_in_the_record_asks_for_the_same(self, selab):
+        _, out, _ = selab("count", "--arch", "se_resnet18", "--se", "block=eca", "--json", "-")
+        first = json.loads(out)
+        _, again, _ = selab(*shlex.split(first["command"])[1:], "--json", "-")
+        assert json.loads(again)["cost"] == first["cost"]
+        assert first["insertions"][0]["block"] == "eca"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--se", "reduction=8,"], "--se reduction=8,: character 13: expected KEY=VALUE"),
+            (["--se", "redaction=8"], "redaction: unknown key; did you mean reduction"),
+            (["--se", "block=sea"], "block 'sea': no such block; did you mean se"),
+            (["--se", "stages=7"], "stages: 7: sites lie in stages 2, 3, 4, 5"),
+            (["--insert", "stage2..conv1"], "pattern 'stage2..conv1': character 8: a name is missing here"),
+            (["--insert", "stage2.***"], "character 8: [*][*] stands alone between dots"),
+            (["--insert", "stag2.0"], "matches no module of ResNet; site groups: residual; did you mean stage2.0"),
+        ],
+    )
+    def test_mistakes(self, selab, options, message):
+        status, _, error = selab("count", "--arch", "resnet18", *options)
+        assert status == 1
+        assert re.search(message, one_line(error)), error
+
+    def test_an_input_that_is_none(self, selab):
+        status, _, error = selab("count", "--arch", "resnet18", "--input", "3x224")
+        assert status == 2
+        assert "is not CxHxW" in " ".join(error.split())
+
+
+class TestAnybodysNetwork:
+    def test_a_file_s_network_is_counted_and_its_prints_are_not_ours(self, selab, network):
+        status, out, error = selab("count", "--arch", network, "--insert", "auto", "--input", "3x16x16", "--json", "-")
+        record = json.loads(out)
+        assert status == 0
+        assert f"running code from {network.rpartition(':')[0]}" in error
+        assert "auto: 1 site found: separable.2; `selab sites` shows them" in error
+        assert "this module was imported" in error
+        assert record["arch"] == f"{network}+sites=auto"
+        # 32 channels, reduction 16, with biases.
+        assert record["cost"]["params"] - record["baseline_cost"]["params"] == 2 * 32 * 2 + 32 + 2
+
+    def test_the_tree_shows_what_would_be_done_and_why(self, selab, network):
+        status, out, _ = selab("sites", "--arch", network, "--insert", "auto", "--input", "3x16x16")
+        assert status == 0
+        assert "← SE 32→2, 162 params" in out
+        assert "auto: separable.2: after the depthwise-separable block separable" in out
+
+    def test_the_tree_of_a_network_of_ours(self, selab):
+        status, out, _ = selab("sites", "--arch", "resnet18", "--json", "-")
+        sites = {one["path"]: one for one in json.loads(out)}
+        assert status == 0
+        assert sites["stage2.0"]["groups"] == ["residual"]
+
+    def test_without_a_site_nothing_is_guessed(self, selab, network):
+        status, _, error = selab("count", "--arch", network, "--se", "reduction=4")
+        assert status == 1
+        assert "sites: missing; name a site group or a pattern, or give --insert" in one_line(error)
+
+    def test_a_module_that_raises_shows_its_own_error(self, selab, tmp_path):
+        path = tmp_path / "broken.py"
+        path.write_text("weights = {}\nscale = weights['stem']\n")
+        status, _, error = selab("count", "--arch", f"{path}:Net")
+        assert status == 1
+        line = one_line(error)
+        assert "KeyError: 'stem'" in line
+        assert "broken.py, line 2" in line or "broken.py:2" in line, line
+
+
+class TestLooksOfTables:
+    def test_formats(self, selab):
+        texts = {look: selab("table", "reduction", "--format", look) for look in ("csv", "latex", "markdown", "json")}
+        assert all(status == 0 for status, _, _ in texts.values())
+        rows = list(csv.reader(texts["csv"][1].splitlines()))
+        assert rows[0][0] == ""
+        assert [row[0] for row in rows[1:]][-1] == "resnet50"
+        assert "\\toprule" in texts["latex"][1]
+        assert "se\\_resnet50\\_r2 & 45.7M & 45.73 M & = &" in texts["latex"][1]
+        assert json.loads(texts["json"][1])[0]["rows"][0][0] == "se_resnet50_r2"
+
+    def test_all_needs_a_folder(self, selab):
+        status, _, error = selab("table", "all")
+        assert status == 2
+        assert "a folder of files; name it" in " ".join(error.replace("│", " ").split())
+
+
+class TestPlot:
+    def test_a_picture_is_written(self, selab, tmp_path):
+        path = tmp_path / "accuracy.svg"
+        status, out, _ = selab("plot", "accuracy", "--arch", "se_mobilenet", "--out", str(path))
+        assert (status, out) == (0, f"picture: {path}\n")
+        assert "se_mobilenet" in path.read_text()
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["cost"], "no records"),
+            (["accuracy", "--x", "mac"], "--x mac: no such quantity; did you mean macs"),
+            (["costs"], "plot costs: no such picture; did you mean cost"),
+            (["accuracy", "--out", "a.pdf"], ".pdf; a picture ends in .svg or .png"),
+        ],
+    )
+    def test_mistakes(self, selab, words, message):
+        status, _, error = selab("plot", *words)
+        assert status == 1
+        assert message in one_line(error)

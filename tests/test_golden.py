@@ -6,7 +6,7 @@ import pytest
 
 from selab import store, tables
 from selab.build import build
-from selab.catalog import find
+from selab.catalog import find, installed
 from selab.measure.counts import count
 from selab.profiling import counted
 from selab.record import from_json
@@ -46,6 +46,13 @@ def test_records_are_complete_fresh_and_those_of_their_samples(root):
             record = store.read_record(path)
             assert record.complete, path.name
             assert not tables.is_stale(record), path.name
+
+
+def test_cost_tables_are_those_of_today_s_counter(root):
+    """docs/tables holds every variant's cost in exact integers; `nox -s cost_tables` renders it."""
+    pages = tables.cost_pages(counted(installed()))
+    committed_pages = {path.name: path.read_text() for path in (root / "docs" / "tables").glob("*")}
+    assert committed_pages == pages
 
 
 @pytest.mark.parametrize("name", ["added", "mobile", "paper-2"])

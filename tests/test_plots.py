@@ -371,7 +371,7 @@ def test_colours_hold_in_grey():
     assert all(abs(one - other) > 40 for one, other in itertools.combinations(fills, 2))
     # Markers and lines are told from the white page, and families by their shape.
     assert all(grey(colour) < 128 for colour in ink._COLOURS)
-    assert len(set(plots._MARKERS)) == len(plots._MARKERS)
+    assert len(set(ink._MARKERS)) == len(ink._MARKERS)
 
 
 # --------------------------------------------------------------------------------------------------------------- places

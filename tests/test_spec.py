@@ -146,7 +146,10 @@ def test_another_kind_of_block_keeps_where_it_stands_and_nothing_else():
         ("reduction=8,,gate=tanh", "character 13: expected KEY=VALUE, found ''; for example reduction=8"),
         ("reduction", "character 1: expected KEY=VALUE, found 'reduction'"),
         ("gate=tanh,gate=relu", "character 11: gate is given twice"),
-        ("ratio=8", r"ratio: unknown key; did you mean reduction.*; allowed for se: block, sites, placement, stages, bias, reduction"),
+        (
+            "ratio=8",
+            r"ratio: unknown key; did you mean reduction.*; allowed for se: block, sites, placement, stages, bias",
+        ),
         ("reduction=many", "reduction: expected int, got str"),
         ("reduction=0", "reduction: 0; must be at least 1"),
         ("gate=soft", "gate: invalid enum value 'soft'; allowed: sigmoid, tanh, relu, hardsigmoid"),

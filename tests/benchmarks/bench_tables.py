@@ -87,11 +87,12 @@ def main() -> None:
             for_thop = copy.deepcopy(model)  # it leaves buffers behind
             on_cpu = build(variant).model.eval()
             pixels = torch.randn(shape)
+            meta_pixels = pixels.to("meta")
 
             def ours(model: torch.nn.Module = model, shape: tuple[int, ...] = shape) -> object:
                 return count(model, shape)
 
-            def by_thop(model: torch.nn.Module = for_thop, x: torch.Tensor = pixels.to("meta")) -> object:
+            def by_thop(model: torch.nn.Module = for_thop, x: torch.Tensor = meta_pixels) -> object:
                 return thop.profile(model, (x,), verbose=False)
 
             def by_fvcore(model: torch.nn.Module = on_cpu, x: torch.Tensor = pixels) -> object:
@@ -119,8 +120,8 @@ def main() -> None:
     print(f"{len(variants)} networks, one thread; peak memory of this process {peak / 1e9:.2f} GB")
     print(f"{'ours':12} {total(quads['ours again'], 'A'):7.1f} s in all")
     for name, one in found.items():
-        interval = f"{one.ratio:.3f} [{one.ratio_low:.3f}, {one.ratio_high:.3f}]"
-        print(f"{name:12} {total(quads[name], 'B'):7.1f} s in all; a network takes {interval} times ours, {one.verdict_kind}")
+        times = f"{one.ratio:.3f} [{one.ratio_low:.3f}, {one.ratio_high:.3f}] times ours"
+        print(f"{name:12} {total(quads[name], 'B'):7.1f} s in all; a network takes {times}, {one.verdict_kind}")
     result = {
         "kind": "counting",
         "arch": f"the whole zoo, {len(variants)} networks",

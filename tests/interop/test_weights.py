@@ -53,7 +53,7 @@ def randomise(model, x):
 def logits_of_both(port, foreign_model, folder):
     """Theirs, and ours with their weights, of the same images.
 
-    In double precision: in single, a hundred layers with SE make 6e-5 of the rounding errors in two orders of summation.
+    In double precision: in single, a hundred layers with SE make 6e-5 of the rounding of two orders of summation.
     """
     x = input_of(port)
     theirs = randomise(foreign_model(port.source, port.model), x)

@@ -59,7 +59,9 @@ def types(session: nox.Session) -> None:
 @nox.session
 def interop(session: nox.Session) -> None:
     """Prove against torchvision and timm that converted weights give the same logits (a CUDA build, on the CPU)."""
-    session.install("torch==2.12.1", "torchvision==0.27.1", "timm==1.0.31", "-e", ".", *group("test"))
+    # pretrainedmodels 0.7.4 imports six without declaring it.
+    libraries = ("torchvision==0.27.1", "timm==1.0.31", "pretrainedmodels==0.7.4", "six")
+    session.install("torch==2.12.1", *libraries, "-e", ".", *group("test"))
     session.run("pytest", "tests/interop", *session.posargs)
 
 

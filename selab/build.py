@@ -58,10 +58,11 @@ def build(
         ModelError: the network fails on the input of its facts.
     """
     builder = _builder(variant)
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = builder(num_classes=variant.num_classes, **variant.arguments)
+            with torch.device(device):
+                model = builder(num_classes=variant.num_classes, **variant.arguments)
         except SelabError:
             raise
         except Exception as error:

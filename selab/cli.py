@@ -33,6 +33,14 @@ app = typer.Typer(
 )
 
 
+weights_app = typer.Typer(
+    help="Convert trained weights of other libraries.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(weights_app, name="weights")
+
+
 class Device(StrEnum):
     """Where to run."""
 
@@ -526,6 +534,47 @@ def _write_tables(out: Path | None) -> None:
     store.check_writable(out / "README.md", replace=True)
     for name, text in tables.cost_pages(counted(catalog.installed())).items():
         store.write_atomically(out / name, text.encode())
+
+
+@weights_app.command("list")
+def weights_list(json_to: Json = None) -> None:
+    """List which networks of other libraries equal ours."""
+    from selab import keys
+    from selab.grid import Grid
+
+    rows = tuple((port.arch, port.source, port.model) for port in keys.PORTS)
+    if json_to is not None:
+        return _write_json([{"arch": arch, "source": source, "model": model} for arch, source, model in rows], json_to)
+    columns = ("--arch", "--from", "called there")
+    return _print(Grid(title="Weights that can be converted", columns=columns, rows=rows, words=frozenset(range(3))))
+
+
+@weights_app.command("convert")
+def weights_convert(
+    source_path: Annotated[Path, typer.Argument(metavar="IN", help="A .safetensors, .pt or .pth file.")],
+    target_path: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
+    source: Annotated[str, typer.Option("--from", help="timm, torchvision or cadene.")],
+    arch: Annotated[str, typer.Option("--arch", help="Ours; `selab weights list` has all.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Write over an existing file.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show every tensor's way; write nothing.")] = False,
+) -> None:
+    """Convert another library's weights into those of a network here that computes the same."""
+    from selab import weights
+    from selab.grid import Grid
+
+    done = weights.convert(source_path, None if dry_run else target_path, source=source, arch=arch, replace=replace)
+    if dry_run:
+        rows = tuple(
+            (step.theirs, f"{step.ours} (folded)" if step.folded else step.ours, str(step.shape))
+            for step in done.renamed
+        )
+        columns = ("theirs", "ours", "shape")
+        _print(Grid(title=f"{done.port.model} → {arch}", columns=columns, rows=rows, words=frozenset(range(3))))
+    verb = "would be read" if dry_run else "was read"
+    started = f"; {len(done.filled)} counters of seen batches start at zero" if done.filled else ""
+    typer.echo(f"{source_path} {verb} as {source}'s {done.port.model}: {len(done.renamed)} tensors{started}")
+    if not dry_run:
+        typer.echo(f"weights: {target_path}")
 
 
 @app.command("schema")

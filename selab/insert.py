@@ -9,6 +9,7 @@ inserted by one of three moves, whichever keeps the keys:
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,10 +255,11 @@ def _make(facts: SiteFacts, channels: int, squeeze_channels: int | None, init: I
 
 
 def _block_for(model: nn.Module, plan: _Plan, facts: SiteFacts, init: Init) -> Attention:
-    block = _make(facts, plan.insertion.channels, plan.insertion.squeeze_channels, init)
-    block.inserted = True
     site = model.get_submodule(plan.tap.site)
     like = next((p for owner in (site, model) for p in owner.parameters() if p.is_floating_point()), None)
+    with nullcontext() if like is None else torch.device(like.device):
+        block = _make(facts, plan.insertion.channels, plan.insertion.squeeze_channels, init)
+    block.inserted = True
     if like is not None:
         block.to(device=like.device, dtype=like.dtype)
     return block.train(model.training)

@@ -4,9 +4,12 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from selab.errors import ModelError
 
@@ -70,7 +73,7 @@ def passages(model: nn.Module, paths: Iterable[str], input_nchw: tuple[int, ...]
         twin.get_submodule(path).register_forward_hook(_recorder(passage))
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     try:
-        with evaluating(twin), torch.no_grad():
+        with evaluating(twin), torch.no_grad(), _ShapesOnly():
             twin(torch.empty(input_nchw, device="meta", dtype=dtype))
     except Exception as error:
         raise ModelError(
@@ -78,6 +81,17 @@ def passages(model: nn.Module, paths: Iterable[str], input_nchw: tuple[int, ...]
             "give the shape that the network expects (input_nchw, --resolution)"
         ) from error
     return seen
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Batch norm returns an empty map of its input's shape: on meta, torch 2.13 spells it out in Python, slowly."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _recorder(passage: Passage):  # type: ignore[no-untyped-def]

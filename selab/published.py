@@ -49,7 +49,11 @@ def printed_equals(value: float, printed: str) -> bool:
 def _mark(value: float, one: Published) -> str:
     if not one.printed:
         return NONE
-    return "=" if printed_equals(value, one.printed) else f"{value / one.value - 1:+.1%}".replace("%", " %")
+    if printed_equals(value, one.printed):
+        return "="
+    if "," in one.printed:  # printed to the unit, so the difference is told to the unit
+        return f"{value - one.value:+,.0f}"
+    return f"{value / one.value - 1:+.1%}".replace("%", " %")
 
 
 SENET = "arXiv 1709.01507"

@@ -2,7 +2,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
+import torch
+from torch import nn
+
+from selab.record import Workload
 
 TOY_TOML = """
 family = "toy"
@@ -115,3 +120,33 @@ def selab(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def root():
     return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def workload():
+    """A small CPU workload, changed by keyword."""
+
+    def make(**changes):
+        plain = Workload(
+            batch=2,
+            input_chw=(3, 8, 8),
+            device="cpu",
+            dtype="fp32",
+            memory_format="contiguous",
+            mode="auto",
+            threads=1,
+        )
+        return msgspec.structs.replace(plain, **changes)
+
+    return make
+
+
+@pytest.fixture
+def net():
+    """Makes a network for that workload, the same at each call."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+
+    return make

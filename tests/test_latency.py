@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_passes import net, workload
 
 from selab.errors import ModelError, OutOfMemoryError
 from selab.measure import latency
@@ -123,7 +122,7 @@ def test_clock_asymmetry():
     assert flag.name == "clock_asymmetry"
 
 
-def test_the_whole_gpu_path_on_a_fake_device(monkeypatch):
+def test_the_whole_gpu_path_on_a_fake_device(monkeypatch, workload):
     """Eager and graph arms, controls and watch, through the sampler; only the device is not real."""
     gpu = FakeGpu()
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
@@ -145,7 +144,7 @@ def test_the_whole_gpu_path_on_a_fake_device(monkeypatch):
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "forward_backward"])
-def test_every_phase_runs_and_is_framed_by_controls(phase):
+def test_every_phase_runs_and_is_framed_by_controls(phase, net, workload):
     labels = []
     with networks(net(), net(), workload()) as nets:
         raw = measure_phase(nets, phase, PLAN, progress=lambda label, state: labels.append(label))["wall"]
@@ -155,7 +154,7 @@ def test_every_phase_runs_and_is_framed_by_controls(phase):
     assert changes == ["control", phase, "control"]
 
 
-def test_random_state_and_threads_come_back():
+def test_random_state_and_threads_come_back(net, workload):
     first, second = net(), net()
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     with networks(first, second, workload()) as nets:
@@ -164,14 +163,14 @@ def test_random_state_and_threads_come_back():
     assert torch.get_num_threads() == threads
 
 
-def test_a_network_with_nan_is_refused_by_its_role():
+def test_a_network_with_nan_is_refused_by_its_role(net, workload):
     broken = net()
     torch.nn.init.constant_(broken[4].bias, float("nan"))
     with pytest.raises(ModelError, match="variant: its output holds NaN"), networks(net(), broken, workload()):
         pass
 
 
-def test_out_of_memory_in_a_phase(monkeypatch):
+def test_out_of_memory_in_a_phase(monkeypatch, net, workload):
     def exhausted(prepared, phase, capture=False):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
@@ -184,7 +183,7 @@ def test_out_of_memory_in_a_phase(monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("phase", ["forward", "backward", "forward_backward"])
-def test_on_a_device(phase):
+def test_on_a_device(phase, net, workload):
     with networks(net(), net(), workload(device="cuda")) as nets:
         found = measure_phase(nets, phase, Plan(budget_s=0.5))
     assert {"eager_wall", "eager_event"} <= set(found)

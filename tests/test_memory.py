@@ -1,19 +1,18 @@
 import torch
-from test_passes import workload
 from torch import nn
 
 from selab.measure.memory import memory, saved_for_backward
 from selab.measure.passes import prepare
 
 
-def test_saved_for_backward_is_what_the_formulas_keep():
+def test_saved_for_backward_is_what_the_formulas_keep(workload):
     """Conv keeps its input; BatchNorm its input and two statistics; ReLU its output; the weights do not count."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
     image, features = 2 * 3 * 8 * 8 * 4, 2 * 4 * 6 * 6 * 4
     assert saved_for_backward(prepare(model, workload())) == image + features + 2 * 4 * 4 + features
 
 
-def test_a_view_counts_its_storage_once():
+def test_a_view_counts_its_storage_once(workload):
     class Views(nn.Module):
         def __init__(self):
             super().__init__()
@@ -27,7 +26,7 @@ def test_a_view_counts_its_storage_once():
     assert saved_for_backward(prepare(Views(), workload())) == 2 * 3 * 8 * 8 * 4 * 2 + product
 
 
-def test_peaks():
+def test_peaks(workload):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     found = memory(model, workload())
     features = 2 * 4 * 6 * 6 * 4
@@ -39,7 +38,7 @@ def test_peaks():
     assert model.training
 
 
-def test_out_of_memory_is_told():
+def test_out_of_memory_is_told(workload):
     found = memory(nn.Conv2d(3, 4, 3), workload(batch=10**10))
     assert found.error.startswith("out of memory: ")
     assert found.peak_forward_bytes is None

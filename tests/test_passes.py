@@ -4,28 +4,6 @@ from torch import nn
 
 from selab.errors import DeviceError, ModelError, OutOfMemoryError
 from selab.measure.passes import check_output, mode_of, phase_call, prepare, translated_errors
-from selab.record import Workload
-
-WORKLOAD = Workload(
-    batch=2,
-    input_chw=(3, 8, 8),
-    device="cpu",
-    dtype="fp32",
-    memory_format="contiguous",
-    mode="auto",
-    threads=1,
-)
-
-
-def workload(**changes):
-    import msgspec
-
-    return msgspec.structs.replace(WORKLOAD, **changes)
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
 
 
 @pytest.mark.parametrize(
@@ -38,12 +16,12 @@ def net():
         ("forward_backward", "eval", "eval"),
     ],
 )
-def test_modes(phase, mode, expected):
+def test_modes(phase, mode, expected, workload):
     assert mode_of(phase, workload(mode=mode)) == expected
 
 
-def test_gradients_are_those_of_autograd():
-    prepared = prepare(net(), WORKLOAD)
+def test_gradients_are_those_of_autograd(net, workload):
+    prepared = prepare(net(), workload())
     both = phase_call(prepared, "forward_backward")()
     alone = phase_call(prepared, "backward")
     once, again = alone(), alone()
@@ -52,7 +30,7 @@ def test_gradients_are_those_of_autograd():
     assert all(p.grad is None for p in prepared.network.parameters())
 
 
-def test_the_model_is_left_alone():
+def test_the_model_is_left_alone(net, workload):
     model = net().train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     prepared = prepare(model, workload(memory_format="channels_last"))
@@ -65,13 +43,13 @@ def test_the_model_is_left_alone():
     assert prepared.input.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_forward_in_eval_records_no_graph_and_in_train_does():
-    prepared = prepare(net(), WORKLOAD)
+def test_forward_in_eval_records_no_graph_and_in_train_does(net, workload):
+    prepared = prepare(net(), workload())
     assert not phase_call(prepared, "forward")().requires_grad
     assert phase_call(prepare(net(), workload(mode="train")), "forward")().requires_grad
 
 
-def test_autocast():
+def test_autocast(net, workload):
     prepared = prepare(net(), workload(dtype="bf16"))
     assert phase_call(prepared, "forward")().dtype == torch.bfloat16
 
@@ -100,15 +78,15 @@ class Broken(nn.Module):
         ("memory", OutOfMemoryError, "out of memory: .*; use a smaller --batch"),
     ],
 )
-def test_networks_that_cannot_be_measured(what, error, message):
+def test_networks_that_cannot_be_measured(what, error, message, workload):
     with pytest.raises(error, match=message):
-        check_output(prepare(Broken(what), WORKLOAD), "toy")
+        check_output(prepare(Broken(what), workload()), "toy")
 
 
-def test_nothing_to_differentiate():
+def test_nothing_to_differentiate(net, workload):
     model = net().requires_grad_(False)
     with pytest.raises(ModelError, match="no parameter needs a gradient"):
-        phase_call(prepare(model, WORKLOAD), "backward")
+        phase_call(prepare(model, workload()), "backward")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), DeviceError("mine"), AssertionError("mine")])
@@ -123,6 +101,6 @@ def test_what_fails_is_named():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_cuda():
+def test_no_cuda(net, workload):
     with pytest.raises(DeviceError, match=r"--device cuda: .*; use --device cpu"):
         prepare(net(), workload(device="cuda"))

@@ -4,7 +4,6 @@ import pytest
 from selab import record
 from selab.errors import RecordError
 from selab.profiling import count_record
-from selab.published import printed_equals
 from selab.store import read_record, save
 from selab.tables import spliced
 
@@ -65,21 +64,6 @@ def test_saved_whole_or_not_at_all(counted, tmp_path, monkeypatch):
         save(counted, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == ["b.json"]
-
-
-@pytest.mark.parametrize(
-    ("value", "printed", "equal"),
-    [
-        (3_866_007_552, "3.87 GFLOPs", True),
-        (3_860_488_192, "3.87 GFLOPs", False),
-        (571_929_600, "572 MFLOPs", True),
-        (4_711_720, "4.7M", True),
-        (1_865_728, "1.8M", False),
-        (1.0, "unknown", False),
-    ],
-)
-def test_equal_to_the_printed_digit(value, printed, equal):
-    assert printed_equals(value, printed) is equal
 
 
 def test_splicing():

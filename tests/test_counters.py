@@ -14,6 +14,7 @@ from selab.errors import ModelError
 from selab.measure.counters import compare, fvcore_counter, thop_counter
 from selab.measure.counts import trace
 from selab.record import Counter
+from selab.spec import BLOCKS
 
 IMAGE = (1, 3, 224, 224)
 
@@ -36,7 +37,20 @@ def assert_explained(counters: dict[str, Counter]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mobilenet_0_25", "se_mobilenet_0_25", "se_shufflenet_0_25", "se_resnet18", "se_vgg16"]
+    "name",
+    [
+        "mobilenet_0_25",
+        "se_mobilenet_0_25",
+        "se_shufflenet_0_25",
+        "se_resnet18",
+        "se_vgg16",
+        "mobilenet_v3_small",
+        "shufflenet_v2_x0_5",
+        "ghostnet_100",
+        "resnet18+squeeze=none",
+        *(f"mobilenet_0_25+block={block}" for block in BLOCKS),
+        "mobilenet_0_25+block=gather_excite,extent=2",
+    ],
 )
 def test_nothing_remains_for_the_networks_of_the_project(name: str) -> None:
     assert_explained(compare(variant(name), IMAGE))

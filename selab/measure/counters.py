@@ -382,6 +382,8 @@ def _fvcore_difference(o: Operation, attends: bool) -> tuple[str, int]:
         return f"{title}, {factor} per element", factor * o.input_numel
     if o.operator in ("aten::upsample_bilinear2d", "aten::grid_sampler_2d"):
         return f"{o.operator.removeprefix('aten::')}, 4 per element", 4 * o.output_numel
+    if o.operator == "aten::upsample_nearest2d":
+        return "upsample_nearest2d, 1 per element", o.output_numel
     if o.macs and o.name == "convolution":
         counted = not o.function.endswith("padding by name")
         return ("", 0) if counted else ("convolution whose padding is given by name, not counted", -o.macs)

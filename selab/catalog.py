@@ -46,7 +46,7 @@ def find(word: str, *, option: str = "--arch") -> Variant:
         SpecError: the file is malformed, or has several variants and none was named; a change that is not of the
             grammar, or that names no site where the network declares none.
     """
-    split = re.fullmatch(r"(.+?)\+(\w+=.*)", word)
+    split = re.fullmatch(r"(.+?)\+(\w*|\w+\s*=.*|,.*)", word)
     if split is not None:
         return _changed(find(split[1], option=option), split[2])
     file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", word)

@@ -152,7 +152,8 @@ def _complain(message: str) -> None:
 def _console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    # A name between colons, as of a file's callable, is no emoji.
+    return Console(stderr=stderr, emoji=False)
 
 
 def _plain(text: str) -> str:
@@ -169,10 +170,10 @@ def _show_version(wanted: bool) -> None:
 
 def _address(arch: str, se: str | None, insert: Sequence[str] | None) -> str:
     """One word for a network and the blocks in it, as `selab.catalog.find` reads it."""
-    changes = [*([se] if se else []), *([f"sites={'+'.join(insert)}"] if insert else [])]
+    changes = [*([] if se is None else [se]), *([f"sites={'+'.join(insert)}"] if insert else [])]
     if not changes:
         return arch
-    return arch + ("," if re.search(r"\+\w+=", arch) else "+") + ",".join(changes)
+    return arch + ("," if re.search(r"\+\w+\s*=", arch) else "+") + ",".join(changes)
 
 
 def _find(word: str, *, option: str = "--arch") -> "Variant":
@@ -252,7 +253,7 @@ def sites(
     input_size: Input = None,
     json_to: Json = None,
 ) -> None:
-    """Show a network's module tree and where blocks stand or could stand; nothing is changed, nothing runs."""
+    """Show a network's module tree and where blocks stand or could stand; its forward runs once, without arithmetic."""
     variant = _find(_address(arch, se, insert))
     from selab.build import build
     from selab.catalog import baseline_of
@@ -273,7 +274,10 @@ def sites(
             sites_as_builtins(network, insertions, ends=found.found, groups=groups, input_nchw=shape), json_to
         )
     lines = [f"auto: {end.path}: {end.reason}" for end in found.found] + [f"left out: {one}" for one in found.left_out]
-    return _print(tree, *(["\n".join(map(_plain, lines))] if lines else []))
+    legend = [f"[{', '.join(groups)}]: site groups (--insert NAME)"] if groups else []
+    legend += ["[auto]: a block's end, found by tracing (--insert auto)"] if found.found else []
+    legend += ["← what would stand there"] if insertions else []
+    return _print(tree, "\n".join(map(_plain, (*legend, *lines))))
 
 
 @app.command()
@@ -291,6 +295,10 @@ def count(
     json_to: Json = None,
 ) -> None:
     """Count parameters, MACs, FLOPs, bytes and activations; no kernel runs, so batch and resolution cost nothing."""
+    if every and (arch or se is not None or insert):
+        raise typer.BadParameter(
+            "counts the catalog as it is; leave --arch, --se and --insert away", param_hint="--all"
+        )
     names = list(catalog.installed()) if every else [_address(one, se, insert) for one in arch]
     if not names:
         raise typer.BadParameter("name at least one network, or give --all", param_hint="--arch")
@@ -368,6 +376,10 @@ def profile(
     svg: Annotated[Path | None, typer.Option(help="Also draw what was shown as an SVG picture.")] = None,
 ) -> None:
     """Count and measure a network against its baseline: cost, latency with its interval, memory."""
+    if cold and device is Device.cpu:
+        raise typer.BadParameter("flushes a GPU's cache; give --device cuda, or leave it away", param_hint="--cold")
+    if svg is not None and svg.suffix.lower() != ".svg":
+        raise typer.BadParameter(f"{svg}: a picture of the terminal ends in .svg", param_hint="--svg")
     arch = _address(arch, se, insert)
     _find(arch)
     if baseline is not None:
@@ -511,7 +523,9 @@ def table(
 
 
 _TEXT: dict[TableFormat, Callable[..., str]] = {
-    TableFormat.csv: lambda _name, grids, _records: "\n".join(grid.csv() for grid in grids),
+    TableFormat.csv: lambda _name, grids, _records: "".join(
+        grid.csv(first=index == 0 or grid.columns != grids[index - 1].columns) for index, grid in enumerate(grids)
+    ),
     TableFormat.latex: lambda _name, grids, _records: "\n".join(grid.latex() for grid in grids),
     TableFormat.markdown: lambda *parts: _markdown(*parts),
     TableFormat.rich: lambda *parts: _markdown(*parts),
@@ -623,9 +637,9 @@ def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Pa
     alone = str(json_to) == "-"
     if alone:
         sys.stdout.buffer.write(to_json(record))
-    consoles = [Console(file=io.StringIO()) if alone else _console()]
+    consoles = [Console(file=io.StringIO(), emoji=False) if alone else _console()]
     if svg is not None:
-        consoles.append(Console(record=True, width=88, file=io.StringIO(), force_terminal=True))
+        consoles.append(Console(record=True, width=88, file=io.StringIO(), force_terminal=True, emoji=False))
     for console in consoles:
         console.print(profile_grid(record), highlight=False)
         if record.cost.se.blocks:

@@ -123,8 +123,8 @@ def block_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> tuple[BlockEnd,
         more = f" and {len(ends.left_out) - _TOLD} more" if len(ends.left_out) > _TOLD else ""
         seen = f" (left out: {'; '.join(ends.left_out[:_TOLD])}{more})" if ends.left_out else ""
         raise InsertionError(
-            f"{type(model).__name__}: tracing finds no block end, neither a residual addition nor a "
-            f"depthwise-separable block{seen}; name the modules yourself: --insert PATTERN (`selab sites` lists them)"
+            f"{type(model).__name__}: tracing finds no block end, neither an addition of maps (N, C, H, W) "
+            f"nor a depthwise-separable block{seen}; name modules: --insert PATTERN (`selab sites` lists them)"
         )
     return ends.found
 

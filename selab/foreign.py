@@ -194,7 +194,10 @@ def _library(name: str, where: str) -> Any:
             raise SpecError(f"{where}: {name} is not installed; pip install 'selab[{name}]'") from None
         raise SpecError(f"{where}: importing {name} fails: {_told(error)}") from error
     except Exception as error:
-        raise SpecError(f"{where}: importing {name} fails: {_told(error)}") from error
+        raise SpecError(
+            f"{where}: importing {name} fails: {_told(error)}; torchvision needs the torch that it was built "
+            "with: install both from the same place"
+        ) from error
 
 
 def _variant(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 NONE = "–"
 # A name up to this long is not broken over two lines, however narrow the terminal is.
@@ -41,7 +42,7 @@ class Grid:
                 for row in self.rows
             ]
         whole = _width(lines) <= options.max_width
-        table = Table(title=self.title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
+        table = Table(header_style="bold", box=SIMPLE_HEAD)
         table.padding = (0, 1, 0, 0)
         for index, column in enumerate(lines[0]):
             words = index in self.words
@@ -54,6 +55,8 @@ class Grid:
             )
         for row in lines[1:]:
             table.add_row(*row)
+        # Not the table's own title, which would be broken at the table's width.
+        yield Text(self.title, style="bold")
         yield table
         yield from self.notes
 
@@ -65,11 +68,16 @@ class Grid:
         notes = "".join(f"\n\n{note}" for note in self.notes)
         return f"### {self.title}\n\n" + "\n".join(cells) + notes + "\n"
 
-    def csv(self) -> str:
-        """As comma-separated values (RFC 4180): the columns, then the rows; title and notes have no place in it."""
+    def csv(self, *, first: bool = True) -> str:
+        """As comma-separated values (RFC 4180), the table's title in front of each row; its notes have no place in it.
+
+        Args:
+            first: whether the columns are named; tables of the same columns may stand below each other in one file.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows((self.columns, *self.rows))
+        head = [("table", self.columns[0] or "name", *self.columns[1:])] if first else []
+        writer.writerows((*head, *((self.title, *row) for row in self.rows)))
         return text.getvalue()
 
     def latex(self) -> str:

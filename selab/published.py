@@ -65,14 +65,14 @@ def convention(one: Published) -> str:
     """The convention under which a published cost number is compared with ours, by name."""
     if one.metric == "params":
         counts_all = one.source == SENET and one.table in _WITH_STATISTICS
-        return "params + BN statistics" if counts_all else "params"
+        return "params + BN buffers" if counts_all else "params"
     return "paper" if one.source == SENET else "conv_linear"
 
 
 def _figure(cost: Cost, one: Published) -> int:
     return {
         "params": cost.params,
-        "params + BN statistics": cost.params + cost.buffer_elements,
+        "params + BN buffers": cost.params + cost.buffer_elements,
         "paper": cost.macs.paper,
         "conv_linear": cost.macs.conv_linear,
     }[convention(one)]
@@ -89,9 +89,16 @@ def is_met(one: Published, cost: Cost) -> bool:
 
 
 def reproduced(variants: Iterable[Variant], costs: dict[str, Cost]) -> tuple[int, int]:
-    """How many published cost numbers the counts reproduce to the printed digit, and of how many."""
-    met = [is_met(one, costs[variant.name]) for variant in variants for one in cost_numbers(variant)]
-    return sum(met), len(met)
+    """How many published cost numbers the counts reproduce to the printed digit, and of how many.
+
+    One that several sources print alike, under one convention, is one.
+    """
+    met = {
+        (variant.name, one.metric, one.printed, convention(one)): is_met(one, costs[variant.name])
+        for variant in variants
+        for one in cost_numbers(variant)
+    }
+    return sum(met.values()), len(met)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +231,9 @@ def paper_grid(table: PaperTable, costs: dict[str, Cost]) -> Grid:
         header
         for metric in ("params", "macs")
         for header in (
-            (f"{_HEADERS[metric]} printed", "counted", "") if metric in table.metrics else (_HEADERS[metric],)
+            (f"{_HEADERS[metric]} printed", f"{_HEADERS[metric]} counted", f"{_HEADERS[metric]} met")
+            if metric in table.metrics
+            else (_HEADERS[metric],)
         )
     ]
     closing = f"{equal} of {total} published cost numbers reproduced to the printed digit (=)."
@@ -250,10 +259,14 @@ def paper_reproduced(tables: Iterable[PaperTable], costs: dict[str, Cost]) -> tu
 
 _CONVENTIONS = {
     "params": "learnable parameters",
-    "params + BN statistics": "learnable parameters and the BN's running means and variances",
+    "params + BN buffers": "learnable parameters and the BN's buffers: running means and variances, one counter each",
     "paper": "MACs of convolutions, fully connected layers and SE's pooling additions, which the paper prints as FLOPs",
     "conv_linear": "MACs of convolutions and fully connected layers",
 }
+
+
+# Marks say by which convention they were made where it is not the plain one of its column.
+_TAGS = {"params + BN buffers": " with BN buffers", "paper": " by paper"}
 
 
 def zoo_grids(costs: dict[str, Cost], names: Iterable[str] | None = None) -> list[Grid]:
@@ -276,34 +289,42 @@ def zoo_grids(costs: dict[str, Cost], names: Iterable[str] | None = None) -> lis
     )
     grids = []
     for family, variants in families.items():
-        remarks = [
-            f"{variant.name}, {one.metric} {one.printed} ({one.source}, {one.where}): {one.note or 'cause unknown'}"
-            for variant in variants
-            for one in cost_numbers(variant)
-            if not is_met(one, costs[variant.name])
-        ]
         equal, total = reproduced(variants, costs)
         closing = [f"{equal} of {total} published cost numbers reproduced to the printed digit (=)."] if total else []
+        used = {convention(one) for variant in variants for one in cost_numbers(variant)}
+        closing += [f"{name}: {text}" for name, text in _CONVENTIONS.items() if name in used]
         size = "×".join(map(str, variants[0].input_chw))
         grids.append(
             Grid(
                 title=f"{family} ({variants[0].source}; {size})",
                 columns=columns,
                 rows=tuple(_zoo_row(variant, costs[variant.name]) for variant in variants),
-                notes=(*closing, *remarks),
+                notes=(*closing, *differences(variants, costs)),
             )
         )
     return grids
 
 
-def _zoo_row(variant: Variant, cost: Cost) -> tuple[str, ...]:
-    def marked(metric: Metric) -> str:
-        found: dict[str, str] = {}
-        for one in cost_numbers(variant):
-            if one.metric == metric:
-                found.setdefault(one.printed, _mark(_figure(cost, one), one))
-        return "; ".join(f"{printed} {mark}" for printed, mark in found.items()) or NONE
+def marked_numbers(variant: Variant, cost: Cost, metric: Metric) -> str:
+    """What was published of a cost, each number once with its mark."""
+    found: dict[tuple[str, str], str] = {}
+    for one in cost_numbers(variant):
+        if one.metric == metric:
+            found[one.printed, _TAGS.get(convention(one), "")] = _mark(_figure(cost, one), one)
+    return "; ".join(f"{printed} {mark}{tag}" for (printed, tag), mark in found.items()) or NONE
 
+
+def differences(variants: Iterable[Variant], costs: dict[str, Cost]) -> list[str]:
+    """Every published cost number that is not met, with the cause in words."""
+    return [
+        f"{variant.name}, {one.metric} {one.printed} ({one.source}, {one.where}): {one.note or 'cause unknown'}"
+        for variant in variants
+        for one in cost_numbers(variant)
+        if not is_met(one, costs[variant.name])
+    ]
+
+
+def _zoo_row(variant: Variant, cost: Cost) -> tuple[str, ...]:
     macs = cost.macs
     top1 = published(variant, "top1_error_pct")
     return (
@@ -311,7 +332,7 @@ def _zoo_row(variant: Variant, cost: Cost) -> tuple[str, ...]:
         units.exact(cost.params),
         *(units.count(figure) for figure in (macs.conv_linear, macs.paper, macs.all)),
         units.size(cost.bytes),
-        marked("params"),
-        marked("macs"),
+        marked_numbers(variant, cost, "params"),
+        marked_numbers(variant, cost, "macs"),
         NONE if top1 is None else points(top1),
     )

@@ -107,7 +107,7 @@ class Cost(Frozen, frozen=True, kw_only=True):
 
     Attributes:
         params: learnable parameters, shared ones once.
-        buffer_elements: elements of persistent buffers (running statistics), shared ones once.
+        buffer_elements: elements of persistent buffers (the BN's running statistics and counters), shared ones once.
         macs: one forward pass.
         macs_backward: one backward pass (weight gradients and the input gradients that are needed).
         flops: one forward pass; 2 per MAC, 1 per other arithmetic operation.

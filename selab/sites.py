@@ -86,10 +86,23 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
             inside = [p for p, _ in model.named_modules(remove_duplicate=False) if p and _matches(pattern, p)]
             if inside:
                 raise InsertionError(f"{inside[0]}: stands inside another SE block; choose a site outside of it")
-            offer = _offer(groups) + nearest(pattern, paths)
+            offer = _offer(groups) + _of_that_name(pattern, paths)
             raise InsertionError(f"pattern {pattern!r} matches no module of {type(model).__name__}{offer}")
         chosen.update(matching)
     return [path for path in paths if path in chosen]
+
+
+def _of_that_name(pattern: str, paths: Sequence[str]) -> str:
+    """Modules whose own name is what the pattern ends in, or those with the nearest paths."""
+    near = nearest(pattern, paths)
+    if near.startswith("; did you mean"):
+        return near
+    last = pattern.rpartition(".")[2]
+    named = [path for path in paths if fnmatchcase(path.rpartition(".")[2], last)] if last.strip("*") else []
+    if not named:
+        return near
+    shown = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+    return f"; modules of that name: {shown}"
 
 
 def _check_pattern(pattern: str) -> None:

@@ -173,7 +173,8 @@ class Variant(Frozen, frozen=True, kw_only=True):
     @property
     def place(self) -> str:
         """Where a message says that it stands."""
-        return f"{self.origin}: variants.{self.name}" if self.origin.endswith(".toml") else self.name
+        in_file = self.origin.endswith(".toml") and "+" not in self.name
+        return f"{self.origin}: variants.{self.name}" if in_file else self.name
 
     @property
     def facts_hash(self) -> str:
@@ -370,7 +371,7 @@ def changed(start: BlockFacts | None, text: str, *, option: str = "--se") -> Blo
     given: dict[str, str] = {}
     position = 1
     for part in text.split(","):
-        key, equals, value = part.partition("=")
+        key, equals, value = (word.strip() for word in part.partition("="))
         where = f"{option} {text}: character {position}"
         if not re.fullmatch(r"\w+", key) or not equals or not value:
             raise SpecError(f"{where}: expected KEY=VALUE, found {part!r}; for example reduction=8,stages=2-4")
@@ -417,7 +418,11 @@ def _value(key: str, text: str, kind: object, *, where: str) -> object:
         if text not in _YES_NO:
             raise SpecError(f"{where}: {text!r}; allowed: {', '.join(_YES_NO)}")
         return _YES_NO[text]
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if kind is int or kind == int | None:
+        raise SpecError(f"{where}: {text!r} is no whole number")
+    return text
 
 
 _YES_NO = {"yes": True, "no": False, "true": True, "false": False}

@@ -235,11 +235,9 @@ def _from_pickle(path: Path, content: bytes) -> object:
             f"{path}: is refused: it holds more than tensors ({wanted[1]}), and reading that could run any code; "
             "where you trust it, save its state dict alone, best with safetensors.torch.save_file"
         ) from None
-    except Exception as error:
+    except Exception:
         # An untrusted file may fail the reader in any way; none of them is a fault of the program.
-        raise WeightsError(
-            f"{path}: is broken or no file of torch.save ({_line(error)}); get it again, or save a state dict"
-        ) from None
+        raise WeightsError(f"{path}: is broken or no file of torch.save; get it again, or save a state dict") from None
 
 
 def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
@@ -288,7 +286,8 @@ def _steps(
         )
     missing = [key for key in places if key not in steps and not _is_counter(key)]
     if unexpected or missing or shapes:
-        listed = _listed(missing, unexpected, shapes)
+        # What the file holds is told by its names; what it lacks has none there.
+        listed = _listed(missing, unexpected, shapes, said=" (by our names)")
         raise WeightsError(
             f"{where}: is no state dict of {port.model} of {port.source}, which becomes {variant.name}: {listed}"
         )
@@ -344,10 +343,11 @@ def _misfit(key: str, theirs: Tensor, ours: Tensor) -> str:
     return f"{key} {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
 
 
-def _listed(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
-    """The first five of each kind of fault, and how many more there are."""
+def _listed(missing: list[str], unexpected: list[str], shapes: list[str], *, said: str = "") -> str:
+    """The first five of each kind of fault, and how many more there are; `said` is whose names the missing ones are."""
     parts = []
-    for name, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)):
+    kinds = ((f"missing{said}", missing), ("unexpected", unexpected), ("wrong shape or type", shapes))
+    for name, keys in kinds:
         if keys:
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             parts.append(f"{name}: {', '.join(keys[:5])}{more}")

@@ -254,8 +254,10 @@ class TestProfile:
 
     def test_outputs_are_tried_before_anything_is_measured(self, selab, toy, tmp_path):
         words = ["profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r"]
+        folder = tmp_path / "folder.svg"
+        folder.mkdir()
         for option in ("--svg", "--json"):
-            status, _, error = selab(*words, option, tmp_path)
+            status, _, error = selab(*words, option, folder)
             assert status == 1
             assert "is a folder; name a file in it" in one_line(error)
         assert not (tmp_path / "r").exists()
@@ -516,13 +518,41 @@ class TestAnybodysNetwork:
         assert "broken.py, line 2" in line or "broken.py:2" in line, line
 
 
+class TestOptionsThatDoNothing:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["profile", "--arch", "se_small_cnn", "--cold"], "flushes a GPU's cache"),
+            (["profile", "--arch", "se_small_cnn", "--svg", "x.txt"], "ends in .svg"),
+            (["count", "--all", "--arch", "resnet50"], "counts the catalog"),
+        ],
+    )
+    def test_are_refused(self, selab, words, message):
+        status, _, error = selab(*words)
+        assert status == 2
+        assert message in " ".join(error.replace("│", " ").split())
+
+    def test_a_callable_s_name_is_no_emoji(self, selab, tmp_path):
+        path = tmp_path / "bad.py"
+        path.write_text("raise RuntimeError('no licence key')\n")
+        status, _, error = selab("count", "--arch", f"{path}:x")
+        assert status == 1
+        assert f"{path}:x" in one_line(error)
+
+    def test_an_error_of_changes_does_not_point_into_the_catalog_s_file(self, selab):
+        status, _, error = selab("count", "--arch", "resnet18", "--se", "reduction=1000")
+        assert status == 1
+        assert one_line(error).startswith("error: resnet18+reduction=1000: stage2.0")
+
+
 class TestLooksOfTables:
     def test_formats(self, selab):
         texts = {look: selab("table", "reduction", "--format", look) for look in ("csv", "latex", "markdown", "json")}
         assert all(status == 0 for status, _, _ in texts.values())
         rows = list(csv.reader(texts["csv"][1].splitlines()))
-        assert rows[0][0] == ""
-        assert [row[0] for row in rows[1:]][-1] == "resnet50"
+        assert rows[0][:3] == ["table", "name", "params printed"]
+        assert len(set(rows[0])) == len(rows[0])
+        assert [row[1] for row in rows[1:]][-1] == "resnet50"
         assert "\\toprule" in texts["latex"][1]
         assert "se\\_resnet50\\_r2 & 45.7M & 45.73 M & = &" in texts["latex"][1]
         assert json.loads(texts["json"][1])[0]["rows"][0][0] == "se_resnet50_r2"

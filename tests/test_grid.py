@@ -13,7 +13,9 @@ TABLE = Grid(
 
 
 def test_csv_is_read_back():
-    assert list(csv.reader(TABLE.csv().splitlines())) == [["", "params", "change"], *map(list, TABLE.rows)]
+    rows = [[TABLE.title, *row] for row in TABLE.rows]
+    assert list(csv.reader(TABLE.csv().splitlines())) == [["table", "name", "params", "change"], *rows]
+    assert list(csv.reader(TABLE.csv(first=False).splitlines())) == rows
 
 
 def test_latex_escapes_what_it_must():

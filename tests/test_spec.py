@@ -150,7 +150,7 @@ def test_another_kind_of_block_keeps_where_it_stands_and_nothing_else():
             "ratio=8",
             r"ratio: unknown key; did you mean reduction.*; allowed for se: block, sites, placement, stages, bias",
         ),
-        ("reduction=many", "reduction: expected int, got str"),
+        ("reduction=many", "reduction: 'many' is no whole number"),
         ("reduction=0", "reduction: 0; must be at least 1"),
         ("gate=soft", "gate: invalid enum value 'soft'; allowed: sigmoid, tanh, relu, hardsigmoid"),
         ("block=ecca", "block 'ecca': no such block; did you mean eca"),

@@ -122,4 +122,4 @@ def test_one_s_own_family_shows_its_own_published_numbers(toy):
 
 def test_a_report_without_measurements_shows_what_needs_none():
     costs = {name: count_record(name, batch=1, counters=False).cost for name in tables.costs_needed("report")}
-    assert len(tables.named_grids("report", costs, [])) == 3
+    assert len(tables.named_grids("report", costs, [])) == 4

@@ -206,7 +206,9 @@ class TestConvert:
         assert sum(step.folded for step in done.renamed) == 3 + 8 * 7 + 2 * 5
         del state["inception_5b_1x1.bias"]
         torch.save(state, tmp_path / "in.pth")
-        with pytest.raises(WeightsError, match=r"missing: stage5\.inception5b\.branches\.path1x1\.conv\.bias$"):
+        with pytest.raises(
+            WeightsError, match=r"missing \(by our names\): stage5\.inception5b\.branches\.path1x1\.conv\.bias$"
+        ):
             convert(tmp_path / "in.pth", None, source="cadene", arch="bn_inception")
 
 
@@ -285,13 +287,13 @@ class TestRefused:
             tmp_path / "in.pth",
             [
                 "is no state dict of mobilenet_v3_small of torchvision",
-                "missing: stem.conv.weight, ",
+                "missing (by our names): stem.conv.weight, ",
                 " more; unexpected: ",
             ],
         )
 
     def test_a_wrong_shape(self, saved):
-        words = "wrong shape: features.0.1.bias (17,) instead of (16,)"
+        words = "wrong shape or type: features.0.1.bias (17,) instead of (16,)"
         refused(saved(lambda state: state.update({"features.0.1.bias": torch.zeros(17)})), words)
 
     def test_a_wrong_type(self, saved):
@@ -363,7 +365,7 @@ class TestLoad:
             load(model, state)
         assert str(caught.value) == (
             "the state dict: does not fit Sequential: missing: 1.weight, 1.bias, 1.running_mean, 1.running_var; "
-            "unexpected: 2.bias; wrong shape: 0.bias (4,) instead of (3,)"
+            "unexpected: 2.bias; wrong shape or type: 0.bias (4,) instead of (3,)"
         )
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

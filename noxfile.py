@@ -26,6 +26,16 @@ DRAWN = (
     "se_inception_resnet_v2",
     "se_vgg16",
 )
+# Baseline, recipe, seeds; and what a CPU can do, in epochs of the short schedule.
+TRAINED = (
+    ("small_cnn", "cifar_short", "5"),
+    ("resnet20_cifar", "cifar_resnet", "5"),
+    ("resnet56_cifar", "cifar_resnet", "3"),
+    ("resnet110_cifar", "cifar_resnet110", "3"),
+    ("mobilenet_cifar", "cifar_resnet", "3"),
+    ("vgg16_cifar", "cifar_resnet", "3"),
+)
+TRAINED_ON_CPU = (("small_cnn", "4", "5"), ("resnet20_cifar", "3", "3"))
 PAIRS = ("small_cnn", "mobilenet", "shufflenet", "resnet18", "resnet34", "resnet50", "vgg16", "resnet101", "resnet152")
 
 
@@ -154,6 +164,28 @@ def bench_counts(session: nox.Session) -> None:
     session.install("-e", ".")
     out = f"{machine_folder(session)}/acceptance/counts.json"
     session.run("python", "tests/benchmarks/bench_counts.py", "--out", out, *session.posargs)
+
+
+@nox.session
+def accuracy_tables(session: nox.Session) -> None:
+    """Train with SE and without on CIFAR-10, several seeds each; goes on where it was stopped; --data-dir after --."""
+    session.install("-e", ".")
+    common = ["--data", "cifar10", "--out", "profiles", *session.posargs]
+    if has_gpu(session):
+        common += ["--device", "cuda", "--channels-last"]
+        for base, recipe, seeds in TRAINED:
+            session.run("selab", "compare", base, f"se_{base}", "--recipe", recipe, "--seeds", seeds, *common)
+    else:
+        for base, epochs, seeds in TRAINED_ON_CPU:
+            session.run("selab", "compare", base, f"se_{base}", "--epochs", epochs, "--seeds", seeds, *common)
+
+
+@nox.session
+def bench_data(session: nox.Session) -> None:
+    """Time loading and augmentation, and whole training steps, beside torchvision's pipeline; DATA_DIR after --."""
+    session.install("torch==2.12.1", "torchvision==0.27.1", "-e", ".")
+    out = f"{machine_folder(session)}/acceptance/data.json"
+    session.run("python", "tests/benchmarks/bench_data.py", "--out", out, "--data", *session.posargs)
 
 
 @nox.session

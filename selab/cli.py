@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -19,9 +20,13 @@ from selab.errors import RecordError, SelabError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from selab.accuracy.data import Data
+    from selab.accuracy.train import Progress as TrainingProgress
+    from selab.accuracy_record import Options
     from selab.grid import Grid
     from selab.measure.paired import Progress
     from selab.profiling import Profile
+    from selab.recipe import Recipe
     from selab.record import Cost, Insertion, Record
     from selab.spec import Variant
 
@@ -94,6 +99,36 @@ _TABLE_HELP = (
     "paper-2, paper-3, cifar, reduction, squeeze, excitation, stages, integration, mobile or zoo, which are counted; "
     "added or latency, which are measured (--profiles); report, a machine's page; all, every counted one as files."
 )
+
+
+class DataName(StrEnum):
+    """A data set."""
+
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    synthetic = "synthetic"
+    imagenet = "imagenet"
+    folder = "folder"
+
+
+class Amp(StrEnum):
+    """Automatic mixed precision."""
+
+    off = "off"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+DataDir = Annotated[Path, typer.Option("--data-dir", help="Where the images lie, or are downloaded to.")]
+Download = Annotated[bool, typer.Option("--download/--no-download", help="Fetch a set that is not there.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="How to train; a name, or path/to/file.toml[:NAME].")]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; its schedule shrinks with them.")]
+TrainBatch = Annotated[int | None, typer.Option(min=1, help="Images per step over all processes, not the recipe's.")]
+AmpOption = Annotated[Amp, typer.Option("--amp", help="Automatic mixed precision.")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Through torch.compile.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per step; the batch stays the same.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")]
 
 # What typer's own runner exits with when it is interrupted: 128 + SIGINT.
 _INTERRUPTED = 130
@@ -591,6 +626,189 @@ def weights_convert(
         typer.echo(f"weights: {target_path}")
 
 
+@app.command()
+def train(
+    arch: Arch,
+    data: DataName = DataName.cifar10,
+    data_dir: DataDir = Path("data"),
+    download: Download = True,
+    recipe: RecipeName = "cifar_short",
+    seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and dropout.")] = 0,
+    epochs: Epochs = None,
+    batch: TrainBatch = None,
+    device: Device = Device.cpu,
+    amp: AmpOption = Amp.off,
+    channels_last: ChannelsLast = False,
+    compiled: Compiled = False,
+    accumulate: Accumulate = 1,
+    threads: Threads = None,
+    out: Annotated[Path, typer.Option(help="The run goes to OUT/<machine>/runs/….")] = Path("results"),
+    json_to: Json = None,
+) -> None:
+    """Train one network after a recipe; stopped at any moment, the same command goes on. It runs under torchrun too."""
+    variant = _find(arch)
+    from selab import comparing
+    from selab.accuracy.train import train as train_one
+    from selab.recipe import find_recipe
+
+    options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
+    chosen = find_recipe(recipe)
+    images = _open_data(data, data_dir, download=download, recipe=chosen)
+    folder = comparing.folder_of(variant, images, chosen, options, seed, out=out)
+    with _reporting(_console(stderr=True), _describe_training) as report, redirect_stdout(sys.stderr):
+        done = train_one(
+            variant,
+            images,
+            chosen,
+            seed=seed,
+            folder=folder,
+            options=options,
+            report=lambda state: report(variant.name, state),
+        )
+    if json_to is not None:
+        return _write_json(_builtins(done), json_to)
+    low, high = done.test.top1_interval_pct
+    typer.echo(f"{variant.name}: top-1 {done.test.top1_pct:.2f} % [{low:.2f}, {high:.2f}], loss {done.test.loss:.4f}")
+    typer.echo(f"weights: {done.weights}")
+    return None
+
+
+@app.command("eval")
+def evaluate(
+    arch: Arch,
+    weights: Annotated[Path, typer.Option(help="A .safetensors, .pt or .pth file of this network.")],
+    data: DataName = DataName.cifar10,
+    data_dir: DataDir = Path("data"),
+    download: Download = True,
+    batch: Positive = 500,
+    device: Device = Device.cpu,
+    amp: AmpOption = Amp.off,
+    channels_last: ChannelsLast = False,
+    json_to: Json = None,
+) -> None:
+    """Top-1 and top-5 of trained weights on a data set's test images, with 95 % intervals."""
+    variant = _find(arch)
+    from selab.accuracy.evaluate import evaluate as evaluate_one
+    from selab.comparing import loaded
+
+    images = _open_data(data, data_dir, download=download)
+    with redirect_stdout(sys.stderr), _reporting(_console(stderr=True)) as report:
+        report(f"evaluating {variant.name} on {images.title}", None)
+        model = loaded(variant, images, weights).to(device.value)
+        found = evaluate_one(
+            model, images, batch=batch, device=device.value, amp=amp.value, channels_last=channels_last
+        )
+    if json_to is not None:
+        return _write_json({"arch": variant.name, "data": images.title, **_builtins(found)}, json_to)
+    low, high = found.top1_interval_pct
+    typer.echo(f"{variant.name} on {images.title}, {found.images:,} images")
+    typer.echo(f"top-1 {found.top1_pct:.2f} % [{low:.2f}, {high:.2f}]")
+    if found.top5_pct is not None and found.top5_interval_pct is not None:
+        low, high = found.top5_interval_pct
+        typer.echo(f"top-5 {found.top5_pct:.2f} % [{low:.2f}, {high:.2f}]")
+    typer.echo(f"loss {found.loss:.4f}; intervals of 95 % (Wilson) over images")
+    for name in found.skipped:
+        typer.echo(f"skipped, cannot be read: {name}", err=True)
+    return None
+
+
+@app.command()
+def compare(
+    archs: Annotated[list[str], typer.Argument(help="BASELINE VARIANT, or a variant alone for its own baseline.")],
+    data: DataName = DataName.cifar10,
+    data_dir: DataDir = Path("data"),
+    download: Download = True,
+    recipe: RecipeName = "cifar_short",
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on; 5 for what you publish.")] = 3,
+    epochs: Epochs = None,
+    batch: TrainBatch = None,
+    device: Device = Device.cpu,
+    amp: AmpOption = Amp.off,
+    channels_last: ChannelsLast = False,
+    compiled: Compiled = False,
+    accumulate: Accumulate = 1,
+    threads: Threads = None,
+    out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/accuracy/….")] = Path("results"),
+    replace: Annotated[bool, typer.Option("--replace", help="Compare again where a record exists.")] = False,
+    json_to: Json = None,
+) -> None:
+    """Train a network with SE and without from several seeds: what it costs beside what it buys, with intervals."""
+    if len(archs) > 2:
+        raise typer.BadParameter("names one or two networks", param_hint="ARCHS")
+    for one in archs:
+        _find(one)
+    from selab import accuracy_tables, comparing, store
+    from selab.accuracy_record import read_accuracy_record, to_json
+    from selab.recipe import find_recipe
+
+    baseline, variant = (None, archs[0]) if len(archs) == 1 else (archs[0], archs[1])
+    comparing.pair(variant, baseline)
+    plan = comparing.Plan(
+        arch=variant,
+        baseline=baseline,
+        recipe=find_recipe(recipe),
+        options=_options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads),
+        seeds=tuple(range(seeds)),
+        command=shlex.join(["selab", *sys.argv[1:]]),
+    )
+    images = _open_data(data, data_dir, download=download, recipe=plan.recipe)
+    growing = comparing.Comparison(plan, images, out=out)
+    store.check_writable(growing.path, replace=replace)
+    finished = growing.take_over()
+    with _reporting(_console(stderr=True), _describe_training) as report, redirect_stdout(sys.stderr):
+        if finished:
+            report(f"{finished} of {seeds} seeds are finished already", None)
+        growing.run(report)
+    record = read_accuracy_record(growing.path)
+    if json_to is not None and str(json_to) == "-":
+        sys.stdout.buffer.write(to_json(record))
+        return
+    if json_to is not None:
+        store.write_atomically(json_to, to_json(record))
+    _print(accuracy_tables.comparison_grid(record, growing.costs()), accuracy_tables.seeds_grid(record))
+    typer.echo(f"record: {growing.path}")
+    return
+
+
+def _options(
+    device: Device,
+    amp: "Amp",
+    channels_last: bool,
+    compiled: bool,
+    accumulate: int,
+    epochs: int | None,
+    batch: int | None,
+    threads: int | None,
+) -> "Options":
+    from selab.accuracy_record import Options
+    from selab.measure.passes import check_device
+
+    check_device(device.value)
+    return Options(
+        device=device.value,
+        amp=amp.value,
+        channels_last=channels_last,
+        compiled=compiled,
+        accumulate=accumulate,
+        epochs=epochs,
+        batch=batch,
+        threads=threads,
+    )
+
+
+def _open_data(name: "DataName", folder: Path, *, download: bool, recipe: "Recipe | None" = None) -> "Data":
+    from selab.accuracy.data import open_data
+
+    console = _console(stderr=True)
+    return open_data(
+        name.value,
+        data_dir=folder,
+        download=download,
+        image=None if recipe is None else recipe.image,
+        report=lambda text: console.print(_plain(text), highlight=False, soft_wrap=True),
+    )
+
+
 @app.command("schema")
 def schema(json_to: Json = None) -> None:
     """Print the JSON Schema of a record."""
@@ -656,7 +874,9 @@ def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Pa
 
 
 @contextmanager
-def _reporting(console: "Console") -> Iterator[Callable[[str, "Progress | None"], None]]:
+def _reporting(
+    console: "Console", describe: Callable[[Any], str] | None = None
+) -> Iterator[Callable[[str, Any], None]]:
     """Progress on standard error: a live line on a terminal, otherwise one line per stage.
 
     The live line is drawn only when it is told something, which is between samples: a thread that turned a spinner
@@ -678,9 +898,18 @@ def _reporting(console: "Console") -> Iterator[Callable[[str, "Progress | None"]
     with Live(console=console, auto_refresh=False, transient=True) as line:
 
         def draw(label: str, state: "Progress | None") -> None:
-            line.update(Text(label if state is None else f"{label}: {_describe(state)}"), refresh=True)
+            line.update(Text(label if state is None else f"{label}: {(describe or _describe)(state)}"), refresh=True)
 
         yield draw
+
+
+def _describe_training(state: "TrainingProgress") -> str:
+    left = "" if state.eta_s is None else f", {state.eta_s / 60:.0f} min left"
+    last = "" if state.last is None else f"; test top-1 {state.last.test_top1_pct:.2f} %"
+    return (
+        f"epoch {state.epoch} of {state.epochs}, step {state.step} of {state.steps}, loss {state.loss:.4f}, "
+        f"top-1 {state.top1_pct:.1f} %, {state.images_per_s:,.0f} images/s{left}{last}"
+    )
 
 
 def _describe(state: "Progress") -> str:

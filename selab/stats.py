@@ -3,9 +3,12 @@
 import math
 from collections.abc import Sequence
 from functools import cache
+from statistics import NormalDist
 
 MAD_TO_DEVIATION = 1.4826
 """Median absolute deviation times this is the standard deviation, if the values are normal."""
+MOST_SEEDS = 1000
+"""`seeds_needed` counts no further: this answer means so many or more."""
 
 
 def median(values: Sequence[float]) -> float:
@@ -136,3 +139,91 @@ def student_quantile(freedom: int, central: float = 0.95) -> float:
         else:
             high = middle
     return high
+
+
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """(p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n): what shares a count of successes goes with.
+
+    Unlike p ± z sqrt(p (1 - p) / n) it stays within [0, 1] and has a width at no and at all successes.
+
+    Args:
+        successes: how many of the trials, each independent of the others.
+        trials: how many there were, from 1.
+        confidence: the coverage that it has on the average over p.
+
+    Returns:
+        (low, high), shares of one.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927); Brown, Cai and
+    DasGupta, Interval estimation for a binomial proportion, Statistical Science 16 (2001), section 3.1.1.
+
+    Raises:
+        ValueError: no trials, or successes outside 0..trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes in {trials} trials; from 0 to all of at least one are possible")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = successes / trials
+    scale = 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / scale
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / scale
+    # At the ends the two terms cancel exactly, but for rounding.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == trials else centre + half
+    return low, high
+
+
+def paired_t_interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Mean ± t s / sqrt(n) with n - 1 degrees of freedom: what holds the mean of normal differences.
+
+    Args:
+        differences: one per pair, in any unit; pairs are independent of each other.
+        confidence: the coverage.
+
+    Returns:
+        (mean, half_width) in the differences' unit, or None where there are fewer than two.
+
+    Source: Student, The probable error of a mean, Biometrika 6 (1908).
+    """
+    if len(differences) < 2:
+        return None
+    error = sample_deviation(differences) / math.sqrt(len(differences))
+    return mean(differences), student_quantile(len(differences) - 1, confidence) * error
+
+
+def seeds_needed(differences: Sequence[float], *, confidence: float = 0.95, power: float = 0.8) -> int | None:
+    """The least n >= 2 with n >= ((t_confidence + t_power) s / mean)², both quantiles at n - 1 degrees of freedom.
+
+    So many pairs let a two-sided t test show a difference of the observed mean, if the observed deviation is the true
+    one. Both are estimates, and of a few pairs rough ones: the answer is an order of magnitude, not a promise.
+
+    Args:
+        differences: one per pair.
+        confidence: of the interval that has to leave zero out.
+        power: how often it would, above 0.5.
+
+    Returns:
+        At most `MOST_SEEDS`, which stands for so many or more. None where no number is enough, for the mean is 0, and
+        where fewer than two differences leave the deviation unknown.
+
+    Source: Cohen, Statistical Power Analysis for the Behavioral Sciences (1988), section 2.4, with Student's quantiles.
+
+    Raises:
+        ValueError: a power that is not above 0.5 and below 1.
+    """
+    if not 0.5 < power < 1:
+        raise ValueError(f"a power of {power}; it lies above 0.5 and below 1")
+    if len(differences) < 2 or (centre := mean(differences)) == 0:
+        return None
+    relative = sample_deviation(differences) / abs(centre)
+
+    def enough(pairs: int) -> bool:
+        quantiles = student_quantile(pairs - 1, confidence) + student_quantile(pairs - 1, 2 * power - 1)
+        return pairs >= (quantiles * relative) ** 2
+
+    # The quantiles fall as the pairs grow, so that what is enough stays enough.
+    low, high = 2, MOST_SEEDS
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return low

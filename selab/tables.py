@@ -419,8 +419,8 @@ def _added_row(record: Record) -> tuple[str, ...]:
     return (
         _name(record),
         *figures,
-        _change(record.latency.get("forward")),
-        _change(record.latency.get("forward_backward")),
+        change_words(record.latency.get("forward")),
+        change_words(record.latency.get("forward_backward")),
         _relative(*saved),
         f"{ours.value - theirs.value:+.2f}" if ours is not None and theirs is not None else NONE,
     )
@@ -430,7 +430,7 @@ def _relative(ours: float | None, theirs: float | None) -> str:
     return NONE if ours is None or not theirs else units.percent(ours / theirs - 1)
 
 
-def _change(latency: Latency | None) -> str:
+def change_words(latency: Latency | None) -> str:
     """`+21.7 % [19.3, 23.4]`, or why there is none."""
     if latency is None or latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
         return NONE
@@ -497,7 +497,7 @@ def mobile_grid(costs: dict[str, Cost], records: Sequence[Record]) -> Grid:
                 units.count(cost.params),
                 units.count(cost.macs.paper),
                 units.size(cost.bytes),
-                _change(forward),
+                change_words(forward),
                 NONE if top1 is None else points(top1),
             )
         )

@@ -611,3 +611,46 @@ class TestWeights:
         assert status == 1
         assert "missing" in one_line(error)
         assert not target.exists()
+
+
+class TestAccuracy:
+    def test_a_comparison_from_the_shell(self, selab, tmp_path):
+        words = ["compare", "small_cnn", "se_small_cnn", "--data", "synthetic", "--seeds", 1, "--epochs", 1]
+        status, out, error = selab(*words, "--batch", 2000, "--threads", 1, "--out", tmp_path)
+        assert status == 0, error
+        assert "top-1: one seed shows no uncertainty; run at least 3" in " ".join(out.split())
+        (path,) = tmp_path.glob("*/accuracy/*.json")
+        weights = next(tmp_path.glob("*/runs/se_small_cnn*/weights.safetensors"))
+        status, _, error = selab(*words, "--out", tmp_path)
+        assert status == 1
+        assert f"{path}: exists" in one_line(error) or "exists" in one_line(error)
+
+        status, out, _ = selab(
+            "eval", "--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--json", "-"
+        )
+        record = json.loads(path.read_text())
+        assert json.loads(out)["top1_correct"] == record["seeds"][0]["variant"]["test"]["top1_correct"]
+
+        status, _, error = selab("eval", "--arch", "small_cnn", "--weights", weights, "--data", "synthetic")
+        assert status == 1
+        assert one_line(error)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["compare", "small_cnn"], "is a baseline itself"),
+            (["compare", "small_cn"], "no such architecture; did you mean small_cnn"),
+            (["train", "--arch", "small_cnn", "--recipe", "cifar_shor"], "no such recipe; did you mean cifar_short"),
+            (["eval", "--arch", "small_cnn", "--weights", "none.pth", "--data", "synthetic"], "none.pth"),
+        ],
+    )
+    def test_mistakes(self, selab, words, message):
+        status, _, error = selab(*words)
+        assert status == 1
+        assert message in one_line(error)
+
+    def test_data_that_is_not_there(self, selab, tmp_path):
+        words = ["train", "--arch", "small_cnn", "--data-dir", tmp_path, "--no-download", "--out", tmp_path]
+        status, _, error = selab(*words)
+        assert status == 1
+        assert "cifar-10-binary.tar.gz" in one_line(error)

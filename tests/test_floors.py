@@ -9,10 +9,24 @@ ROOT = Path(__file__).parent.parent / "selab"
 
 FLOORS = [
     {"errors", "units", "stats"},
-    {"spec", "record", "foreign", "keys", "catalog", "verdict", "store", "grid"},
+    {
+        "spec",
+        "record",
+        "foreign",
+        "keys",
+        "catalog",
+        "verdict",
+        "store",
+        "grid",
+        "recipe",
+        "recipes",
+        "accuracy_record",
+        "accuracy_verdict",
+        "download",
+    },
     {"attention", "se", "sites", "probe", "ends", "insert", "build", "weights"},
-    {"measure"},
-    {"request", "workers", "profiling", "published", "tables", "tree", "plots", "ink"},
+    {"measure", "accuracy"},
+    {"request", "workers", "profiling", "published", "tables", "tree", "plots", "ink", "comparing", "accuracy_tables"},
     {"cli"},
 ]
 TORCH_FREE = {"cli"} | FLOORS[0] | FLOORS[1]

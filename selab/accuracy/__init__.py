@@ -1,0 +1,1 @@
+"""Data, training and evaluation: accuracy next to cost."""

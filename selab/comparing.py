@@ -1,0 +1,203 @@
+"""Trains a variant and its baseline from several seeds, one training after the other; what is finished stays."""
+
+import hashlib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+import msgspec
+from torch import nn
+
+import selab
+from selab import catalog
+from selab.accuracy.data import Data
+from selab.accuracy.train import Progress, Training, train
+from selab.accuracy_record import (
+    AccuracyRecord,
+    DataFacts,
+    Options,
+    Outcome,
+    Seed,
+    accuracy_path,
+    read_accuracy_record,
+    save_accuracy_record,
+)
+from selab.build import build
+from selab.errors import RecordError, SpecError
+from selab.measure.counts import count
+from selab.measure.machine import machine
+from selab.recipe import Recipe, adapted, recipe_hash
+from selab.record import Cost, Frozen
+from selab.spec import Variant
+from selab.store import file_name, partial_path
+from selab.weights import load
+
+Report = Callable[[str, Progress | None], object]
+
+
+class Plan(Frozen, frozen=True, kw_only=True):
+    """What is compared, on what, and how often.
+
+    Attributes:
+        baseline: None for the variant's own.
+        recipe: as it is named; the options may change its epochs and its batch.
+        seeds: trained one after the other, each for both networks.
+        command: the command line that asks for the same again.
+    """
+
+    arch: str
+    baseline: str | None
+    recipe: Recipe
+    options: Options
+    seeds: tuple[int, ...]
+    command: str
+
+
+def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
+    """The variant and what it is compared with, its own baseline if none is named.
+
+    Raises:
+        SpecError: there is no baseline.
+        UnknownNameError: no such name.
+    """
+    variant = catalog.find(arch)
+    other = catalog.find(baseline) if baseline is not None else catalog.baseline_of(variant)
+    if other is None:
+        raise SpecError(f"{arch}: is a baseline itself; name both: selab compare BASELINE VARIANT")
+    if other.name == variant.name:
+        raise SpecError(f"{arch}: is compared with itself; name a baseline and a variant")
+    return variant, other
+
+
+def folder_of(variant: Variant, data: Data, recipe: Recipe, options: Options, seed: int, *, out: Path) -> Path:
+    """Where one training keeps its files; another recipe, data set or option has another folder."""
+    # How often a checkpoint is written decides nothing.
+    asked = msgspec.structs.replace(options, checkpoint_s=0.0)
+    run = adapted(recipe, epochs=options.epochs, batch=options.batch)
+    facts = msgspec.json.encode((recipe_hash(run), data.sha256, asked), order="sorted")
+    key = hashlib.sha256(facts).hexdigest()[:8]
+    name = f"{variant.name}.{data.name}.{recipe.name}.e{run.epochs}.s{seed}.{key}"
+    return out / machine(options.device).name / "runs" / file_name(name)
+
+
+def loaded(variant: Variant, data: Data, weights: Path) -> nn.Module:
+    """A variant with trained weights, for these images; what is not of this network is refused and nothing loaded.
+
+    Raises:
+        SelabError: as `selab.build.build` and `selab.weights.load`.
+    """
+    fitted = msgspec.structs.replace(variant, num_classes=data.num_classes, input_chw=data.input_chw)
+    model = build(fitted).model
+    load(model, weights, variant=variant)
+    return model
+
+
+class Comparison:
+    """A comparison while it grows; `record()` gives what there is at any moment."""
+
+    def __init__(self, plan: Plan, data: Data, *, out: Path) -> None:
+        self.plan = plan
+        self.data = data
+        self.facts = msgspec.convert(data, DataFacts, from_attributes=True)
+        self.out = out
+        self.variant, self.baseline = pair(plan.arch, plan.baseline)
+        self.machine = machine(plan.options.device)
+        self.seeds: dict[int, Seed] = {seed: Seed(seed=seed) for seed in plan.seeds}
+
+    @property
+    def path(self) -> Path:
+        """Where its record goes."""
+        own = catalog.baseline_of(self.variant)
+        recipe = adapted(self.plan.recipe, epochs=self.plan.options.epochs, batch=self.plan.options.batch)
+        return accuracy_path(
+            self.out,
+            machine=self.machine.name,
+            arch=self.variant.name,
+            against=None if own is not None and own.name == self.baseline.name else self.baseline.name,
+            data=self.facts.name,
+            recipe=f"{recipe.name}-e{recipe.epochs}",
+        )
+
+    def take_over(self) -> int:
+        """Takes what an interrupted comparison of the same has finished; returns how many seeds that is.
+
+        Raises:
+            RecordError: a partial record is there, and is of something else.
+        """
+        partial = partial_path(self.path)
+        if not partial.exists():
+            return 0
+        found = read_accuracy_record(partial)
+        fresh = self.record()
+        for field in ("facts_hash", "baseline_facts_hash", "data", "recipe", "options"):
+            if getattr(found, field) != getattr(fresh, field):
+                raise RecordError(
+                    f"{partial}: an unfinished comparison whose {field} is another; finish it with the command in it, "
+                    "or delete it"
+                )
+        for seed in found.seeds:
+            if seed.seed in self.seeds:
+                self.seeds[seed.seed] = seed
+        return sum(one.variant is not None and one.baseline is not None for one in self.seeds.values())
+
+    def run(self, report: Report) -> None:
+        """Trains what is not trained yet; after each training the record is on disk.
+
+        Raises:
+            SelabError: as `selab.accuracy.train.train`; what is finished is in the partial record.
+        """
+        for seed in self.plan.seeds:
+            for arm, variant in (("baseline", self.baseline), ("variant", self.variant)):
+                if getattr(self.seeds[seed], arm) is not None:
+                    continue
+                label = f"seed {seed}, {variant.name}"
+                report(label, None)
+                done = self._train(variant, seed, lambda state, label=label: report(label, state))  # type: ignore[misc]
+                self.seeds[seed] = msgspec.structs.replace(self.seeds[seed], **{arm: _outcome(done)})
+                save_accuracy_record(self.record(), self.path)
+
+    def _train(self, variant: Variant, seed: int, report: Callable[[Progress], object]) -> Training:
+        plan = self.plan
+        folder = folder_of(variant, self.data, plan.recipe, plan.options, seed, out=self.out)
+        return train(variant, self.data, plan.recipe, seed=seed, folder=folder, options=plan.options, report=report)
+
+    def costs(self) -> dict[str, Cost]:
+        """Of both networks, for one image of the data's size."""
+        found = {}
+        for one in (self.baseline, self.variant):
+            fitted = msgspec.structs.replace(one, num_classes=self.data.num_classes, input_chw=self.data.input_chw)
+            built = build(fitted, device="meta")
+            found[one.name] = count(built.model, (1, *self.data.input_chw), se_blocks=built.native)
+        return found
+
+    def record(self) -> AccuracyRecord:
+        """What has been trained so far."""
+        plan = self.plan
+        seeds = tuple(self.seeds.values())
+        return AccuracyRecord(
+            selab=selab.__version__,
+            arch=self.variant.name,
+            baseline=self.baseline.name,
+            origin=self.variant.file,
+            baseline_origin=self.baseline.file,
+            facts_hash=self.variant.facts_hash,
+            baseline_facts_hash=self.baseline.facts_hash,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=plan.command,
+            complete=all(one.baseline is not None and one.variant is not None for one in seeds),
+            data=self.facts,
+            recipe=adapted(plan.recipe, epochs=plan.options.epochs, batch=plan.options.batch),
+            options=plan.options,
+            machine=self.machine,
+            seeds=seeds,
+        )
+
+
+def _outcome(done: Training) -> Outcome:
+    return Outcome(
+        test=done.test,
+        seconds=done.seconds,
+        images_per_s=median(epoch.images_per_s for epoch in done.epochs),
+        epochs=done.epochs,
+    )

@@ -1,0 +1,1 @@
+"""Training recipes as facts with their sources."""

@@ -1,0 +1,97 @@
+"""A comparison keeps what it has finished, and goes on from there."""
+
+import json
+
+import msgspec
+import pytest
+
+from selab import accuracy_tables, comparing
+from selab.accuracy.data import synthetic_set
+from selab.accuracy_record import Options, read_accuracy_record
+from selab.errors import RecordError, SelabError, SpecError
+from selab.recipe import find_recipe
+from selab.store import partial_path
+
+
+@pytest.fixture(scope="module")
+def data():
+    return synthetic_set(train_size=256, test_size=100)
+
+
+def test_a_network_needs_something_to_be_compared_with():
+    with pytest.raises(SpecError, match="is a baseline itself; name both"):
+        comparing.pair("small_cnn", None)
+    with pytest.raises(SpecError, match="compared with itself"):
+        comparing.pair("se_small_cnn", "se_small_cnn")
+    variant, baseline = comparing.pair("se_small_cnn", None)
+    assert (variant.name, baseline.name) == ("se_small_cnn", "small_cnn")
+
+
+class StopError(SelabError):
+    pass
+
+
+def small_plan():
+    return comparing.Plan(
+        arch="se_small_cnn",
+        baseline="small_cnn",
+        recipe=find_recipe("cifar_short"),
+        options=Options(epochs=1, batch=64, threads=1),
+        seeds=(0, 1),
+        command="selab compare small_cnn se_small_cnn",
+    )
+
+
+def test_a_comparison_that_is_stopped_goes_on(data, tmp_path):
+    started = []
+
+    def stop_at_third(label, state):
+        if state is None:
+            started.append(label)
+            if len(started) == 3:
+                raise StopError("enough")
+
+    growing = comparing.Comparison(small_plan(), data, out=tmp_path)
+    with pytest.raises(StopError):
+        growing.run(stop_at_third)
+    partial = read_accuracy_record(partial_path(growing.path))
+    assert not partial.complete
+    assert [one.variant is not None for one in partial.seeds] == [True, False]
+
+    again = comparing.Comparison(small_plan(), data, out=tmp_path)
+    assert again.take_over() == 1
+    labels = []
+    again.run(lambda label, state: labels.append(label) if state is None else None)
+    assert labels == ["seed 1, small_cnn", "seed 1, se_small_cnn"]
+    record = read_accuracy_record(again.path)
+    assert record.complete
+    assert not partial_path(again.path).exists()
+    # What was finished before the stop is what it was.
+    assert record.seeds[0] == partial.seeds[0]
+
+    grid = accuracy_tables.comparison_grid(record, again.costs())
+    rows = {row[0]: row for row in grid.rows}
+    assert rows["parameters"][3] == "+0.10 %"
+    assert "2 seeds" in rows["top-1 accuracy"][1]
+    assert len(accuracy_tables.seeds_grid(record).rows) == 2
+
+
+def test_an_unfinished_comparison_of_something_else_is_not_mixed_in(data, tmp_path):
+    growing = comparing.Comparison(small_plan(), data, out=tmp_path)
+    partial = partial_path(growing.path)
+    partial.parent.mkdir(parents=True)
+    found = msgspec.to_builtins(growing.record())
+    partial.write_text(json.dumps({**found, "facts_hash": "0" * 12}))
+    with pytest.raises(RecordError, match="an unfinished comparison whose facts_hash is another"):
+        growing.take_over()
+
+
+def test_a_folder_is_of_one_request(data, tmp_path):
+    variant, _ = comparing.pair("se_small_cnn", None)
+    recipe = find_recipe("cifar_short")
+
+    def folder(seed=0, **options):
+        return comparing.folder_of(variant, data, recipe, Options(**options), seed, out=tmp_path)
+
+    assert folder() == folder(checkpoint_s=1.0)
+    assert len({folder(), folder(seed=1), folder(epochs=2), folder(channels_last=True), folder(batch=32)}) == 5

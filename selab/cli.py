@@ -475,7 +475,12 @@ def _keep_partial(growing: "Profile", path: Path) -> str:
 
 @app.command()
 def plot(
-    name: Annotated[str, typer.Argument(help="cost or accuracy (base → SE, with --x and --y), or added (bars).")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="cost or accuracy (base → SE, with --x and --y), added (bars), or curves (of a comparison: --record)."
+        ),
+    ],
     x: Annotated[
         str | None,
         typer.Option(
@@ -486,6 +491,7 @@ def plot(
     y: Annotated[str | None, typer.Option(help="As --x; by default latency for cost, top1_error for accuracy.")] = None,
     arch: Archs = (),  # type: ignore[assignment]
     profiles: Annotated[Path | None, typer.Option(help="A machine's folder of records.")] = None,
+    record: Annotated[Path | None, typer.Option(help="A comparison's record, for curves.")] = None,
     workload: Annotated[
         str | None, typer.Option(help="Of several in the records this one, as in their files' names.")
     ] = None,
@@ -495,9 +501,20 @@ def plot(
     """Draw base → SE in the plane of two quantities, or what SE adds as bars; the picture says what it leaves out."""
     from selab import ink, plots, store
 
-    axes = plots.axes_of(name, x, y)
     to = out or Path(f"{name}.svg")
     ink.check_file(to)
+    if name == plots.CURVES:
+        from selab.accuracy_record import read_accuracy_record
+
+        if record is None:
+            raise typer.BadParameter("name the comparison's record", param_hint="--record")
+        learning = plots.curves(read_accuracy_record(record))
+        if json_to is not None:
+            _write_json(dataclasses.asdict(learning), json_to)
+        ink.draw(learning, to)
+        typer.echo(f"picture: {to}", err=str(json_to) == "-")
+        return
+    axes = plots.axes_of(name, x, y)
     records = store.read_records(profiles) if profiles is not None else []
     needed = plots.costs_needed(*axes, arch) if axes is not None else ()
     costs: dict[str, Cost] = {}
@@ -730,6 +747,9 @@ def compare(
     threads: Threads = None,
     out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/accuracy/….")] = Path("results"),
     replace: Annotated[bool, typer.Option("--replace", help="Compare again where a record exists.")] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Also measure the forward pass, as `profile --quick` does.")
+    ] = True,
     json_to: Json = None,
 ) -> None:
     """Train a network with SE and without from several seeds: what it costs beside what it buys, with intervals."""
@@ -765,7 +785,11 @@ def compare(
         return
     if json_to is not None:
         store.write_atomically(json_to, to_json(record))
-    _print(accuracy_tables.comparison_grid(record, growing.costs()), accuracy_tables.seeds_grid(record))
+    measured = None
+    if latency:
+        with _reporting(_console(stderr=True)) as report:
+            measured = growing.latency(report)
+    _print(accuracy_tables.comparison_grid(record, growing.costs(), measured), accuracy_tables.seeds_grid(record))
     typer.echo(f"record: {growing.path}")
     return
 

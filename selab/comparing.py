@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import msgspec
 from torch import nn
@@ -27,10 +28,12 @@ from selab.build import build
 from selab.errors import RecordError, SpecError
 from selab.measure.counts import count
 from selab.measure.machine import machine
+from selab.profiling import Profile
 from selab.recipe import Recipe, adapted, recipe_hash
-from selab.record import Cost, Frozen
+from selab.record import Cost, Frozen, Latency
+from selab.request import Request
 from selab.spec import Variant
-from selab.store import file_name, partial_path
+from selab.store import file_name, partial_path, read_record, save
 from selab.weights import load
 
 Report = Callable[[str, Progress | None], object]
@@ -170,6 +173,25 @@ class Comparison:
             built = build(fitted, device="meta")
             found[one.name] = count(built.model, (1, *self.data.input_chw), se_blocks=built.native)
         return found
+
+    def latency(self, report: Callable[[str, Any], object]) -> Latency | None:
+        """The forward pass of one image, variant against baseline: from its record, or measured now and recorded."""
+        own = catalog.baseline_of(self.variant)
+        request = Request(
+            arch=self.plan.arch,
+            baseline=None if own is not None and own.name == self.baseline.name else self.plan.baseline,
+            device=self.plan.options.device,
+            input_chw=None if self.variant.input_chw == self.data.input_chw else self.data.input_chw,
+            quick=True,
+            threads=1,
+            phases=("forward",),
+        )
+        profile = Profile(request)
+        path = profile.path(self.out)
+        if not path.exists():
+            profile.run(report)
+            save(profile.record(), path)
+        return read_record(path).latency.get("forward")
 
     def record(self) -> AccuracyRecord:
         """What has been trained so far."""

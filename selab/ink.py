@@ -8,11 +8,11 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from selab import units
 from selab.errors import SelabError
-from selab.plots import Bars, LeftOut, Pair, Picture, Point, Row, Scatter, reasons, with_unit
+from selab.plots import Bars, Curves, LeftOut, Pair, Picture, Point, Row, Scatter, reasons, with_unit
 from selab.store import write_atomically
 
 if TYPE_CHECKING:
@@ -176,7 +176,13 @@ def rendered(shown: Picture, ending: str) -> bytes:
     from matplotlib import style
 
     with style.context(["default", _STYLE]):
-        figure = _scatter_figure(shown) if isinstance(shown, Scatter) else _bars_figure(shown)
+        match shown:
+            case Scatter():
+                figure = _scatter_figure(shown)
+            case Bars():
+                figure = _bars_figure(shown)
+            case Curves():
+                figure = _curves_figure(shown)
         file = io.BytesIO()
         if ending == ".svg":
             metadata = {"Title": shown.title, "Date": None, "Creator": None}
@@ -416,3 +422,26 @@ def _draw_row(axes: "Axes", index: int, row: Row, fills: Sequence[str]) -> None:
     axes.plot([low * 100, high * 100], [y, y], color=_INK, linewidth=1.1, marker="|", markersize=5, zorder=4)
     text = "not resolved" if row.forward is None else units.percent(row.forward, decimals=decimals)
     write(y, max(0.0, high) * 100, f"{text} {brackets}")
+
+
+# Base and variant, told apart in grey too: by shade, and by the dashes of the base.
+_CURVE_STYLES: tuple[tuple[str, Literal["--", "-"]], ...] = (("#6b6b6b", "--"), ("#08519c", "-"))
+
+
+def _curves_figure(shown: Curves) -> "Figure":
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    handles = [
+        Line2D([], [], color=colour, linestyle=dashes, label=curve.name)
+        for curve, (colour, dashes) in zip(shown.curves, _CURVE_STYLES, strict=True)
+    ]
+    figure, axes = _figure(shown, plot_in=3.2, left_in=0.85, handles=handles, notes=shown.notes)
+    for curve, (colour, dashes) in zip(shown.curves, _CURVE_STYLES, strict=True):
+        epochs = range(1, len(curve.mean) + 1)
+        axes.fill_between(epochs, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(epochs, curve.mean, color=colour, linestyle=dashes, marker="o", markersize=3)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(shown.label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
-from selab import catalog, units, verdict
+from selab import catalog, stats, units, verdict
+from selab.accuracy_record import AccuracyRecord
+from selab.accuracy_verdict import compare_verdict
 from selab.errors import RecordError, SelabError, UnknownNameError, nearest
 from selab.published import published_pair
 from selab.record import Cost, Phase, Record
@@ -546,9 +548,73 @@ def _circumstances(record: Record) -> str:
     return ", ".join(parts)
 
 
-Picture = Scatter | Bars
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One network's figure after each epoch: the mean over its seeds, the least and the greatest of them."""
+
+    name: str
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Learning curves of a comparison, base first; `notes` is what stands below."""
+
+    title: str
+    circumstances: str
+    label: str
+    curves: tuple[Curve, ...]
+    notes: tuple[str, ...]
+
+
+def curves(record: AccuracyRecord) -> Curves:
+    """Test accuracy after each epoch, of both networks, over the seeds that are finished.
+
+    Raises:
+        RecordError: none is.
+    """
+    done = [one for one in record.seeds if one.baseline is not None and one.variant is not None]
+    if not done:
+        raise RecordError(
+            f"plot curves: {record.arch}: no seed is finished for both networks; go on with the comparison"
+        )
+    found = []
+    for name, outcomes in (
+        (record.baseline, [one.baseline for one in done]),
+        (record.arch, [one.variant for one in done]),
+    ):
+        by_epoch = list(
+            zip(*([epoch.test_top1_pct for epoch in one.epochs] for one in outcomes if one is not None), strict=True)
+        )
+        found.append(
+            Curve(
+                name=name,
+                mean=tuple(stats.mean(values) for values in by_epoch),
+                low=tuple(min(values) for values in by_epoch),
+                high=tuple(max(values) for values in by_epoch),
+            )
+        )
+    seeds = "1 seed" if len(done) == 1 else f"{len(done)} seeds"
+    machine = record.machine.gpu or record.machine.cpu
+    recipe = f"recipe {record.recipe.name}, batch {record.recipe.batch}"
+    return Curves(
+        title=f"Top-1 accuracy by epoch: {record.arch} and {record.baseline}",
+        circumstances=f"{record.data.title}, {recipe}, {seeds}; {machine}",
+        label="top-1 accuracy on the test images (%)",
+        curves=tuple(found),
+        notes=(
+            "Lines: means over the seeds; bands: from the least to the greatest of them.",
+            f"At the end: {compare_verdict(record).top1.difference.text}.",
+        ),
+    )
+
+
+Picture = Scatter | Bars | Curves
 _AXES_OF = {"cost": ("macs", "latency"), "accuracy": ("macs", "top1_error")}
-NAMES = (*_AXES_OF, "added")
+CURVES = "curves"
+NAMES = (*_AXES_OF, "added", CURVES)
 
 
 def axes_of(name: str, x: str | None = None, y: str | None = None) -> tuple[str, str] | None:

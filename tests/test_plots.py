@@ -10,8 +10,11 @@ import msgspec
 import pytest
 
 from selab import ink, plots, verdict
+from selab.accuracy_record import Accuracy, AccuracyRecord, DataFacts, Epoch, Options, Outcome, Seed
 from selab.errors import RecordError, SelabError, UnknownNameError
+from selab.measure.machine import machine
 from selab.profiling import count_record, counted
+from selab.recipe import find_recipe
 from selab.record import Quad, Run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -418,3 +421,76 @@ def test_a_label_makes_room_for_what_is_drawn():
     marker = (45.0, 45.0, 90.0, 55.0)
     (box,) = ink.placed([(50.0, 50.0)], [(30.0, 8.0)], [marker], (0.0, 0.0, 200.0, 100.0))
     assert ink._overlap(box, marker) == 0
+
+
+def trained(top1, epochs=3):
+    """An outcome whose accuracy rises to `top1` percent of 100 images in equal steps."""
+    history = tuple(
+        Epoch(
+            epoch=number,
+            lr=0.1,
+            train_loss=1.0,
+            train_top1_pct=50.0,
+            test_loss=1.0,
+            test_top1_pct=top1 * number / epochs,
+            test_top5_pct=90.0,
+            seconds=1.0,
+            images_per_s=100.0,
+        )
+        for number in range(1, epochs + 1)
+    )
+    test = Accuracy(images=100, top1_correct=top1, top5_correct=95, loss=1.0)
+    return Outcome(test=test, seconds=3.0, images_per_s=100.0, epochs=history)
+
+
+def compared(seeds):
+    facts = DataFacts(
+        name="synthetic",
+        title="synthetic",
+        sha256="0",
+        official=False,
+        num_classes=10,
+        input_chw=(3, 32, 32),
+        train_size=1000,
+        test_size=100,
+    )
+    return AccuracyRecord(
+        selab="0",
+        arch="se_small_cnn",
+        baseline="small_cnn",
+        origin="",
+        baseline_origin="",
+        facts_hash="a",
+        baseline_facts_hash="b",
+        created="2026-01-01",
+        command="selab compare",
+        complete=True,
+        data=facts,
+        recipe=find_recipe("cifar_short"),
+        options=Options(),
+        machine=machine(),
+        seeds=seeds,
+    )
+
+
+def test_learning_curves_are_means_over_the_seeds(tmp_path):
+    seeds = (
+        Seed(seed=0, baseline=trained(60), variant=trained(66)),
+        Seed(seed=1, baseline=trained(66), variant=trained(69)),
+    )
+    shown = plots.curves(compared((*seeds, Seed(seed=2, baseline=trained(3)))))
+    base, variant = shown.curves
+    assert (base.name, variant.name) == ("small_cnn", "se_small_cnn")
+    assert base.mean == pytest.approx((21, 42, 63))
+    assert base.low == pytest.approx((20, 40, 60))
+    assert variant.high == pytest.approx((23, 46, 69))
+    assert "2 seeds" in shown.circumstances
+    ink.draw(shown, tmp_path / "curves.svg")
+    text = (tmp_path / "curves.svg").read_text()
+    assert "se_small_cnn" in text
+    assert ink.rendered(shown, ".svg") == ink.rendered(shown, ".svg")
+
+
+def test_curves_need_a_finished_seed():
+    with pytest.raises(RecordError, match="no seed is finished for both networks"):
+        plots.curves(compared((Seed(seed=0, baseline=trained(60)),)))

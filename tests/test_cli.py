@@ -613,27 +613,64 @@ class TestWeights:
         assert not target.exists()
 
 
+TINY_TOML = """
+family = "tiny"
+source = "this test"
+builder = "tiny_networks:build"
+input_chw = [3, 32, 32]
+num_classes = 10
+[variants.tiny]
+title = "Tiny"
+[variants.se_tiny]
+title = "Tiny with SE"
+baseline = "tiny"
+[variants.se_tiny.se]
+sites = ["0"]
+reduction = 4
+bias = true
+"""
+
+TINY_MODULE = """
+from torch import nn
+
+
+def build(num_classes):
+    conv = nn.Conv2d(3, 16, 5, stride=4)
+    return nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, num_classes))
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "tiny_networks.py").write_text(TINY_MODULE)
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY_TOML)
+    yield path
+    sys.modules.pop("tiny_networks", None)
+
+
 class TestAccuracy:
-    def test_a_comparison_from_the_shell(self, selab, tmp_path):
-        words = ["compare", "small_cnn", "se_small_cnn", "--data", "synthetic", "--seeds", 1, "--epochs", 1]
+    def test_a_comparison_from_the_shell(self, selab, tiny, tmp_path):
+        words = ["compare", f"{tiny}:tiny", f"{tiny}:se_tiny", "--data", "synthetic", "--seeds", 1, "--epochs", 1]
         status, out, error = selab(*words, "--batch", 2000, "--threads", 1, "--no-latency", "--out", tmp_path)
         assert status == 0, error
         assert "top-1: one seed shows no uncertainty; run at least 3" in " ".join(out.split())
         (path,) = tmp_path.glob("*/accuracy/*.json")
-        weights = next(tmp_path.glob("*/runs/se_small_cnn*/weights.safetensors"))
+        record = json.loads(path.read_text())
+        weights = next(tmp_path.glob("*/runs/se_tiny*/weights.safetensors"))
         status, _, error = selab(*words, "--out", tmp_path)
         assert status == 1
-        assert f"{path}: exists" in one_line(error) or "exists" in one_line(error)
+        assert f"{path}: exists" in one_line(error)
 
-        status, out, _ = selab(
-            "eval", "--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--json", "-"
-        )
-        record = json.loads(path.read_text())
+        words = ["eval", "--weights", weights, "--data", "synthetic"]
+        status, out, _ = selab(*words, "--arch", f"{tiny}:se_tiny", "--json", "-")
         assert json.loads(out)["top1_correct"] == record["seeds"][0]["variant"]["test"]["top1_correct"]
-
-        status, _, error = selab("eval", "--arch", "small_cnn", "--weights", weights, "--data", "synthetic")
+        status, _, error = selab(*words, "--arch", f"{tiny}:tiny")
         assert status == 1
         assert one_line(error)
+
+        status, out, _ = selab("plot", "curves", "--record", path, "--out", tmp_path / "curves.svg")
+        assert (status, out) == (0, f"picture: {tmp_path / 'curves.svg'}\n")
 
     @pytest.mark.parametrize(
         ("words", "message"),

@@ -24,6 +24,7 @@ from selab.accuracy import augment, synthetic
 from selab.accuracy.cifar import LAYOUTS, DataError
 from selab.accuracy.data import Augmentation, ImageSet, open_data, synthetic_set
 from selab.errors import SelabError, UnknownNameError
+from selab.recipe import ImageRecipe
 
 CPU = torch.device("cpu")
 ALL = Augmentation(crop_pad=4, flip=True, cutout=16)
@@ -582,13 +583,17 @@ def test_synthetic_is_opened_by_name(tmp_path):
 def test_folders_are_opened_by_their_own_room(tmp_path, monkeypatch, name):
     room = SimpleNamespace(open_folder=lambda data_dir, **asked: (data_dir, asked))
     monkeypatch.setitem(sys.modules, "selab.accuracy.folder", room)
-    assert open_data(name, data_dir=tmp_path, report=print) == (tmp_path, {"name": name, "report": print})
+    image = ImageRecipe(train_size=160)
+    asked = {"name": name, "image": image, "report": print}
+    assert open_data(name, data_dir=tmp_path, image=image, report=print) == (tmp_path, asked)
 
 
 def test_folder_without_its_libraries_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "selab.accuracy.folder", raising=False)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(SelabError, match=r"imagenet: needs PIL, which is not installed; pip install 'selab\[torchv"):
+    with pytest.raises(
+        SelabError, match=r"imagenet: needs PIL, which is not installed; pip install 'selab\[imagenet\]'"
+    ):
         open_data("imagenet", data_dir=tmp_path)
 
 

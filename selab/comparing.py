@@ -105,21 +105,21 @@ class Comparison:
         self.facts = msgspec.convert(data, DataFacts, from_attributes=True)
         self.out = out
         self.variant, self.baseline = pair(plan.arch, plan.baseline)
+        self.own = catalog.baseline_of(self.variant) == self.baseline
+        self.recipe = adapted(plan.recipe, epochs=plan.options.epochs, batch=plan.options.batch)
         self.machine = machine(plan.options.device)
         self.seeds: dict[int, Seed] = {seed: Seed(seed=seed) for seed in plan.seeds}
 
     @property
     def path(self) -> Path:
         """Where its record goes."""
-        own = catalog.baseline_of(self.variant)
-        recipe = adapted(self.plan.recipe, epochs=self.plan.options.epochs, batch=self.plan.options.batch)
         return accuracy_path(
             self.out,
             machine=self.machine.name,
             arch=self.variant.name,
-            against=None if own is not None and own.name == self.baseline.name else self.baseline.name,
+            against=None if self.own else self.baseline.name,
             data=self.facts.name,
-            recipe=f"{recipe.name}-e{recipe.epochs}",
+            recipe=f"{self.recipe.name}-e{self.recipe.epochs}",
         )
 
     def take_over(self) -> int:
@@ -176,10 +176,9 @@ class Comparison:
 
     def latency(self, report: Callable[[str, Any], object]) -> Latency | None:
         """The forward pass of one image, variant against baseline: from its record, or measured now and recorded."""
-        own = catalog.baseline_of(self.variant)
         request = Request(
             arch=self.plan.arch,
-            baseline=None if own is not None and own.name == self.baseline.name else self.plan.baseline,
+            baseline=None if self.own else self.plan.baseline,
             device=self.plan.options.device,
             input_chw=None if self.variant.input_chw == self.data.input_chw else self.data.input_chw,
             quick=True,
@@ -209,7 +208,7 @@ class Comparison:
             command=plan.command,
             complete=all(one.baseline is not None and one.variant is not None for one in seeds),
             data=self.facts,
-            recipe=adapted(plan.recipe, epochs=plan.options.epochs, batch=plan.options.batch),
+            recipe=self.recipe,
             options=plan.options,
             machine=self.machine,
             seeds=seeds,

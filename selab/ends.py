@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from selab.attention import Attention
 from selab.errors import InsertionError, ModelError
 from selab.probe import evaluating, first_line, meta_twin
+from selab.sites import CHILD
 
 # Elementwise operations that (or whose in-place form) torch 2.13 does not tag `pointwise`, and normalisations.
 _ALSO_ELEMENTWISE = {
@@ -42,8 +43,6 @@ _ALSO_ELEMENTWISE = {
 }
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 _MAP_DIMS = 4
-# What `selab.insert` calls a block at its site.
-_BLOCK_NAME = "se"
 # How many of the ends that were left out an error message tells.
 _TOLD = 3
 
@@ -381,7 +380,7 @@ class _Finder:
 
     def _is_free(self, path: str) -> bool:
         """Whether a block can be put there: the module runs once, and the block's name is not taken."""
-        return self.calls[path] == 1 and path not in self.shared and not hasattr(self.modules[path], _BLOCK_NAME)
+        return self.calls[path] == 1 and path not in self.shared and not hasattr(self.modules[path], CHILD)
 
     def _add(self, value: _Value, path: str, reason: str) -> None:
         own = [one.path for one in value.returned_by if isinstance(self.modules[one.path], Attention)]

@@ -22,7 +22,7 @@ from selab.errors import InsertionError
 from selab.probe import Passage, passages
 from selab.record import Insertion
 from selab.se import GatedJoin, SqueezeExcitation, squeeze_width
-from selab.sites import Tap, check_unshared, find_sites, in_stages, tap_for
+from selab.sites import CHILD, Tap, check_unshared, find_sites, in_stages, tap_for
 from selab.spec import (
     Activation,
     Gate,
@@ -34,7 +34,6 @@ from selab.spec import (
     block_facts,
 )
 
-_CHILD = "se"
 _BLOCKS: dict[str, type[Attention]] = {
     "eca": ECA,
     "cbam": CBAM,
@@ -192,8 +191,8 @@ def _plan(model: nn.Module, facts: SiteFacts, input_nchw: tuple[int, ...], init:
 
 def _check_free(model: nn.Module, tap: Tap) -> None:
     holder = model.get_submodule(f"{tap.site}.join" if tap.edge else tap.module)
-    if isinstance(holder, GatedJoin) or hasattr(holder, _CHILD):
-        raise InsertionError(f"{tap.site}: already holds an SE block (or a child named '{_CHILD}'); remove it first")
+    if isinstance(holder, GatedJoin) or hasattr(holder, CHILD):
+        raise InsertionError(f"{tap.site}: already holds an SE block (or a child named '{CHILD}'); remove it first")
 
 
 def _insertion(tap: Tap, seen: Any, facts: SiteFacts, init: Init) -> Insertion:
@@ -274,12 +273,12 @@ def _put(model: nn.Module, tap: Tap, block: Attention) -> None:
     parent_path, _, name = tap.module.rpartition(".")
     parent = model.get_submodule(parent_path)
     if _runs_children_in_order(module):
-        _add_child(module, _CHILD, block, after=None if tap.side == "input" else list(module._modules)[-1])
+        _add_child(module, CHILD, block, after=None if tap.side == "input" else list(module._modules)[-1])
     elif tap.module != tap.site and _runs_children_in_order(parent):
         # Inside the named branch of a residual block: a child of the branch, not of a leaf.
-        _add_child(parent, _CHILD, block, after=name)
+        _add_child(parent, CHILD, block, after=name)
     else:
-        module.add_module(_CHILD, block)
+        module.add_module(CHILD, block)
         if tap.side == "input":
             module.register_forward_pre_hook(_gate_input)
         else:
@@ -312,9 +311,9 @@ def _drop_hook(hooks: Any, ours: Callable[..., Any]) -> None:
 
 
 def _gate_output(module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    gated: torch.Tensor = module.get_submodule(_CHILD)(output)
+    gated: torch.Tensor = module.get_submodule(CHILD)(output)
     return gated
 
 
 def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.get_submodule(_CHILD)(args[0]), *args[1:])
+    return (module.get_submodule(CHILD)(args[0]), *args[1:])

@@ -16,7 +16,7 @@ from selab.errors import RecordError, SelabError, UnknownNameError, nearest
 from selab.published import published_pair
 from selab.record import Cost, Phase, Record
 from selab.spec import Metric, Variant
-from selab.tables import check_one_machine, is_stale
+from selab.tables import check_one_machine, name_of, variants_of
 
 # ---------------------------------------------------------------------------------------------------------------- axes
 
@@ -195,21 +195,10 @@ class _Both:
     dataset: str = ""
 
 
-def _facts(name: str | None, file: str) -> Variant | None:
-    """A record's network as the catalog knows it today, if it does."""
-    try:
-        return None if name is None else catalog.find(f"{file}:{name}" if file else name)
-    except SelabError:
-        return None
-
-
 def _recorded(record: Record) -> _Subject:
-    variant = _facts(record.arch, record.origin)
-    baseline = _facts(record.baseline, record.baseline_origin)
-    own = variant is not None and record.baseline == variant.baseline
-    name = record.arch + ("" if own else f" against {record.baseline}") + (" (stale)" if is_stale(record) else "")
+    variant, baseline = variants_of(record)
     return _Subject(
-        name=name,
+        name=name_of(record),
         family="unknown" if variant is None else variant.family,
         variant=variant,
         baseline=baseline,

@@ -20,6 +20,9 @@ from selab.spec import Placement
 
 Side = Literal["input", "output"]
 
+# What an inserted block is called where it becomes a child of a module.
+CHILD = "se"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:

@@ -136,7 +136,7 @@ def _workload_title(work: Workload) -> str:
 
 def profile_grid(record: Record) -> Grid:
     """The table of `selab profile`: base, variant, difference in units and in percent."""
-    variant, baseline = _variants(record)
+    variant, baseline = variants_of(record)
     rows = _cost_rows(record.cost, record.baseline_cost, _COST_ROWS)
     rows += [_latency_row(latency, label=label) for label, latency in _latencies(record)]
     rows += _memory_rows(record.memory, record.baseline_memory)
@@ -153,7 +153,7 @@ def profile_grid(record: Record) -> Grid:
     )
 
 
-def _variants(record: Record) -> tuple[Variant | None, Variant | None]:
+def variants_of(record: Record) -> tuple[Variant | None, Variant | None]:
     """The facts of a record's two networks as they are today; None where they are not to be had any more."""
 
     def facts(name: str | None, file: str) -> Variant | None:
@@ -168,13 +168,13 @@ def _variants(record: Record) -> tuple[Variant | None, Variant | None]:
 
 
 def _is_own_baseline(record: Record) -> bool:
-    variant, _ = _variants(record)
+    variant, _ = variants_of(record)
     return variant is not None and record.baseline == variant.baseline
 
 
 def is_stale(record: Record) -> bool:
     """Whether the catalog's facts have changed since the record was made."""
-    variant, baseline = _variants(record)
+    variant, baseline = variants_of(record)
     return variant is not None and pair_hash(variant, baseline) != record.facts_hash
 
 
@@ -357,7 +357,8 @@ def _by_workload(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def _name(record: Record) -> str:
+def name_of(record: Record) -> str:
+    """As a table or a picture calls a record: with its baseline where that is not its own, and whether it is stale."""
     against = "" if _is_own_baseline(record) else f" against {record.baseline}"
     return record.arch + against + (" (stale)" if is_stale(record) else "")
 
@@ -374,7 +375,7 @@ def latency_grids(records: Sequence[Record]) -> list[Grid]:
         rows: dict[str, list[tuple[str, ...]]] = {}
         for record in group:
             for label, latency in _latencies(record):
-                rows.setdefault(label, []).append((_name(record), *_ratio_cells(latency)))
+                rows.setdefault(label, []).append((name_of(record), *_ratio_cells(latency)))
         columns = ("", "base", "variant", "ratio", "95 % interval", "verdict")
         grids += [
             Grid(title=f"{label} ({work})", columns=columns, rows=tuple(lines), words=frozenset({0, 5}))
@@ -415,9 +416,9 @@ def _added_row(record: Record) -> tuple[str, ...]:
         pairs = ((cost.params, base.params), (cost.macs.paper, base.macs.paper), (cost.bytes, base.bytes))
         figures = [_relative(ours, theirs) for ours, theirs in pairs]
     saved = [memory.saved_for_backward_bytes if memory else None for memory in (record.memory, record.baseline_memory)]
-    ours, theirs = published_pair(*_variants(record), "top1_error_pct")
+    ours, theirs = published_pair(*variants_of(record), "top1_error_pct")
     return (
-        _name(record),
+        name_of(record),
         *figures,
         change_words(record.latency.get("forward")),
         change_words(record.latency.get("forward_backward")),
@@ -540,7 +541,7 @@ def _is_plain(record: Record) -> bool:
         "auto",
         False,
     )
-    variant, _ = _variants(record)
+    variant, _ = variants_of(record)
     size = variant is not None and work.input_chw == variant.input_chw
     return record.kind == "profile" and plain and size and work.threads == 1 and _is_own_baseline(record)
 

@@ -33,6 +33,7 @@ TRAINED = (
     ("resnet56_cifar", "cifar_resnet", "3"),
     ("resnet110_cifar", "cifar_resnet110", "3"),
     ("mobilenet_cifar", "cifar_resnet", "3"),
+    ("shufflenet_cifar", "cifar_resnet", "3"),
     ("vgg16_cifar", "cifar_resnet", "3"),
 )
 TRAINED_ON_CPU = (("small_cnn", "4", "5"), ("resnet20_cifar", "3", "3"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selab.archs.mobilenet_cifar import mobilenet_cifar
 from selab.archs.resnet_cifar import PreActivationBlock, ZeroPad, resnet_cifar
 from selab.archs.shake_shake import Shake, TwoPathShortcut, shake_shake
+from selab.archs.shufflenet_cifar import shufflenet_cifar
 from selab.archs.vgg_cifar import vgg16_cifar
 from selab.archs.wide_resnet import wide_resnet
 from selab.build import Built, build
@@ -19,7 +20,7 @@ from selab.errors import InsertionError
 from selab.insert import insert_se
 from selab.measure.counts import count
 
-FAMILIES = ("resnet_cifar", "wide_resnet", "shake_shake", "vgg_cifar", "mobilenet_cifar")
+FAMILIES = ("resnet_cifar", "wide_resnet", "shake_shake", "vgg_cifar", "mobilenet_cifar", "shufflenet_cifar")
 VARIANTS = [name for name, variant in installed().items() if variant.family in FAMILIES]
 
 # Expected counts by arithmetic, layer by layer: (parameters, MACs).
@@ -118,6 +119,7 @@ VGG16 = [64, 64, 128, 128, 256, 256, 256, *[512] * 6]
 VGG16_SIDES = [32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2]
 MOBILENET = [64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]
 MOBILENET_SIDES = [32, 16, 16, 8, 8, *[4] * 6, 2, 2]
+SHUFFLENET = [240] * 3 + [480] * 7 + [960] * 3
 
 
 def vgg16_counts() -> Counts:
@@ -131,6 +133,22 @@ def mobilenet_counts() -> Counts:
     for c, out, side in zip([32, *MOBILENET], MOBILENET, MOBILENET_SIDES, strict=False):
         total = add(total, conv(c, c, 3, side, c), bn(c), conv(c, out, 1, side), bn(out))
     return add(total, linear(1024, 10))
+
+
+def shufflenet_counts() -> Counts:
+    """4, 8 and 4 units of 1x1, depthwise 3x3 and 1x1, in three groups; a bottleneck has a quarter of the output."""
+    c, side = 24, 32
+    total = add(conv(3, c, 3, side), bn(c))
+    for units, out in ((4, 240), (8, 480), (4, 960)):
+        inner = out // 4
+        # The first unit's 1x1 runs before the stride, ungrouped behind the stem; c of its outputs are pooled inputs.
+        total = add(total, conv(c, inner, 1, side, 1 if c == 24 else 3), bn(inner))
+        side //= 2
+        total = add(total, conv(inner, inner, 3, side, inner), bn(inner), conv(inner, out - c, 1, side, 3), bn(out - c))
+        unit = add(conv(out, inner, 1, side, 3), bn(inner), conv(inner, inner, 3, side, inner), bn(inner))
+        total = add(total, *[add(unit, conv(inner, out, 1, side, 3), bn(out))] * (units - 1))
+        c = out
+    return add(total, linear(960, 10))
 
 
 # MACs of basic blocks: the stem; 6n convolutions of 3x3, each 16*16*9 * 32^2 whatever the stage, but for the two that
@@ -182,6 +200,8 @@ TOTALS: dict[str, tuple[int, int]] = {
     "se_vgg16_cifar": add(vgg16_counts(), se(VGG16, bias=False)),
     "mobilenet_cifar": mobilenet_counts(),
     "se_mobilenet_cifar": add(mobilenet_counts(), se(MOBILENET, bias=False)),
+    "shufflenet_cifar": shufflenet_counts(),
+    "se_shufflenet_cifar": add(shufflenet_counts(), se(SHUFFLENET, bias=False)),
 }
 
 
@@ -214,6 +234,9 @@ def test_arithmetic_agrees_with_published_integers() -> None:
     assert [TOTALS[f"se_resnet20_cifar_r{r}_no_bias"][0] for r in (4, 8, 16)] == [280_538, 276_506, 274_490]
     assert TOTALS["vgg16_cifar"][0] == 14_728_266
     assert TOTALS["mobilenet_cifar"][0] == 3_217_226
+    # The networks for ImageNet less 990 rows of their classifier: their stem and pooling differ in no parameter.
+    assert TOTALS["shufflenet_cifar"][0] == 1_865_728 - 990 * (960 + 1)
+    assert TOTALS["se_shufflenet_cifar"][0] == 2_434_528 - 990 * (960 + 1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -261,6 +284,14 @@ def test_plain_sites(name: str, group: str, channels: list[int]) -> None:
     assert [insertion.path for insertion in found] == expected
 
 
+def test_shufflenet_gates_the_13_units_of_stride_1() -> None:
+    paths = [f"stage{stage}.{unit}" for stage, units in ((2, 4), (3, 8), (4, 4)) for unit in range(1, units)]
+    assert built("shufflenet_cifar").model.site_groups() == {"residual": paths}  # type: ignore[operator]
+    found = built("se_shufflenet_cifar").insertions
+    assert [insertion.path for insertion in found] == paths
+    assert [insertion.channels for insertion in found] == SHUFFLENET
+
+
 Small = Callable[[], Any]
 SMALL: dict[str, Small] = {
     "resnet": lambda: resnet_cifar(8, num_classes=3),
@@ -274,6 +305,7 @@ SMALL: dict[str, Small] = {
     "shake_even": lambda: shake_shake(11, block="resnext", width=2, groups=2, num_classes=3, shake_backward=False),
     "vgg": lambda: vgg16_cifar(num_classes=3),
     "mobilenet": lambda: mobilenet_cifar(num_classes=3),
+    "shufflenet": lambda: shufflenet_cifar(num_classes=3),
 }
 
 
@@ -372,6 +404,50 @@ def test_dropout_stands_between_the_convolutions_and_acts_in_training_only() -> 
     x = torch.randn(2, 16, 8, 8)
     assert not torch.equal(block.train()(x), block(x))
     assert torch.equal(block.eval()(x), block(x))
+
+
+# --------------------------------------------------------------------------------------------------------- ShuffleNet
+
+
+def test_shufflenet_keeps_the_resolution_in_its_stem_and_halves_it_in_each_stage() -> None:
+    with torch.device("meta"):
+        network: Any = shufflenet_cifar().eval()
+        x = network.stem(torch.empty(2, 3, 32, 32))
+        assert x.shape == (2, 24, 32, 32)
+        for stage, shape in (("stage2", (240, 16, 16)), ("stage3", (480, 8, 8)), ("stage4", (960, 4, 4))):
+            x = network.get_submodule(stage)(x)
+            assert x.shape == (2, *shape)
+
+
+def test_shufflenet_shuffles_three_groups_and_pools_what_it_concatenates() -> None:
+    network: Any = shufflenet_cifar().eval()
+    # Three groups of 20 channels: the first of each, then the second of each.
+    shuffled = network.stage2[1].branch.shuffle(torch.arange(60.0).reshape(1, 60, 1, 1)).flatten().tolist()
+    assert shuffled == [20.0 * group + channel for channel in range(20) for group in range(3)]
+    x = torch.rand(1, 24, 4, 4)
+    out = network.stage2[0](x)
+    # Means over 3x3 windows two apart, the first of which has five zeros around its four pixels.
+    assert torch.allclose(out[0, :24, 0, 0], x[0, :, :2, :2].sum((1, 2)) / 9)
+    assert torch.allclose(out[0, :24, 1, 1], x[0, :, 1:, 1:].mean((1, 2)))
+
+
+@pytest.mark.parametrize(("placement", "quarter"), [("standard", 1), ("pre", 1), ("post", 1), ("3x3", 4)])
+def test_shufflenet_can_be_gated_at_every_placement(placement: Any, quarter: int) -> None:
+    with torch.device("meta"):
+        network = shufflenet_cifar()
+    found = insert_se(network, "residual", placement=placement, reduction=4, input_nchw=(1, 3, 32, 32))
+    # The depthwise 3x3 has a quarter of the unit's channels.
+    assert [insertion.channels for insertion in found] == [channels // quarter for channels in SHUFFLENET]
+
+
+def test_a_silent_unit_of_shufflenet_leaves_its_input() -> None:
+    unit: Any = shufflenet_cifar().eval().get_submodule("stage2.1")
+    nn.init.zeros_(unit.branch.bn3.weight)
+    x = torch.randn(1, 240, 4, 4)
+    before = x.clone()
+    # A ReLU stands behind the addition.
+    assert torch.equal(unit(x), before.relu())
+    assert torch.equal(x, before)
 
 
 # -------------------------------------------------------------------------------------------------------- Shake-Shake
@@ -512,7 +588,7 @@ def test_grouped_paths_have_the_width_of_their_name() -> None:
 # -------------------------------------------------------------------------------------------------- shapes and errors
 
 
-@pytest.mark.parametrize("builder", [vgg16_cifar, mobilenet_cifar])
+@pytest.mark.parametrize("builder", [vgg16_cifar, mobilenet_cifar, shufflenet_cifar])
 def test_larger_images_are_averaged(builder: Any) -> None:
     with torch.device("meta"):
         assert builder(num_classes=7).eval()(torch.empty(2, 3, 64, 64)).shape == (2, 7)
@@ -547,6 +623,7 @@ def test_larger_images_are_averaged(builder: Any) -> None:
         (shake_shake, {"depth": 26, "block": "basic", "width": 96, "num_classes": 0}, "num_classes is 0: it must be"),
         (vgg16_cifar, {"num_classes": 0}, "num_classes is 0: it must be 1 or more"),
         (mobilenet_cifar, {"num_classes": 0}, "num_classes is 0: it must be 1 or more"),
+        (shufflenet_cifar, {"num_classes": 0}, "num_classes is 0: it must be 1 or more"),
     ],
 )
 def test_bad_arguments_are_errors_of_one_line(builder: Any, arguments: dict[str, Any], message: str | None) -> None:

@@ -21,6 +21,8 @@ from selab.record import Device, Frozen, Machine
 from selab.store import file_name, partial_path, read_text, write_atomically
 
 SCHEMA = "selab.accuracy/1"
+FOLDER = "accuracy"
+"""Where a machine's comparisons lie, beside its profiles."""
 TOP5_CLASSES = 6
 """From so many classes on, the right one may be missing among five: below, top-5 says nothing."""
 
@@ -266,7 +268,7 @@ def _mistaken(outcome: Outcome, data: DataFacts) -> Iterator[str]:
 def accuracy_path(out: Path, *, machine: str, arch: str, against: str | None, data: str, recipe: str) -> Path:
     """`OUT/<machine>/accuracy/<arch>[-vs-<baseline>].<data>.<recipe>.json`; `against` is a baseline not its own."""
     other = "" if against is None else f"-vs-{against}"
-    return out / machine / "accuracy" / f"{file_name(arch + other)}.{file_name(data)}.{file_name(recipe)}.json"
+    return out / machine / FOLDER / f"{file_name(arch + other)}.{file_name(data)}.{file_name(recipe)}.json"
 
 
 def save_accuracy_record(record: AccuracyRecord, path: Path) -> Path:
@@ -288,6 +290,16 @@ def save_accuracy_record(record: AccuracyRecord, path: Path) -> Path:
         with suppress(OSError):
             partial_path(path).unlink()
     return target
+
+
+def read_accuracy_records(folder: Path) -> list[AccuracyRecord]:
+    """Every complete record in a machine's folder, in the order of their names; none where it holds none.
+
+    Raises:
+        RecordError: as `read_accuracy_record`.
+    """
+    paths = sorted((folder / FOLDER).glob("*.json"))
+    return [read_accuracy_record(path) for path in paths if not path.name.endswith(".partial.json")]
 
 
 def read_accuracy_record(path: Path) -> AccuracyRecord:

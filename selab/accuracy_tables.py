@@ -1,56 +1,74 @@
 """Accuracy records → tables: what a network costs and what it buys, side by side, with the uncertainty of both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from statistics import mean
 
 from selab import units
 from selab.accuracy_record import AccuracyRecord, Outcome
 from selab.accuracy_verdict import Comparison, compare_verdict
 from selab.grid import NONE, Grid
-from selab.record import Cost, Latency
-from selab.tables import change_words
+from selab.record import Cost, Latency, Phase, Record
+from selab.tables import change_words, variants_of
 
 
-def comparison_grid(record: AccuracyRecord, costs: dict[str, Cost], latency: Latency | None = None) -> Grid:
-    """The table of `selab compare`: cost, accuracy over the seeds, and what training took.
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A comparison's record, and the costs that its accuracies are read beside.
 
-    Args:
-        record: both networks, trained.
-        costs: of both, by name, for one image of the data's size.
-        latency: forward, variant against baseline, if it was measured.
+    Attributes:
+        costs: of both networks, by name, for one image of the data's size; empty where a network is not to be had.
+        forward: the profile of one image's forward pass, variant against baseline; None where there is none.
+        step: the profile of one batch's forward and backward pass, as it was trained; None where there is none.
     """
-    base, variant = costs[record.baseline], costs[record.arch]
+
+    record: AccuracyRecord
+    costs: dict[str, Cost] = field(default_factory=dict)
+    forward: Record | None = None
+    step: Record | None = None
+
+    @property
+    def forward_latency(self) -> Latency | None:
+        """Of one image."""
+        return _latency(self.forward, "forward")
+
+    @property
+    def step_latency(self) -> Latency | None:
+        """Of one batch, forward and backward."""
+        return _latency(self.step, "forward_backward")
+
+
+def comparison_grid(compared: Compared) -> Grid:
+    """The table of `selab compare`: cost, accuracy over the seeds, and what training took."""
+    record = compared.record
     verdict = compare_verdict(record)
     rows = [
-        _cost_row("parameters", base.params, variant.params),
-        _cost_row("MACs, paper", base.macs.paper, variant.macs.paper),
+        _cost_row("parameters", compared, lambda cost: cost.params),
+        _cost_row("MACs, paper", compared, lambda cost: cost.macs.paper),
+        *_time_rows("forward, batch 1", compared.forward_latency),
+        *_time_rows(f"forward+backward, batch {_batch(compared)}", compared.step_latency),
+        _level_row("top-1 accuracy", verdict.top1),
     ]
-    if latency is not None and latency.baseline_s is not None and latency.variant_s is not None:
-        times = (units.seconds(latency.baseline_s), units.seconds(latency.variant_s))
-        rows.append(("forward, batch 1", *times, change_words(latency)))
-    rows.append(_level_row("top-1 accuracy", verdict.top1))
     if verdict.top5 is not None:
         rows.append(_level_row("top-5 accuracy", verdict.top5))
-    rows.append(_level_row("loss", verdict.loss))
     rows += [
-        _trained("training, images/s", record, lambda one: one.images_per_s, lambda value: f"{value:,.0f}"),
-        _trained("training, time", record, lambda one: one.seconds, units.seconds),
+        _level_row("loss", verdict.loss),
+        _trained_row("training, images/s", record, lambda one: one.images_per_s, lambda value: f"{value:,.0f}"),
+        _trained_row("training, time", record, lambda one: one.seconds, units.seconds),
     ]
     notes = [f"{name}: {one.difference.text}" for name, one in (("top-1", verdict.top1), ("loss", verdict.loss))]
     done = sum(one.variant is not None and one.baseline is not None for one in record.seeds)
-    epochs = f"{record.recipe.epochs} epoch{'s' if record.recipe.epochs > 1 else ''}"
     place = f"{record.machine.gpu or record.machine.cpu}, torch {record.machine.libraries.get('torch', '')}"
     notes.append(
-        f"{record.data.title}, recipe {record.recipe.name}, {epochs}, batch {record.recipe.batch}; {done} of "
+        f"{record.data.title}, {training_words(record)}, batch {record.recipe.batch}; {done} of "
         f"{len(record.seeds)} seeds; ± is one deviation over seeds, of a difference its 95 % interval. {place}."
     )
-    if not record.data.official:
-        notes.append(f"{record.data.title} is not the published set: do not compare these figures with published ones.")
+    notes.append("Trainings ran one after the other: their times are no paired measurement, the passes' times are one.")
     return Grid(
         title=f"{record.arch} against {record.baseline} on {record.data.title}",
         columns=("", "base", "variant", "difference"),
         rows=tuple(rows),
-        notes=tuple(notes),
+        notes=(*notes, *_not_published([record])),
     )
 
 
@@ -63,6 +81,113 @@ def seeds_grid(record: AccuracyRecord) -> Grid:
     return Grid(title="By seed", columns=columns, rows=rows)
 
 
+def accuracy_grids(compared: Sequence[Compared]) -> list[Grid]:
+    """Many comparisons, one row each: what SE adds in cost, and what it changes in accuracy; a table for each data set.
+
+    Comparisons of different machines share no table either, for they have times in them.
+    """
+    groups: dict[tuple[str, str], list[Compared]] = {}
+    for one in compared:
+        groups.setdefault((one.record.machine.name, one.record.data.sha256), []).append(one)
+    return [_accuracy_grid(group) for group in groups.values()]
+
+
+def _accuracy_grid(group: Sequence[Compared]) -> Grid:
+    records = [one.record for one in group]
+    machine, data = records[0].machine, records[0].data
+    verdicts = {name_of(record): compare_verdict(record) for record in records}
+    columns = (
+        *("", "trained", "seeds", "params", "MACs", "forward", "forward+backward"),
+        *("base top-1", "top-1", "points", "loss"),
+    )
+    unresolved = [
+        f"{name}, {metric}: {one.difference.text}"
+        for name, verdict in verdicts.items()
+        for metric, one in (("top-1", verdict.top1), ("loss", verdict.loss))
+        if one.difference.kind not in ("better", "worse")
+    ]
+    return Grid(
+        title=f"Accuracy on {data.title}: with SE against base",
+        columns=columns,
+        rows=tuple(_accuracy_row(one) for one in sorted(group, key=_size)),
+        notes=(
+            f"{data.train_size:,} images to train on, {data.test_size:,} to test on; ± is one deviation over seeds; in "
+            "brackets 95 % intervals, of accuracy and loss paired by seed. MACs by the convention `paper`; forward of "
+            f"one image, forward+backward of one batch as trained, on {machine.gpu or machine.cpu}.",
+            *unresolved,
+            *_not_published(records),
+        ),
+        words=frozenset({0, 1}),
+    )
+
+
+def name_of(record: AccuracyRecord) -> str:
+    """As a table calls a comparison: with its baseline where that is not its own, and whether it is stale."""
+    variant, baseline = variants_of(record)
+    own = variant is not None and record.baseline == variant.baseline
+    stale = any(
+        facts is not None and facts.facts_hash != recorded
+        for facts, recorded in ((variant, record.facts_hash), (baseline, record.baseline_facts_hash))
+    )
+    return record.arch + ("" if own else f" against {record.baseline}") + (" (stale)" if stale else "")
+
+
+def _accuracy_row(one: Compared) -> tuple[str, ...]:
+    record = one.record
+    verdict = compare_verdict(record)
+    seeds = verdict.top1.difference.seeds
+    return (
+        name_of(record),
+        training_words(record),
+        str(seeds) if record.complete else f"{seeds} of {len(record.seeds)}",
+        _change(one, lambda cost: cost.params),
+        _change(one, lambda cost: cost.macs.paper),
+        change_words(one.forward_latency),
+        change_words(one.step_latency),
+        *(NONE if level is None else level.shown for level in (verdict.top1.baseline, verdict.top1.variant)),
+        _difference_words(verdict.top1),
+        _difference_words(verdict.loss),
+    )
+
+
+def _difference_words(one: Comparison) -> str:
+    """`+0.76 [0.45, 1.07]`, or that nothing is shown, and what is not excluded."""
+    found = one.difference
+    decimals = 4 if one.metric == "loss" else 2
+    if found.mean is None:
+        return NONE
+    if found.half_width is None:
+        return f"{found.mean:+.{decimals}f}"
+    low, high = (found.mean + sign * found.half_width for sign in (-1, 1))
+    shown = "not shown" if found.kind == "not_shown" else f"{found.mean:+.{decimals}f}"
+    return f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _size(one: Compared) -> tuple[int, str]:
+    cost = one.costs.get(one.record.arch)
+    return (0 if cost is None else cost.macs.all, one.record.arch)
+
+
+def training_words(record: AccuracyRecord) -> str:
+    """`cifar_short, 5 epochs`."""
+    return f"{record.recipe.name}, {record.recipe.epochs} epoch{'s' if record.recipe.epochs > 1 else ''}"
+
+
+def _not_published(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
+    titles = dict.fromkeys(record.data.title for record in records if not record.data.official)
+    return tuple(
+        f"{title} is not the published set: do not compare these figures with published ones." for title in titles
+    )
+
+
+def _latency(profile: Record | None, phase: Phase) -> Latency | None:
+    return None if profile is None else profile.latency.get(phase)
+
+
+def _batch(compared: Compared) -> int:
+    return compared.record.recipe.batch if compared.step is None else compared.step.workload.batch
+
+
 def _seed_cells(base: Outcome | None, variant: Outcome | None) -> tuple[str, ...]:
     top1 = [NONE if one is None else f"{one.test.top1_pct:.2f} %" for one in (base, variant)]
     loss = [NONE if one is None else f"{one.test.loss:.4f}" for one in (base, variant)]
@@ -70,8 +195,28 @@ def _seed_cells(base: Outcome | None, variant: Outcome | None) -> tuple[str, ...
     return (*top1, points, *loss)
 
 
-def _cost_row(label: str, base: float, variant: float) -> tuple[str, ...]:
-    return (label, units.count(base), units.count(variant), units.percent(variant / base - 1))
+def _both_costs(compared: Compared, figure: Callable[[Cost], float]) -> tuple[float, float] | None:
+    both = [compared.costs.get(name) for name in (compared.record.baseline, compared.record.arch)]
+    base, variant = (None if cost is None else figure(cost) for cost in both)
+    return None if base is None or variant is None else (base, variant)
+
+
+def _change(compared: Compared, figure: Callable[[Cost], float]) -> str:
+    both = _both_costs(compared, figure)
+    return NONE if both is None else units.percent(both[1] / both[0] - 1)
+
+
+def _cost_row(label: str, compared: Compared, figure: Callable[[Cost], float]) -> tuple[str, ...]:
+    both = _both_costs(compared, figure)
+    cells = (NONE, NONE) if both is None else tuple(units.count(one) for one in both)
+    return (label, *cells, _change(compared, figure))
+
+
+def _time_rows(label: str, latency: Latency | None) -> list[tuple[str, ...]]:
+    if latency is None:
+        return []
+    times = (NONE if one is None else units.seconds(one) for one in (latency.baseline_s, latency.variant_s))
+    return [(label, *times, change_words(latency))]
 
 
 def _level_row(label: str, one: Comparison) -> tuple[str, ...]:
@@ -81,21 +226,16 @@ def _level_row(label: str, one: Comparison) -> tuple[str, ...]:
         return (label, *levels, NONE)
     decimals = 4 if one.metric == "loss" else 2
     shown = f"{difference.mean:+.{decimals}f}"
-    return (
-        label,
-        *levels,
-        shown if difference.half_width is None else f"{shown} ± {difference.half_width:.{decimals}f}",
-    )
+    half = "" if difference.half_width is None else f" ± {difference.half_width:.{decimals}f}"
+    return (label, *levels, shown + half)
 
 
-def _trained(
+def _trained_row(
     label: str, record: AccuracyRecord, value: Callable[[Outcome], float], show: Callable[[float], str]
 ) -> tuple[str, ...]:
+    """Means over the seeds, without a difference: the machine may have been busier with one than with the other."""
     found = [
         [value(outcome) for one in record.seeds if (outcome := getattr(one, arm)) is not None]
         for arm in ("baseline", "variant")
     ]
-    if not all(found):
-        return (label, NONE, NONE, NONE)
-    base, variant = (mean(values) for values in found)
-    return (label, show(base), show(variant), units.percent(variant / base - 1))
+    return (label, *(show(mean(values)) if values else NONE for values in found), NONE)

@@ -30,13 +30,18 @@ class Level:
 
     Attributes:
         deviation: how far single seeds lie from the mean, not how well the mean is known; None for one seed.
-        text: `93.21 ± 0.15 % (5 seeds)`, the mean and this deviation.
+        shown: `93.21 ± 0.15 %`, the mean and this deviation.
     """
 
     mean: float
     deviation: float | None
     seeds: int
-    text: str
+    shown: str
+
+    @property
+    def text(self) -> str:
+        """`93.21 ± 0.15 % (5 seeds)`."""
+        return f"{self.shown} ({_seeds(self.seeds)})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +165,7 @@ def _level(metric: Metric, values: Sequence[Fraction]) -> Level | None:
     places = _decimals(deviation) if deviation else _PLAIN_DECIMALS[metric]
     shown = f"{mean:.{places}f}" + ("" if deviation is None else f" ± {deviation:.{places}f}")
     unit = "" if metric == "loss" else " %"
-    return Level(mean=mean, deviation=deviation, seeds=len(plain), text=f"{shown}{unit} ({_seeds(len(plain))})")
+    return Level(mean=mean, deviation=deviation, seeds=len(plain), shown=f"{shown}{unit}")
 
 
 def _seeds(count: int) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from selab.accuracy.data import Data
     from selab.accuracy.train import Progress as TrainingProgress
     from selab.accuracy_record import Options
+    from selab.accuracy_tables import Compared
     from selab.grid import Grid
     from selab.measure.paired import Progress
     from selab.profiling import Profile
@@ -97,7 +98,8 @@ class TableFormat(StrEnum):
 _ALL_TABLES = "all"
 _TABLE_HELP = (
     "paper-2, paper-3, cifar, reduction, squeeze, excitation, stages, integration, mobile or zoo, which are counted; "
-    "added or latency, which are measured (--profiles); report, a machine's page; all, every counted one as files."
+    "added, latency or accuracy, which are measured (--profiles); "
+    "report, a machine's page; all, every counted one as files."
 )
 
 
@@ -485,7 +487,8 @@ def plot(
         str | None,
         typer.Option(
             help="params, macs, macs_all, flops, bytes, activations (counted); top1_error, top5_error (published); "
-            "latency, latency_fwd_bwd, tax, saved_for_backward (measured: --profiles). By default macs."
+            "latency, latency_fwd_bwd, tax, saved_for_backward (measured: --profiles); top1_trained, top5_trained (of "
+            "comparisons: --profiles). By default macs."
         ),
     ] = None,
     y: Annotated[str | None, typer.Option(help="As --x; by default latency for cost, top1_error for accuracy.")] = None,
@@ -515,7 +518,13 @@ def plot(
         typer.echo(f"picture: {to}", err=str(json_to) == "-")
         return
     axes = plots.axes_of(name, x, y)
-    records = store.read_records(profiles) if profiles is not None else []
+    trained = axes is not None and plots.TRAINED in [plots.axis(one).origin for one in axes]
+    records = store.read_records(profiles) if profiles is not None and not trained else []
+    compared: Sequence[Compared] = ()
+    if trained and profiles is not None:
+        from selab.comparing import read_compared
+
+        compared = read_compared(profiles)
     needed = plots.costs_needed(*axes, arch) if axes is not None else ()
     costs: dict[str, Cost] = {}
     if needed:
@@ -524,7 +533,9 @@ def plot(
         with _reporting(_console(stderr=True)) as report:
             report(f"counting {len(needed)} networks", None)
             costs = counted(needed)
-    shown = plots.picture(name, x=x, y=y, records=records, costs=costs, archs=arch, workload=workload)
+    shown = plots.picture(
+        name, x=x, y=y, records=records, costs=costs, archs=arch, workload=workload, compared=compared
+    )
     if json_to is not None:
         _write_json(dataclasses.asdict(shown), json_to)
     if out is not None or json_to is None:
@@ -547,25 +558,26 @@ def table(
     """Render a table again, from the records and the published numbers."""
     if out is not None and into is not None:
         raise typer.BadParameter("give --out or --into, not both", param_hint="--into")
-    from selab import store, tables
+    from selab import pages, store
 
     if name == _ALL_TABLES:
         return _write_tables(out)
-    tables.check_name(name)
-    records = store.read_records(profiles) if profiles is not None else []
+    pages.check_name(name)
+    records = store.read_records(profiles) if profiles is not None and name != pages.ACCURACY else []
+    from selab.comparing import read_compared
     from selab.profiling import counted
 
-    costs = counted(tables.costs_needed(name))
-    grids = tables.named_grids(name, costs, records)
-    if name == tables.REPORT and profiles is not None:
-        grids += tables.acceptance_grids(*store.read_acceptance(profiles))
+    compared = read_compared(profiles) if profiles is not None and name in (pages.ACCURACY, pages.REPORT) else []
+    grids = pages.named_grids(name, counted(pages.costs_needed(name)), records, compared)
+    if name == pages.REPORT and profiles is not None:
+        grids += pages.acceptance_grids(store.read_acceptance(profiles))
     if json_to is not None or look is TableFormat.json:
         return _write_json([grid.as_builtins() for grid in grids], json_to or out or Path("-"))
     if look is TableFormat.rich and out is None and into is None:
         return _print(*grids)
     text = _TEXT[look](name, grids, records)
     if into is not None:
-        spliced = tables.spliced(store.read_text(into), name, text, where=str(into))
+        spliced = pages.spliced(store.read_text(into), name, text, where=str(into))
         store.write_atomically(into, spliced.encode())
     elif out is not None:
         store.write_atomically(out, text.encode())
@@ -585,7 +597,7 @@ _TEXT: dict[TableFormat, Callable[..., str]] = {
 
 
 def _markdown(name: str, grids: "Sequence[Grid]", records: "Sequence[Record]") -> str:
-    from selab.tables import page
+    from selab.pages import page
 
     return page(name, grids, records)
 
@@ -594,11 +606,11 @@ def _write_tables(out: Path | None) -> None:
     """Every cost table as a file, counted in as many processes as pay."""
     if out is None:
         raise typer.BadParameter("the table 'all' is a folder of files; name it", param_hint="--out")
-    from selab import store, tables
+    from selab import pages, store
     from selab.profiling import counted
 
     store.check_writable(out / "README.md", replace=True)
-    for name, text in tables.cost_pages(counted(catalog.installed())).items():
+    for name, text in pages.cost_pages(counted(catalog.installed())).items():
         store.write_atomically(out / name, text.encode())
 
 
@@ -748,7 +760,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/accuracy/….")] = Path("results"),
     replace: Annotated[bool, typer.Option("--replace", help="Compare again where a record exists.")] = False,
     latency: Annotated[
-        bool, typer.Option("--latency/--no-latency", help="Also measure the forward pass, as `profile --quick` does.")
+        bool, typer.Option("--latency/--no-latency", help="Also time both networks, as `profile --quick` does.")
     ] = True,
     json_to: Json = None,
 ) -> None:
@@ -785,11 +797,11 @@ def compare(
         return
     if json_to is not None:
         store.write_atomically(json_to, to_json(record))
-    measured = None
     if latency:
         with _reporting(_console(stderr=True)) as report:
-            measured = growing.latency(report)
-    _print(accuracy_tables.comparison_grid(record, growing.costs(), measured), accuracy_tables.seeds_grid(record))
+            growing.measure(report)
+    beside = comparing.compared(record, out / record.machine.name)
+    _print(accuracy_tables.comparison_grid(beside), accuracy_tables.seeds_grid(record))
     typer.echo(f"record: {growing.path}")
     return
 

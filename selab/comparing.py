@@ -22,18 +22,21 @@ from selab.accuracy_record import (
     Seed,
     accuracy_path,
     read_accuracy_record,
+    read_accuracy_records,
     save_accuracy_record,
 )
+from selab.accuracy_tables import Compared
 from selab.build import build
 from selab.errors import RecordError, SpecError
 from selab.measure.counts import count
 from selab.measure.machine import machine
 from selab.profiling import Profile
 from selab.recipe import Recipe, adapted, recipe_hash
-from selab.record import Cost, Frozen, Latency
-from selab.request import Request
+from selab.record import Frozen, Phase
+from selab.request import Request, workload_of
 from selab.spec import Variant
-from selab.store import file_name, partial_path, read_record, save
+from selab.store import file_name, partial_path, read_record, record_path, save
+from selab.tables import variants_of
 from selab.weights import load
 
 Report = Callable[[str, Progress | None], object]
@@ -84,14 +87,18 @@ def folder_of(variant: Variant, data: Data, recipe: Recipe, options: Options, se
     return out / machine(options.device).name / "runs" / file_name(name)
 
 
+def fitted(variant: Variant, data: Data | DataFacts) -> Variant:
+    """The variant for these images: their classes and their size."""
+    return msgspec.structs.replace(variant, num_classes=data.num_classes, input_chw=data.input_chw)
+
+
 def loaded(variant: Variant, data: Data, weights: Path) -> nn.Module:
     """A variant with trained weights, for these images; what is not of this network is refused and nothing loaded.
 
     Raises:
         SelabError: as `selab.build.build` and `selab.weights.load`.
     """
-    fitted = msgspec.structs.replace(variant, num_classes=data.num_classes, input_chw=data.input_chw)
-    model = build(fitted).model
+    model = build(fitted(variant, data)).model
     load(model, weights, variant=variant)
     return model
 
@@ -165,32 +172,14 @@ class Comparison:
         folder = folder_of(variant, self.data, plan.recipe, plan.options, seed, out=self.out)
         return train(variant, self.data, plan.recipe, seed=seed, folder=folder, options=plan.options, report=report)
 
-    def costs(self) -> dict[str, Cost]:
-        """Of both networks, for one image of the data's size."""
-        found = {}
-        for one in (self.baseline, self.variant):
-            fitted = msgspec.structs.replace(one, num_classes=self.data.num_classes, input_chw=self.data.input_chw)
-            built = build(fitted, device="meta")
-            found[one.name] = count(built.model, (1, *self.data.input_chw), se_blocks=built.native)
-        return found
-
-    def latency(self, report: Callable[[str, Any], object]) -> Latency | None:
-        """The forward pass of one image, variant against baseline: from its record, or measured now and recorded."""
-        request = Request(
-            arch=self.plan.arch,
-            baseline=None if self.own else self.plan.baseline,
-            device=self.plan.options.device,
-            input_chw=None if self.variant.input_chw == self.data.input_chw else self.data.input_chw,
-            quick=True,
-            threads=1,
-            phases=("forward",),
-        )
-        profile = Profile(request)
-        path = profile.path(self.out)
-        if not path.exists():
-            profile.run(report)
-            save(profile.record(), path)
-        return read_record(path).latency.get("forward")
+    def measure(self, report: Callable[[str, Any], object]) -> None:
+        """Times what `requests_of` asks for and no record has yet; each goes to a record of its own."""
+        for request in requests_of(self.record()).values():
+            profile = Profile(request)
+            path = profile.path(self.out)
+            if not path.exists():
+                profile.run(report)
+                save(profile.record(), path)
 
     def record(self) -> AccuracyRecord:
         """What has been trained so far."""
@@ -222,3 +211,73 @@ def _outcome(done: Training) -> Outcome:
         images_per_s=median(epoch.images_per_s for epoch in done.epochs),
         epochs=done.epochs,
     )
+
+
+# ------------------------------------------------------------------------------------- what accuracies are read beside
+
+
+def requests_of(record: AccuracyRecord) -> dict[Phase, Request]:
+    """What is measured beside a comparison: one image forward, and one batch forward and backward, as it was trained.
+
+    The latter is missing under automatic mixed precision, which a profile has not.
+    """
+    options = record.options
+    size = record.data.input_chw
+    variant, baseline = variants_of(record)
+    own = variant is None or baseline == catalog.baseline_of(variant)
+    common = Request(
+        arch=_address(record.arch, record.origin),
+        baseline=None if own else _address(record.baseline, record.baseline_origin),
+        device=options.device,
+        input_chw=None if variant is not None and variant.input_chw == size else size,
+        quick=True,
+        threads=1,
+        phases=("forward",),
+    )
+    if options.amp != "off":
+        return {"forward": common}
+    step = msgspec.structs.replace(
+        common,
+        batch=max(1, record.recipe.batch // options.accumulate),
+        memory_format="channels_last" if options.channels_last else "contiguous",
+        compiled=options.compiled,
+        threads=options.threads or record.machine.cores,
+        phases=("forward_backward",),
+    )
+    return {"forward": common, "forward_backward": step}
+
+
+def _address(arch: str, origin: str) -> str:
+    return f"{origin}:{arch}" if origin else arch
+
+
+def compared(record: AccuracyRecord, folder: Path) -> Compared:
+    """A comparison's record with its costs, and with the profiles of both networks that this machine's folder has."""
+    variant, baseline = variants_of(record)
+    if variant is None or baseline is None:
+        return Compared(record=record)
+    costs = {}
+    for one in (variant, baseline):
+        built = build(fitted(one, record.data), device="meta")
+        costs[one.name] = count(built.model, (1, *record.data.input_chw), se_blocks=built.native)
+    profiles = {}
+    for phase, request in requests_of(record).items():
+        path = record_path(
+            folder.parent,
+            machine=folder.name,
+            arch=record.arch,
+            against=None if request.baseline is None else record.baseline,
+            workload=workload_of(request, variant).slug,
+        )
+        if path.exists():
+            profiles[phase] = read_record(path)
+    return Compared(record=record, costs=costs, forward=profiles.get("forward"), step=profiles.get("forward_backward"))
+
+
+def read_compared(folder: Path) -> list[Compared]:
+    """Every finished comparison in a machine's folder; none where it holds none.
+
+    Raises:
+        RecordError: a record that cannot be trusted.
+    """
+    return [compared(record, folder) for record in read_accuracy_records(folder)]

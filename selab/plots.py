@@ -11,7 +11,9 @@ from typing import Literal
 
 from selab import catalog, stats, units, verdict
 from selab.accuracy_record import AccuracyRecord
-from selab.accuracy_verdict import compare_verdict
+from selab.accuracy_tables import Compared, training_words
+from selab.accuracy_tables import name_of as comparison_name
+from selab.accuracy_verdict import Comparison, compare_verdict
 from selab.errors import RecordError, SelabError, UnknownNameError, nearest
 from selab.published import published_pair
 from selab.record import Cost, Phase, Record
@@ -26,15 +28,15 @@ class Axis:
     """A quantity that can stand on an axis.
 
     Attributes:
-        origin: who says so: our counter, a paper, or a record.
-        path: the field of a `Cost` or a `Memory`, the metric, or the phase that it is read from.
+        origin: who says so: our counter, a paper, a profile, or a comparison of accuracy.
+        path: the field of a `Cost`, a `Memory` or a verdict, the metric, or the phase that it is read from.
         short: what it is called in a title.
         label: what is said along the axis.
         unit: of its values; `%` is percent, not a fraction.
     """
 
     name: str
-    origin: Literal["counted", "published", "measured"]
+    origin: Literal["counted", "published", "measured", "trained"]
     path: str
     short: str
     label: str
@@ -55,6 +57,8 @@ _ALL_AXES = (
     Axis("activations", "counted", "activations", "activations", "activations (elements of convolution outputs)"),
     Axis("top1_error", "published", "top1_error_pct", "top-1 error", "top-1 error, published (%)", "%", False),
     Axis("top5_error", "published", "top5_error_pct", "top-5 error", "top-5 error, published (%)", "%", False),
+    Axis("top1_trained", "trained", "top1", "top-1 error", "top-1 error, trained here (%)", "%", False),
+    Axis("top5_trained", "trained", "top5", "top-5 error", "top-5 error, trained here (%)", "%", False),
     Axis("latency", "measured", "forward", _TIME, _TIME, "s"),
     Axis(
         "latency_fwd_bwd", "measured", "forward_backward", "time of both passes", f"{_TIME} and the backward one", "s"
@@ -63,6 +67,7 @@ _ALL_AXES = (
     Axis("saved_for_backward", "measured", "saved_for_backward_bytes", _SAVED, _SAVED, "B"),
 )
 AXES = {axis.name: axis for axis in _ALL_AXES}
+TRAINED = "trained"
 
 
 def axis(name: str, *, option: str = "axis") -> Axis:
@@ -181,6 +186,7 @@ class _Subject:
     cost: Cost | None
     baseline_cost: Cost | None
     record: Record | None = None
+    trained: AccuracyRecord | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +243,7 @@ def costs_needed(x: str, y: str, archs: Sequence[str] = ()) -> tuple[str, ...]:
         UnknownNameError: an axis or a network that there is not.
     """
     both = (axis(x, option="--x"), axis(y, option="--y"))
-    if "measured" in (one.origin for one in both) or "counted" not in (one.origin for one in both):
+    if {"measured", TRAINED} & {one.origin for one in both} or "counted" not in (one.origin for one in both):
         return ()
     words = [word for word in _words(archs) if not _why_unpublished(_catalogued(word, {}), both)]
     return tuple(dict.fromkeys(word for one in words for word in (_baseline_word(catalog.find(one)), one)))
@@ -304,6 +310,24 @@ def _measured(subject: _Subject, which: Axis) -> _Both | str:
     return _Both(base=latency.baseline_s, se=latency.variant_s, interval=(low, high), resolved=resolved)
 
 
+def _trained(subject: _Subject, which: Axis) -> _Both | str:
+    """Both networks' error on the test images, means over seeds, with the interval of their paired difference."""
+    record = subject.trained
+    if record is None:
+        return "not trained"
+    found: Comparison | None = getattr(compare_verdict(record), which.path)
+    if found is None or found.baseline is None or found.variant is None:
+        return f"no {which.short}"
+    base, se, half = 100 - found.baseline.mean, 100 - found.variant.mean, found.difference.half_width
+    return _Both(
+        base=base,
+        se=se,
+        interval=None if half is None else (se - half, se + half),
+        resolved=found.difference.kind in ("better", "worse"),
+        dataset=record.data.title,
+    )
+
+
 def _saved(record: Record) -> _Both | str:
     both = (record.baseline_memory, record.memory)
     base, se = (None if one is None else one.saved_for_backward_bytes for one in both)
@@ -312,7 +336,8 @@ def _saved(record: Record) -> _Both | str:
 
 def _value(subject: _Subject, which: Axis) -> _Both | str:
     """A quantity of a pair, or why there is none."""
-    found = {"counted": _counted, "published": _published, "measured": _measured}[which.origin](subject, which)
+    readers = {"counted": _counted, "published": _published, "measured": _measured, "trained": _trained}
+    found = readers[which.origin](subject, which)
     if which.logarithmic and isinstance(found, _Both) and min(found.base, found.se) <= 0:
         return f"{which.short} of zero has no place on a logarithmic axis"
     return found
@@ -329,11 +354,13 @@ def points(
     costs: Mapping[str, Cost] | None = None,
     archs: Sequence[str] = (),
     workload: str | None = None,
+    compared: Sequence[Compared] = (),
 ) -> Scatter:
     """Base and SE network of every pair, in the plane of two quantities.
 
-    With a measured quantity the pairs are those of the records, and what is counted is counted for their workload;
-    otherwise they are the catalog's, and what is counted is counted for one image.
+    With an accuracy that was trained here the pairs are those of the comparisons, beside the forward pass of one image;
+    with a measured quantity those of the records, and what is counted is counted for their workload; otherwise those of
+    the catalog, and what is counted is counted for one image.
 
     Args:
         x: a name from `AXES`.
@@ -342,6 +369,7 @@ def points(
         costs: of `costs_needed(x, y, archs)`, by those words.
         archs: only these variants.
         workload: the slug of the records' workload, where they have several; by default that of most of them.
+        compared: comparisons of one machine, for accuracies that were trained here.
 
     Raises:
         UnknownNameError: an axis, a variant or a workload that there is not.
@@ -352,7 +380,9 @@ def points(
     if across == up:
         raise SelabError(f"--y {y}: stands on the other axis already; name another quantity{nearest('', AXES)}")
     left_out: list[LeftOut] = []
-    if "measured" in (across.origin, up.origin):
+    if TRAINED in (across.origin, up.origin):
+        subjects, circumstances = _compared_subjects(compared, archs, what=f"plot of {x} and {y}")
+    elif "measured" in (across.origin, up.origin):
         chosen, left_out = _chosen(records, archs, workload, what=f"plot of {x} and {y}")
         subjects = [_recorded(record) for record in chosen]
         circumstances = _circumstances(chosen[0])
@@ -397,6 +427,33 @@ def points(
     )
 
 
+def _compared_subjects(compared: Sequence[Compared], archs: Sequence[str], *, what: str) -> tuple[list[_Subject], str]:
+    """The comparisons that are drawn, and what their figures share."""
+    chosen = [one for one in compared if not archs or one.record.arch in archs]
+    if not chosen:
+        there = ", ".join(one.record.arch for one in compared)
+        known = f"there are some of {there}" if there else "train with `selab compare`, and name the folder: --profiles"
+        raise RecordError(f"{what}: no comparisons{' of ' + ', '.join(archs) if archs else ''}; {known}")
+    subjects = []
+    for one in chosen:
+        variant, baseline = variants_of(one.record)
+        subjects.append(
+            _Subject(
+                name=comparison_name(one.record),
+                family="unknown" if variant is None else variant.family,
+                variant=variant,
+                baseline=baseline,
+                cost=one.costs.get(one.record.arch),
+                baseline_cost=one.costs.get(one.record.baseline),
+                record=one.forward,
+                trained=one.record,
+            )
+        )
+    lines = dict.fromkeys(f"{one.record.data.title}, {training_words(one.record)}" for one in chosen)
+    places = dict.fromkeys(_circumstances(one.forward) for one in chosen if one.forward is not None)
+    return subjects, "; ".join((*lines, *places))
+
+
 _Found = tuple[_Subject, _Both, _Both]
 
 
@@ -408,9 +465,7 @@ def _of_one_dataset(found: Sequence[_Found]) -> tuple[list[_Found], list[LeftOut
     kept = min(names, key=lambda name: (-names[name], name))
     inside = [one for one in found if {one[1].dataset, one[2].dataset} <= {kept, ""}]
     return inside, [
-        LeftOut(name=one[0].name, why=f"published on {one[1].dataset or one[2].dataset}")
-        for one in found
-        if one not in inside
+        LeftOut(name=one[0].name, why=f"on {one[1].dataset or one[2].dataset}") for one in found if one not in inside
     ]
 
 
@@ -632,6 +687,7 @@ def picture(
     costs: Mapping[str, Cost] | None = None,
     archs: Sequence[str] = (),
     workload: str | None = None,
+    compared: Sequence[Compared] = (),
 ) -> Picture:
     """A picture by its name: `cost` and `accuracy` are scatters with axes of their own choice, `added` is bars.
 
@@ -641,4 +697,4 @@ def picture(
     axes = axes_of(name, x, y)
     if axes is None:
         return bars(records, archs=archs, workload=workload)
-    return points(*axes, records=records, costs=costs, archs=archs, workload=workload)
+    return points(*axes, records=records, costs=costs, archs=archs, workload=workload, compared=compared)

@@ -391,6 +391,40 @@ class CountingTime(Frozen, frozen=True, kw_only=True):
     comparisons: dict[str, Latency]
 
 
+class LoadingTime(Frozen, frozen=True, kw_only=True):
+    """How long torchvision's pipeline takes against ours, batches alone and whole training steps; by their names.
+
+    Attributes:
+        arch: what was trained.
+        images_per_call: of each comparison: a sample is the time of so many.
+        torchvision: its version.
+    """
+
+    kind: Literal["loading"]
+    arch: str
+    batch: int
+    data: dict[str, str]
+    images_per_call: dict[str, int]
+    machine: Machine
+    torchvision: str
+    flags: tuple[Flag, ...]
+    comparisons: dict[str, Latency]
+
+
+class Acceptance(Frozen, frozen=True, kw_only=True):
+    """What was measured on a machine about the measuring, the counting and the loading themselves.
+
+    Attributes:
+        live: by `nox -s aa`.
+        counting: by `nox -s bench_counts` and `nox -s bench_tables`.
+        loading: by `nox -s bench_data`.
+    """
+
+    live: LiveAcceptance | None
+    counting: tuple[CountingTime, ...]
+    loading: LoadingTime | None
+
+
 _NUMBERS = re.compile(rb"\[\s*((?:-?\d[\d.eE+-]*,?\s*)+)\]")
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from selab.errors import RecordError
-from selab.record import CountingTime, Latency, LiveAcceptance, Record, from_json, to_json
+from selab.record import Acceptance, CountingTime, Latency, LiveAcceptance, LoadingTime, Record, from_json, to_json
 from selab.verdict import check
 
 _K = TypeVar("_K", bound=str)
@@ -135,8 +135,8 @@ def read_record(path: Path) -> Record:
         raise RecordError(f"{path}: {error}") from None
 
 
-def read_acceptance(folder: Path) -> tuple[LiveAcceptance | None, list[CountingTime]]:
-    """What `nox -s aa`, `bench_counts` and `bench_tables` left in a machine's folder; nothing where they were not run.
+def read_acceptance(folder: Path) -> Acceptance:
+    """What the nox sessions that time selab itself left in a machine's folder; nothing where they were not run.
 
     Raises:
         RecordError: a file is not what it should be.
@@ -152,7 +152,11 @@ def read_acceptance(folder: Path) -> tuple[LiveAcceptance | None, list[CountingT
             raise RecordError(f"{path}: {error}; measure again") from None
 
     counting = [read(name, CountingTime) for name in ("counts.json", "tables.json")]
-    return read("aa.json", LiveAcceptance), [one for one in counting if one is not None]
+    return Acceptance(
+        live=read("aa.json", LiveAcceptance),
+        counting=tuple(one for one in counting if one is not None),
+        loading=read("data.json", LoadingTime),
+    )
 
 
 def _checked(latencies: Mapping[_K, Latency]) -> dict[_K, Latency]:

@@ -1,33 +1,25 @@
 """Records and published numbers → tables."""
 
-import json
-import re
 from collections.abc import Sequence
 from operator import attrgetter
 
 from selab import catalog, foreign, units
-from selab.errors import RecordError, SelabError, UnknownNameError, nearest
+from selab.accuracy_record import AccuracyRecord
+from selab.errors import RecordError, SelabError
 from selab.grid import NONE, Grid
 from selab.published import (
-    PAPER_TABLES,
     cost_numbers,
     differences,
     marked_numbers,
-    paper_grid,
-    paper_reproduced,
     points,
     published,
     published_pair,
     reproduced,
-    zoo_grids,
 )
 from selab.record import (
     Cost,
-    CountingTime,
     Insertion,
     Latency,
-    LiveAcceptance,
-    Machine,
     Memory,
     Phase,
     Record,
@@ -153,7 +145,7 @@ def profile_grid(record: Record) -> Grid:
     )
 
 
-def variants_of(record: Record) -> tuple[Variant | None, Variant | None]:
+def variants_of(record: Record | AccuracyRecord) -> tuple[Variant | None, Variant | None]:
     """The facts of a record's two networks as they are today; None where they are not to be had any more."""
 
     def facts(name: str | None, file: str) -> Variant | None:
@@ -375,7 +367,7 @@ def latency_grids(records: Sequence[Record]) -> list[Grid]:
         rows: dict[str, list[tuple[str, ...]]] = {}
         for record in group:
             for label, latency in _latencies(record):
-                rows.setdefault(label, []).append((name_of(record), *_ratio_cells(latency)))
+                rows.setdefault(label, []).append((name_of(record), *ratio_cells(latency)))
         columns = ("", "base", "variant", "ratio", "95 % interval", "verdict")
         grids += [
             Grid(title=f"{label} ({work})", columns=columns, rows=tuple(lines), words=frozenset({0, 5}))
@@ -446,7 +438,8 @@ def change_words(latency: Latency | None) -> str:
     return f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
-def _ratio_cells(latency: Latency) -> tuple[str, str, str, str, str]:
+def ratio_cells(latency: Latency) -> tuple[str, str, str, str, str]:
+    """Both times, their ratio, its interval, and the verdict with its flags."""
     flags = ", ".join(flag.name for flag in latency.flags)
     verdict = latency.verdict + (f" (flags: {flags})" if flags else "")
     if latency.baseline_s is None or latency.variant_s is None:
@@ -544,166 +537,3 @@ def _is_plain(record: Record) -> bool:
     variant, _ = variants_of(record)
     size = variant is not None and work.input_chw == variant.input_chw
     return record.kind == "profile" and plain and size and work.threads == 1 and _is_own_baseline(record)
-
-
-# ------------------------------------------------------------------------------------------------------ tables by name
-
-
-REPORT = "report"
-ZOO = "zoo"
-MEASURED = ("added", "latency")
-COST_TABLES = (*PAPER_TABLES, "mobile", ZOO)
-NAMES = (*COST_TABLES, *MEASURED)
-_REPORTED = ("added", "mobile", "paper-2", "paper-3", "latency")
-
-
-def check_name(name: str) -> None:
-    """Raises UnknownNameError, with the nearest names, for a table that there is not."""
-    if name not in (*NAMES, REPORT):
-        raise UnknownNameError(f"table {name}: no such table{nearest(name, (*NAMES, REPORT))}")
-
-
-def costs_needed(name: str) -> tuple[str, ...]:
-    """The variants whose cost a table shows."""
-    if name == REPORT:
-        return tuple(dict.fromkeys(arch for one in _REPORTED for arch in costs_needed(one)))
-    if name == ZOO:
-        return tuple(catalog.installed())
-    if name == "mobile":
-        return tuple(mobile_names())
-    return tuple(dict.fromkeys(row for table in PAPER_TABLES.get(name, ()) for row in table.rows))
-
-
-def named_grids(name: str, costs: dict[str, Cost], records: Sequence[Record]) -> list[Grid]:
-    """A table by its name; `report` is the measured ones and those that they are read beside.
-
-    Raises:
-        UnknownNameError: there is no such table.
-        RecordError: the table needs records and there are none.
-    """
-    check_name(name)
-    profiles = [record for record in records if record.kind == "profile"]
-    if name == REPORT:
-        names = [one for one in _REPORTED if profiles or one not in MEASURED]
-        return [grid for one in names for grid in named_grids(one, costs, records)]
-    if name == "mobile":
-        return [mobile_grid(costs, records), mobile_published_grid(costs)]
-    if name == ZOO:
-        return zoo_grids(costs)
-    if name in PAPER_TABLES:
-        return [paper_grid(one, costs) for one in PAPER_TABLES[name]]
-    if not profiles:
-        raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
-    return latency_grids(profiles) if name == "latency" else added_grids(profiles)
-
-
-def cost_pages(costs: dict[str, Cost]) -> dict[str, str]:
-    """Every cost table as the text of a file, by the file's name; README.md lists them and says how much is met."""
-    pages = {}
-    rows = []
-    for name in COST_TABLES:
-        grids = named_grids(name, costs, ())
-        pages[f"{name}.md"] = page(name, grids, ())
-        equal, total = _met(name, costs)
-        about = "; ".join(grid.title for grid in grids) if len(grids) < 3 else f"every variant, {len(grids)} families"
-        rows.append((f"[{name}]({name}.md)", about, f"{equal} of {total}" if total else NONE))
-    equal, total = _met(ZOO, costs)
-    index = Grid(
-        title="Cost tables",
-        columns=("table", "what it shows", "published cost numbers met"),
-        rows=tuple(rows),
-        notes=(
-            f"{equal} of {total} published cost numbers reproduced to the printed digit.",
-            "Counted, not timed: no machine enters. Rendered, not typed. The same in exact integers: "
-            "[costs.json](costs.json).",
-        ),
-        words=frozenset({0, 1}),
-    )
-    lines = ",\n".join(f' "{name}": {_exact_costs(cost)}' for name, cost in costs.items())
-    return {"README.md": index.markdown(), **pages, "costs.json": f"{{\n{lines}\n}}\n"}
-
-
-def _met(name: str, costs: dict[str, Cost]) -> tuple[int, int]:
-    """How many of the published cost numbers that a table prints are met, and how many it prints."""
-    known = catalog.installed()
-    if name == ZOO:
-        return reproduced(known.values(), costs)
-    if name == "mobile":
-        return reproduced((known[one] for one in mobile_names()), costs)
-    return paper_reproduced(PAPER_TABLES.get(name, ()), costs)
-
-
-def _exact_costs(cost: Cost) -> str:
-    macs = cost.macs
-    return json.dumps(
-        {
-            "params": cost.params,
-            "buffer_elements": cost.buffer_elements,
-            "macs": {"conv_linear": macs.conv_linear, "paper": macs.paper, "all": macs.all},
-            "macs_backward": cost.macs_backward.all,
-            "flops": cost.flops,
-            "bytes": cost.bytes,
-            "activations": cost.activations,
-            "se": {"blocks": cost.se.blocks, "params": cost.se.params},
-        }
-    )
-
-
-def acceptance_grids(live: LiveAcceptance | None, counting: Sequence[CountingTime]) -> list[Grid]:
-    """How far this machine's ratios can be trusted, and how long counting takes on it."""
-    grids = []
-    if live is not None:
-        rows = (
-            ("median |ratio − 1| of a network against itself", units.share(live.median_error, decimals=2)),
-            ("95th percentile of the same", units.share(live.p95_error, decimals=2)),
-            ("intervals that hold 1", f"{live.intervals_holding_one} of {live.trials}"),
-            (
-                f"slowed by {units.share(live.slower_by_calibration, decimals=2)} and found slower",
-                f"{live.slower_detected} of {live.slower_trials}",
-            ),
-        )
-        notes = tuple(f"flag {flag.name}: {flag.detail}" for flag in live.flags)
-        title = f"Live acceptance: {live.arch}, trials of {live.seconds_per_trial:g} s"
-        grids.append(Grid(title=title, columns=("", "measured"), rows=rows, notes=notes))
-    for one in counting:
-        lines = tuple((name, *_ratio_cells(latency)) for name, latency in one.comparisons.items())
-        columns = ("", "ours, batch 1", "this", "ratio", "95 % interval", "verdict")
-        title = f"Time to count {one.arch}"
-        grids.append(Grid(title=title, columns=columns, rows=lines, words=frozenset({0, 5})))
-    return grids
-
-
-def page(name: str, grids: Sequence[Grid], records: Sequence[Record]) -> str:
-    """Tables as a Markdown page; a report says on what machine it was measured and how to repeat it."""
-    body = "\n".join(grid.markdown() for grid in grids)
-    if name != REPORT or not records:
-        return body
-    machine = records[0].machine
-    commands = "\n".join(dict.fromkeys(record.command for record in records if record.kind == "profile"))
-    head = f"# Measured on {machine.gpu or machine.cpu}\n\n" + "\n".join(f"- {line}" for line in machine_lines(machine))
-    how = f"### How to repeat this\n\n```\n{commands}\n```\n"
-    return f"{head}\n\nRendered from the records beside this file by `selab table report`; not typed.\n\n{body}\n{how}"
-
-
-def spliced(text: str, name: str, body: str, *, where: str) -> str:
-    """Puts a rendered table between `<!-- table NAME -->` and `<!-- /table -->`, in place of what stands there.
-
-    Raises:
-        RecordError: the file has no such pair of marks.
-    """
-    pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- /table -->)", re.DOTALL)
-    if pattern.search(text) is None:
-        raise RecordError(
-            f"{where}: has no lines '<!-- table {name} -->' and '<!-- /table -->' to put the table between"
-        )
-    return pattern.sub(lambda found: found[1] + body + found[2], text)
-
-
-def machine_lines(machine: Machine) -> list[str]:
-    """The circumstances that a table's numbers travel with."""
-    lines = [f"{machine.cpu}, {machine.cores} cores, {units.size(machine.memory_bytes, digits=3)}; {machine.system}"]
-    if machine.gpu is not None:
-        lines.append(f"{machine.gpu}, driver {machine.driver}")
-    libraries = ", ".join(f"{name} {version}" for name, version in machine.libraries.items())
-    lines.append(f"Python {machine.python}, {libraries}")
-    return lines

@@ -150,3 +150,52 @@ def net():
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
 
     return make
+
+
+@pytest.fixture
+def compared_small_cnn():
+    """A comparison of se_small_cnn with small_cnn: percents of the base, percents of the variant, one seed each."""
+    from selab.accuracy_record import Accuracy, AccuracyRecord, DataFacts, Options, Outcome, Seed
+    from selab.catalog import find
+    from selab.measure.machine import machine
+    from selab.recipe import find_recipe
+
+    def outcome(percent):
+        right = round(100 * percent)
+        test = Accuracy(images=10_000, top1_correct=right, top5_correct=(right + 10_000) // 2, loss=2 - percent / 50)
+        return Outcome(test=test, seconds=60.0, images_per_s=600.0, epochs=())
+
+    def make(base, variant, **changes):
+        networks = find("se_small_cnn"), find("small_cnn")
+        record = AccuracyRecord(
+            selab="0",
+            arch="se_small_cnn",
+            baseline="small_cnn",
+            origin="",
+            baseline_origin="",
+            facts_hash=networks[0].facts_hash,
+            baseline_facts_hash=networks[1].facts_hash,
+            created="",
+            command="",
+            complete=True,
+            data=DataFacts(
+                name="d",
+                title="Some images",
+                sha256="c",
+                official=False,
+                num_classes=10,
+                input_chw=(3, 32, 32),
+                train_size=50_000,
+                test_size=10_000,
+            ),
+            recipe=find_recipe("cifar_short"),
+            options=Options(threads=1),
+            machine=machine(),
+            seeds=tuple(
+                Seed(seed=seed, baseline=outcome(left), variant=outcome(right))
+                for seed, (left, right) in enumerate(zip(base, variant, strict=True))
+            ),
+        )
+        return msgspec.structs.replace(record, **changes)
+
+    return make

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from selab import store, tables
+from selab import pages, store, tables
 from selab.build import build
 from selab.catalog import find, installed
 from selab.measure.counts import count
@@ -50,9 +50,9 @@ def test_records_are_complete_fresh_and_those_of_their_samples(root):
 
 def test_cost_tables_are_those_of_today_s_counter(root):
     """docs/tables holds every variant's cost in exact integers; `nox -s cost_tables` renders it."""
-    pages = tables.cost_pages(counted(installed()))
+    rendered = pages.cost_pages(counted(installed()))
     committed_pages = {path.name: path.read_text() for path in (root / "docs" / "tables").glob("*")}
-    assert committed_pages == pages
+    assert committed_pages == rendered
 
 
 @pytest.mark.parametrize("name", ["added", "mobile", "paper-2"])
@@ -60,5 +60,5 @@ def test_tables_in_the_readme_are_rendered(root, name):
     text = (root / "README.md").read_text()
     folder = re.search(r"\((profiles/[^)]+)\)", text)[1]
     records = store.read_records(root / folder)
-    body = tables.page(name, tables.named_grids(name, counted(tables.costs_needed(name)), records), records)
-    assert tables.spliced(text, name, body, where="README.md") == text
+    body = pages.page(name, pages.named_grids(name, counted(pages.costs_needed(name)), records), records)
+    assert pages.spliced(text, name, body, where="README.md") == text

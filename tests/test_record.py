@@ -3,9 +3,9 @@ import pytest
 
 from selab import record
 from selab.errors import RecordError
+from selab.pages import spliced
 from selab.profiling import count_record
 from selab.store import read_record, save
-from selab.tables import spliced
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from selab import tables, verdict
+from selab import pages, tables, verdict
 from selab.catalog import find
 from selab.errors import RecordError
 from selab.profiling import count_record, warnings_of
@@ -105,7 +105,7 @@ def test_changed_facts_are_stale(record):
 
 
 def test_the_mobile_table_takes_only_the_plain_workload():
-    costs = {name: count_record(name, batch=1, counters=False).cost for name in tables.costs_needed("mobile")}
+    costs = {name: count_record(name, batch=1, counters=False).cost for name in pages.costs_needed("mobile")}
     measured, batched = profiled("se_mobilenet"), profiled("se_mobilenet", batch=64)
     for records, shown in (([measured], "+9.989 % [9.978, 10.000]"), ([batched], "–"), ([], "–")):
         rows = {row[0]: row for row in tables.mobile_grid(costs, records).rows}
@@ -121,5 +121,5 @@ def test_one_s_own_family_shows_its_own_published_numbers(toy):
 
 
 def test_a_report_without_measurements_shows_what_needs_none():
-    costs = {name: count_record(name, batch=1, counters=False).cost for name in tables.costs_needed("report")}
-    assert len(tables.named_grids("report", costs, [])) == 4
+    costs = {name: count_record(name, batch=1, counters=False).cost for name in pages.costs_needed("report")}
+    assert len(pages.named_grids("report", costs, [])) == 4

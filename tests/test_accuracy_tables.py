@@ -1,0 +1,120 @@
+"""What a comparison's tables say, and what its accuracies are read beside."""
+
+import msgspec
+import pytest
+
+from selab import comparing
+from selab.accuracy_record import accuracy_path, save_accuracy_record
+from selab.accuracy_tables import Compared, accuracy_grids, comparison_grid, name_of
+from selab.errors import RecordError
+from selab.pages import named_grids
+from selab.profiling import Profile
+from selab.store import save
+
+BASE = (60.0, 61.0, 62.0)
+BETTER = (61.0, 62.1, 62.9)
+ALIKE = (60.5, 60.5, 62.1)
+
+
+def cells(grid, name):
+    return dict(zip(grid.columns, next(row for row in grid.rows if row[0] == name), strict=True))
+
+
+def written(record, folder):
+    return save_accuracy_record(
+        record,
+        accuracy_path(
+            folder.parent, machine=folder.name, arch=record.arch, against=None, data="d", recipe=record.recipe.name
+        ),
+    )
+
+
+def test_a_row_says_what_se_adds_and_what_it_changes(compared_small_cnn, tmp_path):
+    folder = tmp_path / "here"
+    written(compared_small_cnn(BASE, BETTER), folder)
+    (one,) = comparing.read_compared(folder)
+    (grid,) = accuracy_grids([one])
+    row = cells(grid, "se_small_cnn")
+    # 0.1 either side of a mean of 1, times Student's 4.303 over the root of 3.
+    assert row["points"] == "+1.00 [0.75, 1.25]"
+    assert row["base top-1"] == "61.0 ± 1.0 %"
+    assert row["seeds"] == "3"
+    assert row["params"] == "+0.10 %"
+    assert row["forward"] == "–"
+    assert grid.notes[-1].startswith("Some images is not the published set")
+
+
+def test_nothing_shown_is_said_so(compared_small_cnn):
+    (grid,) = accuracy_grids([Compared(record=compared_small_cnn(BASE, ALIKE))])
+    row = cells(grid, "se_small_cnn")
+    assert row["points"].startswith("not shown [")
+    assert row["params"] == "–"
+    assert any("would be needed" in note for note in grid.notes)
+
+
+def test_machines_and_data_sets_share_no_table(compared_small_cnn):
+    record = compared_small_cnn(BASE, BETTER)
+    other_data = msgspec.structs.replace(record, data=msgspec.structs.replace(record.data, sha256="e"))
+    other_place = msgspec.structs.replace(record, machine=msgspec.structs.replace(record.machine, name="there"))
+    for other, tables in ((record, 1), (other_data, 2), (other_place, 2)):
+        assert len(accuracy_grids([Compared(record=record), Compared(record=other)])) == tables
+
+
+def test_changed_facts_are_stale(compared_small_cnn):
+    record = compared_small_cnn(BASE, BETTER)
+    assert name_of(record) == "se_small_cnn"
+    for field in ("facts_hash", "baseline_facts_hash"):
+        assert name_of(msgspec.structs.replace(record, **{field: "0"})) == "se_small_cnn (stale)"
+
+
+def test_a_network_that_is_gone_has_no_costs(compared_small_cnn, tmp_path):
+    gone = msgspec.structs.replace(compared_small_cnn(BASE, BETTER), arch="se_gone")
+    one = comparing.compared(gone, tmp_path)
+    assert one == Compared(record=gone)
+    assert cells(comparison_grid(one), "parameters")["difference"] == "–"
+
+
+def test_what_is_timed_is_one_image_forward_and_one_batch_as_it_was_trained(compared_small_cnn):
+    record = compared_small_cnn(BASE, BETTER)
+    forward, step = comparing.requests_of(record).values()
+    assert (forward.batch, forward.threads, forward.phases) == (1, 1, ("forward",))
+    assert (step.batch, step.threads, step.phases) == (128, 1, ("forward_backward",))
+    options = msgspec.structs.replace(record.options, channels_last=True, accumulate=4, threads=None)
+    step = comparing.requests_of(msgspec.structs.replace(record, options=options))["forward_backward"]
+    assert (step.batch, step.memory_format, step.threads) == (32, "channels_last", record.machine.cores)
+    mixed = msgspec.structs.replace(record.options, amp="bf16")
+    assert set(comparing.requests_of(msgspec.structs.replace(record, options=mixed))) == {"forward"}
+
+
+@pytest.mark.usefixtures("hasty")
+def test_accuracies_stand_beside_the_profiles_of_their_machine(compared_small_cnn, tmp_path):
+    record = compared_small_cnn(
+        BASE, BETTER, recipe=msgspec.structs.replace(compared_small_cnn((), ()).recipe, batch=2)
+    )
+    for request in comparing.requests_of(record).values():
+        profile = Profile(request)
+        profile.run(lambda *_: None)
+        save(profile.record(), profile.path(tmp_path))
+    one = comparing.compared(record, tmp_path / record.machine.name)
+    assert one.forward.workload.batch == 1
+    assert one.step.workload.batch == 2
+    labels = [row[0] for row in comparison_grid(one).rows]
+    assert {"forward, batch 1", "forward+backward, batch 2"} <= set(labels)
+
+
+def test_the_table_needs_comparisons(compared_small_cnn, tmp_path):
+    with pytest.raises(RecordError, match="table accuracy: no comparisons; `selab compare`"):
+        named_grids("accuracy", {}, (), comparing.read_compared(tmp_path))
+    found = [Compared(record=compared_small_cnn(BASE, BETTER))]
+    assert len(named_grids("accuracy", {}, (), found)) == 1
+
+
+def test_the_shell_shows_the_table_of_a_folder(selab, compared_small_cnn, tmp_path):
+    folder = tmp_path / "here"
+    written(compared_small_cnn(BASE, BETTER), folder)
+    status, out, _ = selab("table", "accuracy", "--profiles", folder, "--format", "markdown")
+    assert status == 0
+    assert "| se_small_cnn | cifar_short, 10 epochs | 3 |" in out
+    status, _, err = selab("table", "accuracy", "--profiles", tmp_path)
+    assert status == 1
+    assert "no comparisons" in err

@@ -33,7 +33,7 @@ TRAINED = (
     ("resnet56_cifar", "cifar_resnet", "3"),
     ("resnet110_cifar", "cifar_resnet110", "3"),
     ("mobilenet_cifar", "cifar_resnet", "3"),
-    ("shufflenet_cifar", "cifar_resnet", "3"),
+    ("shufflenet_cifar", "cifar_resnet110", "3"),
     ("vgg16_cifar", "cifar_resnet", "3"),
 )
 TRAINED_ON_CPU = (("small_cnn", "4", "5"), ("resnet20_cifar", "3", "3"))
@@ -113,8 +113,10 @@ def report(session: nox.Session, folder: str) -> None:
 def readme(session: nox.Session) -> None:
     """Render the tables and pictures in README.md again, from the records of the machine that it links to."""
     session.install("-e", ".")
-    found = re.search(r"\((profiles/[^)]+)\)", Path("README.md").read_text(encoding="utf-8"))
-    folder = found[1] if found else machine_folder(session)
+    linked = re.findall(r"\((profiles/[^)]+)\)", Path("README.md").read_text(encoding="utf-8"))
+    folder = linked[0] if linked else machine_folder(session)
+    for trained in dict.fromkeys(one for one in linked if (Path(one) / "accuracy").is_dir()):
+        session.run("selab", "table", "accuracy", "--profiles", trained, "--into", "README.md")
     for name in ("added", "mobile", "paper-2"):
         session.run("selab", "table", name, "--profiles", folder, "--into", "README.md")
     session.run("selab", "plot", "added", "--profiles", folder, "--out", "docs/added.svg")

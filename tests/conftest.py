@@ -155,7 +155,7 @@ def net():
 @pytest.fixture
 def compared_small_cnn():
     """A comparison of se_small_cnn with small_cnn: percents of the base, percents of the variant, one seed each."""
-    from selab.accuracy_record import Accuracy, AccuracyRecord, DataFacts, Options, Outcome, Seed
+    from selab.accuracy_record import Accuracy, AccuracyRecord, DataFacts, Epoch, Options, Outcome, Seed
     from selab.catalog import find
     from selab.measure.machine import machine
     from selab.recipe import find_recipe
@@ -163,7 +163,21 @@ def compared_small_cnn():
     def outcome(percent):
         right = round(100 * percent)
         test = Accuracy(images=10_000, top1_correct=right, top5_correct=(right + 10_000) // 2, loss=2 - percent / 50)
-        return Outcome(test=test, seconds=60.0, images_per_s=600.0, epochs=())
+        epochs = tuple(
+            Epoch(
+                epoch=number,
+                lr=0.1,
+                train_loss=1.0,
+                train_top1_pct=50.0,
+                test_loss=1.0,
+                test_top1_pct=percent * number / 3,
+                test_top5_pct=90.0,
+                seconds=20.0,
+                images_per_s=600.0,
+            )
+            for number in (1, 2, 3)
+        )
+        return Outcome(test=test, seconds=60.0, images_per_s=600.0, epochs=epochs)
 
     def make(base, variant, **changes):
         networks = find("se_small_cnn"), find("small_cnn")

@@ -26,7 +26,19 @@ FLOORS = [
     },
     {"attention", "se", "sites", "probe", "ends", "insert", "build", "weights"},
     {"measure", "accuracy"},
-    {"request", "workers", "profiling", "published", "tables", "tree", "plots", "ink", "comparing", "accuracy_tables"},
+    {
+        "request",
+        "workers",
+        "profiling",
+        "published",
+        "tables",
+        "tree",
+        "plots",
+        "ink",
+        "comparing",
+        "accuracy_tables",
+        "pages",
+    },
     {"cli"},
 ]
 TORCH_FREE = {"cli"} | FLOORS[0] | FLOORS[1]

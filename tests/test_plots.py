@@ -10,11 +10,9 @@ import msgspec
 import pytest
 
 from selab import ink, plots, verdict
-from selab.accuracy_record import Accuracy, AccuracyRecord, DataFacts, Epoch, Options, Outcome, Seed
+from selab.accuracy_tables import Compared
 from selab.errors import RecordError, SelabError, UnknownNameError
-from selab.measure.machine import machine
 from selab.profiling import count_record, counted
-from selab.recipe import find_recipe
 from selab.record import Quad, Run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -423,62 +421,10 @@ def test_a_label_makes_room_for_what_is_drawn():
     assert ink._overlap(box, marker) == 0
 
 
-def trained(top1, epochs=3):
-    """An outcome whose accuracy rises to `top1` percent of 100 images in equal steps."""
-    history = tuple(
-        Epoch(
-            epoch=number,
-            lr=0.1,
-            train_loss=1.0,
-            train_top1_pct=50.0,
-            test_loss=1.0,
-            test_top1_pct=top1 * number / epochs,
-            test_top5_pct=90.0,
-            seconds=1.0,
-            images_per_s=100.0,
-        )
-        for number in range(1, epochs + 1)
-    )
-    test = Accuracy(images=100, top1_correct=top1, top5_correct=95, loss=1.0)
-    return Outcome(test=test, seconds=3.0, images_per_s=100.0, epochs=history)
-
-
-def compared(seeds):
-    facts = DataFacts(
-        name="synthetic",
-        title="synthetic",
-        sha256="0",
-        official=False,
-        num_classes=10,
-        input_chw=(3, 32, 32),
-        train_size=1000,
-        test_size=100,
-    )
-    return AccuracyRecord(
-        selab="0",
-        arch="se_small_cnn",
-        baseline="small_cnn",
-        origin="",
-        baseline_origin="",
-        facts_hash="a",
-        baseline_facts_hash="b",
-        created="2026-01-01",
-        command="selab compare",
-        complete=True,
-        data=facts,
-        recipe=find_recipe("cifar_short"),
-        options=Options(),
-        machine=machine(),
-        seeds=seeds,
-    )
-
-
-def test_learning_curves_are_means_over_the_seeds(tmp_path):
-    seeds = (
-        Seed(seed=0, baseline=trained(60), variant=trained(66)),
-        Seed(seed=1, baseline=trained(66), variant=trained(69)),
-    )
-    shown = plots.curves(compared((*seeds, Seed(seed=2, baseline=trained(3)))))
+def test_learning_curves_are_means_over_the_seeds(compared_small_cnn, tmp_path):
+    record = compared_small_cnn((60, 66), (66, 69))
+    unfinished = msgspec.structs.replace(record.seeds[0], seed=2, variant=None)
+    shown = plots.curves(msgspec.structs.replace(record, complete=False, seeds=(*record.seeds, unfinished)))
     base, variant = shown.curves
     assert (base.name, variant.name) == ("small_cnn", "se_small_cnn")
     assert base.mean == pytest.approx((21, 42, 63))
@@ -491,6 +437,35 @@ def test_learning_curves_are_means_over_the_seeds(tmp_path):
     assert ink.rendered(shown, ".svg") == ink.rendered(shown, ".svg")
 
 
-def test_curves_need_a_finished_seed():
+def test_curves_need_a_finished_seed(compared_small_cnn):
     with pytest.raises(RecordError, match="no seed is finished for both networks"):
-        plots.curves(compared((Seed(seed=0, baseline=trained(60)),)))
+        plots.curves(compared_small_cnn((), ()))
+
+
+def test_trained_accuracy_stands_against_the_time_of_one_image(compared_small_cnn):
+    one = Compared(record=compared_small_cnn((60, 61, 62), (61, 62.1, 62.9)), forward=profiled("se_small_cnn"))
+    shown = plots.picture("accuracy", x="latency", y="top1_trained", compared=[one])
+    (pair,) = shown.pairs
+    assert (pair.base.y, pair.se.y) == pytest.approx((39, 38))
+    # Student's 4.303 times a deviation of 0.1 over the root of three seeds.
+    assert pair.y_interval == pytest.approx((38 - 0.2484, 38 + 0.2484), abs=1e-3)
+    assert pair.se.x > pair.base.x
+    assert pair.resolved
+    assert "Some images, cifar_short, 10 epochs" in shown.circumstances
+    assert not shown.sources
+
+
+def test_a_difference_that_is_not_shown_is_not_resolved(compared_small_cnn):
+    one = Compared(record=compared_small_cnn((60, 61, 62), (60.5, 60.5, 62.1)), forward=profiled("se_small_cnn"))
+    (pair,) = plots.points("latency", "top1_trained", compared=[one]).pairs
+    assert not pair.resolved
+
+
+def test_trained_accuracy_needs_comparisons_and_says_what_is_missing(compared_small_cnn):
+    with pytest.raises(RecordError, match="train with `selab compare`"):
+        plots.points("macs", "top1_trained")
+    one = Compared(record=compared_small_cnn((60, 61), (61, 62)))
+    with pytest.raises(RecordError, match="of se_resnet50; there are some of se_small_cnn"):
+        plots.points("macs", "top1_trained", compared=[one], archs=["se_resnet50"])
+    with pytest.raises(SelabError, match=r"no record \(se_small_cnn\)"):
+        plots.points("latency", "top1_trained", compared=[one])

@@ -2,34 +2,27 @@
 
 import dataclasses
 import io
-import json
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selab import __version__, catalog, foreign, units
+from selab import __version__, catalog
+from selab.console import builtins, complain, find, open_console, plain, print_parts, reporting, write_json
 from selab.errors import RecordError, SelabError
+from selab.options import Arch, Archs, Device, Dtype, Input, Insert, Json, Mode, Phase, Positive, Se
+from selab.training_commands import compare, evaluate, train
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from selab.accuracy.data import Data
-    from selab.accuracy.train import Progress as TrainingProgress
-    from selab.accuracy_record import Options
     from selab.accuracy_tables import Compared
     from selab.grid import Grid
-    from selab.measure.paired import Progress
     from selab.profiling import Profile
-    from selab.recipe import Recipe
     from selab.record import Cost, Insertion, Record
-    from selab.spec import Variant
 
 app = typer.Typer(
     help="What channel attention really costs: insert, count and measure Squeeze-and-Excitation blocks.",
@@ -45,37 +38,6 @@ weights_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(weights_app, name="weights")
-
-
-class Device(StrEnum):
-    """Where to run."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    """fp32, or autocast to half precision."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class Mode(StrEnum):
-    """auto: forward in eval (inference), the others in train."""
-
-    auto = "auto"
-    train = "train"
-    eval = "eval"
-
-
-class Phase(StrEnum):
-    """What one call is."""
-
-    forward = "forward"
-    backward = "backward"
-    forward_backward = "forward_backward"
 
 
 class By(StrEnum):
@@ -103,62 +65,8 @@ _TABLE_HELP = (
 )
 
 
-class DataName(StrEnum):
-    """A data set."""
-
-    cifar10 = "cifar10"
-    cifar100 = "cifar100"
-    synthetic = "synthetic"
-    imagenet = "imagenet"
-    folder = "folder"
-
-
-class Amp(StrEnum):
-    """Automatic mixed precision."""
-
-    off = "off"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-DataDir = Annotated[Path, typer.Option("--data-dir", help="Where the images lie, or are downloaded to.")]
-Download = Annotated[bool, typer.Option("--download/--no-download", help="Fetch a set that is not there.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="How to train; a name, or path/to/file.toml[:NAME].")]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; its schedule shrinks with them.")]
-TrainBatch = Annotated[int | None, typer.Option(min=1, help="Images per step over all processes, not the recipe's.")]
-AmpOption = Annotated[Amp, typer.Option("--amp", help="Automatic mixed precision.")]
-ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")]
-Compiled = Annotated[bool, typer.Option("--compile", help="Through torch.compile.")]
-Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per step; the batch stays the same.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")]
-
 # What typer's own runner exits with when it is interrupted: 128 + SIGINT.
 _INTERRUPTED = 130
-
-Json = Annotated[Path | None, typer.Option("--json", help="Write JSON to this file, or to - for standard output.")]
-Arch = Annotated[
-    str,
-    typer.Option(
-        "--arch",
-        help="A name from `selab archs`, path/to/family.toml[:variant], torchvision:NAME, timm:NAME, "
-        "path/to/file.py:callable or package.module:callable.",
-    ),
-]
-Archs = Annotated[list[str], typer.Option("--arch", help="As in `profile`; repeat it for several networks.")]
-Se = Annotated[
-    str | None,
-    typer.Option(
-        "--se", help="Put attention blocks in, or change them: KEY=VALUE,…, as reduction=8,stages=2-4 or block=eca."
-    ),
-]
-Insert = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--insert", help="Where: a site group, a pattern such as 'layer*.*.bn3', or auto; repeat it for several."
-    ),
-]
-Input = Annotated[str | None, typer.Option("--input", help="The input as CxHxW, if it is not the network's own.")]
-Positive = Annotated[int, typer.Option(min=1)]
 
 
 def main() -> None:
@@ -166,37 +74,20 @@ def main() -> None:
     try:
         app()
     except SelabError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was written")
+        complain("interrupted; nothing was written")
         sys.exit(1)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
-            _complain("interrupted; nothing was written")
+            complain("interrupted; nothing was written")
             sys.exit(1)
         raise
     except BrokenPipeError:
         # Whoever read our output has gone, as `head` does; the interpreter must not complain about it at exit.
         sys.stdout = None
         sys.exit(1)
-
-
-def _complain(message: str) -> None:
-    _console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", highlight=False, soft_wrap=True)
-
-
-def _console(*, stderr: bool = False) -> "Console":
-    from rich.console import Console
-
-    # A name between colons, as of a file's callable, is no emoji.
-    return Console(stderr=stderr, emoji=False)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _show_version(wanted: bool) -> None:
@@ -213,15 +104,6 @@ def _address(arch: str, se: str | None, insert: Sequence[str] | None) -> str:
     return arch + ("," if re.search(r"\+\w+\s*=", arch) else "+") + ",".join(changes)
 
 
-def _find(word: str, *, option: str = "--arch") -> "Variant":
-    """A variant; says so if that runs a user's code."""
-    variant = catalog.find(word, option=option)
-    code = foreign.runs_code_of(variant)
-    if code is not None:
-        _console(stderr=True).print(f"running code from {_plain(code)}", highlight=False, soft_wrap=True)
-    return variant
-
-
 def _input_chw(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
@@ -236,8 +118,8 @@ def _tell_found_sites(word: str, insertions: "Sequence[Insertion]") -> None:
     if "sites=auto" not in word or not insertions:
         return
     listed = ", ".join(one.path for one in insertions)
-    _console(stderr=True).print(
-        f"auto: {len(insertions)} site{'s' if len(insertions) > 1 else ''} found: {_plain(listed)}; "
+    open_console(stderr=True).print(
+        f"auto: {len(insertions)} site{'s' if len(insertions) > 1 else ''} found: {plain(listed)}; "
         "`selab sites` shows them in the network",
         highlight=False,
         soft_wrap=True,
@@ -261,25 +143,25 @@ def archs(json_to: Json = None) -> None:
 
     variants = catalog.installed()
     if json_to is not None:
-        return _write_json([as_builtins(variant) for variant in variants.values()], json_to)
+        return write_json([as_builtins(variant) for variant in variants.values()], json_to)
     rows = tuple((one.name, one.baseline or "", one.title) for one in variants.values())
     columns = ("name", "baseline", "what it is")
-    return _print(Grid(title="Architectures", columns=columns, rows=rows, words=frozenset(range(3))))
+    return print_parts(Grid(title="Architectures", columns=columns, rows=rows, words=frozenset(range(3))))
 
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="As --arch.")], json_to: Json = None) -> None:
     """Show one architecture: its facts, its SE sites and what others published about it."""
-    variant = _find(name, option="show")
+    variant = find(name, option="show")
     from selab.build import build
     from selab.spec import as_builtins
     from selab.tables import facts_grid, published_grid, sites_grid
 
     insertions = build(variant, device="meta").insertions
     if json_to is not None:
-        return _write_json({**as_builtins(variant), "insertions": [_builtins(one) for one in insertions]}, json_to)
+        return write_json({**as_builtins(variant), "insertions": [builtins(one) for one in insertions]}, json_to)
     published = [published_grid(variant)] if variant.published else []
-    return _print(facts_grid(variant), *([sites_grid(insertions)] if insertions else []), *published)
+    return print_parts(facts_grid(variant), *([sites_grid(insertions)] if insertions else []), *published)
 
 
 @app.command()
@@ -291,7 +173,7 @@ def sites(
     json_to: Json = None,
 ) -> None:
     """Show a network's module tree and where blocks stand or could stand; its forward runs once, without arithmetic."""
-    variant = _find(_address(arch, se, insert))
+    variant = find(_address(arch, se, insert))
     from selab.build import build
     from selab.catalog import baseline_of
     from selab.ends import Ends, trace_ends
@@ -307,14 +189,14 @@ def sites(
         found = trace_ends(network, shape) if not groups or "auto" in (insert or ()) else Ends(found=(), left_out=())
         tree = site_tree(network, insertions, ends=found.found, groups=groups, input_nchw=shape)
     if json_to is not None:
-        return _write_json(
+        return write_json(
             sites_as_builtins(network, insertions, ends=found.found, groups=groups, input_nchw=shape), json_to
         )
     lines = [f"auto: {end.path}: {end.reason}" for end in found.found] + [f"left out: {one}" for one in found.left_out]
     legend = [f"[{', '.join(groups)}]: site groups (--insert NAME)"] if groups else []
     legend += ["[auto]: a block's end, found by tracing (--insert auto)"] if found.found else []
     legend += ["← what would stand there"] if insertions else []
-    return _print(tree, "\n".join(map(_plain, (*legend, *lines))))
+    return print_parts(tree, "\n".join(map(plain, (*legend, *lines))))
 
 
 @app.command()
@@ -339,7 +221,7 @@ def count(
     names = list(catalog.installed()) if every else [_address(one, se, insert) for one in arch]
     if not names:
         raise typer.BadParameter("name at least one network, or give --all", param_hint="--arch")
-    variants = [_find(name) for name in names]
+    variants = [find(name) for name in names]
     size = _input_chw(input_size)
     from selab import profiling, store, tables
 
@@ -352,7 +234,7 @@ def count(
         store.check_writable(path, replace=replace)
     counters = len(names) == 1 or bool(paths) or json_to is not None
     records = []
-    with _reporting(_console(stderr=True)) as report:
+    with reporting(open_console(stderr=True)) as report:
         for name in names:
             report(f"counting {name}" if len(names) > 1 else "counting", None)
             one = profiling.count_record(
@@ -368,14 +250,14 @@ def count(
             if paths:
                 store.save(one, paths[name])
     if json_to is not None:
-        return _write_json([_builtins(one) for one in records] if len(records) > 1 else _builtins(records[0]), json_to)
+        return write_json([builtins(one) for one in records] if len(records) > 1 else builtins(records[0]), json_to)
     if by is not None:
-        return _print(*(tables.share_grid(record, by.value) for record in records))
+        return print_parts(*(tables.share_grid(record, by.value) for record in records))
     if len(records) > 1:
-        return _print(tables.count_grid(records))
+        return print_parts(tables.count_grid(records))
     cost = records[0].cost
     stages = [tables.stage_grid(cost)] if cost.se.blocks else []
-    return _print(tables.single_count_grid(records[0]), *stages, tables.counters_grid(cost))
+    return print_parts(tables.single_count_grid(records[0]), *stages, tables.counters_grid(cost))
 
 
 @app.command()
@@ -418,9 +300,9 @@ def profile(
     if svg is not None and svg.suffix.lower() != ".svg":
         raise typer.BadParameter(f"{svg}: a picture of the terminal ends in .svg", param_hint="--svg")
     arch = _address(arch, se, insert)
-    _find(arch)
+    find(arch)
     if baseline is not None:
-        _find(baseline, option="--baseline")
+        find(baseline, option="--baseline")
     from selab import profiling, store
     from selab.request import Request
 
@@ -452,7 +334,7 @@ def profile(
             store.check_writable(extra, replace=True)
     _tell_found_sites(arch, growing.sites())
     try:
-        with _reporting(_console(stderr=True)) as report:
+        with reporting(open_console(stderr=True)) as report:
             growing.run(report)
     except KeyboardInterrupt:
         raise SelabError(f"interrupted; {_keep_partial(growing, path)}") from None
@@ -513,7 +395,7 @@ def plot(
             raise typer.BadParameter("name the comparison's record", param_hint="--record")
         learning = plots.curves(read_accuracy_record(record))
         if json_to is not None:
-            _write_json(dataclasses.asdict(learning), json_to)
+            write_json(dataclasses.asdict(learning), json_to)
         ink.draw(learning, to)
         typer.echo(f"picture: {to}", err=str(json_to) == "-")
         return
@@ -530,14 +412,14 @@ def plot(
     if needed:
         from selab.profiling import counted
 
-        with _reporting(_console(stderr=True)) as report:
+        with reporting(open_console(stderr=True)) as report:
             report(f"counting {len(needed)} networks", None)
             costs = counted(needed)
     shown = plots.picture(
         name, x=x, y=y, records=records, costs=costs, archs=arch, workload=workload, compared=compared
     )
     if json_to is not None:
-        _write_json(dataclasses.asdict(shown), json_to)
+        write_json(dataclasses.asdict(shown), json_to)
     if out is not None or json_to is None:
         ink.draw(shown, to)
         typer.echo(f"picture: {to}", err=str(json_to) == "-")
@@ -572,9 +454,9 @@ def table(
     if name == pages.REPORT and profiles is not None:
         grids += pages.acceptance_grids(store.read_acceptance(profiles))
     if json_to is not None or look is TableFormat.json:
-        return _write_json([grid.as_builtins() for grid in grids], json_to or out or Path("-"))
+        return write_json([grid.as_builtins() for grid in grids], json_to or out or Path("-"))
     if look is TableFormat.rich and out is None and into is None:
-        return _print(*grids)
+        return print_parts(*grids)
     text = _TEXT[look](name, grids, records)
     if into is not None:
         spliced = pages.spliced(store.read_text(into), name, text, where=str(into))
@@ -622,9 +504,12 @@ def weights_list(json_to: Json = None) -> None:
 
     rows = tuple((port.arch, port.source, port.model) for port in keys.PORTS)
     if json_to is not None:
-        return _write_json([{"arch": arch, "source": source, "model": model} for arch, source, model in rows], json_to)
+        return write_json([{"arch": arch, "source": source, "model": model} for arch, source, model in rows], json_to)
     columns = ("--arch", "--from", "called there")
-    return _print(Grid(title="Weights that can be converted", columns=columns, rows=rows, words=frozenset(range(3))))
+    grid = Grid(title="Weights that can be converted", columns=columns, rows=rows, words=frozenset(range(3)))
+    return print_parts(grid)
+        Grid(title="Weights that can be converted", columns=columns, rows=rows, words=frozenset(range(3)))
+    )
 
 
 @weights_app.command("convert")
@@ -647,7 +532,7 @@ def weights_convert(
             for step in done.renamed
         )
         columns = ("theirs", "ours", "shape")
-        _print(Grid(title=f"{done.port.model} → {arch}", columns=columns, rows=rows, words=frozenset(range(3))))
+        print_parts(Grid(title=f"{done.port.model} → {arch}", columns=columns, rows=rows, words=frozenset(range(3))))
     verb = "would be read" if dry_run else "was read"
     started = f"; {len(done.filled)} counters of seen batches start at zero" if done.filled else ""
     typer.echo(f"{source_path} {verb} as {source}'s {done.port.model}: {len(done.renamed)} tensors{started}")
@@ -655,229 +540,20 @@ def weights_convert(
         typer.echo(f"weights: {target_path}")
 
 
-@app.command()
-def train(
-    arch: Arch,
-    data: DataName = DataName.cifar10,
-    data_dir: DataDir = Path("data"),
-    download: Download = True,
-    recipe: RecipeName = "cifar_short",
-    seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and dropout.")] = 0,
-    epochs: Epochs = None,
-    batch: TrainBatch = None,
-    device: Device = Device.cpu,
-    amp: AmpOption = Amp.off,
-    channels_last: ChannelsLast = False,
-    compiled: Compiled = False,
-    accumulate: Accumulate = 1,
-    threads: Threads = None,
-    out: Annotated[Path, typer.Option(help="The run goes to OUT/<machine>/runs/….")] = Path("results"),
-    json_to: Json = None,
-) -> None:
-    """Train one network after a recipe; stopped at any moment, the same command goes on. It runs under torchrun too."""
-    variant = _find(arch)
-    from selab import comparing
-    from selab.accuracy.train import train as train_one
-    from selab.recipe import find_recipe
-
-    options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
-    chosen = find_recipe(recipe)
-    images = _open_data(data, data_dir, download=download, recipe=chosen)
-    folder = comparing.folder_of(variant, images, chosen, options, seed, out=out)
-    with _reporting(_console(stderr=True), _describe_training) as report, redirect_stdout(sys.stderr):
-        done = train_one(
-            variant,
-            images,
-            chosen,
-            seed=seed,
-            folder=folder,
-            options=options,
-            report=lambda state: report(variant.name, state),
-        )
-    if json_to is not None:
-        return _write_json(_builtins(done), json_to)
-    low, high = done.test.top1_interval_pct
-    typer.echo(f"{variant.name}: top-1 {done.test.top1_pct:.2f} % [{low:.2f}, {high:.2f}], loss {done.test.loss:.4f}")
-    typer.echo(f"weights: {done.weights}")
-    return None
-
-
-@app.command("eval")
-def evaluate(
-    arch: Arch,
-    weights: Annotated[Path, typer.Option(help="A .safetensors, .pt or .pth file of this network.")],
-    data: DataName = DataName.cifar10,
-    data_dir: DataDir = Path("data"),
-    download: Download = True,
-    batch: Positive = 500,
-    device: Device = Device.cpu,
-    amp: AmpOption = Amp.off,
-    channels_last: ChannelsLast = False,
-    json_to: Json = None,
-) -> None:
-    """Top-1 and top-5 of trained weights on a data set's test images, with 95 % intervals."""
-    variant = _find(arch)
-    from selab.accuracy.evaluate import evaluate as evaluate_one
-    from selab.comparing import loaded
-
-    images = _open_data(data, data_dir, download=download)
-    with redirect_stdout(sys.stderr), _reporting(_console(stderr=True)) as report:
-        report(f"evaluating {variant.name} on {images.title}", None)
-        model = loaded(variant, images, weights).to(device.value)
-        found = evaluate_one(
-            model, images, batch=batch, device=device.value, amp=amp.value, channels_last=channels_last
-        )
-    if json_to is not None:
-        return _write_json({"arch": variant.name, "data": images.title, **_builtins(found)}, json_to)
-    low, high = found.top1_interval_pct
-    typer.echo(f"{variant.name} on {images.title}, {found.images:,} images")
-    typer.echo(f"top-1 {found.top1_pct:.2f} % [{low:.2f}, {high:.2f}]")
-    if found.top5_pct is not None and found.top5_interval_pct is not None:
-        low, high = found.top5_interval_pct
-        typer.echo(f"top-5 {found.top5_pct:.2f} % [{low:.2f}, {high:.2f}]")
-    typer.echo(f"loss {found.loss:.4f}; intervals of 95 % (Wilson) over images")
-    for name in found.skipped:
-        typer.echo(f"skipped, cannot be read: {name}", err=True)
-    return None
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(compare)
 
 
 @app.command()
-def compare(
-    archs: Annotated[list[str], typer.Argument(help="BASELINE VARIANT, or a variant alone for its own baseline.")],
-    data: DataName = DataName.cifar10,
-    data_dir: DataDir = Path("data"),
-    download: Download = True,
-    recipe: RecipeName = "cifar_short",
-    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on; 5 for what you publish.")] = 3,
-    epochs: Epochs = None,
-    batch: TrainBatch = None,
-    device: Device = Device.cpu,
-    amp: AmpOption = Amp.off,
-    channels_last: ChannelsLast = False,
-    compiled: Compiled = False,
-    accumulate: Accumulate = 1,
-    threads: Threads = None,
-    out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/accuracy/….")] = Path("results"),
-    replace: Annotated[bool, typer.Option("--replace", help="Compare again where a record exists.")] = False,
-    latency: Annotated[
-        bool, typer.Option("--latency/--no-latency", help="Also time both networks, as `profile --quick` does.")
-    ] = True,
-    json_to: Json = None,
-) -> None:
-    """Train a network with SE and without from several seeds: what it costs beside what it buys, with intervals."""
-    if len(archs) > 2:
-        raise typer.BadParameter("names one or two networks", param_hint="ARCHS")
-    for one in archs:
-        _find(one)
-    from selab import accuracy_tables, comparing, store
-    from selab.accuracy_record import read_accuracy_record, to_json
-    from selab.recipe import find_recipe
-
-    baseline, variant = (None, archs[0]) if len(archs) == 1 else (archs[0], archs[1])
-    comparing.pair(variant, baseline)
-    plan = comparing.Plan(
-        arch=variant,
-        baseline=baseline,
-        recipe=find_recipe(recipe),
-        options=_options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads),
-        seeds=tuple(range(seeds)),
-        command=shlex.join(["selab", *sys.argv[1:]]),
-    )
-    images = _open_data(data, data_dir, download=download, recipe=plan.recipe)
-    growing = comparing.Comparison(plan, images, out=out)
-    store.check_writable(growing.path, replace=replace)
-    finished = growing.take_over()
-    with _reporting(_console(stderr=True), _describe_training) as report, redirect_stdout(sys.stderr):
-        if finished:
-            report(f"{finished} of {seeds} seeds are finished already", None)
-        growing.run(report)
-    record = read_accuracy_record(growing.path)
-    if json_to is not None and str(json_to) == "-":
-        sys.stdout.buffer.write(to_json(record))
-        return
-    if json_to is not None:
-        store.write_atomically(json_to, to_json(record))
-    if latency:
-        with _reporting(_console(stderr=True)) as report:
-            growing.measure(report)
-    beside = comparing.compared(record, out / record.machine.name)
-    _print(accuracy_tables.comparison_grid(beside), accuracy_tables.seeds_grid(record))
-    typer.echo(f"record: {growing.path}")
-    return
-
-
-def _options(
-    device: Device,
-    amp: "Amp",
-    channels_last: bool,
-    compiled: bool,
-    accumulate: int,
-    epochs: int | None,
-    batch: int | None,
-    threads: int | None,
-) -> "Options":
-    from selab.accuracy_record import Options
-    from selab.measure.passes import check_device
-
-    check_device(device.value)
-    return Options(
-        device=device.value,
-        amp=amp.value,
-        channels_last=channels_last,
-        compiled=compiled,
-        accumulate=accumulate,
-        epochs=epochs,
-        batch=batch,
-        threads=threads,
-    )
-
-
-def _open_data(name: "DataName", folder: Path, *, download: bool, recipe: "Recipe | None" = None) -> "Data":
-    from selab.accuracy.data import open_data
-
-    console = _console(stderr=True)
-    return open_data(
-        name.value,
-        data_dir=folder,
-        download=download,
-        image=None if recipe is None else recipe.image,
-        report=lambda text: console.print(_plain(text), highlight=False, soft_wrap=True),
-    )
-
-
-@app.command("schema")
 def schema(json_to: Json = None) -> None:
     """Print the JSON Schema of a record."""
     from selab.record import json_schema
 
-    _write_json(json_schema(), json_to or Path("-"))
+    write_json(json_schema(), json_to or Path("-"))
 
 
 # -------------------------------------------------------------------------------------------------------------- output
-
-
-def _builtins(value: object) -> Any:
-    import msgspec
-
-    return msgspec.to_builtins(value)
-
-
-def _print(*parts: object) -> None:
-    console = _console()
-    for index, part in enumerate(parts):
-        if index:
-            console.print()
-        console.print(part, highlight=False)
-
-
-def _write_json(value: object, to: Path) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    if str(to) == "-":
-        sys.stdout.write(text)
-        return
-    from selab.store import write_atomically
-
-    write_atomically(to, text.encode())
 
 
 def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Path | None) -> None:
@@ -891,7 +567,7 @@ def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Pa
     alone = str(json_to) == "-"
     if alone:
         sys.stdout.buffer.write(to_json(record))
-    consoles = [Console(file=io.StringIO(), emoji=False) if alone else _console()]
+    consoles = [Console(file=io.StringIO(), emoji=False) if alone else open_console()]
     if svg is not None:
         consoles.append(Console(record=True, width=88, file=io.StringIO(), force_terminal=True, emoji=False))
     for console in consoles:
@@ -901,56 +577,12 @@ def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Pa
             console.print(stage_grid(record.cost), highlight=False)
         console.print()
         for line in verdict_lines(record):
-            console.print(_plain(line), highlight=False, soft_wrap=False)
-        console.print(f"\nrecord: {_plain(str(path))}", highlight=False, soft_wrap=True)
+            console.print(plain(line), highlight=False, soft_wrap=False)
+        console.print(f"\nrecord: {plain(str(path))}", highlight=False, soft_wrap=True)
     if svg is not None:
         write_atomically(svg, consoles[1].export_svg(title=record.command).encode())
     if json_to is not None and not alone:
         write_atomically(json_to, to_json(record))
-
-
-@contextmanager
-def _reporting(
-    console: "Console", describe: Callable[[Any], str] | None = None
-) -> Iterator[Callable[[str, Any], None]]:
-    """Progress on standard error: a live line on a terminal, otherwise one line per stage.
-
-    The live line is drawn only when it is told something, which is between samples: a thread that turned a spinner
-    would run beside what is measured.
-    """
-    seen: set[str] = set()
-
-    def say(label: str, _state: "Progress | None") -> None:
-        if label not in seen:
-            seen.add(label)
-            console.print(f"{_plain(label)} …", highlight=False)
-
-    if not console.is_terminal:
-        yield say
-        return
-    from rich.live import Live
-    from rich.text import Text
-
-    with Live(console=console, auto_refresh=False, transient=True) as line:
-
-        def draw(label: str, state: "Progress | None") -> None:
-            line.update(Text(label if state is None else f"{label}: {(describe or _describe)(state)}"), refresh=True)
-
-        yield draw
-
-
-def _describe_training(state: "TrainingProgress") -> str:
-    left = "" if state.eta_s is None else f", {state.eta_s / 60:.0f} min left"
-    last = "" if state.last is None else f"; test top-1 {state.last.test_top1_pct:.2f} %"
-    return (
-        f"epoch {state.epoch} of {state.epochs}, step {state.step} of {state.steps}, loss {state.loss:.4f}, "
-        f"top-1 {state.top1_pct:.1f} %, {state.images_per_s:,.0f} images/s{left}{last}"
-    )
-
-
-def _describe(state: "Progress") -> str:
-    width = "" if state.half_width is None else f", ±{units.share(state.half_width, decimals=2)}"
-    return f"{state.quads} quads{width}, {state.elapsed_s:.0f} of at most {state.budget_s:.0f} s"
 
 
 if __name__ == "__main__":

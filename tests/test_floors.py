@@ -39,9 +39,9 @@ FLOORS = [
         "accuracy_tables",
         "pages",
     },
-    {"cli"},
+    {"cli", "training_commands", "console", "options"},
 ]
-TORCH_FREE = {"cli"} | FLOORS[0] | FLOORS[1]
+TORCH_FREE = FLOORS[5] | FLOORS[0] | FLOORS[1]
 
 
 def floor_of(name):

@@ -1,0 +1,93 @@
+"""The options that commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Device(StrEnum):
+    """Where to run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    """fp32, or autocast to half precision."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Mode(StrEnum):
+    """auto: forward in eval (inference), the others in train."""
+
+    auto = "auto"
+    train = "train"
+    eval = "eval"
+
+
+class Phase(StrEnum):
+    """What one call is."""
+
+    forward = "forward"
+    backward = "backward"
+    forward_backward = "forward_backward"
+
+
+class DataName(StrEnum):
+    """A data set."""
+
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    synthetic = "synthetic"
+    imagenet = "imagenet"
+    folder = "folder"
+
+
+class Amp(StrEnum):
+    """Automatic mixed precision."""
+
+    off = "off"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+DataDir = Annotated[Path, typer.Option("--data-dir", help="Where the images lie, or are downloaded to.")]
+Download = Annotated[bool, typer.Option("--download/--no-download", help="Fetch a set that is not there.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="How to train; a name, or path/to/file.toml[:NAME].")]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; its schedule shrinks with them.")]
+TrainBatch = Annotated[int | None, typer.Option(min=1, help="Images per step over all processes, not the recipe's.")]
+AmpOption = Annotated[Amp, typer.Option("--amp", help="Automatic mixed precision.")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Through torch.compile.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per step; the batch stays the same.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")]
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write JSON to this file, or to - for standard output.")]
+Arch = Annotated[
+    str,
+    typer.Option(
+        "--arch",
+        help="A name from `selab archs`, path/to/family.toml[:variant], torchvision:NAME, timm:NAME, "
+        "path/to/file.py:callable or package.module:callable.",
+    ),
+]
+Archs = Annotated[list[str], typer.Option("--arch", help="As in `profile`; repeat it for several networks.")]
+Se = Annotated[
+    str | None,
+    typer.Option(
+        "--se", help="Put attention blocks in, or change them: KEY=VALUE,…, as reduction=8,stages=2-4 or block=eca."
+    ),
+]
+Insert = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--insert", help="Where: a site group, a pattern such as 'layer*.*.bn3', or auto; repeat it for several."
+    ),
+]
+Input = Annotated[str | None, typer.Option("--input", help="The input as CxHxW, if it is not the network's own.")]
+Positive = Annotated[int, typer.Option(min=1)]

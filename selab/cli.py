@@ -508,8 +508,6 @@ def weights_list(json_to: Json = None) -> None:
     columns = ("--arch", "--from", "called there")
     grid = Grid(title="Weights that can be converted", columns=columns, rows=rows, words=frozenset(range(3)))
     return print_parts(grid)
-        Grid(title="Weights that can be converted", columns=columns, rows=rows, words=frozenset(range(3)))
-    )
 
 
 @weights_app.command("convert")

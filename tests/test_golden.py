@@ -5,8 +5,11 @@ import re
 import pytest
 
 from selab import pages, store, tables
+from selab.accuracy_record import read_accuracy_records
+from selab.accuracy_tables import name_of
 from selab.build import build
 from selab.catalog import find, installed
+from selab.comparing import read_compared
 from selab.measure.counts import count
 from selab.profiling import counted
 from selab.record import from_json
@@ -26,7 +29,7 @@ def test_there_are_profiles(root):
 def test_costs_are_those_of_today_s_counter(root):
     fresh = {}
     for path in committed(root):
-        if path.parent.name == "acceptance":
+        if path.parent.name in ("acceptance", "accuracy"):
             continue
         record = from_json(path.read_bytes(), where=path.name)
         work = record.workload
@@ -48,11 +51,26 @@ def test_records_are_complete_fresh_and_those_of_their_samples(root):
             assert not tables.is_stale(record), path.name
 
 
+def test_comparisons_are_complete_and_fresh(root):
+    found = [one for folder in sorted((root / "profiles").iterdir()) for one in read_accuracy_records(folder)]
+    assert {record.arch for record in found} >= {"se_small_cnn", "se_resnet20_cifar"}
+    for record in found:
+        assert record.complete
+        assert "stale" not in name_of(record)
+
+
 def test_cost_tables_are_those_of_today_s_counter(root):
     """docs/tables holds every variant's cost in exact integers; `nox -s cost_tables` renders it."""
     rendered = pages.cost_pages(counted(installed()))
     committed_pages = {path.name: path.read_text() for path in (root / "docs" / "tables").glob("*")}
     assert committed_pages == rendered
+
+
+def test_the_accuracies_in_the_readme_are_rendered(root):
+    text = (root / "README.md").read_text()
+    (folder,) = {one for one in re.findall(r"\((profiles/[^)]+)\)", text) if (root / one / "accuracy").is_dir()}
+    grids = pages.named_grids("accuracy", {}, (), read_compared(root / folder))
+    assert pages.spliced(text, "accuracy", pages.page("accuracy", grids, ()), where="README.md") == text
 
 
 @pytest.mark.parametrize("name", ["added", "mobile", "paper-2"])

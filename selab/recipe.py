@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 import tomllib
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -96,6 +97,7 @@ class Recipe(Frozen, frozen=True, kw_only=True):
     Attributes:
         where: the place in the source.
         note: what the source leaves open, and what is done about it here.
+        families: of networks, which this recipe is the default for.
         optimizer: `sgd`; or `rmsprop` with the constants of Keras 2 (0.9 for the mean square, 1e-7 for epsilon).
         weight_decay: its L2 form, added to the gradient.
         decay_norm_and_bias: whether it also acts on biases and on the scales and shifts of normalisation layers.
@@ -118,6 +120,7 @@ class Recipe(Frozen, frozen=True, kw_only=True):
     source: str
     where: str
     note: str = ""
+    families: tuple[str, ...] = ()
     optimizer: Optimizer = "sgd"
     lr: _Positive
     momentum: _Share
@@ -141,9 +144,14 @@ class Recipe(Frozen, frozen=True, kw_only=True):
     cutout: _Pixels = 0
     image: ImageRecipe | None = None
 
+    def suits(self, *, in_memory: bool) -> bool:
+        """Whether it says what is done to the images of such data: in memory, or in a folder."""
+        augments = bool(self.crop_pad or self.flip or self.cutout)
+        return (self.image is None or augments) if in_memory else not augments
+
 
 # Fields that tell about a recipe and change nothing in a training.
-TELLING = ("name", "title", "source", "where", "note")
+TELLING = ("name", "title", "source", "where", "note", "families")
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -244,6 +252,31 @@ def find_recipe(word: str, *, option: str = "--recipe") -> Recipe:
     return known[name]
 
 
+def default_recipe(family: str, *, in_memory: bool) -> Recipe:
+    """The recipe for who names none: one that names the family, else a general one for such data."""
+    suiting = [recipe for recipe in recipes().values() if recipe.suits(in_memory=in_memory)]
+    general = recipes()["cifar_short" if in_memory else "imagenet_senet"]
+    return next((recipe for recipe in suiting if family in recipe.families), general)
+
+
+def check_suits(recipe: Recipe, data: str, *, in_memory: bool) -> None:
+    """Refuses a recipe whose augmentation is for the other kind of data.
+
+    Args:
+        recipe: the facts.
+        data: the data set's name, for the message.
+        in_memory: whether the data lie in memory; else in a folder of images.
+
+    Raises:
+        SpecError: the message names the recipes that there are for such data.
+    """
+    if recipe.suits(in_memory=in_memory):
+        return
+    kind, other = ("images in memory", "image folders") if in_memory else ("image folders", "images in memory")
+    fitting = ", ".join(name for name, one in recipes().items() if one.suits(in_memory=in_memory))
+    raise SpecError(f"--recipe {recipe.name}: is for {other}; for {kind}, such as {data}, take one of {fitting}")
+
+
 def _read(path: Path) -> dict[str, Recipe]:
     try:
         return parse_recipes(path.read_text(encoding="utf-8"), origin=str(path))
@@ -284,6 +317,9 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
         recipe = msgspec.convert({**table, "name": name}, Recipe)
     except msgspec.ValidationError as error:
         raise SpecError(_explained(str(error), place)) from None
+    for key, value in _numbers(msgspec.to_builtins(recipe)):
+        if not math.isfinite(value):
+            raise SpecError(f"{place}.{key}: {value}: must be finite")
     if not recipe.source.strip() or not recipe.where.strip():
         raise SpecError(f"{place}: source and where must say where the recipe stands")
     if list(recipe.milestones) != sorted(set(recipe.milestones)) or max(recipe.milestones, default=0) >= recipe.epochs:
@@ -295,6 +331,18 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
             f"{place}.warmup_epochs: {recipe.warmup_epochs:g}: must be fewer than the {recipe.epochs} epochs"
         )
     return recipe
+
+
+def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in dictionaries and lists, with its path."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int | float):
+        yield key, value
 
 
 def _explained(message: str, place: str) -> str:

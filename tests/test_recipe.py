@@ -4,8 +4,19 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
+from selab.catalog import installed
 from selab.errors import SpecError, UnknownNameError
-from selab.recipe import Recipe, adapted, find_recipe, lr_at, parse_recipes, recipe_hash, recipes
+from selab.recipe import (
+    Recipe,
+    adapted,
+    check_suits,
+    default_recipe,
+    find_recipe,
+    lr_at,
+    parse_recipes,
+    recipe_hash,
+    recipes,
+)
 
 GOOD = """
 [recipes.toy]
@@ -122,6 +133,7 @@ def test_another_budget_keeps_the_shape_of_the_schedule():
 
 def test_the_hash_is_of_what_decides_a_training():
     assert recipe_hash(toy()) == recipe_hash(toy(name="other", title="Other", source="x", where="y", note="z"))
+    assert recipe_hash(toy()) == recipe_hash(toy(families=("small_cnn",)))
     assert recipe_hash(toy()) != recipe_hash(toy(lr=0.5))
     assert recipe_hash(toy()) != recipe_hash(toy(image=None))
 
@@ -138,6 +150,8 @@ def test_the_hash_is_of_what_decides_a_training():
         ("lr = 0.4", "", "recipes.toy.lr: missing"),
         ("lr = 0.4", "lr = 0.4\nlearning = 1", "recipes.toy.learning: unknown key; allowed: title, source, where"),
         ('schedule = "step"', 'schedule = "linear"', "schedule: invalid enum value 'linear'; allowed: step, cosine"),
+        ("lr = 0.4", "lr = inf", r"recipes.toy.lr: inf: must be finite"),
+        ("rotation_deg = 0", "mean = [0.1, inf, 0.1]", r"recipes.toy.image.mean: inf: must be finite"),
         ("batch = 8", "batch = 0", "recipes.toy.batch: expected int >= 1"),
         ("milestones = [4, 8]", "milestones = [8, 4]", "must rise, and end before epoch 10"),
         ("milestones = [4, 8]", "milestones = [4, 10]", "must rise, and end before epoch 10"),
@@ -151,6 +165,53 @@ def test_errors_name_file_and_key(old, new, message):
     assert old in GOOD
     with pytest.raises(SpecError, match=message):
         parse_recipes(GOOD.replace(old, new, 1), origin="toy.toml")
+
+
+@pytest.mark.parametrize(
+    ("family", "in_memory", "name"),
+    [
+        ("small_cnn", True, "cifar_short_plain"),
+        ("vgg_cifar", True, "cifar_short"),
+        ("small_cnn", False, "imagenet_senet"),
+        ("resnet", False, "imagenet_senet"),
+        ("inception_resnet_v2", False, "imagenet_senet_299"),
+        ("inception_resnet_v2", True, "cifar_short"),
+        ("timm", True, "cifar_short"),
+    ],
+)
+def test_the_default_is_that_of_the_network_and_the_data(family, in_memory, name):
+    assert default_recipe(family, in_memory=in_memory).name == name
+
+
+def test_a_family_exists_and_has_one_default_for_each_kind_of_data():
+    families = {variant.family for variant in installed().values()}
+    for in_memory in (True, False):
+        named = [
+            family for recipe in recipes().values() if recipe.suits(in_memory=in_memory) for family in recipe.families
+        ]
+        assert set(named) <= families
+        assert len(named) == len(set(named))
+
+
+def test_a_recipe_is_for_images_in_memory_or_in_folders():
+    with pytest.raises(
+        SpecError,
+        match=r"--recipe cifar_short: is for images in memory; for image folders, such as imagenet, take one "
+        r"of imagenet_senet, imagenet_senet_299, imagenet_senet_270, imagenet_release$",
+    ):
+        check_suits(find_recipe("cifar_short"), "imagenet", in_memory=False)
+    with pytest.raises(SpecError, match=r"--recipe imagenet_senet: is for image folders; .* take one of cifar_res"):
+        check_suits(find_recipe("imagenet_senet"), "cifar10", in_memory=True)
+    # One that asks for nothing is for both.
+    for in_memory in (True, False):
+        check_suits(toy(image=None), "any", in_memory=in_memory)
+
+
+def test_inception_resnet_has_the_paper_recipe_but_for_the_size():
+    own, paper = find_recipe("imagenet_senet_299"), find_recipe("imagenet_senet")
+    assert (own.image.train_size, own.image.test_resize, own.image.test_crop) == (299, 352, 299)
+    same = msgspec.structs.replace(own, image=paper.image)
+    assert recipe_hash(same) == recipe_hash(paper)
 
 
 def test_words(tmp_path):

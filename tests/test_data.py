@@ -584,8 +584,13 @@ def test_folders_are_opened_by_their_own_room(tmp_path, monkeypatch, name):
     room = SimpleNamespace(open_folder=lambda data_dir, **asked: (data_dir, asked))
     monkeypatch.setitem(sys.modules, "selab.accuracy.folder", room)
     image = ImageRecipe(train_size=160)
-    asked = {"name": name, "image": image, "report": print}
-    assert open_data(name, data_dir=tmp_path, image=image, report=print) == (tmp_path, asked)
+    asked = {"image": image, "workers": 3, "classes_file": tmp_path / "list.txt", "report": print}
+    assert open_data(name, data_dir=tmp_path, **asked) == (tmp_path, {"name": name, **asked})
+
+
+def test_a_set_in_memory_numbers_its_classes_itself(tmp_path):
+    with pytest.raises(SelabError, match=r"--classes-file list\.txt: is for image folders; synthetic numbers"):
+        open_data("synthetic", data_dir=tmp_path, classes_file=Path("list.txt"))
 
 
 def test_folder_without_its_libraries_says_what_to_install(tmp_path, monkeypatch):

@@ -6,10 +6,12 @@ import sys
 import msgspec
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from selab.accuracy import folder
 from selab.accuracy.folder import FolderError, decode, epoch_order, find_images, open_folder, share
+from selab.accuracy.problems import Found, Problems
 from selab.errors import SelabError
 from selab.recipe import ImageRecipe
 
@@ -77,7 +79,7 @@ def test_part_of_imagenet_without_a_list_says_that_its_numbers_are_its_own(grow)
     data_dir = grow("n00000007/1.JPEG", "n00000990/1.JPEG")
     assert "not ImageNet's numbers" in find_images(data_dir, name="folder").assumed[-1]
     with pytest.raises(
-        FolderError, match=r"folders of 2 classes, not ImageNet's 1,000; give a file .* as classes_file"
+        FolderError, match=r"folders of 2 classes, not ImageNet's 1,000; give a file .* as --classes-file"
     ):
         find_images(data_dir, name="imagenet")
 
@@ -296,3 +298,50 @@ def test_without_torchvision_one_line_says_what_to_do(grow, monkeypatch):
     with pytest.raises(FolderError) as caught:
         open_folder(grow("a/1.jpg"), name="folder")
     assert str(caught.value) == "folders of images need torchvision; pip install 'selab[imagenet]'"
+
+
+# ------------------------------------------------------------------------------------------------------------ problems
+
+
+@pytest.fixture
+def opened(grow, plain_transforms):
+    """Two good images, one that is none and one grey one, opened."""
+    root = grow("val/a/1.jpg", "val/a/2.jpg", content=jpeg())
+    grow("val/b/no.jpg")
+    grow("val/b/grey.jpg", content=jpeg("L"))
+    return open_folder(root, name="folder", image=ImageRecipe(test_resize=16, test_crop=16), workers=0)
+
+
+def test_all_processes_hear_of_what_each_has_found(opened, monkeypatch):
+    assert sum(len(labels) for _, labels in opened.test_batches(batch=2, device=torch.device("cpu"))) == 3
+    assert opened.share_problems() == opened.problems
+    others = {kind: set() for kind in Problems.__struct_fields__} | {"grey": {"val/b/grey.jpg", "val/a/3.jpg"}}
+
+    def gather(told, own):
+        told[:] = [own, others]
+
+    monkeypatch.setattr(folder.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(folder.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(folder.dist, "all_gather_object", gather)
+    found = opened.share_problems()
+    assert (found.corrupt.first, found.grey.first) == (("val/b/no.jpg",), ("val/a/3.jpg", "val/b/grey.jpg"))
+    assert found.words == "1 left out (val/b/no.jpg), 2 grey, 0 CMYK"
+
+
+def test_many_problems_are_counted_and_five_named():
+    corrupt = Found(count=1_200, first=tuple(f"train/b/{number}.jpg" for number in range(5)))
+    problems = Problems(corrupt=corrupt, truncated=Found(count=1, first=("train/a/x.jpg",)), other=Found(count=2))
+    names = "train/a/x.jpg, train/b/0.jpg, train/b/1.jpg, train/b/2.jpg, train/b/3.jpg"
+    assert problems.words == f"1,201 left out ({names} and 1,196 more), 0 grey, 0 CMYK, 2 of other colours"
+    assert Problems().words == "0 left out, 0 grey, 0 CMYK"
+
+
+@pytest.mark.parametrize(
+    ("cores", "local", "workers"), [(64, None, 8), (6, None, 6), (64, "8", 8), (8, "4", 2), (1, "4", 1)]
+)
+def test_the_usual_workers_share_the_cores(monkeypatch, cores, local, workers):
+    monkeypatch.setattr(folder, "_cores", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert folder.usual_workers() == workers

@@ -260,6 +260,8 @@ def open_data(
     data_dir: Path,
     download: bool = True,
     image: ImageRecipe | None = None,
+    workers: int | None = None,
+    classes_file: Path | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Data:
     """Finds a data set, or downloads it.
@@ -268,13 +270,17 @@ def open_data(
         name: one of `NAMES`. `folder` is any folder of images, `imagenet` one with ImageNet's classes.
         data_dir: where it lies, or is downloaded to; `synthetic` needs none.
         download: whether it may be downloaded; image folders never are.
-        image: how an image folder's images are cropped, as a recipe says.
+        image: what is done to an image folder's images, as a recipe says.
+        workers: processes that decode an image folder's images; None for the usual number.
+        classes_file: names of an image folder's classes, one a line, in the order of their numbers.
         report: is given sentences: how far the download is, what was found.
 
     Raises:
         UnknownNameError: no such name.
         SelabError: it is not there and cannot be had, or is damaged.
     """
+    if classes_file is not None and name in (*LAYOUTS, "synthetic"):
+        raise SelabError(f"--classes-file {classes_file}: is for image folders; {name} numbers its classes itself")
     if name in LAYOUTS:
         return _cifar_set(name, data_dir, download=download, report=report)
     if name == "synthetic":
@@ -286,7 +292,7 @@ def open_data(
             raise SelabError(
                 f"{name}: needs {error.name}, which is not installed; pip install 'selab[imagenet]'"
             ) from None
-        return open_folder(data_dir, name=name, image=image, report=report)
+        return open_folder(data_dir, name=name, image=image, workers=workers, classes_file=classes_file, report=report)
     raise UnknownNameError(f"{name}: no such data set{nearest(name, NAMES)}")
 
 

@@ -25,14 +25,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from selab.accuracy.problems import NAMED, Found, Problems
 from selab.errors import SelabError, nearest
 from selab.recipe import ImageRecipe
-from selab.record import Frozen
 from selab.store import read_text
 
 Kind = Literal["corrupt", "truncated", "grey", "cmyk", "other"]
@@ -43,45 +44,11 @@ _WNID = re.compile(r"n\d{8}")
 _CLASSES_FILES = ("imagenet_wnids.txt", "classes.txt")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"}
 _SAMPLED = 64  # files of a split whose content enters its identity
-_NAMED = 5  # files of a kind that are named
+_MOST_WORKERS = 8  # by default
 
 
 class FolderError(SelabError):
     """A folder of images cannot be used, or changed while it was; the message names the file or folder."""
-
-
-# ------------------------------------------------------------------------------------------------------------ problems
-
-
-class Found(Frozen, frozen=True, kw_only=True):
-    """How many files have one peculiarity, and the first of them by name, below the data's folder."""
-
-    count: int = 0
-    first: tuple[str, ...] = ()
-
-
-class Problems(Frozen, frozen=True, kw_only=True):
-    """What was peculiar among the images that have been read so far; each file counts once.
-
-    Attributes:
-        corrupt: cannot be decoded. In evaluation such an image is left out, in training another one of its class
-            stands in its place.
-        truncated: ends too early; treated like a corrupt one.
-        grey: has one channel; converted.
-        cmyk: is in print colours; converted.
-        other: has a palette, an alpha channel or another colour space; converted.
-    """
-
-    corrupt: Found = Found()
-    truncated: Found = Found()
-    grey: Found = Found()
-    cmyk: Found = Found()
-    other: Found = Found()
-
-    @property
-    def unreadable(self) -> int:
-        """How many files could not be used."""
-        return self.corrupt.count + self.truncated.count
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -208,14 +175,14 @@ def _is_imagenet(classes: tuple[str, ...]) -> bool:
 def _numbering(data_dir: Path, name: str, classes: tuple[str, ...], folders: list[str], file: Path | None) -> str:
     if name == "imagenet" and not _is_imagenet(classes):
         there = f"{file} names" if file is not None else f"{data_dir} has the folders of"
-        ask = "give a file of all their wnids, one a line, as classes_file"
+        ask = "give a file of all their wnids, one a line, as --classes-file"
         raise FolderError(
             f"{there} {len(classes):,} classes, not ImageNet's 1,000; {ask}, or as {data_dir / _CLASSES_FILES[0]}"
         )
     if file is not None:
         return f"classes are numbered by the {len(classes):,} lines of {file}; {len(folders):,} of them have folders"
     if all(map(_WNID.fullmatch, folders)) and not _is_imagenet(classes):
-        of_own = "not ImageNet's numbers; a file of those, as classes_file, gives them"
+        of_own = "not ImageNet's numbers; a file of those, as --classes-file, gives them"
         return f"classes are numbered by their sorted folders, 0 to {len(classes) - 1}: {of_own}"
     return f"classes are numbered by their sorted folders, 0 to {len(classes) - 1}"
 
@@ -225,8 +192,8 @@ def _check_known(root: Path, folders: list[str], classes: tuple[str, ...], file:
     unknown = [name for name in folders if name not in known]
     if unknown:
         where = "the folder train" if file is None else str(file)
-        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
-        names = ", ".join(map(_printable, unknown[:_NAMED])) + more
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+        names = ", ".join(map(_printable, unknown[:NAMED])) + more
         raise FolderError(f"{root}: {names}: no such class in {where}{nearest(unknown[0], classes)}")
 
 
@@ -541,11 +508,17 @@ class ImageFolder:
     def problems(self) -> Problems:
         """What was peculiar among the images that this process has taken so far."""
         return Problems(
-            **{
-                kind: Found(count=len(files), first=tuple(sorted(files)[:_NAMED]))
-                for kind, files in self._found.items()
-            }
+            **{kind: Found(count=len(files), first=tuple(sorted(files)[:NAMED])) for kind, files in self._found.items()}
         )
+
+    def share_problems(self) -> Problems:
+        """Tells all processes of a training what each of them has found; every one calls it."""
+        if dist.is_available() and dist.is_initialized():
+            told: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(told, self._found)
+            for kind, files in self._found.items():
+                files.update(*(each[kind] for each in told))
+        return self.problems
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -646,7 +619,7 @@ class ImageFolder:
                 batch = next(loaded, None)
             except RuntimeError as error:
                 told = str(error).partition("\n")[0]
-                raise FolderError(f"{images.split.root}: loading failed: {told}; try fewer workers") from error
+                raise FolderError(f"{images.split.root}: loading failed: {told}; try a smaller --workers") from error
             if batch is None:
                 return
             for finding in batch.findings:
@@ -660,7 +633,7 @@ class ImageFolder:
 
     def _note(self, finding: _Finding) -> None:
         files = self._found[finding.kind]
-        if finding.reason and finding.file not in files and len(files) < _NAMED and self._report is not None:
+        if finding.reason and finding.file not in files and len(files) < NAMED and self._report is not None:
             self._report(f"{finding.file}: cannot be decoded: {finding.reason}")
         files.add(finding.file)
 
@@ -679,7 +652,7 @@ def open_folder(
     *,
     name: str,
     image: ImageRecipe | None = None,
-    workers: int = 4,
+    workers: int | None = None,
     classes_file: Path | None = None,
     report: Callable[[str], None] | None = None,
 ) -> ImageFolder:
@@ -689,7 +662,8 @@ def open_folder(
         data_dir: holds `train` and `val`, `val` alone, or class folders; see `find_images`.
         name: `imagenet` for ImageNet or a part of it, with its numbering; any other for any other folder.
         image: what is done to the images; by default `ImageRecipe()`.
-        workers: processes that decode, at most one per core; 0 for none. They change nothing but the speed.
+        workers: processes that decode, at most one per core; 0 for none; None for `usual_workers()`. They change
+            nothing but the speed.
         classes_file: names of all classes, one a line, in the order of their numbers.
         report: is given each sentence.
 
@@ -697,6 +671,8 @@ def open_folder(
         FolderError: torchvision is not installed, or as `find_images`.
         RecordError: the file of classes cannot be read.
     """
+    if workers is None:
+        workers = usual_workers()
     if workers < 0:
         raise FolderError(f"workers: {workers}; must be 0 or more")
     _transforms()
@@ -724,6 +700,11 @@ def _title(listing: Listing, data_dir: Path, name: str) -> str:
         return "ImageNet"
     part = f"{train:,} training and " if train else ""
     return f"ImageNet, {part}{val:,} test images"
+
+
+def usual_workers() -> int:
+    """Processes that decode for this one: its share of the cores among those that torchrun started here, at most 8."""
+    return min(_MOST_WORKERS, max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _cores() -> int:

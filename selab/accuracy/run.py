@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from selab import __version__
+from selab.accuracy.problems import Problems
 from selab.accuracy_record import Accuracy, DataFacts, Epoch, Options
 from selab.errors import SelabError
 from selab.recipe import TELLING, Recipe
@@ -73,6 +74,8 @@ class Training(Frozen, frozen=True, kw_only=True):
         weights: the path of the safetensors file.
         world: processes at the end.
         torch: its version at the end.
+        problems: what was peculiar among the images that were read since the training last went on; None for images in
+            memory.
     """
 
     arch: str
@@ -90,6 +93,7 @@ class Training(Frozen, frozen=True, kw_only=True):
     world: int
     torch: str
     selab: str
+    problems: Problems | None = None
 
 
 class Checkpoint(Frozen, frozen=True, kw_only=True):

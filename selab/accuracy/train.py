@@ -30,6 +30,7 @@ from selab.accuracy.data import Data
 from selab.accuracy.distributed import PATIENCE_S, Group, join, lost_another
 from selab.accuracy.evaluate import evaluate
 from selab.accuracy.optim import Average, draw_he, optimizer_of
+from selab.accuracy.problems import Problems
 from selab.accuracy.run import (
     Asked,
     Checkpoint,
@@ -44,7 +45,7 @@ from selab.accuracy_record import Accuracy, DataFacts, Epoch, Options
 from selab.build import build
 from selab.errors import ModelError, OutOfMemoryError, SelabError
 from selab.probe import first_line
-from selab.recipe import Recipe, adapted, lr_at, recipe_hash
+from selab.recipe import ImageRecipe, Recipe, adapted, lr_at, recipe_hash
 from selab.record import Frozen
 from selab.spec import Variant
 
@@ -53,6 +54,8 @@ __all__ = ["Epoch", "Options", "Progress", "Training", "TrainingError", "Trainin
 _AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # About as often a training is looked at: for that the host has to wait for the device.
 _LOOK_S = 0.5
+# Test images of a folder in one pass of one process.
+_FOLDER_TEST_BATCH = 256
 
 
 class Progress(Frozen, frozen=True, kw_only=True):
@@ -148,6 +151,8 @@ def train(
 
 def _check(asked: Asked, group: Group) -> None:
     recipe, options, data = asked.recipe, asked.options, asked.data
+    if not data.train_size:
+        raise TrainingError(f"{data.title}: holds no training images; put them into a folder train beside val")
     parts = group.world * options.accumulate
     if options.accumulate < 1 or recipe.batch % parts:
         raise TrainingError(
@@ -213,6 +218,8 @@ class _Engine:
         self.data, self.asked, self.group, self.folder = data, asked, group, folder
         self.recipe, self.options = asked.recipe, asked.options
         self.report, self.clock = report, clock
+        # An image folder says what is done to its images; a set in memory has no such thing.
+        self.image: ImageRecipe | None = getattr(data, "image", None)
         model, self.facts = _network(variant, data, self.recipe, asked.seed)
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         self.model = model.to(group.device, memory_format=layout)  # type: ignore[call-overload]
@@ -267,9 +274,11 @@ class _Engine:
                 self._end_epoch(self._train_epoch(stop), drawn)
                 if stop.wanted and self.epoch < self.recipe.epochs:
                     raise self._stopped()
-        return self.group.on_first(self._finish)
+        share_problems: Any = getattr(self.data, "share_problems", None)
+        problems = None if share_problems is None else share_problems()
+        return self.group.on_first(lambda: self._finish(problems))
 
-    def _finish(self) -> Training:
+    def _finish(self, problems: Problems | None) -> Training:
         assert self.test is not None
         training = Training(
             arch=self.asked.arch,
@@ -285,12 +294,15 @@ class _Engine:
             seconds=self._seconds(),
             weights=str(self.folder.weights),
             world=self.group.world,
+            problems=problems,
             **versions(),
         )
         metadata = {
             "arch": self.facts.name,
             # Of the network that is in the file: with the data's classes and image size.
             "facts_hash": self.facts.facts_hash,
+            "num_classes": str(self.facts.num_classes),
+            "input_chw": "x".join(map(str, self.facts.input_chw)),
             "data": self.data.name,
             "data_sha256": self.data.sha256,
             "recipe": self.recipe.name,
@@ -298,6 +310,8 @@ class _Engine:
             "seed": str(self.asked.seed),
             **versions(),
         }
+        if self.image is not None:
+            metadata["image"] = msgspec.json.encode(self.image).decode()
         with self._averaged():
             return self.folder.finish(training, self.model.state_dict(), metadata)
 
@@ -363,9 +377,9 @@ class _Engine:
             self.test = evaluate(
                 self.model,
                 self.data,
-                # Without gradients so many take no more memory than a training step.
-                batch=4 * self.recipe.batch // self.options.accumulate,
+                batch=self._test_batch(),
                 device=self.group.device,
+                amp=self.options.amp,
                 channels_last=self.options.channels_last,
             )
         self.test_s = self.clock() - began
@@ -400,6 +414,13 @@ class _Engine:
                 last=epoch,
             )
             self.report(told)
+
+    def _test_batch(self) -> int:
+        """Images per pass of a test, over all ranks."""
+        # Without gradients so many take no more memory than a training step.
+        batch = 4 * self.recipe.batch // self.options.accumulate
+        # One process decodes a folder's batch, and several batches wait in shared memory.
+        return batch if self.image is None else min(batch, _FOLDER_TEST_BATCH * self.group.world)
 
     # ---------------------------------------------------------------------------------------------------------- looking
 

@@ -98,8 +98,9 @@ def loaded(variant: Variant, data: Data, weights: Path) -> nn.Module:
     Raises:
         SelabError: as `selab.build.build` and `selab.weights.load`.
     """
-    model = build(fitted(variant, data)).model
-    load(model, weights, variant=variant)
+    fitting = fitted(variant, data)
+    model = build(fitting).model
+    load(model, weights, variant=variant, fitted=fitting)
     return model
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+import msgspec
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,7 @@ from selab import __version__, catalog
 from selab.build import build
 from selab.errors import SelabError
 from selab.keys import Port, port_for, renamed
+from selab.recipe import ImageRecipe
 from selab.spec import Variant
 from selab.store import write_atomically
 
@@ -120,14 +122,22 @@ def convert(
     return Conversion(port=port, renamed=steps, filled=filled, metadata=metadata)
 
 
-def load(model: nn.Module, weights: Path | Mapping[str, Tensor], *, variant: Variant | None = None) -> None:
+def load(
+    model: nn.Module,
+    weights: Path | Mapping[str, Tensor],
+    *,
+    variant: Variant | None = None,
+    fitted: Variant | None = None,
+) -> None:
     """Loads weights into a network, all or none; only counters of seen batches may be missing.
 
     Args:
         model: gets the values, on its own device and in its own precision.
         weights: a file, or a state dict.
-        variant: what the network was built from. A file that was converted for other facts is refused: its tensors may
-            fit and mean something else.
+        variant: what the network was built from. A file of other facts is refused: its tensors may fit and mean
+            something else. A file that was trained here may be of images of another height and width.
+        fitted: the variant with the data's classes and image size, where the network was built from that; a file of
+            either is taken.
 
     Raises:
         WeightsError: the file cannot be read, or is refused; a tensor is missing, unexpected, or of another shape. The
@@ -135,7 +145,7 @@ def load(model: nn.Module, weights: Path | Mapping[str, Tensor], *, variant: Var
     """
     where = str(weights) if isinstance(weights, Path) else "the state dict"
     if isinstance(weights, Path) and variant is not None:
-        _check_made_for(variant, read_metadata(weights), where)
+        _check_made_for(variant, fitted or variant, read_metadata(weights), where)
     state = read_state(weights) if isinstance(weights, Path) else dict(weights)
     expected = model.state_dict()
     missing = [key for key in expected if key not in state and not _is_counter(key)]
@@ -166,14 +176,27 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         WeightsError: the file cannot be read.
     """
+    _check_readable(path)
     if path.suffix != ".safetensors":
         return {}
-    _check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: is broken or no safetensors file ({_line(error)}); get it again") from None
+
+
+def read_image_recipe(path: Path) -> ImageRecipe | None:
+    """What was done to the images that the weights in a file were trained on; None where the file does not say so.
+
+    Raises:
+        WeightsError: the file cannot be read, or says what cannot be.
+    """
+    told = read_metadata(path).get("image")
+    try:
+        return None if told is None else msgspec.json.decode(told, type=ImageRecipe)
+    except msgspec.DecodeError as error:
+        raise WeightsError(f"{path}: its metadata's image: {_line(error)}; get the file again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -368,9 +391,31 @@ def _check_target(path: Path, source: Path, *, replace: bool) -> None:
         raise WeightsError(f"{path}: exists; give --replace to write over it, or name another file")
 
 
-def _check_made_for(variant: Variant, metadata: Mapping[str, str], where: str) -> None:
+def _check_made_for(variant: Variant, fitted: Variant, metadata: Mapping[str, str], where: str) -> None:
     made_for = metadata.get("facts_hash")
-    if made_for is not None and made_for != variant.facts_hash:
-        name = metadata.get("arch", "another network")
+    if made_for in (None, variant.facts_hash, fitted.facts_hash):
+        return
+    name = metadata.get("arch", "another network")
+    if "recipe_hash" not in metadata:
         reason = f"{name} as its facts were then" if name == variant.name else name
         raise WeightsError(f"{where}: was converted for {reason}, not for {variant.name}; convert it again")
+    trained = _as_trained(variant, metadata)
+    told = f"{where}: is of {name}" if trained is None else f"{where}: is of {name} with {_size(trained)}"
+    if trained is None or trained.facts_hash != made_for:
+        other = "as its facts were then; train it again" if name == variant.name else f"not of {variant.name}"
+        raise WeightsError(f"{told}, {other}")
+    if (trained.num_classes, trained.input_chw[0]) != (fitted.num_classes, fitted.input_chw[0]):
+        raise WeightsError(f"{told}; asked for are {_size(fitted)}: give the data that it was trained on")
+
+
+def _as_trained(variant: Variant, metadata: Mapping[str, str]) -> Variant | None:
+    """The variant with the classes and the image size that a file tells of; None where it tells none."""
+    told = re.fullmatch(r"(\d+) (\d+)x(\d+)x(\d+)", f"{metadata.get('num_classes')} {metadata.get('input_chw')}")
+    if told is None:
+        return None
+    classes, channels, height, width = map(int, told.groups())
+    return msgspec.structs.replace(variant, num_classes=classes, input_chw=(channels, height, width))
+
+
+def _size(variant: Variant) -> str:
+    return f"{variant.num_classes} classes, {'×'.join(map(str, variant.input_chw))}"

@@ -5,8 +5,9 @@ import random
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -16,16 +17,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from selab import weights
+from selab import comparing, weights
 from selab.accuracy import run as run_files
 from selab.accuracy.data import Augmentation, ImageSet
 from selab.accuracy.evaluate import evaluate
 from selab.accuracy.optim import Average, draw_he, optimizer_of
+from selab.accuracy.problems import Found, Problems
 from selab.accuracy.run import opened
 from selab.accuracy.train import Options, TrainingError, TrainingStoppedError, train
 from selab.build import build
 from selab.errors import DeviceError, InsertionError, ModelError, RecordError, SelabError
-from selab.recipe import Recipe, lr_at
+from selab.recipe import ImageRecipe, Recipe, lr_at
 from selab.spec import read_family
 
 FAMILY = """
@@ -255,7 +257,57 @@ def test_weights_know_what_they_are_of(run, family):
     assert training.facts_hash == family["se_plain"].facts_hash != fitting.facts_hash
 
 
-def test_channels_last_and_half_precision(run):
+def test_weights_are_loaded_for_the_images_that_they_were_trained_on(run, family):
+    training = run()
+    path, variant = Path(training.weights), family["plain"]
+    found = evaluate(comparing.loaded(variant, images(), path), images(), batch=TEST)
+    assert found.top1_correct == training.test.top1_correct
+    # Of the size of an image the tensors know nothing where they fit.
+    comparing.loaded(variant, SimpleNamespace(num_classes=4, input_chw=(3, 9, 9)), path)
+    here, of = f"{path}: is of plain", "with 4 classes, 3×8×8"
+    changed = msgspec.structs.replace(variant, arguments={"lively": False})
+    for one, data, message in (
+        (
+            variant,
+            images(classes=5),
+            f"{here} {of}; asked for are 5 classes, 3×8×8: give the data that it was trained on",
+        ),
+        (family["se_plain"], images(), f"{here} {of}, not of se_plain"),
+        (changed, images(), f"{here} {of}, as its facts were then; train it again"),
+    ):
+        with pytest.raises(weights.WeightsError) as caught:
+            comparing.loaded(one, data, path)
+        assert str(caught.value) == message
+
+
+def test_weights_of_a_folder_know_how_its_images_were_prepared(run):
+    plain = run(folder="plain", epochs=1)
+    assert weights.read_image_recipe(Path(plain.weights)) is None
+    assert plain.problems is None
+    data, image = images(), ImageRecipe(std=(1.0, 1.0, 1.0), test_resize=352, test_crop=299)
+    problems = Problems(grey=Found(count=1, first=("val/a/1.jpg",)))
+    for name, value in (("image", image), ("share_problems", lambda: problems)):
+        object.__setattr__(data, name, value)
+    training = run(data=data, epochs=1)
+    assert weights.read_image_recipe(Path(training.weights)) == image
+    assert training.problems == problems
+    assert run(data=data, epochs=1) == training
+
+
+def test_tests_of_a_folder_take_few_images_at_a_time(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "selab.accuracy.train.evaluate", lambda *things, **how: asked.append(how["batch"]) or evaluate(*things, **how)
+    )
+    monkeypatch.setattr("selab.accuracy.train._FOLDER_TEST_BATCH", 8)
+    data = images()
+    run(folder="memory", data=data, epochs=1)
+    object.__setattr__(data, "image", ImageRecipe())
+    run(folder="files", data=data, epochs=1)
+    assert asked == [64, 8]
+
+
+def test_channels_last_and_half_precision(run, family):
     plain = run(folder="plain")
     torch.testing.assert_close(tensors(plain), tensors(run(folder="nhwc", channels_last=True)), rtol=1e-4, atol=1e-5)
     for amp in ("bf16", "fp16"):
@@ -263,6 +315,11 @@ def test_channels_last_and_half_precision(run):
         # Eight bits of mantissa in bf16: a percent or so, over 18 steps.
         assert half.epochs[-1].train_loss == pytest.approx(plain.epochs[-1].train_loss, rel=0.03)
         assert not same(plain, half)
+        # It is tested as it was trained.
+        model = build(msgspec.structs.replace(family["plain"], num_classes=4)).model
+        weights.load(model, Path(half.weights))
+        assert half.test == evaluate(model, images(), batch=64, amp=amp)
+        assert half.test.loss != evaluate(model, images(), batch=64).loss
 
 
 @pytest.mark.slow
@@ -570,6 +627,13 @@ def test_out_of_memory_says_how_to_split(run, monkeypatch):
 def test_impossible_batches(run, changes, message):
     with pytest.raises(TrainingError, match=message):
         run(options=msgspec.structs.replace(OPTIONS, **changes))
+
+
+def test_data_for_evaluation_alone(run):
+    data = images()
+    alone = replace(data, train_images=data.train_images[:0], train_labels=data.train_labels[:0])
+    with pytest.raises(TrainingError, match="tiny: holds no training images; put them into a folder train beside val"):
+        run(data=alone)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

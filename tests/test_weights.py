@@ -10,7 +10,7 @@ from selab import __version__, keys, weights
 from selab.build import build
 from selab.catalog import installed
 from selab.errors import SelabError, UnknownNameError
-from selab.weights import WeightsError, convert, load, read_metadata, read_state
+from selab.weights import WeightsError, convert, load, read_image_recipe, read_metadata, read_state
 
 # MobileNetV3-Small has SE of 1x1 convolutions, hidden and last layer, and is small.
 SMALL = {"source": "torchvision", "arch": "mobilenet_v3_small"}
@@ -380,3 +380,10 @@ class TestLoad:
         other = installed()["mobilenetv3_small_100"]
         with pytest.raises(WeightsError, match="was converted for mobilenet_v3_small, not for mobilenetv3_small_100"):
             load(model, converted, variant=other)
+
+    @pytest.mark.parametrize("told", ["no JSON", '{"test_crop": 0}', '{"crop": 1}'])
+    def test_metadata_that_tell_of_no_image_recipe(self, tmp_path, told):
+        path = tmp_path / "odd.safetensors"
+        save_file({"a": torch.zeros(1)}, path, {"image": told})
+        with pytest.raises(WeightsError, match=r"odd\.safetensors: its metadata's image: .*; get the file again"):
+            read_image_recipe(path)

@@ -47,6 +47,11 @@ class DataName(StrEnum):
     imagenet = "imagenet"
     folder = "folder"
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether its images have one size and lie in memory; else they are files in a folder."""
+        return self not in (DataName.imagenet, DataName.folder)
+
 
 class Amp(StrEnum):
     """Automatic mixed precision."""
@@ -58,7 +63,35 @@ class Amp(StrEnum):
 
 DataDir = Annotated[Path, typer.Option("--data-dir", help="Where the images lie, or are downloaded to.")]
 Download = Annotated[bool, typer.Option("--download/--no-download", help="Fetch a set that is not there.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="How to train; a name, or path/to/file.toml[:NAME].")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", min=0, help="Processes that decode an image folder's images; one per core, at most 8, by default."
+    ),
+]
+ClassesFile = Annotated[
+    Path | None,
+    typer.Option("--classes-file", help="The classes of an image folder, one a line, in the order of their numbers."),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="How to train; a name, or path/to/file.toml[:NAME]. By default one for the network and the data.",
+    ),
+]
+ImageRecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", help="Prepare an image folder's images as this recipe does, not as the weights were trained."
+    ),
+]
+Resize = Annotated[
+    int | None, typer.Option("--resize", min=1, help="An image folder's images: the shorter side, in pixels.")
+]
+Crop = Annotated[
+    int | None, typer.Option("--crop", min=1, help="An image folder's images: side of the centre crop, in pixels.")
+]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; its schedule shrinks with them.")]
 TrainBatch = Annotated[int | None, typer.Option(min=1, help="Images per step over all processes, not the recipe's.")]
 AmpOption = Annotated[Amp, typer.Option("--amp", help="Automatic mixed precision.")]

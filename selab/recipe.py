@@ -72,6 +72,12 @@ class ImageRecipe(Frozen, frozen=True, kw_only=True):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     balanced: bool = False
 
+    @property
+    def test_words(self) -> str:
+        """`resize 256, crop 224, bilinear, mean 0.485 0.456 0.406, std 1 1 1`."""
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"resize {self.test_resize}, crop {self.test_crop}, {self.interpolation}, mean {mean}, std {std}"
+
     def __post_init__(self) -> None:
         # A ValueError becomes a message with the key's path where a recipe is read from a TOML.
         for key in ("train_size", "test_resize", "test_crop"):

@@ -15,24 +15,31 @@ from selab.options import (
     AmpOption,
     Arch,
     ChannelsLast,
+    ClassesFile,
     Compiled,
+    Crop,
     DataDir,
     DataName,
     Device,
     Download,
     Epochs,
+    ImageRecipeName,
     Json,
     Positive,
     RecipeName,
+    Resize,
     Threads,
     TrainBatch,
+    Workers,
 )
 
 if TYPE_CHECKING:
     from selab.accuracy.data import Data
+    from selab.accuracy.problems import Problems
     from selab.accuracy.train import Progress
     from selab.accuracy_record import Options
-    from selab.recipe import Recipe
+    from selab.recipe import ImageRecipe, Recipe
+    from selab.spec import Variant
 
 
 def train(
@@ -40,7 +47,9 @@ def train(
     data: DataName = DataName.cifar10,
     data_dir: DataDir = Path("data"),
     download: Download = True,
-    recipe: RecipeName = "cifar_short",
+    workers: Workers = None,
+    classes_file: ClassesFile = None,
+    recipe: RecipeName = None,
     seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and dropout.")] = 0,
     epochs: Epochs = None,
     batch: TrainBatch = None,
@@ -57,11 +66,10 @@ def train(
     variant = find(arch)
     from selab import comparing
     from selab.accuracy.train import train as train_one
-    from selab.recipe import find_recipe
 
+    chosen = _recipe_of(recipe, variant, data)
     options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
-    chosen = find_recipe(recipe)
-    images = _open_data(data, data_dir, download=download, recipe=chosen)
+    images = _open_data(data, data_dir, download, workers, classes_file, chosen.image)
     folder = comparing.folder_of(variant, images, chosen, options, seed, out=out)
     with reporting(open_console(stderr=True), training_words) as report, redirect_stdout(sys.stderr):
         done = train_one(
@@ -77,7 +85,9 @@ def train(
         return write_json(builtins(done), json_to)
     low, high = done.test.top1_interval_pct
     typer.echo(f"{variant.name}: top-1 {done.test.top1_pct:.2f} % [{low:.2f}, {high:.2f}], loss {done.test.loss:.4f}")
+    typer.echo(f"recipe: {chosen.name}")
     typer.echo(f"weights: {done.weights}")
+    _tell_problems(done.problems)
     return None
 
 
@@ -87,6 +97,11 @@ def evaluate(
     data: DataName = DataName.cifar10,
     data_dir: DataDir = Path("data"),
     download: Download = True,
+    workers: Workers = None,
+    classes_file: ClassesFile = None,
+    recipe: ImageRecipeName = None,
+    resize: Resize = None,
+    crop: Crop = None,
     batch: Positive = 500,
     device: Device = Device.cpu,
     amp: AmpOption = Amp.off,
@@ -98,24 +113,38 @@ def evaluate(
     from selab.accuracy.evaluate import evaluate as evaluate_one
     from selab.comparing import loaded
 
-    images = _open_data(data, data_dir, download=download)
+    prepared, whose = _preparation(data, weights, recipe, resize, crop)
+    images = _open_data(data, data_dir, download, workers, classes_file, prepared)
     with redirect_stdout(sys.stderr), reporting(open_console(stderr=True)) as report:
         report(f"evaluating {variant.name} on {images.title}", None)
         model = loaded(variant, images, weights).to(device.value)
         found = evaluate_one(
             model, images, batch=batch, device=device.value, amp=amp.value, channels_last=channels_last
         )
+    problems: Problems | None = getattr(images, "problems", None)
     if json_to is not None:
-        return write_json({"arch": variant.name, "data": images.title, **builtins(found)}, json_to)
+        told = {
+            "arch": variant.name,
+            "data": images.title,
+            "data_sha256": images.sha256,
+            "prepared": builtins(prepared),
+            "prepared_by": whose,
+            **builtins(found),
+            "top1_interval_pct": found.top1_interval_pct,
+            "top5_interval_pct": found.top5_interval_pct,
+            "problems": builtins(problems),
+        }
+        return write_json(told, json_to)
     low, high = found.top1_interval_pct
     typer.echo(f"{variant.name} on {images.title}, {found.images:,} images")
+    if prepared is not None:
+        typer.echo(f"images: {prepared.test_words} ({whose})")
     typer.echo(f"top-1 {found.top1_pct:.2f} % [{low:.2f}, {high:.2f}]")
     if found.top5_pct is not None and found.top5_interval_pct is not None:
         low, high = found.top5_interval_pct
         typer.echo(f"top-5 {found.top5_pct:.2f} % [{low:.2f}, {high:.2f}]")
     typer.echo(f"loss {found.loss:.4f}; intervals of 95 % (Wilson) over images")
-    for name in found.skipped:
-        typer.echo(f"skipped, cannot be read: {name}", err=True)
+    _tell_problems(problems)
     return None
 
 
@@ -124,7 +153,9 @@ def compare(
     data: DataName = DataName.cifar10,
     data_dir: DataDir = Path("data"),
     download: Download = True,
-    recipe: RecipeName = "cifar_short",
+    workers: Workers = None,
+    classes_file: ClassesFile = None,
+    recipe: RecipeName = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on; 5 for what you publish.")] = 3,
     epochs: Epochs = None,
     batch: TrainBatch = None,
@@ -148,19 +179,18 @@ def compare(
         find(one)
     from selab import accuracy_tables, comparing, store
     from selab.accuracy_record import read_accuracy_record, to_json
-    from selab.recipe import find_recipe
 
     baseline, variant = (None, archs[0]) if len(archs) == 1 else (archs[0], archs[1])
-    comparing.pair(variant, baseline)
+    _, base = comparing.pair(variant, baseline)
     plan = comparing.Plan(
         arch=variant,
         baseline=baseline,
-        recipe=find_recipe(recipe),
+        recipe=_recipe_of(recipe, base, data),
         options=_options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads),
         seeds=tuple(range(seeds)),
         command=shlex.join(["selab", *sys.argv[1:]]),
     )
-    images = _open_data(data, data_dir, download=download, recipe=plan.recipe)
+    images = _open_data(data, data_dir, download, workers, classes_file, plan.recipe.image)
     growing = comparing.Comparison(plan, images, out=out)
     store.check_writable(growing.path, replace=replace)
     finished = growing.take_over()
@@ -180,6 +210,7 @@ def compare(
     beside = comparing.compared(record, out / record.machine.name)
     print_parts(accuracy_tables.comparison_grid(beside), accuracy_tables.seeds_grid(record))
     typer.echo(f"record: {growing.path}")
+    _tell_problems(getattr(images, "problems", None))
     return
 
 
@@ -209,7 +240,57 @@ def _options(
     )
 
 
-def _open_data(name: "DataName", folder: Path, *, download: bool, recipe: "Recipe | None" = None) -> "Data":
+def _recipe_of(word: str | None, variant: "Variant", data: DataName) -> "Recipe":
+    """The recipe that was named, or the one for this network and data; it must be for such data."""
+    from selab.recipe import check_suits, default_recipe, find_recipe
+
+    if word is None:
+        return default_recipe(variant.family, in_memory=data.in_memory)
+    chosen = find_recipe(word)
+    check_suits(chosen, data.value, in_memory=data.in_memory)
+    return chosen
+
+
+def _preparation(
+    data: DataName, weights: Path, recipe: str | None, resize: int | None, crop: int | None
+) -> "tuple[ImageRecipe | None, str]":
+    """What is done to a folder's images, and who says so: the options, a recipe, the weights themselves, or nobody.
+
+    Raises:
+        SelabError: the data lie in memory and options say how to prepare them, or these contradict each other.
+    """
+    import msgspec
+
+    from selab.errors import SelabError
+    from selab.recipe import ImageRecipe, check_suits, find_recipe
+    from selab.weights import read_image_recipe
+
+    own, given = read_image_recipe(weights), [("--resize", resize), ("--crop", crop)]
+    if data.in_memory:
+        if any(value is not None for _, value in [("--recipe", recipe), *given]):
+            raise SelabError(f"--recipe, --resize and --crop: are for image folders; {data.value} needs none of them")
+        return None, ""
+    if recipe is not None:
+        named = find_recipe(recipe)
+        check_suits(named, data.value, in_memory=False)
+        chosen, whose = named.image or ImageRecipe(), f"recipe {named.name}"
+    else:
+        chosen, whose = own or ImageRecipe(), "default" if own is None else "as trained"
+    resize, crop = resize or chosen.test_resize, crop or chosen.test_crop
+    if crop > resize:
+        raise SelabError(f"--crop {crop}: does not fit into images resized to {resize}; give a larger --resize")
+    whose = ", ".join([whose, *(option for option, value in given if value is not None)])
+    return msgspec.structs.replace(chosen, test_resize=resize, test_crop=crop), whose
+
+
+def _open_data(
+    name: DataName,
+    folder: Path,
+    download: bool,
+    workers: int | None,
+    classes_file: Path | None,
+    image: "ImageRecipe | None",
+) -> "Data":
     from selab.accuracy.data import open_data
 
     console = open_console(stderr=True)
@@ -217,9 +298,17 @@ def _open_data(name: "DataName", folder: Path, *, download: bool, recipe: "Recip
         name.value,
         data_dir=folder,
         download=download,
-        image=None if recipe is None else recipe.image,
+        image=image,
+        workers=workers,
+        classes_file=classes_file,
         report=lambda text: console.print(plain(text), highlight=False, soft_wrap=True),
     )
+
+
+def _tell_problems(problems: "Problems | None") -> None:
+    """What was peculiar among an image folder's images."""
+    if problems is not None:
+        typer.echo(f"images read: {problems.words}")
 
 
 def training_words(state: "Progress") -> str:

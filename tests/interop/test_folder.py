@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from selab import comparing
 from selab.accuracy import folder
+from selab.accuracy.evaluate import evaluate
 from selab.accuracy.folder import FolderError, open_folder
-from selab.recipe import ImageRecipe
+from selab.accuracy.train import Options
+from selab.accuracy.train import train as train_network
+from selab.recipe import ImageRecipe, Recipe
+from selab.spec import read_family
+from selab.weights import read_image_recipe
 
 v2 = pytest.importorskip("torchvision.transforms.v2", reason="torchvision is not installed")
 
@@ -355,3 +363,93 @@ def test_what_is_asked_must_be_possible(planted):
         train(open_folder(planted / "val", name="folder", image=PLAIN, workers=0))
     with pytest.raises(FolderError, match="workers: -1"):
         open_folder(planted, name="folder", workers=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+FAMILY = """
+family = "folder_tiny"
+source = "this test"
+builder = "folder_tiny_networks:build"
+input_chw = [3, 16, 16]
+num_classes = 10
+[variants.folder_tiny]
+title = "Tiny"
+"""
+
+NETWORKS = """
+from torch import nn
+
+def build(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Linear(32, num_classes),
+    )
+"""
+
+RECIPE = Recipe(
+    name="folder_tiny",
+    title="Tiny",
+    source="this test",
+    where="above",
+    lr=0.05,
+    momentum=0.9,
+    weight_decay=1e-4,
+    batch=8,
+    epochs=2,
+    schedule="cosine",
+    image=ImageRecipe(train_size=16, test_resize=24, test_crop=20, std=(1.0, 1.0, 1.0)),
+)
+
+
+class StopError(Exception):
+    """What ends a training behind its first epoch."""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "folder_tiny_networks.py").write_text(NETWORKS)
+    (tmp_path / "folder_tiny.toml").write_text(FAMILY)
+    yield read_family(tmp_path / "folder_tiny.toml")["folder_tiny"]
+    sys.modules.pop("folder_tiny_networks", None)
+
+
+@pytest.fixture
+def noisy(tmp_path):
+    """Two classes of 20 training images and 12 test images, all different."""
+    random = np.random.default_rng(0)
+    for split, size in (("train", 20), ("val", 12)):
+        for kind in ("a", "b"):
+            (tmp_path / "images" / split / kind).mkdir(parents=True)
+            for number in range(size):
+                pixels = random.integers(0, 256, (40, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / kind / f"{number:02}.png")
+    return tmp_path / "images"
+
+
+def test_a_training_that_was_stopped_ends_at_the_same_bits(tiny, noisy, tmp_path):
+    def run(name, workers, report=lambda state: None):
+        data = open_folder(noisy, name="folder", image=RECIPE.image, workers=workers)
+        options = Options(threads=1)
+        return train_network(tiny, data, RECIPE, seed=0, folder=tmp_path / name, options=options, report=report)
+
+    def stop(state):
+        if state.last is not None:
+            raise StopError
+
+    whole = run("whole", workers=2)
+    with pytest.raises(StopError):
+        run("stopped", workers=2, report=stop)
+    again = run("stopped", workers=0)
+    assert [epoch.train_loss for epoch in again.epochs] == [epoch.train_loss for epoch in whole.epochs]
+    theirs, ours = load_file(whole.weights), load_file(again.weights)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(value, ours[key]) for key, value in theirs.items())
+    assert again.test == whole.test
+
+    # Evaluated anew, and alone, as the weights themselves say that the images were prepared.
+    own = read_image_recipe(Path(whole.weights))
+    assert own == RECIPE.image
+    data = open_folder(noisy / "val", name="folder", image=own, workers=0)
+    assert data.input_chw == (3, 20, 20)
+    assert evaluate(comparing.loaded(tiny, data, Path(whole.weights)), data, batch=4 * 8) == whole.test

@@ -77,11 +77,11 @@ def main() -> None:
         complain(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        complain("interrupted; nothing was written")
+        complain("interrupted")
         sys.exit(1)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
-            complain("interrupted; nothing was written")
+            complain("interrupted")
             sys.exit(1)
         raise
     except BrokenPipeError:

@@ -1,5 +1,6 @@
 """Records on disk: where they go, written whole or not at all, read back and held against their own samples."""
 
+import hashlib
 import os
 import re
 import tempfile
@@ -14,6 +15,8 @@ from selab.errors import RecordError
 from selab.record import Acceptance, CountingTime, Latency, LiveAcceptance, LoadingTime, Record, from_json, to_json
 from selab.verdict import check
 
+_NAME_BYTES = 120
+
 _K = TypeVar("_K", bound=str)
 _T = TypeVar("_T")
 
@@ -25,8 +28,16 @@ def record_path(out: Path, *, machine: str, arch: str, against: str | None, work
 
 
 def file_name(arch: str) -> str:
-    """An architecture's name as the name of a file: `timm:resnet50+sites=layer*.*.bn3` has no place in one."""
-    return re.sub(r"[^\w.+=,-]", "-", arch).lstrip("-.")
+    """An architecture's name as the name of a file: `timm:resnet50+sites=layer*.*.bn3` has no place in one.
+
+    Of a long name, as of one with a site for each block, the beginning stays, and a hash of all of it; file systems
+    take 255 bytes, and what follows the name needs its share.
+    """
+    name = re.sub(r"[^\w.+=,-]", "-", arch).lstrip("-.")
+    if len(name.encode()) <= _NAME_BYTES:
+        return name
+    beginning = name.encode()[:_NAME_BYTES].decode(errors="ignore")
+    return f"{beginning}-{hashlib.sha256(arch.encode()).hexdigest()[:8]}"
 
 
 def partial_path(path: Path) -> Path:

@@ -19,7 +19,7 @@ from selab.accuracy_record import (
 from selab.errors import RecordError
 from selab.recipe import recipes
 from selab.record import Machine
-from selab.store import partial_path
+from selab.store import file_name, partial_path
 
 
 def outcome(top1_correct=9000, **fields):
@@ -195,6 +195,17 @@ def test_where_a_record_goes(tmp_path):
     )
     other = accuracy_path(tmp_path, against="timm:y", **asked)
     assert other.name == "se_x+reduction=8-vs-timm-y.cifar10.short.json"
+
+
+def test_records_of_long_names_have_files_of_their_own(tmp_path):
+    names = [f"resnet50+sites={'+'.join(f'layer{stage}.{block}.bn3' for block in range(41))}" for stage in (1, 2)]
+    paths = [
+        accuracy_path(tmp_path, machine="m", arch=name, against=None, data="cifar10", recipe="short") for name in names
+    ]
+    assert all(path.name.startswith("resnet50+sites=layer") and len(path.name) < 160 for path in paths)
+    assert paths[0] != paths[1]
+    # Those that differ only behind the cut, too.
+    assert file_name(names[0] + "0") != file_name(names[0])
 
 
 def test_a_killed_comparison_keeps_its_seeds(tmp_path, finished):

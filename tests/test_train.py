@@ -437,10 +437,12 @@ def test_a_second_sigint_is_met_at_once_and_harms_nothing(run, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingStoppedError, match=r"epoch 2 .*: interrupted; the same command goes on from the last"):
         run("lively", report=At(2, 3, twice), checkpoint_s=0.0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert same(run("lively"), run("lively", folder="whole"))
+    with pytest.raises(TrainingStoppedError, match="interrupted; no checkpoint was written yet, so"):
+        run("lively", folder="none", report=At(1, 1, twice), checkpoint_s=300.0)
 
 
 CHILD = """
@@ -547,9 +549,12 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("lr", "what"), [(1e12, "the loss is (nan|inf)"), (1e38, "weights are not finite|loss is")])
 def test_a_training_that_diverges(run, tmp_path, lr, what):
-    with pytest.raises(TrainingError, match=f"plain, epoch . of 3, step .*{what}.*smaller learning rate"):
+    with pytest.raises(TrainingError, match=f"plain, epoch . of 3, step .*{what}.*smaller learning rate") as raised:
         run(lr=lr, checkpoint_s=0.0)
-    if (tmp_path / "run" / "checkpoint.pt").exists():
+    written = (tmp_path / "run" / "checkpoint.pt").exists()
+    assert ("(the last checkpoint is intact)" in str(raised.value)) == written
+    assert ("(no checkpoint was written yet)" in str(raised.value)) != written
+    if written:
         saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["tensors"]["model"]
         assert all(value.isfinite().all() for value in saved.values())
 
@@ -634,6 +639,16 @@ def test_data_for_evaluation_alone(run):
     alone = replace(data, train_images=data.train_images[:0], train_labels=data.train_labels[:0])
     with pytest.raises(TrainingError, match="tiny: holds no training images; put them into a folder train beside val"):
         run(data=alone)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_impossible_seeds(run, seed):
+    with pytest.raises(SelabError, match=rf"seed: {seed}; allowed are 0 to 2\^64 - 1"):
+        run(seed=seed)
+
+
+def test_the_greatest_seed(run):
+    assert run(seed=2**64 - 1, epochs=1).seed == 2**64 - 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

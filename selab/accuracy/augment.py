@@ -158,14 +158,23 @@ def cut(x: Tensor, row: Tensor, column: Tensor, *, side: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- random words
 
 
-def words(size: int, *, purpose: int, seed: int, epoch: int = 0, number: int = 0) -> NDArray[np.uint64]:
-    """Random 64-bit words; those of another purpose, seed, epoch or batch have nothing to do with them.
+def check_seed(seed: int) -> None:
+    """Finds out beforehand whether random words can be made from a seed.
 
     Raises:
         SelabError: the seed is negative, or has more than 64 bits.
     """
     if not 0 <= seed < 2**64:
         raise SelabError(f"seed: {seed}; allowed are 0 to 2^64 - 1")
+
+
+def words(size: int, *, purpose: int, seed: int, epoch: int = 0, number: int = 0) -> NDArray[np.uint64]:
+    """Random 64-bit words; those of another purpose, seed, epoch or batch have nothing to do with them.
+
+    Raises:
+        SelabError: as `check_seed`.
+    """
+    check_seed(seed)
     key = np.array([seed, purpose], dtype=np.uint64)
     # The lowest word of the counter counts the words.
     counter = np.array([0, number, epoch, 0], dtype=np.uint64)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from selab.accuracy.augment import Augmentation
+from selab.accuracy.augment import Augmentation, check_seed
 from selab.accuracy.data import Data
 from selab.accuracy.distributed import PATIENCE_S, Group, join, lost_another
 from selab.accuracy.evaluate import evaluate
@@ -56,6 +56,7 @@ _AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOOK_S = 0.5
 # Test images of a folder in one pass of one process.
 _FOLDER_TEST_BATCH = 256
+_NONE_KEPT = "no checkpoint was written yet"
 
 
 class Progress(Frozen, frozen=True, kw_only=True):
@@ -111,7 +112,7 @@ def train(
         variant: the facts; its classes and its input become those of the data.
         data: what to train and test on.
         recipe: how. The options may change its epochs and its batch.
-        seed: of weights, order, augmentation and dropout.
+        seed: of weights, order, augmentation and dropout; from 0 to 2^64 - 1.
         folder: of this training alone, see `selab.accuracy.run`.
         options: what may change between machines.
         report: told about twice a second, on rank 0.
@@ -119,9 +120,9 @@ def train(
         patience_s: after so long without a sign of another process, this one gives up.
 
     Raises:
-        TrainingStoppedError: it was interrupted; everything is saved.
+        TrainingStoppedError: it was interrupted; the message says whether everything is saved, or the last checkpoint.
         TrainingError: the folder is another training's, or in use; the batch cannot be divided; the loss is not finite;
-            another process is gone; the data ends early. The last checkpoint is intact.
+            another process is gone; the data ends early. The last checkpoint is intact, where there is one.
         SpecError, InsertionError, ModelError: the network cannot be built, or fails on these images.
         OutOfMemoryError, DeviceError: the machine.
         SelabError: the data cannot be read, or the folder not be written; the last checkpoint is intact.
@@ -153,6 +154,7 @@ def _check(asked: Asked, group: Group) -> None:
     recipe, options, data = asked.recipe, asked.options, asked.data
     if not data.train_size:
         raise TrainingError(f"{data.title}: holds no training images; put them into a folder train beside val")
+    check_seed(asked.seed)
     parts = group.world * options.accumulate
     if options.accumulate < 1 or recipe.batch % parts:
         raise TrainingError(
@@ -194,7 +196,7 @@ def _network(variant: Variant, data: Data, recipe: Recipe, seed: int) -> tuple[n
 
 def _reseed(device: torch.device, seed: int, epoch: int, step: int, rank: int) -> None:
     """Seeds the generator that dropout draws from; other devices' generators stay out of it."""
-    digest = hashlib.sha256(struct.pack("<4q", seed, epoch, step, rank)).digest()
+    digest = hashlib.sha256(struct.pack("<Q3q", seed, epoch, step, rank)).digest()
     number = int.from_bytes(digest[:8], "little") >> 1
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(number)
@@ -234,6 +236,7 @@ class _Engine:
         self.epoch, self.step = 0, 0
         self.epochs: tuple[Epoch, ...] = ()
         self.test: Accuracy | None = None
+        self.kept = False  # whether there is a checkpoint
         self.epoch_s, self.seconds_before, self.test_s = 0.0, 0.0, 0.0
         self.pace = _Pace(min(_LOOK_S, self.options.checkpoint_s))
         self.began = self.looked = self.saved = clock()
@@ -242,6 +245,7 @@ class _Engine:
         """Takes the state of a checkpoint, and makes one network of those of all ranks."""
         if found is not None:
             checkpoint, tensors = found
+            self.kept = True
             self.model.load_state_dict(tensors["model"])
             self.optimizer.load_state_dict(tensors["optimizer"])
             self.scaler.load_state_dict(tensors["scaler"])
@@ -472,6 +476,7 @@ class _Engine:
             raise self._diverged("weights are not finite")
         self.saved = self.clock()
         if not self.group.first:
+            self.kept = True
             return
         checkpoint = Checkpoint(
             epoch=self.epoch,
@@ -489,6 +494,7 @@ class _Engine:
             "average": None if self.average is None else self.average.state,
         }
         self.folder.save(checkpoint, tensors)
+        self.kept = True
 
     def _lr(self, step: int) -> float:
         return lr_at(self.recipe, self.epoch + step / self.steps)
@@ -519,7 +525,7 @@ class _Engine:
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(
             f"{self._where()}: {what}: the training has diverged; take a recipe with a smaller learning rate or a "
-            "warm-up, or no mixed precision (the last checkpoint is intact)"
+            f"warm-up, or no mixed precision ({'the last checkpoint is intact' if self.kept else _NONE_KEPT})"
         )
 
     def _stopped(self) -> TrainingStoppedError:
@@ -527,23 +533,30 @@ class _Engine:
             f"{self._where()}: stopped; everything is saved in {self.folder.path}: the same command goes on from there"
         )
 
+    def _next(self) -> str:
+        """What the same command does after an error that leaves no new checkpoint."""
+        if self.kept:
+            return "the same command goes on from the last checkpoint"
+        return f"{_NONE_KEPT}, so the same command begins anew"
+
     @contextmanager
     def clear_errors(self) -> Iterator[None]:
-        """Says in one line what ended a training that is no fault of the program."""
-        kept = "the same command goes on from the last checkpoint"
+        """Says in one line what ended a training that is no fault of the program, and what is left of it."""
         try:
             yield
+        except KeyboardInterrupt:
+            raise TrainingStoppedError(f"{self._where()}: interrupted; {self._next()}") from None
         except (SelabError, BrokenPipeError):
             # Whoever read the reports has gone: no fault of the training.
             raise
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or first_line(error)
-            raise TrainingError(f"{self._where()}: {what}; put it right: {kept}") from error
+            raise TrainingError(f"{self._where()}: {what}; put it right: {self._next()}") from error
         except (RuntimeError, MemoryError) as error:
             if lost_another(error):
                 raise TrainingError(
                     f"{self._where()}: another process is gone or hangs ({first_line(error)}); start all of them "
-                    f"again: {kept}"
+                    f"again: {self._next()}"
                 ) from error
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise OutOfMemoryError(

@@ -1,6 +1,5 @@
 """Trains a variant and its baseline from several seeds, one training after the other; what is finished stays."""
 
-import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +12,8 @@ from torch import nn
 import selab
 from selab import catalog
 from selab.accuracy.data import Data
+from selab.accuracy.distributed import join
+from selab.accuracy.run import asked_of, differences, request_key
 from selab.accuracy.train import Progress, Training, train
 from selab.accuracy_record import (
     AccuracyRecord,
@@ -31,7 +32,7 @@ from selab.errors import RecordError, SpecError
 from selab.measure.counts import count
 from selab.measure.machine import machine
 from selab.profiling import Profile
-from selab.recipe import Recipe, adapted, recipe_hash
+from selab.recipe import Recipe, adapted
 from selab.record import Frozen, Phase
 from selab.request import Request, workload_of
 from selab.spec import Variant
@@ -40,6 +41,10 @@ from selab.tables import variants_of
 from selab.weights import load
 
 Report = Callable[[str, Progress | None], object]
+Say = Callable[[str], object]
+
+# What two comparisons must have in common to be one; the rest of a record tells how it came about.
+_DECIDING = ("facts_hash", "baseline_facts_hash", "data", "recipe", "options")
 
 
 class Plan(Frozen, frozen=True, kw_only=True):
@@ -77,14 +82,14 @@ def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
 
 
 def folder_of(variant: Variant, data: Data, recipe: Recipe, options: Options, seed: int, *, out: Path) -> Path:
-    """Where one training keeps its files; another recipe, data set or option has another folder."""
-    # How often a checkpoint is written decides nothing.
-    asked = msgspec.structs.replace(options, checkpoint_s=0.0)
-    run = adapted(recipe, epochs=options.epochs, batch=options.batch)
-    facts = msgspec.json.encode((recipe_hash(run), data.sha256, asked), order="sorted")
-    key = hashlib.sha256(facts).hexdigest()[:8]
-    name = f"{variant.name}.{data.name}.{recipe.name}.e{run.epochs}.s{seed}.{key}"
-    return out / machine(options.device).name / "runs" / file_name(name)
+    """Where one training keeps its files, on whatever machine it goes on: `OUT/runs/<name>.<key>`.
+
+    What decides its result is in the key: another network, recipe, data set or option has another folder, another
+    number of threads has not.
+    """
+    asked = asked_of(variant, data, recipe, seed=seed, options=options)
+    name = file_name(f"{variant.name}.{data.name}.{recipe.name}")
+    return out / "runs" / f"{name}.e{asked.recipe.epochs}.s{seed}.{request_key(asked)}"
 
 
 def fitted(variant: Variant, data: Data | DataFacts) -> Variant:
@@ -105,11 +110,19 @@ def loaded(variant: Variant, data: Data, weights: Path) -> nn.Module:
 
 
 class Comparison:
-    """A comparison while it grows; `record()` gives what there is at any moment."""
+    """A comparison while it grows; `record()` gives what there is at any moment.
+
+    Started by `torchrun`, each process has one, takes over and runs; files are those of rank 0, and what it reads in
+    them is known to all, so that all train the same.
+
+    Attributes:
+        group: the processes; everything but `take_over` and `run` is for the first one alone.
+    """
 
     def __init__(self, plan: Plan, data: Data, *, out: Path) -> None:
         self.plan = plan
         self.data = data
+        self.group = join(plan.options.device)
         self.facts = msgspec.convert(data, DataFacts, from_attributes=True)
         self.out = out
         self.variant, self.baseline = pair(plan.arch, plan.baseline)
@@ -136,24 +149,29 @@ class Comparison:
         Raises:
             RecordError: a partial record is there, and is of something else.
         """
-        partial = partial_path(self.path)
-        if not partial.exists():
-            return 0
-        found = read_accuracy_record(partial)
-        fresh = self.record()
-        for field in ("facts_hash", "baseline_facts_hash", "data", "recipe", "options"):
-            if getattr(found, field) != getattr(fresh, field):
-                raise RecordError(
-                    f"{partial}: an unfinished comparison whose {field} is another; finish it with the command in it, "
-                    "or delete it"
-                )
-        for seed in found.seeds:
-            if seed.seed in self.seeds:
-                self.seeds[seed.seed] = seed
+        self.seeds = self.group.on_first(self._with_finished)
         return sum(one.variant is not None and one.baseline is not None for one in self.seeds.values())
 
-    def run(self, report: Report) -> None:
+    def _with_finished(self) -> dict[int, Seed]:
+        """The seeds, with what the partial record has of them."""
+        partial = partial_path(self.path)
+        if not partial.exists():
+            return self.seeds
+        found = read_accuracy_record(partial)
+        for field, there, here in differences(found, self.record()):
+            if field.partition(".")[0] in _DECIDING:
+                raise RecordError(
+                    f"{partial}: an unfinished comparison whose {field} is {there}, not {here}; finish it with the "
+                    "command in it, or delete it"
+                )
+        return self.seeds | {seed.seed: seed for seed in found.seeds if seed.seed in self.seeds}
+
+    def run(self, report: Report, say: Say = lambda _: None) -> None:
         """Trains what is not trained yet; after each training the record is on disk.
+
+        Args:
+            report: told which training begins, and how far it is.
+            say: told in one line where a training goes on.
 
         Raises:
             SelabError: as `selab.accuracy.train.train`; what is finished is in the partial record.
@@ -164,14 +182,22 @@ class Comparison:
                     continue
                 label = f"seed {seed}, {variant.name}"
                 report(label, None)
-                done = self._train(variant, seed, lambda state, label=label: report(label, state))  # type: ignore[misc]
+                done = self._train(variant, seed, label, report, say)
                 self.seeds[seed] = msgspec.structs.replace(self.seeds[seed], **{arm: _outcome(done)})
-                save_accuracy_record(self.record(), self.path)
+                self.group.on_first(lambda: save_accuracy_record(self.record(), self.path))
 
-    def _train(self, variant: Variant, seed: int, report: Callable[[Progress], object]) -> Training:
+    def _train(self, variant: Variant, seed: int, label: str, report: Report, say: Say) -> Training:
         plan = self.plan
-        folder = folder_of(variant, self.data, plan.recipe, plan.options, seed, out=self.out)
-        return train(variant, self.data, plan.recipe, seed=seed, folder=folder, options=plan.options, report=report)
+        return train(
+            variant,
+            self.data,
+            plan.recipe,
+            seed=seed,
+            folder=folder_of(variant, self.data, plan.recipe, plan.options, seed, out=self.out),
+            options=plan.options,
+            report=lambda state: report(label, state),
+            say=lambda text: say(f"{label}: {text}"),
+        )
 
     def measure(self, report: Callable[[str, Any], object]) -> None:
         """Times what `requests_of` asks for and no record has yet; each goes to a record of its own."""

@@ -5,7 +5,7 @@ import json
 import msgspec
 import pytest
 
-from selab import accuracy_tables, comparing
+from selab import accuracy_tables, catalog, comparing
 from selab.accuracy.data import synthetic_set
 from selab.accuracy_record import Options, read_accuracy_record
 from selab.errors import RecordError, SelabError, SpecError
@@ -69,7 +69,7 @@ def test_a_comparison_that_is_stopped_goes_on(data, tmp_path):
     # What was finished before the stop is what it was.
     assert record.seeds[0] == partial.seeds[0]
 
-    grid = accuracy_tables.comparison_grid(record, again.costs())
+    grid = accuracy_tables.comparison_grid(comparing.compared(record, again.path.parents[1]))
     rows = {row[0]: row for row in grid.rows}
     assert rows["parameters"][3] == "+0.10 %"
     assert "2 seeds" in rows["top-1 accuracy"][1]
@@ -81,17 +81,65 @@ def test_an_unfinished_comparison_of_something_else_is_not_mixed_in(data, tmp_pa
     partial = partial_path(growing.path)
     partial.parent.mkdir(parents=True)
     found = msgspec.to_builtins(growing.record())
-    partial.write_text(json.dumps({**found, "facts_hash": "0" * 12}))
-    with pytest.raises(RecordError, match="an unfinished comparison whose facts_hash is another"):
-        growing.take_over()
+    for changes, message in (
+        ({"facts_hash": "0" * 12}, "facts_hash is 0{12}, not "),
+        ({"recipe": {**found["recipe"], "batch": 32}}, "recipe.batch is 32, not 64; finish it with the command in it"),
+        ({"options": {**found["options"], "amp": "bf16"}}, "options.amp is bf16, not off"),
+    ):
+        partial.write_text(json.dumps({**found, **changes}))
+        with pytest.raises(RecordError, match=f"an unfinished comparison whose {message}"):
+            growing.take_over()
+    # What decides nothing may be another.
+    options = {**found["options"], "threads": 7, "checkpoint_s": 1.0}
+    partial.write_text(json.dumps({**found, "options": options, "command": "another"}))
+    assert growing.take_over() == 0
 
 
 def test_a_folder_is_of_one_request(data, tmp_path):
     variant, _ = comparing.pair("se_small_cnn", None)
     recipe = find_recipe("cifar_short")
 
-    def folder(seed=0, **options):
-        return comparing.folder_of(variant, data, recipe, Options(**options), seed, out=tmp_path)
+    def folder(seed=0, of=variant, **options):
+        return comparing.folder_of(of, data, recipe, Options(**options), seed, out=tmp_path)
 
-    assert folder() == folder(checkpoint_s=1.0)
-    assert len({folder(), folder(seed=1), folder(epochs=2), folder(channels_last=True), folder(batch=32)}) == 5
+    assert folder() == folder(checkpoint_s=1.0) == folder(threads=7) == folder(epochs=recipe.epochs)
+    other_facts = msgspec.structs.replace(variant, se=msgspec.structs.replace(variant.se, reduction=2))
+    others = {folder(seed=1), folder(epochs=2), folder(channels_last=True), folder(batch=32), folder(of=other_facts)}
+    assert len({folder(), *others}) == 6
+    # A cluster's next node may be of another type.
+    assert folder().parent == tmp_path / "runs"
+
+
+def test_a_training_of_many_sites_has_a_folder(data, tmp_path):
+    variant = catalog.find(
+        "small_cnn+sites=" + "+".join(f"layer3.{block}.some.long.name.of.a.site" for block in range(41))
+    )
+    folder = comparing.folder_of(variant, data, find_recipe("cifar_short"), Options(), 0, out=tmp_path)
+    folder.mkdir(parents=True)
+    assert folder.name.startswith("small_cnn+")
+
+
+def test_going_on_is_said(data, tmp_path):
+    """In one line, with the epoch and the folder; and that a training is finished already."""
+
+    def stop_in_second(label, state):
+        if state is not None and (state.epoch, label) == (2, "seed 0, se_small_cnn"):
+            raise StopError("enough")
+
+    plan = msgspec.structs.replace(small_plan(), seeds=(0,), options=Options(epochs=2, batch=128, threads=1))
+    growing = comparing.Comparison(plan, data, out=tmp_path)
+    said = []
+    with pytest.raises(StopError):
+        growing.run(stop_in_second, said.append)
+    assert said == []
+    partial_path(growing.path).unlink()
+    growing = comparing.Comparison(plan, data, out=tmp_path)
+    growing.run(lambda label, state: None, said.append)
+    folders = {
+        name: comparing.folder_of(catalog.find(name), data, plan.recipe, plan.options, 0, out=tmp_path)
+        for name in ("small_cnn", "se_small_cnn")
+    }
+    assert said == [
+        f"seed 0, small_cnn: is finished already in {folders['small_cnn']}",
+        f"seed 0, se_small_cnn: goes on from epoch 2 in {folders['se_small_cnn']}",
+    ]

@@ -103,11 +103,12 @@ def join(device: Device, *, patience_s: float = PATIENCE_S) -> Group:
                 f"rank {rank} of {world}: cannot find the other processes: {str(error).partition(chr(10))[0]}; "
                 "start all of them with torchrun"
             ) from None
-        atexit.register(_leave)
+        atexit.register(leave)
     return Group(rank=rank, world=world, device=own)
 
 
-def _leave() -> None:
+def leave() -> None:
+    """Ends the talk of the processes, which all of them do together; what one does then is its own affair."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

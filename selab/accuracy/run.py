@@ -8,6 +8,7 @@ weights.safetensors  the weights at the end
 training.json        the result; written last, and so the sign that the training is finished
 """
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 
 from selab import __version__
+from selab.accuracy.data import Data
 from selab.accuracy.problems import Problems
 from selab.accuracy_record import Accuracy, DataFacts, Epoch, Options
 from selab.errors import SelabError
-from selab.recipe import TELLING, Recipe
+from selab.recipe import TELLING, Recipe, adapted
 from selab.record import Frozen
+from selab.spec import Variant
 from selab.store import read_text, write_atomically
 
 _CHECKPOINT_SCHEMA = "selab.checkpoint/1"
@@ -57,6 +60,18 @@ class Asked(Frozen, frozen=True, kw_only=True):
     data: DataFacts
     seed: int
     options: Options
+
+
+def asked_of(variant: Variant, data: Data, recipe: Recipe, *, seed: int, options: Options) -> Asked:
+    """What a training is asked for, with the epochs and the batch of the options."""
+    return Asked(
+        arch=variant.name,
+        facts_hash=variant.facts_hash,
+        recipe=adapted(recipe, epochs=options.epochs, batch=options.batch),
+        data=msgspec.convert(data, DataFacts, from_attributes=True),
+        seed=seed,
+        options=options,
+    )
 
 
 class Training(Frozen, frozen=True, kw_only=True):
@@ -223,7 +238,7 @@ def opened(path: Path, asked: Asked) -> Iterator[RunFolder]:
 def _claim(path: Path, asked: Asked) -> None:
     file = path / "run.json"
     if file.exists():
-        for field, there, here in _differences(_decoded(file, Asked), asked):
+        for field, there, here in differences(_decoded(file, Asked), asked):
             raise TrainingError(
                 f"{path}: holds the training of another request: its {field} is {there}, not {here}; "
                 "name another folder, or delete this one"
@@ -234,13 +249,23 @@ def _claim(path: Path, asked: Asked) -> None:
     write_atomically(file, _json(asked))
 
 
-def _differences(there: Asked, here: Asked) -> Iterator[tuple[str, object, object]]:
-    """The fields that decide a result and differ, by path."""
-    skipped = {f"recipe.{key}" for key in TELLING} | {f"options.{key}" for key in _NEUTRAL_OPTIONS} | {"data.title"}
-    theirs, ours = _flat(msgspec.to_builtins(there)), _flat(msgspec.to_builtins(here))
+def differences(there: Frozen, here: Frozen) -> Iterator[tuple[str, object, object]]:
+    """The fields of two requests, or of two records, that decide a result and differ: (path, there, here)."""
+    theirs, ours = _deciding(there), _deciding(here)
     for key in sorted(theirs | ours):
-        if key not in skipped and theirs.get(key) != ours.get(key):
+        if theirs.get(key) != ours.get(key):
             yield key, theirs.get(key), ours.get(key)
+
+
+def request_key(asked: Asked) -> str:
+    """Eight hex digits over what decides a training's result, so that another request has another folder."""
+    return hashlib.sha256(msgspec.json.encode(_deciding(asked), order="sorted")).hexdigest()[:8]
+
+
+def _deciding(value: Frozen) -> dict[str, object]:
+    """What decides a result, by path; names and titles, and options that only take longer, are left out."""
+    skipped = {f"recipe.{key}" for key in TELLING} | {f"options.{key}" for key in _NEUTRAL_OPTIONS} | {"data.title"}
+    return {key: inner for key, inner in _flat(msgspec.to_builtins(value)).items() if key not in skipped}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

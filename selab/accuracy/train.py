@@ -38,14 +38,15 @@ from selab.accuracy.run import (
     Training,
     TrainingError,
     TrainingStoppedError,
+    asked_of,
     opened,
     versions,
 )
-from selab.accuracy_record import Accuracy, DataFacts, Epoch, Options
+from selab.accuracy_record import Accuracy, Epoch, Options
 from selab.build import build
 from selab.errors import ModelError, OutOfMemoryError, SelabError
 from selab.probe import first_line
-from selab.recipe import ImageRecipe, Recipe, adapted, lr_at, recipe_hash
+from selab.recipe import ImageRecipe, Recipe, lr_at, recipe_hash
 from selab.record import Frozen
 from selab.spec import Variant
 
@@ -94,6 +95,7 @@ def train(
     folder: Path,
     options: Options,
     report: Report,
+    say: Callable[[str], object] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
     patience_s: float = PATIENCE_S,
 ) -> Training:
@@ -116,6 +118,7 @@ def train(
         folder: of this training alone, see `selab.accuracy.run`.
         options: what may change between machines.
         report: told about twice a second, on rank 0.
+        say: told in a few words, on rank 0, if there was something in the folder: where the training goes on.
         clock: seconds since some moment.
         patience_s: after so long without a sign of another process, this one gives up.
 
@@ -127,26 +130,23 @@ def train(
         OutOfMemoryError, DeviceError: the machine.
         SelabError: the data cannot be read, or the folder not be written; the last checkpoint is intact.
     """
-    recipe = adapted(recipe, epochs=options.epochs, batch=options.batch)
-    asked = Asked(
-        arch=variant.name,
-        facts_hash=variant.facts_hash,
-        recipe=recipe,
-        data=msgspec.convert(data, DataFacts, from_attributes=True),
-        seed=seed,
-        options=options,
-    )
+    asked = asked_of(variant, data, recipe, seed=seed, options=options)
     group = join(options.device, patience_s=patience_s)
     _check(asked, group)
     with ExitStack() as stack:
         held = group.on_first(lambda: stack.enter_context(opened(folder, asked)))
         finished = group.on_first(held.training)
         if finished is not None:
+            if group.first:
+                say(f"is finished already in {folder}")
             return finished
         stack.enter_context(_settings(options, group.device))
         engine = _Engine(variant, data, asked, group, held, report, clock)
         with engine.clear_errors():
-            engine.restore(group.on_first(held.load))
+            found = group.on_first(held.load)
+            engine.restore(found)
+            if found is not None and group.first:
+                say(f"goes on from epoch {min(engine.epoch + 1, asked.recipe.epochs)} in {folder}")
             return engine.run()
 
 

@@ -1,7 +1,9 @@
 """What the commands say: tables and errors, progress, and JSON; each to its stream."""
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +13,30 @@ from selab import catalog, foreign, units
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bar
 
+    from selab.accuracy.train import Progress as TrainingProgress
     from selab.measure.paired import Progress
     from selab.spec import Variant
+
+# Where no terminal shows how far a training is, a line at most so often, beside those of finished epochs.
+_LINE_S = 60.0
 
 
 def complain(message: str) -> None:
     """One line on standard error."""
     open_console(stderr=True).print(f"[bold red]error:[/] {plain(message)}", highlight=False, soft_wrap=True)
+
+
+def speaks() -> bool:
+    """Whether this process says what all of a job's processes know: torchrun's first one, or the only one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def remark(text: str) -> None:
+    """One line on standard error, of one of a job's processes."""
+    if speaks():
+        open_console(stderr=True).print(plain(text), highlight=False, soft_wrap=True)
 
 
 def open_console(*, stderr: bool = False) -> "Console":
@@ -41,7 +59,7 @@ def find(word: str, *, option: str = "--arch") -> "Variant":
     variant = catalog.find(word, option=option)
     code = foreign.runs_code_of(variant)
     if code is not None:
-        open_console(stderr=True).print(f"running code from {plain(code)}", highlight=False, soft_wrap=True)
+        remark(f"running code from {code}")
     return variant
 
 
@@ -77,8 +95,8 @@ def write_json(value: object, to: Path) -> None:
 
 
 @contextmanager
-def reporting(console: "Console", words: Callable[[Any], str] | None = None) -> Iterator[Callable[[str, Any], None]]:
-    """Progress on standard error: a live line on a terminal, otherwise one line per stage.
+def reporting(console: "Console") -> Iterator[Callable[[str, Any], None]]:
+    """Progress of measurements on standard error: a live line on a terminal, otherwise one line per stage.
 
     The live line is drawn only when it is told something, which is between samples: a thread that turned a spinner
     would run beside what is measured.
@@ -99,9 +117,115 @@ def reporting(console: "Console", words: Callable[[Any], str] | None = None) -> 
     with Live(console=console, auto_refresh=False, transient=True) as line:
 
         def draw(label: str, state: "Progress | None") -> None:
-            line.update(Text(label if state is None else f"{label}: {(words or measuring_words)(state)}"), refresh=True)
+            line.update(Text(label if state is None else f"{label}: {measuring_words(state)}"), refresh=True)
 
         yield draw
+
+
+class Following:
+    """What is said while networks are trained; this one says nothing, for another process of the job does."""
+
+    def __call__(self, label: str, state: "TrainingProgress | None") -> None:
+        """A training begins, or is so far."""
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+
+
+@contextmanager
+def following(console: "Console", *, clock: Callable[[], float] = time.monotonic) -> Iterator[Following]:
+    """Progress of trainings on standard error: a bar on a terminal, otherwise lines, as they are kept in a log.
+
+    Both are drawn only when they are told something: a thread that redrew them would run beside what is trained.
+
+    Args:
+        console: where to.
+        clock: seconds since some moment.
+    """
+    if not speaks():
+        yield Following()
+    elif not console.is_terminal:
+        yield _Lines(console, clock)
+    else:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+        from rich.table import Column
+
+        words = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        with Bar(BarColumn(bar_width=None), words, console=console, auto_refresh=False, transient=True) as bar:
+            yield _Display(console, bar)
+
+
+class _Lines(Following):
+    """A line when a training begins and when an epoch is finished, and in between at most one a minute."""
+
+    def __init__(self, console: "Console", clock: Callable[[], float]) -> None:
+        self._console, self._clock = console, clock
+        self._seen: set[str] = set()
+        self._said_s = clock()
+
+    def __call__(self, label: str, state: "TrainingProgress | None") -> None:
+        if label not in self._seen:
+            self._seen.add(label)
+            self.say(f"{label} …")
+        if state is None:
+            return
+        finished = state.last is not None and state.last.epoch == state.epoch
+        if finished or self._clock() - self._said_s >= _LINE_S:
+            self.say(f"{label}: {_training_words(state)}")
+
+    def say(self, text: str) -> None:
+        self._said_s = self._clock()
+        self._console.print(plain(text), highlight=False, soft_wrap=True)
+
+
+class _Display(Following):
+    """A line when a training begins, and below the last one a bar of all epochs, with how far and how good it is."""
+
+    def __init__(self, console: "Console", bar: "Bar") -> None:
+        self._console, self._bar = console, bar
+        self._seen: set[str] = set()
+        self._task = bar.add_task("", visible=False)
+
+    def __call__(self, label: str, state: "TrainingProgress | None") -> None:
+        if label not in self._seen:
+            self._seen.add(label)
+            self.say(f"{label} …")
+        if state is not None:
+            self._bar.update(
+                self._task,
+                total=state.epochs * state.steps,
+                completed=(state.epoch - 1) * state.steps + state.step,
+                description=_short_words(state),
+                visible=True,
+            )
+            self._bar.refresh()
+
+    def say(self, text: str) -> None:
+        # What the bar shows is of what was before.
+        self._bar.update(self._task, visible=False)
+        self._bar.refresh()
+        self._console.print(plain(text), highlight=False, soft_wrap=True)
+
+
+def _training_words(state: "TrainingProgress") -> str:
+    """How far a training is."""
+    left = "" if state.eta_s is None else f", {state.eta_s / 60:.0f} min left"
+    last = "" if state.last is None else f"; test top-1 {state.last.test_top1_pct:.2f} %"
+    return (
+        f"epoch {state.epoch} of {state.epochs}, step {state.step} of {state.steps}, loss {state.loss:.4f}, "
+        f"top-1 {state.top1_pct:.1f} %, {state.images_per_s:,.0f} images/s{left}{last}"
+    )
+
+
+def _short_words(state: "TrainingProgress") -> str:
+    """The same beside a bar."""
+    left = "" if state.eta_s is None else f"{state.eta_s / 60:.0f} min left  "
+    last = "" if state.last is None else f", test {state.last.test_top1_pct:.1f} %"
+    return (
+        f"epoch {state.epoch}/{state.epochs}  {state.images_per_s:,.0f} images/s  {left}"
+        f"loss {state.loss:.2f}  top-1 {state.top1_pct:.1f} %{last}"
+    )
 
 
 def measuring_words(state: "Progress") -> str:

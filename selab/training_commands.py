@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from selab.console import builtins, find, open_console, plain, print_parts, reporting, write_json
+from selab.console import builtins, find, following, open_console, print_parts, remark, reporting, write_json
+from selab.errors import SelabError
 from selab.options import (
     Accumulate,
     Amp,
@@ -36,8 +37,8 @@ from selab.options import (
 if TYPE_CHECKING:
     from selab.accuracy.data import Data
     from selab.accuracy.problems import Problems
-    from selab.accuracy.train import Progress
     from selab.accuracy_record import Options
+    from selab.comparing import Comparison
     from selab.recipe import ImageRecipe, Recipe
     from selab.spec import Variant
 
@@ -50,7 +51,7 @@ def train(
     workers: Workers = None,
     classes_file: ClassesFile = None,
     recipe: RecipeName = None,
-    seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and dropout; 0 to 2^64 - 1.")] = 0,
     epochs: Epochs = None,
     batch: TrainBatch = None,
     device: Device = Device.cpu,
@@ -59,19 +60,24 @@ def train(
     compiled: Compiled = False,
     accumulate: Accumulate = 1,
     threads: Threads = None,
-    out: Annotated[Path, typer.Option(help="The run goes to OUT/<machine>/runs/….")] = Path("results"),
+    out: Annotated[Path, typer.Option(help="The run goes to OUT/runs/….")] = Path("results"),
     json_to: Json = None,
 ) -> None:
     """Train one network after a recipe; stopped at any moment, the same command goes on. It runs under torchrun too."""
     variant = find(arch)
     from selab import comparing
+    from selab.accuracy.augment import check_seed
+    from selab.accuracy.distributed import join
     from selab.accuracy.train import train as train_one
 
     chosen = _recipe_of(recipe, variant, data)
     options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
+    check_seed(seed)
+    group = join(options.device)
+    group.on_first(lambda: _check_json(json_to))
     images = _open_data(data, data_dir, download, workers, classes_file, chosen.image)
     folder = comparing.folder_of(variant, images, chosen, options, seed, out=out)
-    with reporting(open_console(stderr=True), training_words) as report, redirect_stdout(sys.stderr):
+    with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         done = train_one(
             variant,
             images,
@@ -80,7 +86,10 @@ def train(
             folder=folder,
             options=options,
             report=lambda state: report(variant.name, state),
+            say=lambda text: report.say(f"{variant.name}: {text}"),
         )
+    if not group.first:
+        return None
     if json_to is not None:
         return write_json(builtins(done), json_to)
     low, high = done.test.top1_interval_pct
@@ -113,6 +122,7 @@ def evaluate(
     from selab.accuracy.evaluate import evaluate as evaluate_one
     from selab.comparing import loaded
 
+    _check_json(json_to)
     prepared, whose = _preparation(data, weights, recipe, resize, crop)
     images = _open_data(data, data_dir, download, workers, classes_file, prepared)
     with redirect_stdout(sys.stderr), reporting(open_console(stderr=True)) as report:
@@ -165,7 +175,9 @@ def compare(
     compiled: Compiled = False,
     accumulate: Accumulate = 1,
     threads: Threads = None,
-    out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/accuracy/….")] = Path("results"),
+    out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/accuracy/…, runs to OUT/runs/….")] = Path(
+        "results"
+    ),
     replace: Annotated[bool, typer.Option("--replace", help="Compare again where a record exists.")] = False,
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Also time both networks, as `profile --quick` does.")
@@ -178,6 +190,7 @@ def compare(
     for one in archs:
         find(one)
     from selab import accuracy_tables, comparing, store
+    from selab.accuracy.distributed import join, leave
     from selab.accuracy_record import read_accuracy_record, to_json
 
     baseline, variant = (None, archs[0]) if len(archs) == 1 else (archs[0], archs[1])
@@ -190,14 +203,20 @@ def compare(
         seeds=tuple(range(seeds)),
         command=shlex.join(["selab", *sys.argv[1:]]),
     )
+    group = join(plan.options.device)
+    group.on_first(lambda: _check_json(json_to))
     images = _open_data(data, data_dir, download, workers, classes_file, plan.recipe.image)
     growing = comparing.Comparison(plan, images, out=out)
-    store.check_writable(growing.path, replace=replace)
+    group.on_first(lambda: store.check_writable(growing.path, replace=replace))
     finished = growing.take_over()
-    with reporting(open_console(stderr=True), training_words) as report, redirect_stdout(sys.stderr):
+    with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         if finished:
-            report(f"{finished} of {seeds} seeds are finished already", None)
-        growing.run(report)
+            report.say(f"{finished} of {seeds} seeds are finished already")
+        growing.run(report, report.say)
+    # Nothing else may run on the machine while networks are timed.
+    leave()
+    if not group.first:
+        return
     record = read_accuracy_record(growing.path)
     if json_to is not None and str(json_to) == "-":
         sys.stdout.buffer.write(to_json(record))
@@ -205,13 +224,31 @@ def compare(
     if json_to is not None:
         store.write_atomically(json_to, to_json(record))
     if latency:
-        with reporting(open_console(stderr=True)) as report:
-            growing.measure(report)
+        _measure(growing)
     beside = comparing.compared(record, out / record.machine.name)
     print_parts(accuracy_tables.comparison_grid(beside), accuracy_tables.seeds_grid(record))
     typer.echo(f"record: {growing.path}")
     _tell_problems(getattr(images, "problems", None))
     return
+
+
+def _measure(growing: "Comparison") -> None:
+    try:
+        with reporting(open_console(stderr=True)) as report:
+            growing.measure(report)
+    except KeyboardInterrupt:
+        raise SelabError(
+            f"interrupted; the comparison is in {growing.path}, times are missing: `selab table accuracy --profiles "
+            f"{growing.path.parents[1]}` shows what there is"
+        ) from None
+
+
+def _check_json(json_to: Path | None) -> None:
+    """Finds out before hours of work whether its result can be written."""
+    from selab.store import check_writable
+
+    if json_to is not None and str(json_to) != "-":
+        check_writable(json_to, replace=True)
 
 
 def _options(
@@ -261,7 +298,6 @@ def _preparation(
     """
     import msgspec
 
-    from selab.errors import SelabError
     from selab.recipe import ImageRecipe, check_suits, find_recipe
     from selab.weights import read_image_recipe
 
@@ -293,7 +329,6 @@ def _open_data(
 ) -> "Data":
     from selab.accuracy.data import open_data
 
-    console = open_console(stderr=True)
     return open_data(
         name.value,
         data_dir=folder,
@@ -301,7 +336,7 @@ def _open_data(
         image=image,
         workers=workers,
         classes_file=classes_file,
-        report=lambda text: console.print(plain(text), highlight=False, soft_wrap=True),
+        report=remark,
     )
 
 
@@ -309,13 +344,3 @@ def _tell_problems(problems: "Problems | None") -> None:
     """What was peculiar among an image folder's images."""
     if problems is not None:
         typer.echo(f"images read: {problems.words}")
-
-
-def training_words(state: "Progress") -> str:
-    """How far a training is."""
-    left = "" if state.eta_s is None else f", {state.eta_s / 60:.0f} min left"
-    last = "" if state.last is None else f"; test top-1 {state.last.test_top1_pct:.2f} %"
-    return (
-        f"epoch {state.epoch} of {state.epochs}, step {state.step} of {state.steps}, loss {state.loss:.4f}, "
-        f"top-1 {state.top1_pct:.1f} %, {state.images_per_s:,.0f} images/s{left}{last}"
-    )

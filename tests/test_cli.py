@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from selab import record
+from selab.accuracy_record import save_accuracy_record
 from selab.errors import SelabError
 from selab.record import Record
 
@@ -659,7 +660,7 @@ class TestAccuracy:
         assert "top-1: one seed shows no uncertainty; run at least 3" in " ".join(out.split())
         (path,) = tmp_path.glob("*/accuracy/*.json")
         record = json.loads(path.read_text())
-        weights = next(tmp_path.glob("*/runs/se_tiny*/weights.safetensors"))
+        weights = next(tmp_path.glob("runs/se_tiny*/weights.safetensors"))
         status, _, error = selab(*words, "--out", tmp_path)
         assert status == 1
         assert f"{path}: exists" in one_line(error)
@@ -680,6 +681,11 @@ class TestAccuracy:
             (["compare", "small_cnn"], "is a baseline itself"),
             (["compare", "small_cn"], "no such architecture; did you mean small_cnn"),
             (["train", "--arch", "small_cnn", "--recipe", "cifar_shor"], "no such recipe; did you mean cifar_short"),
+            (
+                ["train", "--arch", "small_cnn", "--seed", 2**64],
+                "seed: 18446744073709551616; allowed are 0 to 2^64 - 1",
+            ),
+            (["train", "--arch", "small_cnn", "--seed", -1], "seed: -1; allowed are 0 to 2^64 - 1"),
             (["eval", "--arch", "small_cnn", "--weights", "none.pth", "--data", "synthetic"], "none.pth"),
             (
                 ["train", "--arch", "small_cnn", "--data", "imagenet", "--recipe", "cifar_short", "--data-dir", "none"],
@@ -695,6 +701,36 @@ class TestAccuracy:
         status, _, error = selab(*words)
         assert status == 1
         assert message in one_line(error)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["train", "--arch", "small_cnn"],
+            ["compare", "se_small_cnn"],
+            ["eval", "--arch", "small_cnn", "--weights", "none.pth"],
+        ],
+    )
+    def test_the_file_of_the_result_is_tried_before_anything_is_done(self, selab, tmp_path, words):
+        status, _, error = selab(*words, "--data-dir", tmp_path, "--no-download", "--json", tmp_path)
+        assert status == 1
+        assert f"{tmp_path}: cannot be written: is a folder; name a file in it" in one_line(error)
+
+    def test_interrupted_while_the_networks_are_timed(self, selab, tmp_path, monkeypatch, compared_small_cnn):
+        from selab.comparing import Comparison
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        def trained(self, *_):
+            save_accuracy_record(compared_small_cnn([80.0], [81.0]), self.path)
+
+        monkeypatch.setattr(Comparison, "run", trained)
+        monkeypatch.setattr(Comparison, "measure", interrupt)
+        status, out, error = selab("compare", "se_small_cnn", "--data", "synthetic", "--seeds", 1, "--out", tmp_path)
+        assert (status, out) == (1, "")
+        (path,) = tmp_path.glob("*/accuracy/*.json")
+        assert f"interrupted; the comparison is in {path}, times are missing" in one_line(error)
+        assert f"`selab table accuracy --profiles {path.parents[1]}`" in one_line(error)
 
     def test_data_that_is_not_there(self, selab, tmp_path):
         words = ["train", "--arch", "small_cnn", "--data-dir", tmp_path, "--no-download", "--out", tmp_path]

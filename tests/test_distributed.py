@@ -1,6 +1,7 @@
 """Several processes on this machine, started as a user starts them: `python -m torch.distributed.run`."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from selab.accuracy.data import ImageSet
+from selab.accuracy.data import ImageSet, synthetic_set
 from selab.accuracy.distributed import Group, join, lost_another
 from selab.accuracy.train import Options, TrainingError, train
+from selab.accuracy_record import read_accuracy_record
+from selab.comparing import Comparison, Plan
 from selab.errors import SelabError
-from selab.recipe import Recipe
+from selab.recipe import Recipe, find_recipe
 from selab.spec import read_family
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
@@ -45,7 +48,7 @@ from torch import nn
 def build(num_classes, norm=False):
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8) if norm else nn.ReLU(),
-        nn.Flatten(), nn.Linear(8 * 4 * 4, num_classes),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(8 * 4 * 4, num_classes),
     )
 """
 
@@ -138,17 +141,52 @@ def family(tmp_path_factory):
     sys.modules.pop("pair_networks", None)
 
 
+def in_two(*words):
+    """Starts a script with two processes."""
+    job = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0]
+    job += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return subprocess.run(list(map(str, [*job, *words])), capture_output=True, text=True, check=False)
+
+
 @pytest.fixture
 def two(family, tmp_path, monkeypatch):
     """Trains with two processes: names of networks → (exit status, what was written)."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(names, *, fault="", patience=60.0):
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0]
-        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-        words += [family.with_name("child.py"), Path(__file__).parent, family, tmp_path / "two", names, fault, patience]
-        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+        child = family.with_name("child.py")
+        done = in_two(child, Path(__file__).parent, family, tmp_path / "two", names, fault, patience)
         return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+# The program, with a folder of its own for each process, as nodes have; in that of rank 1 there can be no results.
+# Times are not what is tested.
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from selab import cli, comparing
+
+folder = Path(sys.argv.pop(1)) / os.environ["RANK"]
+folder.mkdir(exist_ok=True)
+os.chdir(folder)
+comparing.Comparison.measure = lambda self, report: report(f"timed by rank {os.environ['RANK']}", None)
+if os.environ["RANK"] == "1":
+    Path("results").write_text("no folder")
+cli.main()
+"""
+
+
+@pytest.fixture
+def selab_in_two(family, tmp_path, monkeypatch):
+    """Runs the program in two processes: words → what it did; its first process works in the folder `0`."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    family.with_name("program.py").write_text(PROGRAM)
+
+    def run(*words):
+        common = ["--data", "synthetic", "--epochs", 1, "--batch", 1000, "--threads", 1]
+        return in_two(family.with_name("program.py"), tmp_path, *words, *common)
 
     return run
 
@@ -234,6 +272,54 @@ def test_an_error_of_the_first_process_is_everybody_s(two, alone, tmp_path):
     status, written = two("plain")
     assert status != 0
     assert written.count("holds the training of another request: its options.accumulate is 2, not 1") == 2
+
+
+def test_one_of_two_speaks_for_a_training(selab_in_two, family, tmp_path):
+    done = selab_in_two("train", "--arch", f"{family}:plain", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    training = json.loads(done.stdout)
+    assert training["world"] == 2
+    (folder,) = (tmp_path / "0" / "results" / "runs").iterdir()
+    assert training["weights"] == f"results/runs/{folder.name}/weights.safetensors"
+    told = [line for line in done.stderr.splitlines() if line.startswith(("plain", "running code"))]
+    assert len(told) == len(set(told)) == 3, told
+    assert "epoch 1 of 1, step 10 of 10" in told[2]
+
+
+def test_one_of_two_compares(selab_in_two, family, tmp_path):
+    """What the first process has on disk decides for both; rank 1 finds nothing of it."""
+    plan = Plan(
+        arch=f"{family}:se_plain",
+        baseline=f"{family}:plain",
+        recipe=find_recipe("cifar_short"),
+        options=Options(epochs=1, batch=1000, threads=1),
+        seeds=(0, 1),
+        command="",
+    )
+    stopped = Comparison(plan, synthetic_set(), out=tmp_path / "0" / "results")
+
+    def stop(label, _):
+        if label.startswith("seed 1"):
+            raise SelabError("enough")
+
+    with pytest.raises(SelabError, match="enough"):
+        stopped.run(stop)
+    # What is finished is known from the record alone.
+    shutil.rmtree(tmp_path / "0" / "results" / "runs")
+
+    words = ["--recipe", "cifar_short", "--seeds", 2, "--json", "record.json"]
+    done = selab_in_two("compare", plan.baseline, plan.arch, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("record: ") == 1
+    for line in ("1 of 2 seeds are finished already", "seed 1, plain …", "seed 1, se_plain …", "timed by rank 0 …"):
+        assert done.stderr.count(line) == 1, line
+    assert "seed 0, " not in done.stderr
+    assert "timed by rank 1" not in done.stderr
+    record = read_accuracy_record(stopped.path)
+    assert record.complete
+    assert record.seeds[0] == stopped.seeds[0]
+    assert (tmp_path / "0" / "record.json").read_bytes() == stopped.path.read_bytes()
+    assert [path.name for path in (tmp_path / "1").iterdir()] == ["results"]
 
 
 def test_a_batch_that_two_cannot_share(monkeypatch, family, tmp_path):

@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from selab import stats
 from selab.errors import RecordError
 from selab.recipe import Recipe
-from selab.record import Device, Frozen, Machine
+from selab.record import Device, Frozen, Machine, decoded
 from selab.store import file_name, partial_path, read_text, write_atomically
 
 SCHEMA = "selab.accuracy/1"
@@ -210,17 +210,7 @@ def from_json(raw: bytes, *, where: str) -> AccuracyRecord:
         RecordError: not JSON, another schema, an unknown or missing field, or counts that cannot be; names the file and
             the field.
     """
-    try:
-        head: Any = msgspec.json.decode(raw)
-    except msgspec.DecodeError as error:
-        raise RecordError(f"{where}: not a record: {error}; compare again or restore the file") from None
-    found = head.get("schema") if isinstance(head, dict) else None
-    if found != SCHEMA:
-        raise RecordError(f"{where}: schema is {found!r}, this version reads {SCHEMA!r}; compare again")
-    try:
-        record = msgspec.convert(head, AccuracyRecord)
-    except msgspec.ValidationError as error:
-        raise RecordError(f"{where}: {error}; compare again or restore the file") from None
+    record = decoded(raw, AccuracyRecord, schema=SCHEMA, where=where, again="compare again")
     for wrong in _impossible(record):
         raise RecordError(f"{where}: {wrong}; compare again or restore the file")
     return record

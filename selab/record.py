@@ -6,7 +6,7 @@ to read and is checked against them whenever a record is read. Base units at ful
 """
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -23,6 +23,8 @@ Order = Literal["ABBA", "BAAB"]
 Statistic = Literal["floor", "typical", "mean"]
 Status = Literal["converged", "budget"]
 VerdictKind = Literal["slower", "faster", "equal", "undecided", "no_result"]
+
+_T = TypeVar("_T")
 
 
 class Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -444,17 +446,33 @@ def from_json(raw: bytes, *, where: str) -> Record:
     Raises:
         RecordError: not JSON, another schema, an unknown or missing field; names the file and the field.
     """
+    return decoded(raw, Record, schema=SCHEMA, where=where, again="measure again")
+
+
+def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) -> _T:
+    """JSON as one of our records.
+
+    Args:
+        raw: UTF-8 JSON.
+        kind: the record's type.
+        schema: what its field `schema` must be.
+        where: the file's name, for the message.
+        again: how such a record is made, for the message.
+
+    Raises:
+        RecordError: as `from_json`.
+    """
     try:
         head: Any = msgspec.json.decode(raw)
     except msgspec.DecodeError as error:
-        raise RecordError(f"{where}: not a record: {error}; measure again or restore the file") from None
+        raise RecordError(f"{where}: not a record: {error}; {again} or restore the file") from None
     found = head.get("schema") if isinstance(head, dict) else None
-    if found != SCHEMA:
-        raise RecordError(f"{where}: schema is {found!r}, this version reads {SCHEMA!r}; measure again")
+    if found != schema:
+        raise RecordError(f"{where}: schema is {found!r}, this version reads {schema!r}; {again}")
     try:
-        return msgspec.convert(head, Record)
+        return msgspec.convert(head, kind)
     except msgspec.ValidationError as error:
-        raise RecordError(f"{where}: {error}; measure again or restore the file") from None
+        raise RecordError(f"{where}: {error}; {again} or restore the file") from None
 
 
 def json_schema() -> dict[str, Any]:

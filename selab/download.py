@@ -84,9 +84,16 @@ def fetch(url: str, path: Path, *, md5: str, progress: Callable[[Progress], obje
 
 
 def digest(path: Path) -> str:
-    """A file's MD5, hexadecimal: against damage, as it is what was published; it does not keep out a forger."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    """A file's MD5, hexadecimal: against damage, as it is what was published; it does not keep out a forger.
+
+    Raises:
+        DownloadError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise DownloadError(f"{path}: cannot be read: {error.strerror}; put the published file there") from None
 
 
 def unpack(archive: Path, folder: Path, *, members: Mapping[str, int | None]) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 from selab.accuracy import augment, synthetic
 from selab.accuracy.cifar import LAYOUTS, DataError
 from selab.accuracy.data import Augmentation, ImageSet, open_data, synthetic_set
+from selab.download import DownloadError
 from selab.errors import SelabError, UnknownNameError
 from selab.recipe import ImageRecipe
 
@@ -181,6 +182,21 @@ def test_archive_of_something_else_is_refused(tmp_path):
     assert not (tmp_path / "cifar-10-batches-bin").exists()
 
 
+def test_folder_in_the_place_of_the_archive_is_named(tmp_path):
+    (tmp_path / "cifar-10-binary.tar.gz").mkdir()
+    with pytest.raises(DownloadError, match=r"cifar-10-binary.tar.gz: cannot be read: Is a directory; put the pub"):
+        open_data("cifar10", data_dir=tmp_path)
+
+
+def test_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
+    def closed(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.exists", closed)
+    with pytest.raises(DataError, match=r"data: cannot be read: Permission denied; name a folder that can"):
+        open_data("cifar10", data_dir=tmp_path / "data")
+
+
 def test_two_that_want_it_at_once_fetch_it_once(tmp_path, published):
     pytest.importorskip("fcntl", reason="the system has no flock")
     found = []
@@ -209,7 +225,8 @@ def test_offline_says_in_one_line_what_to_put_where(tmp_path, download, why):
     told = str(caught.value)
     assert told.startswith(f"{tmp_path / 'data'}: holds no CIFAR-10")
     assert "put cifar-10-binary.tar.gz there" in told
-    assert "the folder cifar-10-batches-bin" in told
+    # The published checksum is the archive's: of a folder nobody can tell.
+    assert "unpacked by hand, the folder cifar-10-batches-bin works too, but is called an unverified copy" in told
     assert "\n" not in told
 
 

@@ -155,6 +155,7 @@ def open_cifar(
     Raises:
         DataError: the set is not there and cannot be had, or is not what it should be: a file is missing, has another
             size, or a label that does not exist.
+        DownloadError: the archive or its folder cannot be read, unpacked or written.
     """
     folder = _find(data_dir, layout)
     if folder is None:
@@ -166,9 +167,12 @@ def open_cifar(
 
 
 def _find(data_dir: Path, layout: Layout) -> Path | None:
-    for folder in (data_dir, data_dir / layout.folder):
-        if any((folder / name).exists() for name in layout.files):
-            return folder
+    try:
+        for folder in (data_dir, data_dir / layout.folder):
+            if any((folder / name).exists() for name in layout.files):
+                return folder
+    except OSError as error:
+        raise DataError(f"{data_dir}: cannot be read: {error.strerror}; name a folder that can") from None
     return None
 
 
@@ -191,7 +195,10 @@ def _check_can_be_had(data_dir: Path, layout: Layout, *, download: bool) -> None
 
 
 def _wanted(layout: Layout) -> str:
-    return f"put {layout.archive} there ({layout.url}), or the folder {layout.folder} out of it"
+    return (
+        f"put {layout.archive} there ({layout.url}), and it is unpacked; unpacked by hand, the folder {layout.folder} "
+        "works too, but is called an unverified copy"
+    )
 
 
 def _bring(data_dir: Path, layout: Layout, report: Callable[[str], object] | None) -> Path:
@@ -289,7 +296,7 @@ def _rows(path: Path, count: int, layout: Layout) -> Bytes:
 
 
 def _again(path: Path, layout: Layout) -> str:
-    return f"take {path.parent.name} away and unpack {layout.archive} again"
+    return f"take {path.parent.name} away: it is unpacked anew from {layout.archive} beside it, or downloaded"
 
 
 def _marked(folder: Path) -> tuple[str, str] | None:

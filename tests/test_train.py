@@ -20,11 +20,11 @@ from torch import nn
 from selab import comparing, weights
 from selab.accuracy import run as run_files
 from selab.accuracy.data import Augmentation, ImageSet
-from selab.accuracy.evaluate import evaluate
+from selab.accuracy.evaluate import NotFiniteError, evaluate
 from selab.accuracy.optim import Average, draw_he, optimizer_of
 from selab.accuracy.problems import Found, Problems
 from selab.accuracy.run import opened
-from selab.accuracy.train import Options, TrainingError, TrainingStoppedError, train
+from selab.accuracy.train import DivergedError, Options, TrainingError, TrainingStoppedError, train
 from selab.build import build
 from selab.errors import DeviceError, InsertionError, ModelError, RecordError, SelabError
 from selab.recipe import ImageRecipe, Recipe, lr_at
@@ -549,7 +549,7 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("lr", "what"), [(1e12, "the loss is (nan|inf)"), (1e38, "weights are not finite|loss is")])
 def test_a_training_that_diverges(run, tmp_path, lr, what):
-    with pytest.raises(TrainingError, match=f"plain, epoch . of 3, step .*{what}.*smaller learning rate") as raised:
+    with pytest.raises(DivergedError, match=f"plain, epoch . of 3, step .*{what}.*smaller learning rate") as raised:
         run(lr=lr, checkpoint_s=0.0)
     written = (tmp_path / "run" / "checkpoint.pt").exists()
     assert ("(the last checkpoint is intact)" in str(raised.value)) == written
@@ -557,6 +557,15 @@ def test_a_training_that_diverges(run, tmp_path, lr, what):
     if written:
         saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["tensors"]["model"]
         assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_a_training_that_diverges_in_the_last_step_of_an_epoch(run, monkeypatch):
+    def overflowing(*_, **__):
+        raise NotFiniteError("logits of 3 of 30 images are not finite")
+
+    monkeypatch.setattr("selab.accuracy.train.evaluate", overflowing)
+    with pytest.raises(DivergedError, match=r"epoch 1 of 3, step 6 of 6: logits of test images .*: the training has di"):
+        run()
 
 
 class Vanishing:

@@ -19,9 +19,13 @@ from selab.probe import evaluating, first_line
 if TYPE_CHECKING:
     from selab.accuracy.data import Data
 
-__all__ = ["Accuracy", "evaluate"]
+__all__ = ["Accuracy", "NotFiniteError", "evaluate"]
 
 _AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NotFiniteError(ModelError):
+    """Logits are not finite, so that there is no loss either."""
 
 
 def evaluate(
@@ -54,7 +58,8 @@ def evaluate(
         corrupt or truncated: the first of them; `data.test_size - images` is how many there are.
 
     Raises:
-        ModelError: the forward pass fails, its output is not one logit per class and image, or logits are not finite.
+        ModelError: the forward pass fails, or its output is not one logit per class and image.
+        NotFiniteError: logits are not finite.
         OutOfMemoryError: the device does not hold a batch.
         DeviceError: the model is on another device.
         SelabError: there are no test images, they cannot be read, or not each was given once.
@@ -224,7 +229,7 @@ def _accuracy(ranks: list[_Totals], data: "Data") -> Accuracy:
         )
     not_finite = sum(each.not_finite for each in ranks)
     if not_finite:
-        raise ModelError(
+        raise NotFiniteError(
             f"logits of {not_finite} of {images} images are not finite; the weights may be broken, or the training "
             "have diverged: try a smaller learning rate, or no mixed precision"
         )

@@ -46,6 +46,10 @@ class TrainingStoppedError(TrainingError):
     """A training was interrupted and has saved what it had; the same call goes on from there."""
 
 
+class DivergedError(TrainingError):
+    """A training has diverged: a result of the recipe on this network, which the same call would bring again."""
+
+
 class Asked(Frozen, frozen=True, kw_only=True):
     """Everything that decides a training's result.
 

@@ -28,12 +28,13 @@ from torch.nn.utils import get_total_norm
 from selab.accuracy.augment import Augmentation, check_seed
 from selab.accuracy.data import Data
 from selab.accuracy.distributed import PATIENCE_S, Group, join, lost_another
-from selab.accuracy.evaluate import evaluate
+from selab.accuracy.evaluate import NotFiniteError, evaluate
 from selab.accuracy.optim import Average, draw_he, optimizer_of
 from selab.accuracy.problems import Problems
 from selab.accuracy.run import (
     Asked,
     Checkpoint,
+    DivergedError,
     RunFolder,
     Training,
     TrainingError,
@@ -50,7 +51,16 @@ from selab.recipe import ImageRecipe, Recipe, lr_at, recipe_hash
 from selab.record import Frozen
 from selab.spec import Variant
 
-__all__ = ["Epoch", "Options", "Progress", "Training", "TrainingError", "TrainingStoppedError", "train"]
+__all__ = [
+    "DivergedError",
+    "Epoch",
+    "Options",
+    "Progress",
+    "Training",
+    "TrainingError",
+    "TrainingStoppedError",
+    "train",
+]
 
 _AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # About as often a training is looked at: for that the host has to wait for the device.
@@ -124,8 +134,9 @@ def train(
 
     Raises:
         TrainingStoppedError: it was interrupted; the message says whether everything is saved, or the last checkpoint.
-        TrainingError: the folder is another training's, or in use; the batch cannot be divided; the loss is not finite;
-            another process is gone; the data ends early. The last checkpoint is intact, where there is one.
+        DivergedError: the loss, the weights or what the network says of the test images is not finite.
+        TrainingError: the folder is another training's, or in use; the batch cannot be divided; another process is
+            gone; the data ends early. The last checkpoint is intact, where there is one.
         SpecError, InsertionError, ModelError: the network cannot be built, or fails on these images.
         OutOfMemoryError, DeviceError: the machine.
         SelabError: the data cannot be read, or the folder not be written; the last checkpoint is intact.
@@ -522,8 +533,8 @@ class _Engine:
         rank = f", rank {self.group.rank} of {self.group.world}" if self.group.world > 1 else ""
         return f"{self.asked.arch}, {at}{rank}"
 
-    def _diverged(self, what: str) -> TrainingError:
-        return TrainingError(
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
             f"{self._where()}: {what}: the training has diverged; take a recipe with a smaller learning rate or a "
             f"warm-up, or no mixed precision ({'the last checkpoint is intact' if self.kept else _NONE_KEPT})"
         )
@@ -546,6 +557,9 @@ class _Engine:
             yield
         except KeyboardInterrupt:
             raise TrainingStoppedError(f"{self._where()}: interrupted; {self._next()}") from None
+        except NotFiniteError:
+            # The loss was still finite before the last steps.
+            raise self._diverged("logits of test images are not finite") from None
         except (SelabError, BrokenPipeError):
             # Whoever read the reports has gone: no fault of the training.
             raise

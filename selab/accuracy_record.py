@@ -149,11 +149,30 @@ class Outcome(Frozen, frozen=True, kw_only=True):
 
 
 class Seed(Frozen, frozen=True, kw_only=True):
-    """Both networks trained from the same seed: the same order of images, the same augmentation. None: not finished."""
+    """Both networks trained from the same seed: the same order of images, the same augmentation.
+
+    Attributes:
+        baseline: None while it is not finished, and where it has diverged.
+        variant: the same.
+        baseline_diverged: what was said when its training diverged, which is a result; empty where it did not.
+        variant_diverged: the same.
+    """
 
     seed: int
     baseline: Outcome | None = None
     variant: Outcome | None = None
+    baseline_diverged: str = ""
+    variant_diverged: str = ""
+
+    @property
+    def pair(self) -> tuple[Outcome, Outcome] | None:
+        """Baseline and variant, if both came to their end: only such seeds are compared."""
+        return None if self.baseline is None or self.variant is None else (self.baseline, self.variant)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to train: each network came to its end, or diverged."""
+        return bool((self.baseline or self.baseline_diverged) and (self.variant or self.variant_diverged))
 
 
 class AccuracyRecord(Frozen, frozen=True, kw_only=True):
@@ -164,7 +183,7 @@ class AccuracyRecord(Frozen, frozen=True, kw_only=True):
         origin: the TOML that the variant stands in, if it is a user's own; empty for those that are installed.
         facts_hash: of the variant's facts; another one than today's means that the record is stale.
         command: the command line that asks for the same again.
-        complete: whether every seed that was asked for is finished for both networks.
+        complete: whether every seed that was asked for is finished for both networks, or diverged.
         recipe: all of it, for recipes change.
     """
 
@@ -221,7 +240,7 @@ def _impossible(record: AccuracyRecord) -> Iterator[str]:
     numbers = [each.seed for each in record.seeds]
     if len(set(numbers)) < len(numbers):
         yield f"seeds: {numbers} name one twice"
-    unfinished = [each.seed for each in record.seeds if each.baseline is None or each.variant is None]
+    unfinished = [each.seed for each in record.seeds if not each.settled]
     if record.complete and unfinished:
         yield f"complete: is true, but seeds {unfinished} are unfinished"
     if record.complete and not numbers:
@@ -230,9 +249,14 @@ def _impossible(record: AccuracyRecord) -> Iterator[str]:
     if len(looked_at) > 1:
         yield f"seeds: tested on {sorted(looked_at)} images; all of a record share the same ones"
     for index, each in enumerate(record.seeds):
-        for arm, outcome in (("baseline", each.baseline), ("variant", each.variant)):
+        for arm, outcome, diverged in (
+            ("baseline", each.baseline, each.baseline_diverged),
+            ("variant", each.variant, each.variant_diverged),
+        ):
             if outcome is not None:
                 where = f"seeds[{index}].{arm}"
+                if diverged:
+                    yield f"{where}_diverged: is {diverged!r}, but {arm} has an outcome"
                 yield from (f"{where}.{wrong}" for wrong in _mistaken(outcome, record.data))
 
 

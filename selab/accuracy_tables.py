@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 from selab import units
-from selab.accuracy_record import AccuracyRecord, Outcome
+from selab.accuracy_record import AccuracyRecord, Outcome, Seed
 from selab.accuracy_verdict import Comparison, compare_verdict
 from selab.grid import NONE, Grid
 from selab.record import Cost, Latency, Phase, Record
@@ -57,7 +57,9 @@ def comparison_grid(compared: Compared) -> Grid:
         _trained_row("training, time", record, lambda one: one.seconds, units.seconds),
     ]
     notes = [f"{name}: {one.difference.text}" for name, one in (("top-1", verdict.top1), ("loss", verdict.loss))]
-    done = sum(one.variant is not None and one.baseline is not None for one in record.seeds)
+    if verdict.diverged:
+        notes.append(f"{verdict.diverged}; what is compared are the seeds that both networks finished.")
+    done = sum(one.pair is not None for one in record.seeds)
     place = f"{record.machine.gpu or record.machine.cpu}, torch {record.machine.libraries.get('torch', '')}"
     notes.append(
         f"{record.data.title}, {training_words(record)}, batch {record.recipe.batch}; {done} of "
@@ -74,9 +76,10 @@ def comparison_grid(compared: Compared) -> Grid:
 
 def seeds_grid(record: AccuracyRecord) -> Grid:
     """Every seed: top-1 accuracy and loss of both networks, and their difference."""
-    rows = tuple(
-        (str(one.seed), *_seed_cells(one.baseline, one.variant)) for one in record.seeds if one.baseline or one.variant
+    started = (
+        one for one in record.seeds if one.baseline or one.variant or one.baseline_diverged or one.variant_diverged
     )
+    rows = tuple((str(one.seed), *_seed_cells(one)) for one in started)
     columns = ("seed", "base top-1", "variant top-1", "points", "base loss", "variant loss")
     return Grid(title="By seed", columns=columns, rows=rows)
 
@@ -106,6 +109,7 @@ def _accuracy_grid(group: Sequence[Compared]) -> Grid:
         for metric, one in (("top-1", verdict.top1), ("loss", verdict.loss))
         if one.difference.kind not in ("better", "worse")
     ]
+    diverged = [f"{name}: {verdict.diverged}" for name, verdict in verdicts.items() if verdict.diverged]
     return Grid(
         title=f"Accuracy on {data.title}: with SE against base",
         columns=columns,
@@ -115,6 +119,7 @@ def _accuracy_grid(group: Sequence[Compared]) -> Grid:
             "brackets 95 % intervals, of accuracy and loss paired by seed. MACs by the convention `paper`; forward of "
             f"one image, forward+backward of one batch as trained, on {machine.gpu or machine.cpu}.",
             *unresolved,
+            *diverged,
             *_not_published(records),
         ),
         words=frozenset({0, 1}),
@@ -139,7 +144,7 @@ def _accuracy_row(one: Compared) -> tuple[str, ...]:
     return (
         name_of(record),
         training_words(record),
-        str(seeds) if record.complete else f"{seeds} of {len(record.seeds)}",
+        str(seeds) if seeds == len(record.seeds) else f"{seeds} of {len(record.seeds)}",
         _change(one, lambda cost: cost.params),
         _change(one, lambda cost: cost.macs.paper),
         change_words(one.forward_latency),
@@ -188,10 +193,12 @@ def _batch(compared: Compared) -> int:
     return compared.record.recipe.batch if compared.step is None else compared.step.workload.batch
 
 
-def _seed_cells(base: Outcome | None, variant: Outcome | None) -> tuple[str, ...]:
-    top1 = [NONE if one is None else f"{one.test.top1_pct:.2f} %" for one in (base, variant)]
-    loss = [NONE if one is None else f"{one.test.loss:.4f}" for one in (base, variant)]
-    points = f"{variant.test.top1_pct - base.test.top1_pct:+.2f}" if base is not None and variant is not None else NONE
+def _seed_cells(seed: Seed) -> tuple[str, ...]:
+    both = (seed.baseline, seed.variant)
+    none = tuple("diverged" if told else NONE for told in (seed.baseline_diverged, seed.variant_diverged))
+    top1 = [absent if one is None else f"{one.test.top1_pct:.2f} %" for one, absent in zip(both, none, strict=True)]
+    loss = [NONE if one is None else f"{one.test.loss:.4f}" for one in both]
+    points = NONE if seed.pair is None else f"{seed.pair[1].test.top1_pct - seed.pair[0].test.top1_pct:+.2f}"
     return (*top1, points, *loss)
 
 

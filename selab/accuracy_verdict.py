@@ -75,16 +75,22 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyVerdict:
-    """What a record says; `top5` is None below six classes. The headline is `top1`."""
+    """What a record says. The headline is `top1`.
+
+    Attributes:
+        top5: None below six classes.
+        diverged: `1 of 5 seeds diverged (x, seed 0)`; the comparison is of the others. Empty if none did.
+    """
 
     top1: Comparison
     top5: Comparison | None
     loss: Comparison
+    diverged: str = ""
 
 
 def compare_verdict(record: AccuracyRecord) -> AccuracyVerdict:
     """Compares the two networks of a record over the seeds that both have finished."""
-    pairs = [(each.baseline.test, each.variant.test) for each in record.seeds if each.baseline and each.variant]
+    pairs = [(each.pair[0].test, each.pair[1].test) for each in record.seeds if each.pair]
     has_top5 = bool(pairs) and all(test.top5_correct is not None for pair in pairs for test in pair)
 
     def compared(metric: Metric) -> Comparison:
@@ -103,6 +109,7 @@ def compare_verdict(record: AccuracyRecord) -> AccuracyVerdict:
         top1=compared("top1"),
         top5=compared("top5") if has_top5 else None,
         loss=compared("loss"),
+        diverged=_diverged(record),
     )
 
 
@@ -170,6 +177,20 @@ def _level(metric: Metric, values: Sequence[Fraction]) -> Level | None:
 
 def _seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _diverged(record: AccuracyRecord) -> str:
+    arms = (
+        (record.baseline, [each.seed for each in record.seeds if each.baseline_diverged]),
+        (record.arch, [each.seed for each in record.seeds if each.variant_diverged]),
+    )
+    either = {seed for _, seeds in arms for seed in seeds}
+    if not either:
+        return ""
+    which = "; ".join(
+        f"{name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" for name, seeds in arms if seeds
+    )
+    return f"{len(either)} of {_seeds(len(record.seeds))} diverged ({which})"
 
 
 def _needed(seeds: int | None) -> str:

@@ -14,7 +14,7 @@ from selab import catalog
 from selab.accuracy.data import Data
 from selab.accuracy.distributed import join
 from selab.accuracy.run import asked_of, differences, request_key
-from selab.accuracy.train import Progress, Training, train
+from selab.accuracy.train import DivergedError, Progress, Training, train
 from selab.accuracy_record import (
     AccuracyRecord,
     DataFacts,
@@ -150,7 +150,7 @@ class Comparison:
             RecordError: a partial record is there, and is of something else.
         """
         self.seeds = self.group.on_first(self._with_finished)
-        return sum(one.variant is not None and one.baseline is not None for one in self.seeds.values())
+        return sum(one.settled for one in self.seeds.values())
 
     def _with_finished(self) -> dict[int, Seed]:
         """The seeds, with what the partial record has of them."""
@@ -169,21 +169,28 @@ class Comparison:
     def run(self, report: Report, say: Say = lambda _: None) -> None:
         """Trains what is not trained yet; after each training the record is on disk.
 
+        A training that diverges is a result too: it is noted, and the others go on.
+
         Args:
             report: told which training begins, and how far it is.
-            say: told in one line where a training goes on.
+            say: told in one line where a training goes on, and that one has diverged.
 
         Raises:
             SelabError: as `selab.accuracy.train.train`; what is finished is in the partial record.
         """
         for seed in self.plan.seeds:
             for arm, variant in (("baseline", self.baseline), ("variant", self.variant)):
-                if getattr(self.seeds[seed], arm) is not None:
+                if getattr(self.seeds[seed], arm) is not None or getattr(self.seeds[seed], f"{arm}_diverged"):
                     continue
                 label = f"seed {seed}, {variant.name}"
                 report(label, None)
-                done = self._train(variant, seed, label, report, say)
-                self.seeds[seed] = msgspec.structs.replace(self.seeds[seed], **{arm: _outcome(done)})
+                found: dict[str, Any]
+                try:
+                    found = {arm: _outcome(self._train(variant, seed, label, report, say))}
+                except DivergedError as error:
+                    say(f"seed {seed}, {error}")
+                    found = {f"{arm}_diverged": str(error)}
+                self.seeds[seed] = msgspec.structs.replace(self.seeds[seed], **found)
                 self.group.on_first(lambda: save_accuracy_record(self.record(), self.path))
 
     def _train(self, variant: Variant, seed: int, label: str, report: Report, say: Say) -> Training:
@@ -222,7 +229,7 @@ class Comparison:
             baseline_facts_hash=self.baseline.facts_hash,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=plan.command,
-            complete=all(one.baseline is not None and one.variant is not None for one in seeds),
+            complete=all(one.settled for one in seeds),
             data=self.facts,
             recipe=self.recipe,
             options=plan.options,

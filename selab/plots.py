@@ -619,19 +619,14 @@ def curves(record: AccuracyRecord) -> Curves:
     Raises:
         RecordError: none is.
     """
-    done = [one for one in record.seeds if one.baseline is not None and one.variant is not None]
+    verdict = compare_verdict(record)
+    done = [one.pair for one in record.seeds if one.pair]
     if not done:
-        raise RecordError(
-            f"plot curves: {record.arch}: no seed is finished for both networks; go on with the comparison"
-        )
+        then = f"{verdict.diverged}; compare with another recipe" if verdict.diverged else "go on with the comparison"
+        raise RecordError(f"plot curves: {record.arch}: no seed is finished for both networks; {then}")
     found = []
-    for name, outcomes in (
-        (record.baseline, [one.baseline for one in done]),
-        (record.arch, [one.variant for one in done]),
-    ):
-        by_epoch = list(
-            zip(*([epoch.test_top1_pct for epoch in one.epochs] for one in outcomes if one is not None), strict=True)
-        )
+    for name, outcomes in zip((record.baseline, record.arch), zip(*done, strict=True), strict=True):
+        by_epoch = list(zip(*([epoch.test_top1_pct for epoch in one.epochs] for one in outcomes), strict=True))
         found.append(
             Curve(
                 name=name,
@@ -650,7 +645,8 @@ def curves(record: AccuracyRecord) -> Curves:
         curves=tuple(found),
         notes=(
             "Lines: means over the seeds; bands: from the least to the greatest of them.",
-            f"At the end: {compare_verdict(record).top1.difference.text}.",
+            f"At the end: {verdict.top1.difference.text}.",
+            *([f"{verdict.diverged}; drawn are the others."] if verdict.diverged else []),
         ),
     )
 

@@ -183,6 +183,29 @@ def test_counts_that_cannot_be(record, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_diverged_seed_is_settled_and_no_pair():
+    diverged = Seed(seed=1, baseline_diverged="x, epoch 1: the loss is nan", variant=outcome())
+    record = record_of(pair(0), diverged)
+    read = accuracy_record.from_json(accuracy_record.to_json(record), where="x")
+    assert read == record
+    assert [each.settled for each in read.seeds] == [True, True]
+    assert [each.pair is None for each in read.seeds] == [False, True]
+    half = Seed(seed=1, baseline_diverged="x, epoch 1: the loss is nan")
+    with pytest.raises(RecordError, match=r"complete: is true, but seeds \[1\] are unfinished"):
+        accuracy_record.from_json(accuracy_record.to_json(record_of(pair(0), half)), where="x")
+    both = msgspec.structs.replace(pair(0), variant_diverged="x: the loss is nan")
+    with pytest.raises(RecordError, match=r"seeds\[0\].variant_diverged: is 'x: the loss is nan', but variant has"):
+        accuracy_record.from_json(accuracy_record.to_json(record_of(both)), where="x")
+
+
+def test_a_record_from_before_divergence_was_kept_is_read(finished):
+    raw = accuracy_record.to_json(finished)
+    lines = [line for line in raw.splitlines() if b"_diverged" not in line]
+    old = b"\n".join(lines).replace(b"},\n  }", b"}\n  }")
+    assert len(lines) < len(raw.splitlines())
+    assert accuracy_record.from_json(old, where="x") == finished
+
+
 def test_below_six_classes_there_is_no_top5():
     record = record_of(pair(0, top5_correct=None), classes=5)
     assert accuracy_record.from_json(accuracy_record.to_json(record), where="x") == record

@@ -5,7 +5,7 @@ import pytest
 
 from selab import comparing
 from selab.accuracy_record import accuracy_path, save_accuracy_record
-from selab.accuracy_tables import Compared, accuracy_grids, comparison_grid, name_of
+from selab.accuracy_tables import Compared, accuracy_grids, comparison_grid, name_of, seeds_grid
 from selab.errors import RecordError
 from selab.pages import named_grids
 from selab.profiling import Profile
@@ -50,6 +50,37 @@ def test_nothing_shown_is_said_so(compared_small_cnn):
     assert row["points"].startswith("not shown [")
     assert row["params"] == "–"
     assert any("would be needed" in note for note in grid.notes)
+
+
+def diverging(record):
+    """The same with a base that diverged from its first seed, and a variant from its last."""
+    first, *others, last = record.seeds
+    first = msgspec.structs.replace(first, baseline=None, baseline_diverged="small_cnn, epoch 1: the loss is nan")
+    last = msgspec.structs.replace(last, variant=None, variant_diverged="se_small_cnn, epoch 2: the loss is inf")
+    return msgspec.structs.replace(record, seeds=(first, *others, last))
+
+
+def test_seeds_that_diverged_are_told_and_not_compared(compared_small_cnn):
+    record = diverging(compared_small_cnn((60, 61, 62, 63, 64), (61, 62, 63.5, 64, 65)))
+    told = "2 of 5 seeds diverged (small_cnn, seed 0; se_small_cnn, seed 4)"
+    grid = comparison_grid(Compared(record=record))
+    assert f"{told}; what is compared are the seeds that both networks finished." in grid.notes
+    assert any("3 of 5 seeds" in note for note in grid.notes)
+    (grid,) = accuracy_grids([Compared(record=record)])
+    row = cells(grid, "se_small_cnn")
+    assert row["seeds"] == "3 of 5"
+    assert row["points"].startswith("+1.17 [")
+    assert f"se_small_cnn: {told}" in grid.notes
+    rows = {row[0]: row for row in seeds_grid(record).rows}
+    assert rows["0"][1:4] == ("diverged", "61.00 %", "–")
+    assert rows["4"][1:4] == ("64.00 %", "diverged", "–")
+
+
+def test_a_comparison_of_which_nothing_is_left_has_its_table(compared_small_cnn):
+    one = Compared(record=diverging(compared_small_cnn((60, 61), (61, 62))))
+    assert cells(comparison_grid(one), "top-1 accuracy")["difference"] == "–"
+    (grid,) = accuracy_grids([one])
+    assert cells(grid, "se_small_cnn")["seeds"] == "0 of 2"
 
 
 def test_machines_and_data_sets_share_no_table(compared_small_cnn):

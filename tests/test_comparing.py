@@ -1,13 +1,16 @@
 """A comparison keeps what it has finished, and goes on from there."""
 
 import json
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from selab import accuracy_tables, catalog, comparing
 from selab.accuracy.data import synthetic_set
-from selab.accuracy_record import Options, read_accuracy_record
+from selab.accuracy.train import DivergedError, TrainingError
+from selab.accuracy_record import Accuracy, Epoch, Options, read_accuracy_record
+from selab.accuracy_verdict import compare_verdict
 from selab.errors import RecordError, SelabError, SpecError
 from selab.recipe import find_recipe
 from selab.store import partial_path
@@ -31,8 +34,8 @@ class StopError(SelabError):
     pass
 
 
-def small_plan():
-    return comparing.Plan(
+def small_plan(**changes):
+    plain = comparing.Plan(
         arch="se_small_cnn",
         baseline="small_cnn",
         recipe=find_recipe("cifar_short"),
@@ -40,6 +43,7 @@ def small_plan():
         seeds=(0, 1),
         command="selab compare small_cnn se_small_cnn",
     )
+    return msgspec.structs.replace(plain, **changes)
 
 
 def test_a_comparison_that_is_stopped_goes_on(data, tmp_path):
@@ -74,6 +78,87 @@ def test_a_comparison_that_is_stopped_goes_on(data, tmp_path):
     assert rows["parameters"][3] == "+0.10 %"
     assert "2 seeds" in rows["top-1 accuracy"][1]
     assert len(accuracy_tables.seeds_grid(record).rows) == 2
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Trainings that take no time: a list of (network, seed) that grows; those in its set `diverging` diverge."""
+
+    class Trainings(list):
+        diverging = frozenset()
+
+    trained = Trainings()
+
+    def pretend(variant, data, recipe, *, seed, folder, options, report, say):
+        trained.append((variant.name, seed))
+        if (variant.name, seed) in trained.diverging:
+            raise DivergedError(
+                f"{variant.name}, epoch 1 of 1, step 3 of 4: the loss is nan: the training has diverged"
+            )
+        epoch = Epoch(
+            epoch=1,
+            lr=0.1,
+            train_loss=2.0,
+            train_top1_pct=20.0,
+            test_loss=2.0,
+            test_top1_pct=20.0 + seed,
+            test_top5_pct=70.0,
+            seconds=1.0,
+            images_per_s=256.0,
+        )
+        test = Accuracy(images=data.test_size, top1_correct=20 + seed, top5_correct=70, loss=2.0)
+        return SimpleNamespace(test=test, seconds=1.0, epochs=(epoch,))
+
+    monkeypatch.setattr(comparing, "train", pretend)
+    return trained
+
+
+def quiet(*_):
+    pass
+
+
+def test_a_training_that_diverges_is_a_result_and_the_others_go_on(data, tmp_path, pretended):
+    pretended.diverging = {("small_cnn", 0)}
+    told = []
+    growing = comparing.Comparison(small_plan(seeds=(0, 1, 2)), data, out=tmp_path)
+    growing.run(quiet, told.append)
+    assert pretended == [(name, seed) for seed in (0, 1, 2) for name in ("small_cnn", "se_small_cnn")]
+    assert any(label.startswith("seed 0, small_cnn, epoch 1 of 1, step 3") for label in told)
+    record = read_accuracy_record(growing.path)
+    assert record.complete
+    assert record.seeds[0].baseline is None
+    assert "step 3 of 4: the loss is nan" in record.seeds[0].baseline_diverged
+    assert record.seeds[0].variant is not None
+    # The seed whose variant came to its end says nothing about the difference.
+    verdict = compare_verdict(record)
+    assert verdict.top1.difference.seeds == verdict.top1.variant.seeds == 2
+    assert verdict.diverged == "1 of 3 seeds diverged (small_cnn, seed 0)"
+
+
+def test_what_has_diverged_is_not_trained_again(data, tmp_path, pretended):
+    pretended.diverging = {("small_cnn", 0)}
+    growing = comparing.Comparison(small_plan(), data, out=tmp_path)
+
+    def stop_at_second_seed(label, state):
+        if label == "seed 1, small_cnn":
+            raise StopError("enough")
+
+    with pytest.raises(StopError):
+        growing.run(stop_at_second_seed)
+    pretended.clear()
+    again = comparing.Comparison(small_plan(), data, out=tmp_path)
+    assert again.take_over() == 1
+    again.run(quiet)
+    assert pretended == [("small_cnn", 1), ("se_small_cnn", 1)]
+
+
+def test_another_error_ends_a_comparison(data, tmp_path, pretended, monkeypatch):
+    def gone(*_, **__):
+        raise TrainingError("another process is gone")
+
+    monkeypatch.setattr(comparing, "train", gone)
+    with pytest.raises(TrainingError, match="is gone"):
+        comparing.Comparison(small_plan(), data, out=tmp_path).run(quiet)
 
 
 def test_an_unfinished_comparison_of_something_else_is_not_mixed_in(data, tmp_path):

@@ -438,8 +438,20 @@ def test_learning_curves_are_means_over_the_seeds(compared_small_cnn, tmp_path):
 
 
 def test_curves_need_a_finished_seed(compared_small_cnn):
-    with pytest.raises(RecordError, match="no seed is finished for both networks"):
+    with pytest.raises(RecordError, match="no seed is finished for both networks; go on"):
         plots.curves(compared_small_cnn((), ()))
+
+
+def test_curves_leave_out_seeds_that_diverged(compared_small_cnn):
+    record = compared_small_cnn((60, 66), (66, 69))
+    diverged = msgspec.structs.replace(record.seeds[0], variant=None, variant_diverged="the loss is nan")
+    shown = plots.curves(msgspec.structs.replace(record, seeds=(diverged, record.seeds[1])))
+    assert shown.curves[0].mean == pytest.approx((22, 44, 66))
+    assert shown.notes[-1] == "1 of 2 seeds diverged (se_small_cnn, seed 0); drawn are the others."
+    with pytest.raises(
+        RecordError, match=r"1 of 1 seed diverged \(se_small_cnn, seed 0\); compare with another recipe"
+    ):
+        plots.curves(msgspec.structs.replace(record, seeds=(diverged,)))
 
 
 def test_trained_accuracy_stands_against_the_time_of_one_image(compared_small_cnn):

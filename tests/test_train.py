@@ -564,7 +564,9 @@ def test_a_training_that_diverges_in_the_last_step_of_an_epoch(run, monkeypatch)
         raise NotFiniteError("logits of 3 of 30 images are not finite")
 
     monkeypatch.setattr("selab.accuracy.train.evaluate", overflowing)
-    with pytest.raises(DivergedError, match=r"epoch 1 of 3, step 6 of 6: logits of test images .*: the training has di"):
+    with pytest.raises(
+        DivergedError, match=r"epoch 1 of 3, step 6 of 6: logits of test images .*: the training has di"
+    ):
         run()
 
 

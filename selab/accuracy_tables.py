@@ -66,6 +66,7 @@ def comparison_grid(compared: Compared) -> Grid:
         f"{len(record.seeds)} seeds; ± is one deviation over seeds, of a difference its 95 % interval. {place}."
     )
     notes.append("Trainings ran one after the other: their times are no paired measurement, the passes' times are one.")
+    notes += _other_classes([compared])
     return Grid(
         title=f"{record.arch} against {record.baseline} on {record.data.title}",
         columns=("", "base", "variant", "difference"),
@@ -120,6 +121,7 @@ def _accuracy_grid(group: Sequence[Compared]) -> Grid:
             f"one image, forward+backward of one batch as trained, on {machine.gpu or machine.cpu}.",
             *unresolved,
             *diverged,
+            *_other_classes(group),
             *_not_published(records),
         ),
         words=frozenset({0, 1}),
@@ -182,6 +184,21 @@ def _not_published(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
     titles = dict.fromkeys(record.data.title for record in records if not record.data.official)
     return tuple(
         f"{title} is not the published set: do not compare these figures with published ones." for title in titles
+    )
+
+
+def _other_classes(group: Sequence[Compared]) -> tuple[str, ...]:
+    """Where networks were timed with the classifier of their facts, which the data's classes do not fit."""
+    named: dict[int, list[str]] = {}
+    for one in group:
+        variant, _ = variants_of(one.record)
+        timed = one.forward is not None or one.step is not None
+        if timed and variant is not None and variant.num_classes != one.record.data.num_classes:
+            named.setdefault(variant.num_classes, []).append(one.record.arch)
+    return tuple(
+        f"{', '.join(dict.fromkeys(archs))}: times are of {classes:,} classes, costs and accuracies of the data's "
+        f"{group[0].record.data.num_classes:,}."
+        for classes, archs in named.items()
     )
 
 

@@ -33,11 +33,11 @@ from selab.measure.counts import count
 from selab.measure.machine import machine
 from selab.profiling import Profile
 from selab.recipe import Recipe, adapted
-from selab.record import Frozen, Phase
+from selab.record import Frozen, Machine, Phase, Record
 from selab.request import Request, workload_of
 from selab.spec import Variant
 from selab.store import file_name, partial_path, read_record, record_path, save
-from selab.tables import variants_of
+from selab.tables import is_stale, variants_of
 from selab.weights import load
 
 Report = Callable[[str, Progress | None], object]
@@ -207,11 +207,17 @@ class Comparison:
         )
 
     def measure(self, report: Callable[[str, Any], object]) -> None:
-        """Times what `requests_of` asks for and no record has yet; each goes to a record of its own."""
+        """Times what `requests_of` asks for and no record has yet, or only one of other facts or another torch.
+
+        Each goes to a record of its own.
+
+        Raises:
+            SelabError: a network cannot be timed, or a record that lies there cannot be read.
+        """
         for request in requests_of(self.record()).values():
             profile = Profile(request)
             path = profile.path(self.out)
-            if not path.exists():
+            if not (path.exists() and _holds_today(read_record(path), self.machine)):
                 profile.run(report)
                 save(profile.record(), path)
 
@@ -283,6 +289,12 @@ def requests_of(record: AccuracyRecord) -> dict[Phase, Request]:
 
 def _address(arch: str, origin: str) -> str:
     return f"{origin}:{arch}" if origin else arch
+
+
+def _holds_today(profile: Record, here: Machine) -> bool:
+    """Whether a profile's times are those that measuring again would give."""
+    torches = {one.libraries.get("torch") for one in (profile.machine, here)}
+    return profile.complete and not is_stale(profile) and len(torches) == 1
 
 
 def compared(record: AccuracyRecord, folder: Path) -> Compared:

@@ -1,5 +1,7 @@
 """What a comparison's tables say, and what its accuracies are read beside."""
 
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 
@@ -131,6 +133,21 @@ def test_accuracies_stand_beside_the_profiles_of_their_machine(compared_small_cn
     assert one.step.workload.batch == 2
     labels = [row[0] for row in comparison_grid(one).rows]
     assert {"forward, batch 1", "forward+backward, batch 2"} <= set(labels)
+
+
+def test_times_of_another_number_of_classes_are_told(compared_small_cnn, workload):
+    record = compared_small_cnn(BASE, BETTER)
+    profile = SimpleNamespace(latency={}, workload=workload(batch=128))
+    hundred = msgspec.structs.replace(record, data=msgspec.structs.replace(record.data, num_classes=100))
+    told = "se_small_cnn: times are of 10 classes, costs and accuracies of the data's 100."
+    for one, notes in (
+        (Compared(record=hundred, forward=profile), [told]),
+        (Compared(record=hundred, step=profile), [told]),
+        (Compared(record=hundred), []),
+        (Compared(record=record, forward=profile), []),
+    ):
+        for grid in (comparison_grid(one), *accuracy_grids([one])):
+            assert [note for note in grid.notes if "times are of" in note] == notes
 
 
 def test_the_table_needs_comparisons(compared_small_cnn, tmp_path):

@@ -13,7 +13,7 @@ from selab.accuracy_record import Accuracy, Epoch, Options, read_accuracy_record
 from selab.accuracy_verdict import compare_verdict
 from selab.errors import RecordError, SelabError, SpecError
 from selab.recipe import find_recipe
-from selab.store import partial_path
+from selab.store import partial_path, read_record, save
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,40 @@ def test_another_error_ends_a_comparison(data, tmp_path, pretended, monkeypatch)
     monkeypatch.setattr(comparing, "train", gone)
     with pytest.raises(TrainingError, match="is gone"):
         comparing.Comparison(small_plan(), data, out=tmp_path).run(quiet)
+
+
+def test_networks_are_timed_again_where_facts_or_torch_have_changed(data, root, tmp_path, monkeypatch):
+    # Mixed precision has no profile of a step.
+    growing = comparing.Comparison(small_plan(options=Options(epochs=1, threads=1, amp="bf16")), data, out=tmp_path)
+    there = read_record(root / "profiles" / "intel-xeon-2c" / "se_small_cnn.cpu-b1-32-fp32-t1.json")
+    fresh = msgspec.structs.replace(there, machine=growing.machine)
+    path = tmp_path / "profile.json"
+
+    class Timed:
+        times = 0
+
+        def __init__(self, request):
+            self.path = lambda out: path
+            self.record = lambda: fresh
+
+        def run(self, report):
+            Timed.times += 1
+
+    monkeypatch.setattr(comparing, "Profile", Timed)
+    growing.measure(quiet)
+    growing.measure(quiet)
+    assert Timed.times == 1
+    libraries = {**growing.machine.libraries, "torch": "1.0"}
+    for changes in (
+        {"facts_hash": "0" * 12},
+        {"complete": False},
+        {"machine": msgspec.structs.replace(growing.machine, libraries=libraries)},
+    ):
+        save(msgspec.structs.replace(fresh, **changes), path)
+        Timed.times = 0
+        growing.measure(quiet)
+        growing.measure(quiet)
+        assert Timed.times == 1
 
 
 def test_an_unfinished_comparison_of_something_else_is_not_mixed_in(data, tmp_path):

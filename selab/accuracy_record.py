@@ -7,7 +7,7 @@ are percent (`_pct`).
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -140,12 +140,14 @@ class Outcome(Frozen, frozen=True, kw_only=True):
         test: of the weights that were kept, on all test images.
         seconds: of the whole training, evaluations included.
         images_per_s: training images over the time that they took, the median of the epochs.
+        torch: its version at the end; empty where it was not noted.
     """
 
     test: Accuracy
     seconds: float
     images_per_s: float
     epochs: tuple[Epoch, ...]
+    torch: str = ""
 
 
 class Seed(Frozen, frozen=True, kw_only=True):
@@ -185,6 +187,7 @@ class AccuracyRecord(Frozen, frozen=True, kw_only=True):
         command: the command line that asks for the same again.
         complete: whether every seed that was asked for is finished for both networks, or diverged.
         recipe: all of it, for recipes change.
+        warnings: what a reader of these accuracies must know, as `warnings_of` finds it.
     """
 
     schema: str = SCHEMA
@@ -205,6 +208,31 @@ class AccuracyRecord(Frozen, frozen=True, kw_only=True):
     machine: Machine
     seeds: tuple[Seed, ...]
     warnings: tuple[str, ...] = ()
+
+
+def warnings_of(seeds: Iterable[Seed], data: DataFacts) -> tuple[str, ...]:
+    """What a reader of these accuracies must know: images that are in none of them, and trainings that were not alike.
+
+    What has diverged stands with its seed.
+    """
+    done = [(seed.seed, outcome) for seed in seeds for outcome in (seed.baseline, seed.variant) if outcome]
+    warnings = []
+    for test in [outcome.test for _, outcome in done][:1]:  # all have looked at the same images
+        if test.images < data.test_size:
+            names = f" ({', '.join(test.skipped)})" if test.skipped else ""
+            warnings.append(
+                f"{data.test_size - test.images:,} of {data.test_size:,} test images could not be read{names}"
+            )
+    versions: dict[str, list[int]] = {}
+    for number, outcome in done:
+        if outcome.torch:
+            versions.setdefault(outcome.torch, []).append(number)
+    if len(versions) > 1:
+        each = "; ".join(
+            f"{version} (seed {', '.join(map(str, dict.fromkeys(numbers)))})" for version, numbers in versions.items()
+        )
+        warnings.append(f"not all were trained under the same version of torch: {each}")
+    return tuple(warnings)
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON

@@ -66,7 +66,7 @@ def comparison_grid(compared: Compared) -> Grid:
         f"{len(record.seeds)} seeds; ± is one deviation over seeds, of a difference its 95 % interval. {place}."
     )
     notes.append("Trainings ran one after the other: their times are no paired measurement, the passes' times are one.")
-    notes += _other_classes([compared])
+    notes += (*_other_classes([compared]), *record.warnings)
     return Grid(
         title=f"{record.arch} against {record.baseline} on {record.data.title}",
         columns=("", "base", "variant", "difference"),
@@ -122,6 +122,7 @@ def _accuracy_grid(group: Sequence[Compared]) -> Grid:
             *unresolved,
             *diverged,
             *_other_classes(group),
+            *(f"{name_of(record)}: {warning}" for record in records for warning in record.warnings),
             *_not_published(records),
         ),
         words=frozenset({0, 1}),

@@ -25,6 +25,7 @@ from selab.accuracy_record import (
     read_accuracy_record,
     read_accuracy_records,
     save_accuracy_record,
+    warnings_of,
 )
 from selab.accuracy_tables import Compared
 from selab.build import build
@@ -241,6 +242,7 @@ class Comparison:
             options=plan.options,
             machine=self.machine,
             seeds=seeds,
+            warnings=warnings_of(seeds, self.facts),
         )
 
 
@@ -250,6 +252,7 @@ def _outcome(done: Training) -> Outcome:
         seconds=done.seconds,
         images_per_s=median(epoch.images_per_s for epoch in done.epochs),
         epochs=done.epochs,
+        torch=done.torch,
     )
 
 

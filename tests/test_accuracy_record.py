@@ -15,6 +15,7 @@ from selab.accuracy_record import (
     accuracy_path,
     read_accuracy_record,
     save_accuracy_record,
+    warnings_of,
 )
 from selab.errors import RecordError
 from selab.recipe import recipes
@@ -35,7 +36,12 @@ def outcome(top1_correct=9000, **fields):
         seconds=20.0,
         images_per_s=2500.0,
     )
-    known = {"seconds": 45.0, "images_per_s": 2500.0, "epochs": (epoch, msgspec.structs.replace(epoch, epoch=2))}
+    known = {
+        "seconds": 45.0,
+        "images_per_s": 2500.0,
+        "epochs": (epoch, msgspec.structs.replace(epoch, epoch=2)),
+        "torch": "",
+    }
     changed = {**known, **{name: value for name, value in fields.items() if name in known}}
     test = {**plain, **{name: value for name, value in fields.items() if name not in known}}
     return Outcome(test=Accuracy(**test), **changed)
@@ -204,6 +210,19 @@ def test_a_record_from_before_divergence_was_kept_is_read(finished):
     old = b"\n".join(lines).replace(b"},\n  }", b"}\n  }")
     assert len(lines) < len(raw.splitlines())
     assert accuracy_record.from_json(old, where="x") == finished
+
+
+def test_a_reader_is_warned():
+    data = record_of(complete=False).data
+    alike = Seed(seed=0, baseline=outcome(torch="2.13"), variant=outcome(torch="2.13"))
+    unknown = pair(1)
+    assert warnings_of((alike, unknown), data) == warnings_of((), data) == ()
+    other = Seed(seed=2, baseline=outcome(torch="2.14"), variant=outcome(torch="2.13"))
+    assert warnings_of((alike, unknown, other), data) == (
+        "not all were trained under the same version of torch: 2.13 (seed 0, 2); 2.14 (seed 2)",
+    )
+    unread = pair(0, images=9998, skipped=("val/a.jpg", "val/b.jpg"))
+    assert warnings_of((unread,), data) == ("2 of 10,000 test images could not be read (val/a.jpg, val/b.jpg)",)
 
 
 def test_below_six_classes_there_is_no_top5():

@@ -135,6 +135,13 @@ def test_accuracies_stand_beside_the_profiles_of_their_machine(compared_small_cn
     assert {"forward, batch 1", "forward+backward, batch 2"} <= set(labels)
 
 
+def test_warnings_stand_below_the_tables(compared_small_cnn):
+    one = Compared(record=compared_small_cnn(BASE, BETTER, warnings=("2 of 10,000 test images could not be read",)))
+    assert "2 of 10,000 test images could not be read" in comparison_grid(one).notes
+    (grid,) = accuracy_grids([one])
+    assert "se_small_cnn: 2 of 10,000 test images could not be read" in grid.notes
+
+
 def test_times_of_another_number_of_classes_are_told(compared_small_cnn, workload):
     record = compared_small_cnn(BASE, BETTER)
     profile = SimpleNamespace(latency={}, workload=workload(batch=128))

@@ -86,6 +86,7 @@ def pretended(monkeypatch):
 
     class Trainings(list):
         diverging = frozenset()
+        torch = "2.13"
 
     trained = Trainings()
 
@@ -107,7 +108,7 @@ def pretended(monkeypatch):
             images_per_s=256.0,
         )
         test = Accuracy(images=data.test_size, top1_correct=20 + seed, top5_correct=70, loss=2.0)
-        return SimpleNamespace(test=test, seconds=1.0, epochs=(epoch,))
+        return SimpleNamespace(test=test, seconds=1.0, epochs=(epoch,), torch=trained.torch)
 
     monkeypatch.setattr(comparing, "train", pretend)
     return trained

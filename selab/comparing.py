@@ -1,6 +1,6 @@
 """Trains a variant and its baseline from several seeds, one training after the other; what is finished stays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -37,7 +37,7 @@ from selab.recipe import Recipe, adapted
 from selab.record import Frozen, Machine, Phase, Record
 from selab.request import Request, workload_of
 from selab.spec import Variant
-from selab.store import file_name, partial_path, read_record, record_path, save
+from selab.store import check_writable, file_name, partial_path, read_record, record_path, save
 from selab.tables import is_stale, variants_of
 from selab.weights import load
 
@@ -118,6 +118,7 @@ class Comparison:
 
     Attributes:
         group: the processes; everything but `take_over` and `run` is for the first one alone.
+        exists: whether a complete record has all that was asked for; `take_over` finds out.
     """
 
     def __init__(self, plan: Plan, data: Data, *, out: Path) -> None:
@@ -131,6 +132,7 @@ class Comparison:
         self.recipe = adapted(plan.recipe, epochs=plan.options.epochs, batch=plan.options.batch)
         self.machine = machine(plan.options.device)
         self.seeds: dict[int, Seed] = {seed: Seed(seed=seed) for seed in plan.seeds}
+        self.exists = False
 
     @property
     def path(self) -> Path:
@@ -144,28 +146,47 @@ class Comparison:
             recipe=f"{self.recipe.name}-e{self.recipe.epochs}",
         )
 
-    def take_over(self) -> int:
-        """Takes what an interrupted comparison of the same has finished; returns how many seeds that is.
+    def take_over(self, *, replace: bool = False) -> int:
+        """Takes what is finished of the same comparison; returns how many seeds that is.
+
+        It stands in the record, which more seeds than it has extend, and in the partial one that an interruption left.
+
+        Args:
+            replace: the record is made anew; what is in the partial one and in the trainings' folders is taken over.
 
         Raises:
-            RecordError: a partial record is there, and is of something else.
+            RecordError: a record is there and is of something else, or it cannot be written.
         """
-        self.seeds = self.group.on_first(self._with_finished)
+        self.seeds, self.exists = self.group.on_first(lambda: self._with_finished(replace=replace))
+        return self._finished
+
+    @property
+    def _finished(self) -> int:
         return sum(one.settled for one in self.seeds.values())
 
-    def _with_finished(self) -> dict[int, Seed]:
-        """The seeds, with what the partial record has of them."""
+    def _with_finished(self, *, replace: bool) -> tuple[dict[int, Seed], bool]:
+        """The seeds with what the records have of them, and whether the complete one has all that was asked for."""
+        check_writable(self.path, replace=True)
+        seeds = {seed: Seed(seed=seed) for seed in self.plan.seeds}
+        if self.path.exists() and not replace:
+            then = "give --replace to write over it, or name another folder with --out"
+            there = self._seeds_in(self.path, "exists: a comparison", then)
+            if there.keys() >= seeds.keys():
+                return there, True
+            seeds = dict(sorted((seeds | there).items()))
         partial = partial_path(self.path)
-        if not partial.exists():
-            return self.seeds
-        found = read_accuracy_record(partial)
+        if partial.exists():
+            left = self._seeds_in(partial, "an unfinished comparison", "finish it with the command in it, or delete it")
+            seeds = {number: seed if seed.settled else left.get(number, seed) for number, seed in seeds.items()}
+        return seeds, False
+
+    def _seeds_in(self, path: Path, what: str, then: str) -> dict[int, Seed]:
+        """The seeds of a record, which must be of this comparison."""
+        found = read_accuracy_record(path)
         for field, there, here in differences(found, self.record()):
             if field.partition(".")[0] in _DECIDING:
-                raise RecordError(
-                    f"{partial}: an unfinished comparison whose {field} is {there}, not {here}; finish it with the "
-                    "command in it, or delete it"
-                )
-        return self.seeds | {seed.seed: seed for seed in found.seeds if seed.seed in self.seeds}
+                raise RecordError(f"{path}: {what} whose {field} is {there}, not {here}; {then}")
+        return {seed.seed: seed for seed in found.seeds}
 
     def run(self, report: Report, say: Say = lambda _: None) -> None:
         """Trains what is not trained yet; after each training the record is on disk.
@@ -174,11 +195,13 @@ class Comparison:
 
         Args:
             report: told which training begins, and how far it is.
-            say: told in one line where a training goes on, and that one has diverged.
+            say: told in one line what is finished already, where a training goes on, and that one has diverged.
 
         Raises:
             SelabError: as `selab.accuracy.train.train`; what is finished is in the partial record.
         """
+        if self._finished:
+            say(f"{self.variant.name}: {self._finished} of {len(self.seeds)} seeds are finished already")
         for seed in self.plan.seeds:
             for arm, variant in (("baseline", self.baseline), ("variant", self.variant)):
                 if getattr(self.seeds[seed], arm) is not None or getattr(self.seeds[seed], f"{arm}_diverged"):
@@ -192,7 +215,12 @@ class Comparison:
                     say(f"seed {seed}, {error}")
                     found = {f"{arm}_diverged": str(error)}
                 self.seeds[seed] = msgspec.structs.replace(self.seeds[seed], **found)
-                self.group.on_first(lambda: save_accuracy_record(self.record(), self.path))
+                self._save()
+        # What was begun with more seeds may have left all of these, and nothing to train.
+        self._save()
+
+    def _save(self) -> None:
+        self.group.on_first(lambda: save_accuracy_record(self.record(), self.path))
 
     def _train(self, variant: Variant, seed: int, label: str, report: Report, say: Say) -> Training:
         plan = self.plan
@@ -244,6 +272,22 @@ class Comparison:
             seeds=seeds,
             warnings=warnings_of(seeds, self.facts),
         )
+
+
+def left_of(comparisons: Sequence[Comparison], *, replace: bool) -> list[Comparison]:
+    """Takes over what is finished of each, and returns those of which something is left to train.
+
+    Raises:
+        RecordError: as `Comparison.take_over`; or nothing is left of any.
+    """
+    for one in comparisons:
+        one.take_over(replace=replace)
+    left = [one for one in comparisons if not one.exists]
+    if not left:
+        first = comparisons[0]
+        seeds = f"{len(first.seeds)} seed{'s' if len(first.seeds) > 1 else ''}"
+        raise RecordError(f"{first.path}: exists, with {seeds}; more --seeds extend it, --replace makes it anew")
+    return left
 
 
 def _outcome(done: Training) -> Outcome:

@@ -37,7 +37,7 @@ from selab.options import (
 if TYPE_CHECKING:
     from selab.accuracy.data import Data
     from selab.accuracy.problems import Problems
-    from selab.accuracy_record import Options
+    from selab.accuracy_record import AccuracyRecord, Options
     from selab.comparing import Comparison
     from selab.recipe import ImageRecipe, Recipe
     from selab.spec import Variant
@@ -159,14 +159,16 @@ def evaluate(
 
 
 def compare(
-    archs: Annotated[list[str], typer.Argument(help="BASELINE VARIANT, or a variant alone for its own baseline.")],
+    archs: Annotated[list[str], typer.Argument(help="BASELINE VARIANT…, or a variant alone for its own baseline.")],
     data: DataName = DataName.cifar10,
     data_dir: DataDir = Path("data"),
     download: Download = True,
     workers: Workers = None,
     classes_file: ClassesFile = None,
     recipe: RecipeName = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on; 5 for what you publish.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How many, from 0 on; more extend a record; 5 for what you publish.")
+    ] = 3,
     epochs: Epochs = None,
     batch: TrainBatch = None,
     device: Device = Device.cpu,
@@ -178,58 +180,77 @@ def compare(
     out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/accuracy/…, runs to OUT/runs/….")] = Path(
         "results"
     ),
-    replace: Annotated[bool, typer.Option("--replace", help="Compare again where a record exists.")] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Make the record anew. Finished trainings in OUT/runs are taken over; delete them to train again.",
+        ),
+    ] = False,
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Also time both networks, as `profile --quick` does.")
     ] = True,
     json_to: Json = None,
 ) -> None:
-    """Train a network with SE and without from several seeds: what it costs beside what it buys, with intervals."""
-    if len(archs) > 2:
-        raise typer.BadParameter("names one or two networks", param_hint="ARCHS")
+    """Train networks with SE and without from several seeds: what it costs beside what it buys, with intervals."""
     for one in archs:
         find(one)
-    from selab import accuracy_tables, comparing, store
+    from selab import accuracy_tables, comparing
     from selab.accuracy.distributed import join, leave
-    from selab.accuracy_record import read_accuracy_record, to_json
+    from selab.accuracy_record import read_accuracy_record
 
-    baseline, variant = (None, archs[0]) if len(archs) == 1 else (archs[0], archs[1])
-    _, base = comparing.pair(variant, baseline)
-    plan = comparing.Plan(
-        arch=variant,
-        baseline=baseline,
-        recipe=_recipe_of(recipe, base, data),
-        options=_options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads),
-        seeds=tuple(range(seeds)),
-        command=shlex.join(["selab", *sys.argv[1:]]),
-    )
-    group = join(plan.options.device)
+    pairs = [(None, archs[0])] if len(archs) == 1 else [(archs[0], one) for one in dict.fromkeys(archs[1:])]
+    bases = [comparing.pair(variant, baseline)[1] for baseline, variant in pairs]
+    chosen = _recipe_of(recipe, bases[0], data)
+    options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
+    group = join(options.device)
     group.on_first(lambda: _check_json(json_to))
-    images = _open_data(data, data_dir, download, workers, classes_file, plan.recipe.image)
-    growing = comparing.Comparison(plan, images, out=out)
-    group.on_first(lambda: store.check_writable(growing.path, replace=replace))
-    finished = growing.take_over()
+    images = _open_data(data, data_dir, download, workers, classes_file, chosen.image)
+    plans = [
+        comparing.Plan(
+            arch=variant,
+            baseline=baseline,
+            recipe=chosen,
+            options=options,
+            seeds=tuple(range(seeds)),
+            command=shlex.join(["selab", *sys.argv[1:]]),
+        )
+        for baseline, variant in pairs
+    ]
+    comparisons = [comparing.Comparison(plan, images, out=out) for plan in plans]
+    left = comparing.left_of(comparisons, replace=replace)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        if finished:
-            report.say(f"{finished} of {seeds} seeds are finished already")
-        growing.run(report, report.say)
+        for growing in left:
+            growing.run(report, report.say)
     # Nothing else may run on the machine while networks are timed.
     leave()
     if not group.first:
         return
-    record = read_accuracy_record(growing.path)
-    if json_to is not None and str(json_to) == "-":
-        sys.stdout.buffer.write(to_json(record))
-        return
+    records = [read_accuracy_record(one.path) for one in comparisons]
     if json_to is not None:
-        store.write_atomically(json_to, to_json(record))
-    if latency:
-        _measure(growing)
-    beside = comparing.compared(record, out / record.machine.name)
-    print_parts(accuracy_tables.comparison_grid(beside), accuracy_tables.seeds_grid(record))
-    typer.echo(f"record: {growing.path}")
+        _write_records(records, json_to)
+        if str(json_to) == "-":
+            return
+    for growing, record in zip(comparisons, records, strict=True):
+        if latency:
+            _measure(growing)
+        beside = comparing.compared(record, out / record.machine.name)
+        print_parts(accuracy_tables.comparison_grid(beside), accuracy_tables.seeds_grid(record))
+        typer.echo(f"record: {growing.path}")
     _tell_problems(getattr(images, "problems", None))
-    return
+
+
+def _write_records(records: "list[AccuracyRecord]", to: Path) -> None:
+    """One record as it is on disk, several in a list."""
+    from selab.accuracy_record import to_json
+    from selab.store import write_atomically
+
+    each = [to_json(record) for record in records]
+    content = each[0] if len(each) == 1 else b"[\n" + b",\n".join(each) + b"]\n"
+    if str(to) == "-":
+        sys.stdout.buffer.write(content)
+    else:
+        write_atomically(to, content)
 
 
 def _measure(growing: "Comparison") -> None:

@@ -702,6 +702,23 @@ class TestAccuracy:
         assert status == 1
         assert message in one_line(error)
 
+    def test_several_networks_with_one_baseline(self, selab, tiny, tmp_path):
+        names = [f"{tiny}:{name}" for name in ("tiny", "se_tiny", "se_tiny+reduction=2")]
+        common = ["--data", "synthetic", "--seeds", 1, "--epochs", 1, "--batch", 2000, "--threads", 1, "--no-latency"]
+        common += ["--out", tmp_path]
+        status, out, error = selab("compare", *names, *common, "--json", tmp_path / "both.json")
+        assert status == 0, error
+        paths = [line.removeprefix("record: ") for line in out.splitlines() if line.startswith("record: ")]
+        records = [json.loads((tmp_path / path).read_text()) for path in paths]
+        assert [record["arch"] for record in records] == ["se_tiny", "se_tiny+reduction=2"]
+        assert json.loads((tmp_path / "both.json").read_text()) == records
+        # The baseline is trained once.
+        assert records[0]["seeds"][0]["baseline"] == records[1]["seeds"][0]["baseline"]
+        assert len(list(tmp_path.glob("runs/tiny.*"))) == 1
+        status, _, error = selab("compare", *names, *common)
+        assert status == 1
+        assert f"{paths[0]}: exists, with 1 seed; more --seeds extend it" in one_line(error)
+
     @pytest.mark.parametrize(
         "words",
         [

@@ -153,6 +153,86 @@ def test_what_has_diverged_is_not_trained_again(data, tmp_path, pretended):
     assert pretended == [("small_cnn", 1), ("se_small_cnn", 1)]
 
 
+def finished(data, out, **changes):
+    """Runs what is left of a comparison; its record."""
+    growing = comparing.Comparison(small_plan(**changes), data, out=out)
+    for one in comparing.left_of([growing], replace=False):
+        one.run(quiet)
+    return read_accuracy_record(growing.path)
+
+
+def test_more_seeds_extend_a_record(data, tmp_path, pretended):
+    pretended.diverging = {("se_small_cnn", 1)}
+    first = finished(data, tmp_path, seeds=(0, 1), command="first")
+    pretended.clear()
+    pretended.torch = "2.14"
+    said = []
+    growing = comparing.Comparison(small_plan(seeds=(0, 1, 2), command="second"), data, out=tmp_path)
+    (left,) = comparing.left_of([growing], replace=False)
+    left.run(quiet, said.append)
+    assert said == ["se_small_cnn: 2 of 3 seeds are finished already"]
+    assert pretended == [("small_cnn", 2), ("se_small_cnn", 2)]
+    record = read_accuracy_record(growing.path)
+    assert record.complete
+    assert record.seeds[:2] == first.seeds
+    assert (len(record.seeds), record.command) == (3, "second")
+    assert record.warnings == ("not all were trained under the same version of torch: 2.13 (seed 0, 1); 2.14 (seed 2)",)
+
+
+def test_an_extension_that_is_stopped_goes_on(data, tmp_path, pretended):
+    def stop_at_last(label, _):
+        if label == "seed 2, small_cnn":
+            raise StopError("enough")
+
+    finished(data, tmp_path, seeds=(0,))
+    growing = comparing.Comparison(small_plan(seeds=(0, 1, 2)), data, out=tmp_path)
+    growing.take_over()
+    with pytest.raises(StopError):
+        growing.run(stop_at_last)
+    assert len(read_accuracy_record(growing.path).seeds) == 1
+    pretended.clear()
+    # Fewer seeds than were begun with: all of them are finished.
+    assert len(finished(data, tmp_path, seeds=(0, 1)).seeds) == 2
+    assert pretended == []
+    assert len(finished(data, tmp_path, seeds=(0, 1, 2)).seeds) == 3
+    assert pretended == [("small_cnn", 2), ("se_small_cnn", 2)]
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (0,)])
+def test_no_more_seeds_than_a_record_has_are_refused(data, tmp_path, pretended, seeds):
+    record = finished(data, tmp_path)
+    growing = comparing.Comparison(small_plan(seeds=seeds), data, out=tmp_path)
+    with pytest.raises(RecordError, match=r"json: exists, with 2 seeds; more --seeds extend it, --replace makes it an"):
+        comparing.left_of([growing], replace=False)
+    pretended.clear()
+    (again,) = comparing.left_of([growing], replace=True)
+    again.run(quiet)
+    assert pretended == [(name, seed) for seed in seeds for name in ("small_cnn", "se_small_cnn")]
+    assert read_accuracy_record(growing.path).seeds == record.seeds[: len(seeds)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": Options(epochs=1, batch=32, threads=1)}, "recipe.batch is 64, not 32"),
+        ({"options": Options(epochs=1, batch=64, accumulate=2)}, "options.accumulate is 1, not 2"),
+        ({"recipe": msgspec.structs.replace(find_recipe("cifar_short"), lr=0.3)}, "recipe.lr is 0.1, not 0.3"),
+    ],
+)
+def test_a_record_of_another_request_is_not_extended(data, tmp_path, pretended, changes, message):
+    finished(data, tmp_path)
+    with pytest.raises(RecordError, match=f"exists: a comparison whose {message}; give --replace"):
+        finished(data, tmp_path, seeds=(0, 1, 2), **changes)
+
+
+def test_of_several_comparisons_those_that_are_finished_are_passed_over(data, tmp_path, pretended):
+    finished(data, tmp_path)
+    plans = [small_plan(), small_plan(arch="se_small_cnn+reduction=8")]
+    both = [comparing.Comparison(plan, data, out=tmp_path) for plan in plans]
+    assert comparing.left_of(both, replace=False) == both[1:]
+    assert comparing.left_of(both, replace=True) == both
+
+
 def test_another_error_ends_a_comparison(data, tmp_path, pretended, monkeypatch):
     def gone(*_, **__):
         raise TrainingError("another process is gone")

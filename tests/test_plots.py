@@ -218,7 +218,7 @@ def test_pairs_of_other_data_do_not_share_the_axis(family):
     )
     shown = plots.points("top1_error", "top5_error", archs=[f"{path}:se", f"{path}:other"])
     assert [pair.name for pair in shown.pairs] == ["se"]
-    assert shown.left_out == (plots.LeftOut(name="other", why="published on z"),)
+    assert shown.left_out == (plots.LeftOut(name="other", why="on z"),)
 
 
 METRICS = ("top1_error_pct", "top5_error_pct")

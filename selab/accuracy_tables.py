@@ -86,47 +86,60 @@ def seeds_grid(record: AccuracyRecord) -> Grid:
 
 
 def accuracy_grids(compared: Sequence[Compared]) -> list[Grid]:
-    """Many comparisons, one row each: what SE adds in cost, and what it changes in accuracy; a table for each data set.
+    """Many comparisons, one row each: what SE changes in accuracy, and what it adds in cost; two tables a data set.
 
-    Comparisons of different machines share no table either, for they have times in them.
+    Comparisons of different machines share no table either, for the costs have times in them.
     """
     groups: dict[tuple[str, str], list[Compared]] = {}
     for one in compared:
         groups.setdefault((one.record.machine.name, one.record.data.sha256), []).append(one)
-    return [_accuracy_grid(group) for group in groups.values()]
+    return [grid for group in groups.values() for grid in _grids_of_a_group(sorted(group, key=_size))]
 
 
-def _accuracy_grid(group: Sequence[Compared]) -> Grid:
+def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Grid, Grid]:
     records = [one.record for one in group]
-    machine, data = records[0].machine, records[0].data
+    place = records[0].machine.gpu or records[0].machine.cpu
+    data = records[0].data
     verdicts = {name_of(record): compare_verdict(record) for record in records}
-    columns = (
-        *("", "trained", "seeds", "params", "MACs", "forward", "forward+backward"),
-        *("base top-1", "top-1", "points", "loss"),
-    )
     unresolved = [
         f"{name}, {metric}: {one.difference.text}"
         for name, verdict in verdicts.items()
         for metric, one in (("top-1", verdict.top1), ("loss", verdict.loss))
         if one.difference.kind not in ("better", "worse")
     ]
-    diverged = [f"{name}: {verdict.diverged}" for name, verdict in verdicts.items() if verdict.diverged]
-    return Grid(
-        title=f"Accuracy on {data.title}: with SE against base",
-        columns=columns,
-        rows=tuple(_accuracy_row(one) for one in sorted(group, key=_size)),
+    bought = Grid(
+        title=f"What SE buys on {data.title}",
+        columns=("", "seeds", "base top-1", "top-1", "points", "loss"),
+        rows=tuple(_bought_row(one) for one in group),
         notes=(
-            f"{data.train_size:,} images to train on, {data.test_size:,} to test on; ± is one deviation over seeds; in "
-            "brackets 95 % intervals, of accuracy and loss paired by seed. MACs by the convention `paper`; forward of "
-            f"one image, forward+backward of one batch as trained, on {machine.gpu or machine.cpu}.",
+            f"Trained: {'; '.join(_trainings(records))}. {data.train_size:,} images to train on, {data.test_size:,} to "
+            "test on; ± is one deviation over seeds, in brackets 95 % intervals of the difference, paired by seed.",
             *unresolved,
-            *diverged,
-            *_other_classes(group),
+            *(f"{name}: {verdict.diverged}" for name, verdict in verdicts.items() if verdict.diverged),
             *(f"{name_of(record)}: {warning}" for record in records for warning in record.warnings),
             *_not_published(records),
         ),
-        words=frozenset({0, 1}),
     )
+    batches = ", ".join(dict.fromkeys(str(_batch(one)) for one in group))
+    costs = Grid(
+        title=f"What it costs there ({place})",
+        columns=("", "params", "MACs", "forward", "forward+backward"),
+        rows=tuple(_costs_row(one) for one in group),
+        notes=(
+            "In brackets 95 % intervals. MACs by the convention `paper`; forward of one image on one thread, "
+            f"forward+backward of one batch ({batches}) as trained.",
+            *_other_classes(group),
+        ),
+    )
+    return bought, costs
+
+
+def _trainings(records: Sequence[AccuracyRecord]) -> list[str]:
+    """`cifar_short, 4 epochs (se_resnet20_cifar)`, the names only where there are several ways."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        names.setdefault(training_words(record), []).append(name_of(record))
+    return [words + (f" ({', '.join(which)})" if len(names) > 1 else "") for words, which in names.items()]
 
 
 def name_of(record: AccuracyRecord) -> str:
@@ -140,21 +153,26 @@ def name_of(record: AccuracyRecord) -> str:
     return record.arch + ("" if own else f" against {record.baseline}") + (" (stale)" if stale else "")
 
 
-def _accuracy_row(one: Compared) -> tuple[str, ...]:
+def _bought_row(one: Compared) -> tuple[str, ...]:
     record = one.record
     verdict = compare_verdict(record)
     seeds = verdict.top1.difference.seeds
     return (
         name_of(record),
-        training_words(record),
         str(seeds) if seeds == len(record.seeds) else f"{seeds} of {len(record.seeds)}",
+        *(NONE if level is None else level.shown for level in (verdict.top1.baseline, verdict.top1.variant)),
+        _difference_words(verdict.top1),
+        _difference_words(verdict.loss),
+    )
+
+
+def _costs_row(one: Compared) -> tuple[str, ...]:
+    return (
+        name_of(one.record),
         _change(one, lambda cost: cost.params),
         _change(one, lambda cost: cost.macs.paper),
         change_words(one.forward_latency),
         change_words(one.step_latency),
-        *(NONE if level is None else level.shown for level in (verdict.top1.baseline, verdict.top1.variant)),
-        _difference_words(verdict.top1),
-        _difference_words(verdict.loss),
     )
 
 

@@ -35,22 +35,21 @@ def test_a_row_says_what_se_adds_and_what_it_changes(compared_small_cnn, tmp_pat
     folder = tmp_path / "here"
     written(compared_small_cnn(BASE, BETTER), folder)
     (one,) = comparing.read_compared(folder)
-    (grid,) = accuracy_grids([one])
+    grid, costs = accuracy_grids([one])
     row = cells(grid, "se_small_cnn")
     # 0.1 either side of a mean of 1, times Student's 4.303 over the root of 3.
     assert row["points"] == "+1.00 [0.75, 1.25]"
     assert row["base top-1"] == "61.0 ± 1.0 %"
     assert row["seeds"] == "3"
-    assert row["params"] == "+0.10 %"
-    assert row["forward"] == "–"
+    assert cells(costs, "se_small_cnn")["params"] == "+0.10 %"
+    assert cells(costs, "se_small_cnn")["forward"] == "–"
     assert grid.notes[-1].startswith("Some images is not the published set")
 
 
 def test_nothing_shown_is_said_so(compared_small_cnn):
-    (grid,) = accuracy_grids([Compared(record=compared_small_cnn(BASE, ALIKE))])
-    row = cells(grid, "se_small_cnn")
-    assert row["points"].startswith("not shown [")
-    assert row["params"] == "–"
+    grid, costs = accuracy_grids([Compared(record=compared_small_cnn(BASE, ALIKE))])
+    assert cells(grid, "se_small_cnn")["points"].startswith("not shown [")
+    assert cells(costs, "se_small_cnn")["params"] == "–"
     assert any("would be needed" in note for note in grid.notes)
 
 
@@ -68,7 +67,7 @@ def test_seeds_that_diverged_are_told_and_not_compared(compared_small_cnn):
     grid = comparison_grid(Compared(record=record))
     assert f"{told}; what is compared are the seeds that both networks finished." in grid.notes
     assert any("3 of 5 seeds" in note for note in grid.notes)
-    (grid,) = accuracy_grids([Compared(record=record)])
+    grid, _ = accuracy_grids([Compared(record=record)])
     row = cells(grid, "se_small_cnn")
     assert row["seeds"] == "3 of 5"
     assert row["points"].startswith("+1.17 [")
@@ -81,7 +80,7 @@ def test_seeds_that_diverged_are_told_and_not_compared(compared_small_cnn):
 def test_a_comparison_of_which_nothing_is_left_has_its_table(compared_small_cnn):
     one = Compared(record=diverging(compared_small_cnn((60, 61), (61, 62))))
     assert cells(comparison_grid(one), "top-1 accuracy")["difference"] == "–"
-    (grid,) = accuracy_grids([one])
+    grid, _ = accuracy_grids([one])
     assert cells(grid, "se_small_cnn")["seeds"] == "0 of 2"
 
 
@@ -90,7 +89,7 @@ def test_machines_and_data_sets_share_no_table(compared_small_cnn):
     other_data = msgspec.structs.replace(record, data=msgspec.structs.replace(record.data, sha256="e"))
     other_place = msgspec.structs.replace(record, machine=msgspec.structs.replace(record.machine, name="there"))
     for other, tables in ((record, 1), (other_data, 2), (other_place, 2)):
-        assert len(accuracy_grids([Compared(record=record), Compared(record=other)])) == tables
+        assert len(accuracy_grids([Compared(record=record), Compared(record=other)])) == 2 * tables
 
 
 def test_changed_facts_are_stale(compared_small_cnn):
@@ -138,7 +137,7 @@ def test_accuracies_stand_beside_the_profiles_of_their_machine(compared_small_cn
 def test_warnings_stand_below_the_tables(compared_small_cnn):
     one = Compared(record=compared_small_cnn(BASE, BETTER, warnings=("2 of 10,000 test images could not be read",)))
     assert "2 of 10,000 test images could not be read" in comparison_grid(one).notes
-    (grid,) = accuracy_grids([one])
+    grid, _ = accuracy_grids([one])
     assert "se_small_cnn: 2 of 10,000 test images could not be read" in grid.notes
 
 
@@ -153,7 +152,7 @@ def test_times_of_another_number_of_classes_are_told(compared_small_cnn, workloa
         (Compared(record=hundred), []),
         (Compared(record=record, forward=profile), []),
     ):
-        for grid in (comparison_grid(one), *accuracy_grids([one])):
+        for grid in (comparison_grid(one), accuracy_grids([one])[1]):
             assert [note for note in grid.notes if "times are of" in note] == notes
 
 
@@ -161,7 +160,7 @@ def test_the_table_needs_comparisons(compared_small_cnn, tmp_path):
     with pytest.raises(RecordError, match="table accuracy: no comparisons; `selab compare`"):
         named_grids("accuracy", {}, (), comparing.read_compared(tmp_path))
     found = [Compared(record=compared_small_cnn(BASE, BETTER))]
-    assert len(named_grids("accuracy", {}, (), found)) == 1
+    assert len(named_grids("accuracy", {}, (), found)) == 2
 
 
 def test_the_shell_shows_the_table_of_a_folder(selab, compared_small_cnn, tmp_path):
@@ -169,7 +168,8 @@ def test_the_shell_shows_the_table_of_a_folder(selab, compared_small_cnn, tmp_pa
     written(compared_small_cnn(BASE, BETTER), folder)
     status, out, _ = selab("table", "accuracy", "--profiles", folder, "--format", "markdown")
     assert status == 0
-    assert "| se_small_cnn | cifar_short, 10 epochs | 3 |" in out
+    assert "| se_small_cnn | 3 | 61.0 ± 1.0 % |" in out
+    assert "Trained: cifar_short, 10 epochs." in out
     status, _, err = selab("table", "accuracy", "--profiles", tmp_path)
     assert status == 1
     assert "no comparisons" in err

@@ -538,6 +538,80 @@ def weights_convert(
         typer.echo(f"weights: {target_path}")
 
 
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="A TOML of [budgets.NAME] tables.")] = Path("budgets.toml"),
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Check only this budget; repeat it for several.")
+    ] = None,
+    thorough: Annotated[
+        bool,
+        typer.Option("--thorough", help="Measure to ±0.5 % or for 60 s, as `profile` does, instead of ±1 % or 15 s."),
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes per measured ratio.")] = 1,
+    json_to: Json = None,
+) -> None:
+    """Hold networks against their budgets; ends with status 1 if one is exceeded."""
+    from selab import budget, store
+
+    if json_to is not None and str(json_to) != "-":
+        store.check_writable(json_to, replace=True)
+    budgets = budget.read_budgets(file, only=only or ())
+    for one in budgets.values():
+        find(one.arch)
+    with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
+        findings = list(budget.check(budgets, report, quick=not thorough, processes=processes))
+    if json_to is not None:
+        write_json([dataclasses.asdict(one) for one in findings], json_to)
+    if str(json_to) != "-":
+        print_parts(budget.check_grid(findings))
+    over = [one for one in findings if one.state == "over"]
+    if over:
+        names = ", ".join(f"{one.name}.{one.limit}" for one in over)
+        raise SelabError(f"{file}: over budget: {names}; make the network cheaper, or raise the limit")
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="A record of `selab profile` or `selab count --out`.")],
+    after: Annotated[Path, typer.Argument(help="Another of equal workload, machine and baseline.")],
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with status 1 if the second costs more or is shown to be slower.")
+    ] = False,
+    json_to: Json = None,
+) -> None:
+    """Compare two records: what changed in cost, and whether the ratio to the baseline did."""
+    from selab import differing, store
+
+    records = [store.read_record(path) for path in (before, after)]
+    differing.check_comparable(*records, names=(str(before), str(after)))
+    if json_to is not None:
+        changes = [dataclasses.asdict(one) for one in differing.ratio_changes(*records)]
+        write_json(
+            {"before": str(before), "after": str(after), "worse": differing.grew(*records), "ratios": changes}, json_to
+        )
+    if str(json_to) != "-":
+        print_parts(differing.diff_grid(*records))
+    worse = differing.grew(*records)
+    if strict and worse:
+        raise SelabError(f"{after}: worse than {before}: {', '.join(worse)}")
+
+
+@app.command("machine")
+def show_machine(device: Device = Device.cpu, json_to: Json = None) -> None:
+    """Show what will be measured on, what is wrong with it for measuring, and what helps."""
+    from selab import advice
+    from selab.measure.passes import check_device
+
+    check_device(device.value)
+    found = advice.look(device.value)
+    if json_to is not None:
+        listed = [dataclasses.asdict(one) for one in advice.problems(found)]
+        around = dataclasses.asdict(found.surroundings)
+        return write_json({"machine": builtins(found.machine), "surroundings": around, "problems": listed}, json_to)
+    return print_parts(*advice.machine_grids(found))
+
+
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(compare)

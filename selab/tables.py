@@ -44,13 +44,18 @@ def _row(label: str, base: float | None, variant: float | None, show: units.Form
     return (label, show(base), show(variant), f"{'+' if difference > 0 else ''}{show(difference)}", change)
 
 
-_COST_ROWS: tuple[tuple[str, str, units.Format], ...] = (
+COST_ROWS: tuple[tuple[str, str, units.Format], ...] = (
     ("parameters", "params", units.count),
     ("MACs, conv+linear", "macs.conv_linear", units.count),
     ("MACs, paper", "macs.paper", units.count),
     ("MACs, all operations", "macs.all", units.count),
     ("MACs backward, conv+linear", "macs_backward.conv_linear", units.count),
     ("bytes moved, forward", "bytes", units.size),
+)
+MEMORY_ROWS = (
+    ("peak memory, forward", "peak_forward_bytes"),
+    ("peak memory, fwd+bwd", "peak_forward_backward_bytes"),
+    ("saved for backward", "saved_for_backward_bytes"),
 )
 _MORE_COST_ROWS: tuple[tuple[str, str, units.Format], ...] = (
     ("FLOPs, forward", "flops", units.count),
@@ -99,12 +104,7 @@ def _latencies(record: Record) -> list[tuple[str, Latency]]:
 def _memory_rows(memory: Memory | None, base: Memory | None) -> list[tuple[str, ...]]:
     if memory is None or base is None:
         return []
-    rows = [
-        ("peak memory, forward", "peak_forward_bytes"),
-        ("peak memory, fwd+bwd", "peak_forward_backward_bytes"),
-        ("saved for backward", "saved_for_backward_bytes"),
-    ]
-    return [_row(label, getattr(base, name), getattr(memory, name), units.size) for label, name in rows]
+    return [_row(label, getattr(base, name), getattr(memory, name), units.size) for label, name in MEMORY_ROWS]
 
 
 def _published_rows(variant: Variant, baseline: Variant | None) -> list[tuple[str, ...]]:
@@ -118,7 +118,8 @@ def _published_rows(variant: Variant, baseline: Variant | None) -> list[tuple[st
     return rows
 
 
-def _workload_title(work: Workload) -> str:
+def workload_title(work: Workload) -> str:
+    """What a table's figures share: `batch 1, 3×224×224, fp32, cpu`."""
     size = "×".join(map(str, work.input_chw))
     parts = [f"batch {work.batch}", size, work.dtype, "channels last" if work.memory_format == "channels_last" else ""]
     parts += ["compiled" if work.compiled else "", f"{work.mode} mode" if work.mode != "auto" else "", work.device]
@@ -129,7 +130,7 @@ def _workload_title(work: Workload) -> str:
 def profile_grid(record: Record) -> Grid:
     """The table of `selab profile`: base, variant, difference in units and in percent."""
     variant, baseline = variants_of(record)
-    rows = _cost_rows(record.cost, record.baseline_cost, _COST_ROWS)
+    rows = _cost_rows(record.cost, record.baseline_cost, COST_ROWS)
     rows += [_latency_row(latency, label=label) for label, latency in _latencies(record)]
     rows += _memory_rows(record.memory, record.baseline_memory)
     notes = ["counted before torch.compile, which fuses operators"] if record.workload.compiled else []
@@ -138,7 +139,7 @@ def profile_grid(record: Record) -> Grid:
         sources = {f"{one.source}, {one.where}" for one in variant.published if one.metric.startswith("top")}
         notes += [f"published: {'; '.join(sorted(sources))}"] if sources else []
     return Grid(
-        title=f"{record.arch} against {record.baseline} ({_workload_title(record.workload)})",
+        title=f"{record.arch} against {record.baseline} ({workload_title(record.workload)})",
         columns=("", "base", "variant", "difference", "change"),
         rows=tuple(rows),
         notes=tuple(notes),
@@ -219,10 +220,10 @@ def count_grid(records: Sequence[Record]) -> Grid:
 def single_count_grid(record: Record) -> Grid:
     """The table of `selab count` for one network, beside its baseline if it has one."""
     cost, base = record.cost, record.baseline_cost
-    rows = _cost_rows(cost, base, (*_COST_ROWS, *_MORE_COST_ROWS))
+    rows = _cost_rows(cost, base, (*COST_ROWS, *_MORE_COST_ROWS))
     against = f" against {record.baseline}" if record.baseline else ""
     return Grid(
-        title=f"{record.arch}{against} ({_workload_title(record.workload)})",
+        title=f"{record.arch}{against} ({workload_title(record.workload)})",
         columns=("", "base", "variant", "difference", "change"),
         rows=tuple(rows),
         notes=record.warnings,
@@ -345,7 +346,7 @@ def _by_workload(records: Sequence[Record]) -> dict[str, list[Record]]:
     """By the whole workload, whose title tells all of it."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(_workload_title(record.workload), []).append(record)
+        groups.setdefault(workload_title(record.workload), []).append(record)
     return groups
 
 

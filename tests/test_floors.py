@@ -23,6 +23,7 @@ FLOORS = [
         "accuracy_record",
         "accuracy_verdict",
         "download",
+        "facts",
     },
     {"attention", "se", "sites", "probe", "ends", "insert", "build", "weights"},
     {"measure", "accuracy"},

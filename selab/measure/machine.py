@@ -7,8 +7,8 @@ import platform
 import re
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -91,6 +91,47 @@ def _quota_cores() -> float | None:
 def _driver() -> str | None:
     found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", _read("/proc/driver/nvidia/version") or "")
     return found[1] if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a measurement on the CPU depends on and a record does not hold; None where the system does not tell.
+
+    Attributes:
+        load: of the last minute, in runnable processes.
+        clock_mhz: of the fastest processor now, and the most that it may have.
+        turbo: whether clocks above the base one are allowed.
+        smt: whether two hardware threads share a core.
+        virtual: whether this is a virtual machine.
+        thread_variables: OMP_NUM_THREADS and its like, as they are set.
+    """
+
+    load: float | None
+    clock_mhz: float | None
+    most_clock_mhz: float | None
+    turbo: bool | None
+    smt: bool | None
+    virtual: bool
+    thread_variables: dict[str, str]
+
+
+def surroundings() -> Surroundings:
+    """Looks at the system; nothing is measured."""
+    clocks = [float(one) for one in re.findall(r"cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo") or "")]
+    most = _read("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
+    no_turbo = _read("/sys/devices/system/cpu/intel_pstate/no_turbo")
+    boost = _read("/sys/devices/system/cpu/cpufreq/boost")
+    smt = _read("/sys/devices/system/cpu/smt/active")
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCH_NUM_THREADS")
+    return Surroundings(
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        clock_mhz=max(clocks, default=None),
+        most_clock_mhz=None if most is None else int(most) / 1000,
+        turbo=no_turbo == "0" if no_turbo is not None else None if boost is None else boost == "1",
+        smt=None if smt is None else smt == "1",
+        virtual=" hypervisor" in (_read("/proc/cpuinfo") or ""),
+        thread_variables={name: os.environ[name] for name in names if name in os.environ},
+    )
 
 
 def _read(path: str) -> str | None:
@@ -227,6 +268,27 @@ class GpuMonitor:
             self._nvml = pynvml
         except Exception as error:
             self.problem = f"NVML is not to be had ({error}); clocks and throttling were not watched"
+
+    def facts(self) -> dict[str, str]:
+        """What the GPU is set to, by name, as far as NVML tells it; nothing without NVML."""
+        nvml = self._nvml
+        if nvml is None:
+            return {}
+        asked: dict[str, Callable[[], str]] = {
+            "clock now": lambda: f"{nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)} MHz",
+            "clock at most": lambda: f"{nvml.nvmlDeviceGetMaxClockInfo(self._handle, nvml.NVML_CLOCK_SM)} MHz",
+            "memory clock": lambda: f"{nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_MEM)} MHz",
+            "power limit": lambda: f"{nvml.nvmlDeviceGetPowerManagementLimit(self._handle) / 1000:.0f} W",
+            "temperature": lambda: f"{nvml.nvmlDeviceGetTemperature(self._handle, nvml.NVML_TEMPERATURE_GPU)} °C",
+            "other processes": lambda: str(
+                sum(one.pid != os.getpid() for one in nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
+            ),
+        }
+        found = {}
+        for name, ask in asked.items():
+            with suppress(Exception):
+                found[name] = ask()
+        return found
 
     def read(self) -> GpuReading | None:
         """One reading, or None without NVML."""

@@ -1,0 +1,170 @@
+"""Two records of equal workload and machine: what changed from the first to the second, and whether that is shown.
+
+Ratios are compared, never times: each record has its own control and its own baseline beside it, so that what the
+machine did between the two measurements drops out of each ratio. Two absolute times were not measured side by side.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Literal
+
+from selab import units, verdict
+from selab.errors import RecordError
+from selab.grid import NONE, Grid
+from selab.record import Latency, Phase, Record
+from selab.tables import COST_ROWS, MEMORY_ROWS, PHASE_NAMES, change_words, workload_title
+
+ChangeKind = Literal["slower", "faster", "not_shown", "no_result"]
+
+_PLACE = ("name", "cpu", "cores", "gpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioChange:
+    """How a phase's ratio (variant over baseline) changed: after over before, less one, with its 95 % interval.
+
+    Attributes:
+        change: 0.05 where the variant became 5 % slower beside its baseline; None where a record has no result.
+        text: one sentence.
+    """
+
+    phase: Phase
+    kind: ChangeKind
+    change: float | None
+    low: float | None
+    high: float | None
+    text: str
+
+
+def check_comparable(before: Record, after: Record, *, names: tuple[str, str]) -> None:
+    """Finds out whether two records may be held against each other.
+
+    Args:
+        before: the first.
+        after: the second.
+        names: of their files, for the message.
+
+    Raises:
+        RecordError: kind, workload, machine, or baseline are not the same; names the fields and both values.
+    """
+    found = [*_differing(before, after)]
+    if found:
+        raise RecordError(
+            f"{names[0]} and {names[1]}: not of the same: {'; '.join(found)}; only records of equal workload, machine "
+            "and baseline are compared: measure one of them again"
+        )
+
+
+def _differing(before: Record, after: Record) -> Iterator[str]:
+    for label, one, other in (
+        ("kind", before.kind, after.kind),
+        ("baseline", before.baseline, after.baseline),
+        *(
+            (f"workload.{name}", *_both(name, before.workload, after.workload))
+            for name in before.workload.__struct_fields__
+        ),
+        *(
+            (f"machine.{name}", *_both(name, before.machine, after.machine))
+            for name in _PLACE
+            if before.kind == "profile"
+        ),
+    ):
+        if one != other:
+            yield f"{label} is {one!r} and {other!r}"
+
+
+def _both(name: str, one: object, other: object) -> tuple[object, object]:
+    return getattr(one, name), getattr(other, name)
+
+
+def ratio_changes(before: Record, after: Record) -> list[RatioChange]:
+    """Of every phase that both records have."""
+    return [
+        _ratio_change(phase, before.latency[phase], after.latency[phase])
+        for phase in before.latency
+        if phase in after.latency
+    ]
+
+
+def _ratio_change(phase: Phase, before: Latency, after: Latency) -> RatioChange:
+    """The two intervals are of independent runs, so that their half-widths add in quadrature, in logarithms.
+
+    Each is taken with its control floor where that is what limits it, as in its own verdict.
+    """
+    both = [(one.ratio, verdict.not_excluded(one)) for one in (before, after)]
+    (old, old_ends), (new, new_ends) = both
+    label = PHASE_NAMES[phase]
+    if old is None or new is None or old_ends is None or new_ends is None:
+        which = " and ".join(
+            name for name, (_, ends) in zip(("the first", "the second"), both, strict=True) if not ends
+        )
+        text = f"{label}: no result: {which} record has none"
+        return RatioChange(phase=phase, kind="no_result", change=None, low=None, high=None, text=text)
+    centre = math.log(new / old)
+    below = math.hypot(math.log(new) - math.log1p(new_ends[0]), math.log1p(old_ends[1]) - math.log(old))
+    above = math.hypot(math.log1p(new_ends[1]) - math.log(new), math.log(old) - math.log1p(old_ends[0]))
+    change, low, high = (math.expm1(one) for one in (centre, centre - below, centre + above))
+    kind: ChangeKind = "slower" if low > 0 else "faster" if high < 0 else "not_shown"
+    places = units.decimals_for((high - low) / 2)
+    ends = f"[{100 * low:.{places}f}, {100 * high:.{places}f}]"
+    if kind == "not_shown":
+        text = f"{label}: no change shown; cannot exclude {ends} %"
+    else:
+        text = (
+            f"{label}: {kind} by {units.percent(abs(change), decimals=places).lstrip('+')} {ends} beside its baseline"
+        )
+    return RatioChange(phase=phase, kind=kind, change=change, low=low, high=high, text=text)
+
+
+def grew(before: Record, after: Record) -> list[str]:
+    """What is worse in the second record, by name: a cost that is larger, a phase that is shown to be slower."""
+    costs = [label for label, path, _ in COST_ROWS if attrgetter(path)(after.cost) > attrgetter(path)(before.cost)]
+    return costs + [PHASE_NAMES[one.phase] for one in ratio_changes(before, after) if one.kind == "slower"]
+
+
+def diff_grid(before: Record, after: Record) -> Grid:
+    """The table of `selab diff`: costs and memory of the variant, and its ratios to the baseline."""
+    rows = [
+        _row(label, attrgetter(path)(before.cost), attrgetter(path)(after.cost), show)
+        for label, path, show in COST_ROWS
+    ]
+    if before.memory is not None and after.memory is not None:
+        rows += [
+            _row(label, getattr(before.memory, name), getattr(after.memory, name), units.size)
+            for label, name in MEMORY_ROWS
+        ]
+    for one in ratio_changes(before, after):
+        words = [change_words(record.latency[one.phase]) for record in (before, after)]
+        rows.append((f"{PHASE_NAMES[one.phase]}, beside the baseline", *words, _change(one)))
+    libraries = before.machine.libraries, after.machine.libraries
+    notes = [one.text for one in ratio_changes(before, after)]
+    notes += [
+        f"{name} {libraries[0].get(name, 'none')} before, {libraries[1].get(name, 'none')} after"
+        for name in dict.fromkeys((*libraries[0], *libraries[1]))
+        if libraries[0].get(name) != libraries[1].get(name)
+    ]
+    same = before.arch == after.arch
+    title = f"{before.arch}: before and after" if same else f"{before.arch} and {after.arch}"
+    return Grid(
+        title=f"{title} ({workload_title(before.workload)})",
+        columns=("", "before", "after", "change"),
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
+
+
+def _change(one: RatioChange) -> str:
+    if one.change is None or one.low is None or one.high is None:
+        return "no result"
+    places = units.decimals_for((one.high - one.low) / 2)
+    shown = "not shown" if one.kind == "not_shown" else units.percent(one.change, decimals=places)
+    return f"{shown} [{100 * one.low:.{places}f}, {100 * one.high:.{places}f}]"
+
+
+def _row(label: str, before: float | None, after: float | None, show: units.Format) -> tuple[str, ...]:
+    cells = (NONE if one is None else show(one) for one in (before, after))
+    if before is None or after is None:
+        return (label, *cells, NONE)
+    return (label, *cells, "=" if before == after else units.percent(after / before - 1) if before else "new")

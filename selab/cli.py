@@ -15,7 +15,21 @@ import typer
 from selab import __version__, catalog
 from selab.console import builtins, complain, find, open_console, plain, print_parts, reporting, write_json
 from selab.errors import RecordError, SelabError
-from selab.options import Arch, Archs, Device, Dtype, Input, Insert, Json, Mode, Phase, Positive, Se
+from selab.options import (
+    Arch,
+    Archs,
+    ChannelsLast,
+    Device,
+    Dtype,
+    Input,
+    Insert,
+    Json,
+    Mode,
+    Phase,
+    Positive,
+    Se,
+    StepMode,
+)
 from selab.training_commands import compare, evaluate, train
 
 if TYPE_CHECKING:
@@ -536,6 +550,56 @@ def weights_convert(
     typer.echo(f"{source_path} {verb} as {source}'s {done.port.model}: {len(done.renamed)} tensors{started}")
     if not dry_run:
         typer.echo(f"weights: {target_path}")
+
+
+@app.command()
+def timeline(
+    arch: Arch,
+    se: Se = None,
+    insert: Insert = None,
+    device: Device = Device.cpu,
+    batch: Positive = 1,
+    input_size: Input = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
+    dtype: Dtype = Dtype.fp32,
+    channels_last: ChannelsLast = False,
+    mode: Annotated[StepMode, typer.Option(help="eval: inference; train: forward and backward.")] = StepMode.eval,
+    steps: Annotated[int, typer.Option(min=1, help="Recorded ones, after some that warm up.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    out: Annotated[Path, typer.Option(help="The trace goes to OUT/<machine>/timeline/….")] = Path("results"),
+    replace: Annotated[bool, typer.Option("--replace", help="Record again where a trace exists.")] = False,
+    json_to: Json = None,
+) -> None:
+    """Record a few steps for TensorBoard and Perfetto, SE's stages as named ranges; show where the time goes."""
+    arch = _address(arch, se, insert)
+    find(arch)
+    from selab import store, tracing
+    from selab.measure.passes import check_device
+    from selab.request import Request
+
+    check_device(device.value)
+    request = Request(
+        arch=arch,
+        device=device.value,
+        batch=batch,
+        input_chw=_input_chw(input_size),
+        resolution=resolution,
+        dtype=dtype.value,
+        memory_format="channels_last" if channels_last else "contiguous",
+        threads=threads,
+    )
+    phase: Any = "forward" if mode is StepMode.eval else "forward_backward"
+    path = tracing.trace_path(request, phase, out)
+    store.check_writable(path, replace=replace)
+    with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
+        report(f"recording {steps} steps of {arch}", None)
+        found = tracing.recorded(request, phase, steps=steps)
+    tracing.write_trace(found, path, replace=replace)
+    if json_to is not None:
+        write_json({"trace": str(path), **dataclasses.asdict(found.timeline)}, json_to)
+    if str(json_to) != "-":
+        print_parts(*tracing.timeline_grids(arch, found.timeline))
+        typer.echo("\n".join(("", *tracing.how_to_look(path))))
 
 
 @app.command()

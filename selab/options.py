@@ -30,6 +30,13 @@ class Mode(StrEnum):
     eval = "eval"
 
 
+class StepMode(StrEnum):
+    """What a step is."""
+
+    eval = "eval"
+    train = "train"
+
+
 class Phase(StrEnum):
     """What one call is."""
 

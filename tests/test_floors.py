@@ -39,6 +39,10 @@ FLOORS = [
         "comparing",
         "accuracy_tables",
         "pages",
+        "differing",
+        "budget",
+        "advice",
+        "tracing",
     },
     {"cli", "training_commands", "console", "options"},
 ]

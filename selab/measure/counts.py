@@ -510,6 +510,11 @@ def _rule_of(func: Any) -> Rule | None:
     return rule
 
 
+def is_counted(func: Any) -> bool:
+    """Whether a call of this operator is an `Operation` of a trace: not a view, nor memory that nobody wrote."""
+    return _rule_of(func) is not _VIEW
+
+
 def _tensors_in(values: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The distinct tensors among arguments and in their lists."""
     found: dict[int, Tensor] = {}

@@ -603,6 +603,89 @@ def timeline(
 
 
 @app.command()
+def roofline(
+    arch: Annotated[str | None, typer.Option("--arch", help="As in `profile`.")] = None,
+    se: Se = None,
+    insert: Insert = None,
+    preset: Annotated[
+        str | None, typer.Option("--as", help="Predict for a device that is not here, from its published peaks.")
+    ] = None,
+    device: Device = Device.cpu,
+    batch: Positive = 1,
+    input_size: Input = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
+    dtype: Dtype = Dtype.fp32,
+    channels_last: ChannelsLast = False,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    budget: Annotated[float, typer.Option(min=0.0, help="Seconds to repeat the pass for; at least five times.")] = 5.0,
+    every: Annotated[
+        bool, typer.Option("--all", help="Hold every network here against its roof: what a prediction is worth.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Also draw it, .svg or .png.")] = None,
+    json_to: Json = None,
+) -> None:
+    """Hold every operator against what this device could do at most; SE's operators apart."""
+    if every == (arch is not None):
+        raise typer.BadParameter("name a network, or give --all", param_hint="--arch")
+    if preset is not None and (every or out is not None):
+        raise typer.BadParameter("is a prediction, of one network, without a picture", param_hint="--as")
+    if every and device is Device.cuda:
+        raise typer.BadParameter("is for the CPU", param_hint="--all")
+    from selab import devices, ink, roofs
+    from selab.measure.machine import machine
+    from selab.measure.passes import check_device
+    from selab.measure.roofline import measure_peaks
+    from selab.request import Request, workload_of
+
+    if out is not None:
+        ink.check_file(out)
+    with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
+        if preset is not None:
+            published = devices.find_device(preset, dtype.value)
+            peaks, place = roofs.published_peaks(published, dtype.value), published.title
+        else:
+            check_device(device.value)
+            here = machine(device.value)
+            place = here.gpu or f"{here.cpu}, {threads} thread{'s' if threads > 1 else ''}"
+            report("measuring the peaks", None)
+            peaks = measure_peaks(device.value, dtype.value, threads=threads)
+        if every:
+            found = list(roofs.distances(catalog.installed(), peaks, report))
+            good = [one for one in found if isinstance(one, roofs.Distance)]
+        else:
+            name = _address(str(arch), se, insert)
+            find(name)
+            request = Request(
+                arch=name,
+                device=device.value,
+                batch=batch,
+                input_chw=_input_chw(input_size),
+                resolution=resolution,
+                dtype=dtype.value,
+                memory_format="channels_last" if channels_last else "contiguous",
+                threads=threads,
+            )
+            workload = workload_of(request, catalog.find(name))
+            report(f"timing {name}" if preset is None else f"counting {name}", None)
+            under = roofs.roofline_of(request, peaks, measured=preset is None, budget_s=budget)
+    if every:
+        if json_to is not None:
+            return write_json([{**dataclasses.asdict(one), "factor": one.factor} for one in good], json_to)
+        return print_parts(roofs.distances_grid(good, place=place, failed=len(found) - len(good)))
+    if out is not None:
+        ink.draw(roofs.roof(under, arch=name, workload=workload, place=place), out)
+    if json_to is not None:
+        facts = dataclasses.asdict(under)
+        facts |= {"arch": name, "place": place, "predicted": preset is not None, "workload": builtins(workload)}
+        write_json(facts, json_to)
+    if str(json_to) != "-":
+        print_parts(roofs.roofline_grid(under, arch=name, workload=workload, place=place))
+        if out is not None:
+            typer.echo(f"picture: {out}")
+    return None
+
+
+@app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="A TOML of [budgets.NAME] tables.")] = Path("budgets.toml"),
     only: Annotated[

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from selab import units
 from selab.errors import SelabError
-from selab.plots import Bars, Curves, LeftOut, Pair, Picture, Point, Row, Scatter, reasons, with_unit
+from selab.plots import Bars, Curves, LeftOut, Pair, Picture, Point, Roof, Row, Scatter, reasons, with_unit
 from selab.store import write_atomically
 
 if TYPE_CHECKING:
@@ -183,6 +183,8 @@ def rendered(shown: Picture, ending: str) -> bytes:
                 figure = _bars_figure(shown)
             case Curves():
                 figure = _curves_figure(shown)
+            case Roof():
+                figure = _roof_figure(shown)
         file = io.BytesIO()
         if ending == ".svg":
             metadata = {"Title": shown.title, "Date": None, "Creator": None}
@@ -444,4 +446,47 @@ def _curves_figure(shown: Curves) -> "Figure":
     axes.set_xlabel("epoch")
     axes.set_ylabel(shown.label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+# SE's operators and the others, told apart in grey too: by shade and by shape.
+_MARKS = (("SE", "#08519c", "D"), ("other operators", "#a8a8a8", "o"))
+
+
+def _roof_figure(shown: Roof) -> "Figure":
+    from matplotlib.lines import Line2D
+
+    handles: list[Line2D] = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=name) for name, colour, marker in _MARKS
+    ]
+    handles += [
+        Line2D([], [], color=_INK, label="memory and arithmetic"),
+        Line2D([], [], color=_INK, linestyle=":", label="fastest cache"),
+    ]
+    figure, axes = _figure(shown, plot_in=3.6, left_in=0.95, handles=handles, notes=shown.notes)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    at = [mark.intensity for mark in shown.marks]
+    low, high = min(at) / 2, max(*at, shown.peak_flops_per_s / shown.memory_bandwidth) * 2
+    for bandwidth, dashes in ((shown.memory_bandwidth, "-"), (shown.cache_bandwidth, ":")):
+        corner = shown.peak_flops_per_s / bandwidth
+        across = sorted({low, max(low, corner), high})
+        axes.plot(
+            across, [min(shown.peak_flops_per_s, bandwidth * one) for one in across], dashes, color=_INK, zorder=1
+        )
+    for (_, colour, marker), inside in zip(_MARKS, (True, False), strict=True):
+        drawn = [mark for mark in shown.marks if mark.inside_se == inside]
+        axes.scatter(
+            [mark.intensity for mark in drawn],
+            [mark.flops_per_s for mark in drawn],
+            s=[8 + 900 * mark.share for mark in drawn],
+            color=colour,
+            marker=marker,
+            alpha=0.75,
+            linewidths=0,
+            zorder=3 if inside else 2,
+        )
+    axes.set_xlim(low, high)
+    axes.set_xlabel("FLOPs per byte moved")
+    axes.set_ylabel("FLOP/s")
     return figure

@@ -651,7 +651,35 @@ def curves(record: AccuracyRecord) -> Curves:
     )
 
 
-Picture = Scatter | Bars | Curves
+@dataclass(frozen=True, kw_only=True)
+class RoofMark:
+    """One operator call under a roof.
+
+    Attributes:
+        intensity: FLOPs per byte.
+        share: of the pass's time.
+    """
+
+    intensity: float
+    flops_per_s: float
+    share: float
+    inside_se: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roof:
+    """Operators under the peaks of a device: FLOP/s against FLOPs per byte; bandwidths in bytes per second."""
+
+    title: str
+    circumstances: str
+    peak_flops_per_s: float
+    memory_bandwidth: float
+    cache_bandwidth: float
+    marks: tuple[RoofMark, ...]
+    notes: tuple[str, ...]
+
+
+Picture = Scatter | Bars | Curves | Roof
 _AXES_OF = {"cost": ("macs", "latency"), "accuracy": ("macs", "top1_error")}
 CURVES = "curves"
 NAMES = (*_AXES_OF, "added", CURVES)

@@ -24,6 +24,7 @@ FLOORS = [
         "accuracy_verdict",
         "download",
         "facts",
+        "devices",
     },
     {"attention", "se", "sites", "probe", "ends", "insert", "build", "weights"},
     {"measure", "accuracy"},
@@ -43,6 +44,7 @@ FLOORS = [
         "budget",
         "advice",
         "tracing",
+        "roofs",
     },
     {"cli", "training_commands", "console", "options"},
 ]

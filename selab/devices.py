@@ -1,0 +1,52 @@
+"""Devices that are not here: their published peaks, with the source."""
+
+from importlib.resources import as_file, files
+from typing import Annotated
+
+import msgspec
+
+from selab.errors import SpecError, UnknownNameError, nearest
+from selab.facts import converted, tables
+from selab.record import Dtype, Frozen
+
+Rate = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class DeviceFacts(Frozen, frozen=True, kw_only=True):
+    """A device's published peaks.
+
+    Attributes:
+        flops_per_s: dense arithmetic by dtype, in floating-point operations per second.
+        bandwidth: of its memory, in bytes per second.
+    """
+
+    title: str
+    source: str
+    flops_per_s: dict[Dtype, Rate]
+    bandwidth: Rate
+    note: str = ""
+
+
+def devices() -> dict[str, DeviceFacts]:
+    """All of them, by name."""
+    with as_file(files("selab") / "devices.toml") as path:
+        return {
+            name: converted(table, DeviceFacts, place=f"devices.toml: devices.{name}")
+            for name, table in tables(path, "devices").items()
+        }
+
+
+def find_device(name: str, dtype: Dtype, *, option: str = "--as") -> DeviceFacts:
+    """One of them.
+
+    Raises:
+        UnknownNameError: there is none of this name.
+        SpecError: it has no published peak in this dtype.
+    """
+    known = devices()
+    if name not in known:
+        raise UnknownNameError(f"{option} {name}: no such device{nearest(name, known)}")
+    found = known[name]
+    if dtype not in found.flops_per_s:
+        raise SpecError(f"{option} {name}: has no published peak in {dtype}; there are {', '.join(found.flops_per_s)}")
+    return found

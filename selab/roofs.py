@@ -97,7 +97,7 @@ def roofline_grid(found: Roofline, *, arch: str, workload: Workload, place: str)
         place: what the peaks are of.
     """
     predicted = found.measured_s is None
-    rows = [_row(one) for one in groups(found)]
+    rows: list[tuple[str, ...]] = [_row(one) for one in groups(found)]
     inside = [point for point in found.points if point.stage]
     if inside:
         rows.append(_row(_group("SE together", inside)))
@@ -114,7 +114,7 @@ def roofline_grid(found: Roofline, *, arch: str, workload: Workload, place: str)
             f"The whole pass takes {units.seconds(found.whole_s)} when nothing is timed inside it, "
             f"{found.whole_s / found.least_s:.1f} times the least."
         )
-    columns = ("", "calls", "FLOPs", "bytes", "FLOP/B", "least", "measured", "efficiency", "bound by")
+    columns: tuple[str, ...] = ("", "calls", "FLOPs", "bytes", "FLOP/B", "least", "took", "of roof", "bound")
     if predicted:
         columns = (*columns[:5], "predicted", columns[8])
         rows = [(*row[:6], row[8]) for row in rows]
@@ -134,13 +134,13 @@ def _row(one: Group) -> tuple[str, ...]:
     return (
         one.name,
         str(one.calls),
-        units.count(one.flops),
-        units.size(one.bytes),
+        units.count(one.flops, digits=3),
+        units.size(one.bytes, digits=3),
         f"{one.flops / one.bytes:.3g}" if one.bytes else NONE,
-        units.seconds(one.least_s),
-        NONE if measured is None else units.seconds(measured),
+        units.seconds(one.least_s, digits=3),
+        NONE if measured is None else units.seconds(measured, digits=3),
         units.share(one.least_s / measured) if measured else NONE,
-        "memory" if 2 * one.memory_bound_s > one.least_s else "arithmetic",
+        "bytes" if 2 * one.memory_bound_s > one.least_s else "math",
     )
 
 

@@ -26,7 +26,6 @@ class Group:
     bytes: int
     least_s: float
     measured_s: float | None
-    memory_bound_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,6 @@ def _group(name: str, points: Sequence[Point]) -> Group:
         bytes=sum(point.bytes for point in points),
         least_s=sum(point.least_s for point in points),
         measured_s=sum(times) if len(times) == len(points) else None,
-        memory_bound_s=sum(point.least_s for point in points if point.bound == "memory"),
     )
 
 
@@ -114,10 +112,10 @@ def roofline_grid(found: Roofline, *, arch: str, workload: Workload, place: str)
             f"The whole pass takes {units.seconds(found.whole_s)} when nothing is timed inside it, "
             f"{found.whole_s / found.least_s:.1f} times the least."
         )
-    columns: tuple[str, ...] = ("", "calls", "FLOPs", "bytes", "FLOP/B", "least", "took", "of roof", "bound")
+    columns: tuple[str, ...] = ("", "FLOPs", "bytes", "FLOP/B", "least", "took", "of roof")
     if predicted:
-        columns = (*columns[:5], "predicted", columns[8])
-        rows = [(*row[:6], row[8]) for row in rows]
+        columns = (*columns[:4], "predicted")
+        rows = [row[:5] for row in rows]
     head = "predicted for" if predicted else "on"
     size = "×".join(map(str, workload.input_chw))
     return Grid(
@@ -132,15 +130,13 @@ def roofline_grid(found: Roofline, *, arch: str, workload: Workload, place: str)
 def _row(one: Group) -> tuple[str, ...]:
     measured = one.measured_s
     return (
-        one.name,
-        str(one.calls),
+        f"{one.name} ×{one.calls}",
         units.count(one.flops, digits=3),
         units.size(one.bytes, digits=3),
         f"{one.flops / one.bytes:.3g}" if one.bytes else NONE,
         units.seconds(one.least_s, digits=3),
         NONE if measured is None else units.seconds(measured, digits=3),
         units.share(one.least_s / measured) if measured else NONE,
-        "bytes" if 2 * one.memory_bound_s > one.least_s else "math",
     )
 
 

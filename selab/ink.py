@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from selab import units
 from selab.errors import SelabError
-from selab.plots import Bars, Curves, LeftOut, Pair, Picture, Point, Roof, Row, Scatter, reasons, with_unit
+from selab.plots import Bars, Curves, LeftOut, Lines, Pair, Picture, Point, Roof, Row, Scatter, reasons, with_unit
 from selab.store import write_atomically
 
 if TYPE_CHECKING:
@@ -185,6 +185,8 @@ def rendered(shown: Picture, ending: str) -> bytes:
                 figure = _curves_figure(shown)
             case Roof():
                 figure = _roof_figure(shown)
+            case Lines():
+                figure = _lines_figure(shown)
         file = io.BytesIO()
         if ending == ".svg":
             metadata = {"Title": shown.title, "Date": None, "Creator": None}
@@ -446,6 +448,40 @@ def _curves_figure(shown: Curves) -> "Figure":
     axes.set_xlabel("epoch")
     axes.set_ylabel(shown.label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+_DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+
+
+def _lines_figure(shown: Lines) -> "Figure":
+    from matplotlib.lines import Line2D
+
+    looks: list[dict[str, Any]] = [
+        {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)],
+            "markersize": 5,
+        }
+        for index in range(len(shown.series))
+    ]
+    handles = [Line2D([], [], label=one.name, **look) for one, look in zip(shown.series, looks, strict=True)]
+    drawn = sum(len(one.xs) for one in shown.series)
+    notes = ["Whiskers: 95 % intervals.", *_left_out_note(shown.left_out, drawn)]
+    figure, axes = _figure(shown, plot_in=3.2, left_in=0.85, handles=handles, notes=notes)
+    for one, look in zip(shown.series, looks, strict=True):
+        axes.plot(one.xs, one.ys, linewidth=1.2, **look)
+        for at, interval in zip(one.xs, one.intervals, strict=True):
+            axes.plot([at, at], interval, color=look["color"], linewidth=0.9, marker="_", markersize=5)
+    places = sorted({at for one in shown.series for at in one.xs})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, labels=[f"{at:g}" for at in places])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(*_limits(places, logarithmic=True))
+    axes.axhline(0, color=_FAINT, linewidth=0.8, zorder=1)
+    axes.set_xlabel(shown.x)
+    axes.set_ylabel(shown.y)
     return figure
 
 

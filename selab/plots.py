@@ -5,7 +5,7 @@ A picture is data: `Scatter` and `Bars` say what stands where, and what was left
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Literal
 
@@ -580,6 +580,10 @@ def _workload(records: Sequence[Record], wanted: str | None) -> str:
 
 def _circumstances(record: Record) -> str:
     """`Intel Xeon, one thread, fp32, batch 1, 3×224×224, torch 2.13`: what every figure of the picture shares."""
+    return ", ".join(_circumstance_parts(record))
+
+
+def _circumstance_parts(record: Record) -> list[str]:
     work, machine = record.workload, record.machine
     parts = [machine.gpu or machine.cpu if work.device != "cpu" else machine.cpu]
     if work.device == "cpu":
@@ -589,7 +593,99 @@ def _circumstances(record: Record) -> str:
     parts += ["compiled"] if work.compiled else []
     parts += [f"{work.mode} mode"] if work.mode != "auto" else []
     parts += [f"torch {machine.libraries['torch']}"] if "torch" in machine.libraries else []
-    return ", ".join(parts)
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a `Lines`: a value and its 95 % interval at each place."""
+
+    name: str
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """A measured quantity along another; `x` and `y` are what is said along the axes, the former in powers of two."""
+
+    title: str
+    circumstances: str
+    x: str
+    y: str
+    series: tuple[Line, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+
+Along = Literal["batch", "resolution"]
+_ALONG: Mapping[Along, tuple[str, str]] = {
+    "batch": ("batch size", "batch (images)"),
+    "resolution": ("resolution", "height and width of the input (pixels)"),
+}
+
+
+def _setting(record: Record, name: str) -> int | str:
+    work = record.workload
+    return work.input_chw[1] if name == "resolution" else getattr(work, name)
+
+
+def tax_lines(
+    records: Sequence[Record], along: Along, *, phase: Phase = "forward", missing: Sequence[LeftOut] = ()
+) -> Lines:
+    """What SE adds to the time, along the batch or the resolution; a line for each network and each other setting.
+
+    Args:
+        records: of one machine.
+        along: what varies within a line.
+        phase: whose time.
+        missing: what was asked for and has no record.
+
+    Raises:
+        RecordError: the records are of several machines.
+        SelabError: there is nothing to draw; the message says why.
+    """
+    check_one_machine(records)
+    tax = replace(AXES["tax"], path=phase)
+    others = [name for name in ("batch", "resolution", "dtype", "memory_format") if name != along]
+    told = [name for name in others if len({_setting(record, name) for record in records}) > 1]
+    left_out = list(missing)
+    found: dict[str, list[tuple[float, _Both]]] = {}
+    for record in sorted(records, key=lambda one: _setting(one, along)):
+        name = ", ".join([name_of(record), *(_setting_words(record, one) for one in told)])
+        both = _measured(_recorded(record), tax)
+        if isinstance(both, str):
+            left_out.append(LeftOut(name=f"{name}, {_setting_words(record, along)}", why=both))
+        else:
+            found.setdefault(name, []).append((float(_setting(record, along)), both))
+    if not found:
+        raise SelabError(f"nothing to draw: {reasons(left_out, most=4) or 'no records'}; measure longer")
+    parts = [_circumstance_parts(record) for record in records]
+    what = phase.replace("_", " and ") + (" passes" if "_" in phase else " pass")
+    short, label = _ALONG[along]
+    return Lines(
+        title=f"Time added to a {what}, by {short}",
+        circumstances=", ".join(part for part in parts[0] if all(part in other for other in parts)),
+        x=label,
+        y="time added (% of the base)",
+        series=tuple(
+            Line(
+                name=name,
+                xs=tuple(at for at, _ in places),
+                ys=tuple(both.se for _, both in places),
+                intervals=tuple(both.interval for _, both in places if both.interval is not None),
+            )
+            for name, places in sorted(found.items())
+        ),
+        left_out=tuple(left_out),
+    )
+
+
+def _setting_words(record: Record, name: str) -> str:
+    value = _setting(record, name)
+    return (
+        f"batch {value}" if name == "batch" else f"{value} px" if name == "resolution" else str(value).replace("_", " ")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -679,7 +775,7 @@ class Roof:
     notes: tuple[str, ...]
 
 
-Picture = Scatter | Bars | Curves | Roof
+Picture = Scatter | Bars | Curves | Roof | Lines
 _AXES_OF = {"cost": ("macs", "latency"), "accuracy": ("macs", "top1_error")}
 CURVES = "curves"
 NAMES = (*_AXES_OF, "added", CURVES)

@@ -45,6 +45,11 @@ def partial_path(path: Path) -> Path:
     return path.with_suffix(".partial.json")
 
 
+def failed_path(path: Path) -> Path:
+    """Where it is kept that a record could not be made."""
+    return path.with_suffix(".failed.json")
+
+
 def check_writable(path: Path, *, replace: bool) -> None:
     """Finds out beforehand whether a file can be written; creates nothing.
 
@@ -113,14 +118,16 @@ def read_text(path: Path) -> str:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records in a machine's folder, each checked as by `read_record`; interrupted ones are left out.
+    """All records in a machine's folder, each checked as by `read_record`; interrupted and failed ones are left out.
 
     Raises:
         RecordError: no such folder, no record in it, or one that cannot be trusted.
     """
     if not folder.is_dir():
         raise RecordError(f"{folder}: is no folder; name the folder of one machine's records")
-    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.endswith(".partial.json")]
+    paths = [
+        path for path in sorted(folder.glob("*.json")) if not path.name.endswith((".partial.json", ".failed.json"))
+    ]
     if not paths:
         below = sorted({path.parent.name for path in folder.glob("*/*.json")})
         hint = f"; there are some in its folders {', '.join(below)}" if below else "; measure with `selab profile`"

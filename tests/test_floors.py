@@ -45,6 +45,8 @@ FLOORS = [
         "advice",
         "tracing",
         "roofs",
+        "sweep",
+        "cluster",
     },
     {"cli", "training_commands", "console", "options"},
 ]

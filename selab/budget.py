@@ -10,7 +10,7 @@ import msgspec
 from selab import catalog, units, verdict
 from selab.build import build
 from selab.errors import SpecError, UnknownNameError, nearest
-from selab.facts import converted, tables
+from selab.facts import converted, read_tables
 from selab.grid import NONE, Grid
 from selab.measure.memory import memory
 from selab.profiling import Profile, count_record
@@ -104,7 +104,7 @@ def read_budgets(path: Path, *, only: Sequence[str] = ()) -> dict[str, Budget]:
         UnknownNameError: a budget of `only` that is not in the file, or a network that is not to be had.
     """
     found = {}
-    for name, table in tables(path, HEADER).items():
+    for name, table in read_tables(path, HEADER).items():
         place = f"{path}: {HEADER}.{name}"
         budget = converted(table, Budget, place=place)
         if all(getattr(budget, limit) is None for limit in LIMITS):

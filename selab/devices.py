@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 
 from selab.errors import SpecError, UnknownNameError, nearest
-from selab.facts import converted, tables
+from selab.facts import converted, read_tables
 from selab.record import Dtype, Frozen
 
 Rate = Annotated[float, msgspec.Meta(gt=0)]
@@ -32,7 +32,7 @@ def devices() -> dict[str, DeviceFacts]:
     with as_file(files("selab") / "devices.toml") as path:
         return {
             name: converted(table, DeviceFacts, place=f"devices.toml: devices.{name}")
-            for name, table in tables(path, "devices").items()
+            for name, table in read_tables(path, "devices").items()
         }
 
 

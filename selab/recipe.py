@@ -7,7 +7,6 @@ seed, device) is no part of it.
 import hashlib
 import math
 import re
-import tomllib
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
@@ -18,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from selab.errors import SpecError, UnknownNameError, nearest
+from selab.facts import converted, parse_tables, read_tables
 from selab.record import Frozen
 
 Optimizer = Literal["sgd", "rmsprop"]
@@ -247,7 +247,7 @@ def find_recipe(word: str, *, option: str = "--recipe") -> Recipe:
         SpecError: the file cannot be read, is malformed, or has several recipes and none was named.
     """
     file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", word)
-    known = recipes() if file is None else _read(Path(file[1]))
+    known = recipes() if file is None else _of_file(Path(file[1]))
     name = word if file is None else file[2]
     if name is None and len(known) == 1:
         return next(iter(known.values()))
@@ -283,12 +283,8 @@ def check_suits(recipe: Recipe, data: str, *, in_memory: bool) -> None:
     raise SpecError(f"--recipe {recipe.name}: is for {other}; for {kind}, such as {data}, take one of {fitting}")
 
 
-def _read(path: Path) -> dict[str, Recipe]:
-    try:
-        return parse_recipes(path.read_text(encoding="utf-8"), origin=str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SpecError(f"{path}: cannot be read: {reason}") from None
+def _of_file(path: Path) -> dict[str, Recipe]:
+    return {name: _recipe(name, table, str(path)) for name, table in read_tables(path, "recipes").items()}
 
 
 def parse_recipes(text: str, *, origin: str) -> dict[str, Recipe]:
@@ -302,27 +298,14 @@ def parse_recipes(text: str, *, origin: str) -> dict[str, Recipe]:
         SpecError: malformed TOML, unknown key, wrong type, value out of its range, or missing source; the message names
             the file and the key.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{origin}: not TOML: {error}") from None
-    tables = data.pop("recipes", None)
-    if not isinstance(tables, dict) or not tables or data:
-        beside = f", and nothing beside: {', '.join(data)}" if data else ""
-        raise SpecError(f"{origin}: a file of recipes holds [recipes.NAME] tables{beside}")
-    return {name: _recipe(name, table, origin) for name, table in tables.items()}
+    return {name: _recipe(name, table, origin) for name, table in parse_tables(text, "recipes", origin=origin).items()}
 
 
 def _recipe(name: str, table: object, origin: str) -> Recipe:
     place = f"{origin}: recipes.{name}"
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise SpecError(f"{place}: a recipe's name is lower-case letters, digits and _")
-    if not isinstance(table, dict) or "name" in table:
-        raise SpecError(f"{place}: must be a table, whose header names it")
-    try:
-        recipe = msgspec.convert({**table, "name": name}, Recipe)
-    except msgspec.ValidationError as error:
-        raise SpecError(_explained(str(error), place)) from None
+    recipe = converted(table, Recipe, place=place, name=name)
     for key, value in _numbers(msgspec.to_builtins(recipe)):
         if not math.isfinite(value):
             raise SpecError(f"{place}.{key}: {value}: must be finite")
@@ -349,22 +332,3 @@ def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(inner, key)
     elif isinstance(value, int | float):
         yield key, value
-
-
-def _explained(message: str, place: str) -> str:
-    """Turns `Expected `float` > 0.0 - at `$.lr`` into `recipes/x.toml: recipes.y.lr: expected float > 0.0`."""
-    text, _, at = message.partition(" - at ")
-    path = at.strip("`").removeprefix("$").removeprefix(".")
-    place = f"{place}.{path}" if path else place
-    kind = ImageRecipe if path.startswith("image") else Recipe
-    unknown = re.search(r"unknown field `(\w+)`", text)
-    if unknown:
-        keys = [key for key in kind.__struct_fields__ if key != "name"]
-        return f"{place}.{unknown[1]}: unknown key; allowed: {', '.join(keys)}"
-    missing = re.search(r"missing required field `(\w+)`", text)
-    if missing:
-        return f"{place}.{missing[1]}: missing"
-    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    words = getattr(types.get(path.rpartition(".")[2]), "__args__", ())
-    choices = f"; allowed: {', '.join(words)}" if words and all(isinstance(word, str) for word in words) else ""
-    return f"{place}: {text[0].lower()}{text[1:].replace('`', '')}{choices}"

@@ -142,8 +142,8 @@ def test_the_hash_is_of_what_decides_a_training():
     ("old", "new", "message"),
     [
         ("[recipes.toy]", "[recipes.toy", "toy.toml: not TOML"),
-        (GOOD, "", "holds .recipes.NAME. tables"),
-        (GOOD, "lr = 1\n" + GOOD, r"holds \[recipes.NAME\] tables, and nothing beside: lr"),
+        (GOOD, "", "must hold .recipes.NAME. tables"),
+        (GOOD, "lr = 1\n" + GOOD, r"must hold \[recipes.NAME\] tables, and nothing beside: lr"),
         ("recipes.toy]", "recipes.Toy]", "recipes.Toy: a recipe's name is lower-case"),
         ("lr = 0.4", "lr = 0", "recipes.toy.lr: expected float > 0.0"),
         ("lr = 0.4", 'lr = "high"', "recipes.toy.lr: expected float, got str"),

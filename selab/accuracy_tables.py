@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from selab import units
+from selab import foreign, units
 from selab.accuracy_record import AccuracyRecord, Outcome, Seed
 from selab.accuracy_verdict import Comparison, compare_verdict
 from selab.grid import NONE, Grid
 from selab.record import Cost, Latency, Phase, Record
-from selab.tables import change_words, variants_of
+from selab.tables import PHASE_NAMES, change_words, variants_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ def comparison_grid(compared: Compared) -> Grid:
         f"{len(record.seeds)} seeds; ± is one deviation over seeds, of a difference its 95 % interval. {place}."
     )
     notes.append("Trainings ran one after the other: their times are no paired measurement, the passes' times are one.")
-    notes += (*_other_classes([compared]), *record.warnings)
+    notes += (*_other_classes([compared]), *_no_results([compared]), *record.warnings)
     return Grid(
         title=f"{record.arch} against {record.baseline} on {record.data.title}",
         columns=("", "base", "variant", "difference"),
         rows=tuple(rows),
-        notes=(*notes, *_not_published([record])),
+        notes=(*notes, *not_published([record])),
     )
 
 
@@ -117,7 +117,7 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Grid, Grid]:
             *unresolved,
             *(f"{name}: {verdict.diverged}" for name, verdict in verdicts.items() if verdict.diverged),
             *(f"{name_of(record)}: {warning}" for record in records for warning in record.warnings),
-            *_not_published(records),
+            *not_published(records),
         ),
     )
     batches = ", ".join(dict.fromkeys(str(_batch(one)) for one in group))
@@ -129,6 +129,7 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Grid, Grid]:
             "In brackets 95 % intervals. MACs by the convention `paper`; forward of one image on one thread, "
             f"forward+backward of one batch ({batches}) as trained.",
             *_other_classes(group),
+            *_no_results(group),
         ),
     )
     return bought, costs
@@ -199,7 +200,8 @@ def training_words(record: AccuracyRecord) -> str:
     return f"{record.recipe.name}, {record.recipe.epochs} epoch{'s' if record.recipe.epochs > 1 else ''}"
 
 
-def _not_published(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
+def not_published(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
+    """A warning for each data set that is not the official one."""
     titles = dict.fromkeys(record.data.title for record in records if not record.data.official)
     return tuple(
         f"{title} is not the published set: do not compare these figures with published ones." for title in titles
@@ -212,12 +214,24 @@ def _other_classes(group: Sequence[Compared]) -> tuple[str, ...]:
     for one in group:
         variant, _ = variants_of(one.record)
         timed = one.forward is not None or one.step is not None
-        if timed and variant is not None and variant.num_classes != one.record.data.num_classes:
+        # Of somebody's own code nobody says for how many classes it is.
+        known = variant is not None and (bool(variant.file) or foreign.runs_code_of(variant) is None)
+        if timed and known and variant is not None and variant.num_classes != one.record.data.num_classes:
             named.setdefault(variant.num_classes, []).append(one.record.arch)
     return tuple(
         f"{', '.join(dict.fromkeys(archs))}: times are of {classes:,} classes, costs and accuracies of the data's "
         f"{group[0].record.data.num_classes:,}."
         for classes, archs in named.items()
+    )
+
+
+def _no_results(group: Sequence[Compared]) -> tuple[str, ...]:
+    """Why a time has no result."""
+    return tuple(
+        f"{one.record.arch}, {PHASE_NAMES[latency.phase]}: {latency.verdict}"
+        for one in group
+        for latency in (one.forward_latency, one.step_latency)
+        if latency is not None and latency.verdict_kind == "no_result"
     )
 
 

@@ -396,7 +396,7 @@ def plot(
         str | None,
         typer.Option(
             help="params, macs, macs_all, flops, bytes, activations (counted); top1_error, top5_error (published); "
-            "latency, latency_fwd_bwd, tax, saved_for_backward (measured: --profiles); top1_trained, top5_trained (of "
+            "latency, latency_fwd_bwd, tax, saved_for_backward (measured: --profiles); top1_error_trained, top5_error_trained (of "
             "comparisons: --profiles). By default macs."
         ),
     ] = None,
@@ -648,6 +648,7 @@ def roofline(
     from selab.measure.machine import machine
     from selab.measure.passes import check_device
     from selab.measure.roofline import measure_peaks
+    from selab.record import RoofDistances
     from selab.request import Request, workload_of
 
     if out is not None:
@@ -663,8 +664,16 @@ def roofline(
             report("measuring the peaks", None)
             peaks = measure_peaks(device.value, dtype.value, threads=threads)
         if every:
-            found = list(roofs.distances(catalog.installed(), peaks, report))
-            good = [one for one in found if isinstance(one, roofs.Distance)]
+            each = list(roofs.distances(catalog.installed(), peaks, report))
+            good = tuple(one for one in each if not isinstance(one, SelabError))
+            distances = RoofDistances(
+                machine=here,
+                place=place,
+                flops_per_s=peaks.flops_per_s,
+                bandwidths=peaks.bandwidths,
+                networks=good,
+                failed=len(each) - len(good),
+            )
         else:
             name = _address(str(arch), se, insert)
             find(name)
@@ -683,8 +692,8 @@ def roofline(
             under = roofs.roofline_of(request, peaks, measured=preset is None, budget_s=budget)
     if every:
         if json_to is not None:
-            return write_json([{**dataclasses.asdict(one), "factor": one.factor} for one in good], json_to)
-        return print_parts(roofs.distances_grid(good, place=place, failed=len(found) - len(good)))
+            write_json(builtins(distances), json_to)
+        return print_parts(roofs.distances_grid(distances)) if str(json_to) != "-" else None
     if out is not None:
         ink.draw(roofs.roof(under, arch=name, workload=workload, place=place), out)
     if json_to is not None:

@@ -14,8 +14,10 @@ from selab import catalog
 from selab.accuracy.data import Data
 from selab.accuracy.distributed import join
 from selab.accuracy.run import asked_of, differences, request_key
+from selab.accuracy.evaluate import check_network
 from selab.accuracy.train import DivergedError, Progress, Training, train
 from selab.accuracy_record import (
+    FOLDER,
     AccuracyRecord,
     DataFacts,
     Options,
@@ -278,15 +280,14 @@ def left_of(comparisons: Sequence[Comparison], *, replace: bool) -> list[Compari
     """Takes over what is finished of each, and returns those of which something is left to train.
 
     Raises:
-        RecordError: as `Comparison.take_over`; or nothing is left of any.
+        RecordError: as `Comparison.take_over`.
+        ModelError: a network is none for these images; it is found out before the first one is trained.
     """
     for one in comparisons:
         one.take_over(replace=replace)
     left = [one for one in comparisons if not one.exists]
-    if not left:
-        first = comparisons[0]
-        seeds = f"{len(first.seeds)} seed{'s' if len(first.seeds) > 1 else ''}"
-        raise RecordError(f"{first.path}: exists, with {seeds}; more --seeds extend it, --replace makes it anew")
+    for variant in {network.name: network for one in left for network in (one.baseline, one.variant)}.values():
+        check_network(build(fitted(variant, left[0].data)).model, left[0].data)
     return left
 
 
@@ -371,6 +372,11 @@ def read_compared(folder: Path) -> list[Compared]:
     """Every finished comparison in a machine's folder; none where it holds none.
 
     Raises:
-        RecordError: a record that cannot be trusted.
+        RecordError: no such folder, the folder above those of machines, or a record that cannot be trusted.
     """
+    if not folder.is_dir():
+        raise RecordError(f"{folder}: is no folder; name that of one machine's records")
+    below = sorted(path.parent.name for path in folder.glob(f"*/{FOLDER}") if path.is_dir())
+    if below and not (folder / FOLDER).is_dir():
+        raise RecordError(f"{folder}: holds no comparisons; there are some in its folders {', '.join(below)}")
     return [compared(record, folder) for record in read_accuracy_records(folder)]

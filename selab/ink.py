@@ -151,6 +151,13 @@ _STYLE = {
 _WIDTH_IN, _RIGHT_IN = 7.2, 0.25
 _LINE_IN, _CAPTION_CHARACTERS = 0.155, 122
 _PNG_DPI = 200
+_NOT_SHOWN = "Not resolved: no difference of accuracy is shown, or the base's time differs from itself as much."
+# What the intervals along an axis are of, by its name or by who says it.
+_WHISKERS = {
+    "tax": "",
+    "measured": " of the ratio, from the base's time",
+    "trained": " of the difference in accuracy, paired by seed",
+}
 _NOT_RESOLVED = "Not resolved: the base differs from itself as much; the whiskers hold what cannot be excluded."
 
 
@@ -243,10 +250,16 @@ def _scatter_figure(shown: Scatter) -> "Figure":
 
     families = list(dict.fromkeys(sorted(pair.family for pair in shown.pairs)))
     notes = []
-    if any(pair.x_interval or pair.y_interval for pair in shown.pairs):
-        of = "" if "tax" in (shown.x.name, shown.y.name) else " of the ratio, from the base's time"
-        notes.append(f"Whiskers: 95 % intervals{of}.")
-    notes += [] if all(pair.resolved for pair in shown.pairs) else [_NOT_RESOLVED]
+    shown_intervals = (
+        (shown.x, any(pair.x_interval for pair in shown.pairs)),
+        (shown.y, any(pair.y_interval for pair in shown.pairs)),
+    )
+    of = [_WHISKERS.get(axis.name, _WHISKERS.get(axis.origin, "")) for axis, there in shown_intervals if there]
+    if of:
+        notes.append(f"Whiskers: 95 % intervals{' and'.join(words for words in of if words)}.")
+    if not all(pair.resolved for pair in shown.pairs):
+        trained = "trained" in (shown.x.origin, shown.y.origin)
+        notes.append(_NOT_SHOWN if trained else _NOT_RESOLVED)
     notes += [f"{source}." for source in shown.sources]
     notes += _left_out_note(shown.left_out, len(shown.pairs))
     kinds = [("white", "base"), (_FAINT, "with SE")]

@@ -10,6 +10,7 @@ from selab.errors import RecordError, UnknownNameError, nearest
 from selab.grid import NONE, Grid
 from selab.published import PAPER_TABLES, paper_grid, paper_reproduced, reproduced, zoo_grids
 from selab.record import Acceptance, Cost, Latency, LoadingTime, Machine, Record
+from selab.roofs import distances_grid
 from selab.tables import (
     added_grids,
     latency_grids,
@@ -158,6 +159,8 @@ def acceptance_grids(found: Acceptance) -> list[Grid]:
         grids.append(Grid(title=title, columns=columns, rows=lines, words=frozenset({0, 5})))
     if found.loading is not None:
         grids.append(_loading_grid(found.loading))
+    if found.roof is not None:
+        grids.append(distances_grid(found.roof))
     return grids
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from selab import catalog, stats, units, verdict
 from selab.accuracy_record import AccuracyRecord
-from selab.accuracy_tables import Compared, training_words
+from selab.accuracy_tables import Compared, not_published, training_words
 from selab.accuracy_tables import name_of as comparison_name
 from selab.accuracy_verdict import Comparison, compare_verdict
 from selab.errors import RecordError, SelabError, UnknownNameError, nearest
@@ -57,8 +57,8 @@ _ALL_AXES = (
     Axis("activations", "counted", "activations", "activations", "activations (elements of convolution outputs)"),
     Axis("top1_error", "published", "top1_error_pct", "top-1 error", "top-1 error, published (%)", "%", False),
     Axis("top5_error", "published", "top5_error_pct", "top-5 error", "top-5 error, published (%)", "%", False),
-    Axis("top1_trained", "trained", "top1", "top-1 error", "top-1 error, trained here (%)", "%", False),
-    Axis("top5_trained", "trained", "top5", "top-5 error", "top-5 error, trained here (%)", "%", False),
+    Axis("top1_error_trained", "trained", "top1", "top-1 error", "top-1 error, trained here (%)", "%", False),
+    Axis("top5_error_trained", "trained", "top5", "top-5 error", "top-5 error, trained here (%)", "%", False),
     Axis("latency", "measured", "forward", _TIME, _TIME, "s"),
     Axis(
         "latency_fwd_bwd", "measured", "forward_backward", "time of both passes", f"{_TIME} and the backward one", "s"
@@ -422,7 +422,10 @@ def points(
         x=across,
         y=up,
         pairs=pairs,
-        sources=_sources([both for _, *twice in found for both in twice]),
+        sources=(
+            *_sources([both for _, *twice in found for both in twice]),
+            *(note.removesuffix(".") for note in not_published([one.trained for one, *_ in found if one.trained])),
+        ),
         left_out=tuple(left_out),
     )
 
@@ -449,7 +452,9 @@ def _compared_subjects(compared: Sequence[Compared], archs: Sequence[str], *, wh
                 trained=one.record,
             )
         )
-    lines = dict.fromkeys(f"{one.record.data.title}, {training_words(one.record)}" for one in chosen)
+    lines = dict.fromkeys(
+        f"{one.record.data.title}, {training_words(one.record)}, {len(one.record.seeds)} seeds" for one in chosen
+    )
     places = dict.fromkeys(_circumstances(one.forward) for one in chosen if one.forward is not None)
     return subjects, "; ".join((*lines, *places))
 

@@ -413,6 +413,38 @@ class LoadingTime(Frozen, frozen=True, kw_only=True):
     comparisons: dict[str, Latency]
 
 
+class Distance(Frozen, frozen=True, kw_only=True):
+    """How much longer a network takes than its operators' least times together."""
+
+    name: str
+    least_s: float
+    whole_s: float
+
+    @property
+    def factor(self) -> float:
+        """Measured over predicted."""
+        return self.whole_s / self.least_s
+
+
+class RoofDistances(Frozen, frozen=True, kw_only=True):
+    """What a prediction by the roof alone is worth on a machine: every network's time over its least time.
+
+    Attributes:
+        place: the processor and its threads.
+        flops_per_s: the measured peak of matrix products, fp32.
+        bandwidths: (bytes moved, bytes per second) of measured copies.
+        failed: networks that could not be run.
+    """
+
+    kind: Literal["roofline"] = "roofline"
+    machine: Machine
+    place: str
+    flops_per_s: float
+    bandwidths: tuple[tuple[int, float], ...]
+    networks: tuple[Distance, ...]
+    failed: int
+
+
 class Acceptance(Frozen, frozen=True, kw_only=True):
     """What was measured on a machine about the measuring, the counting and the loading themselves.
 
@@ -420,11 +452,13 @@ class Acceptance(Frozen, frozen=True, kw_only=True):
         live: by `nox -s aa`.
         counting: by `nox -s bench_counts` and `nox -s bench_tables`.
         loading: by `nox -s bench_data`.
+        roof: by `selab roofline --all`.
     """
 
     live: LiveAcceptance | None
     counting: tuple[CountingTime, ...]
     loading: LoadingTime | None
+    roof: RoofDistances | None
 
 
 _NUMBERS = re.compile(rb"\[\s*((?:-?\d[\d.eE+-]*,?\s*)+)\]")
@@ -467,6 +501,8 @@ def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) 
     except msgspec.DecodeError as error:
         raise RecordError(f"{where}: not a record: {error}; {again} or restore the file") from None
     found = head.get("schema") if isinstance(head, dict) else None
+    if isinstance(found, str) and found.split("/")[0] != schema.split("/")[0]:
+        raise RecordError(f"{where}: is a record of another kind, {found!r}; what is read here is {schema!r}")
     if found != schema:
         raise RecordError(f"{where}: schema is {found!r}, this version reads {schema!r}; {again}")
     try:

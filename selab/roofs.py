@@ -12,7 +12,7 @@ from selab.errors import SelabError
 from selab.grid import NONE, Grid
 from selab.measure.roofline import Peaks, Point, Roofline, roofline
 from selab.plots import Roof, RoofMark
-from selab.record import Dtype, Workload
+from selab.record import Distance, Dtype, RoofDistances, Workload
 from selab.request import Request, workload_of
 
 
@@ -26,20 +26,6 @@ class Group:
     bytes: int
     least_s: float
     measured_s: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distance:
-    """How much longer a network takes than its operators' least times together."""
-
-    name: str
-    least_s: float
-    whole_s: float
-
-    @property
-    def factor(self) -> float:
-        """Measured over predicted."""
-        return self.whole_s / self.least_s
 
 
 def published_peaks(device: DeviceFacts, dtype: Dtype) -> Peaks:
@@ -206,8 +192,9 @@ def distances(
             yield Distance(name=arch, least_s=found.least_s, whole_s=found.whole_s)
 
 
-def distances_grid(found: Sequence[Distance], *, place: str, failed: int = 0) -> Grid:
-    """The table of `selab roofline --all`: what a prediction by the roof alone is worth here."""
+def distances_grid(all_of: RoofDistances) -> Grid:
+    """The table of `selab roofline --all`: what a prediction by the roof alone is worth there."""
+    found = all_of.networks
     factors = sorted(one.factor for one in found)
     rows = tuple(
         (one.name, units.seconds(one.least_s), units.seconds(one.whole_s), f"{one.factor:.2f}")
@@ -216,11 +203,11 @@ def distances_grid(found: Sequence[Distance], *, place: str, failed: int = 0) ->
     low, high = (quantiles(factors, n=20)[index] for index in (0, -1)) if len(factors) > 1 else factors * 2
     notes = [
         f"Measured over predicted: median {median(factors):.2f}, nine of ten between {low:.2f} and {high:.2f}, over "
-        f"{len(factors)} networks (one image, fp32, {place}).",
+        f"{len(factors)} networks (one image, fp32, {all_of.place}).",
         f"Multiplied by {median(factors):.2f}, a prediction is off by {units.share(_spread(factors))} in the median.",
     ]
-    if failed:
-        notes.append(f"{failed} networks failed and are left out.")
+    if all_of.failed:
+        notes.append(f"{all_of.failed} networks failed and are left out.")
     return Grid(
         title="How far the roof is from what networks take",
         columns=("", "predicted (least)", "measured", "measured / predicted"),

@@ -12,7 +12,17 @@ from typing import TypeVar
 import msgspec
 
 from selab.errors import RecordError
-from selab.record import Acceptance, CountingTime, Latency, LiveAcceptance, LoadingTime, Record, from_json, to_json
+from selab.record import (
+    Acceptance,
+    CountingTime,
+    Latency,
+    LiveAcceptance,
+    LoadingTime,
+    Record,
+    RoofDistances,
+    from_json,
+    to_json,
+)
 from selab.verdict import check
 
 _NAME_BYTES = 120
@@ -174,6 +184,7 @@ def read_acceptance(folder: Path) -> Acceptance:
         live=read("aa.json", LiveAcceptance),
         counting=tuple(one for one in counting if one is not None),
         loading=read("data.json", LoadingTime),
+        roof=read("roofline.json", RoofDistances),
     )
 
 

@@ -1,5 +1,6 @@
 """The commands that train and evaluate; `selab.cli` gives them their names."""
 
+import hashlib
 import shlex
 import sys
 from contextlib import redirect_stdout
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from selab import __version__
 from selab.console import builtins, find, following, open_console, print_parts, remark, reporting, write_json
 from selab.errors import SelabError
 from selab.options import (
@@ -121,6 +123,7 @@ def evaluate(
     variant = find(arch)
     from selab.accuracy.evaluate import evaluate as evaluate_one
     from selab.comparing import loaded
+    from selab.weights import read_metadata
 
     _check_json(json_to)
     prepared, whose = _preparation(data, weights, recipe, resize, crop)
@@ -132,9 +135,18 @@ def evaluate(
             model, images, batch=batch, device=device.value, amp=amp.value, channels_last=channels_last
         )
     problems: Problems | None = getattr(images, "problems", None)
+    metadata = read_metadata(weights)
+    if metadata.get("data_sha256", images.sha256) != images.sha256:
+        remark(f"{weights}: was trained on other images, {metadata.get('data', 'unnamed')}")
     if json_to is not None:
         told = {
+            "selab": __version__,
             "arch": variant.name,
+            "weights": str(weights),
+            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "device": device.value,
+            "amp": amp.value,
+            "channels_last": channels_last,
             "data": images.title,
             "data_sha256": images.sha256,
             "prepared": builtins(prepared),
@@ -146,7 +158,8 @@ def evaluate(
         }
         return write_json(told, json_to)
     low, high = found.top1_interval_pct
-    typer.echo(f"{variant.name} on {images.title}, {found.images:,} images")
+    how = ", ".join(["" if amp is Amp.off else amp.value, "channels last" if channels_last else ""]).strip(", ")
+    typer.echo(f"{variant.name} on {images.title}, {found.images:,} images{f', {how}' if how else ''}")
     if prepared is not None:
         typer.echo(f"images: {prepared.test_words} ({whose})")
     typer.echo(f"top-1 {found.top1_pct:.2f} % [{low:.2f}, {high:.2f}]")
@@ -218,7 +231,11 @@ def compare(
         for baseline, variant in pairs
     ]
     comparisons = [comparing.Comparison(plan, images, out=out) for plan in plans]
-    left = comparing.left_of(comparisons, replace=replace)
+    with redirect_stdout(sys.stderr):
+        left = comparing.left_of(comparisons, replace=replace)
+    for one in comparisons:
+        if one not in left:
+            remark(f"{one.path}: is finished already; more --seeds extend it, --replace makes it anew")
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         for growing in left:
             growing.run(report, report.say)
@@ -286,6 +303,8 @@ def _options(
     from selab.measure.passes import check_device
 
     check_device(device.value)
+    if amp is Amp.fp16 and device is Device.cpu:
+        raise SelabError("--amp fp16: is for --device cuda; on a CPU take bf16, or leave it away")
     return Options(
         device=device.value,
         amp=amp.value,

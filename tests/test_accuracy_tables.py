@@ -163,6 +163,33 @@ def test_the_table_needs_comparisons(compared_small_cnn, tmp_path):
     assert len(named_grids("accuracy", {}, (), found)) == 2
 
 
+def test_why_a_time_has_no_result_is_told(compared_small_cnn):
+    noisy = SimpleNamespace(
+        ratio=None,
+        ratio_low=None,
+        ratio_high=None,
+        baseline_s=1.0,
+        variant_s=1.1,
+        verdict_kind="no_result",
+        verdict="no result: only 4 pairs",
+        phase="forward",
+    )
+    one = Compared(record=compared_small_cnn(BASE, BETTER), forward=SimpleNamespace(latency={"forward": noisy}))
+    for grid in (comparison_grid(one), accuracy_grids([one])[1]):
+        assert "se_small_cnn, forward: no result: only 4 pairs" in grid.notes
+
+
+def test_a_folder_that_holds_none_is_told_from_one_that_is_not_there(compared_small_cnn, tmp_path):
+    folder = tmp_path / "here"
+    written(compared_small_cnn(BASE, BETTER), folder)
+    with pytest.raises(RecordError, match="nowhere: is no folder"):
+        comparing.read_compared(tmp_path / "nowhere")
+    with pytest.raises(RecordError, match="holds no comparisons; there are some in its folders here"):
+        comparing.read_compared(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert comparing.read_compared(tmp_path / "empty") == []
+
+
 def test_the_shell_shows_the_table_of_a_folder(selab, compared_small_cnn, tmp_path):
     folder = tmp_path / "here"
     written(compared_small_cnn(BASE, BETTER), folder)
@@ -172,4 +199,4 @@ def test_the_shell_shows_the_table_of_a_folder(selab, compared_small_cnn, tmp_pa
     assert "Trained: cifar_short, 10 epochs." in out
     status, _, err = selab("table", "accuracy", "--profiles", tmp_path)
     assert status == 1
-    assert "no comparisons" in err
+    assert "holds no comparisons" in err

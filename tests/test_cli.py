@@ -715,9 +715,28 @@ class TestAccuracy:
         # The baseline is trained once.
         assert records[0]["seeds"][0]["baseline"] == records[1]["seeds"][0]["baseline"]
         assert len(list(tmp_path.glob("runs/tiny.*"))) == 1
-        status, _, error = selab("compare", *names, *common)
+        # What is finished is shown again.
+        status, again, error = selab("compare", *names, *common)
+        assert status == 0
+        assert again == out
+        assert f"{paths[0]}: is finished already; more --seeds extend it" in " ".join(error.split())
+
+    def test_a_network_for_other_images_is_found_out_before_training(self, selab, tmp_path):
+        (tmp_path / "nets.py").write_text(
+            "from torch import nn\n"
+            "def plain():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
+            "def hundred():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 100))\n"
+        )
+        names = [f"{tmp_path / 'nets.py'}:{name}" for name in ("plain", "hundred")]
+        status, _, error = selab("compare", *names, "--data", "synthetic", "--no-latency", "--out", tmp_path / "out")
         assert status == 1
-        assert f"{paths[0]}: exists, with 1 seed; more --seeds extend it" in one_line(error)
+        assert "tells 100 classes apart" in error
+        assert not list(tmp_path.glob("out/runs/*"))
+
+    def test_half_precision_of_the_gpu_is_refused_on_the_cpu(self, selab):
+        status, _, error = selab("train", "--arch", "small_cnn", "--data", "synthetic", "--amp", "fp16")
+        assert status == 1
+        assert "--amp fp16: is for --device cuda; on a CPU take bf16" in one_line(error)
 
     @pytest.mark.parametrize(
         "words",

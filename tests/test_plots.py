@@ -456,7 +456,7 @@ def test_curves_leave_out_seeds_that_diverged(compared_small_cnn):
 
 def test_trained_accuracy_stands_against_the_time_of_one_image(compared_small_cnn):
     one = Compared(record=compared_small_cnn((60, 61, 62), (61, 62.1, 62.9)), forward=profiled("se_small_cnn"))
-    shown = plots.picture("accuracy", x="latency", y="top1_trained", compared=[one])
+    shown = plots.picture("accuracy", x="latency", y="top1_error_trained", compared=[one])
     (pair,) = shown.pairs
     assert (pair.base.y, pair.se.y) == pytest.approx((39, 38))
     # Student's 4.303 times a deviation of 0.1 over the root of three seeds.
@@ -469,15 +469,15 @@ def test_trained_accuracy_stands_against_the_time_of_one_image(compared_small_cn
 
 def test_a_difference_that_is_not_shown_is_not_resolved(compared_small_cnn):
     one = Compared(record=compared_small_cnn((60, 61, 62), (60.5, 60.5, 62.1)), forward=profiled("se_small_cnn"))
-    (pair,) = plots.points("latency", "top1_trained", compared=[one]).pairs
+    (pair,) = plots.points("latency", "top1_error_trained", compared=[one]).pairs
     assert not pair.resolved
 
 
 def test_trained_accuracy_needs_comparisons_and_says_what_is_missing(compared_small_cnn):
     with pytest.raises(RecordError, match="train with `selab compare`"):
-        plots.points("macs", "top1_trained")
+        plots.points("macs", "top1_error_trained")
     one = Compared(record=compared_small_cnn((60, 61), (61, 62)))
     with pytest.raises(RecordError, match="of se_resnet50; there are some of se_small_cnn"):
-        plots.points("macs", "top1_trained", compared=[one], archs=["se_resnet50"])
+        plots.points("macs", "top1_error_trained", compared=[one], archs=["se_resnet50"])
     with pytest.raises(SelabError, match=r"no record \(se_small_cnn\)"):
-        plots.points("latency", "top1_trained", compared=[one])
+        plots.points("latency", "top1_error_trained", compared=[one])

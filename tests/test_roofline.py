@@ -14,7 +14,9 @@ from selab.devices import devices, find_device
 from selab.errors import ModelError, SelabError, SpecError, UnknownNameError
 from selab.insert import insert_se
 from selab.measure import roofline as measured
+from selab.measure.machine import machine
 from selab.measure.roofline import Peaks, Point, Roofline, roofline
+from selab.record import Distance, RoofDistances
 from selab.request import Request, workload_of
 
 PEAKS = Peaks(dtype="fp32", flops_per_s=1e9, bandwidths=((1000, 4e9), (100_000, 1e9)), source="made up")
@@ -150,8 +152,15 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_how_far_the_roof_is_away():
-    found = [roofs.Distance(name=str(factor), least_s=1.0, whole_s=factor) for factor in (2.0, 3.0, 4.0)]
-    grid = roofs.distances_grid(found, place="here", failed=1)
+    found = RoofDistances(
+        machine=machine(),
+        place="here",
+        flops_per_s=1.0,
+        bandwidths=((1, 1.0),),
+        networks=tuple(Distance(name=str(factor), least_s=1.0, whole_s=factor) for factor in (2.0, 3.0, 4.0)),
+        failed=1,
+    )
+    grid = roofs.distances_grid(found)
     assert "median 3.00" in grid.notes[0]
     # 3/2 - 1 = 0.5, 3/3 - 1 = 0, 1 - 3/4 = 0.25: the middle one.
     assert "off by 25.0 %" in grid.notes[1]
@@ -162,7 +171,7 @@ def test_how_far_the_roof_is_away():
 def test_a_network_that_fails_is_told_and_the_others_go_on():
     found = list(roofs.distances(["no_such_network", "small_cnn"], PEAKS, lambda *_: None))
     assert isinstance(found[0], SelabError)
-    assert isinstance(found[1], roofs.Distance)
+    assert isinstance(found[1], Distance)
 
 
 def test_the_shell_predicts_for_a_device_that_is_not_here(selab):

@@ -177,6 +177,26 @@ def _buffers_of_rank_zero(network: nn.Module, world: int) -> Iterator[None]:
             buffer.copy_(own)
 
 
+def check_network(network: nn.Module, data: "Data") -> None:
+    """Finds out with one black image whether a network is a classifier for these images.
+
+    Args:
+        network: on the CPU; left as it is.
+        data: its image size and its classes.
+
+    Raises:
+        ModelError: its forward pass fails, or gives something else than a row of logits for each class.
+        OutOfMemoryError: the pass does not fit.
+    """
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            _logits(network, torch.zeros(1, *data.input_chw), data)
+    finally:
+        network.train(was_training)
+
+
 def _logits(network: nn.Module, images: Tensor, data: "Data") -> Tensor:
     name, shape = type(network).__name__, tuple(images.shape)
     try:

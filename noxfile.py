@@ -117,6 +117,8 @@ def readme(session: nox.Session) -> None:
     folder = linked[0] if linked else machine_folder(session)
     for trained in dict.fromkeys(one for one in linked if (Path(one) / "accuracy").is_dir()):
         session.run("selab", "table", "accuracy", "--profiles", trained, "--into", "README.md")
+        axes = ("--x", "latency", "--y", "top1_error_trained")
+        session.run("selab", "plot", "accuracy", *axes, "--profiles", trained, "--out", "docs/bought.svg")
     for name in ("added", "mobile", "paper-2"):
         session.run("selab", "table", name, "--profiles", folder, "--into", "README.md")
     session.run("selab", "plot", "added", "--profiles", folder, "--out", "docs/added.svg")

@@ -396,8 +396,8 @@ def plot(
         str | None,
         typer.Option(
             help="params, macs, macs_all, flops, bytes, activations (counted); top1_error, top5_error (published); "
-            "latency, latency_fwd_bwd, tax, saved_for_backward (measured: --profiles); top1_error_trained, top5_error_trained (of "
-            "comparisons: --profiles). By default macs."
+            "latency, latency_fwd_bwd, tax, saved_for_backward (measured: --profiles); top1_error_trained, "
+            "top5_error_trained (of comparisons: --profiles). By default macs."
         ),
     ] = None,
     y: Annotated[str | None, typer.Option(help="As --x; by default latency for cost, top1_error for accuracy.")] = None,

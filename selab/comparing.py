@@ -13,8 +13,8 @@ import selab
 from selab import catalog
 from selab.accuracy.data import Data
 from selab.accuracy.distributed import join
-from selab.accuracy.run import asked_of, differences, request_key
 from selab.accuracy.evaluate import check_network
+from selab.accuracy.run import asked_of, differences, request_key
 from selab.accuracy.train import DivergedError, Progress, Training, train
 from selab.accuracy_record import (
     FOLDER,

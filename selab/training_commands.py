@@ -233,9 +233,9 @@ def compare(
     comparisons = [comparing.Comparison(plan, images, out=out) for plan in plans]
     with redirect_stdout(sys.stderr):
         left = comparing.left_of(comparisons, replace=replace)
-    for one in comparisons:
-        if one not in left:
-            remark(f"{one.path}: is finished already; more --seeds extend it, --replace makes it anew")
+    for finished in comparisons:
+        if finished not in left:
+            remark(f"{finished.path}: is finished already; more --seeds extend it, --replace makes it anew")
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         for growing in left:
             growing.run(report, report.say)

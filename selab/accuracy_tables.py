@@ -112,7 +112,7 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Grid, Grid]:
         columns=("", "seeds", "base top-1", "top-1", "points", "loss"),
         rows=tuple(_bought_row(one) for one in group),
         notes=(
-            f"Trained: {'; '.join(_trainings(records))}. {data.train_size:,} images to train on, {data.test_size:,} to "
+            f"Trained: {'; '.join(trainings(records))}. {data.train_size:,} images to train on, {data.test_size:,} to "
             "test on; ± is one deviation over seeds, in brackets 95 % intervals of the difference, paired by seed.",
             *unresolved,
             *(f"{name}: {verdict.diverged}" for name, verdict in verdicts.items() if verdict.diverged),
@@ -135,11 +135,13 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Grid, Grid]:
     return bought, costs
 
 
-def _trainings(records: Sequence[AccuracyRecord]) -> list[str]:
-    """`cifar_short, 4 epochs (se_resnet20_cifar)`, the names only where there are several ways."""
+def trainings(records: Sequence[AccuracyRecord]) -> list[str]:
+    """`cifar_short, 4 epochs, 3 seeds (se_resnet20_cifar)`, the names only where there are several ways."""
     names: dict[str, list[str]] = {}
     for record in records:
-        names.setdefault(training_words(record), []).append(name_of(record))
+        seeds = len(record.seeds)
+        words = f"{training_words(record)}, {seeds} seed{'s' if seeds > 1 else ''}"
+        names.setdefault(words, []).append(name_of(record))
     return [words + (f" ({', '.join(which)})" if len(names) > 1 else "") for words, which in names.items()]
 
 

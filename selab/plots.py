@@ -11,7 +11,7 @@ from typing import Literal
 
 from selab import catalog, stats, units, verdict
 from selab.accuracy_record import AccuracyRecord
-from selab.accuracy_tables import Compared, not_published, training_words
+from selab.accuracy_tables import Compared, not_published, trainings
 from selab.accuracy_tables import name_of as comparison_name
 from selab.accuracy_verdict import Comparison, compare_verdict
 from selab.errors import RecordError, SelabError, UnknownNameError, nearest
@@ -424,7 +424,7 @@ def points(
         pairs=pairs,
         sources=(
             *_sources([both for _, *twice in found for both in twice]),
-            *(note.removesuffix(".") for note in not_published([one.trained for one, *_ in found if one.trained])),
+            *_training_notes([one.trained for one, *_ in found if one.trained is not None]),
         ),
         left_out=tuple(left_out),
     )
@@ -452,11 +452,15 @@ def _compared_subjects(compared: Sequence[Compared], archs: Sequence[str], *, wh
                 trained=one.record,
             )
         )
-    lines = dict.fromkeys(
-        f"{one.record.data.title}, {training_words(one.record)}, {len(one.record.seeds)} seeds" for one in chosen
-    )
+    lines = dict.fromkeys(one.record.data.title for one in chosen)
     places = dict.fromkeys(_circumstances(one.forward) for one in chosen if one.forward is not None)
     return subjects, "; ".join((*lines, *places))
+
+
+def _training_notes(records: Sequence[AccuracyRecord]) -> list[str]:
+    """How the networks were trained, and that their data set is not the published one; without the last full stop."""
+    how = [f"Trained: {'; '.join(trainings(records))}"] if records else []
+    return how + [note.removesuffix(".") for note in not_published(records)]
 
 
 _Found = tuple[_Subject, _Both, _Both]

@@ -196,7 +196,7 @@ def test_the_shell_shows_the_table_of_a_folder(selab, compared_small_cnn, tmp_pa
     status, out, _ = selab("table", "accuracy", "--profiles", folder, "--format", "markdown")
     assert status == 0
     assert "| se_small_cnn | 3 | 61.0 ± 1.0 % |" in out
-    assert "Trained: cifar_short, 10 epochs." in out
+    assert "Trained: cifar_short, 10 epochs, 3 seeds." in out
     status, _, err = selab("table", "accuracy", "--profiles", tmp_path)
     assert status == 1
     assert "holds no comparisons" in err

@@ -463,8 +463,9 @@ def test_trained_accuracy_stands_against_the_time_of_one_image(compared_small_cn
     assert pair.y_interval == pytest.approx((38 - 0.2484, 38 + 0.2484), abs=1e-3)
     assert pair.se.x > pair.base.x
     assert pair.resolved
-    assert "Some images, cifar_short, 10 epochs" in shown.circumstances
-    assert not shown.sources
+    assert shown.circumstances.startswith("Some images; ")
+    assert shown.sources[0] == "Trained: cifar_short, 10 epochs, 3 seeds"
+    assert shown.sources[1].startswith("Some images is not the published set")
 
 
 def test_a_difference_that_is_not_shown_is_not_resolved(compared_small_cnn):

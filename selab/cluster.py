@@ -3,6 +3,7 @@
 import importlib
 import os
 import secrets
+import socket
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from selab.sweep import Ledger, Outcome, cell_words, measure
 from selab.workers import Report
 
 LOCAL = "local"
+# Seconds for the head to answer a connection.
+_PATIENCE_S = 5.0
 # A cell that has ended so many workers is likely to be the cause.
 _MOST_ENDED = 3
 # Seconds in which a worker must have started; torch alone takes some on a cold disk.
@@ -82,6 +85,18 @@ def swept(
 # ------------------------------------------------------------------------------------------------------------- cluster
 
 
+def _check_listens(address: str, hint: str) -> None:
+    """Ray itself would try for ten minutes to reach a port where nobody listens."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return
+    try:
+        with socket.create_connection((host, int(port)), timeout=_PATIENCE_S):
+            pass
+    except OSError as error:
+        raise SelabError(f"--ray {address}: cannot be reached: {error.strerror or error}; {hint}") from None
+
+
 @contextmanager
 def _connected(address: str, device: Device) -> Iterator[Any]:
     if address == LOCAL:
@@ -95,10 +110,11 @@ def _connected(address: str, device: Device) -> Iterator[Any]:
         gpus = {"num_gpus": 1} if device == "cuda" else {}
         options |= {"num_cpus": available_cores(), "include_dashboard": False, **gpus}
         options["_node_ip_address"] = "127.0.0.1"
+    hint = "is it running (`ray start --head`), with this Python and this Ray?"
+    _check_listens(address, hint)
     try:
         ray.init(**options)
     except Exception as error:
-        hint = "is it running (`ray start --head`), with this Python and this Ray?"
         raise SelabError(f"--ray {address}: cannot be reached: {first_line(error)}; {hint}") from None
     try:
         yield ray

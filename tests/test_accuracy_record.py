@@ -130,7 +130,10 @@ def test_an_accuracy_and_what_it_may_be():
     [
         (b"", "x.json: not a record"),
         (b"[]", "x.json: schema is None"),
-        (b'{"schema": "selab.profile/1"}', "schema is 'selab.profile/1', this version reads 'selab.accuracy/1'"),
+        (
+            b'{"schema": "selab.profile/1"}',
+            "is a record of another kind, 'selab.profile/1'; what is read here is 'selab.accuracy/1'",
+        ),
         (b'{"schema": "selab.accuracy/1", "kind": "accuracy"}', "x.json: Object missing required field"),
     ],
 )

@@ -1,6 +1,7 @@
 """How a grid is shared among machines: with a Ray made of lists, and once with Ray itself."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections import deque
@@ -95,6 +96,7 @@ def use(monkeypatch):
         for one in (fake, schedule, errors):
             monkeypatch.setitem(sys.modules, one.__name__, one)
         monkeypatch.setattr(cluster, "measure", fake_measure)
+        monkeypatch.setattr(cluster, "_check_listens", lambda *_: None)
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
             # Set and taken back, so that what a local cluster sets does not outlive the test.
             monkeypatch.setenv(name, "")
@@ -205,6 +207,19 @@ def test_a_cluster_that_is_not_to_be_reached_is_told_in_one_line(use, tmp_path):
     fake.init = refuse
     with pytest.raises(SelabError, match="--ray there:6379: cannot be reached: nobody answers; is it running"):
         swept(tmp_path)
+
+
+def test_a_port_where_nobody_listens_is_told_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        # Bound, but nobody listens.
+        with pytest.raises(SelabError, match=rf"--ray {address}: cannot be reached: .*refused; is it running"):
+            cluster._check_listens(address, "is it running")
+        taken.listen()
+        cluster._check_listens(address, "is it running")
+    for other in ("local", "auto", "ray://there:10001"):
+        cluster._check_listens(other, "is it running")
 
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch, tmp_path):

@@ -40,7 +40,7 @@ from selab.record import Frozen, Machine, Phase, Record
 from selab.request import Request, workload_of
 from selab.spec import Variant
 from selab.store import check_writable, file_name, partial_path, read_record, record_path, save
-from selab.tables import is_stale, variants_of
+from selab.tables import address, is_stale, variants_of
 from selab.weights import load
 
 Report = Callable[[str, Progress | None], object]
@@ -314,8 +314,8 @@ def requests_of(record: AccuracyRecord) -> dict[Phase, Request]:
     variant, baseline = variants_of(record)
     own = variant is None or baseline == catalog.baseline_of(variant)
     common = Request(
-        arch=_address(record.arch, record.origin),
-        baseline=None if own else _address(record.baseline, record.baseline_origin),
+        arch=address(record.arch, record.origin),
+        baseline=None if own else address(record.baseline, record.baseline_origin),
         device=options.device,
         input_chw=None if variant is not None and variant.input_chw == size else size,
         quick=True,
@@ -333,10 +333,6 @@ def requests_of(record: AccuracyRecord) -> dict[Phase, Request]:
         phases=("forward_backward",),
     )
     return {"forward": common, "forward_backward": step}
-
-
-def _address(arch: str, origin: str) -> str:
-    return f"{origin}:{arch}" if origin else arch
 
 
 def _holds_today(profile: Record, here: Machine) -> bool:

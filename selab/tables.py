@@ -146,6 +146,11 @@ def profile_grid(record: Record) -> Grid:
     )
 
 
+def address(name: str, origin: str) -> str:
+    """What `--arch` finds a record's network by: its name, and the TOML that it stands in if it is a user's own."""
+    return f"{origin}:{name}" if origin else name
+
+
 def variants_of(record: Record | AccuracyRecord) -> tuple[Variant | None, Variant | None]:
     """The facts of a record's two networks as they are today; None where they are not to be had any more."""
 
@@ -153,7 +158,7 @@ def variants_of(record: Record | AccuracyRecord) -> tuple[Variant | None, Varian
         if name is None:
             return None
         try:
-            return catalog.find(f"{file}:{name}" if file else name)
+            return catalog.find(address(name, file))
         except SelabError:
             return None
 

@@ -1,18 +1,15 @@
 """A network's timeline: recorded, written where TensorBoard and Perfetto read it, and summed up in tables."""
 
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from selab import catalog, units
 from selab.build import build
-from selab.errors import RecordError
 from selab.grid import Grid
 from selab.measure.machine import machine
 from selab.measure.timeline import Recorded, Timeline, record_steps
 from selab.record import Phase
 from selab.request import Request, workload_of
-from selab.store import check_writable, file_name
+from selab.store import check_writable, file_name, replacing
 
 LOGS = "timeline"
 """The folder that TensorBoard is pointed at, under a machine's folder."""
@@ -45,20 +42,8 @@ def write_trace(found: Recorded, path: Path, *, replace: bool) -> None:
         RecordError: it exists and may not be replaced, or cannot be written.
     """
     check_writable(path, replace=replace)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".json", delete=False) as file:
-            temporary = Path(file.name)
+    with replacing(path) as temporary:
         found.export(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be written: {error.strerror}; the file is as it was") from None
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
 
 
 def how_to_look(path: Path) -> list[str]:

@@ -120,6 +120,8 @@ class Add(nn.Module):
     Source: arXiv 1911.11907, Fig. 3.
     """
 
+    formula = "branch + shortcut"
+
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """Add both paths (N, C, H, W)."""
         return branch + shortcut

@@ -75,6 +75,8 @@ class Add(nn.Module):
     Source: arXiv 1807.11626, Fig. 7.
     """
 
+    formula = "branch + shortcut"
+
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """Add both paths (N, C, H, W)."""
         return branch + shortcut

@@ -74,6 +74,8 @@ class Add(nn.Module):
     Source: arXiv 1801.04381, Fig. 3b.
     """
 
+    formula = "branch + shortcut"
+
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """Add both paths (N, C, H, W)."""
         return branch + shortcut

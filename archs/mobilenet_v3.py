@@ -129,6 +129,8 @@ class Add(nn.Module):
     Source: arXiv 1905.02244, Fig. 4.
     """
 
+    formula = "branch + shortcut"
+
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """Add both paths (N, C, H, W)."""
         return branch + shortcut

@@ -25,6 +25,8 @@ class AddReLU(nn.Module):
     Source: arXiv 2003.13678, Fig. 4.
     """
 
+    formula = "relu(branch + shortcut)"
+
     def __init__(self) -> None:
         super().__init__()
         self.relu = nn.ReLU(inplace=True)

@@ -28,6 +28,8 @@ class AddReLU(nn.Module):
     Source: arXiv 1512.03385, Fig. 2.
     """
 
+    formula = "relu(branch + shortcut)"
+
     def __init__(self) -> None:
         super().__init__()
         self.relu = nn.ReLU(inplace=True)

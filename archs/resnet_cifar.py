@@ -23,6 +23,8 @@ class Add(nn.Module):
     Source: arXiv 1603.05027, Fig. 1b.
     """
 
+    formula = "branch + shortcut"
+
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """Add both paths (N, C, H, W)."""
         return branch + shortcut
@@ -35,6 +37,8 @@ class AddReLU(nn.Module):
 
     Source: arXiv 1512.03385, Fig. 2.
     """
+
+    formula = "relu(branch + shortcut)"
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,6 +20,8 @@ class AddReLU(nn.Module):
     Source: arXiv 1611.05431, Fig. 3.
     """
 
+    formula = "relu(branch + shortcut)"
+
     def __init__(self) -> None:
         super().__init__()
         self.relu = nn.ReLU(inplace=True)

@@ -21,6 +21,8 @@ class AddReLU(nn.Module):
     Source: arXiv 1709.01507, Fig. 3.
     """
 
+    formula = "relu(branch + shortcut)"
+
     def __init__(self) -> None:
         super().__init__()
         self.relu = nn.ReLU(inplace=True)

@@ -85,6 +85,8 @@ class Add(nn.Module):
     Source: arXiv 1705.07485, eq. (1).
     """
 
+    formula = "branch + shortcut"
+
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """Add both paths (N, C, H, W)."""
         return branch + shortcut
@@ -97,6 +99,8 @@ class AddReLU(nn.Module):
 
     Source: ResNeXt, arXiv 1611.05431, Fig. 3.
     """
+
+    formula = "relu(branch + shortcut)"
 
     def __init__(self) -> None:
         super().__init__()

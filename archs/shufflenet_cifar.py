@@ -47,6 +47,8 @@ class AddReLU(nn.Module):
     Source: arXiv 1707.01083, Fig. 2b.
     """
 
+    formula = "relu(branch + shortcut)"
+
     def __init__(self) -> None:
         super().__init__()
         self.relu = nn.ReLU(inplace=True)

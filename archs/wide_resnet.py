@@ -21,6 +21,8 @@ class Add(nn.Module):
     Source: arXiv 1605.07146, Fig. 1.
     """
 
+    formula = "branch + shortcut"
+
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """Add both paths (N, C, H, W)."""
         return branch + shortcut

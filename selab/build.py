@@ -16,6 +16,7 @@ from selab.errors import InsertionError, ModelError, SelabError, SpecError
 from selab.insert import insert_se
 from selab.probe import first_line
 from selab.record import Insertion
+from selab.se import SqueezeExcitation
 from selab.spec import Variant
 
 
@@ -43,7 +44,8 @@ def build(
     """Builds a variant, in train mode.
 
     A variant and its baseline of one seed share the initial values of all their common layers: the network is drawn
-    first, the SE blocks after it. The caller's random state is left as it was.
+    first, the SE blocks after it. The caller's random state is left as it was. The SE blocks run their reference
+    implementation; `selab.fuse` makes them fast.
 
     Args:
         variant: the facts.
@@ -78,9 +80,17 @@ def build(
         try:
             input_nchw = (1, *(input_chw or variant.input_chw))
             insertions = insert_se(model, variant.se, input_nchw=input_nchw, init=init)
+            _run_as_written(model)
         except (InsertionError, ModelError) as error:
             raise type(error)(f"{variant.place}: {error}") from error
     return Built(model=model, insertions=insertions, native=native)
+
+
+def _run_as_written(model: nn.Module) -> None:
+    """What is measured is the block operation by operation, as the field writes it, unless `fuse` is asked for."""
+    for module in model.modules():
+        if isinstance(module, SqueezeExcitation):
+            module.impl = "reference"
 
 
 def _builder(variant: Variant):  # type: ignore[no-untyped-def]

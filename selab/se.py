@@ -1,13 +1,16 @@
 """The Squeeze-and-Excitation block (Hu et al., arXiv 1709.01507), its variants, and its place in a residual join."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selab.attention import Attention, Init
-from selab.errors import InsertionError
+from selab.errors import InsertionError, ModelError
+from selab.kernels import cpu
+from selab.kernels.choice import IMPLS, Impl, choose, hooked, run
+from selab.kernels.cpu import Formula
 
 GATES: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -99,6 +102,15 @@ class SqueezeExcitation(Attention):
         divisor: the squeeze width is rounded to a multiple of it.
         squeeze_channels: the squeeze width itself, instead of reduction and divisor.
         init: `he` or `identity`.
+        impl: how it is computed; parameters and their names are the same. `reference`: as written above, operation by
+            operation. `torch`: few torch operations. `native`: compiled code of the CPU. `operator`: one operator of
+            torch's, which is Triton's on a GPU. `auto`: the fastest of them that can run, or the reference where none
+            can; `runtime` says which, and why. The others raise ModelError where they cannot run.
+
+    Attributes:
+        relu_in: whether the block applies a ReLU to its input first, one that stood before it (see `selab.fuse`).
+        owns_input: whether nobody else needs the input, so that the output may take its place in inference.
+        kinds: of squeeze, activation and gate.
 
     Raises:
         InsertionError: an argument out of its range; the message says what is allowed.
@@ -120,8 +132,11 @@ class SqueezeExcitation(Attention):
         divisor: int = 1,
         squeeze_channels: int | None = None,
         init: Init = "he",
+        impl: Impl = "auto",
     ) -> None:
         super().__init__(channels, init)
+        if impl not in IMPLS:
+            raise InsertionError(f"impl {impl!r}: allowed: {', '.join(IMPLS)}")
         if gate not in GATES:
             raise InsertionError(f"gate {gate!r}: allowed: {', '.join(GATES)}")
         if activation not in ACTIVATIONS:
@@ -141,6 +156,10 @@ class SqueezeExcitation(Attention):
         self.gate = GATES[gate]()
         affine = _IDENTITY_AFFINE.get(gate) if init == "identity" else None
         self.register_buffer("gate_affine", None if affine is None else torch.tensor(affine))
+        self.impl: Impl = impl
+        self.relu_in = False
+        self.owns_input = False
+        self.kinds = (squeeze, activation, gate)
         self._initialise(init, gate)
 
     def _initialise(self, init: Init, gate: str) -> None:
@@ -173,8 +192,74 @@ class SqueezeExcitation(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
+        gated = self.fast(x)
+        if gated is not None:
+            return gated
+        if self.relu_in:
+            x = x.relu_() if self.owns_input else x.relu()
         factor = self.excite(self.squeeze(x))
         return x * (factor[:, :, None, None] if factor.dim() == 2 else factor)
+
+    def fast(self, x: Tensor, shortcut: Tensor | None = None, *, relu_out: bool = False) -> Tensor | None:
+        """The block, and if there is a shortcut the join behind it, by anything but the reference; None for that.
+
+        Args:
+            x: (N, C, H, W).
+            shortcut: (N, C, H, W), added to the scaled map.
+            relu_out: whether the sum is rectified.
+
+        Returns:
+            (N, C, H, W).
+
+        Raises:
+            ModelError: an implementation that was asked for cannot run here.
+        """
+        if self.impl == "reference":
+            return None
+        formula = self._formula(relu_out=relu_out)
+        impl, reason = self._chosen(x, shortcut, formula)
+        if impl == "reference":
+            if self.impl != "auto":
+                raise ModelError(f"impl {self.impl!r}: {reason}; use impl='auto', which takes what can run")
+            return None
+        return run(impl, x, shortcut, formula, owns_input=self.owns_input)
+
+    def runtime(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Impl, str]:
+        """Which implementation these tensors would take now, and why not a faster one (empty if there is none).
+
+        Args:
+            x: (N, C, H, W).
+            shortcut: as in `fast`.
+        """
+        return self._chosen(x, shortcut, self._formula())
+
+    def _chosen(self, x: Tensor, shortcut: Tensor | None, formula: Formula) -> tuple[Impl, str]:
+        reason = "" if self.impl == "reference" else self.refuses()
+        return ("reference", reason) if reason else choose(self.impl, x, shortcut, formula)
+
+    def refuses(self) -> str:
+        """Why only the reference can do it, whatever the map."""
+        squeeze, _, gate = self.kinds
+        if squeeze != "avg":
+            return f"squeeze {squeeze!r} has the reference alone"
+        if gate not in cpu.GATES:
+            return f"gate {gate!r} has the reference alone"
+        if torch.compiler.is_compiling():
+            return ""
+        # Looked up by hand, as everything on this way: a module's attributes cost more than the rest of the decision.
+        parts: Any = self._modules.values()
+        if "excite" in self.__dict__ or hooked(*parts):
+            return "a hook looks into the block"
+        strange = next((part for part in parts if type(part) not in _PLAIN), None)
+        return "" if strange is None else f"{type(strange).__name__} stands in the block"
+
+    def _formula(self, *, relu_out: bool = False) -> Formula:
+        _, activation, gate = self.kinds
+        scale, offset = (1.0, 0.0) if self._buffers["gate_affine"] is None else _IDENTITY_AFFINE[gate]
+        modules: Any = self._modules
+        one, two = modules["fc1"]._parameters, modules["fc2"]._parameters
+        w1, b1, w2, b2 = one["weight"], one["bias"], two["weight"], two["bias"]
+        return Formula(w1, b1, w2, b2, activation, gate, scale, offset, self.relu_in, relu_out)
 
     def extra_repr(self) -> str:
         """The two widths, as printed by the module."""
@@ -187,6 +272,13 @@ def _layer(x: Tensor, layer: nn.Linear) -> Tensor:
         out: Tensor = layer(x)
         return out
     return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+
+
+_PLAIN = {Squeeze, nn.Linear, *GATES.values(), *ACTIVATIONS.values()}
+
+ADD_RELU = "relu(branch + shortcut)"
+FORMULAS = ("branch + shortcut", ADD_RELU)
+"""What a join may call itself, in an attribute `formula`, to be computed together with the block before it."""
 
 
 class GatedJoin(nn.Module):
@@ -208,12 +300,25 @@ class GatedJoin(nn.Module):
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """(N, C, H, W) twice → (N, C, H, W)."""
+        if self.edge == "branch" and isinstance(self.se, SqueezeExcitation):
+            joined = self._in_one(self.se, branch, shortcut)
+            if joined is not None:
+                return joined
         if self.edge == "branch":
             branch = self.se(branch)
         elif self.edge == "shortcut":
             shortcut = self.se(shortcut)
-        joined: Tensor = self.inner(branch, shortcut)
-        return self.se(joined) if self.edge == "output" else joined
+        added: Tensor = self.inner(branch, shortcut)
+        return self.se(added) if self.edge == "output" else added
+
+    def _in_one(self, se: SqueezeExcitation, branch: Tensor, shortcut: Tensor) -> Tensor | None:
+        """Scale, addition and ReLU as one; None where the join is another, or somebody looks at its parts."""
+        formula = getattr(self.inner, "formula", "")
+        if formula not in FORMULAS or se.impl == "reference" or branch.shape != shortcut.shape:
+            return None
+        if not torch.compiler.is_compiling() and hooked(self.inner, se, *self.inner.children()):
+            return None
+        return se.fast(branch, shortcut, relu_out=formula == ADD_RELU)
 
     def extra_repr(self) -> str:
         """The gated edge, as printed by the module."""

@@ -26,7 +26,7 @@ FLOORS = [
         "facts",
         "devices",
     },
-    {"attention", "se", "sites", "probe", "ends", "insert", "build", "weights"},
+    {"kernels", "attention", "se", "sites", "probe", "ends", "insert", "fusing", "build", "weights"},
     {"measure", "accuracy"},
     {
         "request",

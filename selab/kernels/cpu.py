@@ -1,0 +1,372 @@
+"""The SE block on a CPU in as few passes over the maps as it takes: natively, or with few torch operations.
+
+The native code (native.c) is built when the project is installed, if there is a C compiler; without it the same steps
+run as torch operations, which take one or two passes more. Both share one forward and one backward:
+
+    m = relu(y) if relu_in else y;  s = mean(m);  u = fc1(s);  v = fc2(act(u));  g = scale * gate(v) + offset
+    out = m * g (+ shortcut), rectified if relu_out
+
+A forward pass reads y for the mean and once more for the join. A backward pass reads the gradient, the output and y,
+writes the gradient of the sum and reduces the gates' gradients on the way; then it reads the former and writes y's.
+
+Source: arXiv 1709.01507, eq. 2-4.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_native: Any
+try:
+    from selab.kernels import _native  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    _native = None
+    _WHY_NOT = f"the native code is not there ({error}); install selab from source with a C compiler at hand"
+else:
+    _WHY_NOT = ""
+
+ACTIVATIONS = ("relu", "silu")
+GATES = ("sigmoid", "hardsigmoid")
+# Below so many elements a second thread costs more than it saves.
+_LEAST_PER_THREAD = 1 << 15
+# Up to so many positions a matrix product averages a channels-last map faster than a reduction does.
+_POSITIONS_BY_PRODUCT = 256
+
+
+class Formula(NamedTuple):
+    """Everything of a block but its map.
+
+    Attributes:
+        w1: (K, C), b1 (K) or None, w2 (C, K), b2 (C) or None.
+        activation: `relu` or `silu`; gate: `sigmoid` or `hardsigmoid`, times `scale` plus `offset`.
+        relu_in: whether a ReLU stands before the block.
+        relu_out: whether one stands behind the join.
+    """
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    activation: str = "relu"
+    gate: str = "sigmoid"
+    scale: float = 1.0
+    offset: float = 0.0
+    relu_in: bool = False
+    relu_out: bool = False
+
+
+def native_reason() -> str:
+    """Why the native code cannot run at all; empty if it can."""
+    return _WHY_NOT
+
+
+def native_refuses(y: Tensor, shortcut: Tensor | None, formula: Formula) -> str:
+    """Why these tensors are not the native code's; empty if they are."""
+    if _native is None:
+        return _WHY_NOT
+    if y.dtype != torch.float32 or formula.w1.dtype != torch.float32:
+        return f"the native code computes in float32, not in {str(y.dtype).removeprefix('torch.')}"
+    if not y.is_contiguous() and not y.is_contiguous(memory_format=torch.channels_last):
+        return "the map is neither contiguous nor channels last"
+    if shortcut is not None and (shortcut.dtype != y.dtype or shortcut.stride() != y.stride()):
+        return "branch and shortcut lie differently in memory"
+    if not (formula.w1.is_contiguous() and formula.w2.is_contiguous()):
+        return "the weights are not contiguous"
+    return ""
+
+
+def infer(y: Tensor, shortcut: Tensor | None, formula: Formula, *, native: bool, in_place: bool = False) -> Tensor:
+    """The block without gradients.
+
+    Args:
+        y: (N, C, H, W).
+        shortcut: of the same shape, or None.
+        formula: of the block.
+        native: whether by the native code, which `native_refuses` must have been asked about.
+        in_place: whether the result may take y's place.
+
+    Returns:
+        (N, C, H, W), in y's memory format.
+    """
+    if native:
+        out = y if in_place else torch.empty_like(y)
+        _run_native(y, shortcut, formula, out, None)
+        return out
+    m = F.relu(y) if formula.relu_in else y
+    gate = _factors(_excited(squeezed(m), formula)[1], formula)[:, :, None, None]
+    if shortcut is None:
+        out = m.mul_(gate) if (in_place or formula.relu_in) and gate.dtype == m.dtype else m * gate
+    else:
+        out = torch.addcmul(shortcut, m, gate)
+    return out.relu_() if formula.relu_out else out
+
+
+def forward(y: Tensor, shortcut: Tensor | None, formula: Formula, *, native: bool) -> tuple[Tensor, Tensor]:
+    """The block, and what its backward pass needs beside the maps.
+
+    Args:
+        y: (N, C, H, W).
+        shortcut: of the same shape, or None.
+        formula: of the block.
+        native: as in `infer`.
+
+    Returns:
+        (N, C, H, W); and for each image the squeezed values (C), the hidden ones before their activation (K) and the
+        logits (C), together (N, C + K + C).
+    """
+    if native:
+        out = torch.empty_like(y)
+        kept = torch.empty(y.shape[0], 2 * y.shape[1] + formula.w1.shape[0])
+        _run_native(y, shortcut, formula, out, kept)
+        return out, kept
+    m = F.relu(y) if formula.relu_in else y
+    s = squeezed(m)
+    hidden, logits = _excited(s, formula)
+    gate = _factors(logits, formula)[:, :, None, None]
+    out = m * gate if shortcut is None else torch.addcmul(shortcut, m, gate)
+    return out.relu_() if formula.relu_out else out, torch.cat((s, hidden, logits), 1)
+
+
+def backward(
+    dout: Tensor, out: Tensor | None, y: Tensor, formula: Formula, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of one block.
+
+    Args:
+        dout: of the output, (N, C, H, W).
+        out: the output, where `relu_out` is set; None otherwise.
+        y: as in `forward`.
+        formula: as in `forward`.
+        kept: from `forward`.
+
+    Returns:
+        Gradients of y and of the sum (the shortcut's), (N, C, H, W); of the logits (N, C) and the hidden values (N, K).
+    """
+    dout = dout.contiguous(memory_format=torch.contiguous_format if y.is_contiguous() else torch.channels_last)
+    if not native_refuses(y, dout, formula):
+        return _native_backward(dout, out, y, formula, kept)
+    _, hidden, logits = _parts(kept, formula)
+    dz = dout if out is None else torch.ops.aten.threshold_backward(dout, out, 0)
+    m = F.relu(y) if formula.relu_in else y
+    dlogits = (dz * m).sum((2, 3)) * _gate_slopes(logits, formula)
+    dhidden = (dlogits @ formula.w2) * _activation_slopes(hidden, formula)
+    ds = (dhidden @ formula.w1)[:, :, None, None] / (y.shape[2] * y.shape[3])
+    dy = torch.addcmul(ds, dz, _factors(logits, formula)[:, :, None, None])
+    if formula.relu_in:
+        dy = torch.ops.aten.threshold_backward(dy, y, 0)
+    return dy, dz, dlogits, dhidden
+
+
+def layer_gradients(
+    formula: Formula, kept: Tensor, dlogits: Tensor, dhidden: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Those of w1, b1, w2 and b2, from (N, C + K + C), (N, C) and (N, K)."""
+    s, hidden, _ = _parts(kept, formula)
+    h = F.silu(hidden) if formula.activation == "silu" else F.relu(hidden)
+    return (
+        dhidden.t() @ s,
+        None if formula.b1 is None else dhidden.sum(0),
+        dlogits.t() @ h,
+        None if formula.b2 is None else dlogits.sum(0),
+    )
+
+
+def _parts(kept: Tensor, formula: Formula) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, channels = formula.w1.shape
+    squeezed_values, hidden_values, logits = torch.split(kept, [channels, hidden, channels], 1)
+    return squeezed_values, hidden_values, logits
+
+
+class Gated(torch.autograd.Function):
+    """`forward` and `backward` as one node of autograd; saves y, the output if it is rectified, and (N, C), (N, K).
+
+    The gradients are not differentiable again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        y: Tensor,
+        shortcut: Tensor | None,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        formula: Formula,
+        native: bool,
+    ) -> Tensor:
+        """(N, C, H, W), the shortcut alike or None, the layers, the formula again, `native` → (N, C, H, W)."""
+        out, kept = forward(y, shortcut, formula, native=native)
+        ctx.save_for_backward(y, out if formula.relu_out else None, w1, b1, w2, b2, kept)  # type: ignore[arg-type]
+        # Without the weights: a tensor that autograd does not know of would keep itself alive.
+        ctx.options = formula[4:]  # type: ignore[attr-defined]
+        ctx.joined = shortcut is not None  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """(N, C, H, W) → the gradients of forward's arguments."""
+        y, out, w1, b1, w2, b2, kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        formula = Formula(w1, b1, w2, b2, *ctx.options)  # type: ignore[attr-defined]
+        dy, dz, dlogits, dhidden = backward(dout, out, y, formula, kept)
+        layers = layer_gradients(formula, kept, dlogits, dhidden)
+        return dy, dz if ctx.joined else None, *layers, None, None  # type: ignore[attr-defined]
+
+
+def add_relu(branch: Tensor, shortcut: Tensor, *, in_place: bool = False) -> Tensor:
+    """relu(branch + shortcut) in one pass, without gradients: (N, C, H, W) twice → (N, C, H, W).
+
+    Args:
+        branch: the one whose place the result may take.
+        shortcut: of the same shape.
+        in_place: whether it does.
+    """
+    if _native is not None and branch.dtype == torch.float32 and _is_alike_and_dense(branch, shortcut):
+        out = branch if in_place else torch.empty_like(branch)
+        threads = _threads(branch)
+        _native.add_relu(branch.data_ptr(), shortcut.data_ptr(), out.data_ptr(), branch.numel(), threads)
+        return out
+    return (branch.add_(shortcut) if in_place and branch.dtype == shortcut.dtype else branch + shortcut).relu_()
+
+
+class AddReLU(torch.autograd.Function):
+    """`add_relu` as one node of autograd; saves its output."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, branch: Tensor, shortcut: Tensor) -> Tensor:
+        """(N, C, H, W) twice → (N, C, H, W)."""
+        out = add_relu(branch, shortcut)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C, H, W) → the same gradient for both."""
+        (out,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        dz = torch.ops.aten.threshold_backward(dout, out, 0)
+        return dz, dz
+
+
+# ------------------------------------------------------------------------------------------------------------ by torch
+
+
+def squeezed(m: Tensor) -> Tensor:
+    """mean(m): (N, C, H, W) → (N, C), in the way that is fastest for the map's layout and size.
+
+    A reduction over one dimension is faster than one over two; small channels-last maps are averaged by a product with
+    a row of ones.
+    """
+    n, c, h, w = m.shape
+    if m.is_contiguous():
+        return m.flatten(2).mean(2)
+    if m.is_contiguous(memory_format=torch.channels_last) and h * w <= _POSITIONS_BY_PRODUCT and m.dtype in _EXACT:
+        row = m.new_full((), 1 / (h * w)).expand(n, 1, h * w)
+        return torch.bmm(row, m.permute(0, 2, 3, 1).reshape(n, h * w, c))[:, 0]
+    return m.mean((2, 3))
+
+
+_EXACT = (torch.float32, torch.float64)
+
+
+def _excited(s: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
+    """(N, C) → the hidden values before their activation (N, K), and the logits (N, C)."""
+    hidden = F.linear(s, formula.w1, formula.b1)
+    h = F.silu(hidden) if formula.activation == "silu" else F.relu(hidden)
+    return hidden, F.linear(h, formula.w2, formula.b2)
+
+
+def _factors(logits: Tensor, formula: Formula) -> Tensor:
+    gate = F.hardsigmoid(logits) if formula.gate == "hardsigmoid" else torch.sigmoid(logits)
+    return gate if (formula.scale, formula.offset) == (1.0, 0.0) else gate * formula.scale + formula.offset
+
+
+def _gate_slopes(logits: Tensor, formula: Formula) -> Tensor:
+    if formula.gate == "hardsigmoid":
+        return ((logits > -3) & (logits < 3)).to(logits.dtype) * (formula.scale / 6)
+    gate = torch.sigmoid(logits)
+    return gate * (1 - gate) * formula.scale
+
+
+def _activation_slopes(hidden: Tensor, formula: Formula) -> Tensor:
+    if formula.activation == "silu":
+        gate = torch.sigmoid(hidden)
+        return gate * (1 + hidden * (1 - gate))
+    return (hidden > 0).to(hidden.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ natively
+
+
+def _is_alike_and_dense(one: Tensor, other: Tensor) -> bool:
+    dense = one.is_contiguous() or one.is_contiguous(memory_format=torch.channels_last)
+    return dense and one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+
+
+def _threads(y: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), y.numel() // _LEAST_PER_THREAD))
+
+
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _shape(y: Tensor, formula: Formula) -> tuple[int | float, ...]:
+    n, c, h, w = y.shape
+    return (
+        n,
+        c,
+        h * w,
+        formula.w1.shape[0],
+        not y.is_contiguous(),
+        formula.relu_in,
+        formula.relu_out,
+        ACTIVATIONS.index(formula.activation),
+        GATES.index(formula.gate),
+        _threads(y),
+        formula.scale,
+        formula.offset,
+    )
+
+
+def _run_native(y: Tensor, shortcut: Tensor | None, formula: Formula, out: Tensor, kept: Tensor | None) -> None:
+    """Fills `out` and, if there is one, `kept`."""
+    w1, b1, w2, b2 = formula[:4]
+    _native.gated(
+        _shape(y, formula),
+        w1.data_ptr(),
+        0 if b1 is None else b1.data_ptr(),
+        w2.data_ptr(),
+        0 if b2 is None else b2.data_ptr(),
+        y.data_ptr(),
+        0 if shortcut is None else shortcut.data_ptr(),
+        out.data_ptr(),
+        0 if kept is None else kept.data_ptr(),
+    )
+
+
+def _native_backward(
+    dout: Tensor, out: Tensor | None, y: Tensor, formula: Formula, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy = torch.empty_like(y)
+    dz = dout if out is None else torch.empty_like(y)
+    hidden, channels = formula.w1.shape
+    dlogits, dhidden = y.new_empty(y.shape[0], channels), y.new_empty(y.shape[0], hidden)
+    _native.gated_backward(
+        _shape(y, formula),
+        formula.w1.data_ptr(),
+        formula.w2.data_ptr(),
+        dout.data_ptr(),
+        0 if out is None else out.data_ptr(),
+        y.data_ptr(),
+        kept.data_ptr(),
+        0 if out is None else dz.data_ptr(),
+        dy.data_ptr(),
+        dlogits.data_ptr(),
+        dhidden.data_ptr(),
+    )
+    return dy, dz, dlogits, dhidden

@@ -1,0 +1,501 @@
+/* A whole Squeeze-and-Excitation block on the CPU, in single precision, in as few passes over the maps as it takes.
+ *
+ * Python hands over addresses of dense tensors (selab/kernels/cpu.py checks them) and no tensor is known here, so that
+ * neither torch's headers nor its compiler settings are needed to build this. An address of 0 is a tensor that there is
+ * not. A map is N images of C channels of P positions; `nhwc` says that the channels of a position are neighbours.
+ *
+ *   m = relu_in ? relu(y) : y;  s = mean(m);  u = w1 s + b1;  v = w2 act(u) + b2;  g = scale gate(v) + offset
+ *   out = relu_out ? relu(g m + r) : g m + r
+ *
+ * Images are gone through one by one, so that a map is still in the cache when it is read for the second time.
+ *
+ * Source: Hu et al., arXiv 1709.01507, eq. 2-4; that scale and addition are one pass ("Axpy") is the authors' release.
+ */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The compiler makes each loop for several generations of processors, and the loader chooses. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+#define LANES 64  /* independent sums, enough to hide the latency of an addition */
+#define FLUSH 256 /* positions after which partial sums are put away, so that rounding does not grow with the map */
+
+enum { ACT_RELU, ACT_SILU };
+enum { GATE_SIGMOID, GATE_HARDSIGMOID };
+
+typedef struct {
+    int64_t images, channels, positions, hidden;
+    int nhwc, relu_in, relu_out, activation, gate, threads;
+    float scale, offset;
+} Shape;
+
+typedef struct {
+    const float *w1, *b1, *w2, *b2;
+} Layers;
+
+/* A NaN stays one, as in torch's relu. */
+static inline float positive(float x) { return x < 0 ? 0 : x; }
+
+/* ------------------------------------------------------------------------------------------------------- squeeze -- */
+
+INLINE float row_sum(const float *restrict x, int64_t n, int relu) {
+    float sums[LANES] = {0}, sum = 0;
+    int64_t i = 0;
+    if (n >= 4 * LANES) {
+        if (relu)
+            for (; i + LANES <= n; i += LANES)
+                for (int j = 0; j < LANES; j++) sums[j] += positive(x[i + j]);
+        else
+            for (; i + LANES <= n; i += LANES)
+                for (int j = 0; j < LANES; j++) sums[j] += x[i + j];
+#pragma omp simd reduction(+ : sum)
+        for (int j = 0; j < LANES; j++) sum += sums[j];
+    }
+    if (relu) {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = i; j < n; j++) sum += positive(x[j]);
+    } else {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = i; j < n; j++) sum += x[j];
+    }
+    return sum;
+}
+
+/* Adds `rows` positions, `stride` apart, to `sums` over n channels. */
+INLINE void add_rows(const float *restrict x, float *restrict sums, int64_t rows, int64_t stride, int64_t n, int relu) {
+    int64_t p = 0;
+    for (; p + 4 <= rows; p += 4, x += 4 * stride) {
+        const float *a = x, *b = x + stride, *c = x + 2 * stride, *d = x + 3 * stride;
+        if (relu)
+            for (int64_t i = 0; i < n; i++) sums[i] += (positive(a[i]) + positive(b[i])) + (positive(c[i]) + positive(d[i]));
+        else
+            for (int64_t i = 0; i < n; i++) sums[i] += (a[i] + b[i]) + (c[i] + d[i]);
+    }
+    for (; p < rows; p++, x += stride)
+        for (int64_t i = 0; i < n; i++) sums[i] += relu ? positive(x[i]) : x[i];
+}
+
+/* Asks for the part of the weights that belongs to these channels: they come from memory while the map is read. */
+INLINE void prefetch(const float *weights, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(weights + i, 0, 2);
+}
+
+/* The means of channels [from, to) of one image; `partial` has room for all channels. */
+CLONES static void squeeze(const Shape *d, const Layers *l, const float *y, float *s, float *partial, int64_t from,
+                           int64_t to) {
+    const int64_t C = d->channels, P = d->positions, K = d->hidden;
+    if (!d->nhwc) {
+        for (int64_t c = from; c < to; c++) {
+            prefetch(l->w1 + c * K, K);
+            prefetch(l->w2 + c * K, K);
+            s[c] = row_sum(y + c * P, P, d->relu_in) / P;
+        }
+        return;
+    }
+    for (int64_t c = from; c < to; c++) s[c] = 0;
+    for (int64_t p = 0; p < P; p += FLUSH) {
+        memset(partial + from, 0, (to - from) * sizeof(float));
+        add_rows(y + p * C + from, partial + from, P - p < FLUSH ? P - p : FLUSH, C, to - from, d->relu_in);
+        for (int64_t c = from; c < to; c++) s[c] += partial[c];
+    }
+    for (int64_t c = from; c < to; c++) s[c] /= P;
+}
+
+/* ---------------------------------------------------------------------------------------------------- excitation -- */
+
+/* e^x to two units in the last place; beyond what a float holds, the nearest it can hold. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693145751953125f - n * 1.42860677e-6f; /* ln 2 in two parts, the first exact times n */
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    union {
+        int32_t bits;
+        float value;
+    } power = {((int32_t)n + 127) << 23};
+    return p * power.value;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* out = w x + bias, for a matrix of rows x n; four rows at a time share the loads of x. */
+INLINE void matrix_vector(const float *restrict w, const float *restrict x, const float *restrict bias,
+                          float *restrict out, int64_t rows, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4, w += 4 * n) {
+        float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+        for (int64_t j = 0; j < n; j++) {
+            a += w[j] * x[j];
+            b += w[n + j] * x[j];
+            c += w[2 * n + j] * x[j];
+            d += w[3 * n + j] * x[j];
+        }
+        out[i] = a, out[i + 1] = b, out[i + 2] = c, out[i + 3] = d;
+    }
+    for (; i < rows; i++, w += n) {
+        float a = 0;
+#pragma omp simd reduction(+ : a)
+        for (int64_t j = 0; j < n; j++) a += w[j] * x[j];
+        out[i] = a;
+    }
+    if (bias)
+        for (i = 0; i < rows; i++) out[i] += bias[i];
+}
+
+INLINE void activate(const float *restrict u, float *restrict h, int64_t n, int kind) {
+    if (kind == ACT_RELU)
+        for (int64_t i = 0; i < n; i++) h[i] = positive(u[i]);
+    else
+        for (int64_t i = 0; i < n; i++) h[i] = u[i] * sigmoid(u[i]);
+}
+
+INLINE void gates(const float *restrict v, float *restrict g, int64_t n, int kind, float scale, float offset) {
+    if (kind == GATE_SIGMOID)
+        for (int64_t i = 0; i < n; i++) g[i] = scale * sigmoid(v[i]) + offset;
+    else
+        for (int64_t i = 0; i < n; i++) {
+            float x = v[i] / 6 + 0.5f;
+            g[i] = scale * (x < 0 ? 0 : x > 1 ? 1 : x) + offset;
+        }
+}
+
+/* s (C) to u (K), v (C) and g (C) of one image; `h` has room for K. */
+CLONES static void excite(const Shape *d, const Layers *l, const float *s, float *u, float *h, float *v, float *g) {
+    const int64_t C = d->channels, K = d->hidden;
+    matrix_vector(l->w1, s, l->b1, u, K, C);
+    activate(u, h, K, d->activation);
+    matrix_vector(l->w2, h, l->b2, v, C, K);
+    gates(v, g, C, d->gate, d->scale, d->offset);
+}
+
+/* ---------------------------------------------------------------------------------------------------------- join -- */
+
+/* One factor for n values. `out` may be `y` or `r`. */
+INLINE void scaled_row(const float *y, const float *r, float *out, int64_t n, float g, int relu_in,
+                              int relu_out) {
+    if (r && relu_out && !relu_in)
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * g + r[i]);
+    else if (!r && !relu_out && relu_in)
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i]) * g;
+    else if (!r && !relu_out)
+        for (int64_t i = 0; i < n; i++) out[i] = y[i] * g;
+    else
+        for (int64_t i = 0; i < n; i++) {
+            float x = (relu_in ? positive(y[i]) : y[i]) * g + (r ? r[i] : 0);
+            out[i] = relu_out ? positive(x) : x;
+        }
+}
+
+/* A factor for each of n values. */
+INLINE void scaled_position(const float *y, const float *r, float *out, int64_t n, const float *g, int relu_in,
+                                   int relu_out) {
+    if (r && relu_out && !relu_in)
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * g[i] + r[i]);
+    else if (!r && !relu_out && relu_in)
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i]) * g[i];
+    else if (!r && !relu_out)
+        for (int64_t i = 0; i < n; i++) out[i] = y[i] * g[i];
+    else
+        for (int64_t i = 0; i < n; i++) {
+            float x = (relu_in ? positive(y[i]) : y[i]) * g[i] + (r ? r[i] : 0);
+            out[i] = relu_out ? positive(x) : x;
+        }
+}
+
+/* Channels (NCHW) or positions (NHWC) [from, to) of one image. */
+CLONES static void join(const Shape *d, const float *y, const float *r, const float *g, float *out, int64_t from, int64_t to) {
+    const int64_t width = d->nhwc ? d->channels : d->positions;
+    for (int64_t line = from; line < to; line++) {
+        const int64_t at = line * width;
+        if (d->nhwc)
+            scaled_position(y + at, r ? r + at : r, out + at, width, g, d->relu_in, d->relu_out);
+        else
+            scaled_row(y + at, r ? r + at : r, out + at, width, g[line], d->relu_in, d->relu_out);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------- forward -- */
+
+typedef struct {
+    const float *y, *r;
+    float *out, *kept; /* kept: for each image s (C), u (K), v (C); 0 where nobody needs them */
+} Maps;
+
+/* Of each thread: partial sums (C), h (K), g (C), and s, u, v where they are not kept. */
+static float *scratch(const Shape *d) { return malloc((4 * d->channels + 2 * d->hidden) * sizeof(float)); }
+
+static void image_forward(const Shape *d, const Layers *l, const Maps *m, int64_t n, float *room, int shares) {
+    const int64_t C = d->channels, K = d->hidden, size = C * d->positions, lines = d->nhwc ? d->positions : C;
+    const float *y = m->y + n * size, *r = m->r ? m->r + n * size : 0;
+    float *h = room + C, *g = h + K, *s = m->kept ? m->kept + n * (2 * C + K) : g + C, *out = m->out + n * size;
+    if (shares == 1) {
+        squeeze(d, l, y, s, room, 0, C);
+        excite(d, l, s, s + C, h, s + C + K, g);
+        join(d, y, r, g, out, 0, lines);
+        return;
+    }
+#pragma omp parallel for num_threads(shares) schedule(static)
+    for (int64_t t = 0; t < shares; t++) squeeze(d, l, y, s, room, C * t / shares, C * (t + 1) / shares);
+    excite(d, l, s, s + C, h, s + C + K, g);
+#pragma omp parallel for num_threads(shares) schedule(static)
+    for (int64_t t = 0; t < shares; t++) join(d, y, r, g, out, lines * t / shares, lines * (t + 1) / shares);
+}
+
+/* Threads share out the images or, where there are fewer of them, each image. */
+static int forward(const Shape *d, const Layers *l, const Maps *m) {
+    int failed = 0;
+    const int among_images = d->images >= d->threads;
+#pragma omp parallel num_threads(d->threads) if (d->threads > 1 && among_images)
+    {
+        float *room = scratch(d);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < d->images; n++) {
+            if (room)
+                image_forward(d, l, m, n, room, among_images ? 1 : d->threads);
+            else
+                failed = 1;
+        }
+        free(room);
+    }
+    return failed;
+}
+
+/* ------------------------------------------------------------------------------------------------------ backward -- */
+
+/* dz = out <= 0 ? 0 : dout over n values, and the sum of dz * m; without `out` dz is dout and is not written. */
+INLINE float reduced_row(const float *restrict dout, const float *restrict out, const float *restrict y,
+                         float *restrict dz, int64_t n, int relu_in) {
+    float sums[LANES] = {0}, sum = 0;
+    int64_t i = 0;
+    if (out && !relu_in)
+        for (; i + LANES <= n; i += LANES)
+            for (int j = 0; j < LANES; j++) {
+                float z = out[i + j] <= 0 ? 0 : dout[i + j];
+                dz[i + j] = z;
+                sums[j] += z * y[i + j];
+            }
+    else if (!out && relu_in)
+        for (; i + LANES <= n; i += LANES)
+            for (int j = 0; j < LANES; j++) sums[j] += dout[i + j] * positive(y[i + j]);
+    else if (!out)
+        for (; i + LANES <= n; i += LANES)
+            for (int j = 0; j < LANES; j++) sums[j] += dout[i + j] * y[i + j];
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < LANES; j++) sum += sums[j];
+    for (; i < n; i++) {
+        float z = out && out[i] <= 0 ? 0 : dout[i];
+        if (out) dz[i] = z;
+        sum += z * (relu_in ? positive(y[i]) : y[i]);
+    }
+    return sum;
+}
+
+/* The same for one position: each of n channels has its own sum. */
+INLINE void reduced_position(const float *restrict dout, const float *restrict out, const float *restrict y,
+                                    float *restrict dz, float *restrict sums, int64_t n, int relu_in) {
+    if (out && !relu_in)
+        for (int64_t i = 0; i < n; i++) {
+            float z = out[i] <= 0 ? 0 : dout[i];
+            dz[i] = z;
+            sums[i] += z * y[i];
+        }
+    else if (out)
+        for (int64_t i = 0; i < n; i++) {
+            float z = out[i] <= 0 ? 0 : dout[i];
+            dz[i] = z;
+            sums[i] += z * positive(y[i]);
+        }
+    else
+        for (int64_t i = 0; i < n; i++) sums[i] += dout[i] * (relu_in ? positive(y[i]) : y[i]);
+}
+
+INLINE void spread_row(const float *dz, const float *y, float *dy, int64_t n, float g, float ds, int relu_in) {
+    if (relu_in)
+        for (int64_t i = 0; i < n; i++) dy[i] = y[i] <= 0 ? 0 : dz[i] * g + ds;
+    else
+        for (int64_t i = 0; i < n; i++) dy[i] = dz[i] * g + ds;
+}
+
+INLINE void spread_position(const float *dz, const float *y, float *dy, int64_t n, const float *g,
+                                   const float *ds, int relu_in) {
+    if (relu_in)
+        for (int64_t i = 0; i < n; i++) dy[i] = y[i] <= 0 ? 0 : dz[i] * g[i] + ds[i];
+    else
+        for (int64_t i = 0; i < n; i++) dy[i] = dz[i] * g[i] + ds[i];
+}
+
+/* dv = dg * scale * gate'(v) */
+INLINE void gate_gradients(const float *restrict v, float *restrict dg, int64_t n, int kind, float scale) {
+    if (kind == GATE_SIGMOID)
+        for (int64_t i = 0; i < n; i++) {
+            float s = sigmoid(v[i]);
+            dg[i] *= scale * s * (1 - s);
+        }
+    else
+        for (int64_t i = 0; i < n; i++) dg[i] = v[i] > -3 && v[i] < 3 ? dg[i] * scale / 6 : 0;
+}
+
+INLINE void activation_gradients(const float *restrict u, float *restrict dh, int64_t n, int kind) {
+    if (kind == ACT_RELU)
+        for (int64_t i = 0; i < n; i++) dh[i] = u[i] <= 0 ? 0 : dh[i];
+    else
+        for (int64_t i = 0; i < n; i++) {
+            float s = sigmoid(u[i]);
+            dh[i] *= s * (1 + u[i] * (1 - s));
+        }
+}
+
+/* out += factor * row */
+INLINE void add_scaled(const float *restrict row, float *restrict out, int64_t n, float factor) {
+    for (int64_t i = 0; i < n; i++) out[i] += factor * row[i];
+}
+
+typedef struct {
+    const float *dout, *out, *y, *kept;
+    float *dz, *dy, *dv, *du; /* dz: 0 where there is no ReLU behind; dv, du: (N, C), (N, K) */
+} Gradients;
+
+/* One image: `ds` has room for C and as many factors. */
+CLONES static void image_backward(const Shape *d, const Layers *l, const Gradients *m, int64_t n, float *ds) {
+    const int64_t C = d->channels, P = d->positions, K = d->hidden, size = C * P;
+    const float *dout = m->dout + n * size, *y = m->y + n * size, *out = m->out ? m->out + n * size : 0;
+    const float *u = m->kept + n * (2 * C + K) + C, *v = u + K;
+    float *g = ds + C, *dz = m->dz ? m->dz + n * size : 0, *dy = m->dy + n * size, *dv = m->dv + n * C, *du = m->du + n * K;
+    if (d->nhwc) {
+        for (int64_t c = 0; c < C; c++) dv[c] = 0;
+        for (int64_t p = 0; p < P; p += FLUSH) {
+            memset(ds, 0, C * sizeof(float));
+            for (int64_t q = p; q < P && q < p + FLUSH; q++) {
+                const int64_t at = q * C;
+                reduced_position(dout + at, out ? out + at : out, y + at, dz ? dz + at : dz, ds, C, d->relu_in);
+            }
+            for (int64_t c = 0; c < C; c++) dv[c] += ds[c];
+        }
+    } else
+        for (int64_t c = 0; c < C; c++) {
+            const int64_t at = c * P;
+            dv[c] = reduced_row(dout + at, out ? out + at : out, y + at, dz ? dz + at : dz, P, d->relu_in);
+        }
+    gate_gradients(v, dv, C, d->gate, d->scale);
+    memset(du, 0, K * sizeof(float));
+    for (int64_t c = 0; c < C; c++) add_scaled(l->w2 + c * K, du, K, dv[c]);
+    activation_gradients(u, du, K, d->activation);
+    memset(ds, 0, C * sizeof(float));
+    for (int64_t k = 0; k < K; k++) add_scaled(l->w1 + k * C, ds, C, du[k] / P);
+    gates(v, g, C, d->gate, d->scale, d->offset);
+    const float *from = dz ? dz : dout;
+    if (d->nhwc)
+        for (int64_t at = 0; at < size; at += C) spread_position(from + at, y + at, dy + at, C, g, ds, d->relu_in);
+    else
+        for (int64_t c = 0, at = 0; c < C; c++, at += P) spread_row(from + at, y + at, dy + at, P, g[c], ds[c], d->relu_in);
+}
+
+static int backward(const Shape *d, const Layers *l, const Gradients *m) {
+    int failed = 0;
+#pragma omp parallel num_threads(d->threads) if (d->threads > 1)
+    {
+        float *ds = malloc(2 * d->channels * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < d->images; n++) {
+            if (ds)
+                image_backward(d, l, m, n, ds);
+            else
+                failed = 1;
+        }
+        free(ds);
+    }
+    return failed;
+}
+
+/* -------------------------------------------------------------------------------------------------------- Python -- */
+
+typedef unsigned long long Address;
+#define AT(address) ((float *)(uintptr_t)(address))
+#define SHAPE "(LLLLiiiiiiff)"
+#define SHAPE_OF(d) \
+    &(d).images, &(d).channels, &(d).positions, &(d).hidden, &(d).nhwc, &(d).relu_in, &(d).relu_out, &(d).activation, \
+        &(d).gate, &(d).threads, &(d).scale, &(d).offset
+
+static PyObject *done(int failed) {
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_gated(PyObject *self, PyObject *args) {
+    (void)self;
+    Shape d;
+    Address w1, b1, w2, b2, y, r, out, kept;
+    if (!PyArg_ParseTuple(args, SHAPE "KKKKKKKK", SHAPE_OF(d), &w1, &b1, &w2, &b2, &y, &r, &out, &kept))
+        return NULL;
+    Layers l = {AT(w1), AT(b1), AT(w2), AT(b2)};
+    Maps m = {AT(y), AT(r), AT(out), AT(kept)};
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = forward(&d, &l, &m);
+    Py_END_ALLOW_THREADS
+    return done(failed);
+}
+
+static PyObject *py_gated_backward(PyObject *self, PyObject *args) {
+    (void)self;
+    Shape d;
+    Address w1, w2, dout, out, y, kept, dz, dy, dv, du;
+    if (!PyArg_ParseTuple(args, SHAPE "KKKKKKKKKK", SHAPE_OF(d), &w1, &w2, &dout, &out, &y, &kept, &dz, &dy, &dv, &du))
+        return NULL;
+    Layers l = {AT(w1), NULL, AT(w2), NULL};
+    Gradients m = {AT(dout), AT(out), AT(y), AT(kept), AT(dz), AT(dy), AT(dv), AT(du)};
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = backward(&d, &l, &m);
+    Py_END_ALLOW_THREADS
+    return done(failed);
+}
+
+CLONES static void add_relu(const float *y, const float *r, float *out, int64_t n) {
+    scaled_row(y, r, out, n, 1.0f, 0, 1);
+}
+
+static PyObject *py_add_relu(PyObject *self, PyObject *args) {
+    (void)self;
+    Address y, r, out;
+    long long n;
+    int threads;
+    if (!PyArg_ParseTuple(args, "KKKLi", &y, &r, &out, &n, &threads)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int t = 0; t < threads; t++) {
+        const int64_t from = n * t / threads, to = n * (t + 1) / threads;
+        add_relu(AT(y) + from, AT(r) + from, AT(out) + from, to - from);
+    }
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"gated", py_gated, METH_VARARGS, "The forward pass: shape, layers, maps."},
+    {"gated_backward", py_gated_backward, METH_VARARGS, "The gradients of maps and logits: shape, layers, maps."},
+    {"add_relu", py_add_relu, METH_VARARGS, "out = relu(y + r), over n values."},
+    {NULL, NULL, 0, NULL},
+};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", "Squeeze-and-Excitation on the CPU, on addresses.", -1, methods, 0, 0, 0, 0};
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&definition); }

@@ -160,6 +160,8 @@ class SqueezeExcitation(Attention):
         self.relu_in = False
         self.owns_input = False
         self.kinds = (squeeze, activation, gate)
+        # The children's classes; another one in their place is somebody's own and must run.
+        self._plain = (Squeeze, nn.Linear, ACTIVATIONS[activation], nn.Linear, GATES[gate])
         self._initialise(init, gate)
 
     def _initialise(self, init: Init, gate: str) -> None:
@@ -250,8 +252,10 @@ class SqueezeExcitation(Attention):
         parts: Any = self._modules.values()
         if "excite" in self.__dict__ or hooked(*parts):
             return "a hook looks into the block"
-        strange = next((part for part in parts if type(part) not in _PLAIN), None)
-        return "" if strange is None else f"{type(strange).__name__} stands in the block"
+        for part, kind in zip(parts, self._plain, strict=True):
+            if type(part) is not kind:
+                return f"{type(part).__name__} stands in the block"
+        return ""
 
     def _formula(self, *, relu_out: bool = False) -> Formula:
         _, activation, gate = self.kinds
@@ -273,8 +277,6 @@ def _layer(x: Tensor, layer: nn.Linear) -> Tensor:
         return out
     return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
 
-
-_PLAIN = {Squeeze, nn.Linear, *GATES.values(), *ACTIVATIONS.values()}
 
 ADD_RELU = "relu(branch + shortcut)"
 FORMULAS = ("branch + shortcut", ADD_RELU)

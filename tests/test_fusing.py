@@ -1,0 +1,204 @@
+"""`selab.fuse`: what it changes computes the same, under the same keys, and says what it did."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import selab
+from selab import catalog
+from selab.build import build
+from selab.fusing import FastJoin, fuse
+from selab.insert import insert_se
+from selab.kernels import cpu
+from selab.se import GatedJoin, SqueezeExcitation
+
+SMALL = (1, 3, 64, 64)
+
+
+def built(name, size=64):
+    return build(catalog.find(name), input_chw=(3, size, size)).model
+
+
+def brought_to_life(model):
+    """Random statistics, so that every layer does something in inference."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    return model
+
+
+def assert_same(model, fused, example):
+    with torch.inference_mode():
+        expected, found = model(example.clone()), fused(example)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "name", ["se_mobilenet", "se_resnet18", "se_resnet50", "se_shufflenet", "se_small_cnn", "resnet18"]
+)
+def test_fused_networks_compute_the_same_under_the_same_keys(name):
+    size = 32 if name == "se_small_cnn" else 64
+    model = brought_to_life(built(name, size).eval())
+    fused = copy.deepcopy(model)
+    fusion = fuse(fused, input_nchw=(1, 3, size, size))
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert not fusion.in_place_reason
+    assert not [one for one in fusion.blocks if one.reason]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        example = torch.randn(2, 3, size, size).contiguous(memory_format=memory_format)
+        kept = example.clone()
+        assert_same(model, fused, example)
+        assert torch.equal(example, kept)
+
+
+@pytest.mark.parametrize("name", ["se_mobilenet", "se_resnet18", "resnet18"])
+def test_fused_networks_have_the_same_gradients(name):
+    model = built(name).train()
+    fused = copy.deepcopy(model)
+    fuse(fused, input_nchw=SMALL)
+    example = torch.randn(4, 3, 64, 64)
+    for each in (model, fused):
+        torch.manual_seed(0)
+        each(example).square().sum().backward()
+    for (key, one), (_, two) in zip(model.named_parameters(), fused.named_parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-2, atol=2e-3 * float(one.grad.abs().max()), msg=key)
+
+
+def test_what_was_done_is_told():
+    mobile = fuse(built("se_mobilenet"), input_nchw=SMALL)
+    assert len(mobile.blocks) == 13
+    assert all(one.absorbed and one.in_place and not one.joined for one in mobile.blocks)
+    residual = fuse(built("se_resnet18"), input_nchw=SMALL)
+    assert len(residual.blocks) == 8
+    assert all(one.joined and one.in_place and not one.absorbed for one in residual.blocks)
+    plain = fuse(built("resnet18"), input_nchw=SMALL)
+    assert (plain.joins, plain.blocks) == (8, ())
+
+
+def test_blocks_without_a_fast_way_stay_and_say_why():
+    model = build(catalog.find("resnet18+squeeze=max"), input_chw=(3, 64, 64)).model.eval()
+    fused = copy.deepcopy(model)
+    assert {one.reason for one in fuse(fused, input_nchw=SMALL).blocks} == {"squeeze 'max' has the reference alone"}
+    assert_same(model, fused, torch.randn(SMALL))
+
+
+def test_fusing_again_changes_nothing():
+    model = built("se_mobilenet").eval()
+    fuse(model, input_nchw=SMALL)
+    twin = copy.deepcopy(model)
+    fuse(twin, input_nchw=SMALL)
+    assert_same(model, twin, torch.randn(SMALL))
+    joined = built("resnet18")
+    fuse(joined, input_nchw=SMALL)
+    assert fuse(joined, input_nchw=SMALL).joins == 0
+
+
+class ReadAgain(nn.Module):
+    """The block's input is needed after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.se = SqueezeExcitation(8, 2)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.se(x) + x
+
+
+class Returned(ReadAgain):
+    def forward(self, x):
+        x = self.conv(x)
+        return self.se(x), x
+
+
+class OfTheInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.se = SqueezeExcitation(3, 1)
+
+    def forward(self, x):
+        return self.se(x)
+
+
+class ThroughAView(ReadAgain):
+    def forward(self, x):
+        x = self.conv(x)
+        seen = x.flatten(1)
+        return self.se(x).flatten(1) * seen
+
+
+@pytest.mark.parametrize("kind", [ReadAgain, Returned, OfTheInput, ThroughAView])
+def test_an_input_that_is_needed_again_is_left_alone(kind):
+    model = kind().eval()
+    fused = copy.deepcopy(model)
+    fusion = fuse(fused, input_nchw=(1, 3, 9, 9))
+    assert [one.in_place for one in fusion.blocks] == [False]
+    example = torch.randn(2, 3, 9, 9)
+    with torch.inference_mode():
+        for found, expected in zip(
+            torch.utils._pytree.tree_leaves(fused(example.clone())),
+            torch.utils._pytree.tree_leaves(model(example.clone())),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "identity", "3x3"])
+def test_other_placements_compute_the_same(placement):
+    model = brought_to_life(built("resnet18"))
+    insert_se(model, "residual", placement=placement, input_nchw=SMALL)
+    for module in model.modules():
+        if isinstance(module, SqueezeExcitation):
+            module.impl = "reference"
+    fused = copy.deepcopy(model.eval())
+    fuse(fused, input_nchw=SMALL)
+    assert_same(model, fused, torch.randn(SMALL))
+
+
+def test_without_a_pass_on_the_meta_device_nothing_is_overwritten_and_the_reason_is_told():
+    model = built("se_resnet18").eval()
+    fused = copy.deepcopy(model)
+    fusion = fuse(fused, input_nchw=(1, 5, 64, 64))
+    assert fusion.in_place_reason.startswith("no pass over an input of shape (1, 5, 64, 64) on the meta device: ")
+    assert not any(one.in_place for one in fusion.blocks)
+    assert_same(model, fused, torch.randn(SMALL))
+
+
+def test_a_hook_on_a_join_still_sees_it():
+    model = built("resnet18").eval()
+    fuse(model, input_nchw=SMALL)
+    join = next(module for module in model.modules() if isinstance(module, FastJoin))
+    seen = []
+    join.inner.register_forward_hook(lambda *_: seen.append(1))
+    model(torch.randn(SMALL))
+    assert seen
+
+
+def test_a_join_and_its_block_are_one_pass_unless_somebody_looks():
+    model = built("se_resnet18").eval()
+    fuse(model, input_nchw=SMALL)
+    join = next(module for module in model.modules() if isinstance(module, GatedJoin))
+    if cpu.native_reason():
+        pytest.skip(cpu.native_reason())
+    seen = []
+    handle = join.se.register_forward_hook(lambda *_: seen.append(1))
+    model(torch.randn(SMALL))
+    assert seen
+    handle.remove()
+    seen.clear()
+    model(torch.randn(SMALL))
+    assert not seen
+
+
+def test_fuse_is_there_without_torch_being_loaded_for_those_who_do_not_use_it():
+    code = "import sys, selab; assert 'torch' not in sys.modules; selab.fuse; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'melt'"):
+        _ = selab.melt

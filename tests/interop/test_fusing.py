@@ -1,0 +1,88 @@
+"""`selab.fuse` on networks of timm and torchvision: the same outputs, gradients and keys."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from selab import foreign
+from selab.fusing import fuse
+
+NETWORKS = [
+    ("timm", "seresnet50", 16),
+    ("timm", "mobilenetv3_large_100", 8),
+    ("timm", "efficientnet_b0", 16),
+    ("timm", "regnety_008", 14),
+    ("timm", "seresnext50_32x4d", 16),
+    ("torchvision", "mobilenet_v3_large", 8),
+    ("torchvision", "efficientnet_b0", 16),
+    ("torchvision", "regnet_y_400mf", 16),
+]
+SIZE = (2, 3, 96, 96)
+
+
+def network(library, name):
+    torch.manual_seed(0)
+    if library == "timm":
+        model = pytest.importorskip("timm").create_model(name, pretrained=False)
+    else:
+        model = pytest.importorskip("torchvision").models.get_model(name, weights=None)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+            # timm starts a residual branch at zero, and SE behind it would not be seen.
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize(("library", "name", "blocks"), NETWORKS)
+def test_outputs_and_keys_stay_what_they_were(library, name, blocks):
+    model = network(library, name).eval()
+    fused = copy.deepcopy(model)
+    fusion = fuse(fused, input_nchw=SIZE)
+    assert len(fusion.blocks) == blocks == len(foreign.se_blocks(model))
+    assert not [one for one in fusion.blocks if one.reason]
+    assert all(one.in_place for one in fusion.blocks)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    for (_, one), (_, two) in zip(model.named_modules(), fused.named_modules(), strict=True):
+        assert isinstance(two, type(one))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        example = torch.randn(SIZE).contiguous(memory_format=memory_format)
+        with torch.inference_mode():
+            expected, found = model(example.clone()), fused(example)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("library", "name", "blocks"), NETWORKS[:2] + NETWORKS[5:6])
+def test_gradients_stay_what_they_were(library, name, blocks):
+    model = network(library, name).double().eval()
+    fused = copy.deepcopy(model)
+    fuse(fused, input_nchw=SIZE)
+    example = torch.randn(SIZE, dtype=torch.float64)
+    for each in (model, fused):
+        each(example).square().mean().backward()
+    for (key, one), (_, two) in zip(model.named_parameters(), fused.named_parameters(), strict=True):
+        # torch's hardsigmoid has a sixth in single precision, in double precision too (2.13).
+        torch.testing.assert_close(two.grad, one.grad, rtol=0, atol=1e-6 * float(one.grad.abs().max()), msg=key)
+
+
+def test_a_copy_and_a_checkpoint_of_a_fused_network_are_as_before(tmp_path):
+    model = network("timm", "mobilenetv3_large_100").eval()
+    fused = copy.deepcopy(model)
+    fuse(fused, input_nchw=SIZE)
+    torch.save(fused.state_dict(), tmp_path / "weights.pt")
+    model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    example = torch.randn(SIZE)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(fused)(example), fused(example))
+
+
+def test_a_block_that_computes_something_else_stays_and_says_why():
+    timm = pytest.importorskip("timm")
+    block = timm.layers.SEModule(32, add_maxpool=True)
+    fusion = fuse(nn.Sequential(nn.Conv2d(3, 32, 1), block), input_nchw=(1, 3, 8, 8))
+    assert [one.reason for one in fusion.blocks] == ["it has a normalisation or a maximum of its own"]
+    gated = timm.layers.SEModule(32, gate_layer="tanh")
+    assert "its gate is" in fuse(nn.Sequential(gated), input_nchw=(1, 32, 8, 8)).blocks[0].reason

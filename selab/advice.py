@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from selab import units
 from selab.grid import Grid
+from selab.kernels.cpu import native_reason
 from selab.measure.machine import (
     CpuReading,
     GpuMonitor,
@@ -214,6 +215,11 @@ def machine_grids(found: Look) -> list[Grid]:
             ("driver", place.driver or "not told"),
             *(("GPU " + name, text) for name, text in found.gpu_facts.items()),
         ]
+    rows += [("SE blocks on the CPU", native_reason() or "native code")]
+    if place.gpu is not None:
+        from selab.kernels import operators
+
+        rows += [("SE blocks on the GPU", operators.gpu_reason() or "Triton kernels")]
     rows += [
         ("system", f"{place.system}, Python {place.python}"),
         ("libraries", ", ".join(f"{name} {version}" for name, version in place.libraries.items())),

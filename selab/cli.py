@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from selab.profiling import Profile
     from selab.record import Cost, Insertion, Record
     from selab.request import Request
+    from selab.spec import Variant
     from selab.sweep import Outcome
     from selab.workers import Report
 
@@ -177,9 +178,21 @@ def archs(json_to: Json = None) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="As --arch.")], json_to: Json = None) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="As --arch.")],
+    runtime: Annotated[
+        bool, typer.Option("--runtime", help="Instead: how each SE block runs after selab.fuse, and why not faster.")
+    ] = False,
+    device: Device = Device.cpu,
+    batch: Positive = 1,
+    dtype: Dtype = Dtype.fp32,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")] = False,
+    json_to: Json = None,
+) -> None:
     """Show one architecture: its facts, its SE sites and what others published about it."""
     variant = find(name, option="show")
+    if runtime:
+        return _show_runtime(variant, device, batch, dtype, channels_last=channels_last, json_to=json_to)
     from selab.build import build
     from selab.spec import as_builtins
     from selab.tables import facts_grid, published_grid, sites_grid
@@ -301,6 +314,10 @@ def profile(
     channels_last: Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")] = False,
     mode: Mode = Mode.auto,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="Both networks through selab.fuse: SE made cheap.")] = False,
+    hold_heap: Annotated[
+        bool, typer.Option("--hold-heap", help="Keep freed memory (glibc), so that no page faults are measured.")
+    ] = False,
     phase: Annotated[list[Phase] | None, typer.Option(help="Measure only this; repeat it for several.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Stop at ±1 % or after 15 s of sampling, instead of ±0.5 % or 60 s.")
@@ -345,6 +362,8 @@ def profile(
         memory_format="channels_last" if channels_last else "contiguous",
         mode=mode.value,
         compiled=compiled,
+        fused=fused,
+        held_heap=hold_heap,
         threads=threads,
         quick=quick,
         budget_s=budget,
@@ -926,6 +945,33 @@ def schema(json_to: Json = None) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- output
+
+
+def _show_runtime(
+    variant: "Variant", device: Device, batch: int, dtype: Dtype, *, channels_last: bool, json_to: Path | None
+) -> None:
+    import torch
+
+    from selab.build import build
+    from selab.fusing import runtimes
+    from selab.measure.passes import DTYPES, check_device
+    from selab.tables import runtime_grid
+
+    check_device(device.value)
+    found = runtimes(
+        build(variant).model,
+        (batch, *variant.input_chw),
+        device=device.value,
+        dtype=DTYPES[dtype.value],
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    if json_to is not None:
+        return write_json([dataclasses.asdict(one) for one in found], json_to)
+    if not found:
+        return print_parts(f"{variant.name}: has no SE block; its baseline is what they are compared with")
+    layout = "channels last" if channels_last else "contiguous"
+    title = f"SE blocks of {variant.name} as they run: {device.value}, batch {batch}, {dtype.value}, {layout}"
+    return print_parts(runtime_grid(found, title=title))
 
 
 def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Path | None) -> None:

@@ -25,7 +25,7 @@ from selab.errors import SelabError
 from selab.kernels import cpu
 from selab.kernels.choice import Impl, choose, hooked, records_gradients, run, unusual
 from selab.kernels.cpu import Formula
-from selab.probe import first_line
+from selab.probe import first_line, meta_twin, passages
 from selab.se import ADD_RELU, GatedJoin, SqueezeExcitation
 
 # Where a library defines its block → the names of its reduction, activation, expansion and gate.
@@ -107,6 +107,58 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224)) ->
         joins=joins,
         in_place_reason=reason,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How one block of a network would run.
+
+    Attributes:
+        map_nchw: the shape of its input.
+        impl: the implementation that is taken.
+        reason: why not a faster one; empty if there is none.
+    """
+
+    block: FusedBlock
+    map_nchw: tuple[int, ...]
+    impl: Impl
+    reason: str
+
+
+def runtimes(
+    model: nn.Module,
+    input_nchw: tuple[int, ...],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> tuple[Runtime, ...]:
+    """Which implementation each block would take after `fuse`, for maps of this kind.
+
+    Args:
+        model: left as it is.
+        input_nchw: of the network, (N, C, H, W).
+        device: where it would run.
+        dtype: of the maps.
+        memory_format: of the maps.
+
+    Raises:
+        ModelError: the network fails on this input.
+    """
+    twin = copy.deepcopy(model)
+    blocks = fuse(twin, input_nchw=input_nchw).blocks
+    seen = passages(twin, [one.path for one in blocks], input_nchw)
+    found = []
+    for one in blocks:
+        module: Any = twin.get_submodule(one.path)
+        shape = seen[one.path].input_shape or (1, 1, 1, 1)
+        x = torch.empty(shape, device=device, dtype=dtype).contiguous(memory_format=memory_format)
+        impl: Impl = "reference"
+        reason = one.reason
+        if not reason:
+            impl, reason = module.runtime(x)
+        found.append(Runtime(block=one, map_nchw=shape, impl=impl, reason=reason))
+    return tuple(found)
 
 
 class FastJoin(nn.Module):
@@ -292,7 +344,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _read_once(model: nn.Module, input_nchw: tuple[int, ...]) -> set[str]:
     """Paths of blocks and joins whose (first) input nobody reads after them, in inference."""
-    twin = copy.deepcopy(model).to("meta").eval()
+    twin = meta_twin(model).eval()
     example = torch.empty(input_nchw, device="meta", dtype=next((p.dtype for p in twin.parameters()), torch.float32))
     kept = (*twin.parameters(), *twin.buffers(), example)
     reads = _Reads({tensor.untyped_storage()._cdata for tensor in kept})

@@ -600,6 +600,8 @@ def _circumstance_parts(record: Record) -> list[str]:
     parts += [work.dtype, f"batch {work.batch}", "×".join(map(str, work.input_chw))]
     parts += ["channels last"] if work.memory_format == "channels_last" else []
     parts += ["compiled"] if work.compiled else []
+    parts += ["fused"] if work.fused else []
+    parts += ["heap held"] if work.held_heap else []
     parts += [f"{work.mode} mode"] if work.mode != "auto" else []
     parts += [f"torch {machine.libraries['torch']}"] if "torch" in machine.libraries else []
     return parts

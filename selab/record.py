@@ -251,7 +251,12 @@ class Memory(Frozen, frozen=True, kw_only=True):
 
 
 class Workload(Frozen, frozen=True, kw_only=True):
-    """What was asked of the networks; records of different workloads never share a column."""
+    """What was asked of the networks; records of different workloads never share a column.
+
+    Attributes:
+        fused: whether both networks went through `selab.fuse`.
+        held_heap: whether the C library kept freed memory, so that buffers are not given back and taken again.
+    """
 
     batch: int
     input_chw: tuple[int, int, int]
@@ -261,6 +266,8 @@ class Workload(Frozen, frozen=True, kw_only=True):
     mode: Mode
     threads: int
     compiled: bool = False
+    fused: bool = False
+    held_heap: bool = False
 
     @property
     def slug(self) -> str:
@@ -270,6 +277,7 @@ class Workload(Frozen, frozen=True, kw_only=True):
         parts = [self.device, f"b{self.batch}", f"c{channels}" if channels != 3 else "", size, self.dtype]
         parts += ["nhwc" if self.memory_format == "channels_last" else ""]
         parts += [self.mode if self.mode != "auto" else "", "compiled" if self.compiled else ""]
+        parts += ["fused" if self.fused else "", "held" if self.held_heap else ""]
         parts += [f"t{self.threads}" if self.device == "cpu" else ""]
         return "-".join(part for part in parts if part)
 

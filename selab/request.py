@@ -36,6 +36,8 @@ class Request(Frozen, frozen=True, kw_only=True):
     memory_format: MemoryFormat = "contiguous"
     mode: Mode = "auto"
     compiled: bool = False
+    fused: bool = False
+    held_heap: bool = False
     threads: int | None = None
     quick: bool = False
     budget_s: float | None = None
@@ -70,6 +72,8 @@ _OPTIONS = {
     "dtype": "--dtype",
     "mode": "--mode",
     "compiled": "--compile",
+    "fused": "--fused",
+    "held_heap": "--hold-heap",
     "threads": "--threads",
     "quick": "--quick",
     "budget_s": "--budget",
@@ -114,6 +118,8 @@ def workload_of(request: Request, variant: Variant, *, threads: int | None = Non
         mode=request.mode,
         threads=threads or request.threads or 1,
         compiled=request.compiled,
+        fused=request.fused,
+        held_heap=request.held_heap,
     )
 
 

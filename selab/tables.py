@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from selab import catalog, foreign, units
 from selab.accuracy_record import AccuracyRecord
@@ -27,6 +30,9 @@ from selab.record import (
 )
 from selab.spec import SEFacts, SiteFacts, Variant, pair_hash
 from selab.verdict import not_excluded
+
+if TYPE_CHECKING:
+    from selab.fusing import Runtime
 
 PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "forward_backward": "forward+backward"}
 
@@ -122,7 +128,8 @@ def workload_title(work: Workload) -> str:
     """What a table's figures share: `batch 1, 3×224×224, fp32, cpu`."""
     size = "×".join(map(str, work.input_chw))
     parts = [f"batch {work.batch}", size, work.dtype, "channels last" if work.memory_format == "channels_last" else ""]
-    parts += ["compiled" if work.compiled else "", f"{work.mode} mode" if work.mode != "auto" else "", work.device]
+    parts += ["compiled" if work.compiled else "", "fused" if work.fused else ""]
+    parts += ["heap held" if work.held_heap else "", f"{work.mode} mode" if work.mode != "auto" else "", work.device]
     parts += [f"{work.threads} threads" if work.device == "cpu" and work.threads > 1 else ""]
     return ", ".join(part for part in parts if part)
 
@@ -323,6 +330,25 @@ def sites_grid(insertions: Sequence[Insertion]) -> Grid:
     )
     title = f"SE sites ({len(insertions)}, placement {insertions[0].placement})"
     return Grid(title=title, columns=("module", "channels", "map", "params", "MACs, all"), rows=rows)
+
+
+def runtime_grid(found: "Sequence[Runtime]", *, title: str) -> Grid:
+    """How each block would run, and why not faster."""
+    rows = []
+    for one in found:
+        done = [
+            word
+            for word, is_so in (
+                ("ReLU before it", one.block.absorbed),
+                ("join", one.block.joined),
+                ("in place", one.block.in_place),
+            )
+            if is_so
+        ]
+        shape = "×".join(map(str, one.map_nchw[1:]))
+        rows.append((one.block.path, shape, one.impl, ", ".join(done) or NONE, one.reason or NONE))
+    columns = ("block", "map", "runs as", "with it", "why not faster")
+    return Grid(title=title, columns=columns, rows=tuple(rows), words=frozenset({0, 2, 3, 4}))
 
 
 def published_grid(variant: Variant) -> Grid:
@@ -530,16 +556,21 @@ def mobile_published_grid(costs: dict[str, Cost]) -> Grid:
     )
 
 
+_PLAIN = Workload(
+    batch=1,
+    input_chw=(0, 0, 0),
+    device="cpu",
+    dtype="fp32",
+    memory_format="contiguous",
+    mode="auto",
+    threads=1,
+)
+
+
 def _is_plain(record: Record) -> bool:
     """Whether a record is of the workload that needs no words: its own baseline, one image, fp32, one CPU thread."""
     work = record.workload
-    plain = (work.batch, work.dtype, work.memory_format, work.mode, work.compiled) == (
-        1,
-        "fp32",
-        "contiguous",
-        "auto",
-        False,
-    )
+    plain = msgspec.structs.replace(work, input_chw=(0, 0, 0)) == _PLAIN
     variant, _ = variants_of(record)
     size = variant is not None and work.input_chw == variant.input_chw
-    return record.kind == "profile" and plain and size and work.threads == 1 and _is_own_baseline(record)
+    return record.kind == "profile" and plain and size and _is_own_baseline(record)

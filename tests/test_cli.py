@@ -128,6 +128,19 @@ class TestLooking:
         assert "Table 2" in out
         assert max(map(len, out.splitlines())) <= 80
 
+    def test_show_how_blocks_run(self, selab):
+        status, out, _ = selab("show", "se_resnet18", "--runtime")
+        assert status == 0
+        assert "SE blocks of se_resnet18 as they run: cpu, batch 1, fp32, contiguous" in out
+        assert len([line for line in out.splitlines() if "join, in place" in line]) == 8
+        status, out, _ = selab("show", "resnet18", "--runtime")
+        assert (status, out.strip()) == (
+            0,
+            "resnet18: has no SE block; its baseline is what they are compared with",
+        )
+        _, out, _ = selab("show", "se_resnet50_max", "--runtime", "--json", "-")
+        assert {one["reason"] for one in json.loads(out)} == {"squeeze 'max' has the reference alone"}
+
     def test_show_as_json(self, selab):
         found = json.loads(selab("show", "se_resnet50", "--json", "-")[1])
         assert len(found["insertions"]) == 16

@@ -2,7 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from selab.build import build
+from selab.catalog import find
 from selab.errors import DeviceError, ModelError, OutOfMemoryError
+from selab.measure import machine
 from selab.measure.passes import check_output, mode_of, phase_call, prepare, translated_errors
 
 
@@ -104,3 +107,30 @@ def test_what_fails_is_named():
 def test_no_cuda(net, workload):
     with pytest.raises(DeviceError, match=r"--device cuda: .*; use --device cpu"):
         prepare(net(), workload(device="cuda"))
+
+
+def test_a_fused_workload_runs_fused_copies(workload):
+    model = build(find("se_small_cnn")).model
+    plain = prepare(model, workload(input_chw=(3, 32, 32)))
+    fused = prepare(model, workload(input_chw=(3, 32, 32), fused=True))
+    impls = [
+        {module.impl for module in each.modules() if hasattr(module, "impl")}
+        for each in (plain.network, fused.network, model)
+    ]
+    assert impls == [{"reference"}, {"auto"}, {"reference"}]
+
+
+def test_a_held_heap_is_asked_of_the_c_library(monkeypatch, workload, net):
+    asked = []
+
+    class Library:
+        def mallopt(self, parameter, value):
+            asked.append((parameter, value))
+            return 1
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: Library())
+    prepare(net(), workload(held_heap=True))
+    assert asked == [(-3, 2**31 - 1), (-1, 2**31 - 1)]
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: object())
+    with pytest.raises(DeviceError, match="--hold-heap: this system's C library has no mallopt; leave it away"):
+        prepare(net(), workload(held_heap=True))

@@ -28,6 +28,8 @@ def test_lists_of_numbers_stay_on_a_line():
         work, memory_format="channels_last", mode="train", compiled=True, input_chw=(1, 8, 9)
     )
     assert changed.slug == "cpu-b1-c1-8x9-fp32-nhwc-train-compiled-t1"
+    cheap = msgspec.structs.replace(work, fused=True, held_heap=True)
+    assert cheap.slug == "cpu-b1-224-fp32-fused-held-t1"
 
 
 @pytest.mark.parametrize(

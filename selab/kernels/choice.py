@@ -62,10 +62,11 @@ def _operator_refuses(x: Tensor, impl: Impl) -> str:
     """Why the operator cannot run, or does not pay."""
     if not x.is_cuda and impl != "operator":
         return "on a CPU the compiler makes as much of the reference"
-    # It registers the operator, and only those load it who use it.
+    # Loading it registers the operator, and only those load it who use it.
     from selab.kernels import operators
 
-    return operators.gpu_reason() if x.is_cuda else ""
+    reason: str = operators.gpu_reason() if x.is_cuda else ""
+    return reason
 
 
 def hooked(*parts: nn.Module) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from selab.errors import DeviceError, ModelError, OutOfMemoryError, SelabError
+from selab.fusing import fuse
+from selab.measure.machine import hold_heap
 from selab.probe import first_line
 from selab.record import Phase, Workload
 
@@ -66,11 +68,15 @@ def prepare(model: nn.Module, workload: Workload, *, seed: int = 0) -> Prepared:
         OutOfMemoryError: the copy or the input does not fit.
     """
     check_device(workload.device)
+    if workload.held_heap:
+        hold_heap()
     memory_format = torch.channels_last if workload.memory_format == "channels_last" else torch.contiguous_format
     with translated_errors("preparing the network"):
         network = copy.deepcopy(model).to(workload.device)
         if workload.memory_format == "channels_last":
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if workload.fused:
+            fuse(network, input_nchw=(workload.batch, *workload.input_chw))
         generator = torch.Generator().manual_seed(seed)
         example = torch.randn((workload.batch, *workload.input_chw), generator=generator)
         example = example.to(workload.device).contiguous(memory_format=memory_format)

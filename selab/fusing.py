@@ -26,7 +26,7 @@ from selab.kernels import cpu
 from selab.kernels.choice import Impl, choose, hooked, records_gradients, run, unusual
 from selab.kernels.cpu import Formula
 from selab.probe import first_line, meta_twin, passages
-from selab.se import ADD_RELU, GatedJoin, SqueezeExcitation
+from selab.se import ADD_RELU, GatedJoin, SqueezeExcitation, formula_of
 
 # Where a library defines its block → the names of its reduction, activation, expansion and gate.
 _FOREIGN = {
@@ -174,8 +174,10 @@ class FastJoin(nn.Module):
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """(N, C, H, W) twice → (N, C, H, W)."""
-        if torch.compiler.is_compiling() or not branch.is_cpu or unusual(branch) or hooked(self.inner):
-            out: Tensor = self.inner(branch, shortcut)
+        inner: Any = self._modules["inner"]
+        observed = torch.compiler.is_compiling() or hooked(inner, *inner.children()) or formula_of(inner) != ADD_RELU
+        if observed or not branch.is_cpu or unusual(branch):
+            out: Tensor = inner(branch, shortcut)
             return out
         if records_gradients(branch, shortcut):
             joined: Tensor = cpu.AddReLU.apply(branch, shortcut)  # type: ignore[no-untyped-call]
@@ -211,7 +213,7 @@ def _join(model: nn.Module) -> int:
         if isinstance(parent, (GatedJoin, FastJoin)):
             continue
         for name, child in list(parent.named_children()):
-            if getattr(child, "formula", "") == ADD_RELU:
+            if formula_of(child) == ADD_RELU:
                 parent._modules[name] = FastJoin(child).train(child.training)
                 joins += 1
     return joins

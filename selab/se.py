@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from selab.attention import Attention, Init
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
-from selab.kernels.choice import IMPLS, Impl, choose, hooked, run
+from selab.kernels.choice import IMPLS, Impl, choose, hooked, repeat, run
 from selab.kernels.cpu import Formula
 
 GATES: dict[str, type[nn.Module]] = {
@@ -202,12 +202,15 @@ class SqueezeExcitation(Attention):
         factor = self.excite(self.squeeze(x))
         return x * (factor[:, :, None, None] if factor.dim() == 2 else factor)
 
-    def fast(self, x: Tensor, shortcut: Tensor | None = None, *, relu_out: bool = False) -> Tensor | None:
+    def fast(
+        self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None, relu_out: bool = False
+    ) -> Tensor | None:
         """The block, and if there is a shortcut the join behind it, by anything but the reference; None for that.
 
         Args:
             x: (N, C, H, W).
             shortcut: (N, C, H, W), added to the scaled map.
+            join: the module that adds it, whose work is done here.
             relu_out: whether the sum is rectified.
 
         Returns:
@@ -218,13 +221,38 @@ class SqueezeExcitation(Attention):
         """
         if self.impl == "reference":
             return None
+        out = self.repeated(join, x, shortcut)
+        if out is not None:
+            return out
         formula = self._formula(relu_out=relu_out)
         impl, reason = self._chosen(x, shortcut, formula)
         if impl == "reference":
             if self.impl != "auto":
                 raise ModelError(f"impl {self.impl!r}: {reason}; use impl='auto', which takes what can run")
             return None
+        if impl == "native":
+            layers = (self.fc1, self.fc2)
+            owners = (self,) if join is None else (self, join)
+            decided = repeat(x, shortcut, formula, layers, owners, owns_input=self.owns_input)
+            self.__dict__["_decided"] = (join, decided)
         return run(impl, x, shortcut, formula, owns_input=self.owns_input)
+
+    def repeated(self, join: nn.Module | None, x: Tensor, shortcut: Tensor | None) -> Tensor | None:
+        """What `fast` did natively the last time; None if it did not, or anything has changed since."""
+        decided = self.__dict__.get("_decided")
+        if decided is None or decided[0] is not join or torch.compiler.is_compiling():
+            return None
+        out: Tensor | None = decided[1](x, shortcut)
+        return out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Forgets what was decided before the change."""
+        self.__dict__.pop("_decided", None)
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was decided: a copy has weights of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_decided"}
 
     def runtime(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Impl, str]:
         """Which implementation these tensors would take now, and why not a faster one (empty if there is none).
@@ -283,6 +311,13 @@ FORMULAS = ("branch + shortcut", ADD_RELU)
 """What a join may call itself, in an attribute `formula`, to be computed together with the block before it."""
 
 
+def formula_of(join: nn.Module) -> str:
+    """What a join computes, one of `FORMULAS`; empty if it is another, or has another activation by now."""
+    formula = getattr(join, "formula", "")
+    plain = all(type(child) is nn.ReLU for child in join.children())
+    return formula if formula in FORMULAS and plain else ""
+
+
 class GatedJoin(nn.Module):
     """A residual block's join with SE on one of its three edges.
 
@@ -302,8 +337,8 @@ class GatedJoin(nn.Module):
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """(N, C, H, W) twice → (N, C, H, W)."""
-        if self.edge == "branch" and isinstance(self.se, SqueezeExcitation):
-            joined = self._in_one(self.se, branch, shortcut)
+        if self.edge == "branch":
+            joined = self._in_one(branch, shortcut)
             if joined is not None:
                 return joined
         if self.edge == "branch":
@@ -313,14 +348,24 @@ class GatedJoin(nn.Module):
         added: Tensor = self.inner(branch, shortcut)
         return self.se(added) if self.edge == "output" else added
 
-    def _in_one(self, se: SqueezeExcitation, branch: Tensor, shortcut: Tensor) -> Tensor | None:
+    def _in_one(self, branch: Tensor, shortcut: Tensor) -> Tensor | None:
         """Scale, addition and ReLU as one; None where the join is another, or somebody looks at its parts."""
-        formula = getattr(self.inner, "formula", "")
-        if formula not in FORMULAS or se.impl == "reference" or branch.shape != shortcut.shape:
+        # Looked up by hand, as in the block itself.
+        modules: Any = self._modules
+        inner, se = modules["inner"], modules["se"]
+        if not isinstance(se, SqueezeExcitation) or se.impl == "reference":
             return None
-        if not torch.compiler.is_compiling() and hooked(self.inner, se, *self.inner.children()):
+        if not torch.compiler.is_compiling() and hooked(inner, se):
             return None
-        return se.fast(branch, shortcut, relu_out=formula == ADD_RELU)
+        joined = se.repeated(inner, branch, shortcut)
+        if joined is not None:
+            return joined
+        formula = formula_of(inner)
+        if not formula or branch.shape != shortcut.shape:
+            return None
+        if not torch.compiler.is_compiling() and hooked(*inner.children()):
+            return None
+        return se.fast(branch, shortcut, join=inner, relu_out=formula == ADD_RELU)
 
     def extra_repr(self) -> str:
         """The gated edge, as printed by the module."""

@@ -1,6 +1,7 @@
 """Which implementation of an SE block runs for a map, and why not a faster one."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,95 @@ def run(impl: Impl, x: Tensor, shortcut: Tensor | None, formula: Formula, *, own
     return cpu.infer(x, shortcut, formula, native=native, in_place=owns_input)
 
 
+Repeat = Callable[[Tensor, Tensor | None], Tensor | None]
+
+
+def repeat(
+    x: Tensor,
+    shortcut: Tensor | None,
+    formula: Formula,
+    layers: tuple[nn.Module, nn.Module],
+    owners: tuple[nn.Module, ...],
+    *,
+    owns_input: bool,
+) -> Repeat:
+    """The native block in inference once more, for maps like these: what has not changed is not decided again.
+
+    Between two convolutions a cache has forgotten the interpreter's data, and every object that a decision looks at
+    costs about as much as a row of the map. The function returns None as soon as anything is not as it was; then
+    `choose` decides anew.
+
+    Args:
+        x: (N, C, H, W), that the native code has just been chosen for.
+        shortcut: likewise, or None.
+        formula: of the block.
+        layers: the modules that hold its weights.
+        owners: modules whose children must stay the same and have no hooks.
+        owns_input: whether the output may take x's place.
+    """
+    shape, stride, joined = x.shape, x.stride(), shortcut is not None
+    children = tuple((owner._modules, tuple(owner._modules.values())) for owner in owners)
+    watched = [module for _, modules in children for module in modules if module is not None]
+    hooks = (*_EVERYWHERE, *(hooks for module in watched for hooks in _hooks(module)))
+    one, two = (layer._parameters for layer in layers)
+    w1, b1, w2, b2 = one["weight"], one["bias"], two["weight"], two["bias"]
+    assert w1 is not None
+    assert w2 is not None
+    size, threads, facts = w1.numel(), torch.get_num_threads(), cpu.native_shape(x, formula)
+    run, plain, empty_like, single = cpu.native_gated(), _is_plain_eager, torch.empty_like, torch.float32
+    count = torch.get_num_threads
+
+    def again(y: Tensor, r: Tensor | None) -> Tensor | None:
+        if any(hooks) or not plain() or type(y) is not Tensor or count() != threads:
+            return None
+        if y.shape != shape or y.stride() != stride or y.dtype is not single or not y.is_cpu:
+            return None
+        if joined and (r is None or r.shape != shape or r.stride() != stride or r.dtype is not single):
+            return None
+        if one["weight"] is not w1 or two["weight"] is not w2 or one["bias"] is not b1 or two["bias"] is not b2:
+            return None
+        if w1.dtype is not single or w2.dtype is not single or w1.numel() != size or w2.numel() != size:
+            return None
+        for modules, before in children:
+            if tuple(modules.values()) != before:
+                return None
+        out = y if owns_input else empty_like(y)
+        run(
+            facts,
+            w1.data_ptr(),
+            0 if b1 is None else b1.data_ptr(),
+            w2.data_ptr(),
+            0 if b2 is None else b2.data_ptr(),
+            y.data_ptr(),
+            0 if r is None else r.data_ptr(),
+            out.data_ptr(),
+            0,
+        )
+        return out
+
+    return again
+
+
+def _is_plain_eager() -> bool:
+    """Whether operations run one by one, unobserved, in their own dtypes, and without gradients."""
+    return not (
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_tracing()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+_EVERYWHERE = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+
+
 def _operator_refuses(x: Tensor, impl: Impl) -> str:
     """Why the operator cannot run, or does not pay."""
     if not x.is_cuda and impl != "operator":
@@ -71,10 +161,7 @@ def _operator_refuses(x: Tensor, impl: Impl) -> str:
 
 def hooked(*parts: nn.Module) -> bool:
     """Whether a hook waits for any of these modules to run."""
-    everywhere = nn.modules.module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        return True
-    return any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
+    return any(_EVERYWHERE) or any(any(_hooks(part)) for part in parts)
 
 
 def unusual(x: Tensor) -> str:

@@ -75,6 +75,8 @@ def native_refuses(y: Tensor, shortcut: Tensor | None, formula: Formula) -> str:
         return "branch and shortcut lie differently in memory"
     if not (formula.w1.is_contiguous() and formula.w2.is_contiguous()):
         return "the weights are not contiguous"
+    if formula.w1.shape[1] != y.shape[1] or formula.w2.shape != formula.w1.shape[::-1]:
+        return "the weights are those of another number of channels"
     return ""
 
 
@@ -315,7 +317,8 @@ def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _shape(y: Tensor, formula: Formula) -> tuple[int | float, ...]:
+def native_shape(y: Tensor, formula: Formula) -> tuple[int | float, ...]:
+    """The numbers that the native code wants, for this map and the threads that torch uses now."""
     n, c, h, w = y.shape
     return (
         n,
@@ -333,11 +336,16 @@ def _shape(y: Tensor, formula: Formula) -> tuple[int | float, ...]:
     )
 
 
+def native_gated() -> Any:
+    """The native forward pass; it checks nothing."""
+    return _native.gated
+
+
 def _run_native(y: Tensor, shortcut: Tensor | None, formula: Formula, out: Tensor, kept: Tensor | None) -> None:
     """Fills `out` and, if there is one, `kept`."""
     w1, b1, w2, b2 = formula[:4]
     _native.gated(
-        _shape(y, formula),
+        native_shape(y, formula),
         w1.data_ptr(),
         0 if b1 is None else b1.data_ptr(),
         w2.data_ptr(),
@@ -357,7 +365,7 @@ def _native_backward(
     hidden, channels = formula.w1.shape
     dlogits, dhidden = y.new_empty(y.shape[0], channels), y.new_empty(y.shape[0], hidden)
     _native.gated_backward(
-        _shape(y, formula),
+        native_shape(y, formula),
         formula.w1.data_ptr(),
         formula.w2.data_ptr(),
         dout.data_ptr(),

@@ -96,7 +96,7 @@ def test_what_nvml_says_at_a_quad_s_end(monkeypatch, reading, expected):
 
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monitor = FakeMonitor(None if reading is None else GpuReading(sm_clock_mhz=1980, **reading))
-    seen = latency._gpu_watch(monitor)()
+    seen = latency.gpu_watch(monitor)()
     if expected == "void":
         assert "hardware thermal" in seen.reason
     else:
@@ -108,7 +108,7 @@ def test_allocator_growth_is_told_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(sizes))
     from selab.measure.machine import GpuReading
 
-    look = latency._gpu_watch(FakeMonitor(GpuReading(sm_clock_mhz=1980, hard_throttle=(), power_capped=False)))
+    look = latency.gpu_watch(FakeMonitor(GpuReading(sm_clock_mhz=1980, hard_throttle=(), power_capped=False)))
     assert [flag.name for flag in look()] == ["allocator_growth"]
     assert look() == []
 
@@ -117,8 +117,8 @@ def test_clock_asymmetry():
     def arm(clocks):
         return EventArm(call=None, clock=None, synchronize=None, event=None, clocks_mhz=clocks)
 
-    assert latency._clock_asymmetry(arm([1980, 1980]), arm([1980, 1965])) == []
-    (flag,) = latency._clock_asymmetry(arm([1980] * 3), arm([1700] * 3))
+    assert latency.clock_asymmetry(arm([1980, 1980]), arm([1980, 1965])) == []
+    (flag,) = latency.clock_asymmetry(arm([1980] * 3), arm([1700] * 3))
     assert flag.name == "clock_asymmetry"
 
 

@@ -28,6 +28,7 @@ from selab.record import Flag, Frozen, Phase, Run, Workload
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "forward_backward")
 ProgressOf = Callable[[str, Progress], object]
+ArmOf = Callable[[Prepared, Phase], Arm]
 _CLOCK_ASYMMETRY = 0.01
 
 
@@ -123,11 +124,13 @@ def measure_phase(
     """
     with translated_errors(f"{phase} in {mode_of(phase, nets.workload)} mode"):
         if nets.workload.device == "cpu":
-            return _measured(nets, phase, plan, _cpu_arm(clock), seed=seed, clock=clock, progress=progress)
+            return _measured(nets, phase, plan, cpu_arm(clock), seed=seed, clock=clock, progress=progress)
         return _on_gpu(nets, phase, plan, seed=seed, cold=cold, clock=clock, progress=progress)
 
 
-def _cpu_arm(clock: Clock) -> Callable[[Prepared, Phase], Arm]:
+def cpu_arm(clock: Clock) -> ArmOf:
+    """Makes arms of the method `wall`."""
+
     def arm(prepared: Prepared, phase: Phase) -> Arm:
         return WallArm(call=phase_call(prepared, phase), clock=clock)
 
@@ -138,7 +141,7 @@ def _measured(
     nets: Networks,
     phase: Phase,
     plan: Plan,
-    arm_of: Callable[[Prepared, Phase], Arm],
+    arm_of: ArmOf,
     *,
     seed: int,
     clock: Clock,
@@ -147,7 +150,7 @@ def _measured(
 ) -> dict[str, RawPhase]:
     """Control, comparison, control, with the machine watched around each."""
     baseline, again = arm_of(nets.baseline, phase), arm_of(nets.again, phase)
-    watch = _Watch(nets)
+    watch = Watch(nets.workload, nets.cores)
 
     def control(number: int) -> dict[str, Run]:
         runs = measure_control(
@@ -173,7 +176,7 @@ def _measured(
         progress=_labelled(progress, phase),
         between_quads=between_quads,
     )
-    runs = watch.flagged(runs, extra=_clock_asymmetry(baseline, variant))
+    runs = watch.flagged(runs, extra=clock_asymmetry(baseline, variant))
     del variant
     after = control(2)
     return {
@@ -186,12 +189,17 @@ def _labelled(progress: ProgressOf | None, label: str) -> Callable[[Progress], o
     return None if progress is None else lambda state: progress(label, state)
 
 
-class _Watch:
-    """Reads the kernel's counters around a run and flags what others did meanwhile."""
+class Watch:
+    """Reads the kernel's counters around a run and flags what others did meanwhile.
 
-    def __init__(self, nets: Networks) -> None:
-        self._threads = nets.workload.threads if nets.workload.device == "cpu" else 1
-        self._cores = nets.cores
+    Args:
+        workload: what is run.
+        cores: that this process could use before it was pinned.
+    """
+
+    def __init__(self, workload: Workload, cores: int) -> None:
+        self._threads = workload.threads if workload.device == "cpu" else 1
+        self._cores = cores
         self.restart()
 
     def restart(self) -> None:
@@ -283,7 +291,8 @@ class GraphArm:
         return {"graph": Sample.of_window(self.clock() - start, calls)}
 
 
-def _clock_asymmetry(baseline: Arm, variant: Arm) -> list[Flag]:
+def clock_asymmetry(baseline: Arm, variant: Arm) -> list[Flag]:
+    """Flags arms on a GPU whose clocks differed by more than 1 % while they ran."""
     clocks = [arm.clocks_mhz for arm in (baseline, variant) if isinstance(arm, EventArm) and arm.clocks_mhz]
     if len(clocks) < 2:
         return []
@@ -306,10 +315,38 @@ def _on_gpu(
 ) -> dict[str, RawPhase]:
     monitor = GpuMonitor()
     flush = _l2_flush() if cold else None
+    between = gpu_watch(monitor)
+    headline = "eager_event" if cold else "eager_wall"
+    found = _measured(
+        nets,
+        phase,
+        replace(plan, method=headline, statistic="typical"),
+        eager_arm(clock, monitor, flush=flush),
+        seed=seed,
+        clock=clock,
+        progress=progress,
+        between_quads=between,
+    )
+    if not cold and can_be_captured(phase, nets.workload):
+        found |= _measured(
+            nets,
+            phase,
+            replace(plan, method="graph", statistic="typical"),
+            graph_arm(clock),
+            seed=seed,
+            clock=clock,
+            progress=progress,
+            between_quads=between,
+        )
+    return found
 
-    def eager(prepared: Prepared, which: Phase) -> Arm:
+
+def eager_arm(clock: Clock, monitor: GpuMonitor | None, *, flush: Call | None = None) -> ArmOf:
+    """Makes arms of the methods `eager_wall` and `eager_event`; with a flush only of the latter."""
+
+    def arm(prepared: Prepared, phase: Phase) -> Arm:
         return EventArm(
-            call=phase_call(prepared, which),
+            call=phase_call(prepared, phase),
             clock=clock,
             synchronize=torch.cuda.synchronize,
             event=lambda: torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
@@ -317,34 +354,22 @@ def _on_gpu(
             monitor=monitor,
         )
 
-    def graphed(prepared: Prepared, which: Phase) -> Arm:
-        replay = captured(phase_call(prepared, which, capture=True))
+    return arm
+
+
+def graph_arm(clock: Clock) -> ArmOf:
+    """Makes arms of the method `graph`."""
+
+    def arm(prepared: Prepared, phase: Phase) -> Arm:
+        replay = captured(phase_call(prepared, phase, capture=True))
         return GraphArm(replay=replay, clock=clock, synchronize=torch.cuda.synchronize)
 
-    between = _gpu_watch(monitor)
-    headline = "eager_event" if cold else "eager_wall"
-    found = _measured(
-        nets,
-        phase,
-        replace(plan, method=headline, statistic="typical"),
-        eager,
-        seed=seed,
-        clock=clock,
-        progress=progress,
-        between_quads=between,
-    )
-    if phase != "backward" and not cold and not nets.workload.compiled:
-        found |= _measured(
-            nets,
-            phase,
-            replace(plan, method="graph", statistic="typical"),
-            graphed,
-            seed=seed,
-            clock=clock,
-            progress=progress,
-            between_quads=between,
-        )
-    return found
+    return arm
+
+
+def can_be_captured(phase: Phase, workload: Workload) -> bool:
+    """Whether a call can be a CUDA graph: not over a graph of autograd's that is kept, nor through torch.compile."""
+    return phase != "backward" and not workload.compiled
 
 
 def captured(call: Call) -> Call:
@@ -372,7 +397,7 @@ def _l2_flush() -> Call:
     return scratch.zero_
 
 
-def _gpu_watch(monitor: GpuMonitor) -> Callable[[], Sequence[Flag] | Void]:
+def gpu_watch(monitor: GpuMonitor) -> Callable[[], Sequence[Flag] | Void]:
     """At each quad's end: hard throttling voids the quad; the power cap, allocator growth and a mute NVML are told."""
     reserved = torch.cuda.memory_reserved()
 

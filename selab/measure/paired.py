@@ -1,4 +1,4 @@
-"""The paired sampler: two arms alternate in one process until the interval of their ratio is narrow enough.
+"""The paired sampler: arms alternate in one process until the interval of each ratio is narrow enough.
 
 It knows no torch and reads no clock but the one it is given, so that a fake clock can drive it. What one call is, and
 how it is timed, is the arm's affair; when to call which arm, and when to stop, is decided here.
@@ -7,7 +7,7 @@ how it is timed, is the arm's affair; when to call which arm, and when to stop, 
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from random import Random
@@ -49,7 +49,7 @@ class Sample:
 
 
 class Arm(Protocol):
-    """One of two things to compare. It times itself, and may do so by several methods over the same calls."""
+    """One of the things to compare. It times itself, and may do so by several methods over the same calls."""
 
     def settle(self) -> float:
         """One call, finished when this returns; its seconds, which warm-up reads and settling ignores."""
@@ -168,51 +168,60 @@ class WarmUp:
     """How the warm-up went.
 
     Attributes:
-        calls: of both arms together, the first ones included.
-        call_s: mean of the two arms' median calls in the last window.
+        calls: of all arms together, the first ones included.
+        calls_s: of each arm, its median call in the last window.
         steady: whether the last two equal windows agreed within 1 %.
     """
 
     calls: int
     elapsed_s: float
-    call_s: float
+    calls_s: tuple[float, ...]
     steady: bool
 
+    @property
+    def call_s(self) -> float:
+        """Mean of the arms' median calls."""
+        return stats.mean(self.calls_s)
 
-def warm_up(baseline: Arm, variant: Arm, plan: Plan, clock: Clock) -> WarmUp:
+
+def warm_up(arms: Sequence[Arm], plan: Plan, clock: Clock) -> WarmUp:
     """One call each, then A, B, A, B … until the last third of the rounds is as fast as the third before it.
+
+    The plan's durations are those of two arms; more arms have as much more time.
 
     Thirds, because a window of fixed length is either too short to have a steady median or longer than a warm-up.
     They are compared at growing intervals, which keeps the sorting off the machine's caches.
     """
+    count, share = len(arms), len(arms) / 2
     start = clock()
-    baseline.settle()
-    variant.settle()
-    rounds: list[tuple[float, float]] = []
-    next_check_s = plan.warmup_least_s
+    for arm in arms:
+        arm.settle()
+    rounds: list[tuple[float, ...]] = []
+    next_check_s = plan.warmup_least_s * share
     while True:
-        rounds.append((baseline.settle(), variant.settle()))
+        rounds.append(tuple(arm.settle() for arm in arms))
         elapsed = clock() - start
-        over = elapsed >= plan.warmup_most_s
+        over = elapsed >= plan.warmup_most_s * share
         if not over and (elapsed < next_check_s or 2 * len(rounds) < plan.warmup_least_calls):
             continue
         steady = is_steady(rounds)
         if steady or over:
             last = rounds[-_window(rounds) :]
-            call_s = stats.mean([stats.median([each[arm] for each in last]) for arm in (0, 1)])
-            return WarmUp(calls=2 + 2 * len(rounds), elapsed_s=clock() - start, call_s=call_s, steady=steady)
+            calls_s = tuple(stats.median([each[arm] for each in last]) for arm in range(count))
+            calls = count * (1 + len(rounds))
+            return WarmUp(calls=calls, elapsed_s=clock() - start, calls_s=calls_s, steady=steady)
         next_check_s = elapsed * _RECHECK
 
 
-def _window(rounds: Sequence[tuple[float, float]]) -> int:
+def _window(rounds: Sequence[tuple[float, ...]]) -> int:
     return max(min(_WINDOW_ROUNDS, len(rounds)), len(rounds) // 3)
 
 
-def is_steady(rounds: Sequence[tuple[float, float]]) -> bool:
+def is_steady(rounds: Sequence[tuple[float, ...]]) -> bool:
     """Whether the median rounds of the last two thirds of a warm-up differ by less than 1 %.
 
     Args:
-        rounds: seconds of one call of the baseline and of one call of the variant.
+        rounds: seconds of one call of each arm.
     """
     width = _window(rounds)
     if len(rounds) < 2 * width:
@@ -249,6 +258,10 @@ class _Sampler:
         self._arms = {"A": baseline, "B": variant}
         self._calls = calls
         self._settles = settles
+        self._last = ""
+
+    def leave(self) -> None:
+        """Others run before the next quad: it begins with a change of arm."""
         self._last = ""
 
     def quad(self, order: Order) -> dict[str, Quad]:
@@ -394,7 +407,7 @@ def measure(
         ValueError: the arms' methods differ, or the plan's headline is none of them.
     """
     with collector_off():
-        warm = warm_up(baseline, variant, plan, clock)
+        warm = warm_up((baseline, variant), plan, clock)
         calls = calls_per_sample(warm.call_s, plan)
         sampler = _Sampler(baseline, variant, calls=calls, settles=warm.call_s < plan.single_call_s)
         collected = _Collected(plan)
@@ -416,6 +429,107 @@ def measure(
             if progress is not None:
                 progress(Progress(quads=collected.kept, half_width=width, elapsed_s=elapsed, budget_s=plan.budget_s))
     return collected.runs(warm, calls=calls, seed=seed, status=status, elapsed_s=elapsed)
+
+
+class _Pair:
+    """One of the pairs that are measured together: its quads, their time, and how narrow its interval is."""
+
+    def __init__(self, baseline: tuple[Arm, float], variant: tuple[Arm, float], plan: Plan) -> None:
+        """Each arm with the seconds of one of its calls."""
+        call_s = stats.mean([baseline[1], variant[1]])
+        self.calls = calls_per_sample(call_s, plan)
+        self.collected = _Collected(plan)
+        self.elapsed_s = 0.0
+        self.width: float | None = None
+        self._target = plan.target_half_width
+        self._sampler = _Sampler(baseline[0], variant[0], calls=self.calls, settles=call_s < plan.single_call_s)
+
+    def quad(self, order: Order, clock: Clock, between: Callable[[], Sequence[Flag] | Void] | None) -> bool:
+        """Takes one; whether it counts."""
+        start = clock()
+        self._sampler.leave()
+        quad = self._sampler.quad(order)
+        counts = self.collected.add(quad, between() if between is not None else ())
+        self.elapsed_s += clock() - start
+        if counts and self.collected.kept in LOOKS:
+            self.width = self.collected.half_width()
+        return counts
+
+    @property
+    def status(self) -> Status:
+        return "converged" if self.width is not None and self.width <= self._target else "budget"
+
+
+def measure_together(
+    arms: Mapping[str, Arm],
+    pairs: Sequence[tuple[str, str]],
+    plan: Plan,
+    *,
+    clock: Clock = time.perf_counter,
+    seed: int = 0,
+    progress: Callable[[Progress], object] | None = None,
+    between_quads: Callable[[], Sequence[Flag] | Void] | None = None,
+) -> dict[tuple[str, str], dict[str, Run]]:
+    """Several pairs of arms in one run: warm-up of all arms in turn, then rounds in which every pair has one quad.
+
+    What the machine does in the meantime befalls all pairs alike, so that their ratios can be held against each other.
+    In each round the order of the pairs is drawn anew, and within a pair the order of the quad. The widths are looked
+    at after 10, 14, 20, 28, 40 … rounds; the run ends when every interval was narrow enough at the last look, or when
+    the budget is spent, which is the plan's for each of the pairs. Pairs that are narrow enough go on until then.
+
+    Args:
+        arms: by their names; all of them are warmed up.
+        pairs: of names, the baseline first.
+        plan: durations, headline and target; its budget is that of one pair.
+        clock: as in `measure`.
+        seed: decides the order of the pairs, and that of each quad.
+        progress: called after every quad; its quads are those that every pair has, its width the widest.
+        between_quads: as in `measure`; a void quad is run again in the same order before its round ends.
+
+    Returns:
+        Pair → method name → its run; its time is that of its own quads.
+
+    Raises:
+        SelabError: a call took no time by the arm's clock.
+        ValueError: there is no pair, a pair names no arm, or as `measure`.
+    """
+    unknown = {name for pair in pairs for name in pair} - set(arms)
+    if unknown or not pairs:
+        raise ValueError(f"pairs: {sorted(unknown) or 'none'}; the arms are {sorted(arms)}")
+    names = list(arms)
+    draw, coin = Random(f"pairs {seed}"), orders(seed)
+    budget = replace(plan, budget_s=plan.budget_s * len(pairs))
+    with collector_off():
+        warm = warm_up(list(arms.values()), plan, clock)
+        timed = {name: (arms[name], warm.calls_s[names.index(name)]) for name in names}
+        running = {pair: _Pair(timed[pair[0]], timed[pair[1]], plan) for pair in pairs}
+        due: list[tuple[tuple[str, str], Order]] = []
+        start = clock()
+        while True:
+            if not due:
+                due = [(pair, next(coin)) for pair in draw.sample(list(pairs), len(pairs))]
+            pair, order = due.pop(0)
+            if not running[pair].quad(order, clock, between_quads):
+                due.append((pair, order))
+            elapsed = clock() - start
+            kept = min(one.collected.kept for one in running.values())
+            if progress is not None:
+                width = _widest(running.values())
+                progress(Progress(quads=kept, half_width=width, elapsed_s=elapsed, budget_s=budget.budget_s))
+            narrow = not due and all(one.status == "converged" for one in running.values())
+            if narrow or _is_spent(budget, elapsed, kept):
+                break
+    return {
+        pair: one.collected.runs(warm, calls=one.calls, seed=seed, status=one.status, elapsed_s=one.elapsed_s)
+        for pair, one in running.items()
+    }
+
+
+def _widest(pairs: Iterable[_Pair]) -> float | None:
+    """Of all of them at the last look; None before the first."""
+    widths = [one.width for one in pairs]
+    known = [width for width in widths if width is not None]
+    return max(known) if len(known) == len(widths) else None
 
 
 def measure_control(

@@ -473,8 +473,13 @@ _NUMBERS = re.compile(rb"\[\s*((?:-?\d[\d.eE+-]*,?\s*)+)\]")
 
 
 def to_json(record: Record) -> bytes:
-    """A record as indented UTF-8 JSON; a list of numbers stays on one line, so that raw samples can be read."""
-    indented = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    """A record as UTF-8 JSON."""
+    return lined_json(record)
+
+
+def lined_json(value: Frozen) -> bytes:
+    """Indented UTF-8 JSON; a list of numbers stays on one line, so that raw samples can be read."""
+    indented = msgspec.json.format(msgspec.json.encode(value), indent=1)
     return _NUMBERS.sub(lambda found: b"[" + b" ".join(found.group(1).split()) + b"]", indented) + b"\n"
 
 

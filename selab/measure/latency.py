@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -30,6 +30,7 @@ PHASES: tuple[Phase, ...] = ("forward", "backward", "forward_backward")
 ProgressOf = Callable[[str, Progress], object]
 ArmOf = Callable[[Prepared, Phase], Arm]
 _CLOCK_ASYMMETRY = 0.01
+_K = TypeVar("_K")
 
 
 class RawPhase(Frozen, frozen=True, kw_only=True):
@@ -206,7 +207,7 @@ class Watch:
         """Begins anew."""
         self._before = read_cpu()
 
-    def flagged(self, runs: Mapping[str, Run], *, extra: Sequence[Flag] = ()) -> dict[str, Run]:
+    def flagged(self, runs: Mapping[_K, Run], *, extra: Sequence[Flag] = ()) -> dict[_K, Run]:
         """The runs with what was seen since the last restart, which this is another of."""
         found = contention_flags(self._before, read_cpu(), threads=self._threads, cores=self._cores)
         self.restart()

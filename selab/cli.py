@@ -29,6 +29,7 @@ from selab.options import (
     Arch,
     Archs,
     ChannelsLast,
+    Compiled,
     Device,
     Dtype,
     Input,
@@ -39,12 +40,14 @@ from selab.options import (
     Positive,
     Se,
     StepMode,
+    StepPhase,
 )
 from selab.training_commands import compare, evaluate, train
 
 if TYPE_CHECKING:
     from selab.accuracy_tables import Compared
     from selab.grid import Grid
+    from selab.plots import Picture
     from selab.profiling import Profile
     from selab.record import Cost, Insertion, Record
     from selab.request import Request
@@ -88,7 +91,7 @@ class TableFormat(StrEnum):
 _ALL_TABLES = "all"
 _TABLE_HELP = (
     "paper-2, paper-3, cifar, reduction, squeeze, excitation, stages, integration, mobile or zoo, which are counted; "
-    "added, latency or accuracy, which are measured (--profiles); "
+    "added, latency, accuracy or tax, which are measured (--profiles); "
     "report, a machine's page; all, every counted one as files."
 )
 
@@ -408,7 +411,8 @@ def plot(
     name: Annotated[
         str,
         typer.Argument(
-            help="cost or accuracy (base → SE, with --x and --y), added (bars), or curves (of a comparison: --record)."
+            help="cost or accuracy (base → SE, with --x and --y), added (bars), or of one record (--record): curves "
+            "of a comparison's trainings, tax of implementations."
         ),
     ],
     x: Annotated[
@@ -422,7 +426,7 @@ def plot(
     y: Annotated[str | None, typer.Option(help="As --x; by default latency for cost, top1_error for accuracy.")] = None,
     arch: Archs = (),  # type: ignore[assignment]
     profiles: Annotated[Path | None, typer.Option(help="A machine's folder of records.")] = None,
-    record: Annotated[Path | None, typer.Option(help="A comparison's record, for curves.")] = None,
+    record: Annotated[Path | None, typer.Option(help="A record of `compare` for curves, of `tax` for tax.")] = None,
     workload: Annotated[
         str | None, typer.Option(help="Of several in the records this one, as in their files' names.")
     ] = None,
@@ -434,17 +438,10 @@ def plot(
 
     to = out or Path(f"{name}.svg")
     ink.check_file(to)
-    if name == plots.CURVES:
-        from selab.accuracy_record import read_accuracy_record
-
+    if name in plots.OF_ONE_RECORD:
         if record is None:
             raise typer.BadParameter("name the comparison's record", param_hint="--record")
-        learning = plots.curves(read_accuracy_record(record))
-        if json_to is not None:
-            write_json(dataclasses.asdict(learning), json_to)
-        ink.draw(learning, to)
-        typer.echo(f"picture: {to}", err=str(json_to) == "-")
-        return
+        return _show_picture(_picture_of(name, record), to, json_to)
     axes = plots.axes_of(name, x, y)
     trained = axes is not None and plots.TRAINED in [plots.axis(one).origin for one in axes]
     records = store.read_records(profiles) if profiles is not None and not trained else []
@@ -464,9 +461,26 @@ def plot(
     shown = plots.picture(
         name, x=x, y=y, records=records, costs=costs, archs=arch, workload=workload, compared=compared
     )
+    return _show_picture(shown, None if json_to is not None and out is None else to, json_to)
+
+
+def _picture_of(name: str, record: Path) -> "Picture":
+    """Of one record, by the picture's name."""
+    from selab import plots
+    from selab.accuracy_record import read_accuracy_record
+    from selab.tax_record import read_tax_record
+
+    if name == plots.CURVES:
+        return plots.curves(read_accuracy_record(record))
+    return plots.tax_bars(read_tax_record(record))
+
+
+def _show_picture(shown: "Picture", to: Path | None, json_to: Path | None) -> None:
+    from selab import ink
+
     if json_to is not None:
         write_json(dataclasses.asdict(shown), json_to)
-    if out is not None or json_to is None:
+    if to is not None:
         ink.draw(shown, to)
         typer.echo(f"picture: {to}", err=str(json_to) == "-")
 
@@ -491,12 +505,15 @@ def table(
     if name == _ALL_TABLES:
         return _write_tables(out)
     pages.check_name(name)
-    records = store.read_records(profiles) if profiles is not None and name != pages.ACCURACY else []
+    apart = (pages.ACCURACY, pages.TAX)
+    records = store.read_records(profiles) if profiles is not None and name not in apart else []
     from selab.comparing import read_compared
     from selab.profiling import counted
+    from selab.tax_record import read_tax_records
 
     compared = read_compared(profiles) if profiles is not None and name in (pages.ACCURACY, pages.REPORT) else []
-    grids = pages.named_grids(name, counted(pages.costs_needed(name)), records, compared)
+    taxes = read_tax_records(profiles) if profiles is not None and name in (pages.TAX, pages.REPORT) else []
+    grids = pages.named_grids(name, counted(pages.costs_needed(name)), records, compared, taxes)
     if name == pages.REPORT and profiles is not None:
         grids += pages.acceptance_grids(store.read_acceptance(profiles))
     if json_to is not None or look is TableFormat.json:
@@ -724,6 +741,89 @@ def roofline(
         if out is not None:
             typer.echo(f"picture: {out}")
     return None
+
+
+@app.command()
+def tax(
+    arch: Arch,
+    se: Se = None,
+    insert: Insert = None,
+    baseline: Annotated[str | None, typer.Option(help="Compare with this instead of the variant's own.")] = None,
+    impl: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="reference, torchvision, timm, fast; without_squeeze, without_excitation, without_scale for the "
+            "split; repeat it for several. By default all."
+        ),
+    ] = None,
+    phase: Annotated[StepPhase, typer.Option(help="What one call is.")] = StepPhase.forward,
+    device: Device = Device.cpu,
+    batch: Positive = 1,
+    input_size: Input = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
+    dtype: Dtype = Dtype.fp32,
+    channels_last: ChannelsLast = False,
+    compiled: Compiled = False,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Stop at ±1 % or after 15 s for each pair, instead of ±0.5 % or 60 s.")
+    ] = False,
+    budget: Annotated[float | None, typer.Option(min=0.1, help="Seconds of sampling for each pair.")] = None,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/tax/….json.")] = Path("results"),
+    replace: Annotated[bool, typer.Option("--replace", help="Measure again where a record exists.")] = False,
+    json_to: Json = None,
+) -> None:
+    """Measure SE as others write it and as it is fused, over one baseline in one run, beside the least it must cost."""
+    arch = _address(arch, se, insert)
+    find(arch)
+    if baseline is not None:
+        find(baseline, option="--baseline")
+    from selab import store, tax_record, taxing
+    from selab.request import Request
+
+    asked = taxing.TaxRequest(
+        request=Request(
+            arch=arch,
+            baseline=baseline,
+            device=device.value,
+            batch=batch,
+            input_chw=_input_chw(input_size),
+            resolution=resolution,
+            dtype=dtype.value,
+            memory_format="channels_last" if channels_last else "contiguous",
+            compiled=compiled,
+            threads=threads,
+            quick=quick,
+            budget_s=budget,
+            seed=seed,
+            phases=(phase.value,),
+        ),
+        implementations=taxing.chosen_implementations(impl or ()),
+    )
+    comparison = taxing.Tax(asked)
+    path = comparison.path(out)
+    store.check_writable(path, replace=replace)
+    if json_to is not None and str(json_to) != "-":
+        store.check_writable(json_to, replace=True)
+    with reporting(open_console(stderr=True)) as report:
+        record = comparison.run(report)
+    tax_record.save_tax_record(record, path)
+    _show_tax(path, json_to=json_to)
+
+
+def _show_tax(path: Path, *, json_to: Path | None) -> None:
+    """From the file that was written, as a profile is shown."""
+    from selab import store, tax_record, tax_tables
+
+    record = tax_record.read_tax_record(path)
+    if str(json_to) == "-":
+        sys.stdout.write(store.read_text(path))
+        return
+    if json_to is not None:
+        store.write_atomically(json_to, store.read_text(path).encode())
+    print_parts(*tax_tables.tax_grids(record))
+    open_console().print(f"\nrecord: {plain(str(path))}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from selab import units
 from selab.errors import SelabError
-from selab.plots import Bars, Curves, LeftOut, Lines, Pair, Picture, Point, Roof, Row, Scatter, reasons, with_unit
+from selab.plots import (
+    Bars,
+    Curves,
+    LeftOut,
+    Lines,
+    Pair,
+    Picture,
+    Point,
+    Roof,
+    Scatter,
+    TaxBars,
+    reasons,
+    with_unit,
+)
 from selab.store import write_atomically
 
 if TYPE_CHECKING:
@@ -194,6 +207,8 @@ def rendered(shown: Picture, ending: str) -> bytes:
                 figure = _roof_figure(shown)
             case Lines():
                 figure = _lines_figure(shown)
+            case TaxBars():
+                figure = _tax_figure(shown)
         file = io.BytesIO()
         if ending == ".svg":
             metadata = {"Title": shown.title, "Date": None, "Creator": None}
@@ -399,46 +414,87 @@ def _bars_figure(shown: Bars) -> "Figure":
     figure, axes = _figure(shown, plot_in=0.25 + 0.5 * len(shown.rows), left_in=left_in, handles=handles, notes=notes)
     fills = list(_FILLS.values())
     ends = [end for row in shown.rows for end in (row.macs, row.bytes, row.forward or 0.0, *(row.interval or ()))]
-    low, high = min(0.0, *ends) * 100, max(0.0, *ends) * 100
-    axes.set_xlim(low - (0.06 * (high - low) if low < 0 else 0), high + 0.25 * (high - low))
-    axes.set_ylim(len(shown.rows) - 0.45, -0.55)
     for index, row in enumerate(shown.rows):
-        _draw_row(axes, index, row, fills)
-    at = [value for value in ticks(*axes.get_xlim(), logarithmic=False) if value <= high]
-    axes.set_xticks(at, labels=[with_unit("%", value) for value in at])
-    axes.set_yticks(range(len(shown.rows)), labels=[row.name for row in shown.rows])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.axvline(0, color=_FAINT, linewidth=0.8, zorder=3)
-    axes.spines["left"].set_visible(False)
+        for offset, value, colour in ((-_BAR, row.macs, fills[0]), (0.0, row.bytes, fills[1])):
+            _draw_bar(axes, index + offset, value, colour)
+        _draw_interval(axes, index + _BAR, row.forward, row.interval, fills[2])
+    _set_bars(axes, ends, [row.name for row in shown.rows])
     axes.set_xlabel("added by SE (% of the base)")
     return figure
 
 
-def _draw_row(axes: "Axes", index: int, row: Row, fills: Sequence[str]) -> None:
-    """Three bars, each with its value at the end; the time's interval is a line with whiskers over it."""
+def _set_bars(axes: "Axes", ends: Sequence[float], names: Sequence[str]) -> None:
+    """Rows of bars by their names, and room for fractions of the base, with what is written behind them."""
+    low, high = min(0.0, *ends) * 100, max(0.0, *ends) * 100
+    axes.set_xlim(low - (0.06 * (high - low) if low < 0 else 0), high + 0.25 * (high - low))
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    at = [value for value in ticks(*axes.get_xlim(), logarithmic=False) if value <= high]
+    axes.set_xticks(at, labels=[with_unit("%", value) for value in at])
+    axes.set_yticks(range(len(names)), labels=names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.axvline(0, color=_FAINT, linewidth=0.8, zorder=3)
+    axes.spines["left"].set_visible(False)
 
-    def write(y: float, right: float, text: str, **look: Any) -> None:
-        axes.annotate(text, (right, y), xytext=(3, 0), textcoords="offset points", size=7.5, va="center", **look)
 
-    def fill(y: float, value: float, colour: str) -> None:
-        axes.barh(y, value * 100, height=_BAR, color=colour, edgecolor=_FAINT, linewidth=0.5, zorder=2)
+def _draw_bar(axes: "Axes", y: float, value: float, colour: str, *, told: bool = True, height: float = _BAR) -> None:
+    axes.barh(y, value * 100, height=height, color=colour, edgecolor=_FAINT, linewidth=0.5, zorder=2)
+    if told:
+        _write(axes, y, max(0.0, value) * 100, units.percent(value))
 
-    for offset, value, colour in ((-_BAR, row.macs, fills[0]), (0.0, row.bytes, fills[1])):
-        fill(index + offset, value, colour)
-        write(index + offset, max(0.0, value) * 100, units.percent(value))
-    y = index + _BAR
-    if row.interval is None:
-        write(y, 0, "no result", color=_FAINT, style="italic")
+
+def _draw_interval(
+    axes: "Axes",
+    y: float,
+    value: float | None,
+    interval: tuple[float, float] | None,
+    colour: str,
+    *,
+    height: float = _BAR,
+) -> None:
+    """A measured bar; its interval is a line with whiskers over it."""
+    if interval is None:
+        _write(axes, y, 0, "no result", color=_FAINT, style="italic")
         return
-    low, high = row.interval
+    low, high = interval
     decimals = units.decimals_for((high - low) / 2)
     brackets = f"[{low * 100:.{decimals}f}, {high * 100:.{decimals}f}]"
-    if row.forward is not None:
-        fill(y, row.forward, fills[2])
+    if value is not None:
+        _draw_bar(axes, y, value, colour, told=False, height=height)
     axes.plot([low * 100, high * 100], [y, y], color=_INK, linewidth=1.1, marker="|", markersize=5, zorder=4)
-    text = "not resolved" if row.forward is None else units.percent(row.forward, decimals=decimals)
-    write(y, max(0.0, high) * 100, f"{text} {brackets}")
+    text = "not resolved" if value is None else units.percent(value, decimals=decimals)
+    _write(axes, y, max(0.0, high) * 100, f"{text} {brackets}")
+
+
+def _write(axes: "Axes", y: float, right: float, text: str, **look: Any) -> None:
+    axes.annotate(text, (right, y), xytext=(3, 0), textcoords="offset points", size=7.5, va="center", **look)
+
+
+_TALL_BAR = 0.6
+
+
+def _tax_figure(shown: TaxBars) -> "Figure":
+    from matplotlib.patches import Patch
+
+    notes = ["Least: the bytes that SE must move, at the bandwidth of copies. Whiskers and brackets: 95 % intervals."]
+    if any(bar.tax is None and bar.interval is not None for bar in shown.bars):
+        notes.append(_NOT_RESOLVED)
+    notes += _left_out_note(shown.left_out, len(shown.bars))
+    fills = [_FILLS["time of a forward pass"], _FILLS["bytes moved"]]
+    handles = [
+        Patch(facecolor=fill, edgecolor=_FAINT, linewidth=0.5, label=name)
+        for fill, name in zip(fills, ("measured", "least"), strict=True)
+    ]
+    names = [*(bar.name for bar in shown.bars), "least"]
+    left_in = 0.3 + 0.075 * max(map(len, names))
+    figure, axes = _figure(shown, plot_in=0.25 + 0.34 * len(names), left_in=left_in, handles=handles, notes=notes)
+    for index, bar in enumerate(shown.bars):
+        _draw_interval(axes, index, bar.tax, bar.interval, fills[0], height=_TALL_BAR)
+    _draw_bar(axes, len(shown.bars), shown.least, fills[1], height=_TALL_BAR)
+    ends = [shown.least, *(end for bar in shown.bars for end in (bar.tax or 0.0, *(bar.interval or ())))]
+    _set_bars(axes, ends, names)
+    axes.set_xlabel("added by SE (% of the baseline's time)")
+    return figure
 
 
 # Base and variant, told apart in grey too: by shade, and by the dashes of the base.

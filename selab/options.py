@@ -45,6 +45,13 @@ class Phase(StrEnum):
     forward_backward = "forward_backward"
 
 
+class StepPhase(StrEnum):
+    """What one call is: inference, or a step's two passes."""
+
+    forward = "forward"
+    forward_backward = "forward_backward"
+
+
 class DataName(StrEnum):
     """A data set."""
 

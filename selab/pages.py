@@ -19,14 +19,17 @@ from selab.tables import (
     mobile_published_grid,
     ratio_cells,
 )
+from selab.tax_record import TaxRecord
+from selab.tax_tables import summary_grids
 
 REPORT = "report"
 ZOO = "zoo"
 ACCURACY = "accuracy"
-MEASURED = ("added", "latency", ACCURACY)
+TAX = "tax"
+MEASURED = ("added", "latency", ACCURACY, TAX)
 COST_TABLES = (*PAPER_TABLES, "mobile", ZOO)
 NAMES = (*COST_TABLES, *MEASURED)
-_REPORTED = ("added", ACCURACY, "mobile", "paper-2", "paper-3", "latency")
+_REPORTED = ("added", TAX, ACCURACY, "mobile", "paper-2", "paper-3", "latency")
 
 
 def check_name(name: str) -> None:
@@ -47,7 +50,11 @@ def costs_needed(name: str) -> tuple[str, ...]:
 
 
 def named_grids(
-    name: str, costs: dict[str, Cost], records: Sequence[Record], compared: Sequence[Compared] = ()
+    name: str,
+    costs: dict[str, Cost],
+    records: Sequence[Record],
+    compared: Sequence[Compared] = (),
+    taxes: Sequence[TaxRecord] = (),
 ) -> list[Grid]:
     """A table by its name; `report` is the measured ones and those that they are read beside.
 
@@ -56,6 +63,7 @@ def named_grids(
         costs: of `costs_needed(name)`.
         records: profiles of one machine.
         compared: its comparisons of accuracy.
+        taxes: its comparisons of implementations.
 
     Raises:
         UnknownNameError: there is no such table.
@@ -64,9 +72,9 @@ def named_grids(
     check_name(name)
     profiles = [record for record in records if record.kind == "profile"]
     if name == REPORT:
-        there = {"added": bool(profiles), "latency": bool(profiles), ACCURACY: bool(compared)}
+        there = {"added": bool(profiles), "latency": bool(profiles), ACCURACY: bool(compared), TAX: bool(taxes)}
         names = [one for one in _REPORTED if there.get(one, True)]
-        return [grid for one in names for grid in named_grids(one, costs, records, compared)]
+        return [grid for one in names for grid in named_grids(one, costs, records, compared, taxes)]
     if name == "mobile":
         return [mobile_grid(costs, records), mobile_published_grid(costs)]
     if name == ZOO:
@@ -79,6 +87,10 @@ def named_grids(
                 f"table {name}: no comparisons; `selab compare`, and name their machine's folder: --profiles"
             )
         return accuracy_grids(compared)
+    if name == TAX:
+        if not taxes:
+            raise RecordError(f"table {name}: no comparisons; `selab tax`, and name their machine's folder: --profiles")
+        return summary_grids(taxes)
     if not profiles:
         raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
     return latency_grids(profiles) if name == "latency" else added_grids(profiles)

@@ -19,6 +19,8 @@ from selab.published import published_pair
 from selab.record import Cost, Phase, Record
 from selab.spec import Metric, Variant
 from selab.tables import check_one_machine, name_of, variants_of
+from selab.tax_record import AGAIN, IMPLEMENTATIONS, TaxRecord
+from selab.tax_tables import least
 
 # ---------------------------------------------------------------------------------------------------------------- axes
 
@@ -587,12 +589,12 @@ def _workload(records: Sequence[Record], wanted: str | None) -> str:
     return most[0]
 
 
-def _circumstances(record: Record) -> str:
+def _circumstances(record: Record | TaxRecord) -> str:
     """`Intel Xeon, one thread, fp32, batch 1, 3×224×224, torch 2.13`: what every figure of the picture shares."""
     return ", ".join(_circumstance_parts(record))
 
 
-def _circumstance_parts(record: Record) -> list[str]:
+def _circumstance_parts(record: Record | TaxRecord) -> list[str]:
     work, machine = record.workload, record.machine
     parts = [machine.gpu or machine.cpu if work.device != "cpu" else machine.cpu]
     if work.device == "cpu":
@@ -786,10 +788,69 @@ class Roof:
     notes: tuple[str, ...]
 
 
-Picture = Scatter | Bars | Curves | Roof | Lines
+@dataclass(frozen=True, kw_only=True)
+class TaxBar:
+    """One implementation's tax, as a fraction of the baseline's time.
+
+    Attributes:
+        tax: None where no difference is shown.
+        interval: what the measurement does not exclude; None where there is no result.
+    """
+
+    name: str
+    tax: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaxBars:
+    """Implementations of the same block over the same baseline; `least` is what the bytes alone would cost."""
+
+    title: str
+    circumstances: str
+    bars: tuple[TaxBar, ...]
+    least: float
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def tax_bars(record: TaxRecord, *, method: str | None = None) -> TaxBars:
+    """What each implementation adds to the baseline's time.
+
+    Args:
+        record: of one network.
+        method: one of the record's; by default its headline's.
+
+    Raises:
+        RecordError: the baseline was not measured.
+    """
+    method = method or record.methods[0]
+    control = record.latency(AGAIN, method=method)
+    if control is None or control.baseline_s is None:
+        raise RecordError(f"plot tax: {record.arch}: the baseline was not measured; measure again with `selab tax`")
+    bars, left_out = [], []
+    for name in IMPLEMENTATIONS:
+        latency = record.latency(name, method=method)
+        if latency is None or latency.ratio is None:
+            left_out.append(LeftOut(name=name, why="not asked for" if latency is None else "failed"))
+            continue
+        interval = verdict.not_excluded(latency)
+        said = interval is not None and latency.verdict_kind != "undecided"
+        bars.append(TaxBar(name=name, tax=latency.ratio - 1 if said else None, interval=interval))
+    what = record.phase.replace("_", " and ") + (" passes" if "_" in record.phase else " pass")
+    return TaxBars(
+        title=f"The SE tax of {name_of(record)}: what a {what} takes longer",
+        circumstances=_circumstances(record) + ("" if method == "wall" else f", {method}"),
+        bars=tuple(bars),
+        least=least(record).seconds / control.baseline_s,
+        left_out=tuple(left_out),
+    )
+
+
+Picture = Scatter | Bars | Curves | Roof | Lines | TaxBars
 _AXES_OF = {"cost": ("macs", "latency"), "accuracy": ("macs", "top1_error")}
-CURVES = "curves"
-NAMES = (*_AXES_OF, "added", CURVES)
+CURVES, TAX = "curves", "tax"
+OF_ONE_RECORD = (CURVES, TAX)
+NAMES = (*_AXES_OF, "added", *OF_ONE_RECORD)
 
 
 def axes_of(name: str, x: str | None = None, y: str | None = None) -> tuple[str, str] | None:

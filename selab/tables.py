@@ -29,6 +29,7 @@ from selab.record import (
     Workload,
 )
 from selab.spec import SEFacts, SiteFacts, Variant, pair_hash
+from selab.tax_record import TaxRecord
 from selab.verdict import not_excluded
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def address(name: str, origin: str) -> str:
     return f"{origin}:{name}" if origin else name
 
 
-def variants_of(record: Record | AccuracyRecord) -> tuple[Variant | None, Variant | None]:
+def variants_of(record: Record | AccuracyRecord | TaxRecord) -> tuple[Variant | None, Variant | None]:
     """The facts of a record's two networks as they are today; None where they are not to be had any more."""
 
     def facts(name: str | None, file: str) -> Variant | None:
@@ -172,12 +173,12 @@ def variants_of(record: Record | AccuracyRecord) -> tuple[Variant | None, Varian
     return facts(record.arch, record.origin), facts(record.baseline, record.baseline_origin)
 
 
-def _is_own_baseline(record: Record) -> bool:
+def _is_own_baseline(record: Record | TaxRecord) -> bool:
     variant, _ = variants_of(record)
     return variant is not None and record.baseline == variant.baseline
 
 
-def is_stale(record: Record) -> bool:
+def is_stale(record: Record | TaxRecord) -> bool:
     """Whether the catalog's facts have changed since the record was made."""
     variant, baseline = variants_of(record)
     return variant is not None and pair_hash(variant, baseline) != record.facts_hash
@@ -365,7 +366,7 @@ def published_grid(variant: Variant) -> Grid:
 # --------------------------------------------------------------------------------------------- measured, many records
 
 
-def check_one_machine(records: Sequence[Record]) -> None:
+def check_one_machine(records: Sequence[Record | TaxRecord]) -> None:
     """Raises RecordError where records do not share their circumstances: another machine, or another torch on it."""
     places = {(record.machine.name, record.machine.libraries.get("torch", "")) for record in records}
     if len(places) > 1:
@@ -381,7 +382,7 @@ def _by_workload(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def name_of(record: Record) -> str:
+def name_of(record: Record | TaxRecord) -> str:
     """As a table or a picture calls a record: with its baseline where that is not its own, and whether it is stale."""
     against = "" if _is_own_baseline(record) else f" against {record.baseline}"
     return record.arch + against + (" (stale)" if is_stale(record) else "")

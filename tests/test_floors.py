@@ -47,6 +47,7 @@ FLOORS = [
         "tracing",
         "roofs",
         "taxing",
+        "tax_tables",
         "sweep",
         "cluster",
     },

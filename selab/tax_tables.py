@@ -1,0 +1,246 @@
+"""Comparisons of implementations as tables: each one's tax beside the least, the split by stage, memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from selab import units
+from selab.grid import NONE, Grid
+from selab.measure.passes import DTYPES
+from selab.measure.roofline import Peaks
+from selab.measure.timeline import STAGES
+from selab.record import Insertion, Latency, Workload
+from selab.tables import PHASE_NAMES, change_words, check_one_machine, name_of, workload_title
+from selab.tax_record import (
+    AGAIN,
+    BASELINE,
+    IMPLEMENTATIONS,
+    PLAIN,
+    REFERENCE,
+    WITHOUT,
+    TaxRecord,
+)
+from selab.verdict import not_excluded
+
+_FP32_BYTES = 4
+_NAMES = {BASELINE: "baseline", AGAIN: "baseline again (control)", PLAIN: "baseline as it is built"}
+_OVER = "fast over reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Least:
+    """What SE must move beyond what the baseline moves anyway, and what that takes at the bandwidth of a copy."""
+
+    bytes: int
+    seconds: float
+
+
+def least(record: TaxRecord) -> Least:
+    """In inference one more read of every map and one of the layers' weights; in training what `_LEAST` says."""
+    backward = record.phase != "forward"
+    peaks = Peaks(dtype=record.workload.dtype, flops_per_s=0.0, bandwidths=record.bandwidths, source="measured")
+    moved, seconds = 0, 0.0
+    for block in record.blocks:
+        map_bytes = _map_bytes(block, record.workload)
+        passes = [map_bytes] * (4 if backward else 1) + [block.params * _FP32_BYTES * (3 if backward else 1)]
+        moved += sum(passes)
+        seconds += sum(one / peaks.bandwidth(one) for one in passes if one)
+    return Least(bytes=moved, seconds=seconds)
+
+
+def _map_bytes(block: Insertion, workload: Workload) -> int:
+    return workload.batch * block.channels * block.height * block.width * DTYPES[workload.dtype].itemsize
+
+
+_LEAST: dict[bool, str] = {
+    False: "Least: each block's map y read once more (its mean must be known before it can be scaled), and the weights "
+    "of the two layers; scaling is part of the pass that joins y with the shortcut.",
+    True: "Least: y read once more in the forward pass; in the backward pass, beyond what the baseline's join moves, y "
+    "and dz read and dy written, for the gate's gradient must be known before dy is; the layers' weights read twice "
+    "and their gradients written.",
+}
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def tax_grids(record: TaxRecord) -> list[Grid]:
+    """The tables of `selab tax`: each implementation beside the least, by every method; the split; memory."""
+    grids = [_tax_grid(record, method) for method in record.methods]
+    split = _split_grid(record)
+    saved = _saved_grid(record)
+    return [*grids, *([split] if split else []), *([saved] if saved else [])]
+
+
+def _title(record: TaxRecord, method: str) -> str:
+    how = "" if method == "wall" else f", {method}"
+    return f"{PHASE_NAMES[record.phase]}, {workload_title(record.workload)}{how}"
+
+
+def _tax_grid(record: TaxRecord, method: str) -> Grid:
+    rows = []
+    shown = [pair for pair in record.pairs if pair.latency.method == method]
+    control = next((pair.latency for pair in shown if pair.variant == AGAIN), None)
+    baseline_s = None if control is None else control.baseline_s
+    rows.append((BASELINE, _time(baseline_s), "", "", ""))
+    for pair_ in shown:
+        if pair_.variant in WITHOUT.values():
+            continue
+        name = _OVER if pair_.baseline == REFERENCE else _NAMES.get(pair_.variant, pair_.variant)
+        rows.append((name, *_tax_cells(pair_.latency)))
+    at_least = least(record)
+    part = NONE if baseline_s is None else units.percent(at_least.seconds / baseline_s)
+    rows.append((f"least ({units.size(at_least.bytes, digits=3)})", _time(at_least.seconds), part, "", ""))
+    return Grid(
+        title=f"The SE tax of {record.arch} over {record.baseline} ({_title(record, method)})",
+        columns=("", "time", "tax", "verdict", "flags"),
+        rows=tuple(rows),
+        notes=(
+            "Tax: time over the baseline's, whose join is fused as well; in brackets 95 % intervals. All in one "
+            "interleaved run, in one process.",
+            f"{_LEAST[record.phase != 'forward']} At the bandwidth of copies measured in this run.",
+            *_flag_notes([one.latency for one in shown]),
+        ),
+        words=frozenset({0, 3, 4}),
+    )
+
+
+def _time(seconds: float | None) -> str:
+    return NONE if seconds is None else units.seconds(seconds)
+
+
+def _tax_cells(latency: Latency) -> tuple[str, str, str, str]:
+    if latency.error:
+        return (NONE, NONE, latency.error, "")
+    kind = latency.verdict.split(";")[0] if latency.verdict_kind == "no_result" else latency.verdict_kind
+    flags = ", ".join(flag.name for flag in latency.flags)
+    return (_time(latency.variant_s), change_words(latency), kind, flags)
+
+
+def _flag_notes(latencies: Sequence[Latency]) -> Iterator[str]:
+    """Each kind of flag once, with the detail of the first pair that has it."""
+    told: set[str] = set()
+    for latency in latencies:
+        for flag in latency.flags:
+            if flag.name not in told:
+                told.add(flag.name)
+                yield f"flag {flag.name}: {flag.detail}"
+
+
+def _split_grid(record: TaxRecord) -> Grid | None:
+    asked = {stage: name for stage, name in WITHOUT.items() if name in record.implementations}
+    profiled = record.profiled
+    if not asked and profiled is None:
+        return None
+    method = record.methods[0]
+    rows = []
+    for stage in STAGES:
+        share = NONE if profiled is None else units.share(profiled.stages[stage] / profiled.total_s)
+        rows.append((stage, saving_words(record, stage, method), share))
+    if profiled is not None:
+        together = sum(profiled.stages.values())
+        rows.append(
+            (
+                "all three",
+                change_words(record.latency(REFERENCE, method=method)),
+                units.share(together / profiled.total_s),
+            )
+        )
+    return Grid(
+        title=f"The reference's tax by stage ({_title(record, method)})",
+        columns=("", "saved by leaving it out", "of the step, profiled"),
+        rows=tuple(rows),
+        notes=(
+            "Saved: in percent of the baseline's time, against the reference; in brackets 95 % intervals. Without "
+            "squeeze the gate comes from a fixed vector; without excitation it is the mean's own, without the two "
+            "layers; without scale the map is returned as it came. Parts need not add up: what one stage leaves in a "
+            "cache the next one finds there.",
+            *record.remarks,
+        ),
+    )
+
+
+def saving(record: TaxRecord, stage: str, method: str) -> tuple[float | None, tuple[float, float]] | None:
+    """What leaving a stage out of the reference saves, as a fraction of the baseline's time, and its interval.
+
+    Returns:
+        None where there is no result; the saving alone is None where no difference is shown.
+    """
+    whole = record.latency(REFERENCE, method=method)
+    without = record.latency(WITHOUT[stage], over=REFERENCE, method=method)
+    left = None if without is None else not_excluded(without)
+    if whole is None or whole.ratio is None or without is None or without.ratio is None or left is None:
+        return None
+    shown = without.verdict_kind != "undecided"
+    low, high = sorted(-bound * whole.ratio for bound in left)
+    return ((1 - without.ratio) * whole.ratio if shown else None), (low, high)
+
+
+def saving_words(record: TaxRecord, stage: str, method: str) -> str:
+    """`2.1 % [1.8, 2.4]`, or why there is none."""
+    if record.latency(WITHOUT[stage], over=REFERENCE, method=method) is None:
+        return NONE
+    found = saving(record, stage, method)
+    if found is None:
+        return "no result"
+    value, (low, high) = found
+    decimals = units.decimals_for((high - low) / 2)
+    shown = "not shown" if value is None else units.share(value, decimals=decimals)
+    return f"{shown} [{low * 100:.{decimals}f}, {high * 100:.{decimals}f}]"
+
+
+def _saved_grid(record: TaxRecord) -> Grid | None:
+    sizes = record.saved_for_backward_bytes
+    if not sizes:
+        return None
+    base = sizes.get(BASELINE)
+    rows = tuple(
+        (_NAMES.get(name, name), units.size(size), units.percent(size / base - 1) if base else NONE)
+        for name, size in sizes.items()
+    )
+    return Grid(title="Saved for backward", columns=("", "bytes", "over the baseline"), rows=rows)
+
+
+def summary_grids(records: Sequence[TaxRecord]) -> list[Grid]:
+    """One machine's comparisons, a table for each workload, phase and method: the implementations side by side.
+
+    Raises:
+        RecordError: the records are of several machines.
+    """
+    check_one_machine(records)
+    groups: dict[str, list[tuple[TaxRecord, str]]] = {}
+    for record in records:
+        for method in record.methods:
+            groups.setdefault(_title(record, method), []).append((record, method))
+    return [_summary_grid(title, group) for title, group in groups.items()]
+
+
+def _summary_grid(title: str, group: Sequence[tuple[TaxRecord, str]]) -> Grid:
+    rows = []
+    for record, method in group:
+        control = record.latency(AGAIN, method=method)
+        at_least = NONE
+        if control is not None and control.baseline_s:
+            at_least = units.percent(least(record).seconds / control.baseline_s, decimals=1)
+        cells = [_short(record.latency(name, method=method)) for name in IMPLEMENTATIONS]
+        rows.append((name_of(record), _time(None if control is None else control.baseline_s), *cells, at_least))
+    return Grid(
+        title=f"The SE tax ({title})",
+        columns=("", "baseline", *IMPLEMENTATIONS, "least"),
+        rows=tuple(rows),
+        notes=(
+            "Time over the same network without SE, whose join is fused as well; in brackets 95 % intervals. "
+            "Least: the bytes that SE must move, at the bandwidth of copies.",
+            *dict.fromkeys(note for record, method in group for note in _failures(record, method)),
+        ),
+    )
+
+
+def _short(latency: Latency | None) -> str:
+    return "failed" if latency is not None and latency.error else change_words(latency)
+
+
+def _failures(record: TaxRecord, method: str) -> Iterator[str]:
+    for name in IMPLEMENTATIONS:
+        latency = record.latency(name, method=method)
+        if latency is not None and latency.verdict_kind == "no_result":
+            yield f"{record.arch}, {name}: {latency.verdict}"

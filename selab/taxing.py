@@ -1,0 +1,254 @@
+"""What SE costs as others write it, as the reference does, and fused: built and measured in one run."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from datetime import UTC, datetime
+from pathlib import Path
+
+from torch import nn
+
+import selab
+from selab import catalog, verdict
+from selab.build import Built, build
+from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
+from selab.fusing import fuse
+from selab.measure.machine import machine
+from selab.measure.passes import check_device, mode_of
+from selab.measure.roofline import measure_peaks
+from selab.measure.tax import Pair, Together, measure_networks
+from selab.measure.timeline import STAGES, record_steps
+from selab.record import Frozen, Phase, Workload
+from selab.request import Request, pair, plan_of, workload_of
+from selab.spec import pair_hash
+from selab.styles import is_plain, restyled
+from selab.tax_record import (
+    AGAIN,
+    BASELINE,
+    FAST,
+    IMPLEMENTATIONS,
+    PLAIN,
+    REFERENCE,
+    SCHEMA,
+    WITHOUT,
+    StageTimes,
+    TaxPair,
+    TaxRecord,
+    tax_path,
+)
+from selab.workers import Report
+
+ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
+_NOT_COMPILED = "The scale is not left out: a compiler would remove what that network computes for nobody."
+
+
+class TaxRequest(Frozen, frozen=True, kw_only=True):
+    """What `selab tax` is asked.
+
+    Attributes:
+        request: networks and workload; its one phase is the one that is measured.
+        implementations: of `ALL`.
+    """
+
+    request: Request
+    implementations: tuple[str, ...] = ALL
+
+    @property
+    def phase(self) -> Phase:
+        """What one call is."""
+        return self.request.phases[0]
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for this."""
+        words = self.request.command.replace("selab profile", "selab tax", 1)
+        chosen = "" if self.implementations == ALL else "".join(f" --impl {name}" for name in self.implementations)
+        return words + chosen
+
+
+def chosen_implementations(names: Sequence[str]) -> tuple[str, ...]:
+    """In the order of `ALL`, each once; all of them where none is named.
+
+    Raises:
+        UnknownNameError: there is no such implementation.
+        InsertionError: a stage is to be left out of a reference that is not measured.
+    """
+    for name in names:
+        if name not in ALL:
+            raise UnknownNameError(f"--impl {name}: no such implementation{nearest(name, ALL)}")
+    without = [name for name in names if name in WITHOUT.values()]
+    if without and REFERENCE not in names:
+        raise InsertionError(f"--impl {without[0]}: is held against the reference; add --impl {REFERENCE}")
+    return tuple(name for name in ALL if name in names) if names else ALL
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+class Tax:
+    """One comparison of implementations: what is asked is checked on making it, and measured by `run`.
+
+    Raises:
+        SpecError: there is no baseline, or its input has another shape.
+        InsertionError: the network has a block that others do not write.
+    """
+
+    def __init__(self, asked: TaxRequest) -> None:
+        check_device(asked.request.device)
+        self.asked = asked
+        self.variant, self.baseline = pair(asked.request)
+        self.workload = workload_of(asked.request, self.variant)
+        self.machine = machine(asked.request.device)
+        with redirect_stdout(sys.stderr):
+            built = build(self.variant, device="meta", input_chw=self.workload.input_chw)
+        self.blocks = built.insertions
+        _check_blocks(built, asked.request.arch)
+
+    def path(self, out: Path) -> Path:
+        """Where its record goes, under this folder."""
+        own = self.baseline == catalog.baseline_of(self.variant)
+        return tax_path(
+            out,
+            machine=self.machine.name,
+            arch=self.variant.name,
+            against=None if own else self.baseline.name,
+            workload=self.workload.slug,
+            phase=self.asked.phase,
+        )
+
+    def run(self, report: Report) -> TaxRecord:
+        """Measures copies, then all networks in one run, then what the profiler sees of the reference.
+
+        Raises:
+            SelabError: the baseline fails. Another network's failure is told in its row.
+        """
+        # What a user's network prints is no part of our output.
+        with redirect_stdout(sys.stderr):
+            return self._run(report)
+
+    def _run(self, report: Report) -> TaxRecord:
+        request, workload, phase = self.asked.request, self.workload, self.asked.phase
+        report("measuring the bandwidth of copies", None)
+        peaks = measure_peaks(workload.device, workload.dtype, threads=workload.threads)
+        measured = self._implementations()
+        networks = self._networks(measured)
+        pairs = _pairs(measured)
+        plan = plan_of(request, workload)
+        found = measure_networks(networks, pairs, workload, phase, plan, report, seed=request.seed)
+        profiled = None
+        if REFERENCE in measured and not workload.compiled and not _failed(found, REFERENCE):
+            report("profiling the reference", None)
+            profiled = _profiled(networks[REFERENCE](), workload, phase, request.seed)
+        return TaxRecord(
+            schema=SCHEMA,
+            selab=selab.__version__,
+            arch=self.variant.name,
+            baseline=self.baseline.name,
+            origin=self.variant.file,
+            baseline_origin=self.baseline.file,
+            facts_hash=pair_hash(self.variant, self.baseline),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=self.asked.command,
+            workload=workload,
+            phase=phase,
+            machine=self.machine,
+            seed=request.seed,
+            implementations=self.asked.implementations,
+            blocks=self.blocks,
+            bandwidths=peaks.bandwidths,
+            pairs=tuple(_summaries(found, pairs, self.workload, phase, request)),
+            profiled=profiled,
+            saved_for_backward_bytes={
+                name: size for name, size in found.saved_for_backward.items() if name not in (AGAIN, *WITHOUT.values())
+            },
+            remarks=() if measured == self.asked.implementations else (_NOT_COMPILED,),
+        )
+
+    def _implementations(self) -> tuple[str, ...]:
+        """A compiler would remove what the network without scale computes for nobody."""
+        left_out = {WITHOUT["scale"]} if self.workload.compiled else set()
+        return tuple(name for name in self.asked.implementations if name not in left_out)
+
+    def _networks(self, implementations: Sequence[str]) -> dict[str, Callable[[], nn.Module]]:
+        """How each is made; all have the same seed, so that they share the weights of their common layers."""
+
+        def made(variant: bool, change: Callable[[nn.Module], object] | None = None) -> Callable[[], nn.Module]:
+            def make() -> nn.Module:
+                facts = self.variant if variant else self.baseline
+                model = build(facts, seed=self.asked.request.seed, input_chw=self.workload.input_chw).model
+                self._place(model)
+                if change is not None:
+                    change(model)
+                return model
+
+            return make
+
+        networks = {BASELINE: made(False, self._fuse), AGAIN: made(False, self._fuse), PLAIN: made(False)}
+        for name in implementations:
+            networks[name] = made(True, self._change(name))
+        return networks
+
+    def _place(self, model: nn.Module) -> None:
+        """Where it will run and in its mode, for on both it may depend how it is fused."""
+        model.to(self.workload.device).train(mode_of(self.asked.phase, self.workload) == "train")
+
+    def _fuse(self, model: nn.Module) -> None:
+        fuse(model, input_nchw=(self.workload.batch, *self.workload.input_chw))
+
+    def _change(self, name: str) -> Callable[[nn.Module], object] | None:
+        if name == REFERENCE:
+            return None
+        return self._fuse if name == FAST else lambda model: restyled(model, name)
+
+
+def _check_blocks(built: Built, arch: str) -> None:
+    kinds = [built.model.get_submodule(path) for path, module in built.model.named_modules() if is_plain(module)]
+    if not kinds or len(kinds) < len(built.insertions) or built.native:
+        has = "brings blocks of its own along" if built.native else "has blocks of other kinds, or none"
+        raise InsertionError(
+            f"--arch {arch}: {has}; what is compared is the paper's block as others write it: with a mean as squeeze, "
+            "as in se_resnet50, or put in with --insert"
+        )
+
+
+def _pairs(implementations: Sequence[str]) -> list[Pair]:
+    """Over the baseline; a network with a stage left out over the reference, so that what it saves has an interval."""
+    pairs = [(BASELINE, AGAIN), (BASELINE, PLAIN)]
+    pairs += [(REFERENCE if name in WITHOUT.values() else BASELINE, name) for name in implementations]
+    both = {REFERENCE, FAST} <= set(implementations)
+    return [*pairs, *([(REFERENCE, FAST)] if both else [])]
+
+
+def _failed(found: Together, name: str) -> bool:
+    return any(failed == name for _, failed in found.failed)
+
+
+def _profiled(model: nn.Module, workload: Workload, phase: Phase, seed: int) -> StageTimes | None:
+    try:
+        timeline = record_steps(model, workload, phase, seed=seed).timeline
+    except SelabError:
+        return None  # it was timed, so it runs; the profiler's own memory may not be there
+    return StageTimes(total_s=timeline.total_s, stages={name: timeline.stages.get(name, 0.0) for name in STAGES})
+
+
+def _summaries(
+    found: Together, pairs: Sequence[Pair], workload: Workload, phase: Phase, request: Request
+) -> Iterator[TaxPair]:
+    plan = plan_of(request, workload)
+    for method, runs in found.runs.items():
+        control = runs.get((BASELINE, AGAIN))
+        for one in pairs:
+            run = runs.get(one)
+            why = [found.failed[method, name] for name in one if (method, name) in found.failed]
+            latency = verdict.summarise(
+                phase=phase,
+                method=method,
+                statistic=plan.statistic,
+                threads=workload.threads,
+                mode=mode_of(phase, workload),
+                runs=[] if run is None else [run],
+                controls=[] if run is None or control is None else [control],
+                target_half_width=plan.target_half_width,
+                error=why[0] if why else "",
+            )
+            yield TaxPair(baseline=one[0], variant=one[1], latency=latency)

@@ -23,6 +23,7 @@ REFERENCE, FAST = "reference", "fast"
 IMPLEMENTATIONS = (REFERENCE, "torchvision", "timm", FAST)
 WITHOUT = {"squeeze": "without_squeeze", "excitation": "without_excitation", "scale": "without_scale"}
 """Stage → the reference with that stage left out."""
+ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
 
 
 class TaxPair(Frozen, frozen=True, kw_only=True):

@@ -98,6 +98,7 @@ def _tax_grid(record: TaxRecord, method: str) -> Grid:
             "Tax: time over the baseline's, whose join is fused as well; in brackets 95 % intervals. All in one "
             "interleaved run, in one process.",
             f"{_LEAST[record.phase != 'forward']} At the bandwidth of copies measured in this run.",
+            *_failures(record, method),
             *_flag_notes([one.latency for one in shown]),
         ),
         words=frozenset({0, 3, 4}),
@@ -109,11 +110,12 @@ def _time(seconds: float | None) -> str:
 
 
 def _tax_cells(latency: Latency) -> tuple[str, str, str, str]:
-    if latency.error:
-        return (NONE, NONE, latency.error, "")
-    kind = latency.verdict.split(";")[0] if latency.verdict_kind == "no_result" else latency.verdict_kind
     flags = ", ".join(flag.name for flag in latency.flags)
-    return (_time(latency.variant_s), change_words(latency), kind, flags)
+    return _time(latency.variant_s), _change(latency), latency.verdict_kind.replace("_", " "), flags
+
+
+def _change(latency: Latency | None) -> str:
+    return "failed" if latency is not None and latency.error else change_words(latency)
 
 
 def _flag_notes(latencies: Sequence[Latency]) -> Iterator[str]:
@@ -221,7 +223,7 @@ def _summary_grid(title: str, group: Sequence[tuple[TaxRecord, str]]) -> Grid:
         at_least = NONE
         if control is not None and control.baseline_s:
             at_least = units.percent(least(record).seconds / control.baseline_s, decimals=1)
-        cells = [_short(record.latency(name, method=method)) for name in IMPLEMENTATIONS]
+        cells = [_change(record.latency(name, method=method)) for name in IMPLEMENTATIONS]
         rows.append((name_of(record), _time(None if control is None else control.baseline_s), *cells, at_least))
     return Grid(
         title=f"The SE tax ({title})",
@@ -230,17 +232,13 @@ def _summary_grid(title: str, group: Sequence[tuple[TaxRecord, str]]) -> Grid:
         notes=(
             "Time over the same network without SE, whose join is fused as well; in brackets 95 % intervals. "
             "Least: the bytes that SE must move, at the bandwidth of copies.",
-            *dict.fromkeys(note for record, method in group for note in _failures(record, method)),
+            *(f"{record.arch}, {note}" for record, method in group for note in _failures(record, method)),
         ),
     )
 
 
-def _short(latency: Latency | None) -> str:
-    return "failed" if latency is not None and latency.error else change_words(latency)
-
-
 def _failures(record: TaxRecord, method: str) -> Iterator[str]:
-    for name in IMPLEMENTATIONS:
-        latency = record.latency(name, method=method)
-        if latency is not None and latency.verdict_kind == "no_result":
-            yield f"{record.arch}, {name}: {latency.verdict}"
+    """Why a pair has no result."""
+    for pair in record.pairs:
+        if pair.latency.method == method and pair.latency.verdict_kind == "no_result":
+            yield f"{pair.variant} over {pair.baseline}: {pair.latency.verdict}"

@@ -24,9 +24,9 @@ from selab.spec import pair_hash
 from selab.styles import is_plain, restyled
 from selab.tax_record import (
     AGAIN,
+    ALL,
     BASELINE,
     FAST,
-    IMPLEMENTATIONS,
     PLAIN,
     REFERENCE,
     SCHEMA,
@@ -38,7 +38,6 @@ from selab.tax_record import (
 )
 from selab.workers import Report
 
-ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
 _NOT_COMPILED = "The scale is not left out: a compiler would remove what that network computes for nobody."
 
 

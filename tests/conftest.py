@@ -87,7 +87,7 @@ def toy(tmp_path):
 @pytest.fixture
 def hasty(monkeypatch):
     """Measurements that last milliseconds: what is tested is what happens, not how well it is measured."""
-    from selab import profiling, request, workers
+    from selab import profiling, request, taxing, workers
 
     patient = request.plan_of
 
@@ -95,7 +95,7 @@ def hasty(monkeypatch):
         plan = patient(asked, workload)
         return replace(plan, warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.2)
 
-    for module in (profiling, workers):
+    for module in (profiling, taxing, workers):
         monkeypatch.setattr(module, "plan_of", hasty)
 
 
@@ -249,6 +249,84 @@ def compared_small_cnn():
                 Seed(seed=seed, baseline=outcome(left), variant=outcome(right))
                 for seed, (left, right) in enumerate(zip(base, variant, strict=True))
             ),
+        )
+        return msgspec.structs.replace(record, **changes)
+
+    return make
+
+
+@pytest.fixture
+def taxed():
+    """A record of `selab tax` of one block of 8 channels on a 4x5 map: (baseline, variant) → the true ratio."""
+    from selab import verdict
+    from selab.measure.machine import machine
+    from selab.record import Insertion, Quad, Run
+    from selab.tax_record import ALL, TaxPair, TaxRecord
+
+    def run(ratio):
+        quads = []
+        for index in range(20):
+            base = 1e-3 * (1 + 1e-4 * (index % 3))
+            other = ratio * base * (1 + 1e-3 * (index % 3 - 1))
+            four = (base, other, other, base)
+            quads.append(Quad(order="ABBA", floor=four, typical=four, mean=four))
+        return Run(
+            calls_per_sample=1,
+            warmup_calls=12,
+            warmup_s=1.0,
+            seed=0,
+            steady=True,
+            status="converged",
+            elapsed_s=1.0,
+            quads=tuple(quads),
+        )
+
+    def make(ratios, *, workload, phase="forward", failed=(), method="wall", **changes):
+        control = run(1.0)
+        pairs = []
+        for (baseline, variant), ratio in {("baseline", "again"): 1.0, **ratios}.items():
+            error = "out of memory" if variant in failed else ""
+            latency = verdict.summarise(
+                phase=phase,
+                method=method,
+                statistic="floor",
+                threads=1,
+                mode="eval",
+                runs=[] if error else [run(ratio)],
+                controls=[] if error else [control],
+                error=error,
+            )
+            pairs.append(TaxPair(baseline=baseline, variant=variant, latency=latency))
+        block = Insertion(
+            path="0",
+            placement="standard",
+            channels=8,
+            squeeze_channels=2,
+            params=2 * 8 * 2 + 8 + 2,
+            height=4,
+            width=5,
+            macs=1,
+        )
+        record = TaxRecord(
+            selab="0",
+            arch="se_small_cnn",
+            baseline="small_cnn",
+            origin="",
+            baseline_origin="",
+            facts_hash="",
+            created="",
+            command="selab tax --arch se_small_cnn",
+            workload=workload,
+            phase=phase,
+            machine=machine(),
+            seed=0,
+            implementations=ALL,
+            blocks=(block,),
+            bandwidths=((2**16, 1e9), (2**28, 1e9)),
+            pairs=tuple(pairs),
+            profiled=None,
+            saved_for_backward_bytes={},
+            remarks=(),
         )
         return msgspec.structs.replace(record, **changes)
 

@@ -1,10 +1,12 @@
 """Networks as arms. The GPU's arms run here against a fake device whose time only work advances."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from selab.errors import ModelError, OutOfMemoryError
-from selab.measure import latency
+from selab.measure import latency, tax
 from selab.measure.latency import EventArm, GraphArm, measure_phase, networks
 from selab.measure.paired import Plan
 
@@ -141,6 +143,47 @@ def test_the_whole_gpu_path_on_a_fake_device(monkeypatch, workload):
     assert set(measure_phase(nets, "backward", plan, clock=gpu.clock)) == {"eager_wall", "eager_event"}
     monkeypatch.setattr(latency, "_l2_flush", lambda: lambda: None)
     assert set(measure_phase(nets, "forward", plan, clock=gpu.clock, cold=True)) == {"eager_event"}
+
+
+@pytest.mark.parametrize(
+    ("phase", "compiled", "methods"),
+    [
+        ("forward", False, ["eager_wall", "eager_event", "graph"]),
+        ("forward_backward", False, ["eager_wall", "eager_event", "graph"]),
+        ("forward", True, ["eager_wall", "eager_event"]),
+    ],
+)
+def test_several_networks_on_a_fake_device(phase, compiled, methods, net, workload, monkeypatch):
+    gpu = FakeGpu()
+    captures = []
+
+    def captured(call):
+        captures.append(call)
+        if len(captures) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: gpu.event())
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(tax, "GpuMonitor", lambda: FakeMonitor(None))
+    monkeypatch.setattr(tax, "prepare", lambda model, work, seed: SimpleNamespace(workload=work))
+    monkeypatch.setattr(tax, "check_output", lambda prepared, name: None)
+    monkeypatch.setattr(tax, "saved_for_backward", lambda prepared: 7)
+    monkeypatch.setattr(latency, "phase_call", lambda prepared, phase, capture=False: gpu.call)
+    monkeypatch.setattr(latency, "captured", captured)
+    networks = dict.fromkeys(("baseline", "again", "other"), net)
+    pairs = [("baseline", "again"), ("baseline", "other")]
+    work = workload(device="cuda", compiled=compiled)
+    plan = Plan(budget_s=5.0, statistic="typical")
+    found = tax.measure_networks(networks, pairs, work, phase, plan, lambda label, state: None, clock=gpu.clock)
+    assert list(found.runs) == methods
+    assert all(len(run.quads) >= 10 for runs in found.runs.values() for run in runs.values())
+    if "graph" in methods:
+        # The third network could not be captured: it has no run by that method, and the others do.
+        assert list(found.runs["graph"]) == pairs[:1]
+        assert list(found.failed) == [("graph", "other")]
+    assert "unwatched" in {flag.name for flag in found.runs["eager_wall"]["baseline", "other"].flags}
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "forward_backward"])

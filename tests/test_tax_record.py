@@ -1,0 +1,196 @@
+"""Records of `selab tax`: written, read back and computed again; and what their tables and pictures say."""
+
+import json
+
+import msgspec
+import pytest
+
+from selab import ink, pages, plots, tax_tables
+from selab.errors import RecordError
+from selab.tax_record import StageTimes, read_tax_record, read_tax_records, save_tax_record, tax_path
+
+RATIOS = {
+    ("baseline", "plain"): 1.03,
+    ("baseline", "reference"): 1.10,
+    ("baseline", "torchvision"): 1.20,
+    ("baseline", "timm"): 1.15,
+    ("baseline", "fast"): 1.02,
+    ("reference", "without_squeeze"): 0.95,
+    ("reference", "without_excitation"): 0.98,
+    ("reference", "without_scale"): 1.0,
+    ("reference", "fast"): 1.02 / 1.10,
+}
+MAP_BYTES = 2 * 8 * 4 * 5 * 4
+PARAMS = 2 * 8 * 2 + 8 + 2
+
+
+@pytest.fixture
+def record(taxed, workload):
+    return taxed(RATIOS, workload=workload())
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_read_back_it_is_the_same_and_its_control_stands_once(record, tmp_path):
+    path = tmp_path / "one.json"
+    save_tax_record(record, path)
+    assert read_tax_record(path) == record
+    stored = json.loads(path.read_text())
+    assert all(pair["latency"]["controls"] == [] for pair in stored["pairs"])
+
+
+def test_a_network_that_failed_is_read_back_too(taxed, workload, tmp_path):
+    record = taxed(RATIOS, workload=workload(), failed=("timm",))
+    save_tax_record(record, tmp_path / "one.json")
+    assert read_tax_record(tmp_path / "one.json") == record
+
+
+def slower_control(stored):
+    for quad in stored["pairs"][0]["latency"]["runs"][0]["quads"]:
+        quad["floor"] = [sample * factor for sample, factor in zip(quad["floor"], (1, 1.1, 1.1, 1), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda stored: stored["pairs"][2]["latency"].update(ratio=1.01),
+            r"pairs\[2\] \(reference over baseline\).*ratio",
+        ),
+        (slower_control, r"pairs\[0\] \(again over baseline\)"),
+        (lambda stored: stored.update(phase="forward_backward"), "is of forward, the record of forward_backward"),
+        (lambda stored: stored.update(schema="selab.profile/1"), "another kind"),
+        (lambda stored: stored.update(schema="selab.tax/2"), "measure again with `selab tax`"),
+    ],
+)
+def test_a_record_that_cannot_be_trusted_is_refused(record, tmp_path, change, message):
+    path = tmp_path / "one.json"
+    save_tax_record(record, path)
+    stored = json.loads(path.read_text())
+    change(stored)
+    path.write_text(json.dumps(stored))
+    with pytest.raises(RecordError, match=message):
+        read_tax_record(path)
+
+
+def test_a_machine_s_folder(record, tmp_path):
+    assert read_tax_records(tmp_path) == []
+    for arch in ("b", "a"):
+        path = tax_path(tmp_path, machine="", arch=arch, against=None, workload=record.workload.slug, phase="forward")
+        save_tax_record(msgspec.structs.replace(record, arch=arch), path)
+    assert [one.arch for one in read_tax_records(tmp_path)] == ["a", "b"]
+    with pytest.raises(RecordError, match="is no folder"):
+        read_tax_records(tmp_path / "nothing")
+
+
+def test_the_folder_above_those_of_machines(record, tmp_path):
+    save_tax_record(record, tmp_path / "here" / "tax" / "one.json")
+    with pytest.raises(RecordError, match="in its folders here"):
+        read_tax_records(tmp_path)
+
+
+def test_another_baseline_is_in_the_file_s_name(tmp_path):
+    path = tax_path(tmp_path, machine="m", arch="a", against="b", workload="w", phase="forward")
+    assert path == tmp_path / "m" / "tax" / "a-vs-b.w.forward.json"
+
+
+# ---------------------------------------------------------------------------------------------------------- the least
+
+
+@pytest.mark.parametrize(
+    ("phase", "dtype", "expected"),
+    [
+        ("forward", "fp32", MAP_BYTES + 4 * PARAMS),
+        ("forward", "bf16", MAP_BYTES // 2 + 4 * PARAMS),
+        ("forward_backward", "fp32", 4 * MAP_BYTES + 3 * 4 * PARAMS),
+    ],
+)
+def test_the_least_is_arithmetic(taxed, workload, phase, dtype, expected):
+    found = tax_tables.least(taxed(RATIOS, workload=workload(dtype=dtype), phase=phase))
+    assert found.bytes == expected
+    assert found.seconds == pytest.approx(expected / 1e9)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_each_implementation_has_its_tax_and_the_least_stands_below(record):
+    grid = tax_tables.tax_grids(record)[0]
+    rows = {row[0]: row for row in grid.rows}
+    assert list(rows)[:3] == ["baseline", "baseline again (control)", "baseline as it is built"]
+    assert rows["torchvision"][2].startswith("+20.0")
+    assert rows["torchvision"][3] == "slower"
+    assert rows["fast over reference"][2].startswith("-7.27")
+    seconds = (MAP_BYTES + 4 * PARAMS) / 1e9
+    assert rows["least (1.45 kB)"][2] == f"+{seconds / 1e-3 * 100:.2f} %"
+
+
+def test_what_leaving_a_stage_out_saves_is_of_the_baseline_s_time(record):
+    value, (low, high) = tax_tables.saving(record, "squeeze", "wall")
+    assert value == pytest.approx(0.05 * 1.10, abs=2e-4)
+    assert low <= value <= high
+    rows = {row[0]: row[1] for row in tax_tables.tax_grids(record)[1].rows}
+    assert rows["squeeze"].startswith("5.5")
+    assert rows["scale"].startswith("not shown") or rows["scale"].startswith("0.0")
+
+
+def test_the_profiler_s_shares_stand_beside_the_savings(record):
+    times = StageTimes(total_s=2.0, stages={"squeeze": 0.1, "excitation": 0.2, "scale": 0.3})
+    grid = tax_tables.tax_grids(msgspec.structs.replace(record, profiled=times))[1]
+    assert [row[2] for row in grid.rows] == ["5.0 %", "10.0 %", "15.0 %", "30.0 %"]
+
+
+def test_saved_bytes_are_held_against_the_baseline(record):
+    sizes = {"baseline": 1000, "reference": 1200}
+    grid = tax_tables.tax_grids(msgspec.structs.replace(record, saved_for_backward_bytes=sizes))[-1]
+    assert [row[2] for row in grid.rows] == ["+0.00 %", "+20.00 %"]
+
+
+def test_a_network_that_failed_says_why(taxed, workload):
+    record = taxed(RATIOS, workload=workload(), failed=("timm",))
+    grid = tax_tables.tax_grids(record)[0]
+    assert ("timm", "–", "failed", "no result", "") in grid.rows
+    assert "timm over baseline: no result: out of memory" in grid.notes
+    (summary,) = tax_tables.summary_grids([record])
+    assert summary.rows[0][4] == "failed"
+    assert "se_small_cnn, timm over baseline: no result: out of memory" in summary.notes
+
+
+def test_all_records_of_a_machine_as_one_section(taxed, workload):
+    records = [
+        taxed(RATIOS, workload=workload()),
+        taxed(RATIOS, workload=workload(), phase="forward_backward"),
+        taxed(RATIOS, workload=workload(), method="graph"),
+    ]
+    grids = pages.named_grids("tax", {}, (), taxes=records)
+    assert [grid.title for grid in grids] == [
+        "The SE tax (forward, batch 2, 3×8×8, fp32, cpu)",
+        "The SE tax (forward+backward, batch 2, 3×8×8, fp32, cpu)",
+        "The SE tax (forward, batch 2, 3×8×8, fp32, cpu, graph)",
+    ]
+    assert grids[0].columns == ("", "baseline", "reference", "torchvision", "timm", "fast", "least")
+    with pytest.raises(RecordError, match="`selab tax`"):
+        pages.named_grids("tax", {}, ())
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_bars_of_each_implementation_and_of_the_least(taxed, workload):
+    record = taxed({**RATIOS, ("baseline", "fast"): 1.0}, workload=workload(), failed=("timm",))
+    shown = plots.tax_bars(record)
+    assert [bar.name for bar in shown.bars] == ["reference", "torchvision", "fast"]
+    assert shown.bars[0].tax == pytest.approx(0.10, abs=1e-3)
+    assert [(one.name, one.why) for one in shown.left_out] == [("timm", "failed")]
+    assert shown.least == pytest.approx((MAP_BYTES + 4 * PARAMS) / 1e9 / 1e-3, rel=1e-3)
+    drawn = ink.rendered(shown, ".svg").decode()
+    assert "The SE tax of se_small_cnn" in drawn
+    assert "torchvision" in drawn
+    assert drawn.encode() == ink.rendered(shown, ".svg")
+
+
+def test_without_a_baseline_there_is_no_picture(record):
+    pairs = tuple(pair for pair in record.pairs if pair.variant != "again")
+    with pytest.raises(RecordError, match="baseline was not measured"):
+        plots.tax_bars(msgspec.structs.replace(record, pairs=pairs))

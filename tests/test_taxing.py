@@ -1,0 +1,166 @@
+"""`selab tax`, from the words of the command to the record, its tables and its picture."""
+
+import json
+
+import pytest
+
+from selab import taxing
+from selab.errors import InsertionError, UnknownNameError
+from selab.request import Request
+from selab.se import SqueezeExcitation
+from selab.tax_record import ALL, read_tax_record
+
+QUICK = ("--budget", "0.2")
+
+
+def request(arch, **changes):
+    return taxing.TaxRequest(request=Request(arch=arch, phases=("forward",), **changes))
+
+
+def record_in(folder):
+    (path,) = folder.glob("*/tax/*.json")
+    return path, read_tax_record(path)
+
+
+# ------------------------------------------------------------------------------------------------------ what is asked
+
+
+def test_the_command_asks_for_the_same():
+    asked = request("se_small_cnn", batch=8, quick=True, threads=2)
+    assert asked.command == "selab tax --arch se_small_cnn --batch 8 --threads 2 --quick --phase forward"
+    few = taxing.TaxRequest(request=asked.request, implementations=("reference", "fast"))
+    assert few.command == asked.command + " --impl reference --impl fast"
+
+
+def test_implementations_stand_in_one_order_and_all_by_default():
+    assert taxing.chosen_implementations(()) == ALL
+    assert taxing.chosen_implementations(("fast", "reference", "fast")) == ("reference", "fast")
+    with pytest.raises(UnknownNameError, match="--impl fastt: no such implementation; did you mean fast"):
+        taxing.chosen_implementations(("fastt",))
+    with pytest.raises(InsertionError, match="held against the reference; add --impl reference"):
+        taxing.chosen_implementations(("without_scale",))
+
+
+def test_stages_are_left_out_against_the_reference():
+    pairs = taxing._pairs(ALL)
+    assert pairs[0] == ("baseline", "again")
+    assert ("reference", "without_squeeze") in pairs
+    assert ("reference", "fast") in pairs
+    assert ("baseline", "timm") in pairs
+    assert len(pairs) == len(set(pairs)) == 10
+    assert ("reference", "fast") not in taxing._pairs(("fast",))
+
+
+@pytest.mark.parametrize("arch", ["se_small_cnn+squeeze=max", "se_small_cnn+block=eca"])
+def test_a_block_that_others_do_not_write_is_refused(arch):
+    with pytest.raises(InsertionError, match="the paper's block as others write it"):
+        taxing.Tax(request(arch))
+
+
+def test_the_networks_share_their_weights_and_are_in_the_phase_s_mode():
+    tax = taxing.Tax(request("se_small_cnn"))
+    made = {name: make() for name, make in tax._networks(ALL).items()}
+    assert list(made) == ["baseline", "again", "plain", *ALL]
+    first = {name: model.state_dict()["stem.0.weight"] for name, model in made.items()}
+    assert all(weight.equal(first["baseline"]) for weight in first.values())
+    assert not any(model.training for model in made.values())
+    reference = [type(module) for module in made["reference"].modules()]
+    assert SqueezeExcitation in reference
+    assert SqueezeExcitation not in [type(module) for module in made["timm"].modules()]
+
+
+def test_nothing_is_measured_that_a_compiler_would_remove():
+    asked = taxing.TaxRequest(request=Request(arch="se_small_cnn", phases=("forward",), compiled=True))
+    assert taxing.Tax(asked)._implementations() == ALL[:-1]
+    assert taxing.Tax(request("se_small_cnn"))._implementations() == ALL
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.usefixtures("hasty")
+class TestTax:
+    def test_the_record_and_what_is_shown_of_it(self, selab, toy, tmp_path):
+        out = tmp_path / "out"
+        status, shown, told = selab("tax", "--arch", f"{toy}:se_toy", *QUICK, "--out", out)
+        assert status == 0, told
+        for word in ("reference", "torchvision", "timm", "fast over reference", "least", "excitation", "record:"):
+            assert word in shown
+        path, record = record_in(out)
+        assert path.name == "se_toy.cpu-b1-16-fp32-t1.forward.json"
+        assert record.implementations == ALL
+        assert record.methods == ("wall",)
+        assert [block.channels for block in record.blocks] == [8, 16]
+        assert all(pair.latency.runs and not pair.latency.error for pair in record.pairs)
+        assert set(record.profiled.stages) == {"squeeze", "excitation", "scale"}
+        assert record.saved_for_backward_bytes == {}
+        assert f"{toy}:se_toy --threads 1 --budget 0.2 --phase forward" in record.command
+
+    def test_a_training_step_tells_what_is_saved_for_backward(self, selab, toy, tmp_path):
+        words = ("--impl", "reference", "--impl", "without_scale", "--phase", "forward_backward")
+        status, shown, told = selab("tax", "--arch", f"{toy}:se_toy", *words, *QUICK, "--out", tmp_path / "out")
+        assert status == 0, told
+        assert "Saved for backward" in shown
+        _, record = record_in(tmp_path / "out")
+        saved = record.saved_for_backward_bytes
+        assert list(saved) == ["baseline", "plain", "reference"]
+        assert saved["reference"] > saved["baseline"] > 0
+
+    def test_json_alone_on_standard_output_is_the_record(self, selab, toy, tmp_path):
+        words = ("--impl", "timm", *QUICK, "--out", tmp_path / "out", "--json", "-")
+        status, shown, _ = selab("tax", "--arch", f"{toy}:se_toy", *words)
+        path, record = record_in(tmp_path / "out")
+        assert (status, json.loads(shown)) == (0, json.loads(path.read_text()))
+        assert record.profiled is None
+
+    def test_an_existing_record_is_kept_unless_asked(self, selab, toy, tmp_path):
+        words = ("tax", "--arch", f"{toy}:se_toy", "--impl", "fast", *QUICK, "--out", tmp_path / "out")
+        assert selab(*words)[0] == 0
+        status, _, told = selab(*words)
+        assert status == 1
+        assert "--replace" in told
+        assert selab(*words, "--replace")[0] == 0
+
+    def test_a_failing_implementation_is_a_row(self, selab, toy, tmp_path, monkeypatch):
+        def failing(model, style):
+            raise InsertionError("this style fails")
+
+        monkeypatch.setattr(taxing, "restyled", failing)
+        words = ("--impl", "reference", "--impl", "timm", *QUICK, "--out", tmp_path / "out")
+        status, shown, told = selab("tax", "--arch", f"{toy}:se_toy", *words)
+        assert status == 0, told
+        assert "timm over baseline: no result: this style fails" in shown
+        _, record = record_in(tmp_path / "out")
+        assert record.latency("reference", method="wall").runs
+        assert record.latency("timm", method="wall").error == "this style fails"
+
+    def test_tables_and_pictures_of_records(self, selab, toy, tmp_path):
+        out = tmp_path / "out"
+        assert selab("tax", "--arch", f"{toy}:se_toy", "--impl", "reference", *QUICK, "--out", out)[0] == 0
+        path, record = record_in(out)
+        folder = out / record.machine.name
+        status, shown, told = selab("table", "tax", "--profiles", folder, "--format", "markdown")
+        assert status == 0, told
+        assert "### The SE tax (forward, batch 1" in shown
+        words = ("--phase", "forward", "--budget", "0.2", "--threads", "1", "--out", out)
+        assert selab("profile", "--arch", f"{toy}:se_toy", *words)[0] == 0
+        status, shown, told = selab("table", "report", "--profiles", folder, "--format", "markdown")
+        assert status == 0, told
+        assert "### The SE tax (forward, batch 1" in shown
+        picture = tmp_path / "tax.svg"
+        status, _, told = selab("plot", "tax", "--record", path, "--out", picture)
+        assert status == 0, told
+        assert "The SE tax of se_toy" in picture.read_text()
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("--impl", "slow"), "--impl slow: no such implementation"),
+            (("--baseline", "nothing"), "--baseline nothing"),
+        ],
+    )
+    def test_mistakes(self, selab, toy, tmp_path, words, message):
+        status, _, told = selab("tax", "--arch", f"{toy}:se_toy", *words, "--out", tmp_path)
+        assert status == 1
+        assert message in told
+        assert "Traceback" not in told

@@ -162,8 +162,10 @@ STYLES: dict[str, Callable[[SqueezeExcitation], nn.Module]] = {
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is the paper's block: its squeeze a mean, its gate not stretched."""
-    return type(module) is SqueezeExcitation and module.squeeze.kind == "avg" and module.gate_affine is None
+    """Whether a module is the paper's block: its squeeze a mean, its gate not stretched, no ReLU part of it."""
+    if type(module) is not SqueezeExcitation:
+        return False
+    return module.squeeze.kind == "avg" and module.gate_affine is None and not module.relu_in
 
 
 def restyled(model: nn.Module, style: str) -> int:

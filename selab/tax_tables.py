@@ -98,6 +98,7 @@ def _tax_grid(record: TaxRecord, method: str) -> Grid:
             "Tax: time over the baseline's, whose join is fused as well; in brackets 95 % intervals. All in one "
             "interleaved run, in one process.",
             f"{_LEAST[record.phase != 'forward']} At the bandwidth of copies measured in this run.",
+            *(f"{remark}." for remark in record.remarks),
             *_failures(record, method),
             *_flag_notes([one.latency for one in shown]),
         ),
@@ -156,7 +157,6 @@ def _split_grid(record: TaxRecord) -> Grid | None:
             "squeeze the gate comes from a fixed vector; without excitation it is the mean's own, without the two "
             "layers; without scale the map is returned as it came. Parts need not add up: what one stage leaves in a "
             "cache the next one finds there.",
-            *record.remarks,
         ),
     )
 

@@ -1,25 +1,28 @@
 """What SE costs as others write it, as the reference does, and fused: built and measured in one run."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import selab
 from selab import catalog, verdict
 from selab.build import Built, build
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
-from selab.fusing import fuse
+from selab.fusing import Fusion, fuse
 from selab.measure.machine import machine
-from selab.measure.passes import check_device, mode_of
+from selab.measure.passes import DTYPES, check_device, mode_of
 from selab.measure.roofline import measure_peaks
 from selab.measure.tax import Pair, Together, measure_networks
 from selab.measure.timeline import STAGES, record_steps
 from selab.record import Frozen, Phase, Workload
 from selab.request import Request, pair, plan_of, workload_of
+from selab.se import SqueezeExcitation
 from selab.spec import pair_hash
 from selab.styles import is_plain, restyled
 from selab.tax_record import (
@@ -38,7 +41,7 @@ from selab.tax_record import (
 )
 from selab.workers import Report
 
-_NOT_COMPILED = "The scale is not left out: a compiler would remove what that network computes for nobody."
+_NOT_COMPILED = "The scale is not left out: a compiler would remove what that network computes for nobody"
 
 
 class TaxRequest(Frozen, frozen=True, kw_only=True):
@@ -101,6 +104,7 @@ class Tax:
         with redirect_stdout(sys.stderr):
             built = build(self.variant, device="meta", input_chw=self.workload.input_chw)
         self.blocks = built.insertions
+        self._remarks: dict[str, str] = {}
         _check_blocks(built, asked.request.arch)
 
     def path(self, out: Path) -> Path:
@@ -160,11 +164,14 @@ class Tax:
             saved_for_backward_bytes={
                 name: size for name, size in found.saved_for_backward.items() if name not in (AGAIN, *WITHOUT.values())
             },
-            remarks=() if measured == self.asked.implementations else (_NOT_COMPILED,),
+            remarks=(
+                *(self._remarks[name] for name in (BASELINE, FAST) if name in self._remarks),
+                *(() if measured == self.asked.implementations else (_NOT_COMPILED,)),
+            ),
         )
 
     def _implementations(self) -> tuple[str, ...]:
-        """A compiler would remove what the network without scale computes for nobody."""
+        """Without the one that a compiler would not leave as it is."""
         left_out = {WITHOUT["scale"]} if self.workload.compiled else set()
         return tuple(name for name in self.asked.implementations if name not in left_out)
 
@@ -182,7 +189,11 @@ class Tax:
 
             return make
 
-        networks = {BASELINE: made(False, self._fuse), AGAIN: made(False, self._fuse), PLAIN: made(False)}
+        networks = {
+            BASELINE: made(False, self._fused(BASELINE)),
+            AGAIN: made(False, self._fused(AGAIN)),
+            PLAIN: made(False),
+        }
         for name in implementations:
             networks[name] = made(True, self._change(name))
         return networks
@@ -191,13 +202,51 @@ class Tax:
         """Where it will run and in its mode, for on both it may depend how it is fused."""
         model.to(self.workload.device).train(mode_of(self.asked.phase, self.workload) == "train")
 
-    def _fuse(self, model: nn.Module) -> None:
-        fuse(model, input_nchw=(self.workload.batch, *self.workload.input_chw))
+    def _fused(self, name: str) -> Callable[[nn.Module], None]:
+        """Fuses a network, and notes what that did."""
+
+        def change(model: nn.Module) -> None:
+            done = fuse(model, input_nchw=(self.workload.batch, *self.workload.input_chw))
+            self._remarks[name] = "; ".join([*fusion_words(name, done), *self._runtime_words(model)])
+
+        return change
+
+    def _runtime_words(self, model: nn.Module) -> list[str]:
+        """What each block's map would be given to; within torch.compile that is not known beforehand."""
+        blocks = [module for module in model.modules() if isinstance(module, SqueezeExcitation)]
+        if self.workload.compiled or not blocks or len(blocks) != len(self.blocks):
+            return []
+        found: Counter[tuple[str, str]] = Counter()
+        workload, half = self.workload, self.workload.dtype != "fp32"
+        dtype = DTYPES[workload.dtype]
+        layout = torch.channels_last if workload.memory_format == "channels_last" else torch.contiguous_format
+        with torch.autocast(workload.device, dtype=dtype if half else torch.bfloat16, enabled=half):
+            for block, where in zip(blocks, self.blocks, strict=True):
+                shape = (workload.batch, where.channels, where.height, where.width)
+                x = torch.empty(shape, device=workload.device, dtype=dtype).contiguous(memory_format=layout)
+                found[block.runtime(x)] += 1
+        return [
+            f"{count} run by {impl}" + (f" ({reason})" if reason else "") for (impl, reason), count in found.items()
+        ]
 
     def _change(self, name: str) -> Callable[[nn.Module], object] | None:
         if name == REFERENCE:
             return None
-        return self._fuse if name == FAST else lambda model: restyled(model, name)
+        return self._fused(FAST) if name == FAST else lambda model: restyled(model, name)
+
+
+def fusion_words(name: str, done: Fusion) -> list[str]:
+    """What was fused in a network, and what was not and why: `baseline: 16 joins in one pass`."""
+    counts = (
+        (done.joins, "joins in one pass"),
+        (sum(one.joined for one in done.blocks), "blocks in one pass with their join"),
+        (sum(one.absorbed for one in done.blocks), "blocks with the ReLU before them"),
+        (sum(one.in_place for one in done.blocks), "blocks in place"),
+    )
+    words = [f"{count} {what}" for count, what in counts if count] or ["nothing to fuse"]
+    left = Counter(one.reason for one in done.blocks if one.reason)
+    kept = [f"{count} blocks as they were: {reason}" for reason, count in left.items()]
+    return [f"{name}: {', '.join(words)}", *kept, *([done.in_place_reason] if done.in_place_reason else [])]
 
 
 def _check_blocks(built: Built, arch: str) -> None:

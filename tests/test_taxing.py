@@ -6,6 +6,7 @@ import pytest
 
 from selab import taxing
 from selab.errors import InsertionError, UnknownNameError
+from selab.fusing import FusedBlock, Fusion
 from selab.request import Request
 from selab.se import SqueezeExcitation
 from selab.tax_record import ALL, read_tax_record
@@ -61,7 +62,7 @@ def test_the_networks_share_their_weights_and_are_in_the_phase_s_mode():
     tax = taxing.Tax(request("se_small_cnn"))
     made = {name: make() for name, make in tax._networks(ALL).items()}
     assert list(made) == ["baseline", "again", "plain", *ALL]
-    first = {name: model.state_dict()["stem.0.weight"] for name, model in made.items()}
+    first = {name: model.state_dict()["block1.conv1.conv.weight"] for name, model in made.items()}
     assert all(weight.equal(first["baseline"]) for weight in first.values())
     assert not any(model.training for model in made.values())
     reference = [type(module) for module in made["reference"].modules()]
@@ -94,6 +95,8 @@ class TestTax:
         assert all(pair.latency.runs and not pair.latency.error for pair in record.pairs)
         assert set(record.profiled.stages) == {"squeeze", "excitation", "scale"}
         assert record.saved_for_backward_bytes == {}
+        assert record.remarks[0] == "baseline: nothing to fuse"
+        assert "2 run by" in record.remarks[1]
         assert f"{toy}:se_toy --threads 1 --budget 0.2 --phase forward" in record.command
 
     def test_a_training_step_tells_what_is_saved_for_backward(self, selab, toy, tmp_path):
@@ -164,3 +167,18 @@ class TestTax:
         assert status == 1
         assert message in told
         assert "Traceback" not in told
+
+
+def test_what_was_fused_is_told_and_what_was_not_and_why():
+    blocks = (
+        FusedBlock(path="0", kind="SE", joined=True, in_place=True),
+        FusedBlock(path="1", kind="SE", absorbed=True),
+        FusedBlock(path="2", kind="SE", reason="its gate is Tanh"),
+    )
+    words = taxing.fusion_words("fast", Fusion(blocks=blocks, joins=2, in_place_reason="no pass"))
+    assert words == [
+        "fast: 2 joins in one pass, 1 blocks in one pass with their join, 1 blocks with the ReLU before them, "
+        "1 blocks in place",
+        "1 blocks as they were: its gate is Tanh",
+        "no pass",
+    ]

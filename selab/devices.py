@@ -1,5 +1,6 @@
-"""Devices that are not here: their published peaks, with the source."""
+"""Devices that are not here: their published peaks, with the source; and the bandwidth that copies of a size reach."""
 
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from typing import Annotated
 
@@ -50,3 +51,16 @@ def find_device(name: str, dtype: Dtype, *, option: str = "--as") -> DeviceFacts
     if dtype not in found.flops_per_s:
         raise SpecError(f"{option} {name}: has no published peak in {dtype}; there are {', '.join(found.flops_per_s)}")
     return found
+
+
+def copy_bandwidth(bandwidths: Sequence[tuple[int, float]], moved: int) -> float:
+    """Bytes per second of the largest copy that moves no more than this many bytes, or of the smallest one.
+
+    Args:
+        bandwidths: (bytes moved, bytes per second) of copies, the smallest first.
+        moved: bytes.
+    """
+    fitting = [rate for size, rate in bandwidths if size <= moved]
+    # A larger copy that was faster says that the smaller one was disturbed, or too short.
+    larger = [rate for size, rate in bandwidths if size > moved]
+    return max(fitting[-1] if fitting else 0.0, *larger, bandwidths[-1][1])

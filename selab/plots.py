@@ -19,8 +19,7 @@ from selab.published import published_pair
 from selab.record import Cost, Phase, Record
 from selab.spec import Metric, Variant
 from selab.tables import check_one_machine, name_of, variants_of
-from selab.tax_record import AGAIN, IMPLEMENTATIONS, TaxRecord
-from selab.tax_tables import least
+from selab.tax_record import AGAIN, IMPLEMENTATIONS, TaxRecord, least
 
 # ---------------------------------------------------------------------------------------------------------------- axes
 

@@ -5,12 +5,14 @@ Raw quads are the fact. What is computed from them stands beside them, and is he
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from selab.devices import copy_bandwidth
 from selab.errors import RecordError
-from selab.record import Frozen, Insertion, Latency, Machine, Phase, Run, Workload, decoded, lined_json
+from selab.record import Dtype, Frozen, Insertion, Latency, Machine, Phase, Run, Workload, decoded, lined_json
 from selab.store import file_name, read_text, write_atomically
 from selab.verdict import check
 
@@ -23,6 +25,7 @@ REFERENCE, FAST = "reference", "fast"
 IMPLEMENTATIONS = (REFERENCE, "torchvision", "timm", FAST)
 WITHOUT = {"squeeze": "without_squeeze", "excitation": "without_excitation", "scale": "without_scale"}
 """Stage → the reference with that stage left out."""
+_ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
 
 
@@ -169,3 +172,35 @@ def _checked(record: TaxRecord) -> Iterator[TaxPair]:
         except RecordError as error:
             raise RecordError(f"pairs[{index}] ({pair.variant} over {pair.baseline}): {error}") from None
         yield msgspec.structs.replace(pair, latency=whole)
+
+
+# ----------------------------------------------------------------------------------------------------------- the least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Least:
+    """What SE must move beyond what the baseline moves anyway, and what that takes at the bandwidth of copies."""
+
+    bytes: int
+    seconds: float
+
+
+def least(record: TaxRecord) -> Least:
+    """Of each block's map y and its layers' weights, at the bandwidth of copies of the same size.
+
+    Inference: y once more, since its mean must be known before it can be scaled (scaling is part of the pass that joins
+    y with the shortcut), and the weights. Training: y once more in the forward pass; in the backward pass, beyond what
+    the baseline's join moves, y and the gradient dz behind the join read and dy written, since the gate's gradient must
+    be known before dy is; the weights read twice and their gradients written.
+    """
+    maps, weights = (1, 1) if record.phase == "forward" else (4, 3)
+    moved, seconds = 0, 0.0
+    for block in record.blocks:
+        elements = record.workload.batch * block.channels * block.height * block.width
+        for times, size in (
+            (maps, elements * _ITEM_BYTES[record.workload.dtype]),
+            (weights, block.params * _ITEM_BYTES["fp32"]),  # in mixed precision they are kept so
+        ):
+            moved += times * size
+            seconds += times * size / copy_bandwidth(record.bandwidths, size)
+    return Least(bytes=moved, seconds=seconds)

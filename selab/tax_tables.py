@@ -1,14 +1,10 @@
 """Comparisons of implementations as tables: each one's tax beside the least, the split by stage, memory."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from selab import units
 from selab.grid import NONE, Grid
-from selab.measure.passes import DTYPES
-from selab.measure.roofline import Peaks
-from selab.measure.timeline import STAGES
-from selab.record import Insertion, Latency, Workload
+from selab.record import Latency
 from selab.tables import PHASE_NAMES, change_words, check_one_machine, name_of, workload_title
 from selab.tax_record import (
     AGAIN,
@@ -18,37 +14,12 @@ from selab.tax_record import (
     REFERENCE,
     WITHOUT,
     TaxRecord,
+    least,
 )
 from selab.verdict import not_excluded
 
-_FP32_BYTES = 4
 _NAMES = {BASELINE: "baseline", AGAIN: "baseline again (control)", PLAIN: "baseline as it is built"}
 _OVER = "fast over reference"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Least:
-    """What SE must move beyond what the baseline moves anyway, and what that takes at the bandwidth of a copy."""
-
-    bytes: int
-    seconds: float
-
-
-def least(record: TaxRecord) -> Least:
-    """In inference one more read of every map and one of the layers' weights; in training what `_LEAST` says."""
-    backward = record.phase != "forward"
-    peaks = Peaks(dtype=record.workload.dtype, flops_per_s=0.0, bandwidths=record.bandwidths, source="measured")
-    moved, seconds = 0, 0.0
-    for block in record.blocks:
-        map_bytes = _map_bytes(block, record.workload)
-        passes = [map_bytes] * (4 if backward else 1) + [block.params * _FP32_BYTES * (3 if backward else 1)]
-        moved += sum(passes)
-        seconds += sum(one / peaks.bandwidth(one) for one in passes if one)
-    return Least(bytes=moved, seconds=seconds)
-
-
-def _map_bytes(block: Insertion, workload: Workload) -> int:
-    return workload.batch * block.channels * block.height * block.width * DTYPES[workload.dtype].itemsize
 
 
 _LEAST: dict[bool, str] = {
@@ -136,7 +107,7 @@ def _split_grid(record: TaxRecord) -> Grid | None:
         return None
     method = record.methods[0]
     rows = []
-    for stage in STAGES:
+    for stage in WITHOUT:
         share = NONE if profiled is None else units.share(profiled.stages[stage] / profiled.total_s)
         rows.append((stage, saving_words(record, stage, method), share))
     if profiled is not None:

@@ -13,6 +13,7 @@ from selab.comparing import read_compared
 from selab.measure.counts import count
 from selab.profiling import counted
 from selab.record import from_json
+from selab.tax_record import read_tax_records
 
 SAME = ("params", "buffer_elements", "macs", "macs_backward", "flops", "flops_backward", "bytes", "activations", "se")
 
@@ -29,7 +30,7 @@ def test_there_are_profiles(root):
 def test_costs_are_those_of_today_s_counter(root):
     fresh = {}
     for path in committed(root):
-        if path.parent.name in ("acceptance", "accuracy"):
+        if path.parent.name in ("acceptance", "accuracy", "tax"):
             continue
         record = from_json(path.read_bytes(), where=path.name)
         work = record.workload
@@ -57,6 +58,12 @@ def test_comparisons_are_complete_and_fresh(root):
     for record in found:
         assert record.complete
         assert "stale" not in name_of(record)
+
+
+def test_comparisons_of_implementations_are_fresh_and_those_of_their_quads(root):
+    for folder in sorted((root / "profiles").iterdir()):
+        for record in read_tax_records(folder):
+            assert not tables.is_stale(record), record.command
 
 
 def test_cost_tables_are_those_of_today_s_counter(root):

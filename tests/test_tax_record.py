@@ -7,7 +7,7 @@ import pytest
 
 from selab import ink, pages, plots, tax_tables
 from selab.errors import RecordError
-from selab.tax_record import StageTimes, read_tax_record, read_tax_records, save_tax_record, tax_path
+from selab.tax_record import StageTimes, least, read_tax_record, read_tax_records, save_tax_record, tax_path
 
 RATIOS = {
     ("baseline", "plain"): 1.03,
@@ -107,7 +107,7 @@ def test_another_baseline_is_in_the_file_s_name(tmp_path):
     ],
 )
 def test_the_least_is_arithmetic(taxed, workload, phase, dtype, expected):
-    found = tax_tables.least(taxed(RATIOS, workload=workload(dtype=dtype), phase=phase))
+    found = least(taxed(RATIOS, workload=workload(dtype=dtype), phase=phase))
     assert found.bytes == expected
     assert found.seconds == pytest.approx(expected / 1e9)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selab.devices import copy_bandwidth
 from selab.errors import ModelError
 from selab.measure.counts import Operation, is_counted, trace
 from selab.measure.machine import threads_and_affinity
@@ -49,10 +50,7 @@ class Peaks:
 
     def bandwidth(self, moved: int) -> float:
         """Bytes per second of the largest copy that moves no more than this many bytes, or of the smallest one."""
-        fitting = [rate for size, rate in self.bandwidths if size <= moved]
-        # A larger copy that was faster says that the smaller one was disturbed, or too short.
-        larger = [rate for size, rate in self.bandwidths if size > moved]
-        return max(fitting[-1] if fitting else 0.0, *larger, self.bandwidths[-1][1])
+        return copy_bandwidth(self.bandwidths, moved)
 
     @property
     def memory_bandwidth(self) -> float:

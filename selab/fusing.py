@@ -185,10 +185,6 @@ class FastJoin(nn.Module):
         return cpu.add_relu(branch, shortcut, in_place=self.owns_input)
 
 
-class _Absorbed(nn.Identity):
-    """Where a ReLU stood that is part of the block behind it now."""
-
-
 def _absorb(model: nn.Module) -> set[nn.Module]:
     """Moves in-place ReLUs into the blocks right behind them; gives these blocks."""
     found: set[nn.Module] = set()
@@ -201,7 +197,11 @@ def _absorb(model: nn.Module) -> set[nn.Module]:
                 continue
             # One that writes over its input has shown that nobody else needs it.
             if type(before) is nn.ReLU and before.inplace and not hooked(before, block):
-                parent._modules[name] = _Absorbed()
+                if name.isdecimal():
+                    # A place in a row, which others may be counted from.
+                    parent._modules[name] = nn.Identity()
+                else:
+                    del parent._modules[name]
                 block.relu_in = block.owns_input = True
                 found.add(block)
     return found

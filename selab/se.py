@@ -194,6 +194,12 @@ class SqueezeExcitation(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
+        # By hand, as everything on this way: in a network an attribute of a module costs as much as a row of the map.
+        decided = self.__dict__.get("_decided")
+        if decided is not None and decided[0] is None and not torch.compiler.is_compiling():
+            out: Tensor | None = decided[1](x, None)
+            if out is not None:
+                return out
         gated = self.fast(x)
         if gated is not None:
             return gated
@@ -221,9 +227,6 @@ class SqueezeExcitation(Attention):
         """
         if self.impl == "reference":
             return None
-        out = self.repeated(join, x, shortcut)
-        if out is not None:
-            return out
         formula = self._formula(relu_out=relu_out)
         impl, reason = self._chosen(x, shortcut, formula)
         if impl == "reference":
@@ -276,7 +279,6 @@ class SqueezeExcitation(Attention):
             return f"gate {gate!r} has the reference alone"
         if torch.compiler.is_compiling():
             return ""
-        # Looked up by hand, as everything on this way: a module's attributes cost more than the rest of the decision.
         parts: Any = self._modules.values()
         if "excite" in self.__dict__ or hooked(*parts):
             return "a hook looks into the block"
@@ -350,7 +352,6 @@ class GatedJoin(nn.Module):
 
     def _in_one(self, branch: Tensor, shortcut: Tensor) -> Tensor | None:
         """Scale, addition and ReLU as one; None where the join is another, or somebody looks at its parts."""
-        # Looked up by hand, as in the block itself.
         modules: Any = self._modules
         inner, se = modules["inner"], modules["se"]
         if not isinstance(se, SqueezeExcitation) or se.impl == "reference":

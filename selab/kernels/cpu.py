@@ -317,10 +317,10 @@ def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def native_shape(y: Tensor, formula: Formula) -> tuple[int | float, ...]:
+def native_shape(y: Tensor, formula: Formula) -> bytes:
     """The numbers that the native code wants, for this map and the threads that torch uses now."""
     n, c, h, w = y.shape
-    return (
+    shape: bytes = _native.shape(
         n,
         c,
         h * w,
@@ -334,6 +334,7 @@ def native_shape(y: Tensor, formula: Formula) -> tuple[int | float, ...]:
         formula.scale,
         formula.offset,
     )
+    return shape
 
 
 def native_gated() -> Any:

@@ -49,25 +49,33 @@ static inline float positive(float x) { return x < 0 ? 0 : x; }
 
 /* ------------------------------------------------------------------------------------------------------- squeeze -- */
 
+/* `sum` of n values at x, in `width` independent sums first. */
+#define GROUPED(width, value)                                          \
+    float sums[width] = {0};                                           \
+    for (; i + width <= n; i += width)                                 \
+        for (int j = 0; j < width; j++) sums[j] += value(x[i + j]);    \
+    for (int half = width / 2; half >= 8; half /= 2)                   \
+        for (int j = 0; j < half; j++) sums[j] += sums[j + half];      \
+    for (int j = 0; j < 4; j++) sums[j] += sums[j + 4];                \
+    sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);                   \
+    for (; i < n; i++) sum += value(x[i]);
+
+INLINE float itself(float x) { return x; }
+
+/* Long rows need many independent sums to hide the latency of an addition, short ones few to be added up. */
 INLINE float row_sum(const float *restrict x, int64_t n, int relu) {
-    float sums[LANES] = {0}, sum = 0;
+    float sum;
     int64_t i = 0;
     if (n >= 4 * LANES) {
-        if (relu)
-            for (; i + LANES <= n; i += LANES)
-                for (int j = 0; j < LANES; j++) sums[j] += positive(x[i + j]);
-        else
-            for (; i + LANES <= n; i += LANES)
-                for (int j = 0; j < LANES; j++) sums[j] += x[i + j];
-#pragma omp simd reduction(+ : sum)
-        for (int j = 0; j < LANES; j++) sum += sums[j];
-    }
-    if (relu) {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = i; j < n; j++) sum += positive(x[j]);
+        if (relu) {
+            GROUPED(LANES, positive)
+        } else {
+            GROUPED(LANES, itself)
+        }
+    } else if (relu) {
+        GROUPED(16, positive)
     } else {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = i; j < n; j++) sum += x[j];
+        GROUPED(16, itself)
     }
     return sum;
 }
@@ -430,22 +438,41 @@ static int backward(const Shape *d, const Layers *l, const Gradients *m) {
 
 typedef unsigned long long Address;
 #define AT(address) ((float *)(uintptr_t)(address))
-#define SHAPE "(LLLLiiiiiiff)"
-#define SHAPE_OF(d) \
-    &(d).images, &(d).channels, &(d).positions, &(d).hidden, &(d).nhwc, &(d).relu_in, &(d).relu_out, &(d).activation, \
-        &(d).gate, &(d).threads, &(d).scale, &(d).offset
-
 static PyObject *done(int failed) {
     if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
+/* The numbers of a map and its block as bytes, so that they are taken apart once and not in every call. */
+static PyObject *py_shape(PyObject *self, PyObject *args) {
+    (void)self;
+    Shape d;
+    memset(&d, 0, sizeof d);
+    long long images, channels, positions, hidden;
+    if (!PyArg_ParseTuple(args, "LLLLiiiiiiff", &images, &channels, &positions, &hidden, &d.nhwc, &d.relu_in,
+                          &d.relu_out, &d.activation, &d.gate, &d.threads, &d.scale, &d.offset))
+        return NULL;
+    d.images = images, d.channels = channels, d.positions = positions, d.hidden = hidden;
+    return PyBytes_FromStringAndSize((const char *)&d, sizeof d);
+}
+
+static int read_shape(const char *raw, Py_ssize_t size, Shape *d) {
+    if (size != (Py_ssize_t)sizeof *d) {
+        PyErr_SetString(PyExc_ValueError, "the first argument must come from shape()");
+        return 0;
+    }
+    memcpy(d, raw, sizeof *d);
+    return 1;
+}
+
 static PyObject *py_gated(PyObject *self, PyObject *args) {
     (void)self;
     Shape d;
+    const char *raw;
+    Py_ssize_t size;
     Address w1, b1, w2, b2, y, r, out, kept;
-    if (!PyArg_ParseTuple(args, SHAPE "KKKKKKKK", SHAPE_OF(d), &w1, &b1, &w2, &b2, &y, &r, &out, &kept))
-        return NULL;
+    if (!PyArg_ParseTuple(args, "y#KKKKKKKK", &raw, &size, &w1, &b1, &w2, &b2, &y, &r, &out, &kept)) return NULL;
+    if (!read_shape(raw, size, &d)) return NULL;
     Layers l = {AT(w1), AT(b1), AT(w2), AT(b2)};
     Maps m = {AT(y), AT(r), AT(out), AT(kept)};
     int failed;
@@ -458,9 +485,12 @@ static PyObject *py_gated(PyObject *self, PyObject *args) {
 static PyObject *py_gated_backward(PyObject *self, PyObject *args) {
     (void)self;
     Shape d;
+    const char *raw;
+    Py_ssize_t size;
     Address w1, w2, dout, out, y, kept, dz, dy, dv, du;
-    if (!PyArg_ParseTuple(args, SHAPE "KKKKKKKKKK", SHAPE_OF(d), &w1, &w2, &dout, &out, &y, &kept, &dz, &dy, &dv, &du))
+    if (!PyArg_ParseTuple(args, "y#KKKKKKKKKK", &raw, &size, &w1, &w2, &dout, &out, &y, &kept, &dz, &dy, &dv, &du))
         return NULL;
+    if (!read_shape(raw, size, &d)) return NULL;
     Layers l = {AT(w1), NULL, AT(w2), NULL};
     Gradients m = {AT(dout), AT(out), AT(y), AT(kept), AT(dz), AT(dy), AT(dv), AT(du)};
     int failed;
@@ -491,6 +521,7 @@ static PyObject *py_add_relu(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
+    {"shape", py_shape, METH_VARARGS, "The numbers of a map and its block, for the others."},
     {"gated", py_gated, METH_VARARGS, "The forward pass: shape, layers, maps."},
     {"gated_backward", py_gated_backward, METH_VARARGS, "The gradients of maps and logits: shape, layers, maps."},
     {"add_relu", py_add_relu, METH_VARARGS, "out = relu(y + r), over n values."},

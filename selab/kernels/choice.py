@@ -28,6 +28,8 @@ def choose(impl: Impl, x: Tensor, shortcut: Tensor | None, formula: Formula) -> 
     reason = "" if compiling else unusual(x)
     if reason:
         return "reference", reason
+    if compiling and x.is_cpu and impl in ("auto", "torch"):
+        return "torch", "the compiler makes the loops"
     if compiling or not x.is_cpu or impl == "operator":
         reason = _operator_refuses(x, impl)
         return ("reference", reason) if reason else ("operator", "")
@@ -52,6 +54,8 @@ def run(impl: Impl, x: Tensor, shortcut: Tensor | None, formula: Formula, *, own
     if impl == "operator":
         out: Tensor = torch.ops.selab.gated(x, shortcut, *formula[:10])[0]
         return out
+    if torch.compiler.is_compiling():
+        return cpu.expressed(x, shortcut, formula)
     native = impl == "native"
     if records_gradients(x, shortcut, *formula[:4]):
         joined: Tensor = cpu.Gated.apply(x, shortcut, *formula[:4], formula, native)  # type: ignore[no-untyped-call]
@@ -150,8 +154,6 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 def _operator_refuses(x: Tensor, impl: Impl) -> str:
     """Why the operator cannot run, or does not pay."""
-    if not x.is_cuda and impl != "operator":
-        return "on a CPU the compiler makes as much of the reference"
     # Loading it registers the operator, and only those load it who use it.
     from selab.kernels import operators
 

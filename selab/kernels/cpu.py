@@ -275,6 +275,34 @@ def squeezed(m: Tensor) -> Tensor:
 _EXACT = (torch.float32, torch.float64)
 
 
+def expressed(y: Tensor, shortcut: Tensor | None, formula: Formula) -> Tensor:
+    """The block as a compiler should see it: (N, C, H, W), the shortcut alike or None → (N, C, H, W).
+
+    For few images the two layers are products and sums, which a compiler puts into one loop with the activation and the
+    gate; as matrix products each would be a call of its own into a library, whose preparation takes longer than its work.
+    """
+    m = F.relu(y) if formula.relu_in else y
+    s = m.mean((2, 3))
+    if s.shape[0] <= _IMAGES_BY_SUMS:
+        hidden = _by_sums(s, formula.w1, formula.b1)
+        h = F.silu(hidden) if formula.activation == "silu" else F.relu(hidden)
+        logits = _by_sums(h, formula.w2, formula.b2)
+    else:
+        logits = _excited(s, formula)[1]
+    out = m * _factors(logits, formula)[:, :, None, None]
+    out = out if shortcut is None else shortcut + out
+    return F.relu(out) if formula.relu_out else out
+
+
+# Up to so many images a compiled layer is a loop of the compiler's own.
+_IMAGES_BY_SUMS = 4
+
+
+def _by_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = (x[:, None, :] * weight).sum(2)
+    return out if bias is None else out + bias
+
+
 def _excited(s: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
     """(N, C) → the hidden values before their activation (N, K), and the logits (N, C)."""
     hidden = F.linear(s, formula.w1, formula.b1)

@@ -250,3 +250,129 @@ def test_adding_and_rectifying_is_one_node():
 
 def test_names_of_implementations_are_those_of_the_choice():
     assert choice.IMPLS == ("auto", "reference", "torch", "native", "operator")
+
+
+class TestCompiled:
+    """The form that a compiler is shown; `aot_eager` goes the whole way but for the generated code."""
+
+    @pytest.mark.parametrize("images", [1, 9])
+    @pytest.mark.parametrize("joined", [False, True])
+    @pytest.mark.parametrize("relu_in", [False, True])
+    def test_is_one_graph_with_the_reference_s_outputs_and_gradients(self, images, joined, relu_in):
+        torch.compiler.reset()
+        fast = block(17, "auto", activation="silu", gate="hardsigmoid")
+        fast.relu_in = relu_in
+        reference = in_double(fast)
+        ours, theirs = maps((images, 17, 6, 5), torch.contiguous_format, joined)
+        run = GatedJoin(Join(), fast, "branch") if joined else fast
+        other = GatedJoin(Join(), reference, "branch") if joined else reference
+        out, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(*ours), other(*theirs)
+        assert_near(out, expected, FORWARD)
+        out.sum().backward()
+        expected.sum().backward()
+        for one, two in zip((*ours, *fast.parameters()), (*theirs, *reference.parameters()), strict=True):
+            assert_near(one.grad, two.grad, GRADIENT)
+
+    def test_one_image_needs_no_matrix_product(self):
+        torch.compiler.reset()
+        seen = []
+
+        def look(graph, _example):
+            seen.extend(str(node.target) for node in graph.graph.nodes)
+            return graph
+
+        compiled = torch.compile(block(32, "auto").requires_grad_(False), fullgraph=True, backend=look)
+        compiled(torch.randn(1, 32, 4, 4))
+        assert not [name for name in seen if "linear" in name or "addmm" in name]
+        seen.clear()
+        compiled(torch.randn(8, 32, 4, 4))
+        assert [name for name in seen if "linear" in name]
+
+    @needs_native
+    def test_what_was_decided_before_is_not_compiled_in(self):
+        torch.compiler.reset()
+        fast = block(8, "auto").requires_grad_(False)
+        x = torch.randn(1, 8, 4, 4)
+        with torch.inference_mode():
+            fast(x)
+            assert "_decided" in fast.__dict__
+            expected = fast(x)
+            torch.testing.assert_close(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+@needs_native
+class TestDecidedOnce:
+    """The native block in inference goes on as it was decided, until anything is no longer as it was."""
+
+    @staticmethod
+    def fresh():
+        fast = block(8, "auto").requires_grad_(False)
+        x = torch.randn(2, 8, 6, 6)
+        with torch.no_grad():
+            fast(x)
+            assert fast._decided[1](x, None) is not None
+        return fast, x
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            lambda x: x[:1],
+            lambda x: x.double(),
+            lambda x: x.contiguous(memory_format=torch.channels_last),
+            lambda x: x.to("meta"),
+            lambda x: nn.Parameter(x),
+        ],
+        ids=["shape", "dtype", "layout", "device", "class"],
+    )
+    def test_another_map_is_decided_anew(self, changed):
+        fast, x = self.fresh()
+        with torch.no_grad():
+            assert fast._decided[1](changed(x), None) is None
+
+    def test_gradients_modes_and_hooks_are_seen(self):
+        fast, x = self.fresh()
+        again = fast._decided[1]
+        assert again(x, None) is None  # gradients are recorded here
+        with torch.no_grad():
+            assert again(x, None) is not None
+            with torch.autocast("cpu"):
+                assert again(x, None) is None
+            handle = fast.activation.register_forward_hook(lambda *_: None)
+            assert again(x, None) is None
+            handle.remove()
+            assert again(x, None) is not None
+
+    @pytest.mark.parametrize("how", ["assigned", "data", "double", "module", "kind"])
+    def test_other_weights_and_layers_are_seen(self, how):
+        fast, x = self.fresh()
+        if how == "assigned":
+            fast.fc1.weight = nn.Parameter(torch.randn_like(fast.fc1.weight))
+        elif how == "data":
+            fast.fc2.weight.data = torch.randn_like(fast.fc2.weight)
+        elif how == "double":
+            fast.double()
+            x = x.double()
+        elif how == "module":
+            fast.fc1 = nn.Linear(8, fast.squeeze_channels)
+        else:
+            fast.gate = nn.Tanh()
+        expected = copy.deepcopy(fast)
+        expected.impl = "reference"
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), expected(x))
+
+    def test_a_copy_has_weights_of_its_own(self):
+        fast, x = self.fresh()
+        twin = copy.deepcopy(fast)
+        nn.init.zeros_(twin.fc2.weight)
+        nn.init.zeros_(twin.fc2.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(twin(x), x / 2)
+            assert not torch.equal(fast(x), x / 2)
+
+    def test_fewer_hidden_channels_are_not_read_beyond_their_end(self):
+        fast, x = self.fresh()
+        fast.fc1.weight.data, fast.fc1.bias.data = fast.fc1.weight.data[:0], fast.fc1.bias.data[:0]
+        fast.fc2.weight.data = fast.fc2.weight.data[:, :0]
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), x * torch.sigmoid(fast.fc2.bias)[:, None, None])

@@ -278,8 +278,8 @@ _EXACT = (torch.float32, torch.float64)
 def expressed(y: Tensor, shortcut: Tensor | None, formula: Formula) -> Tensor:
     """The block as a compiler should see it: (N, C, H, W), the shortcut alike or None → (N, C, H, W).
 
-    For few images the two layers are products and sums, which a compiler puts into one loop with the activation and the
-    gate; as matrix products each would be a call of its own into a library, whose preparation takes longer than its work.
+    For few images the two layers are products and sums, which a compiler puts into one loop with the activation and
+    the gate; as matrix products each would call a library, whose preparation takes longer than its work.
     """
     m = F.relu(y) if formula.relu_in else y
     s = m.mean((2, 3))

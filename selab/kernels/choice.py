@@ -31,7 +31,7 @@ def choose(impl: Impl, x: Tensor, shortcut: Tensor | None, formula: Formula) -> 
     if compiling and x.is_cpu and impl in ("auto", "torch"):
         return "torch", "the compiler makes the loops"
     if compiling or not x.is_cpu or impl == "operator":
-        reason = _operator_refuses(x)
+        reason = _operator_refuses(x, shortcut, formula)
         return ("reference", reason) if reason else ("operator", "")
     if impl == "torch":
         return "torch", "asked for"
@@ -152,13 +152,13 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
 
 
-def _operator_refuses(x: Tensor) -> str:
+def _operator_refuses(x: Tensor, shortcut: Tensor | None, formula: Formula) -> str:
     """Why the operator cannot run, or does not pay."""
     # Loading it registers the operator, and only those load it who use it.
     from selab.kernels import operators
 
-    reason: str = operators.gpu_reason() if x.is_cuda else ""
-    return reason
+    reason = operators.gpu_reason() if x.is_cuda else ""
+    return reason or operators.refuses(x, shortcut, *formula[:6])
 
 
 def hooked(*parts: nn.Module) -> bool:

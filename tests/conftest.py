@@ -1,3 +1,4 @@
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch
 from torch import nn
 
 from selab.record import Workload
+
+# Triton decides when it is imported whether it compiles kernels or interprets them, which needs no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TOY_TOML = """
 family = "toy"

@@ -1,0 +1,116 @@
+"""What share of the device's copy bandwidth each GPU kernel reaches on large maps.
+
+`python tests/benchmarks/bench_kernels.py --out FILE` goes over the maps of ResNet-50's stages at batch 256, prints a
+row for each kernel and map, and writes them all, with the raw times, as JSON. Bytes are those of the maps that a kernel
+must read and write once; the copy is torch's, of the same map, timed in turn with the kernels. `forward` and `backward`
+are all the kernels of a pass.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from selab.kernels import operators
+from selab.kernels.cpu import Formula
+from selab.measure.machine import machine
+
+STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CALLS = 10
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def calls(y: Tensor, shortcut: Tensor) -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """The name of a kernel, the maps that it reads and writes, a call."""
+    from selab.kernels import gpu
+
+    channels = y.shape[1]
+    shapes = (channels // 16, channels), (channels // 16,), (channels, channels // 16), (channels,)
+    w1, b1, w2, b2 = (torch.randn(shape, device=y.device) for shape in shapes)
+    formula = Formula(w1, b1, w2, b2, relu_out=True)
+    out, *kept = gpu.forward(y, shortcut, formula)
+    dout, dz = torch.randn_like(y), torch.empty_like(y)
+    tiled = gpu._Map(y)
+    factors, dmean = torch.rand_like(kept[0]), torch.rand_like(kept[0])
+    both = [True, True]
+    yield "copy", 2, lambda: dz.copy_(y)
+    yield "squeeze", 1, lambda: tiled.sums(y, relu_in=False)
+    yield "join", 3, lambda: tiled.join(y, shortcut, factors, out, formula)
+    yield "gate's gradient", 4, lambda: tiled.sums(y, relu_in=False, dout=dout, out=out, dz=dz)
+    yield "branch's gradient", 2, lambda: tiled.branch_gradient(dout, None, None, factors, dmean, dz)
+    yield "forward", 4, lambda: gpu.forward(y, shortcut, formula)
+    yield "backward", 6, lambda: gpu.backward(dout, out, y, formula, kept, both)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call, on the device; several in a row, lest it wait for the next one's launch."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(CALLS):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / CALLS
+
+
+def measured(y: Tensor, repeats: int) -> dict[str, tuple[int, list[float]]]:
+    """For each kernel its bytes and the seconds of its calls; all kernels take turns."""
+    named = {name: (maps * y.nbytes, call) for name, maps, call in calls(y, torch.randn_like(y))}
+    for _ in range(10):
+        for _, call in named.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in named}
+    for _ in range(repeats):
+        for name, (_, call) in named.items():
+            times[name].append(seconds(call))
+    return {name: (named[name][0], times[name]) for name in named}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: bf16")
+    parser.add_argument("--memory-format", choices=FORMATS, action="append", help="default: both")
+    options = parser.parse_args()
+    reason = operators.gpu_reason()
+    if reason:
+        parser.exit(1, f"{reason}\n")
+
+    rows = []
+    for dtype in options.dtype or ["bf16"]:
+        for memory_format in options.memory_format or FORMATS:
+            for channels, side in STAGES:
+                shape = (options.batch, channels, side, side)
+                y = torch.randn(shape, device="cuda", dtype=DTYPES[dtype])
+                y = y.contiguous(memory_format=FORMATS[memory_format])
+                found = measured(y, options.repeats)
+                rates = {name: size / statistics.median(times) for name, (size, times) in found.items()}
+                for name, (size, times) in found.items():
+                    share = rates[name] / rates["copy"]
+                    print(
+                        f"{dtype} {memory_format:13} {shape!s:20} {name:17} {rates[name] / 1e9:6.0f} GB/s {share:7.1%}"
+                    )
+                    rows.append(
+                        {
+                            "kernel": name,
+                            "dtype": dtype,
+                            "memory_format": memory_format,
+                            "shape": shape,
+                            "bytes": size,
+                            "times_s": times,
+                            "share_of_copy": share,
+                        }
+                    )
+    record = {"machine": machine("cuda").name, "torch": torch.__version__, "rows": rows}
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -217,9 +217,9 @@ def machine_grids(found: Look) -> list[Grid]:
         ]
     rows += [("SE blocks on the CPU", native_reason() or "native code")]
     if place.gpu is not None:
-        from selab.kernels import operators
+        from selab.kernels.operators import gpu_reason
 
-        rows += [("SE blocks on the GPU", operators.gpu_reason() or "Triton kernels")]
+        rows += [("SE blocks on the GPU", gpu_reason() or "Triton kernels")]
     rows += [
         ("system", f"{place.system}, Python {place.python}"),
         ("libraries", ", ".join(f"{name} {version}" for name, version in place.libraries.items())),

@@ -176,13 +176,24 @@ class FastJoin(nn.Module):
         """(N, C, H, W) twice → (N, C, H, W)."""
         inner: Any = self._modules["inner"]
         observed = torch.compiler.is_compiling() or hooked(inner, *inner.children()) or formula_of(inner) != ADD_RELU
-        if observed or not branch.is_cpu or unusual(branch):
+        if observed or unusual(branch):
             out: Tensor = inner(branch, shortcut)
             return out
+        if branch.is_cuda:
+            return _join_on_gpu(inner, branch, shortcut)
         if records_gradients(branch, shortcut):
             joined: Tensor = cpu.AddReLU.apply(branch, shortcut)  # type: ignore[no-untyped-call]
             return joined
         return cpu.add_relu(branch, shortcut, in_place=self.owns_input)
+
+
+def _join_on_gpu(inner: nn.Module, branch: Tensor, shortcut: Tensor) -> Tensor:
+    # Loading it registers the operator, and only those load it who use it.
+    from selab.kernels import operators
+
+    refused = operators.refuses_join(branch, shortcut)
+    out: Tensor = inner(branch, shortcut) if refused else torch.ops.selab.add_relu(branch, shortcut)
+    return out
 
 
 def _absorb(model: nn.Module) -> set[nn.Module]:

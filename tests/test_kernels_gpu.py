@@ -146,6 +146,16 @@ def test_maps_that_lie_otherwise():
     assert torch.equal(found[0], gpu.forward(y.contiguous(), shortcut.contiguous(), made)[0])
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_join_without_a_block(dtype, memory_format):
+    for shape in ((1, 17, 5, 5), (3, 64, 14, 9), (2, 3, 1, 1)):
+        branch, shortcut = (a_map(shape, dtype, memory_format) - 0.5 for _ in range(2))
+        out = gpu.add_relu(branch, shortcut)
+        assert out.stride() == branch.stride()
+        assert_near(out, torch.relu(branch.double() + shortcut.double()), TOLERANCES[dtype])
+
+
 def test_a_nan_stays_one():
     y = a_map((1, 3, 4, 4), torch.float32, torch.contiguous_format)
     y[0, 1, 0, 0] = torch.nan

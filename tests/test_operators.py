@@ -385,3 +385,34 @@ def test_in_a_cuda_graph(memory_format):
     graph.replay()
     for found, expected in zip(captured, step(), strict=True):
         assert torch.equal(found, expected)
+
+
+class TestJoin:
+    def test_torch_s_own_checks(self):
+        pair = (a_map(2, 3, 4, 5), a_map(2, 3, 4, 5))
+        torch.library.opcheck(torch.ops.selab.add_relu.default, pair)
+
+    def test_output_and_gradients(self):
+        branch, shortcut = a_map(2, 3, 4, 5, dtype=torch.float64), a_map(2, 3, 4, 5, dtype=torch.float64)
+        assert torch.equal(torch.ops.selab.add_relu(branch, shortcut), torch.relu(branch + shortcut))
+        assert torch.autograd.gradcheck(torch.ops.selab.add_relu, (branch, shortcut))
+
+    def test_what_a_gpu_refuses(self, monkeypatch):
+        monkeypatch.setattr(operators, "gpu_reason", lambda: "")
+        y = a_map(2, 3, 4, 5)
+        assert operators.refuses_join(y, y) == ""
+        assert "they must be alike" in operators.refuses_join(y, y[:1])
+        assert "it must be (N, C, H, W)" in operators.refuses_join(y.double(), y.double())
+
+    @pytest.mark.cuda
+    @needs_cuda
+    def test_on_a_gpu(self):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for memory_format in FORMATS:
+                branch, shortcut = (
+                    a_map(3, 65, 9, 7, dtype=dtype, device="cuda", memory_format=memory_format) for _ in range(2)
+                )
+                out = torch.ops.selab.add_relu(branch, shortcut)
+                expected = torch.relu(branch.double() + shortcut.double())
+                error = (out.double() - expected).abs().max() / expected.abs().max()
+                assert float(error) <= TOLERANCES[dtype]

@@ -287,13 +287,14 @@ def _join(
     positions: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Writes out = relu(shortcut + m * g), one tile a program."""
+    """Writes out = relu(shortcut + m * g), one tile a program; without factors g is one."""
     row, c, at, inside = _tile(channels, area, last, positions, width)
     image = row * area
     z = tl.load(y + image + at, inside, other=0.0).to(tl.float32)
     if relu_in:
         z = _cut(z, z)
-    z *= tl.load(factors + row + c, c < channels, other=0.0)[None, :]
+    if factors is not None:
+        z *= tl.load(factors + row + c, c < channels, other=0.0)[None, :]
     if shortcut is not None:
         z += tl.load(shortcut + image + at, inside, other=0.0).to(tl.float32)
     if relu_out:
@@ -476,10 +477,19 @@ class _Map:
         blocks = (plan.rows, plan.width, plan.padded)
         kernel[plan.grid](*tensors, *sizes, *words, *blocks, num_warps=plan.warps, num_stages=plan.stages)
 
-    def join(self, y: Tensor, shortcut: Tensor | None, factors: Tensor, out: Tensor, formula: Formula) -> None:
+    def join(
+        self,
+        y: Tensor,
+        shortcut: Tensor | None,
+        factors: Tensor | None,
+        out: Tensor,
+        *,
+        relu_in: bool,
+        relu_out: bool,
+    ) -> None:
         """Fills `out`."""
         tiles, sizes = self.tiles, (self.channels, self.area, self.last)
-        relus = (formula.relu_in, formula.relu_out)
+        relus = (relu_in, relu_out)
         _join[(tiles.programs,)](y, shortcut, factors, out, *sizes, *relus, tiles.positions, tiles.width)
 
     def branch_gradient(self, dz: Tensor, out: Tensor | None, y: Tensor | None, *tensors: Tensor) -> None:
@@ -512,8 +522,16 @@ def forward(y: Tensor, shortcut: Tensor | None, formula: Formula) -> tuple[Tenso
         hidden = tiled.matrix(formula.w1.shape[0])
         weights = formula.w1.contiguous(), formula.b1, formula.w2.contiguous(), formula.b2
         tiled.excite(_excite, (sums, *weights, squeezed, hidden, logits, factors), formula)
-        tiled.join(y, shortcut, factors, out, formula)
+        tiled.join(y, shortcut, factors, out, relu_in=formula.relu_in, relu_out=formula.relu_out)
     return out, squeezed, hidden, logits
+
+
+def add_relu(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """relu(branch + shortcut) in one pass: (N, C, H, W) twice → (N, C, H, W), in the branch's memory format."""
+    with torch.cuda.device_of(branch):
+        out, branch = layout.empty_map(branch), layout.laid_out(branch, branch)
+        _Map(branch).join(branch, layout.laid_out(shortcut, branch), None, out, relu_in=False, relu_out=True)
+    return out
 
 
 def backward(

@@ -2,9 +2,10 @@
 
 `torch.ops.selab.gated` is relu(shortcut + m * (scale * gate(fc2(act(fc1(mean(m))))) + offset)), m being relu(y) or y.
 torch.compile, export and autocast see it as one operator, and `torch.ops.selab.gated_backward` as another; autocast
-leaves its inputs as they are. On a CPU both are plain torch operators (`selab.kernels.cpu`), with fp64 as exact as the
-map; on CUDA they are Triton kernels (`selab.kernels.gpu`), which are imported with the first map that needs them. Other
-types are computed in fp32 and rounded once, whatever types the weights have.
+leaves its inputs as they are. `torch.ops.selab.add_relu` is the join of a block without SE, relu(branch + shortcut) in
+one pass, for the networks that SE is compared with. On a CPU they are plain torch operators (`selab.kernels.cpu`), with
+fp64 as exact as the map; on CUDA they are Triton kernels (`selab.kernels.gpu`), which are imported with the first map
+that needs them. Other types are computed in fp32 and rounded once, whatever types the weights have.
 
 How often a map is gone over, on CUDA. Forward: y is read for the squeeze and once more in the join, where the shortcut
 is read and out is written. Backward: the first pass reads dout, out and y, writes dz and adds up the gate's gradient;
@@ -29,7 +30,7 @@ from torch import Tensor
 from selab.errors import DeviceError, ModelError
 from selab.kernels import cpu, layout
 
-_FORWARD, _BACKWARD = "selab::gated", "selab::gated_backward"
+_FORWARD, _BACKWARD, _JOIN = "selab::gated", "selab::gated_backward", "selab::add_relu"
 _GPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The GPU's excitation keeps all hidden units of some images in registers.
 _WIDEST = 512
@@ -45,6 +46,7 @@ torch.library.define(
     "str activation, str gate, float scale, float offset, bool relu_in, bool[6] needs) -> "
     "(Tensor dy, Tensor dshortcut, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
 )
+torch.library.define(_JOIN, "(Tensor branch, Tensor shortcut) -> Tensor")
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -289,3 +291,44 @@ def _no_second_derivative(*_: Any) -> None:
 
 torch.library.register_autograd(_FORWARD, _gradients, setup_context=_setup)
 torch.library.register_autograd(_BACKWARD, _no_second_derivative)
+
+
+# ----------------------------------------------------------------------------------------------- a join without a block
+
+
+def refuses_join(branch: Tensor, shortcut: Tensor) -> str:
+    """Why `selab::add_relu` does not take these on a GPU; empty if it does."""
+    if branch.dim() != 4 or branch.dtype not in _GPU_TYPES or branch.numel() == 0:
+        return f"branch is {_shown(branch)}: it must be (N, C, H, W) and of {', '.join(map(_plain, _GPU_TYPES))}"
+    if shortcut.shape != branch.shape or shortcut.dtype != branch.dtype or shortcut.device != branch.device:
+        return f"shortcut is {_shown(shortcut)}, branch is {_shown(branch)}: they must be alike"
+    return gpu_reason()
+
+
+@torch.library.impl(_JOIN, "CPU")
+def _join_cpu(branch: Tensor, shortcut: Tensor) -> Tensor:
+    return layout.stored(torch.relu(branch + shortcut), branch)
+
+
+@torch.library.impl(_JOIN, "CUDA")
+def _join_cuda(branch: Tensor, shortcut: Tensor) -> Tensor:
+    out: Tensor = _gpu().add_relu(branch, shortcut)
+    return out
+
+
+@torch.library.register_fake(_JOIN)  # type: ignore[untyped-decorator]
+def _join_fake(branch: Tensor, _shortcut: Tensor) -> Tensor:
+    return layout.empty_map(branch)
+
+
+def _setup_join(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001 - torch's names
+    ctx.save_for_backward(output)
+
+
+def _gradients_join(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    (out,) = ctx.saved_tensors
+    dz = torch.ops.aten.threshold_backward(dout, out, 0)
+    return dz, dz
+
+
+torch.library.register_autograd(_JOIN, _gradients_join, setup_context=_setup_join)

@@ -90,6 +90,21 @@ def wheel(session: nox.Session) -> None:
         session.run("selab", "count", "--arch", "se_mobilenet")
 
 
+# What the tax is measured on: arguments of `selab tax`, on a CPU and with a GPU; and networks with SE of their own.
+TAXED = (
+    ("--arch", "se_mobilenet"),
+    ("--arch", "se_resnet50"),
+    ("--arch", "se_resnet50", "--phase", "forward_backward", "--batch", "8", "--channels-last"),
+)
+_H200 = ("--arch", "se_resnet50", "--device", "cuda", "--dtype", "bf16", "--channels-last")
+TAXED_ON_GPU = (
+    (*_H200, "--batch", "256", "--phase", "forward_backward"),
+    _H200,
+    (*_H200, "--compile"),
+)
+TAXED_FOREIGN = ("seresnet50", "mobilenetv3_large_100", "efficientnet_b0", "regnety_008")
+
+
 def machine_folder(session: nox.Session) -> str:
     """The folder of this machine's records."""
     code = "from selab.measure.machine import machine; print(machine('cuda').name)"
@@ -107,6 +122,29 @@ def report(session: nox.Session, folder: str) -> None:
     """Render a machine's README from its records."""
     records = ["--profiles", folder] if any(Path(folder).glob("*.json")) else []
     session.run("selab", "table", "report", *records, "--out", f"{folder}/README.md")
+
+
+@nox.session
+def tax(session: nox.Session) -> None:
+    """Measure what SE costs as others write it and fused, into profiles/<machine>/tax; arguments go to `selab tax`."""
+    session.install("-e", ".")
+    on_gpu = has_gpu(session)
+    for words in (*(TAXED_ON_GPU if on_gpu else ()), *(() if on_gpu else TAXED)):
+        heap = () if on_gpu else ("--hold-heap",)
+        session.run("selab", "tax", *words, *heap, *session.posargs, "--out", "profiles", "--replace")
+    report(session, machine_folder(session))
+
+
+@nox.session
+def tax_foreign(session: nox.Session) -> None:
+    """Measure what selab.fuse saves of the tax that timm's own SE networks pay; arguments go to `selab tax`."""
+    session.install("torch==2.12.1", "torchvision==0.27.1", "timm==1.0.31", "-e", ".")
+    device = ("--device", "cuda") if has_gpu(session) else ("--hold-heap",)
+    for name in TAXED_FOREIGN:
+        session.run(
+            "selab", "tax", "--arch", f"timm:{name}", *device, *session.posargs, "--out", "profiles", "--replace"
+        )
+    report(session, machine_folder(session))
 
 
 @nox.session

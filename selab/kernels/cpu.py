@@ -12,6 +12,7 @@ writes the gradient of the sum and reduces the gates' gradients on the way; then
 Source: arXiv 1709.01507, eq. 2-4.
 """
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ try:
     from selab.kernels import _native  # type: ignore[attr-defined,no-redef]
 except ImportError as error:
     _native = None
-    _WHY_NOT = f"the native code is not there ({error}); install selab from source with a C compiler at hand"
+    _built = find_spec("selab.kernels._native") is not None
+    _WHY_NOT = f"the native code does not load: {error}" if _built else "the native code was not built"
+    _WHY_NOT += "; install selab from its source again, with a C compiler at hand"
 else:
     _WHY_NOT = ""
 

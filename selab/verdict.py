@@ -86,22 +86,22 @@ class _LogEstimate:
         return (self.high - self.low) / 2
 
 
-def _within(quads: Sequence[Quad], statistic: Statistic) -> _LogEstimate | None:
+def _within(quads: Sequence[Quad], statistic: Statistic, confidence: float = 0.95) -> _LogEstimate | None:
     if 2 * len(quads) < MIN_PAIRS:
         return None
     logs = _log_ratios(quads, statistic)
-    interval = stats.median_interval(logs)
+    interval = stats.median_interval(logs, confidence)
     if interval is None:
         return None
     return _LogEstimate(centre=stats.median(logs), low=interval[0], high=interval[1])
 
 
-def _across(runs: Sequence[Run], statistic: Statistic) -> _LogEstimate:
+def _across(runs: Sequence[Run], statistic: Statistic, confidence: float) -> _LogEstimate:
     if not runs:
         raise InsufficientPairsError(f"no runs; at least one with {MIN_PAIRS} pairs is needed")
     found = []
     for run in runs:
-        single = _within(run.quads, statistic)
+        single = _within(run.quads, statistic, confidence)
         if single is None:
             raise InsufficientPairsError(
                 f"{2 * len(run.quads)} pairs in {run.elapsed_s:.3g} s, {MIN_PAIRS} are needed; raise the budget"
@@ -114,7 +114,7 @@ def _across(runs: Sequence[Run], statistic: Statistic) -> _LogEstimate:
     error = stats.sample_deviation(centres) / math.sqrt(len(centres))
     half = max(
         stats.median([single.half_width for single in found]),
-        stats.student_quantile(len(centres) - 1) * error,
+        stats.student_quantile(len(centres) - 1, confidence) * error,
     )
     return _LogEstimate(centre=centre, low=centre - half, high=centre + half)
 
@@ -141,8 +141,8 @@ def _sample_medians(runs: Iterable[Run], statistic: Statistic) -> tuple[float, f
     return stats.median([pair[0] for pair in both]), stats.median([pair[1] for pair in both])
 
 
-def estimate(runs: Sequence[Run], statistic: Statistic) -> Estimate:
-    """exp(median of ln(variant / baseline)), with an exact 95 % interval.
+def estimate(runs: Sequence[Run], statistic: Statistic, *, confidence: float = 0.95) -> Estimate:
+    """exp(median of ln(variant / baseline)), with an exact interval, by default of 95 %.
 
     One process: the order-statistic interval of the median. Several: the mean of their medians, with a half-width of
     max(median of the half-widths within, t sd / sqrt(P)), both on the logarithm.
@@ -150,6 +150,7 @@ def estimate(runs: Sequence[Run], statistic: Statistic) -> Estimate:
     Args:
         runs: one per process.
         statistic: which value stands for a sample.
+        confidence: the interval's coverage.
 
     Raises:
         InsufficientPairsError: no run, or one with fewer than 20 pairs.
@@ -158,7 +159,7 @@ def estimate(runs: Sequence[Run], statistic: Statistic) -> Estimate:
     Source: Hahn and Meeker, Statistical Intervals (1991), section 5.2 (within); Student's t on P means (across);
         Kalibera and Jones, Rigorous benchmarking in reasonable time, ISMM 2013 (why processes are the unit).
     """
-    found = _across(runs, statistic)
+    found = _across(runs, statistic, confidence)
     baseline_s, variant_s = _sample_medians(runs, statistic)
     return Estimate(
         baseline_s=baseline_s,

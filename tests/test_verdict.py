@@ -89,6 +89,16 @@ def test_estimate_of_one_process_is_the_median_and_its_ranks():
     assert found.baseline_s == 1.0
 
 
+def test_a_surer_estimate_has_wider_ranks():
+    run = run_of([quad("ABBA", 0.1, 0.1 * (1 + i / 1000), 0.1 * (1 + i / 1000), 0.1) for i in range(20)])
+    logs = [verdict.log_ratio(*pair) for pair in verdict.pairs(run, "floor")]
+    found = verdict.estimate([run], "floor", confidence=0.999)
+    low, high = stats.median_interval(logs, 0.999)
+    assert (found.ratio_low, found.ratio_high) == pytest.approx((math.exp(low), math.exp(high)))
+    usual = verdict.estimate([run], "floor")
+    assert found.ratio_low < usual.ratio_low <= usual.ratio == found.ratio <= usual.ratio_high < found.ratio_high
+
+
 def test_slow_linear_drift_cancels_within_a_quad():
     # Each sample is 1 % longer than the one before; the two pairs of a quad err in opposite directions.
     times = iter(0.01 * 1.01**i for i in range(40))

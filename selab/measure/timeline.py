@@ -107,6 +107,8 @@ def record_steps(
                 record_shapes=True,
                 profile_memory=True,
                 with_stack=True,
+                # There is one cycle only; torch 2.12 warns otherwise that it forgets those before.
+                acc_events=True,
                 # Without it the stacks stay empty (torch 2.11 to 2.13).
                 experimental_config=torch._C._profiler._ExperimentalConfig(verbose=True),
             ) as profiler,

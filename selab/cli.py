@@ -32,6 +32,7 @@ from selab.options import (
     Compiled,
     Device,
     Dtype,
+    HoldHeap,
     Input,
     Insert,
     Json,
@@ -318,9 +319,7 @@ def profile(
     mode: Mode = Mode.auto,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="Both networks through selab.fuse: SE made cheap.")] = False,
-    hold_heap: Annotated[
-        bool, typer.Option("--hold-heap", help="Keep freed memory (glibc), so that no page faults are measured.")
-    ] = False,
+    hold_heap: HoldHeap = False,
     phase: Annotated[list[Phase] | None, typer.Option(help="Measure only this; repeat it for several.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Stop at ±1 % or after 15 s of sampling, instead of ±0.5 % or 60 s.")
@@ -764,6 +763,7 @@ def tax(
     dtype: Dtype = Dtype.fp32,
     channels_last: ChannelsLast = False,
     compiled: Compiled = False,
+    hold_heap: HoldHeap = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="Stop at ±1 % or after 15 s for each pair, instead of ±0.5 % or 60 s.")
@@ -793,6 +793,7 @@ def tax(
             dtype=dtype.value,
             memory_format="channels_last" if channels_last else "contiguous",
             compiled=compiled,
+            held_heap=hold_heap,
             threads=threads,
             quick=quick,
             budget_s=budget,

@@ -111,6 +111,9 @@ TrainBatch = Annotated[int | None, typer.Option(min=1, help="Images per step ove
 AmpOption = Annotated[Amp, typer.Option("--amp", help="Automatic mixed precision.")]
 ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")]
 Compiled = Annotated[bool, typer.Option("--compile", help="Through torch.compile.")]
+HoldHeap = Annotated[
+    bool, typer.Option("--hold-heap", help="Keep freed memory (glibc), so that no page faults are measured.")
+]
 Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per step; the batch stays the same.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")]
 

@@ -170,10 +170,13 @@ def variants_of(record: Record | AccuracyRecord | TaxRecord) -> tuple[Variant | 
         except SelabError:
             return None
 
-    return facts(record.arch, record.origin), facts(record.baseline, record.baseline_origin)
+    baseline = None if isinstance(record, TaxRecord) and record.bare else record.baseline
+    return facts(record.arch, record.origin), facts(baseline, record.baseline_origin)
 
 
 def _is_own_baseline(record: Record | TaxRecord) -> bool:
+    if isinstance(record, TaxRecord) and record.bare:
+        return True
     variant, _ = variants_of(record)
     return variant is not None and record.baseline == variant.baseline
 

@@ -27,6 +27,8 @@ WITHOUT = {"squeeze": "without_squeeze", "excitation": "without_excitation", "sc
 """Stage → the reference with that stage left out."""
 _ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
+OF_BROUGHT = (REFERENCE, FAST)
+"""Where the network brings blocks of its own along: as its library writes them, and fused."""
 
 
 class TaxPair(Frozen, frozen=True, kw_only=True):
@@ -46,7 +48,7 @@ class StageTimes(Frozen, frozen=True, kw_only=True):
 
     Attributes:
         total_s: of all operators.
-        stages: of each stage of the blocks.
+        stages: of each stage of the blocks, or of whole blocks, where a network brings them along.
     """
 
     total_s: float
@@ -90,6 +92,11 @@ class TaxRecord(Frozen, frozen=True, kw_only=True):
     remarks: tuple[str, ...]
 
     @property
+    def bare(self) -> bool:
+        """Whether the baseline is the same network without the blocks that it brings along."""
+        return self.baseline == bare_name(self.arch)
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """How it was timed, the headline's way first."""
         return tuple(dict.fromkeys(pair.latency.method for pair in self.pairs))
@@ -104,6 +111,11 @@ class TaxRecord(Frozen, frozen=True, kw_only=True):
             ),
             None,
         )
+
+
+def bare_name(arch: str) -> str:
+    """What a network from elsewhere is called without the SE blocks that it brings along; nothing finds it again."""
+    return f"{arch} without its SE blocks"
 
 
 def tax_path(out: Path, *, machine: str, arch: str, against: str | None, workload: str, phase: Phase) -> Path:

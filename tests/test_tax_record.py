@@ -5,9 +5,18 @@ import json
 import msgspec
 import pytest
 
-from selab import ink, pages, plots, tax_tables
+from selab import ink, pages, plots, tables, tax_tables
 from selab.errors import RecordError
-from selab.tax_record import StageTimes, least, read_tax_record, read_tax_records, save_tax_record, tax_path
+from selab.spec import pair_hash
+from selab.tax_record import (
+    StageTimes,
+    bare_name,
+    least,
+    read_tax_record,
+    read_tax_records,
+    save_tax_record,
+    tax_path,
+)
 
 RATIOS = {
     ("baseline", "plain"): 1.03,
@@ -133,6 +142,68 @@ def test_what_leaving_a_stage_out_saves_is_of_the_baseline_s_time(record):
     rows = {row[0]: row[1] for row in tax_tables.tax_grids(record)[1].rows}
     assert rows["squeeze"].startswith("5.5")
     assert rows["scale"].startswith("not shown") or rows["scale"].startswith("0.0")
+
+
+def removed_line(record):
+    return next((note for note in tax_tables.tax_grids(record)[0].notes if "removed by fast" in note), None)
+
+
+def test_the_share_of_the_reference_s_tax_that_is_removed(record):
+    share, (low, high) = tax_tables.removed(record, "wall")
+    assert share == pytest.approx(1 - 0.02 / 0.10, abs=2e-3)
+    # Of 40 ratios 14 lie 0.1 % below the true one, which the 13th from below and not the 13th from above is among.
+    assert low == pytest.approx(1 - (1.02 - 1) / (1.10 * 0.999 - 1), abs=1e-6)
+    assert high == pytest.approx(1 - (1.02 * 0.999 - 1) / (1.10 - 1), abs=1e-6)
+    assert removed_line(record).startswith("Of the reference's tax removed by fast: 80.00 % [79.78, 81.02];")
+
+
+def test_where_nothing_is_shown_to_be_removed_only_the_interval_is_told(taxed, workload):
+    record = taxed({**RATIOS, ("baseline", "fast"): 1.10}, workload=workload())
+    assert removed_line(record).startswith("Of the reference's tax removed by fast: not shown [-")
+
+
+@pytest.mark.parametrize("reference", [1.0, 0.95])
+def test_of_a_tax_that_is_not_shown_no_share_is_said(taxed, workload, reference):
+    record = taxed({**RATIOS, ("baseline", "reference"): reference}, workload=workload())
+    assert tax_tables.removed(record, "wall") is None
+    assert removed_line(record).endswith("not said, for that tax is not shown to be above zero.")
+
+
+@pytest.mark.parametrize("failed", ["reference", "fast"])
+def test_without_a_result_of_both_there_is_no_line(taxed, workload, failed):
+    record = taxed(RATIOS, workload=workload(), failed=(failed,))
+    assert tax_tables.removed(record, "wall") is None
+    assert removed_line(record) is None
+
+
+def test_a_fast_one_within_the_control_floor_reaches_to_it(taxed, workload):
+    record = taxed({**RATIOS, ("baseline", "fast"): 1.0}, workload=workload())
+    pairs = tuple(
+        msgspec.structs.replace(pair, latency=msgspec.structs.replace(
+            pair.latency, ratio_low=1.0001, control_floor=0.04, verdict_kind="undecided"
+        )) if (pair.baseline, pair.variant) == ("baseline", "fast") else pair
+        for pair in record.pairs
+    )  # fmt: skip
+    share, (low, high) = tax_tables.removed(msgspec.structs.replace(record, pairs=pairs), "wall")
+    assert share == pytest.approx(1, abs=2e-3)
+    assert (low, high) == pytest.approx((0.6, 1.4), abs=1e-2)
+
+
+def test_whole_blocks_that_the_profiler_saw_are_a_line_and_no_table(record):
+    times = StageTimes(total_s=2.0, stages={"whole block": 0.1})
+    few = msgspec.structs.replace(record, profiled=times, implementations=("reference", "fast"))
+    (grid,) = tax_tables.tax_grids(few)
+    assert "Of a step of the reference, as the profiler sees it, its SE blocks are 5.0 %." in grid.notes
+
+
+def test_a_baseline_without_the_blocks_that_its_network_brings_along_is_its_own(record):
+    bare = msgspec.structs.replace(record, baseline=bare_name(record.arch))
+    assert bare.bare
+    assert not record.bare
+    variant, baseline = tables.variants_of(bare)
+    assert (variant.name, baseline) == ("se_small_cnn", None)
+    fresh = msgspec.structs.replace(bare, facts_hash=pair_hash(variant, None))
+    assert tables.name_of(fresh) == "se_small_cnn"
 
 
 def test_the_profiler_s_shares_stand_beside_the_savings(record):

@@ -244,6 +244,18 @@ def _kind_of(module: nn.Module) -> type[nn.Module] | None:
     return kind if (kind.__module__, kind.__name__) in _FOREIGN else None
 
 
+def foreign_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Path → SE block of torchvision or timm, of a class that is known here; whether it can be fast says `fuse`."""
+    return {path: module for path, module in model.named_modules() if _kind_of(module) is not None}
+
+
+def foreign_squeeze_channels(block: nn.Module) -> int | None:
+    """The width between the two layers of one of `foreign_blocks`; None where the first is no convolution."""
+    kind = _kind_of(block)
+    first = None if kind is None else block._modules.get(_FOREIGN[kind.__module__, kind.__name__][0])
+    return first.out_channels if isinstance(first, nn.Conv2d) else None
+
+
 def _fused(path: str, module: nn.Module, absorbed: set[nn.Module]) -> FusedBlock:
     kind = type(module).__name__
     if isinstance(module, SqueezeExcitation):

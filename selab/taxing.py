@@ -6,30 +6,33 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import selab
 from selab import catalog, verdict
+from selab.brought import brought_blocks, leave_out
 from selab.build import Built, build
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
-from selab.fusing import Fusion, fuse
+from selab.fusing import Fusion, foreign_blocks, fuse
 from selab.measure.machine import machine
 from selab.measure.passes import DTYPES, check_device, mode_of
 from selab.measure.roofline import measure_peaks
 from selab.measure.tax import Pair, Together, measure_networks
-from selab.measure.timeline import STAGES, record_steps
-from selab.record import Frozen, Phase, Workload
+from selab.measure.timeline import STAGES, WHOLE, record_steps
+from selab.record import Frozen, Insertion, Phase, Workload
 from selab.request import Request, pair, plan_of, workload_of
 from selab.se import SqueezeExcitation
-from selab.spec import pair_hash
+from selab.spec import Variant, pair_hash
 from selab.styles import is_plain, restyled
 from selab.tax_record import (
     AGAIN,
     ALL,
     BASELINE,
     FAST,
+    OF_BROUGHT,
     PLAIN,
     REFERENCE,
     SCHEMA,
@@ -37,6 +40,7 @@ from selab.tax_record import (
     StageTimes,
     TaxPair,
     TaxRecord,
+    bare_name,
     tax_path,
 )
 from selab.workers import Report
@@ -90,31 +94,52 @@ def chosen_implementations(names: Sequence[str]) -> tuple[str, ...]:
 class Tax:
     """One comparison of implementations: what is asked is checked on making it, and measured by `run`.
 
+    A network that brings SE blocks of its own along is its own baseline, without them; ours stand over the network that
+    the facts or the request name.
+
+    Attributes:
+        baseline: None for the network without the blocks that it brings along.
+
     Raises:
         SpecError: there is no baseline, or its input has another shape.
-        InsertionError: the network has a block that others do not write.
+        InsertionError: the network has a block that others do not write; or it brings blocks along, and `fuse` knows
+            none of them, or there is no such implementation of them as was asked for.
+        ModelError: the network fails on its input.
     """
 
+    variant: Variant
+    baseline: Variant | None
+    blocks: tuple[Insertion, ...]
+
     def __init__(self, asked: TaxRequest) -> None:
-        check_device(asked.request.device)
+        request = asked.request
+        check_device(request.device)
         self.asked = asked
-        self.variant, self.baseline = pair(asked.request)
-        self.workload = workload_of(asked.request, self.variant)
-        self.machine = machine(asked.request.device)
+        self.variant, self.baseline = catalog.find(request.arch), None
+        self.workload = workload_of(request, self.variant)
         with redirect_stdout(sys.stderr):
             built = build(self.variant, device="meta", input_chw=self.workload.input_chw)
-        self.blocks = built.insertions
+        self.implementations = asked.implementations
         self._remarks: dict[str, str] = {}
-        _check_blocks(built, asked.request.arch)
+        self._left_in = ""
+        if built.native and not built.insertions and request.baseline is None:
+            self.implementations = _of_brought(asked)
+            self.blocks = _brought(built, request.arch, self.workload)
+            self._left_in = _left_in(built)
+        else:
+            self.variant, self.baseline = pair(request)
+            self.blocks = built.insertions
+            _check_blocks(built, request.arch)
+        self.machine = machine(request.device)
 
     def path(self, out: Path) -> Path:
         """Where its record goes, under this folder."""
-        own = self.baseline == catalog.baseline_of(self.variant)
+        other = None if self.baseline == catalog.baseline_of(self.variant) else self.baseline
         return tax_path(
             out,
             machine=self.machine.name,
             arch=self.variant.name,
-            against=None if own else self.baseline.name,
+            against=None if other is None else other.name,
             workload=self.workload.slug,
             phase=self.asked.phase,
         )
@@ -141,14 +166,14 @@ class Tax:
         profiled = None
         if REFERENCE in measured and not workload.compiled and not _failed(found, REFERENCE):
             report("profiling the reference", None)
-            profiled = _profiled(networks[REFERENCE](), workload, phase, request.seed)
+            profiled = self._profiled(networks[REFERENCE]())
         return TaxRecord(
             schema=SCHEMA,
             selab=selab.__version__,
             arch=self.variant.name,
-            baseline=self.baseline.name,
+            baseline=bare_name(self.variant.name) if self.baseline is None else self.baseline.name,
             origin=self.variant.file,
-            baseline_origin=self.baseline.file,
+            baseline_origin="" if self.baseline is None else self.baseline.file,
             facts_hash=pair_hash(self.variant, self.baseline),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=self.asked.command,
@@ -156,7 +181,7 @@ class Tax:
             phase=phase,
             machine=self.machine,
             seed=request.seed,
-            implementations=self.asked.implementations,
+            implementations=self.implementations,
             blocks=self.blocks,
             bandwidths=peaks.bandwidths,
             pairs=tuple(_summaries(found, pairs, self.workload, phase, request)),
@@ -165,23 +190,26 @@ class Tax:
                 name: size for name, size in found.saved_for_backward.items() if name not in (AGAIN, *WITHOUT.values())
             },
             remarks=(
+                *([self._left_in] if self._left_in else []),
                 *(self._remarks[name] for name in (BASELINE, FAST) if name in self._remarks),
-                *(() if measured == self.asked.implementations else (_NOT_COMPILED,)),
+                *(() if measured == self.implementations else (_NOT_COMPILED,)),
             ),
         )
 
     def _implementations(self) -> tuple[str, ...]:
         """Without the one that a compiler would not leave as it is."""
         left_out = {WITHOUT["scale"]} if self.workload.compiled else set()
-        return tuple(name for name in self.asked.implementations if name not in left_out)
+        return tuple(name for name in self.implementations if name not in left_out)
 
     def _networks(self, implementations: Sequence[str]) -> dict[str, Callable[[], nn.Module]]:
         """How each is made; all have the same seed, so that they share the weights of their common layers."""
 
         def made(variant: bool, change: Callable[[nn.Module], object] | None = None) -> Callable[[], nn.Module]:
             def make() -> nn.Module:
-                facts = self.variant if variant else self.baseline
+                facts = self.variant if variant or self.baseline is None else self.baseline
                 model = build(facts, seed=self.asked.request.seed, input_chw=self.workload.input_chw).model
+                if not variant and self.baseline is None:
+                    leave_out(model)
                 self._place(model)
                 if change is not None:
                     change(model)
@@ -213,21 +241,40 @@ class Tax:
 
     def _runtime_words(self, model: nn.Module) -> list[str]:
         """What each block's map would be given to; within torch.compile that is not known beforehand."""
-        blocks = [module for module in model.modules() if isinstance(module, SqueezeExcitation)]
-        if self.workload.compiled or not blocks or len(blocks) != len(self.blocks):
+        if self.workload.compiled:
             return []
         found: Counter[tuple[str, str]] = Counter()
         workload, half = self.workload, self.workload.dtype != "fp32"
         dtype = DTYPES[workload.dtype]
         layout = torch.channels_last if workload.memory_format == "channels_last" else torch.contiguous_format
         with torch.autocast(workload.device, dtype=dtype if half else torch.bfloat16, enabled=half):
-            for block, where in zip(blocks, self.blocks, strict=True):
+            for block, where in self._choosing(model):
                 shape = (workload.batch, where.channels, where.height, where.width)
                 x = torch.empty(shape, device=workload.device, dtype=dtype).contiguous(memory_format=layout)
                 found[block.runtime(x)] += 1
         return [
             f"{count} run by {impl}" + (f" ({reason})" if reason else "") for (impl, reason), count in found.items()
         ]
+
+    def _choosing(self, model: nn.Module) -> list[tuple[Any, Insertion]]:
+        """Each block that chooses its implementation, and where it stands; none in a baseline."""
+        if self.baseline is None:
+            there = foreign_blocks(model)
+            # One that is left as its library writes it has no choice.
+            return [(there[one.path], one) for one in self.blocks if hasattr(there.get(one.path), "runtime")]
+        blocks = [module for module in model.modules() if isinstance(module, SqueezeExcitation)]
+        return list(zip(blocks, self.blocks, strict=True)) if len(blocks) == len(self.blocks) else []
+
+    def _profiled(self, model: nn.Module) -> StageTimes | None:
+        workload, native = self.workload, [one.path for one in self.blocks] if self.baseline is None else []
+        try:
+            timeline = record_steps(
+                model, workload, self.asked.phase, native=native, seed=self.asked.request.seed
+            ).timeline
+        except SelabError:
+            return None  # it was timed, so it runs; the profiler's own memory may not be there
+        names = (WHOLE,) if native else STAGES
+        return StageTimes(total_s=timeline.total_s, stages={name: timeline.stages.get(name, 0.0) for name in names})
 
     def _change(self, name: str) -> Callable[[nn.Module], object] | None:
         if name == REFERENCE:
@@ -250,13 +297,61 @@ def fusion_words(name: str, done: Fusion) -> list[str]:
 
 
 def _check_blocks(built: Built, arch: str) -> None:
-    kinds = [built.model.get_submodule(path) for path, module in built.model.named_modules() if is_plain(module)]
-    if not kinds or len(kinds) < len(built.insertions) or built.native:
-        has = "brings blocks of its own along" if built.native else "has blocks of other kinds, or none"
+    if built.native:
         raise InsertionError(
-            f"--arch {arch}: {has}; what is compared is the paper's block as others write it: with a mean as squeeze, "
-            "as in se_resnet50, or put in with --insert"
+            f"--arch {arch}: brings blocks of its own along, which are measured over the same network without them; "
+            "leave --baseline, --se and --insert away"
         )
+    kinds = [built.model.get_submodule(path) for path, module in built.model.named_modules() if is_plain(module)]
+    if not kinds or len(kinds) < len(built.insertions):
+        raise InsertionError(
+            f"--arch {arch}: has blocks of other kinds, or none; what is compared is the paper's block as others write "
+            "it: with a mean as squeeze, as in se_resnet50, or put in with --insert"
+        )
+
+
+def _of_brought(asked: TaxRequest) -> tuple[str, ...]:
+    """The implementations of blocks that a network brings along; both where all of ours are asked for, as by default.
+
+    Raises:
+        InsertionError: another was named.
+    """
+    others = [name for name in asked.implementations if name not in OF_BROUGHT]
+    if others and asked.implementations != ALL:
+        raise InsertionError(
+            f"--impl {others[0]}: --arch {asked.request.arch} brings blocks of its own along, which are measured as "
+            f"they are and fused: {' and '.join(f'--impl {name}' for name in OF_BROUGHT)}, or leave --impl away"
+        )
+    return tuple(name for name in OF_BROUGHT if name in asked.implementations)
+
+
+def _brought(built: Built, arch: str, workload: Workload) -> tuple[Insertion, ...]:
+    """The blocks that the baseline will lack.
+
+    Raises:
+        InsertionError: there is none that `fuse` knows.
+    """
+    blocks = brought_blocks(built.model, (1, *workload.input_chw))
+    if not blocks:
+        raise InsertionError(
+            f"--arch {arch}: brings blocks of its own along, none of them an SE block that selab.fuse knows "
+            f"({_kinds(built, built.native)}); count them with `selab count`, or name a network with torchvision's or "
+            "timm's SE"
+        )
+    return blocks
+
+
+def _left_in(built: Built) -> str:
+    """What the network brings along beside SE, in words; empty if there is nothing."""
+    known = foreign_blocks(built.model)
+    others = [path for path in built.native if path not in known]
+    return f"in every network: {_kinds(built, others)}, which selab.fuse does not know" if others else ""
+
+
+def _kinds(built: Built, paths: Sequence[str]) -> str:
+    """`16 EcaModule, 1 CbamModule`."""
+    found = Counter(type(built.model.get_submodule(path)).__name__ for path in paths)
+    return ", ".join(f"{count} {name}" for name, count in found.items())
 
 
 def _pairs(implementations: Sequence[str]) -> list[Pair]:
@@ -269,14 +364,6 @@ def _pairs(implementations: Sequence[str]) -> list[Pair]:
 
 def _failed(found: Together, name: str) -> bool:
     return any(failed == name for _, failed in found.failed)
-
-
-def _profiled(model: nn.Module, workload: Workload, phase: Phase, seed: int) -> StageTimes | None:
-    try:
-        timeline = record_steps(model, workload, phase, seed=seed).timeline
-    except SelabError:
-        return None  # it was timed, so it runs; the profiler's own memory may not be there
-    return StageTimes(total_s=timeline.total_s, stages={name: timeline.stages.get(name, 0.0) for name in STAGES})
 
 
 def _summaries(

@@ -3,19 +3,77 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 
-from selab import taxing
-from selab.errors import InsertionError, UnknownNameError
+from selab import tables, taxing
+from selab.errors import InsertionError, SpecError, UnknownNameError
 from selab.fusing import FusedBlock, Fusion
+from selab.measure import passes
 from selab.request import Request
 from selab.se import SqueezeExcitation
 from selab.tax_record import ALL, read_tax_record
 
 QUICK = ("--budget", "0.2")
+WITH_BLOCKS = """
+from torch import nn
+
+
+class SEModule(nn.Module):
+    __module__ = "timm.layers.squeeze_excite"
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, 2, 1)
+        self.act = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(2, channels, 1)
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.gate(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+class EcaModule(nn.Identity):
+    __module__ = "timm.layers.eca"
+
+
+def built(first, last):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), first, nn.Conv2d(8, 16, 3, stride=2), last, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 4)
+    )
+
+
+def net():
+    return built(SEModule(8), SEModule(16))
+
+
+def mixed():
+    return built(SEModule(8), EcaModule())
+
+
+def tanh():
+    model = net()
+    model[3].gate = nn.Tanh()
+    return model
+
+
+def other():
+    return built(EcaModule(), EcaModule())
+"""
+SMALL = {"input_chw": (3, 16, 16)}
 
 
 def request(arch, **changes):
     return taxing.TaxRequest(request=Request(arch=arch, phases=("forward",), **changes))
+
+
+@pytest.fixture
+def with_blocks(tmp_path):
+    """A user's file: its networks bring along blocks of classes that are named as timm's."""
+    path = tmp_path / "own.py"
+    path.write_text(WITH_BLOCKS)
+    return path
 
 
 def record_in(folder):
@@ -76,6 +134,74 @@ def test_nothing_is_measured_that_a_compiler_would_remove():
     assert taxing.Tax(request("se_small_cnn"))._implementations() == ALL
 
 
+# ----------------------------------------------------------------------------------- blocks that a network brings along
+
+
+def test_a_network_that_brings_blocks_along_is_held_against_itself_without_them(with_blocks):
+    tax = taxing.Tax(request(f"{with_blocks}:net", **SMALL))
+    assert tax.implementations == ("reference", "fast")
+    assert [(one.path, one.channels, one.squeeze_channels, one.height, one.width) for one in tax.blocks] == [
+        ("1", 8, 2, 14, 14),
+        ("3", 16, 2, 6, 6),
+    ]
+    assert [one.params for one in tax.blocks] == [2 * 8 * 2 + 2 + 8, 2 * 16 * 2 + 2 + 16]
+    assert tax.blocks[0].macs == 8 * 14 * 14 + 2 * 8 * 2 + 2 + 8 + 8 * 14 * 14
+    made = {name: make() for name, make in tax._networks(tax.implementations).items()}
+    assert list(made) == ["baseline", "again", "plain", "reference", "fast"]
+    for name in ("baseline", "again", "plain"):
+        assert [type(made[name][index]) for index in (1, 3)] == [nn.Identity, nn.Identity]
+    assert [type(made[name][1]).__name__ for name in ("reference", "fast")] == ["SEModule", "SEModule"]
+    assert type(made["fast"][1]) is not type(made["reference"][1])
+    first, *others = (model.state_dict() for model in made.values())
+    assert all(other[key].equal(value) for other in others for key, value in first.items())
+    example = torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(made["fast"](example), made["reference"](example))
+        bare = nn.Sequential(*(made["reference"][index] for index in (0, 2, 4, 5, 6)))
+        torch.testing.assert_close(made["baseline"](example), bare(example))
+
+
+def test_blocks_that_fuse_does_not_know_stay_and_are_told(with_blocks):
+    tax = taxing.Tax(request(f"{with_blocks}:mixed", **SMALL))
+    assert [one.path for one in tax.blocks] == ["1"]
+    assert tax._left_in == "in every network: 1 EcaModule, which selab.fuse does not know"
+    assert type(tax._networks(())["baseline"]()[3]).__name__ == "EcaModule"
+
+
+def test_a_block_without_a_fast_way_is_left_out_of_the_baseline_too_and_its_reason_told(with_blocks):
+    tax = taxing.Tax(request(f"{with_blocks}:tanh", **SMALL))
+    networks = tax._networks(tax.implementations)
+    assert type(networks["baseline"]()[3]) is nn.Identity
+    networks["fast"]()
+    assert "1 blocks as they were: its gate is Tanh" in tax._remarks["fast"]
+    assert "1 run by" in tax._remarks["fast"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("other", {}, r"none of them an SE block that selab.fuse knows \(2 EcaModule\)"),
+        ("net", {"baseline": "resnet18", "input_chw": (3, 16, 16)}, "leave --baseline, --se and --insert away"),
+        ("net+sites=0,reduction=2", {}, "leave --baseline, --se and --insert away"),
+    ],
+)
+def test_what_a_network_with_blocks_of_its_own_cannot_be_asked(with_blocks, name, changes, message):
+    with pytest.raises(InsertionError, match=message):
+        taxing.Tax(request(f"{with_blocks}:{name}", **(SMALL | changes)))
+
+
+def test_other_implementations_of_blocks_that_are_brought_along_are_refused(with_blocks):
+    for names, refused in ((("timm",), "timm"), (("reference", "without_scale"), "without_scale")):
+        asked = taxing.TaxRequest(request=request(f"{with_blocks}:net", **SMALL).request, implementations=names)
+        with pytest.raises(InsertionError, match=f"--impl {refused}: .* --impl reference and --impl fast"):
+            taxing.Tax(asked)
+
+
+def test_a_network_without_blocks_still_needs_a_baseline():
+    with pytest.raises(SpecError, match="is a baseline itself"):
+        taxing.Tax(request("small_cnn"))
+
+
 # -------------------------------------------------------------------------------------------------------- the command
 
 
@@ -115,6 +241,43 @@ class TestTax:
         path, record = record_in(tmp_path / "out")
         assert (status, json.loads(shown)) == (0, json.loads(path.read_text()))
         assert record.profiled is None
+
+    def test_a_network_with_blocks_of_its_own(self, selab, with_blocks, tmp_path):
+        out = tmp_path / "out"
+        words = ("--input", "3x16x16", *QUICK, "--out", out)
+        status, shown, told = selab("tax", "--arch", f"{with_blocks}:net", *words)
+        assert status == 0, told
+        for word in ("reference", "fast over reference", "least", "as the profiler sees it"):
+            assert word in " ".join(shown.split())
+        assert "by stage" not in shown
+        path, record = record_in(out)
+        assert "-vs-" not in path.name
+        assert record.bare
+        assert record.baseline == f"{with_blocks}:net without its SE blocks"
+        assert record.implementations == ("reference", "fast")
+        assert [pair.variant for pair in record.pairs] == ["again", "plain", "reference", "fast", "fast"]
+        assert list(record.profiled.stages) == ["whole block"]
+        assert record.profiled.stages["whole block"] > 0
+        assert "2 run by" in record.remarks[1]
+        assert tables.name_of(record) == f"{with_blocks}:net"
+        status, shown, told = selab("table", "tax", "--profiles", path.parent.parent, "--format", "csv")
+        assert status == 0, told
+        assert f"{with_blocks}:net," in shown
+        picture = tmp_path / "tax.svg"
+        status, _, told = selab("plot", "tax", "--record", path, "--out", picture)
+        assert status == 0, told
+
+    def test_a_held_heap_is_in_the_record_and_its_command(self, selab, toy, tmp_path, monkeypatch):
+        held = []
+        monkeypatch.setattr(passes, "hold_heap", lambda: held.append(True))
+        words = ("--impl", "fast", "--hold-heap", *QUICK, "--out", tmp_path / "out")
+        status, shown, told = selab("tax", "--arch", f"{toy}:se_toy", *words)
+        assert status == 0, told
+        _, record = record_in(tmp_path / "out")
+        assert held
+        assert record.workload.held_heap
+        assert "--hold-heap" in record.command
+        assert "heap held" in shown
 
     def test_an_existing_record_is_kept_unless_asked(self, selab, toy, tmp_path):
         words = ("tax", "--arch", f"{toy}:se_toy", "--impl", "fast", *QUICK, "--out", tmp_path / "out")

@@ -640,7 +640,7 @@ def timeline(
     path = tracing.trace_path(request, phase, out)
     store.check_writable(path, replace=replace)
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        report(f"recording {steps} steps of {arch}", None)
+        report(f"recording {steps} step{'s' if steps > 1 else ''} of {arch}", None)
         found = tracing.recorded(request, phase, steps=steps)
     tracing.write_trace(found, path, replace=replace)
     if json_to is not None:
@@ -829,7 +829,7 @@ def _show_tax(path: Path, *, json_to: Path | None) -> None:
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="A TOML of [budgets.NAME] tables.")] = Path("budgets.toml"),
+    file: Annotated[Path, typer.Argument(help="A TOML of tables budgets.NAME.")] = Path("budgets.toml"),
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Check only this budget; repeat it for several.")
     ] = None,
@@ -947,7 +947,7 @@ def sweep(
                 done.append(outcome)
                 tell(outcome)
     except KeyboardInterrupt:
-        raise SelabError(f"interrupted; {len(done)} cells are done, and the same command goes on") from None
+        raise SelabError(f"interrupted; cells done: {len(done)}; the same command goes on") from None
     if table_to is not None:
         for path in sweeping.write_tables(done, table_to):
             console.print(f"table: {plain(str(path))}", highlight=False, soft_wrap=True)

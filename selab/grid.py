@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 NONE = "–"
-# A name up to this long is not broken over two lines, however narrow the terminal is.
+# A name in the first column, up to this long, is not broken over two lines, however narrow the terminal is.
 _LONGEST_NAME = 24
 
 
@@ -42,23 +42,34 @@ class Grid:
                 for row in self.rows
             ]
         whole = _width(lines) <= options.max_width
+        names = self._names(lines, options.max_width)
         table = Table(header_style="bold", box=SIMPLE_HEAD)
         table.padding = (0, 1, 0, 0)
         for index, column in enumerate(lines[0]):
             words = index in self.words
-            names = index == 0 and max(len(row[0]) for row in lines) <= _LONGEST_NAME
             table.add_column(
-                column,
+                Text(column),
                 justify="left" if words else "right",
                 overflow="fold",
-                no_wrap=names or (whole and not words),
+                no_wrap=index in names or (whole and not words),
             )
+        # As it is: to rich a bare string is markup, and "[enforce fail at …]" would be gone.
         for row in lines[1:]:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         # Not the table's own title, which would be broken at the table's width.
         yield Text(self.title, style="bold")
         yield table
-        yield from self.notes
+        yield from map(Text, self.notes)
+
+    def _names(self, lines: Sequence[Sequence[str]], width: int) -> set[int]:
+        """Columns that are not broken: short names in front, and single words while the rest keeps a third."""
+        longest = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        found = {0} if longest[0] <= _LONGEST_NAME else set()
+        for index in sorted(self.words - {0}):
+            single = not any(" " in line[index] for line in lines)
+            if single and sum(longest[one] + 2 for one in (*found, index)) <= width * 2 / 3:
+                found.add(index)
+        return found
 
     def markdown(self) -> str:
         """As a Markdown table."""

@@ -455,7 +455,7 @@ def sweep_grids(outcomes: Sequence[Outcome], asked: Sequence[Request]) -> list[G
             columns=columns,
             rows=tuple(line for one in group for line in _lines(one, varying)),
             notes=(*_notes(group), "In brackets 95 % intervals, of the time against the base."),
-            words=frozenset({0, len(columns) - 1}),
+            words=frozenset({0, len(columns) - 1, *(index for index, name in enumerate(columns) if name == "phase")}),
         )
         for group in by_machine(outcomes).values()
     ]
@@ -510,7 +510,7 @@ def showing(
 
         def tell(outcome: Outcome) -> None:
             done.append(outcome)
-            said = "; ".join(" ".join(line[-3:]) for line in _lines(outcome, ()))
+            said = "; ".join(" ".join(line[1:]) for line in _lines(outcome, ()))
             console.print(
                 f"{len(done)}: {cell_words(outcome.request)}: {said}", highlight=False, soft_wrap=True, markup=False
             )

@@ -1,5 +1,6 @@
 """A network's timeline: recorded, written where TensorBoard and Perfetto read it, and summed up in tables."""
 
+import shlex
 from pathlib import Path
 
 from selab import catalog, units
@@ -49,7 +50,7 @@ def write_trace(found: Recorded, path: Path, *, replace: bool) -> None:
 def how_to_look(path: Path) -> list[str]:
     """The commands that show a trace."""
     return [
-        f"tensorboard --logdir {path.parent.parent}  # then http://localhost:6006/#pytorch_profiler",
+        f"tensorboard --logdir {shlex.quote(str(path.parent.parent))}  # then http://localhost:6006/#pytorch_profiler",
         f"https://ui.perfetto.dev: Open trace file, {path}  # search for se.",
     ]
 
@@ -70,8 +71,8 @@ def timeline_grids(arch: str, found: Timeline) -> list[Grid]:
         columns=("", "calls", "own time", "of the step"),
         rows=rows,
         notes=(
-            f"Mean of {found.steps} steps under the profiler, which slows small operators more than large ones: this "
-            "says where to look; how much it is, `selab profile` measures.",
+            f"Mean of {found.steps} step{'s' if found.steps > 1 else ''} under the profiler, which slows small operators "
+            "more than large ones: this says where to look; how much it is, `selab profile` measures.",
         ),
     )
     return [operators, _stages_grid(found)] if found.blocks else [operators]

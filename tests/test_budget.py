@@ -136,6 +136,7 @@ def test_the_shell_gates(selab, tmp_path):
     assert {one["limit"]: one["state"] for one in json.loads(out)} == {"params": "within", "macs": "over"}
     path.write_text(f"[budgets.small_cnn]\nparams = {SMALL_CNN}\n")
     assert selab("check", path)[0] == 0
+    assert "budgets.NAME" in selab("check", "--help")[1]
     status, _, err = selab("check", tmp_path / "none.toml")
     assert status == 1
     assert "none.toml: cannot be read" in err

@@ -1,6 +1,9 @@
 """The looks of a table."""
 
 import csv
+import io
+
+from rich.console import Console
 
 from selab.grid import NONE, Grid
 
@@ -29,3 +32,27 @@ def test_latex_escapes_what_it_must():
 
 def test_markdown_aligns_numbers_right():
     assert TABLE.markdown().splitlines()[3] == "| --- | ---: | ---: |"
+
+
+def shown(grid, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(grid)
+    return console.file.getvalue()
+
+
+def test_brackets_are_text_wherever_they_stand():
+    words = "[enforce fail at alloc.cpp:1] x"
+    grid = Grid(title=words, columns=("", words), rows=((words, words),), notes=(words,))
+    assert shown(grid, 200).count(words) == 5
+
+
+def test_names_are_not_broken_while_there_is_room():
+    limit = "latency_ratio_forward_backward"
+    grid = Grid(
+        title="Budgets",
+        columns=("budget", "limit", "at most", "found", ""),
+        rows=(("se_mobilenet", limit, "1.2", "the baseline against itself shows up to 10.7 %, more than 5 %", "over"),),
+        words=frozenset({0, 1, 4}),
+    )
+    assert limit in shown(grid, 80)
+    assert "se_mobilenet" in shown(grid, 40)

@@ -303,6 +303,17 @@ def test_off_a_terminal_there_is_a_line_for_each_cell(outcomes):
     ]
 
 
+def test_each_of_several_phases_is_named(tmp_path):
+    from rich.console import Console
+
+    asked = grid(batches=(1,), resolutions=(16,), phases=("forward", "forward_backward"))
+    console = Console(file=io.StringIO(), width=40)
+    with sweep.showing(console, asked, measuring_words) as (_, tell):
+        tell(swept(asked, tmp_path)[0])
+    said = "1.000 ms +9.989 % [9.978, 10.000] slower"
+    assert console.file.getvalue().endswith(f": forward {said}; forward+backward {said}\n")
+
+
 def test_on_a_terminal_the_table_grows(outcomes):
     from rich.console import Console
 
@@ -411,7 +422,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(selab, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "sweep", functools.partial(sweep.sweep, measure=faults))
     status, _, error = selab("sweep", "--arch", "se_small_cnn", "--batch", "1,2", "--out", tmp_path)
     assert status == 1
-    assert error.splitlines()[-1] == "error: interrupted; 1 cells are done, and the same command goes on"
+    assert error.splitlines()[-1] == "error: interrupted; cells done: 1; the same command goes on"
 
 
 def test_a_request_of_a_sweep_is_that_of_profile():

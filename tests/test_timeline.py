@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -117,6 +118,12 @@ def test_the_shell_shows_operators_stages_and_how_to_look(selab, tmp_path):
     assert "tensorboard --logdir" in out
     assert "ui.perfetto.dev" in out
     assert len(list(tmp_path.rglob("*.pt.trace.json"))) == 1
+
+
+def test_the_command_that_shows_a_trace_is_one_for_a_shell(tmp_path):
+    path = tmp_path / "my results" / "here" / "timeline" / "run" / "selab.pt.trace.json"
+    command, _ = tracing.how_to_look(path)
+    assert shlex.split(command, comments=True) == ["tensorboard", "--logdir", str(path.parent.parent)]
 
 
 @pytest.mark.slow

@@ -619,6 +619,12 @@ def test_a_failing_model_is_named_with_the_place() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("batch", [10**17, 10**20])
+def test_an_input_that_no_tensor_can_hold_is_told_in_one_line(batch: int) -> None:
+    with pytest.raises(ModelError, match=rf"^no input of shape \({batch}, 3, 8, 8\): too large; pass"):
+        trace(nn.Conv2d(3, 4, 1), (batch, 3, 8, 8))
+
+
 def test_values_cannot_steer_the_forward_pass() -> None:
     with pytest.raises(ModelError, match="meta"):
         count(Apply(lambda x: x if x.sum().item() > 0 else -x), (1, 3))

@@ -898,6 +898,9 @@ def meta_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...],
         model: its first floating-point parameter gives the dtype where the example is a shape.
         example: a shape such as (N, C, H, W); a tensor; positional arguments in a tuple or list; keyword arguments in a
             mapping. Tensors in them are looked at for shape and dtype alone.
+
+    Raises:
+        ModelError: no tensor has this shape.
     """
     if isinstance(example, Tensor):
         return (_on_meta(example),), {}
@@ -905,7 +908,13 @@ def meta_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...],
         return (), {key: _on_meta(value) for key, value in example.items()}
     if all(isinstance(size, int) for size in example):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        return (torch.empty(tuple(example), dtype=dtype, device=_META),), {}
+        try:
+            return (torch.empty(tuple(example), dtype=dtype, device=_META),), {}
+        except (RuntimeError, TypeError) as error:
+            reason = "too large" if "verflow" in str(error) else first_line(error)
+            raise ModelError(
+                f"no input of shape {tuple(example)}: {reason}; pass the input that the network expects"
+            ) from error
     return tuple(_on_meta(value) for value in example), {}
 
 

@@ -9,10 +9,11 @@ import msgspec
 
 from selab import catalog, units, verdict
 from selab.build import build
-from selab.errors import SpecError, UnknownNameError, nearest
+from selab.errors import SelabError, SpecError, UnknownNameError, nearest
 from selab.facts import converted, read_tables
 from selab.grid import NONE, Grid
 from selab.measure.memory import memory
+from selab.measure.passes import check_device
 from selab.profiling import Profile, count_record
 from selab.record import Cost, Device, Dtype, Frozen, Latency, Memory, MemoryFormat, Phase
 from selab.request import Request, workload_of
@@ -135,11 +136,19 @@ def check(
     quick: bool = True,
     processes: int = 1,
 ) -> Iterator[Finding]:
-    """Counts, and measures where a budget asks for it; budget by budget, limit by limit.
+    """Counts all, so that mistakes are told at once; then measures where a budget asks for it, limit by limit.
 
     Raises:
-        SelabError: a network cannot be built or measured.
+        SelabError: a network cannot be built or measured, or a device is not there; names the budget.
     """
+    for name, budget in budgets.items():
+        report(f"{name}: counting", None)
+        try:
+            _costs(budget)
+            if any(getattr(budget, limit) is not None for limit in (*_PHASES, *_PEAKS)):
+                check_device(budget.device)
+        except SelabError as error:
+            raise SelabError(f"{HEADER}.{name}: {error}") from None
     for name, budget in budgets.items():
         report(name, None)
         yield from _check_one(name, budget, _named(report, name), quick=quick, processes=processes)

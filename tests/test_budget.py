@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from selab import budget, verdict
-from selab.errors import SpecError, UnknownNameError
+from selab.errors import SelabError, SpecError, UnknownNameError
 from selab.record import Quad, Run
 
 # small_cnn: 3->32 and 32->32 (3x3), 32->64 and 64->64 (3x3), 2304->512->10, with biases.
@@ -124,6 +125,20 @@ def test_an_unknown_network_is_told_before_anything_is_measured(tmp_path):
     with pytest.raises(UnknownNameError, match="has no budget large_cnn"):
         budget.read_budgets(path, only=["large_cnn"])
     assert list(budget.read_budgets(path, only=["small_cnn"])) == ["small_cnn"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[budgets.resnet18]\nresolution = 1\nmacs = 1\n[budgets.se_small_cnn]\nresolution = 64\nmacs = 1\n", "fails"),
+        ('[budgets.se_small_cnn]\ndevice = "cuda"\npeak_memory = 1\n', "--device cuda"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_first_and_with_its_budget(tmp_path, monkeypatch, text, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    budgets = budget.read_budgets(written(tmp_path, text))
+    with pytest.raises(SelabError, match=f"^budgets.se_small_cnn: .*{words}"):
+        next(budget.check(budgets, lambda *_: None))
 
 
 def test_the_shell_gates(selab, tmp_path):

@@ -61,6 +61,7 @@ def _differing(before: Record, after: Record) -> Iterator[str]:
     for label, one, other in (
         ("kind", before.kind, after.kind),
         ("baseline", before.baseline, after.baseline),
+        *_baseline_costs(before, after),
         *(
             (f"workload.{name}", *_both(name, before.workload, after.workload))
             for name in before.workload.__struct_fields__
@@ -73,6 +74,14 @@ def _differing(before: Record, after: Record) -> Iterator[str]:
     ):
         if one != other:
             yield f"{label} is {one!r} and {other!r}"
+
+
+def _baseline_costs(before: Record, after: Record) -> Iterator[tuple[str, int, int]]:
+    """A network that was changed keeps its name; ratios to it would not be ratios to the same."""
+    one, other = before.baseline_cost, after.baseline_cost
+    if one is not None and other is not None and before.workload == after.workload:
+        yield "baseline.params", one.params, other.params
+        yield "baseline.macs", one.macs.all, other.macs.all
 
 
 def _both(name: str, one: object, other: object) -> tuple[object, object]:

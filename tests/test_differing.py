@@ -103,6 +103,14 @@ def test_unequal_records_are_refused_by_field(profiled):
             assert word in str(caught.value)
 
 
+def test_a_baseline_that_was_changed_is_another_one(profiled):
+    before, after = profiled(1.1), profiled(1.1)
+    cost = msgspec.structs.replace(after.baseline_cost, params=after.baseline_cost.params + 1)
+    changed = msgspec.structs.replace(after, baseline_cost=cost)
+    with pytest.raises(RecordError, match=f"not of the same: baseline.params is {cost.params - 1} and {cost.params};"):
+        differing.check_comparable(before, changed, names=("a", "b"))
+
+
 def test_another_torch_is_told_and_not_refused(profiled):
     before, after = profiled(1.1), profiled(1.1)
     libraries = {**after.machine.libraries, "torch": "9.9"}

@@ -15,6 +15,7 @@ import typer
 from selab import __version__, catalog
 from selab.console import (
     builtins,
+    check_outputs,
     complain,
     find,
     measuring_words,
@@ -377,9 +378,7 @@ def profile(
     growing = profiling.Profile(request)
     path = growing.path(out)
     store.check_writable(path, replace=replace)
-    for extra in (svg, json_to):
-        if extra is not None and str(extra) != "-":
-            store.check_writable(extra, replace=True)
+    check_outputs(svg, json_to)
     _tell_found_sites(arch, growing.sites())
     try:
         with reporting(open_console(stderr=True)) as report:
@@ -639,6 +638,7 @@ def timeline(
     phase: Any = "forward" if mode is StepMode.eval else "forward_backward"
     path = tracing.trace_path(request, phase, out)
     store.check_writable(path, replace=replace)
+    check_outputs(json_to)
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         report(f"recording {steps} step{'s' if steps > 1 else ''} of {arch}", None)
         found = tracing.recorded(request, phase, steps=steps)
@@ -675,19 +675,40 @@ def roofline(
     """Hold every operator against what this device could do at most; SE's operators apart."""
     if every == (arch is not None):
         raise typer.BadParameter("name a network, or give --all", param_hint="--arch")
-    if preset is not None and (every or out is not None):
-        raise typer.BadParameter("is a prediction, of one network, without a picture", param_hint="--as")
-    if every and device is Device.cuda:
-        raise typer.BadParameter("is for the CPU", param_hint="--all")
+    if every:
+        beside: dict[str, object] = {"--as": preset, "--se": se, "--insert": insert, "--input": input_size}
+        beside |= {"--resolution": resolution, "--out": out, "--channels-last": channels_last}
+        beside |= {"--device": device is not Device.cpu, "--batch": batch != 1, "--dtype": dtype is not Dtype.fp32}
+        beside |= {"--threads": threads != 1, "--budget": budget != 5.0}
+        wrong = [option for option, value in beside.items() if value]
+        if wrong:
+            text = f"is one image in fp32 on one thread of the CPU; leave {', '.join(wrong)} away"
+            raise typer.BadParameter(text, param_hint="--all")
+        return _all_rooflines(json_to)
+    if preset is not None and out is not None:
+        raise typer.BadParameter("is a prediction, which has no picture; leave --out away", param_hint="--as")
     from selab import devices, ink, roofs
     from selab.measure.machine import machine
     from selab.measure.passes import check_device
     from selab.measure.roofline import measure_peaks
-    from selab.record import RoofDistances
     from selab.request import Request, workload_of
 
     if out is not None:
         ink.check_file(out)
+    check_outputs(out, json_to)
+    name = _address(str(arch), se, insert)
+    find(name)
+    request = Request(
+        arch=name,
+        device=device.value,
+        batch=batch,
+        input_chw=_input_chw(input_size),
+        resolution=resolution,
+        dtype=dtype.value,
+        memory_format="channels_last" if channels_last else "contiguous",
+        threads=threads,
+    )
+    workload = workload_of(request, catalog.find(name))
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         if preset is not None:
             published = devices.find_device(preset, dtype.value)
@@ -698,37 +719,8 @@ def roofline(
             place = here.gpu or f"{here.cpu}, {threads} thread{'s' if threads > 1 else ''}"
             report("measuring the peaks", None)
             peaks = measure_peaks(device.value, dtype.value, threads=threads)
-        if every:
-            each = list(roofs.distances(catalog.installed(), peaks, report))
-            good = tuple(one for one in each if not isinstance(one, SelabError))
-            distances = RoofDistances(
-                machine=here,
-                place=place,
-                flops_per_s=peaks.flops_per_s,
-                bandwidths=peaks.bandwidths,
-                networks=good,
-                failed=len(each) - len(good),
-            )
-        else:
-            name = _address(str(arch), se, insert)
-            find(name)
-            request = Request(
-                arch=name,
-                device=device.value,
-                batch=batch,
-                input_chw=_input_chw(input_size),
-                resolution=resolution,
-                dtype=dtype.value,
-                memory_format="channels_last" if channels_last else "contiguous",
-                threads=threads,
-            )
-            workload = workload_of(request, catalog.find(name))
-            report(f"timing {name}" if preset is None else f"counting {name}", None)
-            under = roofs.roofline_of(request, peaks, measured=preset is None, budget_s=budget)
-    if every:
-        if json_to is not None:
-            write_json(builtins(distances), json_to)
-        return print_parts(roofs.distances_grid(distances)) if str(json_to) != "-" else None
+        report(f"timing {name}" if preset is None else f"counting {name}", None)
+        under = roofs.roofline_of(request, peaks, measured=preset is None, budget_s=budget)
     if out is not None:
         ink.draw(roofs.roof(under, arch=name, workload=workload, place=place), out)
     if json_to is not None:
@@ -740,6 +732,34 @@ def roofline(
         if out is not None:
             typer.echo(f"picture: {out}")
     return None
+
+
+def _all_rooflines(json_to: Path | None) -> None:
+    """Every network here against its roof."""
+    from selab import roofs
+    from selab.measure.machine import machine
+    from selab.measure.roofline import measure_peaks
+    from selab.record import RoofDistances
+
+    check_outputs(json_to)
+    here = machine("cpu")
+    with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
+        report("measuring the peaks", None)
+        peaks = measure_peaks("cpu", "fp32", threads=1)
+        each = list(roofs.distances(catalog.installed(), peaks, report))
+    good = tuple(one for one in each if not isinstance(one, SelabError))
+    distances = RoofDistances(
+        machine=here,
+        place=f"{here.cpu}, 1 thread",
+        flops_per_s=peaks.flops_per_s,
+        bandwidths=peaks.bandwidths,
+        networks=good,
+        failed=len(each) - len(good),
+    )
+    if json_to is not None:
+        write_json(builtins(distances), json_to)
+    if str(json_to) != "-":
+        print_parts(roofs.distances_grid(distances))
 
 
 @app.command()
@@ -841,10 +861,9 @@ def check(
     json_to: Json = None,
 ) -> None:
     """Hold networks against their budgets; ends with status 1 if one is exceeded."""
-    from selab import budget, store
+    from selab import budget
 
-    if json_to is not None and str(json_to) != "-":
-        store.check_writable(json_to, replace=True)
+    check_outputs(json_to)
     budgets = budget.read_budgets(file, only=only or ())
     for one in budgets.values():
         find(one.arch)
@@ -885,7 +904,7 @@ def sweep(
     pictures: Annotated[
         Path | None, typer.Option(help="Also draw time by batch and resolution into this folder.")
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Try again what ran out of memory.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what ran out of memory or gave no result.")] = False,
     ray: Annotated[
         str | None, typer.Option(help="Measure on a Ray cluster's machines: its address, auto, or local for one here.")
     ] = None,
@@ -910,7 +929,6 @@ def sweep(
             wrong.append(str(error))
         else:
             addresses.append(address)
-    from selab import store
     from selab import sweep as sweeping
     from selab.measure.passes import check_device
 
@@ -918,9 +936,7 @@ def sweep(
         check_device(device.value)
     if table_to is not None:
         sweeping.check_table(table_to)
-    for path in (table_to, json_to):
-        if path is not None and str(path) != "-":
-            store.check_writable(path, replace=True)
+    check_outputs(table_to, json_to, None if pictures is None else pictures / "tax_batch.svg")
     asked = sweeping.cells(
         addresses,
         resolutions,

@@ -79,6 +79,19 @@ def print_parts(*parts: object) -> None:
         console.print(part, highlight=False)
 
 
+def check_outputs(*paths: Path | None) -> None:
+    """Before anything is measured: whether files that are asked for can be written; they may exist, and `-` may.
+
+    Raises:
+        RecordError: one cannot be written.
+    """
+    from selab.store import check_writable
+
+    for path in paths:
+        if path is not None and str(path) != "-":
+            check_writable(path, replace=True)
+
+
 def write_json(value: object, to: Path) -> None:
     """To a file, whole or not at all, or for `-` to standard output.
 

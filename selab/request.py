@@ -94,8 +94,8 @@ def pair(request: Request) -> tuple[Variant, Variant]:
     baseline = catalog.find(request.baseline, option="--baseline") if request.baseline else catalog.baseline_of(variant)
     if baseline is None:
         others = [other.name for other in catalog.installed().values() if other.baseline == variant.name]
-        instead = f"profile its variant: --arch {others[0]}, or name" if others else "name"
-        raise SpecError(f"--arch {request.arch}: is a baseline itself; {instead} what to compare with: --baseline NAME")
+        what = f"is a baseline itself; profile its variant: --arch {others[0]}, or" if others else "has no baseline;"
+        raise SpecError(f"--arch {request.arch}: {what} name what to compare with: `selab profile --baseline NAME`")
     if request.input_chw is None and baseline.input_chw != variant.input_chw:
         raise SpecError(
             f"--baseline {baseline.name}: its input is {list(baseline.input_chw)}, that of {variant.name} is "

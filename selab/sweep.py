@@ -133,10 +133,14 @@ class Ledger:
     Args:
         out: records go to OUT/<machine>/.
         machine: what is measured on.
-        retry: whether to forget the marks.
+        retry: whether to forget the marks, and to measure again what gave no result.
+
+    Raises:
+        RecordError: the folder cannot be written.
     """
 
     def __init__(self, out: Path, machine: Machine, *, retry: bool = False) -> None:
+        store.check_writable(out / machine.name / "record.json", replace=True)
         self.out, self.machine, self.retry = out, machine, retry
         self._lost: list[Request] = []
 
@@ -217,11 +221,16 @@ class Ledger:
         return record.complete and not is_stale(record) and torch[0] == torch[1]
 
     def _holds(self, record: Record, request: Request) -> bool:
-        """Whether a record has all that is asked for: each phase, as narrowly and from as many processes."""
-        target = plan_of(request, record.workload).target_half_width
+        """Whether a record has all that is asked for: each phase, as narrowly, as long and from as many processes."""
+        plan = plan_of(request, record.workload)
         found = [record.latency.get(phase) for phase in request.phases]
         return self._is_current(record) and all(
-            one is not None and not one.error and one.target_half_width <= target and len(one.runs) >= request.processes
+            one is not None
+            and not one.error
+            and one.target_half_width <= plan.target_half_width
+            and len(one.runs) >= request.processes
+            and all(run.status == "converged" or run.elapsed_s >= plan.budget_s for run in one.runs)
+            and not (self.retry and one.verdict_kind == "no_result")
             for one in found
         )
 
@@ -259,7 +268,7 @@ def sweep(
         asked: of `cells`.
         out: records go to OUT/<machine>/.
         report: told of the progress.
-        retry: whether to measure again what ran out of memory.
+        retry: whether to measure again what ran out of memory or gave no result.
         machine: what is measured on; this one by default.
         measure: how.
 

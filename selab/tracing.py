@@ -71,8 +71,8 @@ def timeline_grids(arch: str, found: Timeline) -> list[Grid]:
         columns=("", "calls", "own time", "of the step"),
         rows=rows,
         notes=(
-            f"Mean of {found.steps} step{'s' if found.steps > 1 else ''} under the profiler, which slows small operators "
-            "more than large ones: this says where to look; how much it is, `selab profile` measures.",
+            f"Mean of {found.steps} step{'s' if found.steps > 1 else ''} under the profiler, which slows small "
+            "operators more than large ones: this says where to look; how much it is, `selab profile` measures.",
         ),
     )
     return [operators, _stages_grid(found)] if found.blocks else [operators]

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selab import __version__
-from selab.console import builtins, find, following, open_console, print_parts, remark, reporting, write_json
+from selab.console import (
+    builtins,
+    check_outputs,
+    find,
+    following,
+    open_console,
+    print_parts,
+    remark,
+    reporting,
+    write_json,
+)
 from selab.errors import SelabError
 from selab.options import (
     Accumulate,
@@ -76,7 +86,7 @@ def train(
     options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
     check_seed(seed)
     group = join(options.device)
-    group.on_first(lambda: _check_json(json_to))
+    group.on_first(lambda: check_outputs(json_to))
     images = _open_data(data, data_dir, download, workers, classes_file, chosen.image)
     folder = comparing.folder_of(variant, images, chosen, options, seed, out=out)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
@@ -125,7 +135,7 @@ def evaluate(
     from selab.comparing import loaded
     from selab.weights import read_metadata
 
-    _check_json(json_to)
+    check_outputs(json_to)
     prepared, whose = _preparation(data, weights, recipe, resize, crop)
     images = _open_data(data, data_dir, download, workers, classes_file, prepared)
     with redirect_stdout(sys.stderr), reporting(open_console(stderr=True)) as report:
@@ -217,7 +227,7 @@ def compare(
     chosen = _recipe_of(recipe, bases[0], data)
     options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
     group = join(options.device)
-    group.on_first(lambda: _check_json(json_to))
+    group.on_first(lambda: check_outputs(json_to))
     images = _open_data(data, data_dir, download, workers, classes_file, chosen.image)
     plans = [
         comparing.Plan(
@@ -279,14 +289,6 @@ def _measure(growing: "Comparison") -> None:
             f"interrupted; the comparison is in {growing.path}, times are missing: `selab table accuracy --profiles "
             f"{growing.path.parents[1]}` shows what there is"
         ) from None
-
-
-def _check_json(json_to: Path | None) -> None:
-    """Finds out before hours of work whether its result can be written."""
-    from selab.store import check_writable
-
-    if json_to is not None and str(json_to) != "-":
-        check_writable(json_to, replace=True)
 
 
 def _options(

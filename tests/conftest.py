@@ -92,7 +92,7 @@ def toy(tmp_path):
 @pytest.fixture
 def hasty(monkeypatch):
     """Measurements that last milliseconds: what is tested is what happens, not how well it is measured."""
-    from selab import profiling, request, taxing, workers
+    from selab import profiling, request, sweep, taxing, workers
 
     patient = request.plan_of
 
@@ -100,7 +100,7 @@ def hasty(monkeypatch):
         plan = patient(asked, workload)
         return replace(plan, warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.2)
 
-    for module in (profiling, taxing, workers):
+    for module in (profiling, sweep, taxing, workers):
         monkeypatch.setattr(module, "plan_of", hasty)
 
 

@@ -188,6 +188,27 @@ def test_the_shell_predicts_for_a_device_that_is_not_here(selab):
     assert "--as tpu: no such device" in err
 
 
+def test_mistakes_are_told_before_anything_is_measured(selab, monkeypatch, tmp_path):
+    monkeypatch.setattr(measured, "measure_peaks", lambda *_args, **_options: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    for words, told in (
+        (["--arch", "no_such_network"], "no such architecture"),
+        (["--arch", "small_cnn", "--out", tmp_path / "file" / "x.svg"], "cannot be written"),
+        (["--arch", "small_cnn", "--json", tmp_path / "file" / "x.json"], "cannot be written"),
+        (["--all", "--json", tmp_path / "file" / "x.json"], "cannot be written"),
+    ):
+        status, _, err = selab("roofline", *words)
+        assert status == 1
+        assert told in err
+
+
+@pytest.mark.parametrize("words", [["--dtype", "bf16"], ["--threads", "2"], ["--out", "x.svg"], ["--as", "h200"]])
+def test_all_networks_are_held_against_one_workload(selab, words):
+    status, _, err = selab("roofline", "--all", *words)
+    assert status == 2
+    assert f"leave {words[0]} away" in " ".join(err.replace("│", "").split())
+
+
 def test_the_shell_measures_here(selab, monkeypatch, tmp_path):
     peaks = msgspec.convert({"fp32": 1e12}, dict[str, float])
     monkeypatch.setattr(

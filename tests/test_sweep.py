@@ -11,7 +11,7 @@ import pytest
 
 from selab import ink, plots, store, sweep, verdict
 from selab.console import measuring_words
-from selab.errors import ModelError, OutOfMemoryError, SelabError
+from selab.errors import ModelError, OutOfMemoryError, RecordError, SelabError
 from selab.measure.machine import machine
 from selab.profiling import Profile, count_record
 from selab.record import Quad, Run, from_json
@@ -113,7 +113,7 @@ def test_records_lie_where_profile_puts_them(tmp_path):
 def test_mistakes_of_networks_and_resolutions_are_told_before_anything_is_measured():
     asked = grid(archs=("resnet20_cifar", "se_small_cnn"), batches=(1, 2))
     base, small = sweep.mistakes(asked)
-    assert "is a baseline itself" in base
+    assert "is a baseline itself; profile its variant: --arch se_resnet20_cifar, or name" in base
     assert small.startswith("--resolution 16: se_small_cnn: ")
     assert sweep.mistakes(grid()) == []
 
@@ -147,6 +147,52 @@ def test_what_is_not_what_was_asked_is_measured_again(tmp_path, change):
     store.save(msgspec.structs.replace(record, **changes[change]), sweep.cell_path(asked[0], tmp_path, machine().name))
     assert states(swept(asked, tmp_path)) == ["measured"]
     assert states(swept(asked, tmp_path)) == ["taken over"]
+
+
+def without_result(record, **changes):
+    """The same record, its one run stopped by the budget and disturbed: its control shows a difference of 30 %."""
+    old = record.latency["forward"]
+    latency = verdict.summarise(
+        phase="forward",
+        method="wall",
+        statistic="floor",
+        threads=1,
+        mode="eval",
+        runs=[msgspec.structs.replace(old.runs[0], **changes)],
+        controls=[run(1.3)],
+        target_half_width=old.target_half_width,
+    )
+    assert latency.verdict_kind == "no_result"
+    return msgspec.structs.replace(record, latency={"forward": latency})
+
+
+def test_a_longer_budget_measures_again_what_the_time_was_too_short_for(tmp_path):
+    asked = grid(batches=(1,), resolutions=(16,), budget_s=2.0)
+    record = without_result(Fake()(asked[0], None), status="budget", elapsed_s=2.1)
+    store.save(record, sweep.cell_path(asked[0], tmp_path, machine().name))
+    assert states(swept(asked, tmp_path)) == ["taken over"]
+    assert states(swept(grid(batches=(1,), resolutions=(16,), budget_s=9.0), tmp_path)) == ["measured"]
+
+
+def test_what_gave_no_result_is_tried_again_if_asked(tmp_path):
+    asked = grid(batches=(1,), resolutions=(16,))
+    store.save(without_result(Fake()(asked[0], None)), sweep.cell_path(asked[0], tmp_path, machine().name))
+    assert states(swept(asked, tmp_path)) == ["taken over"]
+    assert states(swept(asked, tmp_path, retry=True)) == ["measured"]
+    assert states(swept(asked, tmp_path, retry=True)) == ["taken over"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(selab, tmp_path):
+    (tmp_path / "file").touch()
+    fake = Fake()
+    with pytest.raises(RecordError, match="cannot be written"):
+        swept(grid(), tmp_path / "file", fake)
+    assert not fake.asked
+    words = ("sweep", "--arch", "se_small_cnn", "--out", tmp_path / "r", "--pictures", tmp_path / "file")
+    status, _, err = selab(*words)
+    assert status == 1
+    assert "cannot be written" in err
+    assert not (tmp_path / "r").exists()
 
 
 def test_measuring_another_phase_loses_nothing(tmp_path):

@@ -111,6 +111,14 @@ def test_a_folder_that_cannot_be_written_is_told(selab):
     assert "cannot be written" in err
 
 
+def test_a_json_that_cannot_be_written_is_told_before_anything_is_recorded(selab, monkeypatch, tmp_path):
+    monkeypatch.setattr(tracing, "recorded", lambda *_args, **_options: pytest.fail("recorded"))
+    (tmp_path / "file").touch()
+    status, _, err = selab("timeline", "--arch", "small_cnn", "--out", tmp_path, "--json", tmp_path / "file" / "x.json")
+    assert status == 1
+    assert "cannot be written" in err
+
+
 def test_the_shell_shows_operators_stages_and_how_to_look(selab, tmp_path):
     status, out, _ = selab("timeline", "--arch", "se_small_cnn", "--steps", "1", "--out", tmp_path)
     assert status == 0

@@ -118,6 +118,11 @@ def test_mistakes_of_networks_and_resolutions_are_told_before_anything_is_measur
     assert sweep.mistakes(grid()) == []
 
 
+def test_a_network_without_a_baseline_is_told_so(toy):
+    (mistake,) = sweep.mistakes(grid(archs=(f"{toy}:toy",), batches=(1,), resolutions=()))
+    assert mistake.endswith(":toy: has no baseline; name what to compare with: `selab profile --baseline NAME`")
+
+
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from selab.errors import SelabError
 from selab.kernels import cpu
-from selab.kernels.choice import Impl, choose, hooked, records_gradients, run, unusual
+from selab.kernels.choice import Impl, choose, hooked, records_gradients, repeat, run, unusual
 from selab.kernels.cpu import Formula
 from selab.probe import first_line, meta_twin, passages
 from selab.se import ADD_RELU, GatedJoin, SqueezeExcitation, formula_of
@@ -237,10 +237,9 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """The library's class of a block, also of one that is fused already."""
+    """The library's class of a block, also of one that is fused already; a subclass may compute anything."""
     kind = type(module)
-    if kind.__bases__ and (kind.__bases__[0].__module__, kind.__bases__[0].__name__) in _FOREIGN:
-        kind = kind.__bases__[0]
+    kind = next((base for base, fast in _FAST.items() if kind is fast), kind)
     return kind if (kind.__module__, kind.__name__) in _FOREIGN else None
 
 
@@ -268,9 +267,7 @@ def _fused(path: str, module: nn.Module, absorbed: set[nn.Module]) -> FusedBlock
     if isinstance(formula, str):
         return FusedBlock(path=path, kind=kind, reason=formula)
     fast: Any = module
-    if base not in _FAST:
-        _FAST[base] = _fast_class(base)
-    fast.__class__ = _FAST[base]
+    fast.__class__ = _fast_class(base)
     fast.owns_input = False
     return FusedBlock(path=path, kind=kind)
 
@@ -297,27 +294,53 @@ def _formula_of(module: nn.Module, base: type[nn.Module]) -> Formula | str:
     return Formula(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, activation, gating)
 
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {}
+class _Fast:
+    """Stands before a library's class: `isinstance`, parameters and keys stay what they were, forward is faster."""
 
-
-def _fast_class(base: Any) -> type[nn.Module]:
-    """The library's class with a faster forward: `isinstance`, parameters and keys stay what they were."""
+    library: ClassVar[type[nn.Module]]
+    owns_input: bool
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        impl, formula = _foreign_choice(self, base, x)
+        # As in `SqueezeExcitation.forward`.
+        decided = self.__dict__.get("_decided")
+        if decided is not None and not torch.compiler.is_compiling():
+            repeated: Tensor | None = decided(x, None)
+            if repeated is not None:
+                return repeated
+        impl, formula = _foreign_choice(self, self.library, x)
         if formula is None:
-            out: Tensor = base.forward(self, x)
+            out: Tensor = self.library.forward(self, x)
             return out
+        if impl == "native":
+            fc1, _, fc2, _ = (self._modules[name] for name in _FOREIGN[self.library.__module__, self.library.__name__])
+            decision = repeat(x, None, formula, (fc1, fc2), (self,), owns_input=self.owns_input)
+            self.__dict__["_decided"] = decision
         return run(impl, x, None, formula, owns_input=self.owns_input)
 
     def runtime(self: Any, x: Tensor) -> tuple[Impl, str]:
         """As `SqueezeExcitation.runtime`."""
-        formula = _formula_of(self, base)
+        formula = _formula_of(self, self.library)
         return ("reference", formula) if isinstance(formula, str) else choose("auto", x, None, formula)
 
-    body = {"forward": forward, "runtime": runtime, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), body)
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        """As `SqueezeExcitation.__setattr__`."""
+        self.__dict__.pop("_decided", None)
+        self.library.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As `SqueezeExcitation.__getstate__`."""
+        return {name: value for name, value in self.__dict__.items() if name != "_decided"}
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _fast_class(base: type[nn.Module]) -> type[nn.Module]:
+    if base not in _FAST:
+        body = {"library": base, "__module__": base.__module__, "__doc__": base.__doc__}
+        _FAST[base] = type(base.__name__, (_Fast, base), body)
+    return _FAST[base]
 
 
 def _foreign_choice(module: nn.Module, base: type[nn.Module], x: Tensor) -> tuple[Impl, Formula | None]:

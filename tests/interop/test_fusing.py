@@ -86,3 +86,45 @@ def test_a_block_that_computes_something_else_stays_and_says_why():
     assert [one.reason for one in fusion.blocks] == ["it has a normalisation or a maximum of its own"]
     gated = timm.layers.SEModule(32, gate_layer="tanh")
     assert "its gate is" in fuse(nn.Sequential(gated), input_nchw=(1, 32, 8, 8)).blocks[0].reason
+
+
+def test_a_subclass_may_compute_something_else():
+    timm = pytest.importorskip("timm")
+
+    class Other(timm.layers.SEModule):
+        def forward(self, x):
+            return x - super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), Other(32))
+    example = torch.randn(1, 3, 8, 8)
+    expected = model(example)
+    assert fuse(model, input_nchw=(1, 3, 8, 8)).blocks == ()
+    assert torch.equal(model(example), expected)
+
+
+@pytest.mark.parametrize("how", ["assigned", "maximum", "layer", "copied", "double"])
+def test_what_was_decided_is_decided_anew_after_a_change(how):
+    timm = pytest.importorskip("timm")
+    block = timm.layers.SEModule(32).requires_grad_(False)
+    nn.init.normal_(block.fc2.bias)
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), block).requires_grad_(False)
+    fuse(model, input_nchw=(1, 3, 8, 8))
+    example = torch.randn(1, 3, 8, 8)
+    for _ in range(2):
+        model(example)
+    if how == "copied":
+        model = copy.deepcopy(model)
+        block = model[1]
+        nn.init.normal_(block.fc1.weight)
+    elif how == "assigned":
+        block.fc1.weight = nn.Parameter(torch.randn_like(block.fc1.weight), requires_grad=False)
+    elif how == "maximum":
+        block.add_maxpool = True
+    elif how == "layer":
+        block.gate = nn.Tanh()
+    else:
+        model, example = model.double(), example.double()
+    fresh = timm.layers.SEModule(32, add_maxpool=how == "maximum").to(example.dtype)
+    fresh.load_state_dict(block.state_dict())
+    fresh.gate = block.gate
+    torch.testing.assert_close(model(example), fresh(model[0](example)))

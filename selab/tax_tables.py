@@ -240,16 +240,22 @@ def _saved_grid(record: TaxRecord) -> Grid | None:
 
 
 def summary_grids(records: Sequence[TaxRecord]) -> list[Grid]:
-    """One machine's comparisons, a table for each workload, phase and method: the implementations side by side.
+    """One machine's comparisons, a table for each workload, phase, method and torch: the implementations side by side.
 
     Raises:
         RecordError: the records are of several machines.
     """
-    check_one_machine(records)
-    groups: dict[str, list[tuple[TaxRecord, str]]] = {}
+    by_torch: dict[str, list[TaxRecord]] = {}
     for record in records:
-        for method in record.methods:
-            groups.setdefault(_title(record, method), []).append((record, method))
+        by_torch.setdefault(record.machine.libraries.get("torch", ""), []).append(record)
+    check_one_machine([group[0] for group in by_torch.values()], one_torch=False)
+    groups: dict[str, list[tuple[TaxRecord, str]]] = {}
+    for version, group in by_torch.items():
+        check_one_machine(group)
+        suffix = f", torch {version}" if len(by_torch) > 1 else ""
+        for record in group:
+            for method in record.methods:
+                groups.setdefault(_title(record, method) + suffix, []).append((record, method))
     return [_summary_grid(title, group) for title, group in groups.items()]
 
 

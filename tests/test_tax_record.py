@@ -228,6 +228,20 @@ def test_a_network_that_failed_says_why(taxed, workload):
     assert "se_small_cnn, timm over baseline: no result: out of memory" in summary.notes
 
 
+def test_records_of_another_torch_have_a_table_of_their_own(taxed, workload):
+    one = taxed(RATIOS, workload=workload())
+    older = msgspec.structs.replace(one.machine, libraries={**one.machine.libraries, "torch": "2.12.1"})
+    grids = tax_tables.summary_grids([one, msgspec.structs.replace(one, machine=older)])
+    title = "The SE tax (forward, batch 2, 3×8×8, fp32, cpu"
+    assert [grid.title for grid in grids] == [
+        f"{title}, torch {one.machine.libraries['torch']})",
+        f"{title}, torch 2.12.1)",
+    ]
+    elsewhere = msgspec.structs.replace(one.machine, name="another")
+    with pytest.raises(RecordError, match="different machines"):
+        tax_tables.summary_grids([one, msgspec.structs.replace(one, machine=elsewhere)])
+
+
 def test_all_records_of_a_machine_as_one_section(taxed, workload):
     records = [
         taxed(RATIOS, workload=workload()),

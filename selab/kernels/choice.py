@@ -89,62 +89,40 @@ def repeat(
         owners: modules whose children must stay the same and have no hooks.
         owns_input: whether the output may take x's place.
     """
-    shape, stride, joined = x.shape, x.stride(), shortcut is not None
     children = tuple((owner._modules, tuple(owner._modules.values())) for owner in owners)
     watched = [module for _, modules in children for module in modules if module is not None]
-    hooks = (*_EVERYWHERE, *(hooks for module in watched for hooks in _hooks(module)))
-    one, two = (layer._parameters for layer in layers)
-    w1, b1, w2, b2 = one["weight"], one["bias"], two["weight"], two["bias"]
-    assert w1 is not None
-    assert w2 is not None
-    size, threads, facts = w1.numel(), torch.get_num_threads(), cpu.native_shape(x, formula)
-    run, plain, empty_like, single = cpu.native_gated(), _is_plain_eager, torch.empty_like, torch.float32
-    count = torch.get_num_threads
-
-    def again(y: Tensor, r: Tensor | None) -> Tensor | None:
-        if any(hooks) or not plain() or type(y) is not Tensor or count() != threads:
-            return None
-        if y.shape != shape or y.stride() != stride or y.dtype is not single or not y.is_cpu:
-            return None
-        if joined and (r is None or r.shape != shape or r.stride() != stride or r.dtype is not single):
-            return None
-        if one["weight"] is not w1 or two["weight"] is not w2 or one["bias"] is not b1 or two["bias"] is not b2:
-            return None
-        if w1.dtype is not single or w2.dtype is not single or w1.numel() != size or w2.numel() != size:
-            return None
-        for modules, before in children:
-            if tuple(modules.values()) != before:
-                return None
-        out = y if owns_input else empty_like(y)
-        run(
-            facts,
-            w1.data_ptr(),
-            0 if b1 is None else b1.data_ptr(),
-            w2.data_ptr(),
-            0 if b2 is None else b2.data_ptr(),
-            y.data_ptr(),
-            0 if r is None else r.data_ptr(),
-            out.data_ptr(),
-            0,
-        )
-        return out
-
-    return again
-
-
-def _is_plain_eager() -> bool:
-    """Whether operations run one by one, unobserved, in their own dtypes, and without gradients."""
-    return not (
-        torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._is_tracing()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+    tensors = [(layer._parameters, name) for layer in layers for name in ("weight", "bias")]
+    weights = [(held, name, held[name]) for held, name in tensors]
+    decision: Repeat = cpu.native_decision(
+        shape_bytes=cpu.native_shape(x, formula),
+        flags=_FLAGS,
+        hooks=(*_EVERYWHERE, *(hooks for module in watched for hooks in _hooks(module))),
+        children=children,
+        weights=tuple((*one, one[2].numel() if one[2] is not None else 0) for one in weights),
+        tensor=Tensor,
+        dtype=torch.float32,
+        size=x.shape,
+        stride=x.stride(),
+        levels=vars(torch.autograd.forward_ad),
+        count=torch.get_num_threads,
+        threads=torch.get_num_threads(),
+        empty_like=torch.empty_like,
+        joined=shortcut is not None,
+        owns_input=owns_input,
     )
+    return decision
 
 
+# Each says, by anything but zero or None, that operations do not run one by one, unobserved, in their own dtypes, without
+# gradients. Forward-mode gradients have a level instead.
+_FLAGS = (
+    torch.is_grad_enabled,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._is_tracing,
+    torch._C._is_any_autocast_enabled,
+    torch._C._functorch.peek_interpreter_stack,
+)
 _EVERYWHERE = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 

@@ -368,9 +368,9 @@ def native_shape(y: Tensor, formula: Formula) -> bytes:
     return shape
 
 
-def native_gated() -> Any:
-    """The native forward pass; it checks nothing."""
-    return _native.gated
+def native_decision(**facts: Any) -> Any:
+    """The native forward pass for maps like one that it was decided for (`selab.kernels.choice.repeat`)."""
+    return _native.Decision(**facts)
 
 
 def _run_native(y: Tensor, shortcut: Tensor | None, formula: Formula, out: Tensor, kept: Tensor | None) -> None:

@@ -520,6 +520,185 @@ static PyObject *py_add_relu(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* ------------------------------------------------------------------------------------------------------ decisions -- */
+
+/* `forward` once more for maps that are like the one it was decided for. Called with a map and a shortcut or None, it
+ * returns the output, or None as soon as anything is not as it was; selab/kernels/choice.py says what that is. In C
+ * because between two convolutions the caches have forgotten the interpreter, which makes such a decision in Python cost
+ * as much as a row of the map. */
+enum { BYTES, FLAGS, HOOKS, CHILDREN, WEIGHTS, TENSOR, DTYPE, SIZE, STRIDE, LEVELS, COUNT, THREADS, EMPTY_LIKE, HELD };
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *held[HELD];
+    int joined, owns_input;
+} Decision;
+
+static PyObject *S_shape, *S_stride, *S_dtype, *S_is_cpu, *S_data_ptr, *S_numel, *S_level;
+
+static int decision_init(PyObject *object, PyObject *args, PyObject *kwargs) {
+    Decision *self = (Decision *)object;
+    PyObject **held = self->held;
+    static char *names[] = {"shape_bytes", "flags",  "hooks", "children", "weights",    "tensor", "dtype",      "size",
+                            "stride",      "levels", "count", "threads",  "empty_like", "joined", "owns_input", NULL};
+    if (held[BYTES]) {
+        PyErr_SetString(PyExc_TypeError, "a decision is made once");
+        return -1;
+    }
+    PyObject *given[HELD];
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "SO!O!O!O!OOOOO!OOO|pp", names, given + BYTES,
+                                     &PyTuple_Type, given + FLAGS, &PyTuple_Type, given + HOOKS, &PyTuple_Type, given + CHILDREN, &PyTuple_Type,
+                                     given + WEIGHTS, given + TENSOR, given + DTYPE, given + SIZE, given + STRIDE,
+                                     &PyDict_Type, given + LEVELS, given + COUNT, given + THREADS, given + EMPTY_LIKE,
+                                     &self->joined, &self->owns_input))
+        return -1;
+    for (int i = 0; i < HELD; i++) held[i] = Py_NewRef(given[i]);
+    return 0;
+}
+
+static int decision_traverse(PyObject *object, visitproc visit, void *arg) {
+    Decision *self = (Decision *)object;
+    Py_VISIT(Py_TYPE(object));
+    for (int i = 0; i < HELD; i++) Py_VISIT(self->held[i]);
+    return 0;
+}
+
+static int decision_clear(PyObject *object) {
+    Decision *self = (Decision *)object;
+    for (int i = 0; i < HELD; i++) Py_CLEAR(self->held[i]);
+    return 0;
+}
+
+static void decision_dealloc(PyObject *object) {
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    decision_clear(object);
+    PyObject_GC_Del(object);
+    Py_DECREF(type);
+}
+
+/* 1 if an attribute (or what a method without arguments returns) is this very object or equal to it, 0 if not, -1. */
+static int is_so(PyObject *object, PyObject *name, int method, PyObject *expected) {
+    PyObject *found =
+        method ? PyObject_CallMethodObjArgs(object, name, NULL) : PyObject_GetAttr(object, name);
+    if (!found) return -1;
+    int same = found == expected ? 1 : PyObject_RichCompareBool(found, expected, Py_EQ);
+    Py_DECREF(found);
+    return same;
+}
+
+static int is_like(const Decision *d, PyObject *map) {
+    if ((PyObject *)Py_TYPE(map) != d->held[TENSOR]) return 0;
+    int same = is_so(map, S_shape, 0, d->held[SIZE]);
+    if (same > 0) same = is_so(map, S_stride, 1, d->held[STRIDE]);
+    if (same > 0) same = is_so(map, S_dtype, 0, d->held[DTYPE]);
+    return same > 0 ? is_so(map, S_is_cpu, 0, Py_True) : same;
+}
+
+/* No flag of torch's is up, no hook waits, the children and the number of threads are the same. */
+static int is_quiet(const Decision *d) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(d->held[HOOKS]); i++)
+        if (PyDict_Size(PyTuple_GetItem(d->held[HOOKS], i))) return 0;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(d->held[FLAGS]); i++) {
+        PyObject *up = PyObject_CallNoArgs(PyTuple_GetItem(d->held[FLAGS], i));
+        if (!up) return -1;
+        int is_up = PyObject_IsTrue(up);
+        Py_DECREF(up);
+        if (is_up) return is_up < 0 ? -1 : 0;
+    }
+    PyObject *level = PyDict_GetItemWithError(d->held[LEVELS], S_level);
+    if (!level) return PyErr_Occurred() ? -1 : 0;
+    if (PyLong_AsLong(level) >= 0) return 0;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(d->held[CHILDREN]); i++) {
+        PyObject *pair = PyTuple_GetItem(d->held[CHILDREN], i);
+        PyObject *now = PyTuple_GetItem(pair, 0), *before = PyTuple_GetItem(pair, 1), *value;
+        if (PyDict_Size(now) != PyTuple_Size(before)) return 0;
+        Py_ssize_t at = 0, index = 0;
+        while (PyDict_Next(now, &at, NULL, &value))
+            if (value != PyTuple_GetItem(before, index++)) return 0;
+    }
+    PyObject *threads = PyObject_CallNoArgs(d->held[COUNT]);
+    if (!threads) return -1;
+    int same = PyObject_RichCompareBool(threads, d->held[THREADS], Py_EQ);
+    Py_DECREF(threads);
+    return same;
+}
+
+static int address(PyObject *tensor, Address *into) {
+    PyObject *found = PyObject_CallMethodObjArgs(tensor, S_data_ptr, NULL);
+    if (!found) return -1;
+    *into = PyLong_AsUnsignedLongLong(found);
+    Py_DECREF(found);
+    return PyErr_Occurred() ? -1 : 1;
+}
+
+/* w1, b1, w2, b2: (a module's parameters, name, the parameter or None, its elements) each. */
+static int read_weights(const Decision *d, Address *into) {
+    for (Py_ssize_t i = 0; i < 4; i++) {
+        PyObject *one = PyTuple_GetItem(d->held[WEIGHTS], i);
+        PyObject *now = PyDict_GetItemWithError(PyTuple_GetItem(one, 0), PyTuple_GetItem(one, 1));
+        PyObject *before = PyTuple_GetItem(one, 2);
+        if (now != before) return PyErr_Occurred() ? -1 : 0;
+        into[i] = 0;
+        if (before == Py_None) continue;
+        int same = is_so(before, S_dtype, 0, d->held[DTYPE]);
+        if (same > 0) same = is_so(before, S_numel, 1, PyTuple_GetItem(one, 3));
+        if (same > 0) same = address(before, into + i);
+        if (same <= 0) return same;
+    }
+    return 1;
+}
+
+static PyObject *decision_call(PyObject *object, PyObject *args, PyObject *kwargs) {
+    Decision *self = (Decision *)object;
+    PyObject *y, *r;
+    (void)kwargs;
+    if (!PyArg_ParseTuple(args, "OO", &y, &r)) return NULL;
+    if (!self->held[BYTES] || (r != Py_None) != self->joined) Py_RETURN_NONE;
+    Address layers[4], maps[3] = {0, 0, 0};
+    int same = is_quiet(self);
+    if (same > 0) same = is_like(self, y);
+    if (same > 0 && self->joined) same = is_like(self, r);
+    if (same > 0) same = read_weights(self, layers);
+    if (same > 0) same = address(y, maps);
+    if (same > 0 && self->joined) same = address(r, maps + 1);
+    if (same < 0) return NULL;
+    if (!same) Py_RETURN_NONE;
+    PyObject *out = self->owns_input ? Py_NewRef(y) : PyObject_CallFunctionObjArgs(self->held[EMPTY_LIKE], y, NULL);
+    if (!out) return NULL;
+    char *raw;
+    Py_ssize_t size;
+    Shape d;
+    if (address(out, maps + 2) < 0 || PyBytes_AsStringAndSize(self->held[BYTES], &raw, &size) < 0 ||
+        !read_shape(raw, size, &d)) {
+        Py_DECREF(out);
+        return NULL;
+    }
+    Layers l = {AT(layers[0]), AT(layers[1]), AT(layers[2]), AT(layers[3])};
+    Maps m = {AT(maps[0]), AT(maps[1]), AT(maps[2]), NULL};
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = forward(&d, &l, &m);
+    Py_END_ALLOW_THREADS
+    if (failed) {
+        Py_DECREF(out);
+        return PyErr_NoMemory();
+    }
+    return out;
+}
+
+static PyType_Slot decision_slots[] = {
+    {Py_tp_init, (void *)decision_init},
+    {Py_tp_dealloc, (void *)decision_dealloc},
+    {Py_tp_traverse, (void *)decision_traverse},
+    {Py_tp_clear, (void *)decision_clear},
+    {Py_tp_call, (void *)decision_call},
+    {Py_tp_doc, "The forward pass once more, for maps that are like the one it was decided for."},
+    {0, NULL},
+};
+static PyType_Spec decision_spec = {"selab.kernels._native.Decision", sizeof(Decision), 0,
+                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, decision_slots};
+
 static PyMethodDef methods[] = {
     {"shape", py_shape, METH_VARARGS, "The numbers of a map and its block, for the others."},
     {"gated", py_gated, METH_VARARGS, "The forward pass: shape, layers, maps."},
@@ -529,4 +708,18 @@ static PyMethodDef methods[] = {
 };
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_native", "Squeeze-and-Excitation on the CPU, on addresses.", -1, methods, 0, 0, 0, 0};
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__native(void) {
+    PyObject **names[] = {&S_shape, &S_stride, &S_dtype, &S_is_cpu, &S_data_ptr, &S_numel, &S_level};
+    static const char *words[] = {"shape", "stride", "dtype", "is_cpu", "data_ptr", "numel", "_current_level"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!(*names[i] = PyUnicode_InternFromString(words[i]))) return NULL;
+    PyObject *module = PyModule_Create(&definition);
+    PyObject *type = module ? PyType_FromSpec(&decision_spec) : NULL;
+    if (!type || PyModule_AddObjectRef(module, "Decision", type) < 0) {
+        Py_XDECREF(type);
+        Py_XDECREF(module);
+        return NULL;
+    }
+    Py_DECREF(type);
+    return module;
+}

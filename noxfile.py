@@ -157,6 +157,11 @@ def readme(session: nox.Session) -> None:
         session.run("selab", "table", "accuracy", "--profiles", trained, "--into", "README.md")
         axes = ("--x", "latency", "--y", "top1_error_trained")
         session.run("selab", "plot", "accuracy", *axes, "--profiles", trained, "--out", "docs/bought.svg")
+    taxed = re.search(r"\.\./(profiles/[^/)]+)", Path("docs/se-tax.md").read_text(encoding="utf-8"))
+    if taxed is not None:
+        session.run("selab", "table", "tax", "--profiles", taxed[1], "--into", "docs/se-tax.md")
+        record = f"{taxed[1]}/tax/se_resnet50.cpu-b1-224-fp32-held-t1.forward.json"
+        session.run("selab", "plot", "tax", "--record", record, "--out", "docs/tax.svg")
     for name in ("added", "mobile", "paper-2"):
         session.run("selab", "table", name, "--profiles", folder, "--into", "README.md")
     session.run("selab", "plot", "added", "--profiles", folder, "--out", "docs/added.svg")

@@ -80,6 +80,13 @@ def test_the_accuracies_in_the_readme_are_rendered(root):
     assert pages.spliced(text, "accuracy", pages.page("accuracy", grids, ()), where="README.md") == text
 
 
+def test_the_taxes_in_the_docs_are_rendered(root):
+    text = (root / "docs" / "se-tax.md").read_text()
+    folder = root / re.search(r"\.\./(profiles/[^/)]+)", text)[1]
+    grids = pages.named_grids("tax", {}, (), taxes=read_tax_records(folder))
+    assert pages.spliced(text, "tax", pages.page("tax", grids, ()), where="docs/se-tax.md") == text
+
+
 @pytest.mark.parametrize("name", ["added", "mobile", "paper-2"])
 def test_tables_in_the_readme_are_rendered(root, name):
     text = (root / "README.md").read_text()

@@ -113,8 +113,8 @@ def repeat(
     return decision
 
 
-# Each says, by anything but zero or None, that operations do not run one by one, unobserved, in their own dtypes, without
-# gradients. Forward-mode gradients have a level instead.
+# Each says, by anything but zero or None, that operations do not run one by one, unobserved, in their own dtypes and
+# without gradients. Forward-mode gradients have a level instead.
 _FLAGS = (
     torch.is_grad_enabled,
     torch._C._len_torch_dispatch_stack,

@@ -312,7 +312,7 @@ class _Fast:
         if formula is None:
             out: Tensor = self.library.forward(self, x)
             return out
-        if impl == "native":
+        if impl == "native" and not torch.is_grad_enabled():
             fc1, _, fc2, _ = (self._modules[name] for name in _FOREIGN[self.library.__module__, self.library.__name__])
             decision = repeat(x, None, formula, (fc1, fc2), (self,), owns_input=self.owns_input)
             self.__dict__["_decided"] = decision

@@ -233,7 +233,7 @@ class SqueezeExcitation(Attention):
             if self.impl != "auto":
                 raise ModelError(f"impl {self.impl!r}: {reason}; use impl='auto', which takes what can run")
             return None
-        if impl == "native":
+        if impl == "native" and not torch.is_grad_enabled():
             layers = (self.fc1, self.fc2)
             owners = (self,) if join is None else (self, join)
             decided = repeat(x, shortcut, formula, layers, owners, owns_input=self.owns_input)

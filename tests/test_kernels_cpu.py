@@ -361,6 +361,11 @@ class TestDecidedOnce:
         with torch.no_grad():
             torch.testing.assert_close(fast(x), expected(x))
 
+    def test_nothing_is_kept_where_gradients_are_recorded(self):
+        fast = block(8, "auto")
+        fast(torch.randn(2, 8, 6, 6))
+        assert "_decided" not in fast.__dict__
+
     def test_a_copy_has_weights_of_its_own(self):
         fast, x = self.fresh()
         twin = copy.deepcopy(fast)

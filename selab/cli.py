@@ -1085,7 +1085,8 @@ def _show_runtime(
     if json_to is not None:
         return write_json([dataclasses.asdict(one) for one in found], json_to)
     if not found:
-        return print_parts(f"{variant.name}: has no SE block; its baseline is what they are compared with")
+        other = "its blocks are of another kind, which run as they are written" if variant.se else "has no SE block"
+        return print_parts(f"{variant.name}: {other}; there is nothing that selab.fuse would run otherwise")
     layout = "channels last" if channels_last else "contiguous"
     title = f"SE blocks of {variant.name} as they run: {device.value}, batch {batch}, {dtype.value}, {layout}"
     return print_parts(runtime_grid(found, title=title))

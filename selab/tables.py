@@ -142,6 +142,7 @@ def profile_grid(record: Record) -> Grid:
     rows += [_latency_row(latency, label=label) for label, latency in _latencies(record)]
     rows += _memory_rows(record.memory, record.baseline_memory)
     notes = ["counted before torch.compile, which fuses operators"] if record.workload.compiled else []
+    notes += ["counted as written, before selab.fuse, which moves fewer bytes"] if record.workload.fused else []
     if variant is not None:
         rows += _published_rows(variant, baseline)
         sources = {f"{one.source}, {one.where}" for one in variant.published if one.metric.startswith("top")}
@@ -347,7 +348,7 @@ def runtime_grid(found: "Sequence[Runtime]", *, title: str) -> Grid:
                 ("join", one.block.joined),
                 ("in place", one.block.in_place),
             )
-            if is_so
+            if is_so and one.impl != "reference"
         ]
         shape = "×".join(map(str, one.map_nchw[1:]))
         rows.append((one.block.path, shape, one.impl, ", ".join(done) or NONE, one.reason or NONE))

@@ -153,7 +153,9 @@ def _tax_cells(latency: Latency) -> tuple[str, str, str, str]:
 
 
 def _change(latency: Latency | None) -> str:
-    return "failed" if latency is not None and latency.error else change_words(latency)
+    if latency is not None and latency.error:
+        return "failed"
+    return "no result" if latency is not None and latency.ratio is None else change_words(latency)
 
 
 def _flag_notes(latencies: Sequence[Latency]) -> Iterator[str]:

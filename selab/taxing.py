@@ -130,6 +130,11 @@ class Tax:
             self.variant, self.baseline = pair(request)
             self.blocks = built.insertions
             _check_blocks(built, request.arch)
+            if self.baseline is not None and self.baseline.se is not None:
+                raise InsertionError(
+                    f"--baseline {self.baseline.name}: has SE blocks itself; a tax is held against a network without "
+                    "them; compare these two with `selab profile`"
+                )
         self.machine = machine(request.device)
 
     def path(self, out: Path) -> Path:

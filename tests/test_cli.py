@@ -136,8 +136,12 @@ class TestLooking:
         status, out, _ = selab("show", "resnet18", "--runtime")
         assert (status, out.strip()) == (
             0,
-            "resnet18: has no SE block; its baseline is what they are compared with",
+            "resnet18: has no SE block; there is nothing that selab.fuse would run otherwise",
         )
+        _, out, _ = selab("show", "resnet18+block=eca", "--runtime")
+        assert "its blocks are of another kind" in " ".join(out.split())
+        _, out, _ = selab("show", "se_resnet18", "--runtime", "--dtype", "bf16")
+        assert "in place" not in out
         _, out, _ = selab("show", "se_resnet50_max", "--runtime", "--json", "-")
         assert {one["reason"] for one in json.loads(out)} == {"squeeze 'max' has the reference alone"}
 

@@ -197,6 +197,11 @@ def test_other_implementations_of_blocks_that_are_brought_along_are_refused(with
             taxing.Tax(asked)
 
 
+def test_a_baseline_with_blocks_is_refused():
+    with pytest.raises(InsertionError, match=r"--baseline se_resnet34: has SE blocks itself; .* `selab profile`"):
+        taxing.Tax(request("se_resnet18", baseline="se_resnet34"))
+
+
 def test_a_network_without_blocks_still_needs_a_baseline():
     with pytest.raises(SpecError, match="is a baseline itself"):
         taxing.Tax(request("small_cnn"))

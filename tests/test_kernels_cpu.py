@@ -80,6 +80,20 @@ def test_outputs_and_gradients_are_the_reference_s(impl, joined, relu_in, gate, 
                     assert torch.equal(run(*(one.detach() for one in ours)), out)
 
 
+def test_branch_and_shortcut_may_lie_differently_in_memory():
+    fast = block(17, "auto")
+    (branch, _), (exact, _) = maps((2, 17, 6, 5), torch.channels_last, joined=True)
+    (shortcut, _), (other, _) = maps((2, 17, 6, 5), torch.contiguous_format, joined=True)
+    out = GatedJoin(Join(), fast, "branch")(branch, shortcut)
+    expected = GatedJoin(Join(), in_double(fast), "branch")(exact, other)
+    cotangent = torch.randn(2, 17, 6, 5)
+    out.backward(cotangent)
+    expected.backward(cotangent.double())
+    assert_near(out, expected, FORWARD)
+    assert_near(branch.grad, exact.grad, GRADIENT)
+    assert_near(shortcut.grad, other.grad, GRADIENT)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @needs_native
 def test_threads_share_images_or_channels(threads):

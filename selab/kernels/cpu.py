@@ -136,7 +136,7 @@ def forward(y: Tensor, shortcut: Tensor | None, formula: Formula, *, native: boo
 
 
 def backward(
-    dout: Tensor, out: Tensor | None, y: Tensor, formula: Formula, kept: Tensor
+    dout: Tensor, out: Tensor | None, y: Tensor, formula: Formula, kept: Tensor, *, native: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of one block.
 
@@ -146,12 +146,13 @@ def backward(
         y: as in `forward`.
         formula: as in `forward`.
         kept: from `forward`.
+        native: as in `forward`, whose output has y's layout only if it ran natively.
 
     Returns:
         Gradients of y and of the sum (the shortcut's), (N, C, H, W); of the logits (N, C) and the hidden values (N, K).
     """
     dout = dout.contiguous(memory_format=torch.contiguous_format if y.is_contiguous() else torch.channels_last)
-    if not native_refuses(y, dout, formula):
+    if native:
         return _native_backward(dout, out, y, formula, kept)
     _, hidden, logits = _parts(kept, formula)
     dz = dout if out is None else torch.ops.aten.threshold_backward(dout, out, 0)
@@ -209,6 +210,7 @@ class Gated(torch.autograd.Function):
         # Without the weights: a tensor that autograd does not know of would keep itself alive.
         ctx.options = formula[4:]  # type: ignore[attr-defined]
         ctx.joined = shortcut is not None  # type: ignore[attr-defined]
+        ctx.native = native  # type: ignore[attr-defined]
         return out
 
     @staticmethod
@@ -217,7 +219,7 @@ class Gated(torch.autograd.Function):
         """(N, C, H, W) → the gradients of forward's arguments."""
         y, out, w1, b1, w2, b2, kept = ctx.saved_tensors  # type: ignore[attr-defined]
         formula = Formula(w1, b1, w2, b2, *ctx.options)  # type: ignore[attr-defined]
-        dy, dz, dlogits, dhidden = backward(dout, out, y, formula, kept)
+        dy, dz, dlogits, dhidden = backward(dout, out, y, formula, kept, native=ctx.native)  # type: ignore[attr-defined]
         layers = layer_gradients(formula, kept, dlogits, dhidden)
         return dy, dz if ctx.joined else None, *layers, None, None  # type: ignore[attr-defined]
 

@@ -230,7 +230,7 @@ def _maps_by_torch(
     wide = kept[0].dtype
     cut = None if out is None else layout.laid_out(out, y).to(wide)
     maps = layout.laid_out(dout, y).to(wide), cut, layout.laid_out(y, y).to(wide)
-    dy, dz, dlogits, dhidden = cpu.backward(*maps, _widened(formula, wide), torch.cat(tuple(kept), 1))
+    dy, dz, dlogits, dhidden = cpu.backward(*maps, _widened(formula, wide), torch.cat(tuple(kept), 1), native=False)
     return layout.stored(dy, y), layout.stored(dz, y) if needs[1] else dz, dlogits, dhidden
 
 

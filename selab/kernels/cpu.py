@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from selab.kernels import layout
+
 _native: Any
 try:
     from selab.kernels import _native  # type: ignore[attr-defined,no-redef]
@@ -72,7 +74,7 @@ def native_refuses(y: Tensor, shortcut: Tensor | None, formula: Formula) -> str:
         return _WHY_NOT
     if y.dtype != torch.float32 or formula.w1.dtype != torch.float32:
         return f"the native code computes in float32, not in {str(y.dtype).removeprefix('torch.')}"
-    if not y.is_contiguous() and not y.is_contiguous(memory_format=torch.channels_last):
+    if not layout.is_dense(y):
         return "the map is neither contiguous nor channels last"
     if shortcut is not None and (shortcut.dtype != y.dtype or shortcut.stride() != y.stride()):
         return "branch and shortcut lie differently in memory"
@@ -151,7 +153,7 @@ def backward(
     Returns:
         Gradients of y and of the sum (the shortcut's), (N, C, H, W); of the logits (N, C) and the hidden values (N, K).
     """
-    dout = dout.contiguous(memory_format=torch.contiguous_format if y.is_contiguous() else torch.channels_last)
+    dout = layout.laid_out(dout, y)
     if native:
         return _native_backward(dout, out, y, formula, kept)
     _, hidden, logits = _parts(kept, formula)
@@ -271,7 +273,7 @@ def squeezed(m: Tensor) -> Tensor:
     n, c, h, w = m.shape
     if m.is_contiguous():
         return m.flatten(2).mean(2)
-    if m.is_contiguous(memory_format=torch.channels_last) and h * w <= _POSITIONS_BY_PRODUCT and m.dtype in _EXACT:
+    if layout.is_channels_last(m) and h * w <= _POSITIONS_BY_PRODUCT and m.dtype in _EXACT:
         row = m.new_full((), 1 / (h * w)).expand(n, 1, h * w)
         return torch.bmm(row, m.permute(0, 2, 3, 1).reshape(n, h * w, c))[:, 0]
     return m.mean((2, 3))
@@ -338,8 +340,12 @@ def _activation_slopes(hidden: Tensor, formula: Formula) -> Tensor:
 
 
 def _is_alike_and_dense(one: Tensor, other: Tensor) -> bool:
-    dense = one.is_contiguous() or one.is_contiguous(memory_format=torch.channels_last)
-    return dense and one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+    return (
+        layout.is_dense(one)
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
 
 
 def _threads(y: Tensor) -> int:

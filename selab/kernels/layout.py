@@ -9,6 +9,11 @@ def is_channels_last(y: Tensor) -> bool:
     return not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
 
 
+def is_dense(y: Tensor) -> bool:
+    """Whether a map is contiguous or channels last."""
+    return y.is_contiguous() or is_channels_last(y)
+
+
 def laid_out(x: Tensor, y: Tensor) -> Tensor:
     """A map in the memory format of y: channels last if y has it, else contiguous."""
     return x.contiguous(memory_format=torch.channels_last if is_channels_last(y) else torch.contiguous_format)
@@ -16,8 +21,7 @@ def laid_out(x: Tensor, y: Tensor) -> Tensor:
 
 def empty_map(y: Tensor) -> Tensor:
     """An empty map with y's strides, or a contiguous one if y is neither contiguous nor channels last."""
-    dense = y.is_contiguous() or is_channels_last(y)
-    return torch.empty_like(y) if dense else torch.empty_like(y, memory_format=torch.contiguous_format)
+    return torch.empty_like(y) if is_dense(y) else torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 def stored(x: Tensor, y: Tensor) -> Tensor:

@@ -5,14 +5,18 @@ What is done, wherever it applies:
 * `SqueezeExcitation` takes its fastest implementation (`impl="auto"`);
 * a ReLU right before a block in an `nn.Sequential` becomes part of the block, which then reads the map once less;
 * a residual join, relu(branch + shortcut), is one pass, with a block in it or without;
+* in inference on a CPU, a BatchNorm is part of the pass behind it (a block's, a join's or a ReLU's) where a trace
+  proves that nobody else reads its output;
 * SE modules of torchvision and timm compute as ours do, under their own class, parameters and keys;
 * in inference, a block's output takes its input's place where a trace proves that nobody reads the input again.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -22,11 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selab.errors import SelabError
+from selab.joins import ADD_RELU, FastJoin, FastReLU, formula_of
 from selab.kernels import cpu
-from selab.kernels.choice import Impl, choose, hooked, records_gradients, repeat, run, unusual
+from selab.kernels.choice import Deciding, Impl, choose, hooked, norm_of, repeat, run
 from selab.kernels.cpu import Formula
 from selab.probe import first_line, meta_twin, passages
-from selab.se import ADD_RELU, GatedJoin, SqueezeExcitation, formula_of
+from selab.se import GatedJoin, SqueezeExcitation
+from selab.waiting import DeferredNorm, defer, settled, taken, waiting
 
 # Where a library defines its block → the names of its reduction, activation, expansion and gate.
 _FOREIGN = {
@@ -46,6 +52,7 @@ class FusedBlock:
         kind: its class's name.
         joined: whether scale, addition and ReLU are one pass.
         absorbed: whether the ReLU before it is part of it.
+        normalising: whether the BatchNorm before it, or before that ReLU, is part of it in inference.
         in_place: whether its output takes its input's place in inference.
         reason: why it stays as it was; empty if it does not.
     """
@@ -54,6 +61,7 @@ class FusedBlock:
     kind: str
     joined: bool = False
     absorbed: bool = False
+    normalising: bool = False
     in_place: bool = False
     reason: str = ""
 
@@ -65,15 +73,18 @@ class Fusion:
     Attributes:
         blocks: in the order of the network.
         joins: residual joins without a block that are one pass now.
-        in_place_reason: why no output takes its input's place; empty if that could be looked into.
+        norms: BatchNorms that are part of the pass behind them in inference, with a block in it or without.
+        in_place_reason: why no output takes its input's place, and no BatchNorm is part of the pass behind it; empty if
+            that could be looked into.
     """
 
     blocks: tuple[FusedBlock, ...]
     joins: int
+    norms: int = 0
     in_place_reason: str = ""
 
 
-def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224)) -> Fusion:
+def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), blocks: bool = True) -> Fusion:
     """Makes the SE blocks of a network cheap, in place: the same mathematics, parameters and checkpoint keys.
 
     Args:
@@ -81,32 +92,65 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224)) ->
             `SqueezeExcite`), or with none.
         input_nchw: (N, C, H, W) of an example input, to see on the meta device which maps are read once only. Where a
             hook of yours keeps a block's input, keep a copy: it is overwritten in inference.
+        blocks: whether the blocks are made fast; without, only what stands around them, as in a network without SE.
 
     Returns:
         What was done, and what was not and why.
     """
-    absorbed = _absorb(model)
-    joins = _join(model)
-    changed = [_fused(path, module, absorbed) for path, module in _blocks(model)]
+    absorbed = _absorb(model) if blocks else set()
+    joins = _join(model, blocks)
+    changed = [_fused(path, module, absorbed) for path, module in _blocks(model)] if blocks else []
     reason = ""
     try:
-        owning = _read_once(model, input_nchw)
+        seen = _traced(model, input_nchw, blocks)
     except (SelabError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:
-        owning, reason = set(), f"no pass over an input of shape {input_nchw} on the meta device: {first_line(error)}"
-    for path in owning:
-        module = model.get_submodule(path)
-        owner: Any = module.se if isinstance(module, GatedJoin) else module
+        seen = _Seen(owning=set(), reader={})
+        reason = f"no pass over an input of shape {input_nchw} on the meta device: {first_line(error)}"
+    for path in seen.owning:
+        owner: Any = model.get_submodule(path)
         owner.owns_input = True
-    gated = {f"{path}.se" for path, module in model.named_modules() if isinstance(module, GatedJoin)}
-    blocks = (
-        replace(one, in_place=not one.reason and bool(getattr(model.get_submodule(one.path), "owns_input", False)))
-        for one in changed
-    )
+    norms = sum(_deferred(model, norm, reader) for norm, reader in seen.reader.items())
     return Fusion(
-        blocks=tuple(replace(one, joined=one.path in gated and not one.reason) for one in blocks),
+        blocks=tuple(_described(model, one, set(seen.reader.values())) for one in changed),
         joins=joins,
+        norms=norms,
         in_place_reason=reason,
     )
+
+
+def _described(model: nn.Module, one: FusedBlock, readers: set[str]) -> FusedBlock:
+    """With what the pass of its block comprises, if it has a fast one."""
+    if one.reason:
+        return one
+    join = _enclosing(model, one.path)
+    joined = join is not None and join.edge == "branch" and bool(formula_of(_plain_inner(join)))
+    owns = bool(getattr(model.get_submodule(one.path), "owns_input", False))
+    return replace(one, joined=joined, in_place=owns, normalising=one.path in readers)
+
+
+def _enclosing(model: nn.Module, path: str) -> GatedJoin | None:
+    """The join whose block or inner join this is."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    return parent if isinstance(parent, GatedJoin) else None
+
+
+def _plain_inner(join: GatedJoin) -> nn.Module:
+    inner: Any = join.inner
+    return inner.inner if isinstance(inner, FastJoin) else inner
+
+
+def _deferred(model: nn.Module, path: str, reader_path: str) -> bool:
+    """Leaves a BatchNorm's work to the one who reads its output; False if somebody looks at one of them."""
+    norm, reader, join = model.get_submodule(path), model.get_submodule(reader_path), _enclosing(model, reader_path)
+    behind = (reader, *(() if join is None else (join,)))
+    if not isinstance(norm, nn.BatchNorm2d) or hooked(norm, *behind):
+        return False
+    defer(norm, behind)
+    if type(reader) is nn.ReLU:
+        fast: Any = reader
+        fast.__class__ = FastReLU
+        fast.owns_input = True
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,41 +205,6 @@ def runtimes(
     return tuple(found)
 
 
-class FastJoin(nn.Module):
-    """relu(branch + shortcut) in one pass; anything but plain float maps goes through the join that it stands for.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-    """
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.owns_input = False
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """(N, C, H, W) twice → (N, C, H, W)."""
-        inner: Any = self._modules["inner"]
-        observed = torch.compiler.is_compiling() or hooked(inner, *inner.children()) or formula_of(inner) != ADD_RELU
-        if observed or unusual(branch):
-            out: Tensor = inner(branch, shortcut)
-            return out
-        if branch.is_cuda:
-            return _join_on_gpu(inner, branch, shortcut)
-        if records_gradients(branch, shortcut):
-            joined: Tensor = cpu.AddReLU.apply(branch, shortcut)  # type: ignore[no-untyped-call]
-            return joined
-        return cpu.add_relu(branch, shortcut, in_place=self.owns_input)
-
-
-def _join_on_gpu(inner: nn.Module, branch: Tensor, shortcut: Tensor) -> Tensor:
-    # Loading it registers the operator, and only those load it who use it.
-    from selab.kernels import operators
-
-    refused = operators.refuses_join(branch, shortcut)
-    out: Tensor = inner(branch, shortcut) if refused else torch.ops.selab.add_relu(branch, shortcut)
-    return out
-
-
 def _absorb(model: nn.Module) -> set[nn.Module]:
     """Moves in-place ReLUs into the blocks right behind them; gives these blocks."""
     found: set[nn.Module] = set()
@@ -218,15 +227,16 @@ def _absorb(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _join(model: nn.Module) -> int:
+def _join(model: nn.Module, blocks: bool) -> int:
+    """Makes joins one pass; counts those that no block makes one with its own."""
     joins = 0
     for parent in list(model.modules()):
-        if isinstance(parent, (GatedJoin, FastJoin)):
+        if isinstance(parent, FastJoin):
             continue
         for name, child in list(parent.named_children()):
             if formula_of(child) == ADD_RELU:
                 parent._modules[name] = FastJoin(child).train(child.training)
-                joins += 1
+                joins += not (blocks and isinstance(parent, GatedJoin) and parent.edge == "branch")
     return joins
 
 
@@ -294,7 +304,7 @@ def _formula_of(module: nn.Module, base: type[nn.Module]) -> Formula | str:
     return Formula(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, activation, gating)
 
 
-class _Fast:
+class _Fast(Deciding):
     """Stands before a library's class: `isinstance`, parameters and keys stay what they were, forward is faster."""
 
     library: ClassVar[type[nn.Module]]
@@ -310,27 +320,20 @@ class _Fast:
                 return repeated
         impl, formula = _foreign_choice(self, self.library, x)
         if formula is None:
-            out: Tensor = self.library.forward(self, x)
+            out: Tensor = self.library.forward(self, settled(x))
             return out
-        if impl == "native" and not torch.is_grad_enabled():
-            fc1, _, fc2, _ = (self._modules[name] for name in _FOREIGN[self.library.__module__, self.library.__name__])
-            decision = repeat(x, None, formula, (fc1, fc2), (self,), owns_input=self.owns_input)
-            self.__dict__["_decided"] = decision
-        return run(impl, x, None, formula, owns_input=self.owns_input)
+        if impl != "native" or torch.is_grad_enabled():
+            return run(impl, settled(x), None, formula, owns_input=self.owns_input)
+        fc1, _, fc2, _ = (self._modules[name] for name in _FOREIGN[self.library.__module__, self.library.__name__])
+        self.__dict__["_decided"] = repeat(
+            x, None, formula, (self,), layers=(fc1, fc2), norm=waiting(x), owns_input=self.owns_input
+        )
+        return run(impl, x, None, formula, owns_input=self.owns_input, norm=taken(x))
 
     def runtime(self: Any, x: Tensor) -> tuple[Impl, str]:
         """As `SqueezeExcitation.runtime`."""
         formula = _formula_of(self, self.library)
         return ("reference", formula) if isinstance(formula, str) else choose("auto", x, None, formula)
-
-    def __setattr__(self: Any, name: str, value: Any) -> None:
-        """As `SqueezeExcitation.__setattr__`."""
-        self.__dict__.pop("_decided", None)
-        self.library.__setattr__(self, name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As `SqueezeExcitation.__getstate__`."""
-        return {name: value for name, value in self.__dict__.items() if name != "_decided"}
 
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {}
@@ -356,8 +359,22 @@ def _foreign_choice(module: nn.Module, base: type[nn.Module], x: Tensor) -> tupl
 # ------------------------------------------------------------------------------------------------------ read once only
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What a trace of inference shows.
+
+    Attributes:
+        owning: paths of blocks and joins whose (first) input nobody reads after them.
+        reader: path of a BatchNorm → that of the one block, join or ReLU that reads its output; where nobody reads the
+            BatchNorm's input either.
+    """
+
+    owning: set[str]
+    reader: dict[str, str]
+
+
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches storages: which of the blocks' inputs are read after the block has run."""
+    """Watches storages: which of them are read while they are watched."""
 
     def __init__(self, taken: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -367,13 +384,17 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # A storage that is gone leaves its address to another one.
         self._alive: list[Any] = []
 
-    def watch(self, path: str, x: Tensor) -> None:
+    def watch(self, name: str, x: Tensor) -> None:
         """From now on a read of x's memory counts."""
         storage = x.untyped_storage()
         self._alive.append(storage)
         if storage._cdata in self._taken or storage._cdata in self._watched:
-            self.again.add(path)
-        self._watched[storage._cdata] = path
+            self.again.add(name)
+        self._watched[storage._cdata] = name
+
+    def forget(self, x: Tensor) -> None:
+        """From now on it does not."""
+        self._watched.pop(x.untyped_storage()._cdata, None)
 
     def look(self, values: object) -> None:
         """Notes the watched memory among these."""
@@ -390,29 +411,84 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def _read_once(model: nn.Module, input_nchw: tuple[int, ...]) -> set[str]:
-    """Paths of blocks and joins whose (first) input nobody reads after them, in inference."""
+class _Trace:
+    """Hooks that follow maps through BatchNorms and those who read them (blocks, joins, ReLUs)."""
+
+    def __init__(self, reads: _Reads) -> None:
+        self.reads = reads
+        self.calls: Counter[str] = Counter()
+        self.readers: dict[str, list[str]] = {}
+        self._normalised: list[tuple[Tensor, str]] = []
+
+    def after_norm(self, path: str, args: tuple[Any, ...], out: Tensor) -> None:
+        """Watches what came in and what goes out."""
+        self.calls[path] += 1
+        self.reads.watch(f"input of {path}", args[0])
+        self.reads.watch(f"output of {path}", out)
+        self._normalised.append((out, path))
+        self.readers.setdefault(path, [])
+
+    def before_reader(self, path: str, args: tuple[Any, ...]) -> None:
+        """Notes whose output it reads; what is read until it returns is its own business."""
+        for out, norm in self._normalised:
+            if args and args[0] is out:
+                self.readers[norm].append(path)
+                self.reads.forget(out)
+
+    def after_reader(self, path: str, args: tuple[Any, ...]) -> None:
+        """Watches what it has read."""
+        self.calls[path] += 1
+        self.reads.watch(path, args[0])
+
+    def seen(self) -> _Seen:
+        """What all this shows."""
+        again = self.reads.again
+        reader = {}
+        for norm, paths in self.readers.items():
+            untouched = not again & {f"input of {norm}", f"output of {norm}", *paths}
+            if untouched and len(paths) == 1 and self.calls[norm] == self.calls[paths[0]] == 1:
+                reader[norm] = paths[0]
+        return _Seen(owning=set(self.calls) - set(self.readers) - again, reader=reader)
+
+
+def _traced(model: nn.Module, input_nchw: tuple[int, ...], blocks: bool) -> _Seen:
+    """Runs the network on the meta device, in inference."""
     twin = meta_twin(model).eval()
     example = torch.empty(input_nchw, device="meta", dtype=next((p.dtype for p in twin.parameters()), torch.float32))
     kept = (*twin.parameters(), *twin.buffers(), example)
-    reads = _Reads({tensor.untyped_storage()._cdata for tensor in kept})
-    inside = {f"{path}.se" for path, module in twin.named_modules() if isinstance(module, GatedJoin)}
-    seen: set[str] = set()
+    trace = _Trace(_Reads({tensor.untyped_storage()._cdata for tensor in kept}))
     with ExitStack() as stack:
-        for path, module in twin.named_modules():
-            if path not in inside and (isinstance(module, GatedJoin) or hasattr(module, "owns_input")):
-
-                def after(_module: nn.Module, args: tuple[Any, ...], _out: object, path: str = path) -> None:
-                    seen.add(path)
-                    reads.watch(path, args[0])
-
-                stack.callback(module.register_forward_hook(after).remove)
-        with torch.no_grad(), reads:
+        for path, module in _norms(twin):
+            after = partial(trace.after_norm, path)
+            stack.callback(module.register_forward_hook(lambda _, args, out, after=after: after(args, out)).remove)
+        for path, module in _readers(twin, blocks):
+            if isinstance(module, nn.ReLU):
+                # In place, whoever reads its output would seem to read its input.
+                module.inplace = False
+            before, after = partial(trace.before_reader, path), partial(trace.after_reader, path)
+            stack.callback(module.register_forward_pre_hook(lambda _, args, before=before: before(args)).remove)
+            stack.callback(module.register_forward_hook(lambda _, args, _out, after=after: after(args)).remove)
+        with torch.no_grad(), trace.reads:
             out = twin(example)
-        reads.look(out)
-    return {path for path in seen - reads.again if _gates_branch(twin.get_submodule(path))}
+        trace.reads.look(out)
+    return trace.seen()
 
 
-def _gates_branch(module: nn.Module) -> bool:
-    """Whether the first input is the one whose place may be taken."""
-    return not isinstance(module, GatedJoin) or module.edge == "branch"
+def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """BatchNorms whose work may be left to others, by their class and statistics."""
+    for path, module in model.named_modules():
+        if type(module) in (nn.BatchNorm2d, DeferredNorm) and norm_of(module) is not None:
+            yield path, module
+
+
+def _readers(model: nn.Module, blocks: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Those who can do a BatchNorm's work, or take the place of what they read."""
+    there = dict(_blocks(model))
+    for path, module in model.named_modules():
+        if path in there:
+            if blocks and hasattr(module, "owns_input"):
+                yield path, module
+        elif any(path.startswith(f"{block}.") for block in there):
+            continue
+        elif isinstance(module, FastJoin) or type(module) in (nn.ReLU, FastReLU):
+            yield path, module

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from selab.attention import Attention, Init
 from selab.errors import InsertionError, ModelError
+from selab.joins import ADD_RELU, FastJoin, formula_of
 from selab.kernels import cpu
-from selab.kernels.choice import IMPLS, Impl, choose, hooked, repeat, run
+from selab.kernels.choice import IMPLS, Deciding, Impl, choose, hooked, repeat, run
 from selab.kernels.cpu import Formula
+from selab.waiting import settled, taken, waiting
 
 GATES: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -79,7 +81,7 @@ class Squeeze(nn.Module):
         return self.kind
 
 
-class SqueezeExcitation(Attention):
+class SqueezeExcitation(Deciding, Attention):
     """x * gate(fc2(relu(fc1(squeeze(x))))), one factor per channel.
 
     Shapes: input and output (N, C, H, W); squeezed (N, C); between the layers (N, squeeze_channels). With squeeze
@@ -203,6 +205,7 @@ class SqueezeExcitation(Attention):
         gated = self.fast(x)
         if gated is not None:
             return gated
+        x = settled(x)
         if self.relu_in:
             x = x.relu_() if self.owns_input else x.relu()
         factor = self.excite(self.squeeze(x))
@@ -233,12 +236,12 @@ class SqueezeExcitation(Attention):
             if self.impl != "auto":
                 raise ModelError(f"impl {self.impl!r}: {reason}; use impl='auto', which takes what can run")
             return None
-        if impl == "native" and not torch.is_grad_enabled():
-            layers = (self.fc1, self.fc2)
-            owners = (self,) if join is None else (self, join)
-            decided = repeat(x, shortcut, formula, layers, owners, owns_input=self.owns_input)
-            self.__dict__["_decided"] = (join, decided)
-        return run(impl, x, shortcut, formula, owns_input=self.owns_input)
+        if impl != "native" or torch.is_grad_enabled():
+            return run(impl, settled(x), shortcut, formula, owns_input=self.owns_input)
+        owners, layers = (self,) if join is None else (self, join), (self.fc1, self.fc2)
+        decided = repeat(x, shortcut, formula, owners, layers=layers, norm=waiting(x), owns_input=self.owns_input)
+        self.__dict__["_decided"] = (join, decided)
+        return run(impl, x, shortcut, formula, owns_input=self.owns_input, norm=taken(x))
 
     def repeated(self, join: nn.Module | None, x: Tensor, shortcut: Tensor | None) -> Tensor | None:
         """What `fast` did natively the last time; None if it did not, or anything has changed since."""
@@ -247,15 +250,6 @@ class SqueezeExcitation(Attention):
             return None
         out: Tensor | None = decided[1](x, shortcut)
         return out
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Forgets what was decided before the change."""
-        self.__dict__.pop("_decided", None)
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what was decided: a copy has weights of its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "_decided"}
 
     def runtime(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Impl, str]:
         """Which implementation these tensors would take now, and why not a faster one (empty if there is none).
@@ -308,18 +302,6 @@ def _layer(x: Tensor, layer: nn.Linear) -> Tensor:
     return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
 
 
-ADD_RELU = "relu(branch + shortcut)"
-FORMULAS = ("branch + shortcut", ADD_RELU)
-"""What a join may call itself, in an attribute `formula`, to be computed together with the block before it."""
-
-
-def formula_of(join: nn.Module) -> str:
-    """What a join computes, one of `FORMULAS`; empty if it is another, or has another activation by now."""
-    formula = getattr(join, "formula", "")
-    plain = all(type(child) is nn.ReLU for child in join.children())
-    return formula if formula in FORMULAS and plain else ""
-
-
 class GatedJoin(nn.Module):
     """A residual block's join with SE on one of its three edges.
 
@@ -354,6 +336,8 @@ class GatedJoin(nn.Module):
         """Scale, addition and ReLU as one; None where the join is another, or somebody looks at its parts."""
         modules: Any = self._modules
         inner, se = modules["inner"], modules["se"]
+        if type(inner) is FastJoin:
+            inner = inner.inner
         if not isinstance(se, SqueezeExcitation) or se.impl == "reference":
             return None
         if not torch.compiler.is_compiling() and hooked(inner, se):

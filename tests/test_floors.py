@@ -36,6 +36,8 @@ FLOORS = [
         "ends",
         "insert",
         "fusing",
+        "joins",
+        "waiting",
         "brought",
         "build",
         "weights",

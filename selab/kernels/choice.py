@@ -1,13 +1,13 @@
 """Which implementation of an SE block runs for a map, and why not a faster one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from selab.kernels import cpu
-from selab.kernels.cpu import Formula
+from selab.kernels.cpu import Formula, Norm
 
 Impl = Literal["auto", "reference", "torch", "native", "operator"]
 IMPLS: tuple[Impl, ...] = ("auto", "reference", "torch", "native", "operator")
@@ -41,7 +41,15 @@ def choose(impl: Impl, x: Tensor, shortcut: Tensor | None, formula: Formula) -> 
     return ("torch", reason) if reason else ("native", "")
 
 
-def run(impl: Impl, x: Tensor, shortcut: Tensor | None, formula: Formula, *, owns_input: bool) -> Tensor:
+def run(
+    impl: Impl,
+    x: Tensor,
+    shortcut: Tensor | None,
+    formula: Formula,
+    *,
+    owns_input: bool,
+    norm: Norm | None = None,
+) -> Tensor:
     """The block by an implementation that `choose` named, the reference excepted: (N, C, H, W) → (N, C, H, W).
 
     Args:
@@ -50,6 +58,7 @@ def run(impl: Impl, x: Tensor, shortcut: Tensor | None, formula: Formula, *, own
         shortcut: of the join behind the block, or None.
         formula: of the block.
         owns_input: whether the output may take x's place where no gradient is recorded.
+        norm: what x waits for, where `native` runs without gradients.
     """
     if impl == "operator":
         out: Tensor = torch.ops.selab.gated(x, shortcut, *formula[:10])[0]
@@ -60,22 +69,36 @@ def run(impl: Impl, x: Tensor, shortcut: Tensor | None, formula: Formula, *, own
     if records_gradients(x, shortcut, *formula[:4]):
         joined: Tensor = cpu.Gated.apply(x, shortcut, *formula[:4], formula, native)  # type: ignore[no-untyped-call]
         return joined
-    return cpu.infer(x, shortcut, formula, native=native, in_place=owns_input)
+    return cpu.infer(x, shortcut, formula, native=native, in_place=owns_input, norm=norm)
 
 
 Repeat = Callable[[Tensor, Tensor | None], Tensor | None]
 
 
+class Deciding:
+    """A module that keeps in `_decided` what it did the last time (`repeat`), until one of its attributes changes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Forgets what was decided before the change."""
+        self.__dict__.pop("_decided", None)
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was decided: a copy has weights of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_decided"}
+
+
 def repeat(
     x: Tensor,
     shortcut: Tensor | None,
-    formula: Formula,
-    layers: tuple[nn.Module, nn.Module],
+    formula: Formula | None,
     owners: tuple[nn.Module, ...],
     *,
+    layers: tuple[nn.Module, ...] = (),
+    norm: nn.BatchNorm2d | None = None,
     owns_input: bool,
 ) -> Repeat:
-    """The native block in inference once more, for maps like these: what has not changed is not decided again.
+    """The native pass in inference once more, for maps like these: what has not changed is not decided again.
 
     Between two convolutions a cache has forgotten the interpreter's data, and every object that a decision looks at
     costs about as much as a row of the map. The function returns None as soon as anything is not as it was; then
@@ -84,21 +107,64 @@ def repeat(
     Args:
         x: (N, C, H, W), that the native code has just been chosen for.
         shortcut: likewise, or None.
-        formula: of the block.
-        layers: the modules that hold its weights.
+        formula: of the block; None for a ReLU alone.
         owners: modules whose children must stay the same and have no hooks.
+        layers: the two modules that hold the block's weights.
+        norm: the BatchNorm that x waits for, or None.
         owns_input: whether the output may take x's place.
     """
-    children = tuple((owner._modules, tuple(owner._modules.values())) for owner in owners)
-    watched = [module for _, modules in children for module in modules if module is not None]
-    tensors = [(layer._parameters, name) for layer in layers for name in ("weight", "bias")]
-    weights = [(held, name, held[name]) for held, name in tensors]
+    children = [module for owner in owners for module in owner._modules.values() if module is not None]
+    weights: list[object] = [None] * 4
+    if layers:
+        weights = [_tensor_in(layer._parameters, name) for layer in layers for name in ("weight", "bias")]
+    if norm is not None:
+        weights += [_tensor_in(norm._parameters, name) for name in ("weight", "bias")]
+        weights += [_tensor_in(norm._buffers, name) for name in ("running_mean", "running_var")]
+    return _decided(
+        x,
+        owners,
+        shape_bytes=cpu.native_shape(x, formula, None if norm is None else norm_of(norm)),
+        hooks=tuple(hooks for module in children for hooks in _hooks(module)),
+        facts=() if norm is None else ((norm.__dict__, "eps", norm.__dict__["eps"]),),
+        weights=tuple(weights),
+        norm=norm,
+        joined=shortcut is not None,
+        owns_input=owns_input,
+    )
+
+
+def norm_of(module: nn.BatchNorm2d) -> Norm | None:
+    """What a BatchNorm computes in inference; None for one without statistics of its own."""
+    mean, var = module.running_mean, module.running_var
+    return None if mean is None or var is None else Norm(module.weight, module.bias, mean, var, module.eps)
+
+
+def hand_on(x: Tensor, norm: nn.BatchNorm2d, behind: tuple[nn.Module, ...]) -> Repeat:
+    """Marks maps like this one with the BatchNorm that they wait for, and returns them; None as in `repeat`.
+
+    Args:
+        x: (N, C, H, W), without gradients.
+        norm: in inference.
+        behind: modules that must not have hooks, itself among them.
+    """
+    return _decided(
+        x,
+        (),
+        shape_bytes=b"",
+        hooks=tuple(hooks for module in behind for hooks in _hooks(module)),
+        facts=((norm.__dict__, "training", False),),
+        weights=(),
+        norm=norm,
+        joined=False,
+        owns_input=True,
+    )
+
+
+def _decided(x: Tensor, owners: tuple[nn.Module, ...], *, hooks: tuple[Any, ...], **facts: Any) -> Repeat:
     decision: Repeat = cpu.native_decision(
-        shape_bytes=cpu.native_shape(x, formula),
         flags=_FLAGS,
-        hooks=(*_EVERYWHERE, *(hooks for module in watched for hooks in _hooks(module))),
-        children=children,
-        weights=tuple((*one, one[2].numel() if one[2] is not None else 0) for one in weights),
+        hooks=(*_EVERYWHERE, *hooks),
+        children=tuple((owner._modules, tuple(owner._modules.values())) for owner in owners),
         tensor=Tensor,
         dtype=torch.float32,
         size=x.shape,
@@ -107,10 +173,14 @@ def repeat(
         count=torch.get_num_threads,
         threads=torch.get_num_threads(),
         empty_like=torch.empty_like,
-        joined=shortcut is not None,
-        owns_input=owns_input,
+        **facts,
     )
     return decision
+
+
+def _tensor_in(held: Mapping[str, Tensor | None], name: str) -> tuple[object, str, Tensor | None, int]:
+    found = held[name]
+    return held, name, found, 0 if found is None else found.numel()
 
 
 # Each says, by anything but zero or None, that operations do not run one by one, unobserved, in their own dtypes and

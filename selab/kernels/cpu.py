@@ -6,6 +6,8 @@ run as torch operations, which take one or two passes more. Both share one forwa
     m = relu(y) if relu_in else y;  s = mean(m);  u = fc1(s);  v = fc2(act(u));  g = scale * gate(v) + offset
     out = m * g (+ shortcut), rectified if relu_out
 
+In inference the native code takes norm(y) for y, where a BatchNorm stands before the block, and does not write it.
+
 A forward pass reads y for the mean and once more for the join. A backward pass reads the gradient, the output and y,
 writes the gradient of the sum and reduces the gates' gradients on the way; then it reads the former and writes y's.
 
@@ -63,6 +65,16 @@ class Formula(NamedTuple):
     relu_out: bool = False
 
 
+class Norm(NamedTuple):
+    """A BatchNorm in inference: (y - mean) / sqrt(var + eps) * weight + bias; each (C), weight and bias may be None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+
 def native_reason() -> str:
     """Why the native code cannot run at all; empty if it can."""
     return _WHY_NOT
@@ -85,7 +97,26 @@ def native_refuses(y: Tensor, shortcut: Tensor | None, formula: Formula) -> str:
     return ""
 
 
-def infer(y: Tensor, shortcut: Tensor | None, formula: Formula, *, native: bool, in_place: bool = False) -> Tensor:
+def norm_refuses(y: Tensor, norm: Norm) -> str:
+    """Why the native code cannot do a BatchNorm's work on this map; empty if it can."""
+    refused = rectified_refuses(y, None)
+    if refused:
+        return refused
+    for one in norm[:4]:
+        if one is not None and not (one.dtype == y.dtype and one.is_contiguous() and one.shape == y.shape[1:2]):
+            return "the statistics are of another kind than the map"
+    return ""
+
+
+def infer(
+    y: Tensor,
+    shortcut: Tensor | None,
+    formula: Formula,
+    *,
+    native: bool,
+    in_place: bool = False,
+    norm: Norm | None = None,
+) -> Tensor:
     """The block without gradients.
 
     Args:
@@ -94,13 +125,14 @@ def infer(y: Tensor, shortcut: Tensor | None, formula: Formula, *, native: bool,
         formula: of the block.
         native: whether by the native code, which `native_refuses` must have been asked about.
         in_place: whether the result may take y's place.
+        norm: of a BatchNorm before the block, natively alone, which `norm_refuses` must have been asked about.
 
     Returns:
         (N, C, H, W), in y's memory format.
     """
     if native:
         out = y if in_place else torch.empty_like(y)
-        _run_native(y, shortcut, formula, out, None)
+        _run_native(y, shortcut, formula, out, None, norm)
         return out
     m = F.relu(y) if formula.relu_in else y
     gate = _factors(_excited(squeezed(m), formula)[1], formula)[:, :, None, None]
@@ -226,19 +258,41 @@ class Gated(torch.autograd.Function):
         return dy, dz if ctx.joined else None, *layers, None, None  # type: ignore[attr-defined]
 
 
+def rectified_refuses(y: Tensor, shortcut: Tensor | None) -> str:
+    """Why the native code cannot rectify these; empty if it can."""
+    if _native is None:
+        return _WHY_NOT
+    if y.dtype != torch.float32 or y.dim() != 4 or not layout.is_dense(y) or not y.is_cpu:
+        return "the map is none of single precision, contiguous or channels last, on a CPU"
+    if shortcut is not None and not _is_alike(y, shortcut):
+        return "branch and shortcut differ in dtype, shape or memory"
+    return ""
+
+
+def rectified(y: Tensor, shortcut: Tensor | None, norm: Norm | None, *, in_place: bool = False) -> Tensor:
+    """relu(norm(y) + shortcut) in one pass, natively and without gradients: (N, C, H, W) → (N, C, H, W).
+
+    Args:
+        y: that `rectified_refuses` must have been asked about.
+        shortcut: of the same shape, or None.
+        norm: of the BatchNorm before it, as in `infer`, or None.
+        in_place: whether the result takes y's place.
+    """
+    out = y if in_place else torch.empty_like(y)
+    _run_native(y, shortcut, None, out, None, norm)
+    return out
+
+
 def add_relu(branch: Tensor, shortcut: Tensor, *, in_place: bool = False) -> Tensor:
-    """relu(branch + shortcut) in one pass, without gradients: (N, C, H, W) twice → (N, C, H, W).
+    """relu(branch + shortcut), without gradients: (N, C, H, W) twice → (N, C, H, W).
 
     Args:
         branch: the one whose place the result may take.
         shortcut: of the same shape.
         in_place: whether it does.
     """
-    if _native is not None and branch.dtype == torch.float32 and _is_alike_and_dense(branch, shortcut):
-        out = branch if in_place else torch.empty_like(branch)
-        threads = _threads(branch)
-        _native.add_relu(branch.data_ptr(), shortcut.data_ptr(), out.data_ptr(), branch.numel(), threads)
-        return out
+    if not rectified_refuses(branch, shortcut):
+        return rectified(branch, shortcut, None, in_place=in_place)
     return (branch.add_(shortcut) if in_place and branch.dtype == shortcut.dtype else branch + shortcut).relu_()
 
 
@@ -339,13 +393,8 @@ def _activation_slopes(hidden: Tensor, formula: Formula) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ natively
 
 
-def _is_alike_and_dense(one: Tensor, other: Tensor) -> bool:
-    return (
-        layout.is_dense(one)
-        and one.dtype == other.dtype
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-    )
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
 
 
 def _threads(y: Tensor) -> int:
@@ -356,15 +405,23 @@ def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def native_shape(y: Tensor, formula: Formula) -> bytes:
-    """The numbers that the native code wants, for this map and the threads that torch uses now."""
+def native_shape(y: Tensor, formula: Formula | None, norm: Norm | None = None) -> bytes:
+    """The numbers that the native code wants, for this map and the threads that torch uses now.
+
+    Without a formula they are those of a ReLU alone.
+    """
     n, c, h, w = y.shape
+    eps = 0.0 if norm is None else norm.eps
+    if formula is None:
+        without: bytes = _native.shape(n, c, h * w, 0, not y.is_contiguous(), 0, 0, 1, 0, 0, _threads(y), 1.0, 0.0, eps)
+        return without
     shape: bytes = _native.shape(
         n,
         c,
         h * w,
         formula.w1.shape[0],
         not y.is_contiguous(),
+        True,
         formula.relu_in,
         formula.relu_out,
         ACTIVATIONS.index(formula.activation),
@@ -372,6 +429,7 @@ def native_shape(y: Tensor, formula: Formula) -> bytes:
         _threads(y),
         formula.scale,
         formula.offset,
+        eps,
     )
     return shape
 
@@ -381,20 +439,18 @@ def native_decision(**facts: Any) -> Any:
     return _native.Decision(**facts)
 
 
-def _run_native(y: Tensor, shortcut: Tensor | None, formula: Formula, out: Tensor, kept: Tensor | None) -> None:
+def _run_native(
+    y: Tensor,
+    shortcut: Tensor | None,
+    formula: Formula | None,
+    out: Tensor,
+    kept: Tensor | None,
+    norm: Norm | None = None,
+) -> None:
     """Fills `out` and, if there is one, `kept`."""
-    w1, b1, w2, b2 = formula[:4]
-    _native.gated(
-        native_shape(y, formula),
-        w1.data_ptr(),
-        0 if b1 is None else b1.data_ptr(),
-        w2.data_ptr(),
-        0 if b2 is None else b2.data_ptr(),
-        y.data_ptr(),
-        0 if shortcut is None else shortcut.data_ptr(),
-        out.data_ptr(),
-        0 if kept is None else kept.data_ptr(),
-    )
+    layers = (None,) * 4 if formula is None else formula[:4]
+    statistics = (None,) * 4 if norm is None else norm[:4]
+    _native.gated(native_shape(y, formula, norm), *(_at(one) for one in (*layers, *statistics, y, shortcut, out, kept)))
 
 
 def _native_backward(
@@ -409,7 +465,7 @@ def _native_backward(
         formula.w1.data_ptr(),
         formula.w2.data_ptr(),
         dout.data_ptr(),
-        0 if out is None else out.data_ptr(),
+        _at(out),
         y.data_ptr(),
         kept.data_ptr(),
         0 if out is None else dz.data_ptr(),

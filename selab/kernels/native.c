@@ -4,8 +4,11 @@
  * neither torch's headers nor its compiler settings are needed to build this. An address of 0 is a tensor that there is
  * not. A map is N images of C channels of P positions; `nhwc` says that the channels of a position are neighbours.
  *
- *   m = relu_in ? relu(y) : y;  s = mean(m);  u = w1 s + b1;  v = w2 act(u) + b2;  g = scale gate(v) + offset
- *   out = relu_out ? relu(g m + r) : g m + r
+ *   x = a y + b;  m = relu_in ? relu(x) : x;  s = mean(m);  u = w1 s + b1;  v = w2 act(u) + b2;
+ *   g = scale gate(v) + offset;  out = relu_out ? relu(g m + r) : g m + r
+ *
+ * where a and b are those of a BatchNorm in inference, or 1 and 0. If the map is not `gated`, g is 1, and what remains
+ * is the pass of a BatchNorm, a join and a ReLU.
  *
  * Images are gone through one by one, so that a map is still in the cache when it is read for the second time.
  *
@@ -36,16 +39,29 @@ enum { GATE_SIGMOID, GATE_HARDSIGMOID };
 
 typedef struct {
     int64_t images, channels, positions, hidden;
-    int nhwc, relu_in, relu_out, activation, gate, threads;
-    float scale, offset;
+    int nhwc, gated, relu_in, relu_out, activation, gate, threads;
+    float scale, offset, eps;
 } Shape;
 
 typedef struct {
     const float *w1, *b1, *w2, *b2;
+    const float *weight, *bias, *mean, *var; /* of the BatchNorm; without one, mean is 0 */
 } Layers;
 
 /* A NaN stays one, as in torch's relu. */
 static inline float positive(float x) { return x < 0 ? 0 : x; }
+
+/* A channel's values before its mean and its gate. */
+typedef struct {
+    const float *a, *b;
+} Affine;
+
+CLONES static void affine(const Shape *d, const Layers *l, float *a, float *b) {
+    for (int64_t c = 0; c < d->channels; c++) {
+        a[c] = l->mean ? (l->weight ? l->weight[c] : 1) / sqrtf(l->var[c] + d->eps) : 1;
+        b[c] = l->mean ? (l->bias ? l->bias[c] : 0) - l->mean[c] * a[c] : 0;
+    }
+}
 
 /* ------------------------------------------------------------------------------------------------------- squeeze -- */
 
@@ -60,38 +76,43 @@ static inline float positive(float x) { return x < 0 ? 0 : x; }
     sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);                   \
     for (; i < n; i++) sum += value(x[i]);
 
-INLINE float itself(float x) { return x; }
+#define ITSELF(x) (x)
+#define RECTIFIED(x) positive(a * (x) + b)
 
-/* Long rows need many independent sums to hide the latency of an addition, short ones few to be added up. */
-INLINE float row_sum(const float *restrict x, int64_t n, int relu) {
+/* Of x itself or, with `relu`, of relu(a x + b). Long rows need many independent sums to hide the latency of an addition,
+ * short ones few to be added up. */
+INLINE float row_sum(const float *restrict x, int64_t n, float a, float b, int relu) {
     float sum;
     int64_t i = 0;
     if (n >= 4 * LANES) {
         if (relu) {
-            GROUPED(LANES, positive)
+            GROUPED(LANES, RECTIFIED)
         } else {
-            GROUPED(LANES, itself)
+            GROUPED(LANES, ITSELF)
         }
     } else if (relu) {
-        GROUPED(16, positive)
+        GROUPED(16, RECTIFIED)
     } else {
-        GROUPED(16, itself)
+        GROUPED(16, ITSELF)
     }
     return sum;
 }
 
-/* Adds `rows` positions, `stride` apart, to `sums` over n channels. */
-INLINE void add_rows(const float *restrict x, float *restrict sums, int64_t rows, int64_t stride, int64_t n, int relu) {
+/* Adds `rows` positions, `stride` apart, to `sums` over n channels: x itself or, with `relu`, relu(a x + b). */
+INLINE void add_rows(const float *restrict x, float *restrict sums, int64_t rows, int64_t stride, int64_t n,
+                     const float *restrict a, const float *restrict b, int relu) {
+#define AT_CHANNEL(x) positive(a[i] * (x) + b[i])
     int64_t p = 0;
     for (; p + 4 <= rows; p += 4, x += 4 * stride) {
-        const float *a = x, *b = x + stride, *c = x + 2 * stride, *d = x + 3 * stride;
+        const float *k = x, *l = x + stride, *m = x + 2 * stride, *o = x + 3 * stride;
         if (relu)
-            for (int64_t i = 0; i < n; i++) sums[i] += (positive(a[i]) + positive(b[i])) + (positive(c[i]) + positive(d[i]));
+            for (int64_t i = 0; i < n; i++)
+                sums[i] += (AT_CHANNEL(k[i]) + AT_CHANNEL(l[i])) + (AT_CHANNEL(m[i]) + AT_CHANNEL(o[i]));
         else
-            for (int64_t i = 0; i < n; i++) sums[i] += (a[i] + b[i]) + (c[i] + d[i]);
+            for (int64_t i = 0; i < n; i++) sums[i] += (k[i] + l[i]) + (m[i] + o[i]);
     }
     for (; p < rows; p++, x += stride)
-        for (int64_t i = 0; i < n; i++) sums[i] += relu ? positive(x[i]) : x[i];
+        for (int64_t i = 0; i < n; i++) sums[i] += relu ? AT_CHANNEL(x[i]) : x[i];
 }
 
 /* Asks for the part of the weights that belongs to these channels: they come from memory while the map is read. */
@@ -100,24 +121,28 @@ INLINE void prefetch(const float *weights, int64_t n) {
 }
 
 /* The means of channels [from, to) of one image; `partial` has room for all channels. */
-CLONES static void squeeze(const Shape *d, const Layers *l, const float *y, float *s, float *partial, int64_t from,
-                           int64_t to) {
+CLONES static void squeeze(const Shape *d, const Layers *l, Affine to_x, const float *y, float *s, float *partial,
+                           int64_t from, int64_t to) {
     const int64_t C = d->channels, P = d->positions, K = d->hidden;
-    if (!d->nhwc) {
+    if (!d->nhwc)
         for (int64_t c = from; c < to; c++) {
             prefetch(l->w1 + c * K, K);
             prefetch(l->w2 + c * K, K);
-            s[c] = row_sum(y + c * P, P, d->relu_in) / P;
+            s[c] = row_sum(y + c * P, P, to_x.a[c], to_x.b[c], d->relu_in) / P;
         }
-        return;
+    else {
+        for (int64_t c = from; c < to; c++) s[c] = 0;
+        for (int64_t p = 0; p < P; p += FLUSH) {
+            const int64_t rows = P - p < FLUSH ? P - p : FLUSH;
+            memset(partial + from, 0, (to - from) * sizeof(float));
+            add_rows(y + p * C + from, partial + from, rows, C, to - from, to_x.a + from, to_x.b + from, d->relu_in);
+            for (int64_t c = from; c < to; c++) s[c] += partial[c];
+        }
+        for (int64_t c = from; c < to; c++) s[c] /= P;
     }
-    for (int64_t c = from; c < to; c++) s[c] = 0;
-    for (int64_t p = 0; p < P; p += FLUSH) {
-        memset(partial + from, 0, (to - from) * sizeof(float));
-        add_rows(y + p * C + from, partial + from, P - p < FLUSH ? P - p : FLUSH, C, to - from, d->relu_in);
-        for (int64_t c = from; c < to; c++) s[c] += partial[c];
-    }
-    for (int64_t c = from; c < to; c++) s[c] /= P;
+    /* The mean of a x + b is that of x, times a plus b. */
+    if (!d->relu_in)
+        for (int64_t c = from; c < to; c++) s[c] = to_x.a[c] * s[c] + to_x.b[c];
 }
 
 /* ---------------------------------------------------------------------------------------------------- excitation -- */
@@ -197,48 +222,65 @@ CLONES static void excite(const Shape *d, const Layers *l, const float *s, float
 
 /* ---------------------------------------------------------------------------------------------------------- join -- */
 
-/* One factor for n values. `out` may be `y` or `r`. */
-INLINE void scaled_row(const float *y, const float *r, float *out, int64_t n, float g, int relu_in,
-                              int relu_out) {
+/* m = f y + c, or relu(f y + c) g; for one channel's n values. `out` may be `y` or `r`. */
+INLINE void scaled_row(const float *y, const float *r, float *out, int64_t n, float f, float c, float g, int relu_in,
+                       int relu_out) {
     if (r && relu_out && !relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * g + r[i]);
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f + c + r[i]);
     else if (!r && !relu_out && relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i]) * g;
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f + c) * g;
+    else if (!r && relu_out && !relu_in)
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f + c);
     else if (!r && !relu_out)
-        for (int64_t i = 0; i < n; i++) out[i] = y[i] * g;
+        for (int64_t i = 0; i < n; i++) out[i] = y[i] * f + c;
     else
         for (int64_t i = 0; i < n; i++) {
-            float x = (relu_in ? positive(y[i]) : y[i]) * g + (r ? r[i] : 0);
+            float x = (relu_in ? positive(y[i] * f + c) * g : y[i] * f + c) + (r ? r[i] : 0);
             out[i] = relu_out ? positive(x) : x;
         }
 }
 
-/* A factor for each of n values. */
-INLINE void scaled_position(const float *y, const float *r, float *out, int64_t n, const float *g, int relu_in,
-                                   int relu_out) {
+/* The same for the n channels of one position. */
+INLINE void scaled_position(const float *y, const float *r, float *out, int64_t n, const float *f, const float *c,
+                            const float *g, int relu_in, int relu_out) {
     if (r && relu_out && !relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * g[i] + r[i]);
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f[i] + c[i] + r[i]);
     else if (!r && !relu_out && relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i]) * g[i];
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f[i] + c[i]) * g[i];
+    else if (!r && relu_out && !relu_in)
+        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f[i] + c[i]);
     else if (!r && !relu_out)
-        for (int64_t i = 0; i < n; i++) out[i] = y[i] * g[i];
+        for (int64_t i = 0; i < n; i++) out[i] = y[i] * f[i] + c[i];
     else
         for (int64_t i = 0; i < n; i++) {
-            float x = (relu_in ? positive(y[i]) : y[i]) * g[i] + (r ? r[i] : 0);
+            float x = (relu_in ? positive(y[i] * f[i] + c[i]) * g[i] : y[i] * f[i] + c[i]) + (r ? r[i] : 0);
             out[i] = relu_out ? positive(x) : x;
         }
 }
+
+/* What a map is multiplied by and what is added, per channel: f and c before the ReLU, g after it. */
+typedef struct {
+    const float *f, *c, *g;
+} Factors;
 
 /* Channels (NCHW) or positions (NHWC) [from, to) of one image. */
-CLONES static void join(const Shape *d, const float *y, const float *r, const float *g, float *out, int64_t from, int64_t to) {
+CLONES static void join(const Shape *d, const float *y, const float *r, Factors k, float *out, int64_t from, int64_t to) {
     const int64_t width = d->nhwc ? d->channels : d->positions;
     for (int64_t line = from; line < to; line++) {
         const int64_t at = line * width;
+        const float *shortcut = r ? r + at : r;
         if (d->nhwc)
-            scaled_position(y + at, r ? r + at : r, out + at, width, g, d->relu_in, d->relu_out);
+            scaled_position(y + at, shortcut, out + at, width, k.f, k.c, k.g, d->relu_in, d->relu_out);
         else
-            scaled_row(y + at, r ? r + at : r, out + at, width, g[line], d->relu_in, d->relu_out);
+            scaled_row(y + at, shortcut, out + at, width, k.f[line], k.c[line], k.g[line], d->relu_in, d->relu_out);
     }
+}
+
+/* Without a ReLU between them the gate and the affine map are one; `f` and `c` have room for C. */
+CLONES static Factors factors(const Shape *d, Affine to_x, const float *g, float *f, float *c) {
+    if (d->relu_in) return (Factors){to_x.a, to_x.b, g};
+    for (int64_t i = 0; i < d->channels; i++) f[i] = to_x.a[i] * g[i], c[i] = to_x.b[i] * g[i];
+    return (Factors){f, c, g};
 }
 
 /* ------------------------------------------------------------------------------------------------------- forward -- */
@@ -248,42 +290,44 @@ typedef struct {
     float *out, *kept; /* kept: for each image s (C), u (K), v (C); 0 where nobody needs them */
 } Maps;
 
-/* Of each thread: partial sums (C), h (K), g (C), and s, u, v where they are not kept. */
-static float *scratch(const Shape *d) { return malloc((4 * d->channels + 2 * d->hidden) * sizeof(float)); }
+/* Of each thread: partial sums, which are f later (C), c (C), h (K), g (C), and s, u, v where they are not kept. */
+static float *scratch(const Shape *d) { return malloc((5 * d->channels + 2 * d->hidden) * sizeof(float)); }
 
-static void image_forward(const Shape *d, const Layers *l, const Maps *m, int64_t n, float *room, int shares) {
+static void image_forward(const Shape *d, const Layers *l, Affine to_x, const Maps *m, int64_t n, float *room, int shares) {
     const int64_t C = d->channels, K = d->hidden, size = C * d->positions, lines = d->nhwc ? d->positions : C;
     const float *y = m->y + n * size, *r = m->r ? m->r + n * size : 0;
-    float *h = room + C, *g = h + K, *s = m->kept ? m->kept + n * (2 * C + K) : g + C, *out = m->out + n * size;
-    if (shares == 1) {
-        squeeze(d, l, y, s, room, 0, C);
+    float *f = room, *c = f + C, *h = c + C, *g = h + K, *s = m->kept ? m->kept + n * (2 * C + K) : g + C;
+    float *out = m->out + n * size;
+    Factors k = {to_x.a, to_x.b, to_x.a}; /* g is not looked at without a ReLU before it */
+    if (d->gated) {
+#pragma omp parallel for num_threads(shares) if (shares > 1) schedule(static)
+        for (int64_t t = 0; t < shares; t++) squeeze(d, l, to_x, y, s, room, C * t / shares, C * (t + 1) / shares);
         excite(d, l, s, s + C, h, s + C + K, g);
-        join(d, y, r, g, out, 0, lines);
-        return;
+        k = factors(d, to_x, g, f, c);
     }
-#pragma omp parallel for num_threads(shares) schedule(static)
-    for (int64_t t = 0; t < shares; t++) squeeze(d, l, y, s, room, C * t / shares, C * (t + 1) / shares);
-    excite(d, l, s, s + C, h, s + C + K, g);
-#pragma omp parallel for num_threads(shares) schedule(static)
-    for (int64_t t = 0; t < shares; t++) join(d, y, r, g, out, lines * t / shares, lines * (t + 1) / shares);
+#pragma omp parallel for num_threads(shares) if (shares > 1) schedule(static)
+    for (int64_t t = 0; t < shares; t++) join(d, y, r, k, out, lines * t / shares, lines * (t + 1) / shares);
 }
 
 /* Threads share out the images or, where there are fewer of them, each image. */
 static int forward(const Shape *d, const Layers *l, const Maps *m) {
-    int failed = 0;
     const int among_images = d->images >= d->threads;
+    float *a = malloc(2 * d->channels * sizeof(float)), *b = a + d->channels;
+    int failed = !a;
+    if (a) affine(d, l, a, b);
 #pragma omp parallel num_threads(d->threads) if (d->threads > 1 && among_images)
     {
-        float *room = scratch(d);
+        float *room = a ? scratch(d) : 0;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < d->images; n++) {
             if (room)
-                image_forward(d, l, m, n, room, among_images ? 1 : d->threads);
+                image_forward(d, l, (Affine){a, b}, m, n, room, among_images ? 1 : d->threads);
             else
                 failed = 1;
         }
         free(room);
     }
+    free(a);
     return failed;
 }
 
@@ -449,8 +493,8 @@ static PyObject *py_shape(PyObject *self, PyObject *args) {
     Shape d;
     memset(&d, 0, sizeof d);
     long long images, channels, positions, hidden;
-    if (!PyArg_ParseTuple(args, "LLLLiiiiiiff", &images, &channels, &positions, &hidden, &d.nhwc, &d.relu_in,
-                          &d.relu_out, &d.activation, &d.gate, &d.threads, &d.scale, &d.offset))
+    if (!PyArg_ParseTuple(args, "LLLLiiiiiiifff", &images, &channels, &positions, &hidden, &d.nhwc, &d.gated, &d.relu_in,
+                          &d.relu_out, &d.activation, &d.gate, &d.threads, &d.scale, &d.offset, &d.eps))
         return NULL;
     d.images = images, d.channels = channels, d.positions = positions, d.hidden = hidden;
     return PyBytes_FromStringAndSize((const char *)&d, sizeof d);
@@ -470,10 +514,12 @@ static PyObject *py_gated(PyObject *self, PyObject *args) {
     Shape d;
     const char *raw;
     Py_ssize_t size;
-    Address w1, b1, w2, b2, y, r, out, kept;
-    if (!PyArg_ParseTuple(args, "y#KKKKKKKK", &raw, &size, &w1, &b1, &w2, &b2, &y, &r, &out, &kept)) return NULL;
+    Address w1, b1, w2, b2, weight, bias, mean, var, y, r, out, kept;
+    if (!PyArg_ParseTuple(args, "y#KKKKKKKKKKKK", &raw, &size, &w1, &b1, &w2, &b2, &weight, &bias, &mean, &var, &y, &r,
+                          &out, &kept))
+        return NULL;
     if (!read_shape(raw, size, &d)) return NULL;
-    Layers l = {AT(w1), AT(b1), AT(w2), AT(b2)};
+    Layers l = {AT(w1), AT(b1), AT(w2), AT(b2), AT(weight), AT(bias), AT(mean), AT(var)};
     Maps m = {AT(y), AT(r), AT(out), AT(kept)};
     int failed;
     Py_BEGIN_ALLOW_THREADS
@@ -491,7 +537,7 @@ static PyObject *py_gated_backward(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "y#KKKKKKKKKK", &raw, &size, &w1, &w2, &dout, &out, &y, &kept, &dz, &dy, &dv, &du))
         return NULL;
     if (!read_shape(raw, size, &d)) return NULL;
-    Layers l = {AT(w1), NULL, AT(w2), NULL};
+    Layers l = {.w1 = AT(w1), .w2 = AT(w2)};
     Gradients m = {AT(dout), AT(out), AT(y), AT(kept), AT(dz), AT(dy), AT(dv), AT(du)};
     int failed;
     Py_BEGIN_ALLOW_THREADS
@@ -500,33 +546,20 @@ static PyObject *py_gated_backward(PyObject *self, PyObject *args) {
     return done(failed);
 }
 
-CLONES static void add_relu(const float *y, const float *r, float *out, int64_t n) {
-    scaled_row(y, r, out, n, 1.0f, 0, 1);
-}
-
-static PyObject *py_add_relu(PyObject *self, PyObject *args) {
-    (void)self;
-    Address y, r, out;
-    long long n;
-    int threads;
-    if (!PyArg_ParseTuple(args, "KKKLi", &y, &r, &out, &n, &threads)) return NULL;
-    Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int t = 0; t < threads; t++) {
-        const int64_t from = n * t / threads, to = n * (t + 1) / threads;
-        add_relu(AT(y) + from, AT(r) + from, AT(out) + from, to - from);
-    }
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
 /* ------------------------------------------------------------------------------------------------------ decisions -- */
 
 /* `forward` once more for maps that are like the one it was decided for. Called with a map and a shortcut or None, it
- * returns the output, or None as soon as anything is not as it was; selab/kernels/choice.py says what that is. In C
+ * returns the output, or None as soon as anything is not as it was; selab/kernels/choice.py says what that is. A map may
+ * wait for a BatchNorm, which its attribute `_waits_for` names (selab/waiting.py); a decision without a shape is that of
+ * the BatchNorm itself, which marks the map and hands it on. In C
  * because between two convolutions the caches have forgotten the interpreter, which makes such a decision in Python cost
  * as much as a row of the map. */
-enum { BYTES, FLAGS, HOOKS, CHILDREN, WEIGHTS, TENSOR, DTYPE, SIZE, STRIDE, LEVELS, COUNT, THREADS, EMPTY_LIKE, HELD };
+enum {
+    BYTES, FLAGS, HOOKS, CHILDREN, FACTS, WEIGHTS, NORM, TENSOR, DTYPE, SIZE, STRIDE, LEVELS, COUNT, THREADS, EMPTY_LIKE,
+    HELD
+};
+
+#define LAYERS 8 /* tensors of a `Layers` */
 
 typedef struct {
     PyObject_HEAD
@@ -534,24 +567,30 @@ typedef struct {
     int joined, owns_input;
 } Decision;
 
-static PyObject *S_shape, *S_stride, *S_dtype, *S_is_cpu, *S_data_ptr, *S_numel, *S_level;
+static PyObject *S_shape, *S_stride, *S_dtype, *S_is_cpu, *S_data_ptr, *S_numel, *S_level, *S_dict, *S_waits_for;
 
 static int decision_init(PyObject *object, PyObject *args, PyObject *kwargs) {
     Decision *self = (Decision *)object;
     PyObject **held = self->held;
-    static char *names[] = {"shape_bytes", "flags",  "hooks", "children", "weights",    "tensor", "dtype",      "size",
-                            "stride",      "levels", "count", "threads",  "empty_like", "joined", "owns_input", NULL};
+    static char *names[] = {"shape_bytes", "flags",  "hooks",  "children", "facts",      "weights", "norm",
+                            "tensor",      "dtype",  "size",   "stride",   "levels",     "count",   "threads",
+                            "empty_like",  "joined", "owns_input", NULL};
     if (held[BYTES]) {
         PyErr_SetString(PyExc_TypeError, "a decision is made once");
         return -1;
     }
     PyObject *given[HELD];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "SO!O!O!O!OOOOO!OOO|pp", names, given + BYTES,
-                                     &PyTuple_Type, given + FLAGS, &PyTuple_Type, given + HOOKS, &PyTuple_Type, given + CHILDREN, &PyTuple_Type,
-                                     given + WEIGHTS, given + TENSOR, given + DTYPE, given + SIZE, given + STRIDE,
-                                     &PyDict_Type, given + LEVELS, given + COUNT, given + THREADS, given + EMPTY_LIKE,
-                                     &self->joined, &self->owns_input))
+    PyTypeObject *tuple = &PyTuple_Type;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "SO!O!O!O!O!OOOOOO!OOO|pp", names, given + BYTES, tuple, given + FLAGS,
+                                     tuple, given + HOOKS, tuple, given + CHILDREN, tuple, given + FACTS, tuple,
+                                     given + WEIGHTS, given + NORM, given + TENSOR, given + DTYPE, given + SIZE,
+                                     given + STRIDE, &PyDict_Type, given + LEVELS, given + COUNT, given + THREADS,
+                                     given + EMPTY_LIKE, &self->joined, &self->owns_input))
         return -1;
+    if (PyTuple_Size(given[WEIGHTS]) > LAYERS) {
+        PyErr_SetString(PyExc_ValueError, "there are more weights than a block has");
+        return -1;
+    }
     for (int i = 0; i < HELD; i++) held[i] = Py_NewRef(given[i]);
     return 0;
 }
@@ -617,6 +656,11 @@ static int is_quiet(const Decision *d) {
         while (PyDict_Next(now, &at, NULL, &value))
             if (value != PyTuple_GetItem(before, index++)) return 0;
     }
+    for (Py_ssize_t i = 0; i < PyTuple_Size(d->held[FACTS]); i++) {
+        PyObject *fact = PyTuple_GetItem(d->held[FACTS], i);
+        PyObject *now = PyDict_GetItemWithError(PyTuple_GetItem(fact, 0), PyTuple_GetItem(fact, 1));
+        if (now != PyTuple_GetItem(fact, 2)) return PyErr_Occurred() ? -1 : 0;
+    }
     PyObject *threads = PyObject_CallNoArgs(d->held[COUNT]);
     if (!threads) return -1;
     int same = PyObject_RichCompareBool(threads, d->held[THREADS], Py_EQ);
@@ -632,14 +676,14 @@ static int address(PyObject *tensor, Address *into) {
     return PyErr_Occurred() ? -1 : 1;
 }
 
-/* w1, b1, w2, b2: (a module's parameters, name, the parameter or None, its elements) each. */
+/* The tensors of `Layers`: (a module's parameters or buffers, name, the tensor or None, its elements), or None, each. */
 static int read_weights(const Decision *d, Address *into) {
-    for (Py_ssize_t i = 0; i < 4; i++) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(d->held[WEIGHTS]); i++) {
         PyObject *one = PyTuple_GetItem(d->held[WEIGHTS], i);
+        if (one == Py_None) continue;
         PyObject *now = PyDict_GetItemWithError(PyTuple_GetItem(one, 0), PyTuple_GetItem(one, 1));
         PyObject *before = PyTuple_GetItem(one, 2);
         if (now != before) return PyErr_Occurred() ? -1 : 0;
-        into[i] = 0;
         if (before == Py_None) continue;
         int same = is_so(before, S_dtype, 0, d->held[DTYPE]);
         if (same > 0) same = is_so(before, S_numel, 1, PyTuple_GetItem(one, 3));
@@ -649,15 +693,20 @@ static int read_weights(const Decision *d, Address *into) {
     return 1;
 }
 
-static PyObject *decision_call(PyObject *object, PyObject *args, PyObject *kwargs) {
-    Decision *self = (Decision *)object;
-    PyObject *y, *r;
-    (void)kwargs;
-    if (!PyArg_ParseTuple(args, "OO", &y, &r)) return NULL;
-    if (!self->held[BYTES] || (r != Py_None) != self->joined) Py_RETURN_NONE;
-    Address layers[4], maps[3] = {0, 0, 0};
+/* 1 if the map waits for the BatchNorm that it was decided for (`norm`), or for none if that is None. */
+static int waits(PyObject *marks, PyObject *norm) {
+    PyObject *found = PyDict_GetItemWithError(marks, S_waits_for);
+    if (!found && PyErr_Occurred()) return -1;
+    return (found ? found : Py_None) == norm;
+}
+
+static PyObject *run(Decision *self, PyObject *y, PyObject *r, PyObject *marks) {
+    Address layers[LAYERS] = {0}, maps[3] = {0};
+    const int marking = PyBytes_Size(self->held[BYTES]) == 0;
     int same = is_quiet(self);
     if (same > 0) same = is_like(self, y);
+    if (same > 0) same = waits(marks, marking ? Py_None : self->held[NORM]);
+    if (same > 0 && marking) return PyDict_SetItem(marks, S_waits_for, self->held[NORM]) < 0 ? NULL : Py_NewRef(y);
     if (same > 0 && self->joined) same = is_like(self, r);
     if (same > 0) same = read_weights(self, layers);
     if (same > 0) same = address(y, maps);
@@ -670,11 +719,12 @@ static PyObject *decision_call(PyObject *object, PyObject *args, PyObject *kwarg
     Py_ssize_t size;
     Shape d;
     if (address(out, maps + 2) < 0 || PyBytes_AsStringAndSize(self->held[BYTES], &raw, &size) < 0 ||
-        !read_shape(raw, size, &d)) {
+        !read_shape(raw, size, &d) || (self->held[NORM] != Py_None && PyDict_DelItem(marks, S_waits_for) < 0)) {
         Py_DECREF(out);
         return NULL;
     }
-    Layers l = {AT(layers[0]), AT(layers[1]), AT(layers[2]), AT(layers[3])};
+    Layers l = {AT(layers[0]), AT(layers[1]), AT(layers[2]), AT(layers[3]),
+                AT(layers[4]), AT(layers[5]), AT(layers[6]), AT(layers[7])};
     Maps m = {AT(maps[0]), AT(maps[1]), AT(maps[2]), NULL};
     int failed;
     Py_BEGIN_ALLOW_THREADS
@@ -684,6 +734,19 @@ static PyObject *decision_call(PyObject *object, PyObject *args, PyObject *kwarg
         Py_DECREF(out);
         return PyErr_NoMemory();
     }
+    return out;
+}
+
+static PyObject *decision_call(PyObject *object, PyObject *args, PyObject *kwargs) {
+    Decision *self = (Decision *)object;
+    PyObject *y, *r;
+    (void)kwargs;
+    if (!PyArg_ParseTuple(args, "OO", &y, &r)) return NULL;
+    if (!self->held[BYTES] || (r != Py_None) != self->joined) Py_RETURN_NONE;
+    PyObject *marks = PyObject_GetAttr(y, S_dict);
+    if (!marks) return NULL;
+    PyObject *out = run(self, y, r, marks);
+    Py_DECREF(marks);
     return out;
 }
 
@@ -703,14 +766,13 @@ static PyMethodDef methods[] = {
     {"shape", py_shape, METH_VARARGS, "The numbers of a map and its block, for the others."},
     {"gated", py_gated, METH_VARARGS, "The forward pass: shape, layers, maps."},
     {"gated_backward", py_gated_backward, METH_VARARGS, "The gradients of maps and logits: shape, layers, maps."},
-    {"add_relu", py_add_relu, METH_VARARGS, "out = relu(y + r), over n values."},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_native", "Squeeze-and-Excitation on the CPU, on addresses.", -1, methods, 0, 0, 0, 0};
 PyMODINIT_FUNC PyInit__native(void) {
-    PyObject **names[] = {&S_shape, &S_stride, &S_dtype, &S_is_cpu, &S_data_ptr, &S_numel, &S_level};
-    static const char *words[] = {"shape", "stride", "dtype", "is_cpu", "data_ptr", "numel", "_current_level"};
+    PyObject **names[] = {&S_shape, &S_stride, &S_dtype, &S_is_cpu, &S_data_ptr, &S_numel, &S_level, &S_dict, &S_waits_for};
+    static const char *words[] = {"shape", "stride", "dtype", "is_cpu", "data_ptr", "numel", "_current_level", "__dict__", "_waits_for"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!(*names[i] = PyUnicode_InternFromString(words[i]))) return NULL;
     PyObject *module = PyModule_Create(&definition);

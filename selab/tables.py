@@ -344,6 +344,7 @@ def runtime_grid(found: "Sequence[Runtime]", *, title: str) -> Grid:
         done = [
             word
             for word, is_so in (
+                ("BatchNorm before it", one.block.normalising),
                 ("ReLU before it", one.block.absorbed),
                 ("join", one.block.joined),
                 ("in place", one.block.in_place),

@@ -20,7 +20,7 @@ SCHEMA = "selab.tax/1"
 FOLDER = "tax"
 """Where a machine's comparisons of implementations lie, beside its profiles."""
 BASELINE, AGAIN, PLAIN = "baseline", "again", "plain"
-"""The network without SE, its second instance for the control, and the same as it was built, its join not fused."""
+"""The network without SE and with `fuse`, its second instance for the control, and the same as it was built."""
 REFERENCE, FAST = "reference", "fast"
 IMPLEMENTATIONS = (REFERENCE, "torchvision", "timm", FAST)
 WITHOUT = {"squeeze": "without_squeeze", "excitation": "without_excitation", "scale": "without_scale"}

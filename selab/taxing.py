@@ -45,6 +45,7 @@ from selab.tax_record import (
 )
 from selab.workers import Report
 
+_OTHERS = "other implementations"
 _NOT_COMPILED = "The scale is not left out: a compiler would remove what that network computes for nobody"
 
 
@@ -196,7 +197,7 @@ class Tax:
             },
             remarks=(
                 *([self._left_in] if self._left_in else []),
-                *(self._remarks[name] for name in (BASELINE, FAST) if name in self._remarks),
+                *(self._remarks[name] for name in (BASELINE, _OTHERS, FAST) if name in self._remarks),
                 *(() if measured == self.implementations else (_NOT_COMPILED,)),
             ),
         )
@@ -235,12 +236,13 @@ class Tax:
         """Where it will run and in its mode, for on both it may depend how it is fused."""
         model.to(self.workload.device).train(mode_of(self.asked.phase, self.workload) == "train")
 
-    def _fused(self, name: str) -> Callable[[nn.Module], None]:
-        """Fuses a network, and notes what that did."""
+    def _fused(self, name: str, *, blocks: bool = True) -> Callable[[nn.Module], None]:
+        """Fuses a network, or what stands around its blocks, and notes what that did."""
 
         def change(model: nn.Module) -> None:
-            done = fuse(model, input_nchw=(self.workload.batch, *self.workload.input_chw))
-            self._remarks[name] = "; ".join([*fusion_words(name, done), *self._runtime_words(model)])
+            done = fuse(model, input_nchw=(self.workload.batch, *self.workload.input_chw), blocks=blocks)
+            chosen = self._runtime_words(model) if blocks else []
+            self._remarks[name] = "; ".join([*fusion_words(name, done), *chosen])
 
         return change
 
@@ -281,16 +283,24 @@ class Tax:
         names = (WHOLE,) if native else STAGES
         return StageTimes(total_s=timeline.total_s, stages={name: timeline.stages.get(name, 0.0) for name in names})
 
-    def _change(self, name: str) -> Callable[[nn.Module], object] | None:
-        if name == REFERENCE:
-            return None
-        return self._fused(FAST) if name == FAST else lambda model: restyled(model, name)
+    def _change(self, name: str) -> Callable[[nn.Module], object]:
+        """What makes the implementation; around the blocks each gets what the baseline gets."""
+        if name == FAST:
+            return self._fused(FAST)
+
+        def change(model: nn.Module) -> None:
+            if name != REFERENCE:
+                restyled(model, name)
+            self._fused(_OTHERS, blocks=False)(model)
+
+        return change
 
 
 def fusion_words(name: str, done: Fusion) -> list[str]:
     """What was fused in a network, and what was not and why: `baseline: 16 joins in one pass`."""
     counts = (
         (done.joins, "joins in one pass"),
+        (done.norms, "BatchNorms in one pass with what is behind them"),
         (sum(one.joined for one in done.blocks), "blocks in one pass with their join"),
         (sum(one.absorbed for one in done.blocks), "blocks with the ReLU before them"),
         (sum(one.in_place for one in done.blocks), "blocks in place"),

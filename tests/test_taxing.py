@@ -9,10 +9,12 @@ from torch import nn
 from selab import tables, taxing
 from selab.errors import InsertionError, SpecError, UnknownNameError
 from selab.fusing import FusedBlock, Fusion
+from selab.joins import FastJoin
 from selab.measure import passes
 from selab.request import Request
 from selab.se import SqueezeExcitation
 from selab.tax_record import ALL, read_tax_record
+from selab.waiting import DeferredNorm
 
 QUICK = ("--budget", "0.2")
 WITH_BLOCKS = """
@@ -126,6 +128,17 @@ def test_the_networks_share_their_weights_and_are_in_the_phase_s_mode():
     reference = [type(module) for module in made["reference"].modules()]
     assert SqueezeExcitation in reference
     assert SqueezeExcitation not in [type(module) for module in made["timm"].modules()]
+
+
+def test_what_stands_around_the_blocks_gets_the_same_care_in_all_networks():
+    tax = taxing.Tax(request("se_resnet20_cifar"))
+    deferred, joined = 19, 9  # ResNet-20: a stem, nine blocks of two; nine joins
+    for name, make in tax._networks(ALL).items():
+        kinds = [type(module) for module in make().modules()]
+        # A BatchNorm before a block that is not the fast one is read by that block.
+        expected = {"plain": 0, "baseline": deferred, "again": deferred, "fast": deferred}.get(name, deferred - 9)
+        assert kinds.count(DeferredNorm) == expected, name
+        assert kinds.count(FastJoin) == (0 if name == "plain" else joined), name
 
 
 def test_nothing_is_measured_that_a_compiler_would_remove():
@@ -343,9 +356,9 @@ def test_what_was_fused_is_told_and_what_was_not_and_why():
         FusedBlock(path="1", kind="SE", absorbed=True),
         FusedBlock(path="2", kind="SE", reason="its gate is Tanh"),
     )
-    words = taxing.fusion_words("fast", Fusion(blocks=blocks, joins=2, in_place_reason="no pass"))
+    words = taxing.fusion_words("fast", Fusion(blocks=blocks, joins=2, norms=3, in_place_reason="no pass"))
     assert words == [
-        "fast: 2 joins in one pass, 1 blocks in one pass with their join, 1 blocks with the ReLU before them, "
+        "fast: 2 joins in one pass, 3 BatchNorms in one pass with what is behind them, 1 blocks in one pass with their join, 1 blocks with the ReLU before them, "
         "1 blocks in place",
         "1 blocks as they were: its gate is Tanh",
         "no pass",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from selab.errors import SelabError
+from selab.errors import ModelError, SelabError
 from selab.joins import ADD_RELU, FastJoin, FastReLU, formula_of
 from selab.kernels import cpu
 from selab.kernels.choice import Deciding, Impl, choose, hooked, norm_of, repeat, run
@@ -96,7 +96,12 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
 
     Returns:
         What was done, and what was not and why.
+
+    Raises:
+        ModelError: `model` is no network.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"selab.fuse: a {type(model).__name__} is no network; give it a torch.nn.Module")
     absorbed = _absorb(model) if blocks else set()
     joins = _join(model, blocks)
     changed = [_fused(path, module, absorbed) for path, module in _blocks(model)] if blocks else []

@@ -11,6 +11,7 @@ from torch import nn
 import selab
 from selab import catalog
 from selab.build import build
+from selab.errors import ModelError
 from selab.fusing import FastJoin, fuse, runtimes
 from selab.insert import insert_se
 from selab.kernels import cpu
@@ -37,6 +38,12 @@ def assert_same(model, fused, example):
     with torch.inference_mode():
         expected, found = model(example.clone()), fused(example)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("model", "what"), [(3, "a int"), ("resnet18", "a str"), (nn.ReLU, "a type")])
+def test_what_is_no_network_is_told_in_one_line(model, what):
+    with pytest.raises(ModelError, match=rf"^selab\.fuse: {what} is no network; give it a torch\.nn\.Module$"):
+        fuse(model)
 
 
 @pytest.mark.parametrize(

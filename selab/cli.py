@@ -486,7 +486,9 @@ def _show_picture(shown: "Picture", to: Path | None, json_to: Path | None) -> No
 @app.command()
 def table(
     name: Annotated[str, typer.Argument(help=_TABLE_HELP)],
-    profiles: Annotated[Path | None, typer.Option(help="A machine's folder of records.")] = None,
+    profiles: Annotated[
+        Path | None, typer.Option(help="A machine's folder of records, or the one above where there is no other.")
+    ] = None,
     look: Annotated[TableFormat, typer.Option("--format", help="For standard output.")] = TableFormat.rich,
     out: Annotated[
         Path | None,
@@ -503,6 +505,7 @@ def table(
     if name == _ALL_TABLES:
         return _write_tables(out)
     pages.check_name(name)
+    profiles = None if profiles is None else pages.machine_folder(profiles)
     apart = (pages.ACCURACY, pages.TAX)
     records = store.read_records(profiles) if profiles is not None and name not in apart else []
     from selab.comparing import read_compared

@@ -3,8 +3,9 @@
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from selab import catalog, units
+from selab import accuracy_record, catalog, tax_record, units
 from selab.accuracy_tables import Compared, accuracy_grids
 from selab.errors import RecordError, UnknownNameError, nearest
 from selab.grid import NONE, Grid
@@ -36,6 +37,17 @@ def check_name(name: str) -> None:
     """Raises UnknownNameError, with the nearest names, for a table that there is not."""
     if name not in (*NAMES, REPORT):
         raise UnknownNameError(f"table {name}: no such table{nearest(name, (*NAMES, REPORT))}")
+
+
+def machine_folder(profiles: Path) -> Path:
+    """The folder of one machine's records: the one that is named, or the only one below it that holds records."""
+
+    def holds(folder: Path) -> bool:
+        kinds = (folder, folder / accuracy_record.FOLDER, folder / tax_record.FOLDER)
+        return any(True for kind in kinds for _ in kind.glob("*.json"))
+
+    below = [] if holds(profiles) else [folder for folder in profiles.glob("*/") if holds(folder)]
+    return below[0] if len(below) == 1 else profiles
 
 
 def costs_needed(name: str) -> tuple[str, ...]:

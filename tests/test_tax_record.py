@@ -103,6 +103,18 @@ def test_another_baseline_is_in_the_file_s_name(tmp_path):
     path = tax_path(tmp_path, machine="m", arch="a", against="b", workload="w", phase="forward")
     assert path == tmp_path / "m" / "tax" / "a-vs-b.w.forward.json"
 
+@pytest.mark.parametrize("kind", ["tax/one.json", "accuracy/one.json", "one.json"])
+def test_the_only_machine_below_is_the_one_that_is_meant(tmp_path, kind):
+    assert pages.machine_folder(tmp_path) == tmp_path
+    for name, meant in (("here", tmp_path / "here"), ("there", tmp_path)):
+        (tmp_path / name / kind).parent.mkdir(parents=True)
+        (tmp_path / name / kind).touch()
+        (tmp_path / name / "sweep").mkdir()
+        assert pages.machine_folder(tmp_path) == meant
+    assert pages.machine_folder(tmp_path / "here") == tmp_path / "here"
+    assert pages.machine_folder(tmp_path / "nothing") == tmp_path / "nothing"
+
+
 
 # ---------------------------------------------------------------------------------------------------------- the least
 

@@ -1,6 +1,8 @@
 """`selab tax`, from the words of the command to the record, its tables and its picture."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -345,6 +347,13 @@ class TestTax:
     )
     def test_mistakes(self, selab, toy, tmp_path, words, message):
         status, _, told = selab("tax", "--arch", f"{toy}:se_toy", *words, "--out", tmp_path)
+        for name in ("tax", "report"):
+            above = selab("table", name, "--profiles", out, "--format", "markdown")
+            assert above == selab("table", name, "--profiles", folder, "--format", "markdown")
+        shutil.copytree(folder, out / "another")
+        status, _, told = selab("table", "tax", "--profiles", out)
+        assert (status, told.count("\n")) == (1, 1)
+        assert f"there are some in its folders {', '.join(sorted((folder.name, 'another')))}" in told
         assert status == 1
         assert message in told
         assert "Traceback" not in told

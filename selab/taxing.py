@@ -103,8 +103,8 @@ class Tax:
 
     Raises:
         SpecError: there is no baseline, or its input has another shape.
-        InsertionError: the network has a block that others do not write; or it brings blocks along, and `fuse` knows
-            none of them, or there is no such implementation of them as was asked for.
+        InsertionError: the network has no block, or one that others do not write; or it brings blocks along, and `fuse`
+            knows none of them, or there is no such implementation of them as was asked for.
         ModelError: the network fails on its input.
     """
 
@@ -129,6 +129,7 @@ class Tax:
             self._left_in = _left_in(built)
         else:
             self.variant, self.baseline = pair(request)
+            _check_any(built, self.variant, request.arch)
             self.blocks = built.insertions
             _check_blocks(built, request.arch)
             if self.baseline is not None and self.baseline.se is not None:
@@ -312,6 +313,19 @@ def fusion_words(name: str, done: Fusion) -> list[str]:
 
 
 def _check_blocks(built: Built, arch: str) -> None:
+def _check_any(built: Built, variant: Variant, arch: str) -> None:
+    """Raises InsertionError, with the command for a network that has SE, for one without any block."""
+    if built.insertions or built.native:
+        return
+    others = [one.name for one in catalog.installed().values() if one.baseline == variant.name and one.se is not None]
+    name = f"se_{variant.name}" if f"se_{variant.name}" in others else next(iter(others), "")
+    step = f"--arch {name}" if name else f"--arch {arch} --insert auto"
+    raise InsertionError(
+        f"--arch {arch}: has no SE blocks to measure the tax of; next: `selab tax {step}`, or put some in with --se or "
+        "--insert"
+    )
+
+
     if built.native:
         raise InsertionError(
             f"--arch {arch}: brings blocks of its own along, which are measured over the same network without them; "
@@ -320,7 +334,7 @@ def _check_blocks(built: Built, arch: str) -> None:
     kinds = [built.model.get_submodule(path) for path, module in built.model.named_modules() if is_plain(module)]
     if not kinds or len(kinds) < len(built.insertions):
         raise InsertionError(
-            f"--arch {arch}: has blocks of other kinds, or none; what is compared is the paper's block as others write "
+            f"--arch {arch}: has blocks of other kinds; what is compared is the paper's block as others write "
             "it: with a mean as squeeze, as in se_resnet50, or put in with --insert"
         )
 

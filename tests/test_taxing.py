@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selab import tables, taxing
-from selab.errors import InsertionError, SpecError, UnknownNameError
+from selab.errors import InsertionError, UnknownNameError
 from selab.fusing import FusedBlock, Fusion
 from selab.joins import FastJoin
 from selab.measure import passes
@@ -64,6 +64,10 @@ def tanh():
 
 def other():
     return built(EcaModule(), EcaModule())
+
+
+def bare():
+    return built(nn.Identity(), nn.Identity())
 """
 SMALL = {"input_chw": (3, 16, 16)}
 
@@ -217,9 +221,19 @@ def test_a_baseline_with_blocks_is_refused():
         taxing.Tax(request("se_resnet18", baseline="se_resnet34"))
 
 
-def test_a_network_without_blocks_still_needs_a_baseline():
-    with pytest.raises(SpecError, match="is a baseline itself"):
-        taxing.Tax(request("small_cnn"))
+@pytest.mark.parametrize(
+    ("arch", "step"),
+    [
+        ("small_cnn", "--arch se_small_cnn"),
+        ("mobilenet_v3_small_no_se", "--arch mobilenet_v3_small"),
+        ("{file}:bare", "--arch {file}:bare --insert auto"),
+    ],
+)
+def test_a_network_without_blocks_is_told_how_to_come_by_some(with_blocks, arch, step):
+    asked = request(arch.format(file=with_blocks))
+    message = f"has no SE blocks .*`selab tax {re.escape(step.format(file=with_blocks))}`, .* --se or --insert$"
+    with pytest.raises(InsertionError, match=message):
+        taxing.Tax(asked)
 
 
 # -------------------------------------------------------------------------------------------------------- the command

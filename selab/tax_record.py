@@ -20,11 +20,16 @@ SCHEMA = "selab.tax/1"
 FOLDER = "tax"
 """Where a machine's comparisons of implementations lie, beside its profiles."""
 BASELINE, AGAIN, PLAIN = "baseline", "again", "plain"
-"""The network without SE and with `fuse`, its second instance for the control, and the same as it was built."""
+"""The network without SE, fused, its second instance for the control, and the same as it was built, not fused."""
 REFERENCE, FAST = "reference", "fast"
 IMPLEMENTATIONS = (REFERENCE, "torchvision", "timm", FAST)
 WITHOUT = {"squeeze": "without_squeeze", "excitation": "without_excitation", "scale": "without_scale"}
 """Stage → the reference with that stage left out."""
+_WORDS = {
+    AGAIN: "baseline again (control)",
+    PLAIN: "baseline as it is built",
+    **{name: f"reference without {stage}" for stage, name in WITHOUT.items()},
+}
 _ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
 OF_BROUGHT = (REFERENCE, FAST)
@@ -111,6 +116,11 @@ class TaxRecord(Frozen, frozen=True, kw_only=True):
             ),
             None,
         )
+
+
+def words_of(name: str) -> str:
+    """What tables and messages call a network, by its name in a record: `reference without squeeze`."""
+    return _WORDS.get(name, name)
 
 
 def bare_name(arch: str) -> str:

@@ -12,24 +12,25 @@ from selab.tax_record import (
     BASELINE,
     FAST,
     IMPLEMENTATIONS,
-    PLAIN,
     REFERENCE,
     WITHOUT,
+    TaxPair,
     TaxRecord,
     least,
+    words_of,
 )
-from selab.verdict import estimate, not_excluded
+from selab.verdict import estimate, no_result_reasons, not_excluded
 
-_NAMES = {BASELINE: "baseline", AGAIN: "baseline again (control)", PLAIN: "baseline as it is built"}
-_OVER = "fast over reference"
-
-
+_TAX = (
+    "Tax: time over the baseline's, the network without SE, which got the same care (selab.fuse); in brackets 95 % "
+    "intervals."
+)
 _LEAST: dict[bool, str] = {
     False: "Least: each block's map y read once more (its mean must be known before it can be scaled), and the weights "
-    "of the two layers; scaling is part of the pass that joins y with the shortcut.",
-    True: "Least: y read once more in the forward pass; in the backward pass, beyond what the baseline's join moves, y "
-    "and dz read and dy written, for the gate's gradient must be known before dy is; the layers' weights read twice "
-    "and their gradients written.",
+    "of the two layers; scaling is counted as part of a pass that the baseline makes anyway.",
+    True: "Least: y read once more in the forward pass; in the backward pass, beyond what the baseline moves, y and "
+    "the gradient dz behind the block read and dy written, for the gate's gradient must be known before dy is; the "
+    "layers' weights read twice and their gradients written.",
 }
 
 
@@ -55,11 +56,7 @@ def _tax_grid(record: TaxRecord, method: str) -> Grid:
     control = next((pair.latency for pair in shown if pair.variant == AGAIN), None)
     baseline_s = None if control is None else control.baseline_s
     rows.append((BASELINE, _time(baseline_s), "", "", ""))
-    for pair_ in shown:
-        if pair_.variant in WITHOUT.values():
-            continue
-        name = _OVER if pair_.baseline == REFERENCE else _NAMES.get(pair_.variant, pair_.variant)
-        rows.append((name, *_tax_cells(pair_.latency)))
+    rows += [(words_of(one.variant), *_tax_cells(one.latency)) for one in shown if one.baseline == BASELINE]
     at_least = least(record)
     part = NONE if baseline_s is None else units.percent(at_least.seconds / baseline_s)
     rows.append((f"least ({units.size(at_least.bytes, digits=3)})", _time(at_least.seconds), part, "", ""))
@@ -68,8 +65,8 @@ def _tax_grid(record: TaxRecord, method: str) -> Grid:
         columns=("", "time", "tax", "verdict", "flags"),
         rows=tuple(rows),
         notes=(
-            "Tax: time over the baseline's, whose join is fused as well; in brackets 95 % intervals. All in one "
-            "interleaved run, in one process.",
+            f"{_TAX} All in one interleaved run, in one process.",
+            *_direct_words(record, method),
             *_removed_words(record, method),
             *_whole_words(record),
             f"{_LEAST[record.phase != 'forward']} At the bandwidth of copies measured in this run.",
@@ -79,6 +76,13 @@ def _tax_grid(record: TaxRecord, method: str) -> Grid:
         ),
         words=frozenset({0, 3, 4}),
     )
+
+
+def _direct_words(record: TaxRecord, method: str) -> Iterator[str]:
+    """The fast one's time over the reference's, which is no tax and so no row; nothing where there is no result."""
+    latency = record.latency(FAST, over=REFERENCE, method=method)
+    if latency is not None and latency.verdict_kind != "no_result":
+        yield f"Time of fast over that of the reference: {change_words(latency)}, in the same run."
 
 
 def removed(record: TaxRecord, method: str) -> tuple[float, tuple[float, float] | None] | None:
@@ -235,7 +239,7 @@ def _saved_grid(record: TaxRecord) -> Grid | None:
         return None
     base = sizes.get(BASELINE)
     rows = tuple(
-        (_NAMES.get(name, name), units.size(size), units.percent(size / base - 1) if base else NONE)
+        (words_of(name), units.size(size), units.percent(size / base - 1) if base else NONE)
         for name, size in sizes.items()
     )
     return Grid(title="Saved for backward", columns=("", "bytes", "over the baseline"), rows=rows)
@@ -275,15 +279,26 @@ def _summary_grid(title: str, group: Sequence[tuple[TaxRecord, str]]) -> Grid:
         columns=("", "baseline", *IMPLEMENTATIONS, "least"),
         rows=tuple(rows),
         notes=(
-            "Time over the same network without SE, whose join is fused as well; in brackets 95 % intervals. "
-            "Least: the bytes that SE must move, at the bandwidth of copies.",
+            f"{_TAX} Least: the bytes that SE must move, at the bandwidth of copies.",
             *(f"{record.arch}, {note}" for record, method in group for note in _failures(record, method)),
         ),
     )
 
 
 def _failures(record: TaxRecord, method: str) -> Iterator[str]:
-    """Why a pair has no result."""
+    """Why there is no result: each reason once, after what it holds for."""
+    whys: dict[str, list[str]] = {}
     for pair in record.pairs:
         if pair.latency.method == method and pair.latency.verdict_kind == "no_result":
-            yield f"{pair.variant} over {pair.baseline}: {pair.latency.verdict}"
+            for why in no_result_reasons(pair.latency):
+                whys.setdefault(why, []).append(_pair_words(pair))
+    shared: dict[str, list[str]] = {}
+    for why, names in whys.items():
+        shared.setdefault(", ".join(names), []).append(why)
+    yield from (f"{names}: no result: {'; '.join(same)}" for names, same in shared.items())
+
+
+def _pair_words(pair: TaxPair) -> str:
+    """As its row is called; against the reference a stage is left out, or it is the fast one's."""
+    words = words_of(pair.variant)
+    return f"{words} against the reference" if (pair.baseline, pair.variant) == (REFERENCE, FAST) else words

@@ -42,6 +42,7 @@ from selab.tax_record import (
     TaxRecord,
     bare_name,
     tax_path,
+    words_of,
 )
 from selab.workers import Report
 
@@ -128,8 +129,8 @@ class Tax:
             self.blocks = _brought(built, request.arch, self.workload)
             self._left_in = _left_in(built)
         else:
-            self.variant, self.baseline = pair(request)
             _check_any(built, self.variant, request.arch)
+            self.variant, self.baseline = pair(request)
             self.blocks = built.insertions
             _check_blocks(built, request.arch)
             if self.baseline is not None and self.baseline.se is not None:
@@ -169,7 +170,7 @@ class Tax:
         networks = self._networks(measured)
         pairs = _pairs(measured)
         plan = plan_of(request, workload)
-        found = measure_networks(networks, pairs, workload, phase, plan, report, seed=request.seed)
+        found = measure_networks(networks, pairs, workload, phase, plan, report, seed=request.seed, words_of=words_of)
         profiled = None
         if REFERENCE in measured and not workload.compiled and not _failed(found, REFERENCE):
             report("profiling the reference", None)
@@ -312,7 +313,6 @@ def fusion_words(name: str, done: Fusion) -> list[str]:
     return [f"{name}: {', '.join(words)}", *kept, *([done.in_place_reason] if done.in_place_reason else [])]
 
 
-def _check_blocks(built: Built, arch: str) -> None:
 def _check_any(built: Built, variant: Variant, arch: str) -> None:
     """Raises InsertionError, with the command for a network that has SE, for one without any block."""
     if built.insertions or built.native:
@@ -326,6 +326,7 @@ def _check_any(built: Built, variant: Variant, arch: str) -> None:
     )
 
 
+def _check_blocks(built: Built, arch: str) -> None:
     if built.native:
         raise InsertionError(
             f"--arch {arch}: brings blocks of its own along, which are measured over the same network without them; "

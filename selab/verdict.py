@@ -483,6 +483,22 @@ def _contended(runs: Sequence[Run], threads: int) -> list[str]:
     return [f"{' and '.join(sorted(seen))} while {threads} threads were measured; stop other work, or use --threads 1"]
 
 
+def _judged(
+    runs: Sequence[Run], controls: Sequence[Run], statistic: Statistic, threads: int, error: str
+) -> tuple[Estimate | None, float | None, list[str]]:
+    """The estimate and the control floor, where there are such, and every reason against a result."""
+    if error and not runs and not controls:
+        return None, None, [error]
+    found, against = _estimated(runs, statistic)
+    floor, failing = _controlled(controls, statistic)
+    return found, floor, [*([error] if error else []), *against, *failing, *_contended(runs, threads)]
+
+
+def no_result_reasons(latency: Latency) -> list[str]:
+    """Why there is no result, each reason by itself; none where there is one."""
+    return _judged(latency.runs, latency.controls, latency.statistic, latency.threads, latency.error)[2]
+
+
 def summarise(
     *,
     phase: Phase,
@@ -516,18 +532,14 @@ def summarise(
     Raises:
         RecordError: a sample is not a positive time.
     """
-    baseline_s = variant_s = difference = floor = found = None
-    reasons = [error] if error else []
+    baseline_s = variant_s = difference = None
     if any(run.quads for run in runs):
         baseline_s, variant_s = _sample_medians(runs, statistic)
-    if runs or controls or not error:
-        found, against = _estimated(runs, statistic)
-        floor, failing = _controlled(controls, statistic)
-        reasons += against + failing + _contended(runs, threads)
+    found, floor, against = _judged(runs, controls, statistic, threads, error)
     if found is not None:
         difference = paired_difference_s(runs, statistic)
-    if reasons or found is None or floor is None or difference is None:
-        verdict = no_result(reasons)
+    if against or found is None or floor is None or difference is None:
+        verdict = no_result(against)
     else:
         verdict = sentence(found, floor, difference)
         if len(runs) == 1:

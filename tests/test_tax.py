@@ -72,6 +72,34 @@ def test_a_network_that_fails_is_named_and_the_others_go_on(make, message, net, 
     assert re.search(message, found.failed["wall", "bad"])
 
 
+class OnlyInference(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("not in training")
+        return self.inner(x)
+
+
+def test_messages_call_a_network_by_its_words(net, workload):
+    told = []
+    networks = three(net, bad=lambda: with_nan(net), still=lambda: OnlyInference(net()))
+    found = measure_networks(
+        networks,
+        [*PAIRS, ("baseline", "bad"), ("baseline", "still")],
+        workload(),
+        "forward_backward",
+        PLAN,
+        lambda label, state: told.append(label),
+        words_of=lambda name: f"the {name} one",
+    )
+    assert "preparing the bad one" in told
+    assert found.failed["wall", "bad"].startswith("the bad one: its output holds NaN")
+    assert found.failed["wall", "still"].startswith("the still one: forward_backward in train mode")
+
+
 def test_a_network_that_fails_in_training_is_named(net, workload):
     def frozen():
         return net().requires_grad_(False)

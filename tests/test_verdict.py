@@ -307,6 +307,16 @@ def test_several_threads_under_contention_give_no_result(threads, kind):
     assert ("while 2 threads were measured" in latency.verdict) == (threads == 2)
 
 
+def test_reasons_against_a_result_one_by_one():
+    wide, restless = simulated(1.2, seed=1, noise=0.3), simulated(1.2, seed=2)
+    latency = summary([wide], [restless])
+    one, other = verdict.no_result_reasons(latency)
+    assert (one.split()[:2], other.split()[:2]) == (["the", "interval"], ["control:", "the"])
+    assert latency.verdict == f"no result: {one}; {other}"
+    assert verdict.no_result_reasons(summary([], [], error="out of memory")) == ["out of memory"]
+    assert verdict.no_result_reasons(summary([simulated(1.03, seed=3)])) == []
+
+
 def test_check_accepts_what_summarise_made_and_what_json_kept():
     latency = summary([simulated(1.03, seed=seed) for seed in range(3)])
     verdict.check(latency)

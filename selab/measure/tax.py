@@ -66,6 +66,7 @@ def measure_networks(
     *,
     seed: int = 0,
     clock: Clock = time.perf_counter,
+    words_of: Callable[[str], str] = str,
 ) -> Together:
     """Makes every network, checks what it returns, and measures the pairs in one interleaved run.
 
@@ -82,6 +83,7 @@ def measure_networks(
         report: called with the network that is prepared, and after every quad with the method.
         seed: of the input and of the orders.
         clock: the host clock, seconds.
+        words_of: what messages call a network of this name.
 
     Raises:
         SelabError: the first network fails.
@@ -89,11 +91,11 @@ def measure_networks(
     """
     cores = available_cores()
     with _place(workload, seed):
-        ready, failed = _prepared(networks, workload, seed, report)
+        ready, failed = _prepared(networks, workload, seed, report, words_of)
         found = Together(runs={}, failed={}, saved_for_backward={})
         for way in _ways(workload, phase, clock):
             found.failed.update({(method, name): why for method in way.methods for name, why in failed.items()})
-            arms = _arms(ready, way, phase, next(iter(networks)), found)
+            arms = _arms(ready, way, phase, next(iter(networks)), found, words_of)
             watch = Watch(workload, cores)
             runs = measure_together(
                 arms,
@@ -139,17 +141,17 @@ def _compiler_limits() -> AbstractContextManager[object]:
 
 
 def _prepared(
-    networks: Mapping[str, Make], workload: Workload, seed: int, report: Report
+    networks: Mapping[str, Make], workload: Workload, seed: int, report: Report, words_of: Callable[[str], str]
 ) -> tuple[dict[str, Prepared], dict[str, str]]:
     """Those that return finite tensors, and of the others why not; the first one's error is raised."""
     ready: dict[str, Prepared] = {}
     failed: dict[str, str] = {}
     for name, make in networks.items():
-        report(f"preparing {name}", None)
+        report(f"preparing {words_of(name)}", None)
         try:
-            with translated_errors(name):
+            with translated_errors(words_of(name)):
                 one = prepare(make(), workload, seed=seed)
-                check_output(one, name)
+                check_output(one, words_of(name))
         except SelabError as error:
             if not ready and not failed:
                 raise
@@ -173,12 +175,19 @@ def _ways(workload: Workload, phase: Phase, clock: Clock) -> Iterator[_Way]:
         yield _Way(methods=("graph",), arm_of=graph_arm(clock), between_quads=lambda: gpu_watch(monitor))
 
 
-def _arms(ready: Mapping[str, Prepared], way: _Way, phase: Phase, first: str, found: Together) -> dict[str, Arm]:
+def _arms(
+    ready: Mapping[str, Prepared],
+    way: _Way,
+    phase: Phase,
+    first: str,
+    found: Together,
+    words_of: Callable[[str], str],
+) -> dict[str, Arm]:
     """Each has made one call, so that what fails, or is compiled, does so before the others are measured."""
     arms: dict[str, Arm] = {}
     for name, prepared in ready.items():
         try:
-            with translated_errors(f"{name}: {phase} in {mode_of(phase, prepared.workload)} mode"):
+            with translated_errors(f"{words_of(name)}: {phase} in {mode_of(phase, prepared.workload)} mode"):
                 arm = way.arm_of(prepared, phase)
                 arm.settle()
         except SelabError as error:

@@ -5,8 +5,8 @@ What is done, wherever it applies:
 * `SqueezeExcitation` takes its fastest implementation (`impl="auto"`);
 * a ReLU right before a block in an `nn.Sequential` becomes part of the block, which then reads the map once less;
 * a residual join, relu(branch + shortcut), is one pass, with a block in it or without;
-* in inference on a CPU, a BatchNorm is part of the pass behind it (a block's, a join's or a ReLU's) where a trace
-  proves that nobody else reads its output;
+* in inference on a CPU, a BatchNorm is part of the pass behind it (a block's, a join's or an activation's) where a
+  trace proves that nobody else reads its output; one with an activation of its own (timm's) is one pass;
 * SE modules of torchvision and timm compute as ours do, under their own class, parameters and keys;
 * in inference, a block's output takes its input's place where a trace proves that nobody reads the input again.
 """
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selab.errors import ModelError, SelabError
-from selab.joins import ADD_RELU, FastJoin, FastReLU, formula_of
+from selab.joins import ADD_RELU, FAST_ACTIVATIONS, FastActivation, FastJoin, formula_of
 from selab.kernels import cpu
 from selab.kernels.choice import Deciding, Impl, choose, hooked, norm_of, repeat, run
 from selab.kernels.cpu import Formula
@@ -52,7 +52,8 @@ class FusedBlock:
         kind: its class's name.
         joined: whether scale, addition and ReLU are one pass.
         absorbed: whether the ReLU before it is part of it.
-        normalising: whether the BatchNorm before it, or before that ReLU, is part of it in inference.
+        normalising: whether the BatchNorm before it, or before that ReLU, is part of it in inference, and the
+            activation that the BatchNorm may have.
         in_place: whether its output takes its input's place in inference.
         reason: why it stays as it was; empty if it does not.
     """
@@ -73,7 +74,7 @@ class Fusion:
     Attributes:
         blocks: in the order of the network.
         joins: residual joins without a block that are one pass now.
-        norms: BatchNorms that are part of the pass behind them in inference, with a block in it or without.
+        norms: BatchNorms that are one pass with what is behind them in inference, a block or anything else.
         in_place_reason: why no output takes its input's place, and no BatchNorm is part of the pass behind it; empty if
             that could be looked into.
     """
@@ -109,16 +110,17 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
     try:
         seen = _traced(model, input_nchw, blocks)
     except (SelabError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:
-        seen = _Seen(owning=set(), reader={})
+        seen = _Seen(owning=set(), reader={}, alone={})
         reason = f"no pass over an input of shape {input_nchw} on the meta device: {first_line(error)}"
     for path in seen.owning:
         owner: Any = model.get_submodule(path)
         owner.owns_input = True
-    norms = sum(_deferred(model, norm, reader) for norm, reader in seen.reader.items())
+    left = {norm: reader for norm, reader in seen.reader.items() if _deferred(model, norm, reader)}
+    alone = [norm for norm, owns in seen.alone.items() if norm not in left and _with_its_activation(model, norm, owns)]
     return Fusion(
-        blocks=tuple(_described(model, one, set(seen.reader.values())) for one in changed),
+        blocks=tuple(_described(model, one, set(left.values())) for one in changed),
         joins=joins,
-        norms=norms,
+        norms=len(left) + len(alone),
         in_place_reason=reason,
     )
 
@@ -145,16 +147,43 @@ def _plain_inner(join: GatedJoin) -> nn.Module:
 
 
 def _deferred(model: nn.Module, path: str, reader_path: str) -> bool:
-    """Leaves a BatchNorm's work to the one who reads its output; False if somebody looks at one of them."""
+    """Leaves a BatchNorm's work to the one who reads its output.
+
+    Returns:
+        False if somebody looks at one of them, or the reader cannot do it.
+    """
     norm, reader, join = model.get_submodule(path), model.get_submodule(reader_path), _enclosing(model, reader_path)
     behind = (reader, *(() if join is None else (join,)))
-    if not isinstance(norm, nn.BatchNorm2d) or hooked(norm, *behind):
+    if not isinstance(norm, nn.BatchNorm2d) or hooked(norm, *norm.children(), *behind):
+        return False
+    does = norm_of(norm)
+    if does is None or not _takes(reader, does.activation):
         return False
     defer(norm, behind)
-    if type(reader) is nn.ReLU:
+    if type(reader) in FAST_ACTIVATIONS:
         fast: Any = reader
-        fast.__class__ = FastReLU
+        fast.__class__ = FAST_ACTIVATIONS[type(reader)]
         fast.owns_input = True
+    return True
+
+
+def _takes(reader: nn.Module, activation: str) -> bool:
+    """Whether a pass can begin with a BatchNorm that has this activation."""
+    if not activation:
+        return True
+    return isinstance(reader, (SqueezeExcitation, _Fast)) and activation in cpu.BEFORE and not _rectifies(reader)
+
+
+def _rectifies(block: nn.Module) -> bool:
+    return isinstance(block, SqueezeExcitation) and block.relu_in
+
+
+def _with_its_activation(model: nn.Module, path: str, owns_input: bool) -> bool:
+    """Makes a BatchNorm that has an activation one pass with it; False if it has none, or somebody looks at it."""
+    norm = model.get_submodule(path)
+    if not isinstance(norm, nn.BatchNorm2d) or not _is_of_timm(norm) or hooked(norm, *norm.children()):
+        return False
+    defer(norm, (), owns_input=owns_input)
     return True
 
 
@@ -370,12 +399,14 @@ class _Seen:
 
     Attributes:
         owning: paths of blocks and joins whose (first) input nobody reads after them.
-        reader: path of a BatchNorm → that of the one block, join or ReLU that reads its output; where nobody reads the
-            BatchNorm's input either.
+        reader: path of a BatchNorm → that of the one block, join or activation that reads its output; where nobody
+            reads the BatchNorm's input either.
+        alone: path of a BatchNorm → whether nobody else reads its input.
     """
 
     owning: set[str]
     reader: dict[str, str]
+    alone: dict[str, bool]
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -417,10 +448,11 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Trace:
-    """Hooks that follow maps through BatchNorms and those who read them (blocks, joins, ReLUs)."""
+    """Hooks that follow maps through BatchNorms and those who read them (blocks, joins, activations)."""
 
     def __init__(self, reads: _Reads) -> None:
         self.reads = reads
+        self.owners: set[str] = set()
         self.calls: Counter[str] = Counter()
         self.readers: dict[str, list[str]] = {}
         self._normalised: list[tuple[Tensor, str]] = []
@@ -453,7 +485,8 @@ class _Trace:
             untouched = not again & {f"input of {norm}", f"output of {norm}", *paths}
             if untouched and len(paths) == 1 and self.calls[norm] == self.calls[paths[0]] == 1:
                 reader[norm] = paths[0]
-        return _Seen(owning=set(self.calls) - set(self.readers) - again, reader=reader)
+        alone = {norm: f"input of {norm}" not in again for norm in self.readers}
+        return _Seen(owning=(self.owners & set(self.calls)) - again, reader=reader, alone=alone)
 
 
 def _traced(model: nn.Module, input_nchw: tuple[int, ...], blocks: bool) -> _Seen:
@@ -467,9 +500,12 @@ def _traced(model: nn.Module, input_nchw: tuple[int, ...], blocks: bool) -> _See
             after = partial(trace.after_norm, path)
             stack.callback(module.register_forward_hook(lambda _, args, out, after=after: after(args, out)).remove)
         for path, module in _readers(twin, blocks):
-            if isinstance(module, nn.ReLU):
+            if hasattr(module, "owns_input"):
+                trace.owners.add(path)
+            if hasattr(module, "inplace"):
                 # In place, whoever reads its output would seem to read its input.
-                module.inplace = False
+                activation: Any = module
+                activation.inplace = False
             before, after = partial(trace.before_reader, path), partial(trace.after_reader, path)
             stack.callback(module.register_forward_pre_hook(lambda _, args, before=before: before(args)).remove)
             stack.callback(module.register_forward_hook(lambda _, args, _out, after=after: after(args)).remove)
@@ -482,18 +518,27 @@ def _traced(model: nn.Module, input_nchw: tuple[int, ...], blocks: bool) -> _See
 def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """BatchNorms whose work may be left to others, by their class and statistics."""
     for path, module in model.named_modules():
-        if type(module) in (nn.BatchNorm2d, DeferredNorm) and norm_of(module) is not None:
+        known = type(module) is nn.BatchNorm2d or isinstance(module, DeferredNorm) or _is_of_timm(module)
+        if known and isinstance(module, nn.BatchNorm2d) and norm_of(module) is not None:
             yield path, module
+
+
+def _is_of_timm(module: nn.Module) -> bool:
+    """Whether it is timm's BatchNorm with an activation, and nothing is dropped between the two."""
+    kind: Any = module.library if isinstance(module, DeferredNorm) else type(module)
+    named = (kind.__module__, kind.__name__) == ("timm.layers.norm_act", "BatchNormAct2d")
+    return named and type(module._modules.get("drop")) is nn.Identity
 
 
 def _readers(model: nn.Module, blocks: bool) -> Iterator[tuple[str, nn.Module]]:
     """Those who can do a BatchNorm's work, or take the place of what they read."""
     there = dict(_blocks(model))
+    closed = [*there, *(path for path, _ in _norms(model))]
     for path, module in model.named_modules():
         if path in there:
             if blocks and hasattr(module, "owns_input"):
                 yield path, module
-        elif any(path.startswith(f"{block}.") for block in there):
+        elif any(path.startswith(f"{one}.") for one in closed):
             continue
-        elif isinstance(module, FastJoin) or type(module) in (nn.ReLU, FastReLU):
+        elif isinstance(module, (FastJoin, FastActivation)) or type(module) in FAST_ACTIVATIONS:
             yield path, module

@@ -1,13 +1,12 @@
-"""What stands behind a branch: the join of a residual block, or a ReLU, in one pass with the BatchNorm before it."""
+"""What stands behind a BatchNorm: the join of a residual block, or an activation, in one pass with it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selab.kernels import cpu
-from selab.kernels.choice import Deciding, hooked, records_gradients, repeat, unusual
+from selab.kernels.choice import MAP_ACTIVATIONS, Deciding, hooked, records_gradients, repeat, unusual
 from selab.waiting import settled, taken, waiting
 
 ADD_RELU = "relu(branch + shortcut)"
@@ -54,45 +53,74 @@ class FastJoin(Deciding, nn.Module):
         if records_gradients(branch, shortcut):
             joined: Tensor = cpu.AddReLU.apply(settled(branch), shortcut)  # type: ignore[no-untyped-call]
             return joined
-        return _rectified(self, (self, inner), branch, shortcut, owns_input=self.owns_input)
+        if cpu.activated_refuses(branch, shortcut):
+            return cpu.add_relu(settled(branch), shortcut, in_place=self.owns_input)
+        return _activated(self, (self, inner), branch, shortcut, "relu", owns_input=self.owns_input)
 
 
-class FastReLU(Deciding, nn.ReLU):
-    """A ReLU in one pass with the BatchNorm that its map waits for; without one, a ReLU.
+class FastActivation(Deciding):
+    """Stands before an activation's class: one pass with the BatchNorm that its map waits for; without one, itself.
 
     Shapes: (N, C, H, W) to (N, C, H, W).
 
     Attributes:
+        library: the class that it is of otherwise.
         owns_input: as in `FastJoin`.
     """
 
+    library: ClassVar[type[nn.Module]]
     owns_input: bool
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
         decided = self.__dict__.get("_decided")
         if decided is not None and not torch.compiler.is_compiling():
             repeated: Tensor | None = decided(x, None)
             if repeated is not None:
                 return repeated
-        if waiting(x) is None:
-            return super().forward(x)
-        return _rectified(self, (self,), x, None, owns_input=self.owns_input)
+        if waiting(x) is None or cpu.activated_refuses(x, None):
+            out: Tensor = self.library.forward(self, settled(x))
+            return out
+        return _activated(self, (self,), x, None, MAP_ACTIVATIONS[self.library], owns_input=self.owns_input)
 
 
-def _rectified(
-    module: nn.Module, owners: tuple[nn.Module, ...], y: Tensor, shortcut: Tensor | None, *, owns_input: bool
+class FastReLU(FastActivation, nn.ReLU):
+    """See `FastActivation`."""
+
+    library = nn.ReLU
+
+
+class FastSiLU(FastActivation, nn.SiLU):
+    """See `FastActivation`."""
+
+    library = nn.SiLU
+
+
+class FastHardswish(FastActivation, nn.Hardswish):
+    """See `FastActivation`."""
+
+    library = nn.Hardswish
+
+
+FAST_ACTIVATIONS: dict[type[nn.Module], type[FastActivation]] = {
+    kind.library: kind for kind in (FastReLU, FastSiLU, FastHardswish)
+}
+
+
+def _activated(
+    module: nn.Module,
+    owners: tuple[nn.Module, ...],
+    y: Tensor,
+    shortcut: Tensor | None,
+    activation: str,
+    *,
+    owns_input: bool,
 ) -> Tensor:
-    """relu(norm(y) + shortcut) without gradients; keeps the decision in the module."""
-    norm = waiting(y)
-    if cpu.rectified_refuses(y, shortcut):
-        x = settled(y)
-        if shortcut is None:
-            return F.relu(x, inplace=owns_input or norm is not None)
-        return cpu.add_relu(x, shortcut, in_place=owns_input or norm is not None)
+    """activation(norm(y) + shortcut) natively and without gradients; keeps the decision in the module."""
     if not torch.is_grad_enabled():
-        module.__dict__["_decided"] = repeat(y, shortcut, None, owners, norm=norm, owns_input=owns_input)
-    return cpu.rectified(y, shortcut, taken(y), in_place=owns_input)
+        norm = waiting(y)
+        module.__dict__["_decided"] = repeat(y, shortcut, activation, owners, norm=norm, owns_input=owns_input)
+    return cpu.activated(y, shortcut, taken(y), activation, in_place=owns_input)
 
 
 def _join_on_gpu(inner: nn.Module, branch: Tensor, shortcut: Tensor) -> Tensor:

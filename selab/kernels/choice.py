@@ -91,11 +91,12 @@ class Deciding:
 def repeat(
     x: Tensor,
     shortcut: Tensor | None,
-    formula: Formula | None,
+    formula: Formula | str,
     owners: tuple[nn.Module, ...],
     *,
     layers: tuple[nn.Module, ...] = (),
     norm: nn.BatchNorm2d | None = None,
+    waiting: bool = True,
     owns_input: bool,
 ) -> Repeat:
     """The native pass in inference once more, for maps like these: what has not changed is not decided again.
@@ -107,10 +108,11 @@ def repeat(
     Args:
         x: (N, C, H, W), that the native code has just been chosen for.
         shortcut: likewise, or None.
-        formula: of the block; None for a ReLU alone.
+        formula: of the block, or the activation of a pass without one, of `cpu.BEHIND`.
         owners: modules whose children must stay the same and have no hooks.
         layers: the two modules that hold the block's weights.
         norm: the BatchNorm that x waits for, or None.
+        waiting: whether x waits for it; without, it is the BatchNorm itself that computes, its activation with it.
         owns_input: whether the output may take x's place.
     """
     children = [module for owner in owners for module in owner._modules.values() if module is not None]
@@ -120,23 +122,42 @@ def repeat(
     if norm is not None:
         weights += [_tensor_in(norm._parameters, name) for name in ("weight", "bias")]
         weights += [_tensor_in(norm._buffers, name) for name in ("running_mean", "running_var")]
+    statistics = None if norm is None else norm_of(norm)
+    if statistics is not None and not waiting:
+        statistics = statistics._replace(activation="")
     return _decided(
         x,
         owners,
-        shape_bytes=cpu.native_shape(x, formula, None if norm is None else norm_of(norm)),
+        shape_bytes=cpu.native_shape(x, formula, statistics),
         hooks=tuple(hooks for module in children for hooks in _hooks(module)),
-        facts=() if norm is None else ((norm.__dict__, "eps", norm.__dict__["eps"]),),
+        facts=() if norm is None else ((norm.__dict__, "eps", norm.eps), (norm.__dict__, "training", False)),
         weights=tuple(weights),
-        norm=norm,
+        norm=norm if waiting else None,
         joined=shortcut is not None,
         owns_input=owns_input,
     )
 
 
 def norm_of(module: nn.BatchNorm2d) -> Norm | None:
-    """What a BatchNorm computes in inference; None for one without statistics of its own."""
+    """What a BatchNorm computes in inference; None for one without statistics of its own, or an unknown activation.
+
+    One with an activation of its own, as timm's, has it as `act`.
+    """
     mean, var = module.running_mean, module.running_var
-    return None if mean is None or var is None else Norm(module.weight, module.bias, mean, var, module.eps)
+    act = module._modules.get("act")
+    activation = "" if act is None else MAP_ACTIVATIONS.get(type(act))
+    if mean is None or var is None or activation is None:
+        return None
+    return Norm(module.weight, module.bias, mean, var, module.eps, activation)
+
+
+MAP_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "",
+    nn.ReLU: "relu",
+    nn.Hardswish: "hardswish",
+    nn.SiLU: "silu",
+}
+"""Layers behind a BatchNorm that the native code can compute with it, as `cpu.BEHIND` calls them."""
 
 
 def hand_on(x: Tensor, norm: nn.BatchNorm2d, behind: tuple[nn.Module, ...]) -> Repeat:

@@ -6,7 +6,8 @@ run as torch operations, which take one or two passes more. Both share one forwa
     m = relu(y) if relu_in else y;  s = mean(m);  u = fc1(s);  v = fc2(act(u));  g = scale * gate(v) + offset
     out = m * g (+ shortcut), rectified if relu_out
 
-In inference the native code takes norm(y) for y, where a BatchNorm stands before the block, and does not write it.
+In inference the native code takes act(norm(y)) for y, where a BatchNorm stands before the block, and an activation
+perhaps, and does not write it.
 
 A forward pass reads y for the mean and once more for the join. A backward pass reads the gradient, the output and y,
 writes the gradient of the sum and reduces the gates' gradients on the way; then it reads the former and writes y's.
@@ -37,6 +38,10 @@ else:
 
 ACTIVATIONS = ("relu", "silu")
 GATES = ("sigmoid", "hardsigmoid")
+BEHIND = ("", "relu", "hardswish", "silu")
+"""What may stand behind a pass over a map; in the native code's order."""
+BEFORE = BEHIND[:3]
+"""What may stand before a block, as part of it: it is computed twice."""
 # Below so many elements a second thread costs more than it saves.
 _LEAST_PER_THREAD = 1 << 15
 # Up to so many positions a matrix product averages a channels-last map faster than a reduction does.
@@ -66,13 +71,19 @@ class Formula(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A BatchNorm in inference: (y - mean) / sqrt(var + eps) * weight + bias; each (C), weight and bias may be None."""
+    """A BatchNorm in inference: activation((y - mean) / sqrt(var + eps) * weight + bias).
+
+    Attributes:
+        weight: (C) or None, as bias; mean and var (C).
+        activation: of `BEHIND`.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
     mean: Tensor
     var: Tensor
     eps: float
+    activation: str = ""
 
 
 def native_reason() -> str:
@@ -99,7 +110,7 @@ def native_refuses(y: Tensor, shortcut: Tensor | None, formula: Formula) -> str:
 
 def norm_refuses(y: Tensor, norm: Norm) -> str:
     """Why the native code cannot do a BatchNorm's work on this map; empty if it can."""
-    refused = rectified_refuses(y, None)
+    refused = activated_refuses(y, None)
     if refused:
         return refused
     for one in norm[:4]:
@@ -258,8 +269,8 @@ class Gated(torch.autograd.Function):
         return dy, dz if ctx.joined else None, *layers, None, None  # type: ignore[attr-defined]
 
 
-def rectified_refuses(y: Tensor, shortcut: Tensor | None) -> str:
-    """Why the native code cannot rectify these; empty if it can."""
+def activated_refuses(y: Tensor, shortcut: Tensor | None) -> str:
+    """Why the native code cannot go over these; empty if it can."""
     if _native is None:
         return _WHY_NOT
     if y.dtype != torch.float32 or y.dim() != 4 or not layout.is_dense(y) or not y.is_cpu:
@@ -269,17 +280,20 @@ def rectified_refuses(y: Tensor, shortcut: Tensor | None) -> str:
     return ""
 
 
-def rectified(y: Tensor, shortcut: Tensor | None, norm: Norm | None, *, in_place: bool = False) -> Tensor:
-    """relu(norm(y) + shortcut) in one pass, natively and without gradients: (N, C, H, W) → (N, C, H, W).
+def activated(
+    y: Tensor, shortcut: Tensor | None, norm: Norm | None, activation: str = "relu", *, in_place: bool = False
+) -> Tensor:
+    """activation(norm(y) + shortcut) in one pass, natively and without gradients: (N, C, H, W) → (N, C, H, W).
 
     Args:
-        y: that `rectified_refuses` must have been asked about.
+        y: that `activated_refuses` must have been asked about.
         shortcut: of the same shape, or None.
-        norm: of the BatchNorm before it, as in `infer`, or None.
+        norm: of the BatchNorm before it, as in `infer`, or None; it has no activation of its own.
+        activation: of `BEHIND`.
         in_place: whether the result takes y's place.
     """
     out = y if in_place else torch.empty_like(y)
-    _run_native(y, shortcut, None, out, None, norm)
+    _run_native(y, shortcut, activation, out, None, norm)
     return out
 
 
@@ -291,8 +305,8 @@ def add_relu(branch: Tensor, shortcut: Tensor, *, in_place: bool = False) -> Ten
         shortcut: of the same shape.
         in_place: whether it does.
     """
-    if not rectified_refuses(branch, shortcut):
-        return rectified(branch, shortcut, None, in_place=in_place)
+    if not activated_refuses(branch, shortcut):
+        return activated(branch, shortcut, None, in_place=in_place)
     return (branch.add_(shortcut) if in_place and branch.dtype == shortcut.dtype else branch + shortcut).relu_()
 
 
@@ -405,28 +419,34 @@ def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def native_shape(y: Tensor, formula: Formula | None, norm: Norm | None = None) -> bytes:
+def native_shape(y: Tensor, formula: Formula | str, norm: Norm | None = None) -> bytes:
     """The numbers that the native code wants, for this map and the threads that torch uses now.
 
-    Without a formula they are those of a ReLU alone.
+    Args:
+        y: (N, C, H, W).
+        formula: of the block, or the activation of a pass without one, of `BEHIND`.
+        norm: what stands before it, or None.
     """
     n, c, h, w = y.shape
-    eps = 0.0 if norm is None else norm.eps
-    if formula is None:
-        without: bytes = _native.shape(n, c, h * w, 0, not y.is_contiguous(), 0, 0, 1, 0, 0, _threads(y), 1.0, 0.0, eps)
-        return without
-    shape: bytes = _native.shape(
+    before, eps = (0, 0.0) if norm is None else (BEFORE.index(norm.activation), norm.eps)
+    laid, threads = not y.is_contiguous(), _threads(y)
+    shape: bytes
+    if isinstance(formula, str):
+        behind = BEHIND.index(formula)
+        shape = _native.shape(n, c, h * w, 0, laid, False, before, behind, 0, 0, threads, 1.0, 0.0, eps)
+        return shape
+    shape = _native.shape(
         n,
         c,
         h * w,
         formula.w1.shape[0],
-        not y.is_contiguous(),
+        laid,
         True,
-        formula.relu_in,
-        formula.relu_out,
+        BEFORE.index("relu") if formula.relu_in else before,
+        BEHIND.index("relu" if formula.relu_out else ""),
         ACTIVATIONS.index(formula.activation),
         GATES.index(formula.gate),
-        _threads(y),
+        threads,
         formula.scale,
         formula.offset,
         eps,
@@ -442,13 +462,13 @@ def native_decision(**facts: Any) -> Any:
 def _run_native(
     y: Tensor,
     shortcut: Tensor | None,
-    formula: Formula | None,
+    formula: Formula | str,
     out: Tensor,
     kept: Tensor | None,
     norm: Norm | None = None,
 ) -> None:
     """Fills `out` and, if there is one, `kept`."""
-    layers = (None,) * 4 if formula is None else formula[:4]
+    layers = (None,) * 4 if isinstance(formula, str) else formula[:4]
     statistics = (None,) * 4 if norm is None else norm[:4]
     _native.gated(native_shape(y, formula, norm), *(_at(one) for one in (*layers, *statistics, y, shortcut, out, kept)))
 

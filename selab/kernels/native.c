@@ -4,11 +4,12 @@
  * neither torch's headers nor its compiler settings are needed to build this. An address of 0 is a tensor that there is
  * not. A map is N images of C channels of P positions; `nhwc` says that the channels of a position are neighbours.
  *
- *   x = a y + b;  m = relu_in ? relu(x) : x;  s = mean(m);  u = w1 s + b1;  v = w2 act(u) + b2;
- *   g = scale gate(v) + offset;  out = relu_out ? relu(g m + r) : g m + r
+ *   x = a y + b;  m = before(x);  s = mean(m);  u = w1 s + b1;  v = w2 act(u) + b2;  g = scale gate(v) + offset
+ *   out = behind(g m + r)
  *
- * where a and b are those of a BatchNorm in inference, or 1 and 0. If the map is not `gated`, g is 1, and what remains
- * is the pass of a BatchNorm, a join and a ReLU.
+ * where a and b are those of a BatchNorm in inference, or 1 and 0; `before` and `behind` are activations
+ * or nothing. If the map is not `gated`, g is 1, and what remains is the pass of a BatchNorm, a join and an activation.
+ * The backward pass knows no BatchNorm, and no activation but ReLU.
  *
  * Images are gone through one by one, so that a map is still in the cache when it is read for the second time.
  *
@@ -34,12 +35,13 @@
 #define LANES 64  /* independent sums, enough to hide the latency of an addition */
 #define FLUSH 256 /* positions after which partial sums are put away, so that rounding does not grow with the map */
 
+enum { NOTHING, RELU, HARDSWISH, SILU }; /* before and behind */
 enum { ACT_RELU, ACT_SILU };
 enum { GATE_SIGMOID, GATE_HARDSIGMOID };
 
 typedef struct {
     int64_t images, channels, positions, hidden;
-    int nhwc, gated, relu_in, relu_out, activation, gate, threads;
+    int nhwc, gated, before, behind, activation, gate, threads;
     float scale, offset, eps;
 } Shape;
 
@@ -48,8 +50,40 @@ typedef struct {
     const float *weight, *bias, *mean, *var; /* of the BatchNorm; without one, mean is 0 */
 } Layers;
 
-/* A NaN stays one, as in torch's relu. */
+/* A NaN stays one, as in torch's functions. */
 static inline float positive(float x) { return x < 0 ? 0 : x; }
+
+static inline float hardswish(float x) {
+    float t = x + 3;
+    return x * (t < 0 ? 0 : t > 6 ? 6 : t) * (1.0f / 6);
+}
+
+/* e^x to two units in the last place; beyond what a float holds, the nearest it can hold. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693145751953125f - n * 1.42860677e-6f; /* ln 2 in two parts, the first exact times n */
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    union {
+        int32_t bits;
+        float value;
+    } power = {((int32_t)n + 127) << 23};
+    return p * power.value;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* `kind` is to be known to the compiler wherever speed matters. */
+INLINE float activated(float x, int kind) {
+    return kind == RELU ? positive(x) : kind == HARDSWISH ? hardswish(x) : kind == SILU ? x * sigmoid(x) : x;
+}
 
 /* A channel's values before its mean and its gate. */
 typedef struct {
@@ -78,41 +112,47 @@ CLONES static void affine(const Shape *d, const Layers *l, float *a, float *b) {
 
 #define ITSELF(x) (x)
 #define RECTIFIED(x) positive(a * (x) + b)
+#define HARDSWISHED(x) hardswish(a * (x) + b)
 
-/* Of x itself or, with `relu`, of relu(a x + b). Long rows need many independent sums to hide the latency of an addition,
- * short ones few to be added up. */
-INLINE float row_sum(const float *restrict x, int64_t n, float a, float b, int relu) {
+/* Of x itself or, with an activation, of activation(a x + b). Long rows need many independent sums to hide the latency of
+ * an addition, short ones few to be added up. */
+INLINE float row_sum(const float *restrict x, int64_t n, float a, float b, int kind) {
     float sum;
     int64_t i = 0;
-    if (n >= 4 * LANES) {
-        if (relu) {
-            GROUPED(LANES, RECTIFIED)
-        } else {
-            GROUPED(LANES, ITSELF)
-        }
-    } else if (relu) {
+    const int long_enough = n >= 4 * LANES;
+    if (kind == RELU && long_enough) {
+        GROUPED(LANES, RECTIFIED)
+    } else if (kind == RELU) {
         GROUPED(16, RECTIFIED)
+    } else if (kind == HARDSWISH) {
+        GROUPED(16, HARDSWISHED)
+    } else if (long_enough) {
+        GROUPED(LANES, ITSELF)
     } else {
         GROUPED(16, ITSELF)
     }
     return sum;
 }
 
-/* Adds `rows` positions, `stride` apart, to `sums` over n channels: x itself or, with `relu`, relu(a x + b). */
+/* Adds `rows` positions, `stride` apart, to `sums` over n channels: x itself or, with an activation, that of a x + b. */
 INLINE void add_rows(const float *restrict x, float *restrict sums, int64_t rows, int64_t stride, int64_t n,
-                     const float *restrict a, const float *restrict b, int relu) {
-#define AT_CHANNEL(x) positive(a[i] * (x) + b[i])
+                     const float *restrict a, const float *restrict b, int kind) {
+#define FOUR_ROWS(value)             \
+    for (int64_t i = 0; i < n; i++) \
+        sums[i] += (value(x[i]) + value(x[stride + i])) + (value(x[2 * stride + i]) + value(x[3 * stride + i]));
+#define RECTIFIED_AT(x) positive(a[i] * (x) + b[i])
+#define HARDSWISHED_AT(x) hardswish(a[i] * (x) + b[i])
     int64_t p = 0;
-    for (; p + 4 <= rows; p += 4, x += 4 * stride) {
-        const float *k = x, *l = x + stride, *m = x + 2 * stride, *o = x + 3 * stride;
-        if (relu)
-            for (int64_t i = 0; i < n; i++)
-                sums[i] += (AT_CHANNEL(k[i]) + AT_CHANNEL(l[i])) + (AT_CHANNEL(m[i]) + AT_CHANNEL(o[i]));
-        else
-            for (int64_t i = 0; i < n; i++) sums[i] += (k[i] + l[i]) + (m[i] + o[i]);
-    }
+    for (; p + 4 <= rows; p += 4, x += 4 * stride)
+        if (kind == RELU) {
+            FOUR_ROWS(RECTIFIED_AT)
+        } else if (kind == HARDSWISH) {
+            FOUR_ROWS(HARDSWISHED_AT)
+        } else {
+            FOUR_ROWS(ITSELF)
+        }
     for (; p < rows; p++, x += stride)
-        for (int64_t i = 0; i < n; i++) sums[i] += relu ? AT_CHANNEL(x[i]) : x[i];
+        for (int64_t i = 0; i < n; i++) sums[i] += kind ? activated(a[i] * x[i] + b[i], kind) : x[i];
 }
 
 /* Asks for the part of the weights that belongs to these channels: they come from memory while the map is read. */
@@ -128,46 +168,24 @@ CLONES static void squeeze(const Shape *d, const Layers *l, Affine to_x, const f
         for (int64_t c = from; c < to; c++) {
             prefetch(l->w1 + c * K, K);
             prefetch(l->w2 + c * K, K);
-            s[c] = row_sum(y + c * P, P, to_x.a[c], to_x.b[c], d->relu_in) / P;
+            s[c] = row_sum(y + c * P, P, to_x.a[c], to_x.b[c], d->before) / P;
         }
     else {
         for (int64_t c = from; c < to; c++) s[c] = 0;
         for (int64_t p = 0; p < P; p += FLUSH) {
             const int64_t rows = P - p < FLUSH ? P - p : FLUSH;
             memset(partial + from, 0, (to - from) * sizeof(float));
-            add_rows(y + p * C + from, partial + from, rows, C, to - from, to_x.a + from, to_x.b + from, d->relu_in);
+            add_rows(y + p * C + from, partial + from, rows, C, to - from, to_x.a + from, to_x.b + from, d->before);
             for (int64_t c = from; c < to; c++) s[c] += partial[c];
         }
         for (int64_t c = from; c < to; c++) s[c] /= P;
     }
     /* The mean of a x + b is that of x, times a plus b. */
-    if (!d->relu_in)
+    if (!d->before)
         for (int64_t c = from; c < to; c++) s[c] = to_x.a[c] * s[c] + to_x.b[c];
 }
 
 /* ---------------------------------------------------------------------------------------------------- excitation -- */
-
-/* e^x to two units in the last place; beyond what a float holds, the nearest it can hold. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693145751953125f - n * 1.42860677e-6f; /* ln 2 in two parts, the first exact times n */
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    union {
-        int32_t bits;
-        float value;
-    } power = {((int32_t)n + 127) << 23};
-    return p * power.value;
-}
-
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 /* out = w x + bias, for a matrix of rows x n; four rows at a time share the loads of x. */
 INLINE void matrix_vector(const float *restrict w, const float *restrict x, const float *restrict bias,
@@ -222,43 +240,49 @@ CLONES static void excite(const Shape *d, const Layers *l, const float *s, float
 
 /* ---------------------------------------------------------------------------------------------------------- join -- */
 
-/* m = f y + c, or relu(f y + c) g; for one channel's n values. `out` may be `y` or `r`. */
-INLINE void scaled_row(const float *y, const float *r, float *out, int64_t n, float f, float c, float g, int relu_in,
-                       int relu_out) {
-    if (r && relu_out && !relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f + c + r[i]);
-    else if (!r && !relu_out && relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f + c) * g;
-    else if (!r && relu_out && !relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f + c);
-    else if (!r && !relu_out)
-        for (int64_t i = 0; i < n; i++) out[i] = y[i] * f + c;
-    else
-        for (int64_t i = 0; i < n; i++) {
-            float x = (relu_in ? positive(y[i] * f + c) * g : y[i] * f + c) + (r ? r[i] : 0);
-            out[i] = relu_out ? positive(x) : x;
-        }
+/* Calls PASS(shortcut, before, behind) with numbers that the compiler knows, for what networks are made of. */
+#define FOR_ALL_PASSES(PASS)                                             \
+    if (r && !before && behind == RELU) {                                \
+        PASS(r[i], NOTHING, RELU)                                        \
+    } else if (!r && !before && !behind) {                               \
+        PASS(0, NOTHING, NOTHING)                                        \
+    } else if (!r && !before && behind == RELU) {                        \
+        PASS(0, NOTHING, RELU)                                           \
+    } else if (!r && !before && behind == HARDSWISH) {                   \
+        PASS(0, NOTHING, HARDSWISH)                                      \
+    } else if (!r && !before && behind == SILU) {                        \
+        PASS(0, NOTHING, SILU)                                           \
+    } else if (!r && before == RELU && !behind) {                        \
+        PASS(0, RELU, NOTHING)                                           \
+    } else if (!r && before == HARDSWISH && !behind) {                   \
+        PASS(0, HARDSWISH, NOTHING)                                      \
+    } else {                                                             \
+        PASS((r ? r[i] : 0), before, behind)                             \
+    }
+
+/* behind(f y + c + r), or behind(before(f y + c) g + r); for one channel's n values. `out` may be `y` or `r`. */
+INLINE void scaled_row(const float *y, const float *r, float *out, int64_t n, float f, float c, float g, int before,
+                       int behind) {
+#define ROW_PASS(shortcut, first, last)                                                      \
+    for (int64_t i = 0; i < n; i++) {                                                        \
+        float m = (first) ? activated(y[i] * f + c, first) * g : y[i] * f + c;               \
+        out[i] = activated(m + (shortcut), last);                                            \
+    }
+    FOR_ALL_PASSES(ROW_PASS)
 }
 
 /* The same for the n channels of one position. */
 INLINE void scaled_position(const float *y, const float *r, float *out, int64_t n, const float *f, const float *c,
-                            const float *g, int relu_in, int relu_out) {
-    if (r && relu_out && !relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f[i] + c[i] + r[i]);
-    else if (!r && !relu_out && relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f[i] + c[i]) * g[i];
-    else if (!r && relu_out && !relu_in)
-        for (int64_t i = 0; i < n; i++) out[i] = positive(y[i] * f[i] + c[i]);
-    else if (!r && !relu_out)
-        for (int64_t i = 0; i < n; i++) out[i] = y[i] * f[i] + c[i];
-    else
-        for (int64_t i = 0; i < n; i++) {
-            float x = (relu_in ? positive(y[i] * f[i] + c[i]) * g[i] : y[i] * f[i] + c[i]) + (r ? r[i] : 0);
-            out[i] = relu_out ? positive(x) : x;
-        }
+                            const float *g, int before, int behind) {
+#define POSITION_PASS(shortcut, first, last)                                                       \
+    for (int64_t i = 0; i < n; i++) {                                                              \
+        float m = (first) ? activated(y[i] * f[i] + c[i], first) * g[i] : y[i] * f[i] + c[i];      \
+        out[i] = activated(m + (shortcut), last);                                                  \
+    }
+    FOR_ALL_PASSES(POSITION_PASS)
 }
 
-/* What a map is multiplied by and what is added, per channel: f and c before the ReLU, g after it. */
+/* What a map is multiplied by and what is added, per channel: f and c before the activation, g after it. */
 typedef struct {
     const float *f, *c, *g;
 } Factors;
@@ -270,15 +294,15 @@ CLONES static void join(const Shape *d, const float *y, const float *r, Factors 
         const int64_t at = line * width;
         const float *shortcut = r ? r + at : r;
         if (d->nhwc)
-            scaled_position(y + at, shortcut, out + at, width, k.f, k.c, k.g, d->relu_in, d->relu_out);
+            scaled_position(y + at, shortcut, out + at, width, k.f, k.c, k.g, d->before, d->behind);
         else
-            scaled_row(y + at, shortcut, out + at, width, k.f[line], k.c[line], k.g[line], d->relu_in, d->relu_out);
+            scaled_row(y + at, shortcut, out + at, width, k.f[line], k.c[line], k.g[line], d->before, d->behind);
     }
 }
 
-/* Without a ReLU between them the gate and the affine map are one; `f` and `c` have room for C. */
+/* Without an activation between them the gate and the affine map are one; `f` and `c` have room for C. */
 CLONES static Factors factors(const Shape *d, Affine to_x, const float *g, float *f, float *c) {
-    if (d->relu_in) return (Factors){to_x.a, to_x.b, g};
+    if (d->before) return (Factors){to_x.a, to_x.b, g};
     for (int64_t i = 0; i < d->channels; i++) f[i] = to_x.a[i] * g[i], c[i] = to_x.b[i] * g[i];
     return (Factors){f, c, g};
 }
@@ -298,7 +322,7 @@ static void image_forward(const Shape *d, const Layers *l, Affine to_x, const Ma
     const float *y = m->y + n * size, *r = m->r ? m->r + n * size : 0;
     float *f = room, *c = f + C, *h = c + C, *g = h + K, *s = m->kept ? m->kept + n * (2 * C + K) : g + C;
     float *out = m->out + n * size;
-    Factors k = {to_x.a, to_x.b, to_x.a}; /* g is not looked at without a ReLU before it */
+    Factors k = {to_x.a, to_x.b, to_x.a}; /* g is not looked at without an activation */
     if (d->gated) {
 #pragma omp parallel for num_threads(shares) if (shares > 1) schedule(static)
         for (int64_t t = 0; t < shares; t++) squeeze(d, l, to_x, y, s, room, C * t / shares, C * (t + 1) / shares);
@@ -438,14 +462,14 @@ CLONES static void image_backward(const Shape *d, const Layers *l, const Gradien
             memset(ds, 0, C * sizeof(float));
             for (int64_t q = p; q < P && q < p + FLUSH; q++) {
                 const int64_t at = q * C;
-                reduced_position(dout + at, out ? out + at : out, y + at, dz ? dz + at : dz, ds, C, d->relu_in);
+                reduced_position(dout + at, out ? out + at : out, y + at, dz ? dz + at : dz, ds, C, d->before);
             }
             for (int64_t c = 0; c < C; c++) dv[c] += ds[c];
         }
     } else
         for (int64_t c = 0; c < C; c++) {
             const int64_t at = c * P;
-            dv[c] = reduced_row(dout + at, out ? out + at : out, y + at, dz ? dz + at : dz, P, d->relu_in);
+            dv[c] = reduced_row(dout + at, out ? out + at : out, y + at, dz ? dz + at : dz, P, d->before);
         }
     gate_gradients(v, dv, C, d->gate, d->scale);
     memset(du, 0, K * sizeof(float));
@@ -456,9 +480,9 @@ CLONES static void image_backward(const Shape *d, const Layers *l, const Gradien
     gates(v, g, C, d->gate, d->scale, d->offset);
     const float *from = dz ? dz : dout;
     if (d->nhwc)
-        for (int64_t at = 0; at < size; at += C) spread_position(from + at, y + at, dy + at, C, g, ds, d->relu_in);
+        for (int64_t at = 0; at < size; at += C) spread_position(from + at, y + at, dy + at, C, g, ds, d->before);
     else
-        for (int64_t c = 0, at = 0; c < C; c++, at += P) spread_row(from + at, y + at, dy + at, P, g[c], ds[c], d->relu_in);
+        for (int64_t c = 0, at = 0; c < C; c++, at += P) spread_row(from + at, y + at, dy + at, P, g[c], ds[c], d->before);
 }
 
 static int backward(const Shape *d, const Layers *l, const Gradients *m) {
@@ -493,8 +517,8 @@ static PyObject *py_shape(PyObject *self, PyObject *args) {
     Shape d;
     memset(&d, 0, sizeof d);
     long long images, channels, positions, hidden;
-    if (!PyArg_ParseTuple(args, "LLLLiiiiiiifff", &images, &channels, &positions, &hidden, &d.nhwc, &d.gated, &d.relu_in,
-                          &d.relu_out, &d.activation, &d.gate, &d.threads, &d.scale, &d.offset, &d.eps))
+    if (!PyArg_ParseTuple(args, "LLLLiiiiiiifff", &images, &channels, &positions, &hidden, &d.nhwc, &d.gated, &d.before,
+                          &d.behind, &d.activation, &d.gate, &d.threads, &d.scale, &d.offset, &d.eps))
         return NULL;
     d.images = images, d.channels = channels, d.positions = positions, d.hidden = hidden;
     return PyBytes_FromStringAndSize((const char *)&d, sizeof d);

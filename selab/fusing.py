@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,7 +33,7 @@ from selab.kernels.choice import Deciding, Impl, choose, hooked, norm_of, repeat
 from selab.kernels.cpu import Formula
 from selab.probe import first_line, meta_twin, passages
 from selab.se import GatedJoin, SqueezeExcitation
-from selab.waiting import DeferredNorm, defer, settled, taken, waiting
+from selab.waiting import DeferredNorm, defer, manageable, recall, settled, taken, waiting
 
 # Where a library defines its block → the names of its reduction, activation, expansion and gate.
 _FOREIGN = {
@@ -92,7 +93,8 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
         model: with blocks of selab, torchvision (`torchvision.ops.SqueezeExcitation`) or timm (`SEModule`,
             `SqueezeExcite`), or with none.
         input_nchw: (N, C, H, W) of an example input, to see on the meta device which maps are read once only. Where a
-            hook of yours keeps a block's input, keep a copy: it is overwritten in inference.
+            hook of yours keeps what a block, a join or an activation is given, keep a copy: in inference it is written
+            over.
         blocks: whether the blocks are made fast; without, only what stands around them, as in a network without SE.
 
     Returns:
@@ -110,13 +112,22 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
     try:
         seen = _traced(model, input_nchw, blocks)
     except (SelabError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:
-        seen = _Seen(owning=set(), reader={}, alone={})
+        seen = _Seen(owning=set(), reader={}, alone={}, givers={})
         reason = f"no pass over an input of shape {input_nchw} on the meta device: {first_line(error)}"
-    for path in seen.owning:
-        owner: Any = model.get_submodule(path)
-        owner.owns_input = True
-    left = {norm: reader for norm, reader in seen.reader.items() if _deferred(model, norm, reader)}
-    alone = [norm for norm, owns in seen.alone.items() if norm not in left and _with_its_activation(model, norm, owns)]
+    # What an earlier call has found may hold no longer; an in-place ReLU that a block took in has shown it for good.
+    for path, owner in _readers(model, blocks):
+        if hasattr(owner, "owns_input"):
+            owner.owns_input = path in seen.owning or bool(getattr(owner, "relu_in", False))  # type: ignore[assignment]
+    givers = {norm: tuple(map(model.get_submodule, sorted(paths))) for norm, paths in seen.givers.items()}
+    left = {norm: reader for norm, reader in seen.reader.items() if _deferred(model, norm, reader, givers[norm])}
+    alone = {
+        norm
+        for norm, owns in seen.alone.items()
+        if norm not in left and _with_its_activation(model, norm, givers[norm], owns)
+    }
+    for path, norm in _norms(model):
+        if isinstance(norm, DeferredNorm) and path not in left and path not in alone:
+            recall(norm)
     return Fusion(
         blocks=tuple(_described(model, one, set(left.values())) for one in changed),
         joins=joins,
@@ -146,7 +157,7 @@ def _plain_inner(join: GatedJoin) -> nn.Module:
     return inner.inner if isinstance(inner, FastJoin) else inner
 
 
-def _deferred(model: nn.Module, path: str, reader_path: str) -> bool:
+def _deferred(model: nn.Module, path: str, reader_path: str, givers: tuple[nn.Module, ...]) -> bool:
     """Leaves a BatchNorm's work to the one who reads its output.
 
     Returns:
@@ -154,12 +165,12 @@ def _deferred(model: nn.Module, path: str, reader_path: str) -> bool:
     """
     norm, reader, join = model.get_submodule(path), model.get_submodule(reader_path), _enclosing(model, reader_path)
     behind = (reader, *(() if join is None else (join,)))
-    if not isinstance(norm, nn.BatchNorm2d) or hooked(norm, *norm.children(), *behind):
+    if not isinstance(norm, nn.BatchNorm2d) or hooked(norm, *norm.children(), *behind, *givers):
         return False
     does = norm_of(norm)
     if does is None or not _takes(reader, does.activation):
         return False
-    defer(norm, behind)
+    defer(norm, behind, givers=givers)
     if type(reader) in FAST_ACTIVATIONS:
         fast: Any = reader
         fast.__class__ = FAST_ACTIVATIONS[type(reader)]
@@ -178,12 +189,12 @@ def _rectifies(block: nn.Module) -> bool:
     return isinstance(block, SqueezeExcitation) and block.relu_in
 
 
-def _with_its_activation(model: nn.Module, path: str, owns_input: bool) -> bool:
+def _with_its_activation(model: nn.Module, path: str, givers: tuple[nn.Module, ...], owns_input: bool) -> bool:
     """Makes a BatchNorm that has an activation one pass with it; False if it has none, or somebody looks at it."""
     norm = model.get_submodule(path)
-    if not isinstance(norm, nn.BatchNorm2d) or not _is_of_timm(norm) or hooked(norm, *norm.children()):
+    if not isinstance(norm, nn.BatchNorm2d) or not _is_of_timm(norm) or hooked(norm, *norm.children(), *givers):
         return False
-    defer(norm, (), owns_input=owns_input)
+    defer(norm, (), givers=givers, owns_input=owns_input)
     return True
 
 
@@ -352,6 +363,7 @@ class _Fast(Deciding):
             repeated: Tensor | None = decided(x, None)
             if repeated is not None:
                 return repeated
+        x = manageable(x)
         impl, formula = _foreign_choice(self, self.library, x)
         if formula is None:
             out: Tensor = self.library.forward(self, settled(x))
@@ -363,6 +375,10 @@ class _Fast(Deciding):
             x, None, formula, (self,), layers=(fc1, fc2), norm=waiting(x), owns_input=self.owns_input
         )
         return run(impl, x, None, formula, owns_input=self.owns_input, norm=taken(x))
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        """For copies and files, which know the library's class alone by its name."""
+        return _empty, (self.library,), self.__getstate__()
 
     def runtime(self: Any, x: Tensor) -> tuple[Impl, str]:
         """As `SqueezeExcitation.runtime`."""
@@ -378,6 +394,12 @@ def _fast_class(base: type[nn.Module]) -> type[nn.Module]:
         body = {"library": base, "__module__": base.__module__, "__doc__": base.__doc__}
         _FAST[base] = type(base.__name__, (_Fast, base), body)
     return _FAST[base]
+
+
+def _empty(base: type[nn.Module]) -> nn.Module:
+    """A fast block without its state."""
+    kind = _fast_class(base)
+    return kind.__new__(kind)
 
 
 def _foreign_choice(module: nn.Module, base: type[nn.Module], x: Tensor) -> tuple[Impl, Formula | None]:
@@ -402,11 +424,13 @@ class _Seen:
         reader: path of a BatchNorm → that of the one block, join or activation that reads its output; where nobody
             reads the BatchNorm's input either.
         alone: path of a BatchNorm → whether nobody else reads its input.
+        givers: path of a BatchNorm → those of the modules that return its input or its output.
     """
 
     owning: set[str]
     reader: dict[str, str]
     alone: dict[str, bool]
+    givers: dict[str, set[str]]
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -419,11 +443,13 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watched: dict[int, str] = {}
         # A storage that is gone leaves its address to another one.
         self._alive: list[Any] = []
+        self._outlasting: list[tuple[StorageWeakRef, str]] = []
 
     def watch(self, name: str, x: Tensor) -> None:
         """From now on a read of x's memory counts."""
         storage = x.untyped_storage()
         self._alive.append(storage)
+        self._outlasting.append((StorageWeakRef(storage), name))  # type: ignore[no-untyped-call]
         if storage._cdata in self._taken or storage._cdata in self._watched:
             self.again.add(name)
         self._watched[storage._cdata] = name
@@ -437,6 +463,11 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(values):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in self._watched:
                 self.again.add(self._watched[leaf.untyped_storage()._cdata])
+
+    def end(self) -> None:
+        """Notes the memory that somebody keeps, and may read later."""
+        self._alive.clear()
+        self.again.update(name for kept, name in self._outlasting if not kept.expired())  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -455,11 +486,14 @@ class _Trace:
         self.owners: set[str] = set()
         self.calls: Counter[str] = Counter()
         self.readers: dict[str, list[str]] = {}
+        self.givers: dict[str, set[str]] = {}
         self._normalised: list[tuple[Tensor, str]] = []
+        self._given: list[tuple[Tensor, str]] = []
 
     def after_norm(self, path: str, args: tuple[Any, ...], out: Tensor) -> None:
         """Watches what came in and what goes out."""
         self.calls[path] += 1
+        self.givers.setdefault(path, set()).update(giver for given, giver in self._given if given is args[0])
         self.reads.watch(f"input of {path}", args[0])
         self.reads.watch(f"output of {path}", out)
         self._normalised.append((out, path))
@@ -470,6 +504,7 @@ class _Trace:
         for out, norm in self._normalised:
             if args and args[0] is out:
                 self.readers[norm].append(path)
+                self.reads.look(args[1:])
                 self.reads.forget(out)
 
     def after_reader(self, path: str, args: tuple[Any, ...]) -> None:
@@ -477,8 +512,19 @@ class _Trace:
         self.calls[path] += 1
         self.reads.watch(path, args[0])
 
+    def after_any(self, path: str, out: object) -> None:
+        """Notes who gives out which map."""
+        if isinstance(out, Tensor):
+            self._given.append((out, path))
+            for normalised, norm in self._normalised:
+                if normalised is out and norm != path:
+                    self.givers[norm].add(path)
+
     def seen(self) -> _Seen:
-        """What all this shows."""
+        """What all this shows, after which nothing more is followed."""
+        self._given.clear()
+        self._normalised.clear()
+        self.reads.end()
         again = self.reads.again
         reader = {}
         for norm, paths in self.readers.items():
@@ -486,7 +532,7 @@ class _Trace:
             if untouched and len(paths) == 1 and self.calls[norm] == self.calls[paths[0]] == 1:
                 reader[norm] = paths[0]
         alone = {norm: f"input of {norm}" not in again for norm in self.readers}
-        return _Seen(owning=(self.owners & set(self.calls)) - again, reader=reader, alone=alone)
+        return _Seen(owning=(self.owners & set(self.calls)) - again, reader=reader, alone=alone, givers=self.givers)
 
 
 def _traced(model: nn.Module, input_nchw: tuple[int, ...], blocks: bool) -> _Seen:
@@ -496,6 +542,9 @@ def _traced(model: nn.Module, input_nchw: tuple[int, ...], blocks: bool) -> _See
     kept = (*twin.parameters(), *twin.buffers(), example)
     trace = _Trace(_Reads({tensor.untyped_storage()._cdata for tensor in kept}))
     with ExitStack() as stack:
+        for path, module in twin.named_modules():
+            given = partial(trace.after_any, path)
+            stack.callback(module.register_forward_hook(lambda _, _args, out, given=given: given(out)).remove)
         for path, module in _norms(twin):
             after = partial(trace.after_norm, path)
             stack.callback(module.register_forward_hook(lambda _, args, out, after=after: after(args, out)).remove)
@@ -510,8 +559,7 @@ def _traced(model: nn.Module, input_nchw: tuple[int, ...], blocks: bool) -> _See
             stack.callback(module.register_forward_pre_hook(lambda _, args, before=before: before(args)).remove)
             stack.callback(module.register_forward_hook(lambda _, args, _out, after=after: after(args)).remove)
         with torch.no_grad(), trace.reads:
-            out = twin(example)
-        trace.reads.look(out)
+            trace.reads.look(twin(example))
     return trace.seen()
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from selab.kernels import cpu
 from selab.kernels.choice import MAP_ACTIVATIONS, Deciding, hooked, records_gradients, repeat, unusual
-from selab.waiting import settled, taken, waiting
+from selab.waiting import manageable, settled, taken, waiting
 
 ADD_RELU = "relu(branch + shortcut)"
 FORMULAS = ("branch + shortcut", ADD_RELU)
@@ -44,6 +44,7 @@ class FastJoin(Deciding, nn.Module):
             if repeated is not None:
                 return repeated
         inner: Any = self._modules["inner"]
+        branch = manageable(branch)
         observed = torch.compiler.is_compiling() or hooked(inner, *inner.children()) or formula_of(inner) != ADD_RELU
         if observed or unusual(branch):
             out: Tensor = inner(settled(branch), shortcut)
@@ -78,6 +79,7 @@ class FastActivation(Deciding):
             repeated: Tensor | None = decided(x, None)
             if repeated is not None:
                 return repeated
+        x = manageable(x)
         if waiting(x) is None or cpu.activated_refuses(x, None):
             out: Tensor = self.library.forward(self, settled(x))
             return out

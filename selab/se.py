@@ -12,7 +12,7 @@ from selab.joins import ADD_RELU, FastJoin, formula_of
 from selab.kernels import cpu
 from selab.kernels.choice import IMPLS, Deciding, Impl, choose, hooked, repeat, run
 from selab.kernels.cpu import Formula
-from selab.waiting import settled, taken, waiting
+from selab.waiting import manageable, settled, taken, waiting
 
 GATES: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -231,6 +231,7 @@ class SqueezeExcitation(Deciding, Attention):
         if self.impl == "reference":
             return None
         formula = self._formula(relu_out=relu_out)
+        x = manageable(x)
         impl, reason = self._chosen(x, shortcut, formula)
         if impl == "reference":
             if self.impl != "auto":
@@ -335,20 +336,20 @@ class GatedJoin(nn.Module):
     def _in_one(self, branch: Tensor, shortcut: Tensor) -> Tensor | None:
         """Scale, addition and ReLU as one; None where the join is another, or somebody looks at its parts."""
         modules: Any = self._modules
-        inner, se = modules["inner"], modules["se"]
-        if type(inner) is FastJoin:
-            inner = inner.inner
+        outer, se = modules["inner"], modules["se"]
+        inner = outer.inner if type(outer) is FastJoin else outer
         if not isinstance(se, SqueezeExcitation) or se.impl == "reference":
             return None
-        if not torch.compiler.is_compiling() and hooked(inner, se):
+        if not torch.compiler.is_compiling() and hooked(outer, inner, se):
             return None
         joined = se.repeated(inner, branch, shortcut)
         if joined is not None:
             return joined
         formula = formula_of(inner)
-        if not formula or branch.shape != shortcut.shape:
+        if not formula or (not torch.compiler.is_compiling() and hooked(*inner.children())):
             return None
-        if not torch.compiler.is_compiling() and hooked(*inner.children()):
+        waiting(branch)
+        if branch.shape != shortcut.shape:
             return None
         return se.fast(branch, shortcut, join=inner, relu_out=formula == ADD_RELU)
 

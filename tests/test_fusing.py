@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import selab
 from selab import catalog
@@ -16,6 +17,7 @@ from selab.fusing import FastJoin, fuse, runtimes
 from selab.insert import insert_se
 from selab.kernels import cpu
 from selab.se import GatedJoin, SqueezeExcitation
+from selab.waiting import DeferredNorm
 
 SMALL = (1, 3, 64, 64)
 
@@ -28,7 +30,7 @@ def brought_to_life(model):
     """Random statistics, so that every layer does something in inference."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.normal_(generator=generator)
             module.running_var.uniform_(0.5, 2, generator=generator)
     return model
@@ -142,7 +144,13 @@ class ThroughAView(ReadAgain):
         return self.se(x).flatten(1) * seen
 
 
-@pytest.mark.parametrize("kind", [ReadAgain, Returned, OfTheInput, ThroughAView])
+class Kept(ReadAgain):
+    def forward(self, x):
+        self.kept = self.conv(x)
+        return self.se(self.kept)
+
+
+@pytest.mark.parametrize("kind", [ReadAgain, Returned, OfTheInput, ThroughAView, Kept])
 def test_an_input_that_is_needed_again_is_left_alone(kind):
     model = kind().eval()
     fused = copy.deepcopy(model)
@@ -151,8 +159,8 @@ def test_an_input_that_is_needed_again_is_left_alone(kind):
     example = torch.randn(2, 3, 9, 9)
     with torch.inference_mode():
         for found, expected in zip(
-            torch.utils._pytree.tree_leaves(fused(example.clone())),
-            torch.utils._pytree.tree_leaves(model(example.clone())),
+            tree_leaves(fused(example.clone())),
+            tree_leaves(model(example.clone())),
             strict=True,
         ):
             torch.testing.assert_close(found, expected)
@@ -222,3 +230,241 @@ def test_how_each_block_would_run_is_known_without_running_it():
     assert {(one.impl, one.reason) for one in halves} == {("reference", "bfloat16 on a CPU has the reference alone")}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(isinstance(module, FastJoin) for module in model.modules())
+
+
+class Plain(nn.Module):
+    """What a trace has to see through; each of the following puts these parts together otherwise."""
+
+    expected = (("norm", "relu"),)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+        self.more, self.other, self.se = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), SqueezeExcitation(8, 2)
+        self.join = Join()
+
+    def forward(self, x):
+        return self.relu(self.norm(self.conv(x)))
+
+
+class Join(nn.Module):
+    formula = "relu(branch + shortcut)"
+
+    def forward(self, branch, shortcut):
+        return torch.relu(branch + shortcut)
+
+
+class OutputReadTwice(Plain):
+    expected = ()
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.relu(x) + x
+
+
+class InputReadAgain(Plain):
+    """Pre-activation."""
+
+    expected = (("other", "se"),)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.se(self.other(self.more(self.relu(self.norm(x))))) + x
+
+
+class InputViewedBefore(Plain):
+    expected = ()
+
+    def forward(self, x):
+        x = self.conv(x)
+        seen = x.flatten(1)
+        return self.relu(self.norm(x)).flatten(1) + seen
+
+
+class CalledTwice(Plain):
+    expected = ()
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.conv(x)))
+        return self.se(self.norm(self.more(x)))
+
+
+class SharedRelu(Plain):
+    expected = (("other", "se"),)
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.conv(x)))
+        return self.relu(self.se(self.other(self.more(x))))
+
+
+class AfterAnother(Plain):
+    """A BatchNorm's output that a BatchNorm reads."""
+
+    expected = ()
+
+    def forward(self, x):
+        return self.relu(self.other(self.norm(self.conv(x))))
+
+
+class NormReturned(Plain):
+    expected = ()
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.relu(x), x
+
+
+class InputReturned(Plain):
+    expected = ()
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.relu(self.norm(x)), x
+
+
+class OfTheNetworksInput(Plain):
+    expected = ()
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.relu(self.norm(x))
+
+
+class JoinedWithItself(Plain):
+    expected = ()
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.join(x, x)
+
+
+class ReadByAFunction(Plain):
+    expected = ()
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(x)))
+
+
+class NormKept(Plain):
+    """Kept in an attribute, for whoever asks after the pass."""
+
+    expected = (("other", "se"),)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        self.kept = x
+        return self.se(self.other(self.more(self.relu(x))))
+
+
+class AsAShortcut(Plain):
+    expected = (("norm", "join"),)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.join(self.norm(self.more(x)), self.other(x))
+
+
+class WithoutStatistics(Plain):
+    expected = ()
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+
+class WithoutWeights(Plain):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8, affine=False)
+
+
+class OfAnotherClass(Plain):
+    expected = ()
+
+    def __init__(self):
+        super().__init__()
+
+        class Mine(nn.BatchNorm2d):
+            pass
+
+        self.norm = Mine(8)
+
+
+class Hooked(Plain):
+    expected = ()
+
+    def __init__(self):
+        super().__init__()
+        self.conv.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", [Plain, *Plain.__subclasses__()])
+def test_a_batchnorm_is_left_to_the_one_who_reads_it_alone(kind):
+    model = brought_to_life(kind().eval())
+    fused = copy.deepcopy(model)
+    fusion = fuse(fused, input_nchw=(1, 3, 9, 8))
+    named = {module: path for path, module in fused.named_modules()}
+    found = tuple((path, named[module.behind[0]]) for module, path in named.items() if isinstance(module, DeferredNorm))
+    assert found == kind.expected
+    assert fusion.norms == len(found)
+    assert [one.normalising for one in fusion.blocks] == [("other", "se") in found]
+    for _ in range(3):
+        example = torch.randn(2, 3, 9, 8)
+        with torch.inference_mode():
+            ours, theirs = fused(example.clone()), model(example.clone())
+            for one, two in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+            if kind is NormKept:
+                torch.testing.assert_close(fused.kept, model.kept)
+
+
+def test_fusing_again_takes_back_what_holds_no_longer():
+    model = brought_to_life(Plain().eval())
+    fused = copy.deepcopy(model)
+    assert fuse(fused, input_nchw=(1, 3, 9, 8)).norms == 1
+    assert_same(model, fused, torch.randn(2, 3, 9, 8))
+    model.__class__ = fused.__class__ = OutputReadTwice
+    assert fuse(fused, input_nchw=(1, 3, 9, 8)).norms == 0
+    assert type(fused.norm) is nn.BatchNorm2d
+    assert_same(model, fused, torch.randn(2, 3, 9, 8))
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("name", ["se_mobilenet", "se_resnet18", "resnet18"])
+def test_without_blocks_what_stands_around_them_is_cheap_alone(name, blocks):
+    # In MobileNet every second convolution stands before a block; a ResNet-18 has two BatchNorms in each of its eight
+    # blocks and one before them, and three in shortcuts, which are added.
+    inner = {"se_mobilenet": 13, "se_resnet18": 8, "resnet18": 0}[name]
+    norms = {"se_mobilenet": 27, "se_resnet18": 17, "resnet18": 17}[name]
+    model = brought_to_life(built(name).eval())
+    fused = copy.deepcopy(model)
+    fusion = fuse(fused, input_nchw=SMALL, blocks=blocks)
+    assert fusion.norms == (norms if blocks or name == "se_mobilenet" else norms - inner)
+    assert len(fusion.blocks) == inner * blocks
+    assert all(one.normalising for one in fusion.blocks)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        assert_same(model, fused, torch.randn(2, 3, 64, 64).contiguous(memory_format=memory_format))
+
+
+@pytest.mark.parametrize("edge", ["branch", "shortcut", "output"])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_on_each_edge_of_a_join_the_batchnorms_before_it_are_done(edge, blocks):
+    class Edge(Plain):
+        def __init__(self):
+            super().__init__()
+            self.join = GatedJoin(Join(), SqueezeExcitation(8, 2), edge)
+            self.start = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x):
+            return self.join(self.norm(self.conv(x)), self.other(self.start(x)))
+
+    model = brought_to_life(Edge().eval())
+    fused = copy.deepcopy(model)
+    # A shortcut is read by its block, or by nobody who could normalise it.
+    read = {"branch": int(blocks), "shortcut": 1 + int(blocks), "output": 1}[edge]
+    assert fuse(fused, input_nchw=(1, 3, 9, 8), blocks=blocks).norms == read
+    for _ in range(3):
+        assert_same(model, fused, torch.randn(2, 3, 9, 8))

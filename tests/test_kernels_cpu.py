@@ -114,6 +114,108 @@ def test_threads_share_images_or_channels(threads):
         torch.set_num_threads(before)
 
 
+def statistics(channels, affine=True, eps=1e-5):
+    generator = torch.Generator().manual_seed(channels)
+    weight, bias, mean, var = torch.randn(4, channels, generator=generator).unbind()
+    var[::3] = 0
+    return cpu.Norm(weight if affine else None, bias if affine else None, mean, var.abs(), eps)
+
+
+def normalised(norm, x):
+    weight, bias, mean, var = (None if one is None else one.double() for one in norm[:4])
+    return nn.functional.batch_norm(x.double(), mean, var, weight, bias, eps=norm.eps)
+
+
+@needs_native
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("relu_in", [False, True])
+@pytest.mark.parametrize("relu_out", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@torch.no_grad
+def test_a_batchnorm_before_a_block_is_part_of_it(in_place, joined, relu_in, relu_out, affine):
+    for shape in [*SHAPES, (0, 3, 4, 4)]:
+        for memory_format in FORMATS:
+            made = block(shape[1], "auto")
+            made.relu_in = relu_in
+            formula, norm = made._formula(relu_out=relu_out), statistics(shape[1], affine, eps=0.1)
+            y, r = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
+            assert not cpu.norm_refuses(y, norm)
+            # The reference rectifies in place.
+            m = in_double(made)(normalised(norm, y))
+            expected = m + r.double() if joined else m
+            expected = expected.relu() if relu_out else expected
+            kept, shortcut = y.clone(), r if joined else None
+            found = cpu.infer(y, shortcut, formula, native=True, in_place=in_place, norm=norm)
+            assert (found is y) is in_place
+            assert in_place or torch.equal(y, kept)
+            assert found.stride() == kept.stride()
+            if shape[0]:
+                assert_near(found, expected, 2 * FORWARD)
+
+
+@needs_native
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("affine", [None, False, True])
+@torch.no_grad
+def test_a_batchnorm_before_a_join_or_a_relu_is_part_of_it(in_place, joined, affine):
+    for shape in SHAPES:
+        for memory_format in FORMATS:
+            norm = None if affine is None else statistics(shape[1], affine, eps=0.1)
+            y, r = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
+            x = y.double() if norm is None else normalised(norm, y)
+            expected = torch.relu(x + r.double() if joined else x)
+            found = cpu.rectified(y, r if joined else None, norm, in_place=in_place)
+            assert (found is y) is in_place
+            assert_near(found, expected, FORWARD)
+
+
+@needs_native
+@pytest.mark.parametrize(("mean", "var"), [(0.0, 1e-30), (0.0, 1e30), (100.0, 1.0), (-1e3, 1e6)])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@torch.no_grad
+def test_means_and_variances_may_be_of_any_size(mean, var, memory_format):
+    made = block(17, "auto")
+    norm = cpu.Norm(None, None, torch.full((17,), mean), torch.full((17,), var), 1e-5)
+    y = (mean + var**0.5 * torch.randn(2, 17, 9, 11)).contiguous(memory_format=memory_format)
+    found = cpu.infer(y, None, made._formula(), native=True, norm=norm)
+    # A mean of many deviations leaves as many roundings of it in the differences.
+    assert_near(found, in_double(made)(normalised(norm, y)), FORWARD * max(1, abs(mean) / var**0.5))
+
+
+@needs_native
+@pytest.mark.parametrize("relu_in", [False, True])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@torch.no_grad
+def test_what_is_not_finite_comes_through_a_batchnorm_as_by_torch(relu_in, memory_format):
+    made = block(5, "auto")
+    made.relu_in = relu_in
+    norm = statistics(5, eps=0.1)
+    norm.weight[3] = 0
+    for channel, value in enumerate((float("nan"), float("inf"), -float("inf"), float("inf"), 0.0)):
+        y = torch.randn(1, 5, 6, 7).contiguous(memory_format=memory_format)
+        y[0, channel, 2, 3] = value
+        expected = normalised(norm, y)
+        rectified = cpu.rectified(y, None, norm)
+        torch.testing.assert_close(rectified.double(), expected.relu(), equal_nan=True, rtol=1e-5, atol=1e-5)
+        reference = in_double(made)(expected)
+        found = cpu.infer(y, None, made._formula(), native=True, norm=norm)
+        torch.testing.assert_close(found.double(), reference, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_which_batchnorms_are_refused():
+    norm, y = statistics(4), torch.randn(1, 4, 5, 5)
+    other = "the statistics are of another kind than the map"
+    assert cpu.norm_refuses(y, norm) == ""
+    assert cpu.norm_refuses(y, norm._replace(mean=norm.mean.double())) == other
+    assert cpu.norm_refuses(y, norm._replace(var=norm.var[:2])) == other
+    assert cpu.norm_refuses(y, norm._replace(bias=torch.zeros(8)[::2])) == other
+    for one in (y.double(), y[:, :, ::2], y[0]):
+        assert "the map is none of single precision" in cpu.norm_refuses(one, norm)
+
+
 def test_gradients_by_differences():
     fast = block(3, "torch", activation="silu").double()
     x, shortcut = (torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))

@@ -95,6 +95,7 @@ def repeat(
     owners: tuple[nn.Module, ...],
     *,
     layers: tuple[nn.Module, ...] = (),
+    watched: tuple[nn.Module, ...] = (),
     norm: nn.BatchNorm2d | None = None,
     waiting: bool = True,
     owns_input: bool,
@@ -111,6 +112,7 @@ def repeat(
         formula: of the block, or the activation of a pass without one, of `cpu.BEHIND`.
         owners: modules whose children must stay the same and have no hooks.
         layers: the two modules that hold the block's weights.
+        watched: modules that must not have hooks themselves.
         norm: the BatchNorm that x waits for, or None.
         waiting: whether x waits for it; without, it is the BatchNorm itself that computes, its activation with it.
         owns_input: whether the output may take x's place.
@@ -129,10 +131,11 @@ def repeat(
         x,
         owners,
         shape_bytes=cpu.native_shape(x, formula, statistics),
-        hooks=tuple(hooks for module in children for hooks in _hooks(module)),
+        hooks=tuple(hooks for module in (*children, *watched) for hooks in _hooks(module)),
         facts=() if norm is None else ((norm.__dict__, "eps", norm.eps), (norm.__dict__, "training", False)),
         weights=tuple(weights),
         norm=norm if waiting else None,
+        kind=None,
         joined=shortcut is not None,
         owns_input=owns_input,
     )
@@ -143,12 +146,13 @@ def norm_of(module: nn.BatchNorm2d) -> Norm | None:
 
     One with an activation of its own, as timm's, has it as `act`.
     """
-    mean, var = module.running_mean, module.running_var
+    held: dict[str, Any] = {**module._parameters, **module._buffers}
+    mean, var = held.get("running_mean"), held.get("running_var")
     act = module._modules.get("act")
     activation = "" if act is None else MAP_ACTIVATIONS.get(type(act))
-    if mean is None or var is None or activation is None:
+    if mean is None or var is None or activation is None or not held.keys() >= {"weight", "bias"}:
         return None
-    return Norm(module.weight, module.bias, mean, var, module.eps, activation)
+    return Norm(held["weight"], held["bias"], mean, var, module.eps, activation)
 
 
 MAP_ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -160,13 +164,14 @@ MAP_ACTIVATIONS: dict[type[nn.Module], str] = {
 """Layers behind a BatchNorm that the native code can compute with it, as `cpu.BEHIND` calls them."""
 
 
-def hand_on(x: Tensor, norm: nn.BatchNorm2d, behind: tuple[nn.Module, ...]) -> Repeat:
+def hand_on(x: Tensor, norm: nn.BatchNorm2d, behind: tuple[nn.Module, ...], kind: type[Tensor]) -> Repeat:
     """Marks maps like this one with the BatchNorm that they wait for, and returns them; None as in `repeat`.
 
     Args:
         x: (N, C, H, W), without gradients.
         norm: in inference.
         behind: modules that must not have hooks, itself among them.
+        kind: the class of a map that waits.
     """
     return _decided(
         x,
@@ -176,6 +181,7 @@ def hand_on(x: Tensor, norm: nn.BatchNorm2d, behind: tuple[nn.Module, ...]) -> R
         facts=((norm.__dict__, "training", False),),
         weights=(),
         norm=norm,
+        kind=kind,
         joined=False,
         owns_input=True,
     )

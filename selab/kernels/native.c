@@ -574,12 +574,12 @@ static PyObject *py_gated_backward(PyObject *self, PyObject *args) {
 
 /* `forward` once more for maps that are like the one it was decided for. Called with a map and a shortcut or None, it
  * returns the output, or None as soon as anything is not as it was; selab/kernels/choice.py says what that is. A map may
- * wait for a BatchNorm, which its attribute `_waits_for` names (selab/waiting.py); a decision without a shape is that of
- * the BatchNorm itself, which marks the map and hands it on. In C
- * because between two convolutions the caches have forgotten the interpreter, which makes such a decision in Python cost
- * as much as a row of the map. */
+ * wait for a BatchNorm, which its attribute `_waits_for` names, and is of the class `kind` meanwhile (selab/waiting.py); a
+ * decision without a shape is that of the BatchNorm itself, which marks the map and hands it on. In C because between two
+ * convolutions the caches have forgotten the interpreter, which makes such a decision in Python cost as much as a row of
+ * the map. */
 enum {
-    BYTES, FLAGS, HOOKS, CHILDREN, FACTS, WEIGHTS, NORM, TENSOR, DTYPE, SIZE, STRIDE, LEVELS, COUNT, THREADS, EMPTY_LIKE,
+    BYTES, FLAGS, HOOKS, CHILDREN, FACTS, WEIGHTS, NORM, KIND, TENSOR, DTYPE, SIZE, STRIDE, LEVELS, COUNT, THREADS, EMPTY_LIKE,
     HELD
 };
 
@@ -591,25 +591,25 @@ typedef struct {
     int joined, owns_input;
 } Decision;
 
-static PyObject *S_shape, *S_stride, *S_dtype, *S_is_cpu, *S_data_ptr, *S_numel, *S_level, *S_dict, *S_waits_for;
+static PyObject *S_shape, *S_stride, *S_dtype, *S_is_cpu, *S_data_ptr, *S_numel, *S_level, *S_dict, *S_class, *S_waits_for;
 
 static int decision_init(PyObject *object, PyObject *args, PyObject *kwargs) {
     Decision *self = (Decision *)object;
     PyObject **held = self->held;
-    static char *names[] = {"shape_bytes", "flags",  "hooks",  "children", "facts",      "weights", "norm",
-                            "tensor",      "dtype",  "size",   "stride",   "levels",     "count",   "threads",
-                            "empty_like",  "joined", "owns_input", NULL};
+    static char *names[] = {"shape_bytes", "flags",  "hooks",  "children", "facts",      "weights",    "norm",
+                            "kind",        "tensor", "dtype",  "size",     "stride",     "levels",     "count",
+                            "threads",     "empty_like", "joined", "owns_input", NULL};
     if (held[BYTES]) {
         PyErr_SetString(PyExc_TypeError, "a decision is made once");
         return -1;
     }
     PyObject *given[HELD];
     PyTypeObject *tuple = &PyTuple_Type;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "SO!O!O!O!O!OOOOOO!OOO|pp", names, given + BYTES, tuple, given + FLAGS,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "SO!O!O!O!O!OOOOOOO!OOO|pp", names, given + BYTES, tuple, given + FLAGS,
                                      tuple, given + HOOKS, tuple, given + CHILDREN, tuple, given + FACTS, tuple,
-                                     given + WEIGHTS, given + NORM, given + TENSOR, given + DTYPE, given + SIZE,
-                                     given + STRIDE, &PyDict_Type, given + LEVELS, given + COUNT, given + THREADS,
-                                     given + EMPTY_LIKE, &self->joined, &self->owns_input))
+                                     given + WEIGHTS, given + NORM, given + KIND, given + TENSOR, given + DTYPE,
+                                     given + SIZE, given + STRIDE, &PyDict_Type, given + LEVELS, given + COUNT,
+                                     given + THREADS, given + EMPTY_LIKE, &self->joined, &self->owns_input))
         return -1;
     if (PyTuple_Size(given[WEIGHTS]) > LAYERS) {
         PyErr_SetString(PyExc_ValueError, "there are more weights than a block has");
@@ -728,9 +728,16 @@ static PyObject *run(Decision *self, PyObject *y, PyObject *r, PyObject *marks) 
     Address layers[LAYERS] = {0}, maps[3] = {0};
     const int marking = PyBytes_Size(self->held[BYTES]) == 0;
     int same = is_quiet(self);
-    if (same > 0) same = is_like(self, y);
     if (same > 0) same = waits(marks, marking ? Py_None : self->held[NORM]);
-    if (same > 0 && marking) return PyDict_SetItem(marks, S_waits_for, self->held[NORM]) < 0 ? NULL : Py_NewRef(y);
+    /* A map that waits is normalised by whoever asks it for anything, so that its own class comes first. From here on it
+     * is its reader's business, also where this decision is not taken. */
+    if (same > 0 && !marking && self->held[NORM] != Py_None && PyObject_SetAttr(y, S_class, self->held[TENSOR]) < 0)
+        return NULL;
+    if (same > 0) same = is_like(self, y);
+    if (same > 0 && marking) {
+        if (PyDict_SetItem(marks, S_waits_for, self->held[NORM]) < 0) return NULL;
+        return PyObject_SetAttr(y, S_class, self->held[KIND]) < 0 ? NULL : Py_NewRef(y);
+    }
     if (same > 0 && self->joined) same = is_like(self, r);
     if (same > 0) same = read_weights(self, layers);
     if (same > 0) same = address(y, maps);
@@ -795,8 +802,10 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_native", "Squeeze-and-Excitation on the CPU, on addresses.", -1, methods, 0, 0, 0, 0};
 PyMODINIT_FUNC PyInit__native(void) {
-    PyObject **names[] = {&S_shape, &S_stride, &S_dtype, &S_is_cpu, &S_data_ptr, &S_numel, &S_level, &S_dict, &S_waits_for};
-    static const char *words[] = {"shape", "stride", "dtype", "is_cpu", "data_ptr", "numel", "_current_level", "__dict__", "_waits_for"};
+    PyObject **names[] = {&S_shape, &S_stride, &S_dtype, &S_is_cpu, &S_data_ptr, &S_numel, &S_level,
+                          &S_dict,  &S_class,  &S_waits_for};
+    static const char *words[] = {"shape",    "stride",    "dtype",     "is_cpu", "data_ptr", "numel", "_current_level",
+                                  "__dict__", "__class__", "_waits_for"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!(*names[i] = PyUnicode_InternFromString(words[i]))) return NULL;
     PyObject *module = PyModule_Create(&definition);

@@ -128,3 +128,28 @@ def test_what_was_decided_is_decided_anew_after_a_change(how):
     fresh.load_state_dict(block.state_dict())
     fresh.gate = block.gate
     torch.testing.assert_close(model(example), fresh(model[0](example)))
+
+
+@pytest.mark.parametrize(("library", "name", "_"), [NETWORKS[0], NETWORKS[2], NETWORKS[5]])
+def test_a_fused_network_can_be_saved_as_a_whole(library, name, _, tmp_path):
+    fused = network(library, name).eval()
+    fuse(fused, input_nchw=SIZE)
+    torch.save(fused, tmp_path / "network.pt")
+    loaded = torch.load(tmp_path / "network.pt", weights_only=False)
+    example = torch.randn(SIZE)
+    with torch.inference_mode():
+        assert torch.equal(loaded(example), fused(example))
+    assert [type(one) for one in loaded.modules()] == [type(one) for one in fused.modules()]
+
+
+def test_a_hook_that_keeps_what_a_convolution_returns_keeps_that():
+    model = network("timm", "efficientnet_b0").eval()
+    fused = copy.deepcopy(model)
+    fuse(fused, input_nchw=SIZE)
+    example, kept = torch.randn(SIZE), []
+    with torch.inference_mode():
+        fused(example)
+        for each in (model, fused):
+            each.conv_stem.register_forward_hook(lambda _module, _args, out: kept.append(out))
+            each(example)
+    assert torch.equal(*kept)

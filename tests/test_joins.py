@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from selab.joins import ADD_RELU, FORMULAS, FastJoin, FastReLU, formula_of
+from selab.joins import ADD_RELU, FAST_ACTIVATIONS, FORMULAS, FastJoin, formula_of
 from selab.kernels import cpu
 from selab.waiting import WaitingMap, defer
 
@@ -24,9 +24,9 @@ class Join(nn.Module):
         return self.relu(branch + shortcut)
 
 
-def fast_relu(**options):
-    made = nn.ReLU(**options)
-    made.__class__, made.owns_input = FastReLU, True
+def fast(kind=nn.ReLU, **options):
+    made = kind(**options)
+    made.__class__, made.owns_input = FAST_ACTIVATIONS[kind], True
     return made
 
 
@@ -48,17 +48,18 @@ def assert_near(found, expected):
 @needs_native
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("owns_input", [False, True])
-@pytest.mark.parametrize("kind", ["join", "relu"])
+@pytest.mark.parametrize("kind", ["join", *FAST_ACTIVATIONS])
 @pytest.mark.parametrize("size", [(2, 8, 5, 7), (1, 8, 1, 1), (0, 8, 3, 3), (3, 8, 33, 31)])
 @torch.no_grad
 def test_a_batchnorm_is_done_in_the_same_pass(memory_format, owns_input, kind, size):
     joined = kind == "join"
-    reader = FastJoin(Join()) if joined else fast_relu()
+    reader = FastJoin(Join()) if joined else fast(kind)
     reader.owns_input = owns_input
     norm, exact = norm_before(reader)
     for _ in range(3):
         y, r = (torch.randn(size).contiguous(memory_format=memory_format) for _ in range(2))
-        expected = torch.relu(exact(y.double()) + r.double() if joined else exact(y.double()))
+        normalised = exact(y.double())
+        expected = torch.relu(normalised + r.double()) if joined else kind()(normalised)
         kept, waits = y.clone(), norm(y)
         assert type(waits) is WaitingMap
         out = reader(waits, r) if joined else reader(waits)
@@ -72,7 +73,7 @@ def test_a_batchnorm_is_done_in_the_same_pass(memory_format, owns_input, kind, s
 @needs_native
 @torch.no_grad
 def test_one_relu_behind_several_batchnorms_does_the_work_of_each():
-    relu = fast_relu()
+    relu = fast()
     pairs = [norm_before(relu) for _ in range(3)]
     nn.init.zeros_(pairs[1][0].bias)
     nn.init.zeros_(pairs[1][1].bias)
@@ -110,13 +111,13 @@ def test_a_shortcut_of_another_kind_is_added_by_torch(shape):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_relu_before_which_nothing_waits_is_one(inplace):
-    relu, x = fast_relu(inplace=inplace), torch.randn(2, 3, 4, 4)
+    relu, x = fast(inplace=inplace), torch.randn(2, 3, 4, 4)
     expected = torch.relu(x)
     out = relu(x)
     assert torch.equal(out, expected)
     assert (out is x) is inplace
     maps = torch.randn(2, 3, requires_grad=True)
-    assert torch.equal(torch.autograd.grad(fast_relu()(maps).sum(), maps)[0], (maps > 0).float())
+    assert torch.equal(torch.autograd.grad(fast()(maps).sum(), maps)[0], (maps > 0).float())
 
 
 def test_gradients_of_a_join_are_the_join_s():

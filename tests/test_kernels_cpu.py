@@ -166,7 +166,7 @@ def test_a_batchnorm_before_a_join_or_a_relu_is_part_of_it(in_place, joined, aff
             y, r = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
             x = y.double() if norm is None else normalised(norm, y)
             expected = torch.relu(x + r.double() if joined else x)
-            found = cpu.rectified(y, r if joined else None, norm, in_place=in_place)
+            found = cpu.activated(y, r if joined else None, norm, in_place=in_place)
             assert (found is y) is in_place
             assert_near(found, expected, FORWARD)
 
@@ -197,7 +197,7 @@ def test_what_is_not_finite_comes_through_a_batchnorm_as_by_torch(relu_in, memor
         y = torch.randn(1, 5, 6, 7).contiguous(memory_format=memory_format)
         y[0, channel, 2, 3] = value
         expected = normalised(norm, y)
-        rectified = cpu.rectified(y, None, norm)
+        rectified = cpu.activated(y, None, norm)
         torch.testing.assert_close(rectified.double(), expected.relu(), equal_nan=True, rtol=1e-5, atol=1e-5)
         reference = in_double(made)(expected)
         found = cpu.infer(y, None, made._formula(), native=True, norm=norm)

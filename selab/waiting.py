@@ -83,7 +83,7 @@ class DeferredNorm(Deciding, nn.BatchNorm2d):
             x,
             None,
             norm.activation,
-            (self,),
+            (),
             watched=self.givers,
             norm=self,
             waiting=False,

@@ -37,6 +37,7 @@ FLOORS = [
         "insert",
         "fusing",
         "joins",
+        "reading",
         "waiting",
         "brought",
         "build",

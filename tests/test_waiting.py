@@ -429,3 +429,73 @@ def test_a_map_from_where_no_gradients_are_recorded_has_none():
     fused(torch.randn(SIZE)).sum().backward()
     assert fused.branch[1].weight.grad is None
     assert fused.gated.se.fc1.weight.grad is not None
+
+
+# --------------------------------------------------------------------------------- a BatchNorm with its own activation
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """What stands in timm under this name, as far as it matters here."""
+
+    def __init__(self, channels, act, drop=nn.Identity):
+        super().__init__(channels)
+        self.drop, self.act = drop(), act()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+BatchNormAct2d.__module__ = "timm.layers.norm_act"
+
+
+def with_activation(act, **options):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), BatchNormAct2d(8, act, **options), SqueezeExcitation(8, 2), nn.Conv2d(8, 4, 1)
+    return lively(nn.Sequential(*layers, BatchNormAct2d(4, act, **options)).eval())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("act", "in_the_block"), [(nn.ReLU, True), (nn.Hardswish, True), (nn.Identity, True), (nn.SiLU, False)]
+)
+def test_an_activation_is_one_pass_with_its_norm_and_part_of_the_block_if_it_is_cheap(act, in_the_block, memory_format):
+    model = with_activation(act)
+    fused = copy.deepcopy(model)
+    fusion = fuse(fused, input_nchw=(1, 3, 9, 9))
+    assert fusion.norms == 2
+    assert [one.normalising for one in fusion.blocks] == [in_the_block]
+    assert list(fused.state_dict()) == list(model.state_dict())
+    example = torch.randn(2, 3, 9, 9).contiguous(memory_format=memory_format)
+    with torch.inference_mode():
+        for _ in range(3):
+            torch.testing.assert_close(fused(example), model(example))
+    assert ("_decided" in fused[4].__dict__) == (not cpu.native_reason())
+
+
+def test_an_unknown_activation_and_a_dropout_stay_as_they_are():
+    for model in (with_activation(nn.Tanh), with_activation(nn.ReLU, drop=nn.Dropout)):
+        assert fuse(model, input_nchw=(1, 3, 9, 9)).norms == 0
+        assert type(model[1]) is BatchNormAct2d
+
+
+def another_activation(norm):
+    norm.act = nn.Hardswish()
+
+
+def a_hook_that_doubles(norm):
+    norm.act.register_forward_hook(lambda _module, _args, out: 2 * out)
+
+
+@pytest.mark.parametrize("change", [another_activation, a_hook_that_doubles])
+@pytest.mark.parametrize("index", [1, 4])
+def test_an_activation_that_is_changed_after_the_norm_decided_is_the_one_that_runs(index, change):
+    model = with_activation(nn.ReLU)
+    fused = copy.deepcopy(model)
+    fuse(fused, input_nchw=(1, 3, 9, 9))
+    example = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        before = fused(example)
+        change(model[index])
+        change(fused[index])
+        torch.testing.assert_close(fused(example), model(example))
+        assert not torch.allclose(fused(example), before)

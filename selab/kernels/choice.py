@@ -117,7 +117,8 @@ def repeat(
         waiting: whether x waits for it; without, it is the BatchNorm itself that computes, its activation with it.
         owns_input: whether the output may take x's place.
     """
-    children = [module for owner in owners for module in owner._modules.values() if module is not None]
+    if norm is not None:
+        owners = (*owners, norm)
     weights: list[object] = [None] * 4
     if layers:
         weights = [_tensor_in(layer._parameters, name) for layer in layers for name in ("weight", "bias")]
@@ -131,7 +132,7 @@ def repeat(
         x,
         owners,
         shape_bytes=cpu.native_shape(x, formula, statistics),
-        hooks=tuple(hooks for module in (*children, *watched) for hooks in _hooks(module)),
+        watched=watched,
         facts=() if norm is None else ((norm.__dict__, "eps", norm.eps), (norm.__dict__, "training", False)),
         weights=tuple(weights),
         norm=norm if waiting else None,
@@ -164,20 +165,20 @@ MAP_ACTIVATIONS: dict[type[nn.Module], str] = {
 """Layers behind a BatchNorm that the native code can compute with it, as `cpu.BEHIND` calls them."""
 
 
-def hand_on(x: Tensor, norm: nn.BatchNorm2d, behind: tuple[nn.Module, ...], kind: type[Tensor]) -> Repeat:
+def hand_on(x: Tensor, norm: nn.BatchNorm2d, watched: tuple[nn.Module, ...], kind: type[Tensor]) -> Repeat:
     """Marks maps like this one with the BatchNorm that they wait for, and returns them; None as in `repeat`.
 
     Args:
         x: (N, C, H, W), without gradients.
         norm: in inference.
-        behind: modules that must not have hooks, itself among them.
+        watched: modules that must not have hooks themselves.
         kind: the class of a map that waits.
     """
     return _decided(
         x,
-        (),
+        (norm,),
         shape_bytes=b"",
-        hooks=tuple(hooks for module in behind for hooks in _hooks(module)),
+        watched=watched,
         facts=((norm.__dict__, "training", False),),
         weights=(),
         norm=norm,
@@ -187,10 +188,11 @@ def hand_on(x: Tensor, norm: nn.BatchNorm2d, behind: tuple[nn.Module, ...], kind
     )
 
 
-def _decided(x: Tensor, owners: tuple[nn.Module, ...], *, hooks: tuple[Any, ...], **facts: Any) -> Repeat:
+def _decided(x: Tensor, owners: tuple[nn.Module, ...], *, watched: tuple[nn.Module, ...], **facts: Any) -> Repeat:
+    children = (module for owner in owners for module in owner._modules.values() if module is not None)
     decision: Repeat = cpu.native_decision(
         flags=_FLAGS,
-        hooks=(*_EVERYWHERE, *hooks),
+        hooks=(*_EVERYWHERE, *(hooks for module in (*children, *watched) for hooks in _hooks(module))),
         children=tuple((owner._modules, tuple(owner._modules.values())) for owner in owners),
         tensor=Tensor,
         dtype=torch.float32,

@@ -12,6 +12,7 @@ What is done, wherever it applies:
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,6 +82,20 @@ class Fusion:
     norms: int = 0
     in_place_reason: str = ""
 
+    def __str__(self) -> str:
+        """What was fused, and what was not and why: `16 joins in one pass, 16 blocks in place`."""
+        counts = (
+            (self.joins, "joins in one pass"),
+            (self.norms, "BatchNorms in one pass with what is behind them"),
+            (sum(one.joined for one in self.blocks), "blocks in one pass with their join"),
+            (sum(one.absorbed for one in self.blocks), "blocks with the ReLU before them"),
+            (sum(one.in_place for one in self.blocks), "blocks in place"),
+        )
+        words = [f"{count} {what}" for count, what in counts if count] or ["nothing to fuse"]
+        left = Counter(one.reason for one in self.blocks if one.reason)
+        kept = [f"{count} blocks as they were: {reason}" for reason, count in left.items()]
+        return "; ".join([", ".join(words), *kept, *([self.in_place_reason] if self.in_place_reason else [])])
+
 
 def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), blocks: bool = True) -> Fusion:
     """Makes the SE blocks of a network cheap, in place: the same mathematics, parameters and checkpoint keys.
@@ -88,19 +103,19 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
     Args:
         model: with blocks of selab, torchvision (`torchvision.ops.SqueezeExcitation`) or timm (`SEModule`,
             `SqueezeExcite`), or with none.
-        input_nchw: (N, C, H, W) of an example input, to see on the meta device which maps are read once only. Where a
-            hook of yours keeps what a block, a join or an activation is given, keep a copy: in inference it is written
-            over.
+        input_nchw: (N, C, H, W) of an example input, to see on the meta device which maps are read once only.
         blocks: whether the blocks are made fast; without, only what stands around them, as in a network without SE.
 
     Returns:
-        What was done, and what was not and why.
+        What was done, and what was not and why; as a string in a sentence.
 
     Raises:
-        ModelError: `model` is no network.
+        ModelError: `model` is no network, or `input_nchw` no shape of images.
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"selab.fuse: a {type(model).__name__} is no network; give it a torch.nn.Module")
+        raise ModelError(f"selab.fuse: {type(model).__name__} is no network; give it a torch.nn.Module")
+    if not (isinstance(input_nchw, (tuple, list)) and len(input_nchw) == 4 and all(_is_size(n) for n in input_nchw)):
+        raise ModelError(f"selab.fuse: input_nchw {input_nchw!r}: four sizes (N, C, H, W), such as (1, 3, 224, 224)")
     absorbed = _absorb(model) if blocks else set()
     joins = _join(model, blocks)
     changed = [_fused(path, module, absorbed) for path, module in _blocks(model)] if blocks else []
@@ -111,10 +126,13 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
         seen = Seen(owning=set(), reader={}, alone={}, givers={})
         reason = f"no pass over an input of shape {input_nchw} on the meta device: {first_line(error)}"
     # What an earlier call has found may hold no longer; an in-place ReLU that a block took in has shown it for good.
-    for path, owner in _readers(model, blocks):
-        if hasattr(owner, "owns_input"):
-            owner.owns_input = path in seen.owning or bool(getattr(owner, "relu_in", False))  # type: ignore[assignment]
-    givers = {norm: tuple(map(model.get_submodule, sorted(paths))) for norm, paths in seen.givers.items()}
+    givers = {path: tuple(map(model.get_submodule, sorted(paths))) for path, paths in seen.givers.items()}
+    for path, reader in _readers(model, blocks):
+        if hasattr(reader, "owns_input"):
+            owner: Any = reader
+            join = _enclosing(model, path)
+            owner.owns_input = path in seen.owning or bool(getattr(owner, "relu_in", False))
+            owner.givers = (*givers.get(path, ()), *(() if join is None else (join,)))
     left = {norm: reader for norm, reader in seen.reader.items() if _deferred(model, norm, reader, givers[norm])}
     alone = {
         norm
@@ -130,6 +148,10 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
         norms=len(left) + len(alone),
         in_place_reason=reason,
     )
+
+
+def _is_size(number: object) -> bool:
+    return isinstance(number, int) and number > 0
 
 
 def _described(model: nn.Module, one: FusedBlock, readers: set[str]) -> FusedBlock:
@@ -365,12 +387,13 @@ class _Fast(Deciding):
             out: Tensor = self.library.forward(self, settled(x))
             return out
         if impl != "native" or torch.is_grad_enabled():
-            return run(impl, settled(x), None, formula, owns_input=self.owns_input)
+            return run(impl, settled(x), None, formula, owns_input=self.owns())
         fc1, _, fc2, _ = (self._modules[name] for name in _FOREIGN[self.library.__module__, self.library.__name__])
+        owns, watched = self.owns(), (self, *self.givers)
         self.__dict__["_decided"] = repeat(
-            x, None, formula, (self,), layers=(fc1, fc2), norm=waiting(x), owns_input=self.owns_input
+            x, None, formula, (self,), layers=(fc1, fc2), watched=watched, norm=waiting(x), owns_input=owns
         )
-        return run(impl, x, None, formula, owns_input=self.owns_input, norm=taken(x))
+        return run(impl, x, None, formula, owns_input=owns, norm=taken(x))
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         """For copies and files, which know the library's class alone by its name."""

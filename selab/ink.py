@@ -278,7 +278,7 @@ def _scatter_figure(shown: Scatter) -> "Figure":
     notes += [f"{source}." for source in shown.sources]
     notes += _left_out_note(shown.left_out, len(shown.pairs))
     kinds = [("white", "base"), (_FAINT, "with SE")]
-    kinds += [] if all(pair.resolved for pair in shown.pairs) else [(_UNRESOLVED, "with SE, not resolved")]
+    kinds += [] if all(pair.resolved for pair in shown.pairs) else [(_UNRESOLVED, "with SE, not shown")]
     look: dict[str, Any] = {"linestyle": "", "markersize": 6}
     handles = [
         Line2D([], [], marker="o", markeredgecolor=_FAINT, markerfacecolor=fill, label=text, **look)
@@ -462,7 +462,7 @@ def _draw_interval(
     if value is not None:
         _draw_bar(axes, y, value, colour, told=False, height=height)
     axes.plot([low * 100, high * 100], [y, y], color=_INK, linewidth=1.1, marker="|", markersize=5, zorder=4)
-    text = "not resolved" if value is None else units.percent(value, decimals=decimals)
+    text = "not shown" if value is None else units.percent(value, decimals=decimals)
     _write(axes, y, max(0.0, high) * 100, f"{text} {brackets}")
 
 

@@ -55,8 +55,8 @@ class FastJoin(Deciding, nn.Module):
             joined: Tensor = cpu.AddReLU.apply(settled(branch), shortcut)  # type: ignore[no-untyped-call]
             return joined
         if cpu.activated_refuses(branch, shortcut):
-            return cpu.add_relu(settled(branch), shortcut, in_place=self.owns_input)
-        return _activated(self, (self, inner), branch, shortcut, "relu", owns_input=self.owns_input)
+            return cpu.add_relu(settled(branch), shortcut, in_place=self.owns())
+        return _activated(self, (self, inner), branch, shortcut, "relu")
 
 
 class FastActivation(Deciding):
@@ -83,7 +83,7 @@ class FastActivation(Deciding):
         if waiting(x) is None or cpu.activated_refuses(x, None):
             out: Tensor = self.library.forward(self, settled(x))
             return out
-        return _activated(self, (self,), x, None, MAP_ACTIVATIONS[self.library], owns_input=self.owns_input)
+        return _activated(self, (self,), x, None, MAP_ACTIVATIONS[self.library])
 
 
 class FastReLU(FastActivation, nn.ReLU):
@@ -110,19 +110,16 @@ FAST_ACTIVATIONS: dict[type[nn.Module], type[FastActivation]] = {
 
 
 def _activated(
-    module: nn.Module,
-    owners: tuple[nn.Module, ...],
-    y: Tensor,
-    shortcut: Tensor | None,
-    activation: str,
-    *,
-    owns_input: bool,
+    module: FastJoin | FastActivation, owners: tuple[Any, ...], y: Tensor, shortcut: Tensor | None, activation: str
 ) -> Tensor:
     """activation(norm(y) + shortcut) natively and without gradients; keeps the decision in the module."""
+    owns, norm = module.owns(), waiting(y)
     if not torch.is_grad_enabled():
-        norm = waiting(y)
-        module.__dict__["_decided"] = repeat(y, shortcut, activation, owners, norm=norm, owns_input=owns_input)
-    return cpu.activated(y, shortcut, taken(y), activation, in_place=owns_input)
+        watched: tuple[Any, ...] = (module, *module.givers)
+        module.__dict__["_decided"] = repeat(
+            y, shortcut, activation, owners, watched=watched, norm=norm, owns_input=owns
+        )
+    return cpu.activated(y, shortcut, taken(y), activation, in_place=owns)
 
 
 def _join_on_gpu(inner: nn.Module, branch: Tensor, shortcut: Tensor) -> Tensor:

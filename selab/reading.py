@@ -25,7 +25,8 @@ class Seen:
         reader: path of a BatchNorm → that of the one block, join or activation that reads its output; where nobody
             reads the BatchNorm's input either.
         alone: path of a BatchNorm → whether nobody else reads its input.
-        givers: path of a BatchNorm → those of the modules that return its input or its output.
+        givers: path of a BatchNorm → those of the modules that return its input or its output; path of a reader → of
+            those that return what it reads.
     """
 
     owning: set[str]
@@ -102,6 +103,8 @@ class _Trace:
 
     def before_reader(self, path: str, args: tuple[Any, ...]) -> None:
         """Notes whose output it reads; what is read until it returns is its own business."""
+        given_by = (giver for given, giver in self._given if args and given is args[0])
+        self.givers.setdefault(path, set()).update(given_by)
         for out, norm in self._normalised:
             if args and args[0] is out:
                 self.readers[norm].append(path)

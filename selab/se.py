@@ -207,7 +207,7 @@ class SqueezeExcitation(Deciding, Attention):
             return gated
         x = settled(x)
         if self.relu_in:
-            x = x.relu_() if self.owns_input else x.relu()
+            x = x.relu_() if self.owns() else x.relu()
         factor = self.excite(self.squeeze(x))
         return x * (factor[:, :, None, None] if factor.dim() == 2 else factor)
 
@@ -238,11 +238,12 @@ class SqueezeExcitation(Deciding, Attention):
                 raise ModelError(f"impl {self.impl!r}: {reason}; use impl='auto', which takes what can run")
             return None
         if impl != "native" or torch.is_grad_enabled():
-            return run(impl, settled(x), shortcut, formula, owns_input=self.owns_input)
+            return run(impl, settled(x), shortcut, formula, owns_input=self.owns())
         owners, layers = (self,) if join is None else (self, join), (self.fc1, self.fc2)
-        decided = repeat(x, shortcut, formula, owners, layers=layers, norm=waiting(x), owns_input=self.owns_input)
+        owns, watched = self.owns(), (self, *self.givers)
+        decided = repeat(x, shortcut, formula, owners, layers=layers, watched=watched, norm=waiting(x), owns_input=owns)
         self.__dict__["_decided"] = (join, decided)
-        return run(impl, x, shortcut, formula, owns_input=self.owns_input, norm=taken(x))
+        return run(impl, x, shortcut, formula, owns_input=owns, norm=taken(x))
 
     def repeated(self, join: nn.Module | None, x: Tensor, shortcut: Tensor | None) -> Tensor | None:
         """What `fast` did natively the last time; None if it did not, or anything has changed since."""

@@ -16,7 +16,7 @@ from selab import catalog, verdict
 from selab.brought import brought_blocks, leave_out
 from selab.build import Built, build
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
-from selab.fusing import Fusion, foreign_blocks, fuse
+from selab.fusing import foreign_blocks, fuse
 from selab.measure.machine import machine
 from selab.measure.passes import DTYPES, check_device, mode_of
 from selab.measure.roofline import measure_peaks
@@ -244,7 +244,7 @@ class Tax:
         def change(model: nn.Module) -> None:
             done = fuse(model, input_nchw=(self.workload.batch, *self.workload.input_chw), blocks=blocks)
             chosen = self._runtime_words(model) if blocks else []
-            self._remarks[name] = "; ".join([*fusion_words(name, done), *chosen])
+            self._remarks[name] = "; ".join([f"{name}: {done}", *chosen])
 
         return change
 
@@ -296,21 +296,6 @@ class Tax:
             self._fused(_OTHERS, blocks=False)(model)
 
         return change
-
-
-def fusion_words(name: str, done: Fusion) -> list[str]:
-    """What was fused in a network, and what was not and why: `baseline: 16 joins in one pass`."""
-    counts = (
-        (done.joins, "joins in one pass"),
-        (done.norms, "BatchNorms in one pass with what is behind them"),
-        (sum(one.joined for one in done.blocks), "blocks in one pass with their join"),
-        (sum(one.absorbed for one in done.blocks), "blocks with the ReLU before them"),
-        (sum(one.in_place for one in done.blocks), "blocks in place"),
-    )
-    words = [f"{count} {what}" for count, what in counts if count] or ["nothing to fuse"]
-    left = Counter(one.reason for one in done.blocks if one.reason)
-    kept = [f"{count} blocks as they were: {reason}" for reason, count in left.items()]
-    return [f"{name}: {', '.join(words)}", *kept, *([done.in_place_reason] if done.in_place_reason else [])]
 
 
 def _check_any(built: Built, variant: Variant, arch: str) -> None:

@@ -53,13 +53,12 @@ class DeferredNorm(Deciding, nn.BatchNorm2d):
     Attributes:
         library: the class that it is of otherwise.
         behind: the modules that read what it hands on; a tuple, so that they are not its children.
-        givers: the modules that return its input or its output, and whose hooks may keep a map that is written over.
-        owns_input: with nothing behind it, whether its output may take its input's place.
+        givers: the modules that return its input or its output.
+        owns_input: of use with nothing behind it.
     """
 
     library: ClassVar[type[nn.BatchNorm2d]] = nn.BatchNorm2d
     behind: tuple[nn.Module, ...] = ()
-    givers: tuple[nn.Module, ...] = ()
     owns_input = False
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import selab
 from selab import catalog
 from selab.build import build
 from selab.errors import ModelError
-from selab.fusing import FastJoin, fuse, runtimes
+from selab.fusing import FastJoin, FusedBlock, Fusion, fuse, runtimes
 from selab.insert import insert_se
 from selab.kernels import cpu
 from selab.se import GatedJoin, SqueezeExcitation
@@ -42,7 +42,7 @@ def assert_same(model, fused, example):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(("model", "what"), [(3, "a int"), ("resnet18", "a str"), (nn.ReLU, "a type")])
+@pytest.mark.parametrize(("model", "what"), [(3, "int"), ("resnet18", "str"), (nn.ReLU, "type")])
 def test_what_is_no_network_is_told_in_one_line(model, what):
     with pytest.raises(ModelError, match=rf"^selab\.fuse: {what} is no network; give it a torch\.nn\.Module$"):
         fuse(model)
@@ -468,3 +468,83 @@ def test_on_each_edge_of_a_join_the_batchnorms_before_it_are_done(edge, blocks):
     assert fuse(fused, input_nchw=(1, 3, 9, 8), blocks=blocks).norms == read
     for _ in range(3):
         assert_same(model, fused, torch.randn(2, 3, 9, 8))
+
+
+def test_what_was_fused_is_told_and_what_was_not_and_why():
+    blocks = (
+        FusedBlock(path="0", kind="SE", joined=True, in_place=True),
+        FusedBlock(path="1", kind="SE", absorbed=True),
+        FusedBlock(path="2", kind="SE", reason="its gate is Tanh"),
+    )
+    assert str(Fusion(blocks=blocks, joins=2, norms=3, in_place_reason="no pass")) == (
+        "2 joins in one pass, 3 BatchNorms in one pass with what is behind them, 1 blocks in one pass with their join, "
+        "1 blocks with the ReLU before them, 1 blocks in place; 1 blocks as they were: its gate is Tanh; no pass"
+    )
+    assert str(Fusion(blocks=(), joins=0)) == "nothing to fuse"
+
+
+@pytest.mark.parametrize("shape", ["abc", (1, 3), (1, 3, 0, 8), (1, 3, 8.0, 8), 224])
+def test_what_is_no_shape_of_images_is_refused(shape):
+    with pytest.raises(ModelError, match=r"selab\.fuse: input_nchw .*: four sizes \(N, C, H, W\)"):
+        fuse(nn.Sequential(nn.Conv2d(3, 4, 1)), input_nchw=shape)
+
+
+class Residual(nn.Module):
+    formula = "relu(branch + shortcut)"
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, branch, shortcut):
+        return self.relu(branch + shortcut)
+
+
+class Observed(nn.Module):
+    """A block behind a convolution, one in a join, and a join alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3), SqueezeExcitation(8, 2))
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.gated = GatedJoin(Residual(), SqueezeExcitation(8, 2), "branch")
+        self.last, self.join = nn.Conv2d(8, 8, 1), Residual()
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.gated(self.branch(x), x)
+        return self.join(self.last(x), x)
+
+
+@pytest.mark.parametrize("decided", [False, True])
+@pytest.mark.parametrize(
+    ("path", "of_input"),
+    [
+        ("first.0", False),
+        ("first.1", True),
+        ("branch.1", False),
+        ("branch", False),
+        ("gated", True),
+        ("gated.se", True),
+        ("last", False),
+        ("join", True),
+    ],
+)
+def test_a_map_that_a_hook_keeps_is_not_written_over(path, of_input, decided):
+    model = Observed().eval()
+    fused = copy.deepcopy(model)
+    fuse(fused, input_nchw=(1, 3, 9, 9))
+    x = torch.randn(2, 3, 9, 9)
+    kept = []
+    with torch.no_grad():
+        if decided:
+            fused(x)
+        for network in (model, fused):
+            hook = (
+                (lambda _, args, _out: kept.append(args[0])) if of_input else (lambda _, _args, out: kept.append(out))
+            )
+            network.get_submodule(path).register_forward_hook(hook)
+            kept.append(network(x))
+    expected, found = kept[:2], kept[2:]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -174,7 +174,7 @@ def test_no_result_is_left_out_and_told(record, noisy):
 def test_what_is_not_resolved_is_marked(record, undecided):
     shown = plots.points("macs", "latency", records=[record, undecided])
     assert [pair.resolved for pair in shown.pairs] == [True, False]
-    assert "with SE, not resolved" in text_of(shown)
+    assert "with SE, not shown" in text_of(shown)
     taxed = plots.points("macs", "tax", records=[record, undecided])
     assert [one.name for one in taxed.left_out] == ["se_mobilenet_0_5"]
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from selab import tables, taxing
 from selab.errors import InsertionError, UnknownNameError
-from selab.fusing import FusedBlock, Fusion
 from selab.joins import FastJoin
 from selab.measure import passes
 from selab.request import Request
@@ -371,19 +370,3 @@ class TestTax:
         assert status == 1
         assert message in told
         assert "Traceback" not in told
-
-
-def test_what_was_fused_is_told_and_what_was_not_and_why():
-    blocks = (
-        FusedBlock(path="0", kind="SE", joined=True, in_place=True),
-        FusedBlock(path="1", kind="SE", absorbed=True),
-        FusedBlock(path="2", kind="SE", reason="its gate is Tanh"),
-    )
-    words = taxing.fusion_words("fast", Fusion(blocks=blocks, joins=2, norms=3, in_place_reason="no pass"))
-    assert words == [
-        "fast: 2 joins in one pass, 3 BatchNorms in one pass with what is behind them, 1 blocks in one pass with "
-        "their join, 1 blocks with the ReLU before them, "
-        "1 blocks in place",
-        "1 blocks as they were: its gate is Tanh",
-        "no pass",
-    ]

@@ -76,7 +76,20 @@ Repeat = Callable[[Tensor, Tensor | None], Tensor | None]
 
 
 class Deciding:
-    """A module that keeps in `_decided` what it did the last time (`repeat`), until one of its attributes changes."""
+    """A module that keeps in `_decided` what it did the last time (`repeat`), until one of its attributes changes.
+
+    Attributes:
+        owns_input: whether nobody else needs the input, so that the output may take its place in inference.
+        givers: the modules that return the input, or are given it with it: their hooks may have kept it.
+    """
+
+    owns_input: bool
+    givers: tuple[nn.Module, ...] = ()
+
+    def owns(self) -> bool:
+        """Whether the output may take the input's place now."""
+        this: Any = self
+        return self.owns_input and not hooked(this, *self.givers)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Forgets what was decided before the change."""

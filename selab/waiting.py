@@ -30,13 +30,16 @@ class WaitingMap(Tensor):
         return func(*args, **(kwargs or {}))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _settle(*values: object) -> None:
     """Normalises the maps among these for all who hold them."""
     for leaf in tree_leaves(values):
         if type(leaf) is WaitingMap:
             leaf.__class__ = Tensor  # type: ignore[assignment]
             leaf.data = _normalised(leaf, leaf.__dict__.pop("_waits_for"))
+
+
+# As torch.compiler.disable does it, which would load the compiler for everybody.
+_settle._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class DeferredNorm(Deciding, nn.BatchNorm2d):

@@ -197,6 +197,9 @@ def test_the_shell_shows_the_table_of_a_folder(selab, compared_small_cnn, tmp_pa
     assert status == 0
     assert "| se_small_cnn | 3 | 61.0 ± 1.0 % |" in out
     assert "Trained: cifar_short, 10 epochs, 3 seeds." in out
+    status, same, _ = selab("table", "accuracy", "--profiles", tmp_path, "--format", "markdown")
+    assert (status, same) == (0, out)
+    written(compared_small_cnn(BASE, BETTER), tmp_path / "there")
     status, _, err = selab("table", "accuracy", "--profiles", tmp_path)
     assert status == 1
     assert "holds no comparisons" in err

@@ -375,12 +375,9 @@ class _Fast(Deciding):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        # As in `SqueezeExcitation.forward`.
-        decided = self.__dict__.get("_decided")
-        if decided is not None and not torch.compiler.is_compiling():
-            repeated: Tensor | None = decided(x, None)
-            if repeated is not None:
-                return repeated
+        repeated: Tensor | None = self.again(x)
+        if repeated is not None:
+            return repeated
         x = manageable(x)
         impl, formula = _foreign_choice(self, self.library, x)
         if formula is None:

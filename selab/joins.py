@@ -37,12 +37,9 @@ class FastJoin(Deciding, nn.Module):
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """(N, C, H, W) twice → (N, C, H, W)."""
-        # As in `SqueezeExcitation.forward`.
-        decided = self.__dict__.get("_decided")
-        if decided is not None and not torch.compiler.is_compiling():
-            repeated: Tensor | None = decided(branch, shortcut)
-            if repeated is not None:
-                return repeated
+        repeated = self.again(branch, shortcut)
+        if repeated is not None:
+            return repeated
         inner: Any = self._modules["inner"]
         branch = manageable(branch)
         observed = torch.compiler.is_compiling() or hooked(inner, *inner.children()) or formula_of(inner) != ADD_RELU
@@ -74,11 +71,9 @@ class FastActivation(Deciding):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        decided = self.__dict__.get("_decided")
-        if decided is not None and not torch.compiler.is_compiling():
-            repeated: Tensor | None = decided(x, None)
-            if repeated is not None:
-                return repeated
+        repeated: Tensor | None = self.again(x)
+        if repeated is not None:
+            return repeated
         x = manageable(x)
         if waiting(x) is None or cpu.activated_refuses(x, None):
             out: Tensor = self.library.forward(self, settled(x))

@@ -196,12 +196,9 @@ class SqueezeExcitation(Deciding, Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        # By hand, as everything on this way: in a network an attribute of a module costs as much as a row of the map.
-        decided = self.__dict__.get("_decided")
-        if decided is not None and decided[0] is None and not torch.compiler.is_compiling():
-            out: Tensor | None = decided[1](x, None)
-            if out is not None:
-                return out
+        out = self.again(x)
+        if out is not None:
+            return out
         gated = self.fast(x)
         if gated is not None:
             return gated
@@ -245,8 +242,9 @@ class SqueezeExcitation(Deciding, Attention):
         self.__dict__["_decided"] = (join, decided)
         return run(impl, x, shortcut, formula, owns_input=owns, norm=taken(x))
 
-    def repeated(self, join: nn.Module | None, x: Tensor, shortcut: Tensor | None) -> Tensor | None:
-        """What `fast` did natively the last time; None if it did not, or anything has changed since."""
+    def again(self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None) -> Tensor | None:
+        """What `fast` did natively the last time with this join; None if it did not, or anything has changed since."""
+        # By hand, as everything on this way: in a network an attribute of a module costs as much as a row of the map.
         decided = self.__dict__.get("_decided")
         if decided is None or decided[0] is not join or torch.compiler.is_compiling():
             return None
@@ -343,7 +341,7 @@ class GatedJoin(nn.Module):
             return None
         if not torch.compiler.is_compiling() and hooked(outer, inner, se):
             return None
-        joined = se.repeated(inner, branch, shortcut)
+        joined = se.again(branch, shortcut, join=inner)
         if joined is not None:
             return joined
         formula = formula_of(inner)

@@ -68,11 +68,9 @@ class DeferredNorm(Deciding, nn.BatchNorm2d):
         """(N, C, H, W) → (N, C, H, W), waiting or normalised."""
         if self.training or torch.compiler.is_compiling():
             return self.normalised(settled(x))
-        decided = self.__dict__.get("_decided")
-        if decided is not None:
-            handed: Tensor | None = decided(x, None)
-            if handed is not None:
-                return handed
+        handed = self.again(x)
+        if handed is not None:
+            return handed
         norm = self._native_norm(x)
         if norm is None:
             return self.normalised(settled(x))

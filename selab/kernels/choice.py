@@ -91,6 +91,14 @@ class Deciding:
         this: Any = self
         return self.owns_input and not hooked(this, *self.givers)
 
+    def again(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | None:
+        """What was done natively the last time, for this map; None if nothing was, or anything has changed since."""
+        decided = self.__dict__.get("_decided")
+        if decided is None or torch.compiler.is_compiling():
+            return None
+        out: Tensor | None = decided(x, shortcut)
+        return out
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Forgets what was decided before the change."""
         self.__dict__.pop("_decided", None)

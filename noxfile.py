@@ -107,7 +107,7 @@ TAXED_FOREIGN = ("seresnet50", "mobilenetv3_large_100", "efficientnet_b0", "regn
 
 def machine_folder(session: nox.Session) -> str:
     """The folder of this machine's records."""
-    code = "from selab.measure.machine import machine; print(machine('cuda').name)"
+    code = "from selab.bench.machine import machine; print(machine('cuda').name)"
     name = session.run("python", "-c", code, silent=True)
     return f"profiles/{str(name).strip()}"
 

@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selab.fusing import fuse
+    from selab.fusion.fuse import fuse
+
 
 __all__ = ["__version__", "fuse"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     """`selab.fuse`, without loading torch for those who do not use it."""
     if name == "fuse":
-        from selab.fusing import fuse
+        from selab.fusion.fuse import fuse
 
         return fuse
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

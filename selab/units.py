@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 
 Format = Callable[[float], str]
-
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -63,3 +62,6 @@ def decimals_for(half_width: float) -> int:
     if not half_width or not math.isfinite(half_width):
         return 1
     return min(3, max(0, 1 - math.floor(math.log10(half_width * 100))))
+
+
+NONE = "–"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from selab.record import Workload
+from selab.records.types import Workload
 
 # Triton decides when it is imported whether it compiles kernels or interprets them, which needs no GPU.
 if not torch.cuda.is_available():
@@ -90,30 +90,30 @@ def toy(tmp_path):
 
 
 @pytest.fixture
-def hasty(monkeypatch):
+def quick_plans(monkeypatch):
     """Measurements that last milliseconds: what is tested is what happens, not how well it is measured."""
-    from selab import profiling, request, sweep, taxing, workers
+    from selab.experiments import job, profiling, sweep, tax, workers
 
-    patient = request.plan_of
+    patient = job.plan_of
 
-    def hasty(asked, workload):
+    def quick_plans(asked, workload):
         plan = patient(asked, workload)
         return replace(plan, warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.2)
 
-    for module in (profiling, sweep, taxing, workers):
-        monkeypatch.setattr(module, "plan_of", hasty)
+    for module in (profiling, sweep, tax, workers):
+        monkeypatch.setattr(module, "plan_of", quick_plans)
 
 
 @pytest.fixture
 def selab(monkeypatch, capsys):
     """Runs the program in this process: words → (status, standard output, standard error)."""
-    from selab import cli
+    from selab.cli.main import main
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["selab", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "80")
         try:
-            cli.main()
+            main()
             status = 0
         except SystemExit as left:
             status = left.code or 0
@@ -128,7 +128,7 @@ def plain_transforms(monkeypatch):
     """What a folder needs of torchvision's transforms, without its libraries: resize, crop, and no randomness."""
     import numpy as np
 
-    from selab.accuracy import folder
+    from selab.training import image_folder
 
     def resized(image, shorter):
         scale = shorter / min(image.size)
@@ -147,8 +147,8 @@ def plain_transforms(monkeypatch):
         return apply
 
     monkeypatch.setattr(
-        folder,
-        "_transforms",
+        image_folder,
+        "torchvision_transforms",
         lambda: SimpleNamespace(
             InterpolationMode=str,
             Resize=lambda size, **_: lambda image: resized(image, size),
@@ -200,10 +200,10 @@ def net():
 @pytest.fixture
 def compared_small_cnn():
     """A comparison of se_small_cnn with small_cnn: percents of the base, percents of the variant, one seed each."""
-    from selab.accuracy_record import Accuracy, AccuracyRecord, DataFacts, Epoch, Options, Outcome, Seed
-    from selab.catalog import find
-    from selab.measure.machine import machine
-    from selab.recipe import find_recipe
+    from selab.bench.machine import machine
+    from selab.models.catalog import find
+    from selab.training.recipe import find_recipe
+    from selab.training.record import Accuracy, AccuracyRecord, DataSpec, Epoch, Options, Outcome, Seed
 
     def outcome(percent):
         right = round(100 * percent)
@@ -237,7 +237,7 @@ def compared_small_cnn():
             created="",
             command="",
             complete=True,
-            data=DataFacts(
+            data=DataSpec(
                 name="d",
                 title="Some images",
                 sha256="c",
@@ -263,10 +263,10 @@ def compared_small_cnn():
 @pytest.fixture
 def taxed():
     """A record of `selab tax` of one block of 8 channels on a 4x5 map: (baseline, variant) → the true ratio."""
-    from selab import verdict
-    from selab.measure.machine import machine
-    from selab.record import Insertion, Quad, Run
-    from selab.tax_record import ALL, TaxPair, TaxRecord
+    from selab.bench.machine import machine
+    from selab.experiments.tax_record import ALL, TaxPair, TaxRecord
+    from selab.records import verdict
+    from selab.records.types import ABBABlock, Insertion, Run
 
     def run(ratio):
         quads = []
@@ -274,7 +274,7 @@ def taxed():
             base = 1e-3 * (1 + 1e-4 * (index % 3))
             other = ratio * base * (1 + 1e-3 * (index % 3 - 1))
             four = (base, other, other, base)
-            quads.append(Quad(order="ABBA", floor=four, typical=four, mean=four))
+            quads.append(ABBABlock(order="ABBA", floor=four, typical=four, mean=four))
         return Run(
             calls_per_sample=1,
             warmup_calls=12,

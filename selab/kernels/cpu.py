@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selab.kernels import layout
+from selab.kernels import memory_format
 
 _native: Any
 try:
@@ -35,7 +35,6 @@ except ImportError as error:
     _WHY_NOT += "; install selab from its source again, with a C compiler at hand"
 else:
     _WHY_NOT = ""
-
 ACTIVATIONS = ("relu", "silu")
 GATES = ("sigmoid", "hardsigmoid")
 BEHIND = ("", "relu", "hardswish", "silu")
@@ -97,7 +96,7 @@ def native_refuses(y: Tensor, shortcut: Tensor | None, formula: Formula) -> str:
         return _WHY_NOT
     if y.dtype != torch.float32 or formula.w1.dtype != torch.float32:
         return f"the native code computes in float32, not in {str(y.dtype).removeprefix('torch.')}"
-    if not layout.is_dense(y):
+    if not memory_format.is_dense(y):
         return "the map is neither contiguous nor channels last"
     if shortcut is not None and (shortcut.dtype != y.dtype or shortcut.stride() != y.stride()):
         return "branch and shortcut lie differently in memory"
@@ -196,7 +195,7 @@ def backward(
     Returns:
         Gradients of y and of the sum (the shortcut's), (N, C, H, W); of the logits (N, C) and the hidden values (N, K).
     """
-    dout = layout.laid_out(dout, y)
+    dout = memory_format.laid_out(dout, y)
     if native:
         return _native_backward(dout, out, y, formula, kept)
     _, hidden, logits = _parts(kept, formula)
@@ -273,7 +272,7 @@ def activated_refuses(y: Tensor, shortcut: Tensor | None) -> str:
     """Why the native code cannot go over these; empty if it can."""
     if _native is None:
         return _WHY_NOT
-    if y.dtype != torch.float32 or y.dim() != 4 or not layout.is_dense(y) or not y.is_cpu:
+    if y.dtype != torch.float32 or y.dim() != 4 or not memory_format.is_dense(y) or not y.is_cpu:
         return "the map is none of single precision, contiguous or channels last, on a CPU"
     if shortcut is not None and not _is_alike(y, shortcut):
         return "branch and shortcut differ in dtype, shape or memory"
@@ -330,8 +329,6 @@ class AddReLU(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------------------ by torch
-
-
 def squeezed(m: Tensor) -> Tensor:
     """mean(m): (N, C, H, W) → (N, C), in the way that is fastest for the map's layout and size.
 
@@ -341,7 +338,7 @@ def squeezed(m: Tensor) -> Tensor:
     n, c, h, w = m.shape
     if m.is_contiguous():
         return m.flatten(2).mean(2)
-    if layout.is_channels_last(m) and h * w <= _POSITIONS_BY_PRODUCT and m.dtype in _EXACT:
+    if memory_format.is_channels_last(m) and h * w <= _POSITIONS_BY_PRODUCT and m.dtype in _EXACT:
         row = m.new_full((), 1 / (h * w)).expand(n, 1, h * w)
         return torch.bmm(row, m.permute(0, 2, 3, 1).reshape(n, h * w, c))[:, 0]
     return m.mean((2, 3))
@@ -405,8 +402,6 @@ def _activation_slopes(hidden: Tensor, formula: Formula) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ natively
-
-
 def _is_alike(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
 

@@ -14,11 +14,11 @@ from selab.archs.shake_shake import Shake, TwoPathShortcut, shake_shake
 from selab.archs.shufflenet_cifar import shufflenet_cifar
 from selab.archs.vgg_cifar import vgg16_cifar
 from selab.archs.wide_resnet import wide_resnet
-from selab.build import Built, build
-from selab.catalog import installed
+from selab.attention.insert import insert_se
+from selab.cost.count import count
 from selab.errors import InsertionError
-from selab.insert import insert_se
-from selab.measure.counts import count
+from selab.models.build import Built, build
+from selab.models.catalog import installed
 
 FAMILIES = ("resnet_cifar", "wide_resnet", "shake_shake", "vgg_cifar", "mobilenet_cifar", "shufflenet_cifar")
 VARIANTS = [name for name, variant in installed().items() if variant.family in FAMILIES]

@@ -11,10 +11,10 @@ from selab.archs.bn_inception import bn_inception
 from selab.archs.inception_resnet_v2 import ScaledAdd, inception_resnet_v2
 from selab.archs.resnext import resnext
 from selab.archs.senet import AddReLU, senet154
-from selab.build import Built, build
-from selab.catalog import installed
-from selab.insert import insert_se
-from selab.measure.counts import count
+from selab.attention.insert import insert_se
+from selab.cost.count import count
+from selab.models.build import Built, build
+from selab.models.catalog import installed
 
 FAMILIES = {"resnext", "senet", "bn_inception", "inception_resnet_v2"}
 

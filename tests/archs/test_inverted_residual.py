@@ -12,9 +12,9 @@ from selab.archs.efficientnet import StochasticAdd, efficientnet_b0
 from selab.archs.mnasnet import mnasnet_a1
 from selab.archs.mobilenet_v2 import mobilenet_v2
 from selab.archs.mobilenet_v3 import mobilenet_v3
-from selab.build import build
-from selab.catalog import installed
-from selab.measure.counts import count
+from selab.cost.count import count
+from selab.models.build import build
+from selab.models.catalog import installed
 
 # Expected counts by arithmetic, layer by layer.
 

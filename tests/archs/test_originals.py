@@ -15,9 +15,9 @@ from selab.archs.resnet import AddReLU, resnet
 from selab.archs.shufflenet import ConcatReLU, shufflenet_v1
 from selab.archs.small_cnn import small_cnn
 from selab.archs.vgg import vgg16
-from selab.build import build as se_build
-from selab.catalog import installed
-from selab.measure.counts import count
+from selab.cost.count import count
+from selab.models.build import build as se_build
+from selab.models.catalog import installed
 
 ARCHS = files("selab.archs")
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -11,10 +11,10 @@ from torch import nn
 from selab.archs.ghostnet import GhostModule, ghostnet
 from selab.archs.regnet import regnet, stage_shapes
 from selab.archs.shufflenet_v2 import ConcatShuffle, shufflenet_v2
-from selab.build import Built, build
-from selab.catalog import installed
-from selab.measure.counts import count
-from selab.se import SqueezeExcitation
+from selab.attention.se import SqueezeExcitation
+from selab.cost.count import count
+from selab.models.build import Built, build
+from selab.models.catalog import installed
 
 FAMILIES = ("shufflenet_v2", "regnet", "ghostnet")
 VARIANTS = [name for name, variant in installed().items() if variant.family in FAMILIES]

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from selab import verdict
-from selab.build import build
-from selab.catalog import find
-from selab.measure.machine import contention_flags, machine, read_cpu, threads_and_affinity
-from selab.measure.paired import Plan, WallArm, measure, measure_control
-from selab.measure.passes import phase_call, prepare
-from selab.request import Request, workload_of
-from selab.store import write_atomically
+from selab.bench.machine import contention_flags, machine, read_cpu, threads_and_affinity
+from selab.bench.runner import phase_call, prepare
+from selab.bench.sampler import Plan, WallArm, measure, measure_control
+from selab.experiments.job import Request, workload_of
+from selab.models.build import build
+from selab.models.catalog import find
+from selab.records import estimate, verdict
+from selab.records.store import write_atomically
 from selab.units import percent
 
 SLOWER = 0.02
@@ -61,7 +61,7 @@ def main() -> None:
             arms.append(WallArm(call=phase_call(prepared, "forward")))
         same = [measure(*arms, plan, seed=seed)["wall"] for seed in range(options.trials)]
 
-        call_s = verdict.estimate(same[:1], "floor").baseline_s
+        call_s = estimate.estimate(same[:1], "floor").baseline_s
         repeats, extra_s = calibrated_work(call_s, share=SLOWER)
         matrix, plain = torch.ones(48, 48), arms[1].call
 
@@ -76,7 +76,7 @@ def main() -> None:
             run = measure(arms[0], WallArm(call=slower), plan, seed=seed)["wall"]
             slowed.append((run, control))
 
-    ratios = [verdict.estimate([run], "floor") for run in same]
+    ratios = [estimate.estimate([run], "floor") for run in same]
     errors = sorted(abs(one.ratio - 1) for one in ratios)
     holding = sum(one.ratio_low <= 1 <= one.ratio_high for one in ratios)
     found = [
@@ -102,7 +102,7 @@ def main() -> None:
         "slower_trials": len(found),
         "flags": [json.loads(_json(flag)) for flag in flags],
         "same": [[one.ratio, one.ratio_low, one.ratio_high] for one in ratios],
-        "slowed": [[one.ratio, one.ratio_low, one.ratio_high, one.control_floor, one.verdict_kind] for one in found],
+        "slowed": [[one.ratio, one.ratio_low, one.ratio_high, one.noise_floor, one.verdict_kind] for one in found],
     }
     write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
     print(f"A/A, {options.trials} trials of {options.seconds:g} s: median error {percent(result['median_error'])},")

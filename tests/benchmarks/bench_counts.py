@@ -18,14 +18,14 @@ from pathlib import Path
 import msgspec
 import torch
 
-from selab import verdict
-from selab.build import build
-from selab.catalog import find
-from selab.measure.counts import count
-from selab.measure.machine import machine, threads_and_affinity
-from selab.measure.paired import Plan, WallArm, measure
-from selab.probe import meta_twin
-from selab.store import write_atomically
+from selab.bench.machine import machine, threads_and_affinity
+from selab.bench.sampler import Plan, WallArm, measure
+from selab.cost.count import count
+from selab.meta import meta_twin
+from selab.models.build import build
+from selab.models.catalog import find
+from selab.records import verdict
+from selab.records.store import write_atomically
 
 ARCH = "se_resnet152"
 

@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from selab import verdict
-from selab.accuracy.data import Augmentation, ImageSet, open_data
-from selab.build import build
-from selab.catalog import find
-from selab.measure.machine import contention_flags, machine, read_cpu, threads_and_affinity
-from selab.measure.paired import Plan, WallArm, measure
-from selab.record import Latency
-from selab.store import write_atomically
+from selab.bench.machine import contention_flags, machine, read_cpu, threads_and_affinity
+from selab.bench.sampler import Plan, WallArm, measure
+from selab.models.build import build
+from selab.models.catalog import find
+from selab.records import verdict
+from selab.records.store import write_atomically
+from selab.records.types import Latency
+from selab.training.data import Augmentation, ImageSet, open_data
 
 ARCH = "resnet20_cifar"
 WORKERS = (0, 2)

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selab.kernels import operators
+from selab.bench.machine import machine
+from selab.kernels import ops
 from selab.kernels.cpu import Formula
-from selab.measure.machine import machine
 
 STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -27,15 +27,15 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 def calls(y: Tensor, shortcut: Tensor) -> Iterator[tuple[str, int, Callable[[], object]]]:
     """The name of a kernel, the maps that it reads and writes, a call."""
-    from selab.kernels import gpu
+    from selab.kernels import triton
 
     channels = y.shape[1]
     shapes = (channels // 16, channels), (channels // 16,), (channels, channels // 16), (channels,)
     w1, b1, w2, b2 = (torch.randn(shape, device=y.device) for shape in shapes)
     formula = Formula(w1, b1, w2, b2, relu_out=True)
-    out, *kept = gpu.forward(y, shortcut, formula)
+    out, *kept = triton.forward(y, shortcut, formula)
     dout, dz = torch.randn_like(y), torch.empty_like(y)
-    tiled = gpu._Map(y)
+    tiled = triton._Map(y)
     factors, dmean = torch.rand_like(kept[0]), torch.rand_like(kept[0])
     both = [True, True]
     yield "copy", 2, lambda: dz.copy_(y)
@@ -43,8 +43,8 @@ def calls(y: Tensor, shortcut: Tensor) -> Iterator[tuple[str, int, Callable[[], 
     yield "join", 3, lambda: tiled.join(y, shortcut, factors, out, formula)
     yield "gate's gradient", 4, lambda: tiled.sums(y, relu_in=False, dout=dout, out=out, dz=dz)
     yield "branch's gradient", 2, lambda: tiled.branch_gradient(dout, None, None, factors, dmean, dz)
-    yield "forward", 4, lambda: gpu.forward(y, shortcut, formula)
-    yield "backward", 6, lambda: gpu.backward(dout, out, y, formula, kept, both)
+    yield "forward", 4, lambda: triton.forward(y, shortcut, formula)
+    yield "backward", 6, lambda: triton.backward(dout, out, y, formula, kept, both)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: bf16")
     parser.add_argument("--memory-format", choices=FORMATS, action="append", help="default: both")
     options = parser.parse_args()
-    reason = operators.gpu_reason()
+    reason = ops.gpu_reason()
     if reason:
         parser.exit(1, f"{reason}\n")
 

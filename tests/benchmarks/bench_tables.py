@@ -21,18 +21,18 @@ from pathlib import Path
 import msgspec
 import torch
 
-from selab import verdict
-from selab.build import build
-from selab.catalog import installed
-from selab.measure.counts import count
-from selab.measure.machine import machine, threads_and_affinity
-from selab.record import Latency, Order, Quad, Run
-from selab.store import write_atomically
+from selab.bench.machine import machine, threads_and_affinity
+from selab.cost.count import count
+from selab.models.build import build
+from selab.models.catalog import installed
+from selab.records import verdict
+from selab.records.store import write_atomically
+from selab.records.types import ABBABlock, Latency, Order, Run
 
 Call = Callable[[], object]
 
 
-def quad(ours: Call, theirs: Call, order: Order) -> Quad:
+def quad(ours: Call, theirs: Call, order: Order) -> ABBABlock:
     """Four calls, each timed alone: one network is counted once in its life, so nothing is repeated to warm up."""
     samples = []
     for arm in order:
@@ -42,10 +42,10 @@ def quad(ours: Call, theirs: Call, order: Order) -> Quad:
         call()
         samples.append(time.perf_counter() - begin)
     four = (samples[0], samples[1], samples[2], samples[3])
-    return Quad(order=order, floor=four, typical=four, mean=four)
+    return ABBABlock(order=order, floor=four, typical=four, mean=four)
 
 
-def run_of(quads: list[Quad], elapsed_s: float) -> Run:
+def run_of(quads: list[ABBABlock], elapsed_s: float) -> Run:
     """All networks as one run."""
     return Run(
         calls_per_sample=1,
@@ -59,7 +59,7 @@ def run_of(quads: list[Quad], elapsed_s: float) -> Run:
     )
 
 
-def total(quads: list[Quad], arm: str) -> float:
+def total(quads: list[ABBABlock], arm: str) -> float:
     """Seconds for all networks, once each."""
     return sum(s for q in quads for s, letter in zip(q.floor, q.order, strict=True) if letter == arm) / 2
 
@@ -78,7 +78,7 @@ def main() -> None:
 
     variants = list(installed().values())[: options.first]
     coin = random.Random(0)
-    quads: dict[str, list[Quad]] = {"ours again": [], "thop, meta": [], "fvcore, CPU": []}
+    quads: dict[str, list[ABBABlock]] = {"ours again": [], "thop, meta": [], "fvcore, CPU": []}
     begin = time.monotonic()
     with threads_and_affinity(1):
         for index, variant in enumerate(variants):

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from selab.accuracy.augment import Augmentation, augment, crop, decide, flip, normalise
+from selab.training.augment import Augmentation, augment, crop, decide, flip, normalise
 
 PAD = 4
 WANTED = Augmentation(crop_pad=PAD, flip=True)

@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from selab import comparing
-from selab.accuracy import folder
-from selab.accuracy.evaluate import evaluate
-from selab.accuracy.folder import FolderError, open_folder
-from selab.accuracy.train import Options
-from selab.accuracy.train import train as train_network
-from selab.recipe import ImageRecipe, Recipe
-from selab.spec import read_family
-from selab.weights import read_image_recipe
+from selab.experiments import compare
+from selab.models.spec import read_family
+from selab.training import image_decode, image_folder
+from selab.training.evaluate import evaluate
+from selab.training.image_folder import open_folder
+from selab.training.image_listing import FolderError
+from selab.training.recipe import ImageRecipe, Recipe, read_image_recipe
+from selab.training.train import Options
+from selab.training.train import train as train_network
 
 v2 = pytest.importorskip("torchvision.transforms.v2", reason="torchvision is not installed")
 
@@ -65,7 +65,7 @@ def fill(root, contents):
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
     """Two workers, however many cores there are; torch warns where there are fewer."""
-    monkeypatch.setattr(folder, "_cores", lambda: 2)
+    monkeypatch.setattr(image_folder, "_cores", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
 
 
@@ -190,8 +190,8 @@ def test_a_run_goes_on_anywhere_without_reading_what_was_before(sample, monkeypa
     data = open_folder(sample, name="imagenet", workers=0)
     whole = train(data, epoch=3)
     decoded = []
-    plain = folder.decode
-    monkeypatch.setattr(folder, "decode", lambda content: decoded.append(1) or plain(content))
+    plain = image_decode.decode
+    monkeypatch.setattr(image_folder, "decode", lambda content: decoded.append(1) or plain(content))
     rest = train(data, epoch=3, first=5)
     assert torch.equal(images_of(rest), images_of(whole[5:]))
     assert len(decoded) == 2 * 32
@@ -452,4 +452,4 @@ def test_a_training_that_was_stopped_ends_at_the_same_bits(tiny, noisy, tmp_path
     assert own == RECIPE.image
     data = open_folder(noisy / "val", name="folder", image=own, workers=0)
     assert data.input_chw == (3, 20, 20)
-    assert evaluate(comparing.loaded(tiny, data, Path(whole.weights)), data, batch=4 * 8) == whole.test
+    assert evaluate(compare.loaded(tiny, data, Path(whole.weights)), data, batch=4 * 8) == whole.test

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from selab import foreign
-from selab.build import build
-from selab.ends import block_ends, trace_ends
+from selab.attention.auto_sites import block_ends, trace_ends
+from selab.attention.insert import insert_se
+from selab.cost.count import count
 from selab.errors import InsertionError, UnknownNameError
-from selab.insert import insert_se
-from selab.measure.counts import count
-from selab.probe import passages
+from selab.meta import passages
+from selab.models import external
+from selab.models.build import build
 
 torchvision = pytest.importorskip(
     "torchvision", reason="torchvision is not installed: pip install 'selab[torchvision]'"
@@ -19,11 +19,11 @@ timm = pytest.importorskip("timm", reason="timm is not installed: pip install 's
 
 
 def network(word):
-    return build(foreign.find(word), device="meta").model
+    return build(external.find(word), device="meta").model
 
 
 def ends(word):
-    variant = foreign.find(word)
+    variant = external.find(word)
     return [end.path for end in block_ends(network(word), (1, *variant.input_chw))]
 
 
@@ -125,16 +125,16 @@ class TestBuilding:
     @pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
     def test_a_tensor_in_train_mode_too(self, name):
         model = network(f"torchvision:{name}").train()
-        size = foreign.find(f"torchvision:{name}").input_chw[1]
+        size = external.find(f"torchvision:{name}").input_chw[1]
         assert model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 1000)
 
     def test_a_regnet_that_cannot_be_made_on_meta(self):
         assert all(parameter.is_meta for parameter in network("torchvision:regnet_y_400mf").parameters())
 
     def test_inputs_are_the_networks_own(self):
-        assert foreign.find("timm:tf_efficientnet_b1").input_chw == (3, 240, 240)
-        assert foreign.find("timm:resnet50.a1_in1k").input_chw == (3, 224, 224)
-        assert foreign.find("torchvision:inception_v3").input_chw == (3, 299, 299)
+        assert external.find("timm:tf_efficientnet_b1").input_chw == (3, 240, 240)
+        assert external.find("timm:resnet50.a1_in1k").input_chw == (3, 224, 224)
+        assert external.find("torchvision:inception_v3").input_chw == (3, 299, 299)
 
     @pytest.mark.parametrize(
         ("word", "near"),
@@ -147,7 +147,7 @@ class TestBuilding:
     )
     def test_unknown_names(self, word, near):
         with pytest.raises(UnknownNameError, match=near):
-            foreign.find(word)
+            external.find(word)
 
 
 class TestTheirOwnBlocks:
@@ -167,12 +167,12 @@ class TestTheirOwnBlocks:
         ],
     )
     def test_are_found(self, word, blocks):
-        assert len(foreign.se_blocks(network(word))) == blocks
+        assert len(external.se_blocks(network(word))) == blocks
 
     def test_are_priced_by_stage(self):
         """SE-ResNet-50 of timm: sum over its blocks of 2 * C * C/16 weights and the two layers' biases."""
         model = network("timm:seresnet50")
-        cost = count(model, (1, 3, 224, 224), se_blocks=foreign.se_blocks(model))
+        cost = count(model, (1, 3, 224, 224), se_blocks=external.se_blocks(model))
         channels = [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3
         assert cost.se.blocks == 16
         assert cost.se.params == sum(2 * c * (c // 16) + c // 16 + c for c in channels)

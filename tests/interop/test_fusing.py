@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from selab import foreign
-from selab.fusing import fuse
+from selab.fusion.fuse import fuse
+from selab.models import external
 
 NETWORKS = [
     ("timm", "seresnet50", 16),
@@ -42,7 +42,7 @@ def test_outputs_and_keys_stay_what_they_were(library, name, blocks):
     model = network(library, name).eval()
     fused = copy.deepcopy(model)
     fusion = fuse(fused, input_nchw=SIZE)
-    assert len(fusion.blocks) == blocks == len(foreign.se_blocks(model))
+    assert len(fusion.blocks) == blocks == len(external.se_blocks(model))
     assert not [one for one in fusion.blocks if one.reason]
     assert all(one.in_place for one in fusion.blocks)
     assert list(fused.state_dict()) == list(model.state_dict())

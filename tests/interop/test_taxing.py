@@ -2,14 +2,14 @@
 
 import pytest
 
-from selab import foreign
-from selab.build import build
-from selab.catalog import find
-from selab.fusing import foreign_blocks
-from selab.tax_record import read_tax_record
+from selab.experiments.tax_record import read_tax_record
+from selab.fusion.external import foreign_blocks
+from selab.models import external
+from selab.models.build import build
+from selab.models.catalog import find
 
 
-@pytest.mark.usefixtures("hasty")
+@pytest.mark.usefixtures("quick_plans")
 @pytest.mark.parametrize(
     ("library", "name", "blocks"), [("timm", "mobilenetv3_small_050", 9), ("torchvision", "mobilenet_v3_small", 9)]
 )
@@ -24,7 +24,7 @@ def test_the_command_runs_and_its_record_is_read_back(selab, tmp_path, library, 
     assert record.bare
     assert record.implementations == ("reference", "fast")
     network = build(find(record.arch), device="meta").model
-    assert [one.path for one in record.blocks] == list(foreign.se_blocks(network)) == list(foreign_blocks(network))
+    assert [one.path for one in record.blocks] == list(external.se_blocks(network)) == list(foreign_blocks(network))
     assert len(record.blocks) == blocks
     assert all(one.params == 2 * one.channels * one.squeeze_channels + one.channels + one.squeeze_channels
                for one in record.blocks)  # fmt: skip

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from selab import keys
-from selab.build import build
-from selab.catalog import installed
-from selab.weights import convert, load
+from selab.models import key_maps
+from selab.models.build import build
+from selab.models.catalog import installed
+from selab.models.checkpoint import convert, load
 
 # Networks that end in a pooling of a fixed size, or shrink their input too much, get the one that they were made for.
 OWN_SIZE = {"inceptionresnetv2": 299, "inception_resnet_v2": 139}
@@ -70,7 +70,7 @@ def difference(one, other):
     return float((one - other).abs().max() / one.abs().max())
 
 
-@pytest.mark.parametrize("port", keys.PORTS, ids=name)
+@pytest.mark.parametrize("port", key_maps.PORTS, ids=name)
 def test_equal(port, foreign_model, tmp_path):
     theirs, ours = logits_of_both(port, foreign_model, tmp_path)
     assert difference(theirs[:1], theirs[1:]) > 1e-2, "the logits say nothing about the image"
@@ -78,9 +78,9 @@ def test_equal(port, foreign_model, tmp_path):
     assert difference(theirs, ours) < (1e-5 if port.folds_bias else 1e-10)
 
 
-@pytest.mark.parametrize("port", keys.UNEQUAL, ids=name)
+@pytest.mark.parametrize("port", key_maps.UNEQUAL, ids=name)
 def test_unequal_although_every_tensor_fits(port, foreign_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(keys, "PORTS", (replace(port, unequal=""),))
-    monkeypatch.setattr(keys, "UNEQUAL", ())
+    monkeypatch.setattr(key_maps, "PORTS", (replace(port, unequal=""),))
+    monkeypatch.setattr(key_maps, "UNEQUAL", ())
     theirs, ours = logits_of_both(port, foreign_model, tmp_path)
     assert difference(theirs, ours) > 1e-4

@@ -1,1 +1,0 @@
-"""Data, training and evaluation: accuracy next to cost."""

@@ -1,0 +1,1 @@
+"""Attention blocks, their configuration, and inserting them into networks."""

@@ -1,0 +1,104 @@
+"""The base class of attention blocks."""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selab.errors import InsertionError
+
+Init = Literal["he", "identity"]
+
+
+class Attention(nn.Module, ABC):
+    """A block that gates a map: (N, C, H, W) → (N, C, H, W).
+
+    Attributes:
+        channels: C.
+        squeeze_channels: the width of the bottleneck; None where there is none.
+        inserted: whether `selab.insert` put the block there, so that it may be taken out again.
+
+    Args:
+        channels: C.
+        init: `he` or `identity`.
+
+    Raises:
+        InsertionError: channels under one, or another word for `init`.
+    """
+
+    inserted: bool = False
+
+    def __init__(self, channels: int, init: Init = "he") -> None:
+        super().__init__()
+        if channels < 1:
+            raise InsertionError(f"channels {channels}: must be at least 1")
+        if init not in ("he", "identity"):
+            raise InsertionError(f"init {init!r}: allowed: he, identity")
+        self.channels = channels
+        self.squeeze_channels: int | None = None
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+
+    @abstractmethod
+    def macs(self, height: int, width: int) -> int:
+        """For one image in eval mode, by the convention `all` of `selab.measure.counts`."""
+
+    def extra_repr(self) -> str:
+        """The widths, as printed by the module."""
+        return str(self.channels) + ("" if self.squeeze_channels is None else f" → {self.squeeze_channels}")
+
+
+class Gate(nn.Module):
+    """sigmoid(x), or with `init="identity"` 2 * sigmoid(x), which is one at zero; `hard` is relu6(x + 3) / 6 instead.
+
+    Shapes: any.
+    """
+
+    stretch: Tensor | None
+
+    def __init__(self, init: Init, *, hard: bool = False) -> None:
+        super().__init__()
+        self.hard = hard
+        self.register_buffer("stretch", torch.tensor(2.0) if init == "identity" else None)
+
+    @property
+    def macs(self) -> int:
+        """Per element."""
+        return 1 if self.stretch is None else 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape → the same shape."""
+        gate = F.hardsigmoid(x) if self.hard else x.sigmoid()
+        return gate if self.stretch is None else gate * self.stretch
+
+
+_Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+
+
+def initialise_layers(init: Init, *layers: _Layer, last: tuple[_Layer, ...]) -> None:
+    """He for all layers with zero biases; zero for those right before a gate where the block starts as the identity."""
+    for layer in (*layers, *last):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    if init == "identity":
+        for layer in last:
+            nn.init.zeros_(layer.weight)
+
+
+def reduced(channels: int, reduction: int) -> int:
+    """Return the width between the two layers, `channels // reduction`, or raise InsertionError."""
+    if not 1 <= reduction <= channels:
+        raise InsertionError(f"reduction {reduction}: must be from 1 to the number of channels, {channels}")
+    return channels // reduction
+
+
+def odd_kernel_size(kernel_size: int) -> int:
+    """Return the kernel size, or raise InsertionError if it is even or below 1."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise InsertionError(f"kernel_size {kernel_size}: must be odd and at least 1")
+    return kernel_size

@@ -1,0 +1,357 @@
+"""The Squeeze-and-Excitation block (Hu et al., arXiv 1709.01507), its variants, and its place in a residual join."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selab.attention.base import Attention, Init
+from selab.errors import InsertionError, ModelError
+from selab.kernels import cpu
+from selab.kernels.cpu import Formula
+from selab.kernels.deferred_bn import manageable, settled, taken, waiting
+from selab.kernels.dispatch import IMPLS, Deciding, Impl, choose, hooked, repeat, run
+from selab.kernels.residual import ADD_RELU, FastJoin, formula_of
+
+GATES: dict[str, type[nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "hardsigmoid": nn.Hardsigmoid,
+}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
+
+# (scale, offset) that turn a gate's value at zero into one, exactly in binary floating point. ReLU reaches one by its
+# bias instead, for its slope at zero is zero.
+_IDENTITY_AFFINE = {"sigmoid": (2.0, 0.0), "tanh": (1.0, 1.0), "hardsigmoid": (2.0, 0.0)}
+
+
+def squeeze_width(channels: int, reduction: int, divisor: int = 1) -> int:
+    """The width between the two layers: `channels / reduction`, rounded to a multiple of `divisor`.
+
+    Without a divisor it is rounded down. With one it is rounded to the nearest multiple, at least one, and one more
+    where that would lose over a tenth.
+
+    Source: the rounding by a divisor is that of MobileNetV3, Howard et al., arXiv 1905.02244.
+
+    Raises:
+        InsertionError: an argument under one, or a reduction larger than the channels.
+    """
+    if min(channels, reduction, divisor) < 1:
+        raise InsertionError(f"channels {channels}, reduction {reduction}, divisor {divisor}: each must be at least 1")
+    if reduction > channels:
+        raise InsertionError(
+            f"reduction {reduction} is larger than the {channels} channels, so nothing would be left of them; "
+            f"use at most {channels}"
+        )
+    width = channels / reduction
+    if divisor == 1:
+        return int(width)
+    rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * width else rounded
+
+
+class Squeeze(nn.Module):
+    """mean(x) or max(x) over height and width: (N, C, H, W) → (N, C); or x itself: (N, C, H, W) → (N, C, H, W).
+
+    The mean is a plain reduction and not adaptive pooling, which gave NaN in half precision with channels last
+    (pytorch issue 43992).
+
+    Source: arXiv 1709.01507, eq. 2 (mean), Table 11 (max) and Table 16 (none).
+    """
+
+    def __init__(self, kind: Literal["avg", "max", "none"] = "avg") -> None:
+        super().__init__()
+        if kind not in ("avg", "max", "none"):
+            raise InsertionError(f"squeeze {kind!r}: allowed: avg, max, none")
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C), or (N, C, H, W) without a squeeze."""
+        match self.kind:
+            case "avg":
+                return x.mean((2, 3))
+            case "max":
+                return x.amax((2, 3))
+        return x
+
+    def extra_repr(self) -> str:
+        """The kind, as printed by the module."""
+        return self.kind
+
+
+class SqueezeExcitation(Deciding, Attention):
+    """x * gate(fc2(relu(fc1(squeeze(x))))), one factor per channel.
+
+    Shapes: input and output (N, C, H, W); squeezed (N, C); between the layers (N, squeeze_channels). With squeeze
+    `none` there is a factor per position, and the same layers run as 1x1 convolutions over the map.
+
+    With `init="he"` the layers start as those of the paper. With `init="identity"` the block starts as the identity, to
+    the bit, and still learns: the second layer starts at zero and the gate is stretched so that its value there is one
+    with its slope intact (sigmoid and hardsigmoid doubled, range 0 to 2; tanh plus one, range 0 to 2; ReLU starts at a
+    bias of one). A sigmoid pushed to saturation would also return one, but its gradient would be zero. The stretch is
+    a buffer, `gate_affine`, so that a checkpoint cannot be read without it unnoticed. As with every layer that starts
+    at zero, the first step moves the second layer alone and the first layer follows from the second step on.
+
+    Args:
+        channels: C.
+        reduction: C / squeeze_channels, before rounding.
+        squeeze: what stands for the map, its mean (`avg`), its maximum (`max`), or each of its positions (`none`).
+        gate: `sigmoid`, `tanh`, `relu` or `hardsigmoid`.
+        activation: between the layers, `relu` or `silu` (as in EfficientNet, arXiv 1905.11946).
+        bias: whether the two layers have biases. The authors' released models have them, the paper's ablations do not.
+        divisor: the squeeze width is rounded to a multiple of it.
+        squeeze_channels: the squeeze width itself, instead of reduction and divisor.
+        init: `he` or `identity`.
+        impl: how it is computed; parameters and their names are the same. `reference`: as written above, operation by
+            operation. `torch`: few torch operations. `native`: compiled code of the CPU. `operator`: one operator of
+            torch's, which is Triton's on a GPU. `auto`: the fastest of them that can run, or the reference where none
+            can; `runtime` says which, and why. The others raise ModelError where they cannot run.
+
+    Attributes:
+        relu_in: whether the block applies a ReLU to its input first, one that stood before it (see `selab.fuse`).
+        owns_input: whether nobody else needs the input, so that the output may take its place in inference.
+        kinds: of squeeze, activation and gate.
+
+    Raises:
+        InsertionError: an argument out of its range; the message says what is allowed.
+
+    Source: arXiv 1709.01507, eq. 2 (squeeze), eq. 3 (excitation), eq. 4 (scale), Tables 10-12 and 16 (alternatives).
+    """
+
+    gate_affine: Tensor | None
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        *,
+        squeeze: Literal["avg", "max", "none"] = "avg",
+        gate: Literal["sigmoid", "tanh", "relu", "hardsigmoid"] = "sigmoid",
+        activation: Literal["relu", "silu"] = "relu",
+        bias: bool = True,
+        divisor: int = 1,
+        squeeze_channels: int | None = None,
+        init: Init = "he",
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__(channels, init)
+        if impl not in IMPLS:
+            raise InsertionError(f"impl {impl!r}: allowed: {', '.join(IMPLS)}")
+        if gate not in GATES:
+            raise InsertionError(f"gate {gate!r}: allowed: {', '.join(GATES)}")
+        if activation not in ACTIVATIONS:
+            raise InsertionError(f"activation {activation!r}: allowed: {', '.join(ACTIVATIONS)}")
+        if init == "identity" and gate == "relu" and not bias:
+            raise InsertionError(
+                "init 'identity' with gate 'relu' needs bias=True: a ReLU is one only through its bias"
+            )
+        width = squeeze_width(channels, reduction, divisor) if squeeze_channels is None else squeeze_channels
+        if width < 1:
+            raise InsertionError(f"squeeze_channels {width}: must be at least 1")
+        self.squeeze_channels = width
+        self.squeeze = Squeeze(squeeze)
+        self.fc1 = nn.Linear(channels, width, bias=bias)
+        self.activation = ACTIVATIONS[activation](inplace=True)
+        self.fc2 = nn.Linear(width, channels, bias=bias)
+        self.gate = GATES[gate]()
+        affine = _IDENTITY_AFFINE.get(gate) if init == "identity" else None
+        self.register_buffer("gate_affine", None if affine is None else torch.tensor(affine))
+        self.impl: Impl = impl
+        self.relu_in = False
+        self.owns_input = False
+        self.kinds = (squeeze, activation, gate)
+        # The children's classes; another one in their place is somebody's own and must run.
+        self._plain = (Squeeze, nn.Linear, ACTIVATIONS[activation], nn.Linear, GATES[gate])
+        self._initialise(init, gate)
+
+    def _initialise(self, init: Init, gate: str) -> None:
+        for layer in (self.fc1, self.fc2):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if init == "identity":
+            nn.init.zeros_(self.fc2.weight)
+            if gate == "relu":
+                nn.init.ones_(self.fc2.bias)
+
+    def macs(self, height: int, width: int) -> int:
+        """For one image, by the convention `all`: squeeze, two layers, activation, gate, scale."""
+        channels, hidden = self.channels, self.fc1.out_features
+        layers = 2 * channels * hidden + hidden + channels
+        layers += 0 if self.gate_affine is None else channels
+        area = height * width
+        if self.squeeze.kind == "none":
+            return (layers + self.channels) * area
+        return layers + 2 * self.channels * area
+
+    def excite(self, squeezed: Tensor) -> Tensor:
+        """(N, C) → (N, C), or (N, C, H, W) → (N, C, H, W): the factor of each channel, eq. 3."""
+        hidden = self.activation(_layer(squeezed, self.fc1))
+        factor: Tensor = self.gate(_layer(hidden, self.fc2))
+        if self.gate_affine is not None:
+            factor = torch.addcmul(self.gate_affine[1], factor, self.gate_affine[0]).to(factor.dtype)
+        return factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        out = self.again(x)
+        if out is not None:
+            return out
+        gated = self.fast(x)
+        if gated is not None:
+            return gated
+        x = settled(x)
+        if self.relu_in:
+            x = x.relu_() if self.owns() else x.relu()
+        factor = self.excite(self.squeeze(x))
+        return x * (factor[:, :, None, None] if factor.dim() == 2 else factor)
+
+    def fast(
+        self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None, relu_out: bool = False
+    ) -> Tensor | None:
+        """The block, and if there is a shortcut the join behind it, by anything but the reference; None for that.
+
+        Args:
+            x: (N, C, H, W).
+            shortcut: (N, C, H, W), added to the scaled map.
+            join: the module that adds it, whose work is done here.
+            relu_out: whether the sum is rectified.
+
+        Returns:
+            (N, C, H, W).
+
+        Raises:
+            ModelError: an implementation that was asked for cannot run here.
+        """
+        if self.impl == "reference":
+            return None
+        formula = self._formula(relu_out=relu_out)
+        x = manageable(x)
+        impl, reason = self._chosen(x, shortcut, formula)
+        if impl == "reference":
+            if self.impl != "auto":
+                raise ModelError(f"impl {self.impl!r}: {reason}; use impl='auto', which takes what can run")
+            return None
+        if impl != "native" or torch.is_grad_enabled():
+            return run(impl, settled(x), shortcut, formula, owns_input=self.owns())
+        owners, layers = (self,) if join is None else (self, join), (self.fc1, self.fc2)
+        owns, watched = self.owns(), (self, *self.givers)
+        decided = repeat(x, shortcut, formula, owners, layers=layers, watched=watched, norm=waiting(x), owns_input=owns)
+        self.__dict__["_decided"] = (join, decided)
+        return run(impl, x, shortcut, formula, owns_input=owns, norm=taken(x))
+
+    def again(self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None) -> Tensor | None:
+        """What `fast` did natively the last time with this join; None if it did not, or anything has changed since."""
+        # By hand, as everything on this way: in a network an attribute of a module costs as much as a row of the map.
+        decided = self.__dict__.get("_decided")
+        if decided is None or decided[0] is not join or torch.compiler.is_compiling():
+            return None
+        out: Tensor | None = decided[1](x, shortcut)
+        return out
+
+    def runtime(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Impl, str]:
+        """Which implementation these tensors would take now, and why not a faster one (empty if there is none).
+
+        Args:
+            x: (N, C, H, W).
+            shortcut: as in `fast`.
+        """
+        return self._chosen(x, shortcut, self._formula())
+
+    def _chosen(self, x: Tensor, shortcut: Tensor | None, formula: Formula) -> tuple[Impl, str]:
+        reason = "" if self.impl == "reference" else self.refuses()
+        return ("reference", reason) if reason else choose(self.impl, x, shortcut, formula)
+
+    def refuses(self) -> str:
+        """Why only the reference can do it, whatever the map."""
+        squeeze, _, gate = self.kinds
+        if squeeze != "avg":
+            return f"squeeze {squeeze!r} has the reference alone"
+        if gate not in cpu.GATES:
+            return f"gate {gate!r} has the reference alone"
+        if torch.compiler.is_compiling():
+            return ""
+        parts: Any = self._modules.values()
+        if "excite" in self.__dict__ or hooked(*parts):
+            return "a hook looks into the block"
+        for part, kind in zip(parts, self._plain, strict=True):
+            if type(part) is not kind:
+                return f"{type(part).__name__} stands in the block"
+        return ""
+
+    def _formula(self, *, relu_out: bool = False) -> Formula:
+        _, activation, gate = self.kinds
+        scale, offset = (1.0, 0.0) if self._buffers["gate_affine"] is None else _IDENTITY_AFFINE[gate]
+        modules: Any = self._modules
+        one, two = modules["fc1"]._parameters, modules["fc2"]._parameters
+        w1, b1, w2, b2 = one["weight"], one["bias"], two["weight"], two["bias"]
+        return Formula(w1, b1, w2, b2, activation, gate, scale, offset, self.relu_in, relu_out)
+
+    def extra_repr(self) -> str:
+        """The two widths, as printed by the module."""
+        return f"{self.channels} → {self.squeeze_channels}"
+
+
+def _layer(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A fully connected layer on (N, C), or at every position of (N, C, H, W)."""
+    if x.dim() == 2:
+        out: Tensor = layer(x)
+        return out
+    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+
+
+class GatedJoin(nn.Module):
+    """A residual block's join with SE on one of its three edges.
+
+    `edge="branch"`: inner(se(branch), shortcut), the paper's standard block. `edge="shortcut"`: inner(branch,
+    se(shortcut)), its SE-Identity. `edge="output"`: se(inner(branch, shortcut)), its SE-POST.
+
+    Shapes: both inputs and the output (N, C, H, W).
+
+    Source: arXiv 1709.01507, Fig. 3 and Fig. 5.
+    """
+
+    def __init__(self, inner: nn.Module, se: Attention, edge: Literal["branch", "shortcut", "output"]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.se = se
+        self.edge = edge
+
+    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        """(N, C, H, W) twice → (N, C, H, W)."""
+        if self.edge == "branch":
+            joined = self._in_one(branch, shortcut)
+            if joined is not None:
+                return joined
+        if self.edge == "branch":
+            branch = self.se(branch)
+        elif self.edge == "shortcut":
+            shortcut = self.se(shortcut)
+        added: Tensor = self.inner(branch, shortcut)
+        return self.se(added) if self.edge == "output" else added
+
+    def _in_one(self, branch: Tensor, shortcut: Tensor) -> Tensor | None:
+        """Scale, addition and ReLU as one; None where the join is another, or somebody looks at its parts."""
+        modules: Any = self._modules
+        outer, se = modules["inner"], modules["se"]
+        inner = outer.inner if type(outer) is FastJoin else outer
+        if not isinstance(se, SqueezeExcitation) or se.impl == "reference":
+            return None
+        if not torch.compiler.is_compiling() and hooked(outer, inner, se):
+            return None
+        joined = se.again(branch, shortcut, join=inner)
+        if joined is not None:
+            return joined
+        formula = formula_of(inner)
+        if not formula or (not torch.compiler.is_compiling() and hooked(*inner.children())):
+            return None
+        waiting(branch)
+        if branch.shape != shortcut.shape:
+            return None
+        return se.fast(branch, shortcut, join=inner, relu_out=formula == ADD_RELU)
+
+    def extra_repr(self) -> str:
+        """The gated edge, as printed by the module."""
+        return f"edge={self.edge}"

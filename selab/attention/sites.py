@@ -1,0 +1,227 @@
+"""Where an SE block can stand in a network: site groups that it declares, module-path patterns, and taps.
+
+A *site* is a module. A *tap* is the tensor beside it that SE reads and scales: what a module returns, or what it is
+given. In a residual block (children `branch`, `shortcut` and a `join` without parameters, as the networks of
+`selab.archs` have) the placement decides which of the block's tensors it is; any other module is tapped itself.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from selab.attention.base import Attention
+from selab.attention.config import Placement
+from selab.attention.se import GatedJoin
+from selab.errors import InsertionError, nearest
+
+Side = Literal["input", "output"]
+
+# What an inserted block is called where it becomes a child of a module.
+CHILD = "se"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tap:
+    """One place for one SE block.
+
+    Attributes:
+        site: the path of the site.
+        module: the path of the module whose input or output is gated.
+        side: which of the two.
+        block: the path of the module whose input is the `block_input` of `squeeze_from`.
+        edge: for a residual block's join, the edge that is gated; empty otherwise.
+    """
+
+    site: str
+    module: str
+    side: Side
+    block: str
+    edge: Literal["", "branch", "shortcut", "output"] = ""
+
+
+def declared_groups(model: nn.Module) -> dict[str, list[str]]:
+    """The site groups that a network declares through a method `site_groups`; empty for one that does not."""
+    declare = getattr(model, "site_groups", None)
+    return dict(declare()) if callable(declare) else {}
+
+
+def is_residual_block(module: nn.Module) -> bool:
+    """Whether a module keeps its branch, its shortcut and a join without parameters (SE's apart) as children."""
+    children = dict(module.named_children())
+    if not {"branch", "shortcut", "join"} <= children.keys():
+        return False
+    join = children["join"]
+    return isinstance(join, GatedJoin) or next(join.parameters(), None) is None
+
+
+def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
+    """The paths that a site group or patterns stand for, in the order of the network.
+
+    Args:
+        model: any module.
+        sites: the name of a declared group, one pattern, or several. In a pattern `*` matches within one name and `**`
+            across names: `layer*.*.bn3`, `features.**.conv`.
+
+    Raises:
+        InsertionError: no site, or a pattern that matches nothing.
+    """
+    groups = declared_groups(model)
+    if isinstance(sites, str) and sites in groups:
+        found = groups[sites]
+        if not found:
+            raise InsertionError(f"{type(model).__name__}: its site group {sites!r} is empty; no site found")
+        return list(found)
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    for pattern in patterns:
+        _check_pattern(pattern)
+    if not patterns:
+        raise InsertionError(f"{type(model).__name__}: no site found: no pattern was given{_offer(groups)}")
+    # The root has an empty path and cannot be a site, for nothing holds it.
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if path and not _in_se(model, path)]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matching = [path for path in paths if _matches(pattern, path)]
+        if not matching:
+            inside = [p for p, _ in model.named_modules(remove_duplicate=False) if p and _matches(pattern, p)]
+            if inside:
+                raise InsertionError(f"{inside[0]}: stands inside another SE block; choose a site outside of it")
+            offer = _offer(groups) + _of_that_name(pattern, paths)
+            raise InsertionError(f"pattern {pattern!r} matches no module of {type(model).__name__}{offer}")
+        chosen.update(matching)
+    return [path for path in paths if path in chosen]
+
+
+def _of_that_name(pattern: str, paths: Sequence[str]) -> str:
+    """Modules whose own name is what the pattern ends in, or those with the nearest paths."""
+    near = nearest(pattern, paths)
+    if near.startswith("; did you mean"):
+        return near
+    last = pattern.rpartition(".")[2]
+    named = [path for path in paths if fnmatchcase(path.rpartition(".")[2], last)] if last.strip("*") else []
+    if not named:
+        return near
+    shown = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+    return f"; modules of that name: {shown}"
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raises InsertionError, with the position, for text that can match no path."""
+    position = 1
+    for name in pattern.split("."):
+        problem = ""
+        if not name:
+            problem = "a name is missing here"
+        elif "**" in name and name != "**":
+            problem, position = "** stands alone between dots; * matches within a name", position + name.index("**")
+        elif (at := re.search(r"[^\w*?\[\]!+-]", name)) is not None:
+            problem, position = f"{at[0]!r} cannot stand in a module's path", position + at.start()
+        elif name.count("[") != name.count("]"):
+            problem, position = "[ without ]", position + max(name.rfind("["), name.rfind("]"))
+        if problem:
+            raise InsertionError(
+                f"pattern {pattern!r}: character {position}: {problem}; a pattern is names with dots between, such as "
+                "layer*.*.bn3 or features.**.conv"
+            )
+        position += len(name) + 1
+
+
+def in_stages(sites: Sequence[str], stages: Collection[int]) -> list[str]:
+    """Those of the sites that lie in modules named `stage<N>`.
+
+    Raises:
+        InsertionError: a stage that holds none of the sites; the message lists those that do.
+    """
+    of = {site: next((int(name[5:]) for name in site.split(".") if _STAGE.fullmatch(name)), None) for site in sites}
+    there = sorted({stage for stage in of.values() if stage is not None})
+    for stage in stages:
+        if stage not in there:
+            has = f"sites lie in stages {', '.join(map(str, there))}" if there else "no site lies in a module stage<N>"
+            raise InsertionError(f"stages: {stage}: {has}; choose among those, or name the sites by patterns")
+    return [site for site, stage in of.items() if stage in stages]
+
+
+_STAGE = re.compile(r"stage\d+")
+
+
+def _offer(groups: dict[str, list[str]]) -> str:
+    return f"; site groups: {', '.join(groups)}" if groups else ""
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return _match_names(pattern.split("."), path.split("."))
+
+
+def _match_names(patterns: list[str], names: list[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_match_names(patterns[1:], names[start:]) for start in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and _match_names(patterns[1:], names[1:])
+
+
+def _in_se(model: nn.Module, path: str) -> bool:
+    """Whether a path is an SE block or leads into one."""
+    module = model
+    for name in path.split("."):
+        module = module._modules[name]  # type: ignore[assignment]
+        if isinstance(module, Attention):
+            return True
+    return False
+
+
+def tap_for(model: nn.Module, site: str, placement: Placement) -> Tap:
+    """Which tensor a placement means at a site.
+
+    Raises:
+        InsertionError: the placement needs a residual block, or one that names its 3x3 convolution.
+    """
+    module = model.get_submodule(site)
+    if is_residual_block(module):
+        return _residual_tap(module, site, placement)
+    if placement in ("identity", "3x3"):
+        raise InsertionError(
+            f"{site}: placement {placement!r} needs a residual block (children branch, shortcut, join), and "
+            f"{type(module).__name__} is none; use 'standard' (its output) or 'pre' (its input), or a pattern that "
+            "names the module itself"
+        )
+    return Tap(site=site, module=site, side="input" if placement == "pre" else "output", block=site.rpartition(".")[0])
+
+
+def _residual_tap(block: nn.Module, site: str, placement: Placement) -> Tap:
+    match placement:
+        case "standard":
+            return Tap(site=site, module=f"{site}.branch", side="output", block=site, edge="branch")
+        case "identity":
+            return Tap(site=site, module=f"{site}.shortcut", side="output", block=site, edge="shortcut")
+        case "post":
+            return Tap(site=site, module=f"{site}.join", side="output", block=site, edge="output")
+        case "pre":
+            return Tap(site=site, module=f"{site}.branch", side="input", block=site)
+        case "3x3":
+            after = getattr(block, "after_3x3", None)
+            if not isinstance(after, str):
+                raise InsertionError(
+                    f"{site}: {type(block).__name__} does not say after which child of its branch the 3x3 placement "
+                    "stands (attribute after_3x3); name that module by a pattern instead"
+                )
+            return Tap(site=site, module=f"{site}.branch.{after}", side="output", block=site)
+    raise InsertionError(f"placement {placement!r}: allowed: standard, pre, post, identity, 3x3")
+
+
+def check_unshared(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuses sites that are one module under several paths: a block there would run for each of them.
+
+    Raises:
+        InsertionError: names the module and its other path.
+    """
+    homes: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        homes.setdefault(id(module), []).append(path)
+    for path in paths:
+        others = [other for other in homes[id(model.get_submodule(path))] if other != path]
+        if others:
+            raise InsertionError(f"{path}: is shared with {others[0]}; give each its own module to gate them apart")

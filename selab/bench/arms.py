@@ -1,0 +1,222 @@
+"""Arms of a measurement: how one sample of a network is timed on a CPU, by CUDA events, or as a CUDA graph."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+
+from selab.bench.machine import GpuMonitor, contention_flags, read_cpu
+from selab.bench.runner import Call, Prepared, phase_call
+from selab.bench.sampler import Arm, Clock, Discarded, Sample, WallArm
+from selab.records.types import Flag, Phase, Run, Workload
+
+ArmOf = Callable[[Prepared, Phase], Arm]
+_CLOCK_ASYMMETRY = 0.01
+_K = TypeVar("_K")
+
+
+def cpu_arm(clock: Clock) -> ArmOf:
+    """Makes arms of the method `wall`."""
+
+    def arm(prepared: Prepared, phase: Phase) -> Arm:
+        return WallArm(call=phase_call(prepared, phase), clock=clock)
+
+    return arm
+
+
+class Watch:
+    """Reads the kernel's counters around a run and flags what others did meanwhile.
+
+    Args:
+        workload: what is run.
+        cores: that this process could use before it was pinned.
+    """
+
+    def __init__(self, workload: Workload, cores: int) -> None:
+        self._threads = workload.threads if workload.device == "cpu" else 1
+        self._cores = cores
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins anew."""
+        self._before = read_cpu()
+
+    def flagged(self, runs: Mapping[_K, Run], *, extra: Sequence[Flag] = ()) -> dict[_K, Run]:
+        """The runs with what was seen since the last restart, which this is another of."""
+        found = contention_flags(self._before, read_cpu(), threads=self._threads, cores=self._cores)
+        self.restart()
+        return {name: msgspec.structs.replace(run, flags=(*run.flags, *found, *extra)) for name, run in runs.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------- GPU
+@dataclass(kw_only=True)
+class EventArm:
+    """An arm on a GPU: k calls with an event before and after each, one synchronize at the end.
+
+    `eager_wall` is the host's time for all k, `eager_event` the device's time of each.
+
+    Attributes:
+        synchronize: waits for the device.
+        event: makes a timing event.
+        flush: empties the cache before each call, outside its events; the wall time then means nothing and is left out.
+        monitor: read after each sample, untimed; the clocks go to `clocks_mhz`.
+    """
+
+    call: Call
+    clock: Clock
+    synchronize: Callable[[], object]
+    event: Callable[[], Any]
+    flush: Call | None = None
+    monitor: GpuMonitor | None = None
+    clocks_mhz: list[int] = field(default_factory=list)
+
+    def settle(self) -> float:
+        """One call, finished when this returns; its seconds on the host."""
+        start = self.clock()
+        self.call()
+        self.synchronize()
+        return self.clock() - start
+
+    def sample(self, calls: int) -> dict[str, Sample]:
+        """`calls` calls in a row, finished when this returns."""
+        events = [(self.event(), self.event()) for _ in range(calls)]
+        self.synchronize()
+        start = self.clock()
+        for first, last in events:
+            if self.flush is not None:
+                self.flush()
+            first.record()
+            self.call()
+            last.record()
+        self.synchronize()
+        window_s = self.clock() - start
+        reading = self.monitor.read() if self.monitor is not None else None
+        if reading is not None:
+            self.clocks_mhz.append(reading.sm_clock_mhz)
+        timed = Sample.of_calls([first.elapsed_time(last) / 1e3 for first, last in events])
+        if self.flush is not None:
+            return {"eager_event": timed}
+        return {"eager_wall": Sample.of_window(window_s, calls), "eager_event": timed}
+
+
+@dataclass(kw_only=True)
+class GraphArm:
+    """An arm that replays a captured call: k replays, one synchronize, the host's clock."""
+
+    replay: Call
+    clock: Clock
+    synchronize: Callable[[], object]
+
+    def settle(self) -> float:
+        """One replay, finished when this returns; its seconds."""
+        start = self.clock()
+        self.replay()
+        self.synchronize()
+        return self.clock() - start
+
+    def sample(self, calls: int) -> dict[str, Sample]:
+        """`calls` replays in a row, finished when this returns."""
+        self.synchronize()
+        start = self.clock()
+        for _ in range(calls):
+            self.replay()
+        self.synchronize()
+        return {"graph": Sample.of_window(self.clock() - start, calls)}
+
+
+def clock_asymmetry(baseline: Arm, variant: Arm) -> list[Flag]:
+    """Flags arms on a GPU whose clocks differed by more than 1 % while they ran."""
+    clocks = [arm.clocks_mhz for arm in (baseline, variant) if isinstance(arm, EventArm) and arm.clocks_mhz]
+    if len(clocks) < 2:
+        return []
+    first, second = median(clocks[0]), median(clocks[1])
+    if abs(second - first) <= _CLOCK_ASYMMETRY * first:
+        return []
+    detail = f"the SM clock was {first:.0f} MHz beside the baseline and {second:.0f} MHz beside the variant"
+    return [Flag(name="clock_asymmetry", detail=f"{detail}; part of the ratio is the clock's")]
+
+
+def eager_arm(clock: Clock, monitor: GpuMonitor | None, *, flush: Call | None = None) -> ArmOf:
+    """Makes arms of the methods `eager_wall` and `eager_event`; with a flush only of the latter."""
+
+    def arm(prepared: Prepared, phase: Phase) -> Arm:
+        return EventArm(
+            call=phase_call(prepared, phase),
+            clock=clock,
+            synchronize=torch.cuda.synchronize,
+            event=lambda: torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
+            flush=flush,
+            monitor=monitor,
+        )
+
+    return arm
+
+
+def graph_arm(clock: Clock) -> ArmOf:
+    """Makes arms of the method `graph`."""
+
+    def arm(prepared: Prepared, phase: Phase) -> Arm:
+        replay = captured(phase_call(prepared, phase, capture=True))
+        return GraphArm(replay=replay, clock=clock, synchronize=torch.cuda.synchronize)
+
+    return arm
+
+
+def can_be_captured(phase: Phase, workload: Workload) -> bool:
+    """Whether a call can be a CUDA graph: not over a graph of autograd's that is kept, nor through torch.compile."""
+    return phase != "backward" and not workload.compiled
+
+
+def captured(call: Call) -> Call:
+    """Captures one call in a CUDA graph, after the warm-up on a side stream that this needs; returns its replay."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> object:
+        graph.replay()
+        return kept  # the graph writes into these tensors, so they must live as long as it does
+
+    return replay
+
+
+def l2_flush() -> Call:
+    """Return a call that overwrites twice the L2 cache of the GPU."""
+    size: int = torch.cuda.get_device_properties(0).L2_cache_size
+    scratch = torch.empty(2 * size, dtype=torch.uint8, device="cuda")
+    return scratch.zero_
+
+
+def gpu_watch(monitor: GpuMonitor) -> Callable[[], Sequence[Flag] | Discarded]:
+    """At each quad's end: hard throttling voids the quad; the power cap, allocator growth and a mute NVML are told."""
+    reserved = torch.cuda.memory_reserved()
+
+    def look() -> Sequence[Flag] | Discarded:
+        nonlocal reserved
+        flags: list[Flag] = []
+        reading = monitor.read()
+        if reading is None:
+            flags.append(Flag(name="unwatched", detail=monitor.problem))
+        elif reading.hard_throttle:
+            return Discarded(reason=f"the GPU was throttled: {', '.join(reading.hard_throttle)}; let it cool")
+        elif reading.power_capped:
+            flags.append(
+                Flag(name="power_capped", detail="the GPU ran at its power limit, so its clock was below its best")
+            )
+        now = torch.cuda.memory_reserved()
+        if now > reserved:
+            grown = f"the allocator took {now - reserved} more bytes from the device while samples were taken"
+            flags.append(Flag(name="allocator_growth", detail=f"{grown}; warm up longer"))
+            reserved = now
+        return flags
+
+    return look

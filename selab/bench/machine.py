@@ -1,0 +1,326 @@
+"""What is measured on, and what disturbs it: facts for the record, readings for the flags."""
+
+import ctypes
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from selab.errors import DeviceError
+from selab.records.types import Device, Flag, Machine
+
+# A fault costs about a microsecond, so this many are a hundredth of the time.
+_MANY_FAULTS = 10_000
+_LIBRARIES = ("torch", "numpy", "fvcore", "thop", "triton")
+
+
+def machine(device: Device = "cpu") -> Machine:
+    """Describes this machine, with the versions that decide a latency. No host name, no path."""
+    cpu = _cpu_name()
+    cores = available_cores()
+    on_gpu = device == "cuda" and torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if on_gpu else None
+    return Machine(
+        name=_slug(gpu) if gpu else f"{_slug(cpu)}-{cores}c",
+        cpu=cpu,
+        cores=cores,
+        memory_bytes=_memory_bytes(),
+        gpu=gpu,
+        gpu_memory_bytes=torch.cuda.get_device_properties(0).total_memory if on_gpu else None,
+        driver=_driver() if on_gpu else None,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        libraries=_versions(),
+        governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        quota_cores=_quota_cores(),
+    )
+
+
+def available_cores() -> int:
+    """Logical processors that this process may use: by its affinity and, rounded up, by its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota_cores()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _slug(name: str) -> str:
+    words = re.sub(r"\((r|tm)\)", "", name.lower())
+    return "-".join(re.findall(r"[a-z0-9.]+", words)).replace("-processor", "").replace("-cpu", "") or "unknown"
+
+
+def _cpu_name() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo") or "")
+    return found[1].strip() if found else platform.processor() or platform.machine() or "unknown"
+
+
+def _memory_bytes() -> int:
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    return found
+
+
+def _quota_cores() -> float | None:
+    """The container's limit, from cgroup v2."""
+    words = (_read("/sys/fs/cgroup/cpu.max") or "max").split()
+    return None if words[0] == "max" or len(words) < 2 else int(words[0]) / int(words[1])
+
+
+def _driver() -> str | None:
+    found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", _read("/proc/driver/nvidia/version") or "")
+    return found[1] if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a measurement on the CPU depends on and a record does not hold; None where the system does not tell.
+
+    Attributes:
+        load: of the last minute, in runnable processes.
+        clock_mhz: of the fastest processor now, and the most that it may have.
+        turbo: whether clocks above the base one are allowed.
+        smt: whether two hardware threads share a core.
+        virtual: whether this is a virtual machine.
+        thread_variables: OMP_NUM_THREADS and its like, as they are set.
+    """
+
+    load: float | None
+    clock_mhz: float | None
+    most_clock_mhz: float | None
+    turbo: bool | None
+    smt: bool | None
+    virtual: bool
+    thread_variables: dict[str, str]
+
+
+def surroundings() -> Surroundings:
+    """Looks at the system; nothing is measured."""
+    clocks = [float(one) for one in re.findall(r"cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo") or "")]
+    most = _read("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
+    no_turbo = _read("/sys/devices/system/cpu/intel_pstate/no_turbo")
+    boost = _read("/sys/devices/system/cpu/cpufreq/boost")
+    smt = _read("/sys/devices/system/cpu/smt/active")
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCH_NUM_THREADS")
+    return Surroundings(
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        clock_mhz=max(clocks, default=None),
+        most_clock_mhz=None if most is None else int(most) / 1000,
+        turbo=no_turbo == "0" if no_turbo is not None else None if boost is None else boost == "1",
+        smt=None if smt is None else smt == "1",
+        virtual=" hypervisor" in (_read("/proc/cpuinfo") or ""),
+        thread_variables={name: os.environ[name] for name in names if name in os.environ},
+    )
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------- while measuring: CPU
+@dataclass(frozen=True, kw_only=True)
+class CpuReading:
+    """Seconds since some moment: of the clock, of all processors' work, of work stolen by the host, of our own work.
+
+    Attributes:
+        page_faults: of this process, those that needed no disk.
+    """
+
+    at_s: float
+    busy_s: float
+    stolen_s: float
+    own_s: float
+    page_faults: int = 0
+
+
+def read_cpu() -> CpuReading | None:
+    """Reads the kernel's counters; None where there are none (not Linux)."""
+    line = (_read("/proc/stat") or "").split("\n", 1)[0].split()
+    if len(line) < 9:
+        return None
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(word) / tick for word in line[1:9])
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return CpuReading(
+        at_s=time.monotonic(),
+        busy_s=user + nice + system + irq + softirq,
+        stolen_s=steal,
+        own_s=usage.ru_utime + usage.ru_stime,
+        page_faults=usage.ru_minflt,
+    )
+
+
+def contention_flags(before: CpuReading | None, after: CpuReading | None, *, threads: int, cores: int) -> list[Flag]:
+    """What other work on the machine did to a measurement between two readings.
+
+    Other processes' work is told from a tenth of one processor upward, stolen time from 2 % of the wall time upward.
+    """
+    flags: list[Flag] = []
+    if threads > cores:
+        flags.append(
+            Flag(
+                name="oversubscribed",
+                detail=f"{threads} threads on {cores} cores: they wait for each other; use --threads {cores} or fewer",
+            )
+        )
+    if before is None or after is None or after.at_s <= before.at_s:
+        return flags
+    elapsed = after.at_s - before.at_s
+    others = (after.busy_s - before.busy_s - (after.own_s - before.own_s)) / elapsed
+    stolen = (after.stolen_s - before.stolen_s) / elapsed
+    free = cores - threads
+    if others > max(0.1, free + 0.1) or (others > 0.1 and free <= 0):
+        detail = f"other processes used {others:.2f} of {cores} cores while {threads} were measured; stop them"
+        flags.append(Flag(name="contention", detail=detail))
+    elif others > 0.1:
+        detail = f"other processes used {others:.2f} of {cores} cores beside the {threads} measured; caches were shared"
+        flags.append(Flag(name="neighbours", detail=detail))
+    faults = (after.page_faults - before.page_faults) / elapsed
+    if faults > _MANY_FAULTS:
+        detail = (
+            f"{faults:.0f} page faults a second: the allocator gives memory back and takes it again, more in some "
+            "processes than in others; use --processes 3, or MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_"
+        )
+        flags.append(Flag(name="page_faults", detail=detail))
+    if stolen > 0.02:
+        detail = f"the host took {stolen:.2f} cores away; measure on a quieter host"
+        flags.append(Flag(name="stolen_time", detail=detail))
+    return flags
+
+
+@contextmanager
+def threads_and_affinity(threads: int) -> Iterator[None]:
+    """Runs the body with this many threads; one thread is pinned to the last core that this process may use.
+
+    Gives both back at the end. (The first core serves most interrupts, so the last one is the quieter.)
+    """
+    before = torch.get_num_threads()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    torch.set_num_threads(threads)
+    if threads == 1 and allowed:
+        os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        if threads == 1 and allowed:
+            os.sched_setaffinity(0, allowed)
+        torch.set_num_threads(before)
+
+
+# Parameters of mallopt, and what they are set to: nothing freed goes back to the system, nothing comes from mmap.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST = 2**31 - 1
+
+
+def hold_heap() -> None:
+    """Makes the C library keep what is freed, until this process ends.
+
+    glibc gives large buffers back to the system and takes them again, and every page of them is then cleared and mapped
+    anew: for a small network that is half of its time, and another share with SE than without.
+
+    Raises:
+        DeviceError: a C library without `mallopt`.
+
+    Source: mallopt(3).
+    """
+    try:
+        library = ctypes.CDLL(None)
+        done = library.mallopt(_M_MMAP_THRESHOLD, _MOST) and library.mallopt(_M_TRIM_THRESHOLD, _MOST)
+    except (OSError, AttributeError):
+        done = 0
+    if not done:
+        raise DeviceError("--hold-heap: this system's C library has no mallopt; leave it away")
+
+
+# ------------------------------------------------------------------------------------------------- while measuring: GPU
+@dataclass(frozen=True, kw_only=True)
+class GpuReading:
+    """One look at the GPU through NVML: its clock in MHz, and why it is not higher."""
+
+    sm_clock_mhz: int
+    hard_throttle: tuple[str, ...]
+    power_capped: bool
+
+
+class GpuMonitor:
+    """Reads clocks and throttle reasons through NVML; where NVML is not to be had, `problem` says why."""
+
+    # NVML's bits of nvmlClocksEventReason*: slowdowns that void a quad, and the power cap, which is told only.
+    _HARD = MappingProxyType(
+        {0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake"}
+    )
+    _POWER_CAP = 0x4
+
+    def __init__(self) -> None:
+        self.problem = ""
+        self._nvml: Any = None
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            # By PCI address: CUDA's order, and CUDA_VISIBLE_DEVICES, are not NVML's.
+            properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+            address = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+            self._handle = pynvml.nvmlDeviceGetHandleByPciBusId(address)
+            self._nvml = pynvml
+        except Exception as error:
+            self.problem = f"NVML is not to be had ({error}); clocks and throttling were not watched"
+
+    def facts(self) -> dict[str, str]:
+        """What the GPU is set to, by name, as far as NVML tells it; nothing without NVML."""
+        nvml = self._nvml
+        if nvml is None:
+            return {}
+        asked: dict[str, Callable[[], str]] = {
+            "clock now": lambda: f"{nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)} MHz",
+            "clock at most": lambda: f"{nvml.nvmlDeviceGetMaxClockInfo(self._handle, nvml.NVML_CLOCK_SM)} MHz",
+            "memory clock": lambda: f"{nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_MEM)} MHz",
+            "power limit": lambda: f"{nvml.nvmlDeviceGetPowerManagementLimit(self._handle) / 1000:.0f} W",
+            "temperature": lambda: f"{nvml.nvmlDeviceGetTemperature(self._handle, nvml.NVML_TEMPERATURE_GPU)} °C",
+            "other processes": lambda: str(
+                sum(one.pid != os.getpid() for one in nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
+            ),
+        }
+        found = {}
+        for name, ask in asked.items():
+            with suppress(Exception):
+                found[name] = ask()
+        return found
+
+    def read(self) -> GpuReading | None:
+        """One reading, or None without NVML."""
+        if self._nvml is None:
+            return None
+        try:
+            clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
+            reasons = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle)
+        except Exception as error:
+            self.problem, self._nvml = f"NVML stopped answering ({error})", None
+            return None
+        hard = tuple(name for bit, name in self._HARD.items() if reasons & bit)
+        return GpuReading(sm_clock_mhz=clock, hard_throttle=hard, power_capped=bool(reasons & self._POWER_CAP))

@@ -1,0 +1,173 @@
+"""What one call is: a network on a device, in a dtype and a memory format, as closures to be run and timed."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from selab.bench.machine import hold_heap
+from selab.errors import DeviceError, ModelError, OutOfMemoryError, SelabError
+from selab.fusion.fuse import fuse
+from selab.meta import first_line
+from selab.records.types import Phase, Workload
+
+Call = Callable[[], object]
+ResolvedMode = Literal["train", "eval"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def mode_of(phase: Phase, workload: Workload) -> ResolvedMode:
+    """The mode a phase runs in: as asked, or by default `eval` for forward (inference) and `train` for the others."""
+    if workload.mode != "auto":
+        return workload.mode
+    return "eval" if phase == "forward" else "train"
+
+
+def check_device(device: str) -> None:
+    """Raises DeviceError, with the next step, where the device is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        built = "this torch has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        raise DeviceError(
+            f"--device cuda: {built} (torch {torch.__version__}); use --device cpu, or a machine with one"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A private copy of a network where and how it will run, with its input.
+
+    Attributes:
+        run: the network, compiled if asked; `network` is the module itself.
+        input: (N, C, H, W), drawn from N(0, 1).
+    """
+
+    network: nn.Module
+    run: Callable[[Tensor], object]
+    input: Tensor
+    workload: Workload
+
+    def autocast(self, *, capture: bool = False) -> AbstractContextManager[object]:
+        """Mixed precision as the workload says; a graph capture casts weights afresh, for a cache would outlive it."""
+        if self.workload.dtype == "fp32":
+            return nullcontext()
+        dtype = DTYPES[self.workload.dtype]
+        return torch.autocast(self.workload.device, dtype=dtype, cache_enabled=not capture)
+
+
+def prepare(model: nn.Module, workload: Workload, *, seed: int = 0) -> Prepared:
+    """Copies the model to the device and makes its input; the model itself is not touched.
+
+    Raises:
+        DeviceError: no such device.
+        OutOfMemoryError: the copy or the input does not fit.
+    """
+    check_device(workload.device)
+    if workload.held_heap:
+        hold_heap()
+    memory_format = torch.channels_last if workload.memory_format == "channels_last" else torch.contiguous_format
+    with translated_errors("preparing the network"):
+        network = copy.deepcopy(model).to(workload.device)
+        if workload.memory_format == "channels_last":
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if workload.fused:
+            fuse(network, input_nchw=(workload.batch, *workload.input_chw))
+        generator = torch.Generator().manual_seed(seed)
+        example = torch.randn((workload.batch, *workload.input_chw), generator=generator)
+        example = example.to(workload.device).contiguous(memory_format=memory_format)
+    run = torch.compile(network) if workload.compiled else network
+    return Prepared(network=network, run=run, input=example, workload=workload)
+
+
+def output_tensors(output: object) -> list[Tensor]:
+    """All floating-point tensors in an output, whatever container they stand in."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def check_output(prepared: Prepared, name: str) -> None:
+    """Runs the network once in eval mode.
+
+    Raises:
+        ModelError: it fails, returns no tensor, or returns a value that is not finite.
+        OutOfMemoryError: the pass does not fit.
+    """
+    prepared.network.eval()
+    what = f"{name}: forward with an input of shape {_shape(prepared)}"
+    with translated_errors(what), torch.inference_mode(), prepared.autocast():
+        outputs = output_tensors(prepared.run(prepared.input))
+    if not outputs:
+        raise ModelError(f"{name}: forward returns no floating-point tensor, so there is nothing to measure")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
+        raise ModelError(
+            f"{name}: its output holds NaN or infinity for an input of shape {_shape(prepared)}; timings of such a "
+            "network mean nothing: check its weights and its dtype"
+        )
+
+
+def _shape(prepared: Prepared) -> tuple[int, ...]:
+    return tuple(prepared.input.shape)
+
+
+def phase_call(prepared: Prepared, phase: Phase, *, capture: bool = False) -> Call:
+    """One pass as a closure; the network is put into the phase's mode.
+
+    * `forward` in eval mode is inference, without autograd; in train mode autograd records.
+    * `backward` is the gradient of a fixed random cotangent with respect to all parameters, over a graph that is
+      built once and kept.
+    * `forward_backward` is both, one after the other. No gradient is accumulated, no weight moves.
+    """
+    mode = mode_of(phase, prepared.workload)
+    prepared.network.train(mode == "train")
+    parameters = [p for p in prepared.network.parameters() if p.requires_grad]
+
+    def forward() -> object:
+        with prepared.autocast(capture=capture):
+            return prepared.run(prepared.input)
+
+    def infer() -> object:
+        with torch.inference_mode():
+            return forward()
+
+    if phase == "forward":
+        return infer if mode == "eval" else forward
+    if not parameters:
+        raise ModelError(f"{type(prepared.network).__name__}: no parameter needs a gradient, so there is no backward")
+
+    kept = output_tensors(forward())
+    cotangents = [torch.randn_like(tensor) for tensor in kept]
+
+    def backward() -> object:
+        return torch.autograd.grad(kept, parameters, cotangents, retain_graph=True, allow_unused=True)
+
+    def forward_backward() -> object:
+        return torch.autograd.grad(output_tensors(forward()), parameters, cotangents, allow_unused=True)
+
+    # Only `backward` holds the graph of this first pass; it would otherwise stand in the way of a peak.
+    return backward if phase == "backward" else forward_backward
+
+
+class translated_errors(AbstractContextManager[None]):  # noqa: N801 - used like a function, as contextlib's own
+    """Turns what torch and a network raise into one line: OutOfMemoryError or ModelError.
+
+    On the CPU torch tells that memory is exhausted by a plain RuntimeError.
+
+    Args:
+        what: what was tried, for the message.
+    """
+
+    def __init__(self, what: str = "this workload") -> None:
+        self._what = what
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Translates what belongs here; everything else passes."""
+        if error is None or isinstance(error, SelabError):
+            return
+        text = first_line(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+            raise OutOfMemoryError(f"out of memory: {text}; use a smaller --batch or --resolution") from error
+        if isinstance(error, (RuntimeError, ValueError, TypeError, AttributeError, LookupError)):
+            raise ModelError(f"{self._what} fails: {text}") from error

@@ -1,0 +1,1 @@
+"""Count parameters, MACs, FLOPs and bytes."""

@@ -1,0 +1,153 @@
+"""What a network costs, counted: one forward pass in which no kernel runs.
+
+The model runs its own `forward` on an input of the meta device while its parameters stay where they are. Every aten
+operator is intercepted before its kernel: its output is an empty meta tensor of the right shape, its cost follows from
+the shapes by the rules of `RULES`, and the weights are looked at for their shapes alone. So there is no copy of the
+model, no arithmetic and no memory, whatever the batch and the resolution.
+
+What one operator costs, in words:
+
+* **conv_linear**: one MAC per multiplication of a convolution, a fully connected layer or a matrix product; biases are
+  not counted. `paper` adds the additions of SE's global average pooling, nothing else.
+* **all**: `conv_linear`, and one per fused multiply-add that any other operator needs: one per output element of an
+  elementwise operation, one per element read of a reduction or a pooling window, one per element of a normalisation
+  (a scale and a shift) and two more where it computes its own statistics, three for softmax (exponential, sum,
+  division). Moving data (views, copies, concatenation, padding, shuffling) is no arithmetic.
+* **flops**: two per MAC of conv_linear, two per element for the scale and shift of a normalisation and for `addcmul`
+  and its like, otherwise the same as `all`.
+* **bytes**: compulsory traffic: distinct inputs read once (parameters included, expanded dimensions once), output
+  written once. Views move nothing. Indices, masks and statistics that an operator returns beside its result are left
+  out, for inference does not need them.
+* **activations**: output elements of the convolutions (Radosavovic et al., arXiv 2003.13678), and of those alone: a
+  squeeze-and-excitation of 1x1 convolutions has some, the same of fully connected layers has none.
+
+The backward pass is derived from the forward's: each operand of a convolution or a matrix product that needs a gradient
+(the input of the first layer does not, nor does a frozen weight) costs the forward's MACs once, however many groups
+there are. Any other operator costs its forward's arithmetic once per input that needs a gradient, a normalisation's
+scale and shift one per element each; additions, views and copies hand the gradient on for nothing. `paper` adds one per
+squeezed element, the mean's gradient spread back.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import nn
+
+from selab.cost.tracer import Example, Operation, Stage, Trace, as_written, trace
+from selab.records.types import Cost, Macs, OperatorCost, SECost, StageCost
+
+"""Operator → rule. A custom operator is counted by adding its rule under its full name, `library::name`."""
+
+
+def count(
+    model: nn.Module,
+    example: Example,
+    *,
+    dtype: torch.dtype | None = None,
+    training: bool = False,
+    se_blocks: Collection[str] = (),
+) -> Cost:
+    """What one forward pass of a network costs, and what its backward pass would; see the module's rules.
+
+    In `by_operator` and `by_module`, MACs are those of the convention `all`.
+
+    Args:
+        model: any module on any device, the meta device included; left as it was.
+        example: an input's shape such as (N, C, H, W), a tensor, a tuple of positional or a mapping of keyword
+            arguments.
+        dtype: of all floating-point tensors when bytes are counted; their own where None.
+        training: count the forward pass in train mode instead of eval mode.
+        se_blocks: paths of modules that are SE blocks besides those of `selab.se`.
+
+    Raises:
+        ModelError: the forward pass fails, or `se_blocks` names no module.
+    """
+    return cost_of(model, trace(model, example, dtype=dtype, training=training, se_blocks=se_blocks))
+
+
+def cost_of(model: nn.Module, traced: Trace) -> Cost:
+    """The cost of a network from the trace of its forward pass."""
+    model = as_written(model)
+    operations = traced.operations
+    by_module = _grouped(operations, lambda operation: operation.path)
+    params, buffer_elements = _sizes(model)
+    return Cost(
+        params=params,
+        buffer_elements=buffer_elements,
+        macs=_macs(operations),
+        macs_backward=_macs_backward(operations),
+        flops=sum(2 * o.macs + o.other_flops for o in operations),
+        flops_backward=sum(2 * o.macs * o.operand_gradients + o.backward_other_flops for o in operations),
+        bytes=sum(o.bytes for o in operations),
+        activations=sum(o.output_numel for o in operations if o.name == "convolution"),
+        se=_se_cost(model, traced),
+        by_operator=_grouped(operations, lambda operation: operation.name),
+        by_module={
+            path: OperatorCost(
+                calls=traced.calls.get(path, cost.calls), macs=cost.macs, flops=cost.flops, bytes=cost.bytes
+            )
+            for path, cost in by_module.items()
+        },
+        unknown=dict(Counter(o.name for o in operations if not o.known)),
+    )
+
+
+def _macs(operations: Sequence[Operation]) -> Macs:
+    products = sum(o.macs for o in operations)
+    squeezed = sum(o.other for o in operations if o.stage == "squeeze")
+    return Macs(conv_linear=products, paper=products + squeezed, all=products + sum(o.other for o in operations))
+
+
+def _macs_backward(operations: Sequence[Operation]) -> Macs:
+    products = sum(o.macs * o.operand_gradients for o in operations)
+    squeezed = sum(o.backward_other for o in operations if o.stage == "squeeze")
+    return Macs(
+        conv_linear=products, paper=products + squeezed, all=products + sum(o.backward_other for o in operations)
+    )
+
+
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    """Elements of parameters and of persistent buffers, shared ones once."""
+    params: dict[int, int] = {}
+    buffers: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                params[id(parameter)] = parameter.numel()
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                buffers[id(buffer)] = buffer.numel()
+    return sum(params.values()), sum(buffers.values())
+
+
+def _se_cost(model: nn.Module, traced: Trace) -> SECost:
+    params = {id(p): p for path in traced.se_blocks for p in model.get_submodule(path).parameters()}
+    inside = [o for o in traced.operations if o.stage]
+
+    def stage(name: Stage) -> StageCost:
+        own = [o for o in inside if o.stage == name]
+        return StageCost(macs=sum(o.stage_macs for o in own), bytes=sum(o.stage_bytes for o in own))
+
+    return SECost(
+        blocks=len({o.block for o in inside}),
+        params=sum(p.numel() for p in params.values()),
+        squeeze=stage("squeeze"),
+        excitation=stage("excitation"),
+        scale=stage("scale"),
+    )
+
+
+def _grouped(operations: Sequence[Operation], key: Callable[[Operation], str]) -> dict[str, OperatorCost]:
+    sums: dict[str, list[int]] = {}
+    for o in operations:
+        if o.known:
+            total = sums.setdefault(key(o), [0, 0, 0, 0])
+            total[0] += 1
+            total[1] += o.macs + o.other
+            total[2] += 2 * o.macs + o.other_flops
+            total[3] += o.bytes
+    return {
+        name: OperatorCost(calls=calls, macs=macs, flops=flops, bytes=moved)
+        for name, (calls, macs, flops, moved) in sums.items()
+    }

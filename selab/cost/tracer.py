@@ -1,0 +1,577 @@
+"""Record the operators that a forward and backward pass runs, on the meta device."""
+
+import random
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from selab.attention.base import Attention
+from selab.attention.se import GatedJoin
+from selab.cost.rules import FOUND, META, VIEW, Rule, Work, rule_of
+from selab.errors import ModelError, nearest
+from selab.meta import evaluating, first_line, meta_twin
+from selab.records.types import Frozen
+
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+Stage = Literal["", "squeeze", "excitation", "scale"]
+
+
+class Operation(Frozen, frozen=True, kw_only=True):
+    """One operator call of the forward pass, and what it costs.
+
+    Attributes:
+        name: the operator in a table.
+        operator: its full name, `aten::convolution`.
+        path: the module that called it.
+        function: the outermost public function that called it; empty unless the trace was asked for `details`.
+        stage: the part of an SE block that it is; empty outside of one.
+        block: the path of that SE block; None outside of one.
+        known: whether there is a rule for it; without one all its costs are zero.
+        input_numel: elements of its first input.
+        output_numel: elements of its first output.
+        macs: of convolutions and matrix products.
+        other: all other arithmetic, in fused multiply-adds.
+        other_flops: the same in floating-point operations.
+        bytes: inputs read once, output written once.
+        stage_macs: of its MACs (`all`), those that the SE block adds to the network; less than all of them only where
+            one operator scales and does the network's own addition as well.
+        stage_bytes: the same of its bytes.
+        groups: of a convolution, otherwise 1.
+        training: a normalisation that computes its own statistics.
+        affine: a normalisation with scale and shift.
+        operand_gradients: operands of a convolution or a matrix product that need a gradient.
+        weight_gradient: whether the second operand is one of them.
+        input_gradient: whether any input needs a gradient.
+        backward_other: all other arithmetic of its backward pass, in fused multiply-adds.
+        backward_other_flops: the same in floating-point operations.
+    """
+
+    name: str
+    operator: str
+    path: str
+    function: str
+    stage: Stage
+    block: str | None
+    known: bool
+    input_numel: int
+    output_numel: int
+    macs: int
+    other: int
+    other_flops: int
+    bytes: int
+    stage_macs: int
+    stage_bytes: int
+    groups: int
+    training: bool
+    affine: bool
+    operand_gradients: int = 0
+    weight_gradient: bool = False
+    input_gradient: bool = False
+    backward_other: int = 0
+    backward_other_flops: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleCall:
+    """One call of a module: the shapes of its first input and of its output, None where that is no tensor."""
+
+    path: str
+    input_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """All operators of one forward pass, in order; views and memory that nobody wrote are left out.
+
+    Attributes:
+        calls: how often each module ran.
+        module_calls: empty unless the trace was asked for `details`.
+        se_blocks: paths of the SE blocks.
+    """
+
+    operations: tuple[Operation, ...]
+    calls: Mapping[str, int]
+    module_calls: tuple[ModuleCall, ...]
+    se_blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """A module in the network: its path, and the SE block that its operators belong to.
+
+    Attributes:
+        gates: calling this module hands the block its map.
+        joins: it also does work of the network itself, such as a residual addition.
+    """
+
+    path: str
+    block: str | None = None
+    gates: bool = False
+    joins: bool = False
+
+
+def _tensors_in(values: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The distinct tensors among arguments and in their lists."""
+    found: dict[int, Tensor] = {}
+    for value in (*values, *kwargs.values()) if kwargs else values:
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                if isinstance(item, Tensor):
+                    found[id(item)] = item
+    return list(found.values())
+
+
+def _numel(x: Tensor) -> int:
+    """Elements in memory: a dimension that `expand` made is there once."""
+    count = x.numel()
+    if count and not x.is_contiguous():
+        for size, stride in zip(x.shape, x.stride(), strict=True):
+            if stride == 0:
+                count //= size
+    return count
+
+
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stands between a model and the kernels: shapes go through, arithmetic does not."""
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype | None, se_blocks: Collection[str], details: bool):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Operation] = []
+        self.calls: defaultdict[str, int] = defaultdict(int)
+        self.module_calls: list[ModuleCall] = []
+        self.functions = _Functions() if details else None
+        self._itemsize = None if dtype is None else dtype.itemsize
+        self.places = _places(model, se_blocks)
+        self._stack: list[tuple[nn.Module, _Place]] = [(model, _Place(path=""))]
+        # The map of each SE block: the shape that its scale has and that its squeeze reads.
+        self._maps: dict[str, torch.Size] = {}
+        # Tensors on a real device that the forward pass itself made: constants. All other real ones are the model's,
+        # which must not be written. Kept alive, for they are known by their identity.
+        self._constants: dict[int, Tensor] = {}
+        # What ran with gradients switched off, as the inside of a torch.autograd.Function does.
+        self._hidden: list[tuple[int, Rule, Sequence[Any], list[Tensor], list[Tensor]]] = []
+        # The source of the copy that was the last operator.
+        self._copied: Tensor | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch 2.13 otherwise imports torch._dynamo at the first operator, which takes longer than any count.
+        return False
+
+    # The module hooks.
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        place = self.places.get(id(module))
+        if place is None:
+            return
+        self._stack.append((module, place))
+        self.calls[place.path] += 1
+        if place.gates and place.block is not None and args and isinstance(args[0], Tensor):
+            self._maps[place.block] = args[0].shape
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) not in self.places:
+            return
+        # A model that catches an exception leaves the modules below it without a word.
+        while self._stack.pop()[0] is not module:
+            pass
+        if self.functions is not None:
+            first = args[0] if args else None
+            self.module_calls.append(
+                ModuleCall(
+                    path=self.places[id(module)].path,
+                    input_shape=tuple(first.shape) if isinstance(first, Tensor) else None,
+                    output_shape=tuple(output.shape) if isinstance(output, Tensor) else None,
+                )
+            )
+
+    @property
+    def where(self) -> str:
+        """The module that is running, for a message."""
+        module, place = self._stack[-1]
+        return f"{place.path} ({type(module).__name__})" if place.path else f"its own forward ({type(module).__name__})"
+
+    # The operators.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = FOUND.get(func) or rule_of(func)
+        tensors = _tensors_in(args, kwargs)
+        index = -1
+        if rule is VIEW:
+            result = func(*args, **kwargs)
+            self._note_constants(func, args, result)
+        else:
+            if all(id(x) in self._constants for x in tensors):
+                result = func(*args, **kwargs)
+                self._note_constants(func, args, result)
+            else:
+                result = self._make(func, rule, args, kwargs, tensors)
+            out = result[0] if isinstance(result, (tuple, list)) else result
+            if isinstance(out, Tensor):
+                self._drop_copy_of_autograd(func, args)
+                index = len(self.operations)
+                self.operations.append(self._operation(func, rule, args, tensors, out))
+        self._copied = args[0] if func._schema.name == "aten::clone" and torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled() and func._schema.name != "aten::detach":
+            outs = [x for x in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(x, Tensor)]
+            self._hidden.append((index, rule or VIEW, args, tensors, outs))
+        return result
+
+    def _drop_copy_of_autograd(self, func: Any, args: Any) -> None:
+        """Forgets a copy that an operator in place follows on its source: autograd keeps it, inference makes none."""
+        if self._copied is not None and func._schema.is_mutable and args[0] is self._copied:
+            self.operations.pop()
+
+    def _make(self, func: Any, rule: Rule | None, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """The empty output of an operator; the model's own tensors are never written."""
+        in_place = func._schema.is_mutable and func._schema.name.endswith("_")
+        if rule is not None and in_place and len(tensors) == 1:
+            return args[0]
+        if rule is not None and rule.makes is not None:
+            made = rule.makes(args, kwargs)
+            if made is not None and not in_place:
+                return made
+            if made is not None and made.shape == args[0].shape:
+                return args[0]
+        twins = {id(x): x if x.is_meta else torch.empty_like(x, device=META) for x in tensors}
+
+        def twin(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return twins[id(value)]
+            if isinstance(value, torch.device):
+                return META
+            return [twin(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+        result = func(*(twin(value) for value in args), **{key: twin(value) for key, value in kwargs.items()})
+        return args[0] if in_place else result
+
+    def _note_constants(self, func: Any, args: Any, result: Any) -> None:
+        of_constants = not args or not isinstance(args[0], Tensor) or id(args[0]) in self._constants
+        if of_constants or func._schema.name == "aten::lift_fresh":
+            for x in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(x, Tensor) and not x.is_meta:
+                    self._constants[id(x)] = x
+
+    def _operation(self, func: Any, rule: Rule | None, args: Any, tensors: list[Tensor], out: Tensor) -> Operation:
+        _, place = self._stack[-1]
+        function = self.functions.current if self.functions is not None else ""
+        if rule is None:
+            return _uncounted(func._schema.name, place.path, function, tensors, out)
+        work = rule.work(args, out)
+        moved = self._bytes(out)
+        for x in tensors:
+            moved += self._bytes(x)
+        stage, stage_macs, stage_bytes = self._stage(place, rule, work, tensors, out, moved)
+        return Operation(
+            name=rule.name,
+            operator=func._schema.name,
+            path=place.path,
+            function=function,
+            stage=stage,
+            block=place.block if stage else None,
+            known=True,
+            input_numel=tensors[0].numel() if tensors else 0,
+            output_numel=out.numel(),
+            macs=work.macs,
+            other=work.other,
+            other_flops=work.other_flops,
+            bytes=moved,
+            stage_macs=stage_macs,
+            stage_bytes=stage_bytes,
+            groups=args[8] if rule.role == "convolution" else 1,
+            training=rule.name == "batch_norm" and bool(args[5]),
+            affine=rule.affine is not None and args[rule.affine] is not None,
+            **(_gradients(rule, work, args, tensors, out, _needs_gradient) if torch.is_grad_enabled() else {}),
+        )
+
+    def _bytes(self, x: Tensor) -> int:
+        itemsize = self._itemsize if self._itemsize and x.dtype.is_floating_point else x.dtype.itemsize
+        return _numel(x) * itemsize
+
+    def _stage(
+        self, place: _Place, rule: Rule, work: Work, tensors: list[Tensor], out: Tensor, moved: int
+    ) -> tuple[Stage, int, int]:
+        """Which part of an SE block an operator is, and what of its MACs and bytes SE adds to the network."""
+        if place.block is None:
+            return "", 0, 0
+        macs = work.macs + work.other
+        if rule.role == "reduction":
+            shape = self._maps.setdefault(place.block, tensors[0].shape)
+            if tensors[0].shape == shape:
+                return "squeeze", macs, moved
+        shape = self._maps.get(place.block, torch.Size())
+        if out.shape != shape:
+            return "excitation", macs, moved
+        if rule.role != "product":
+            return ("", 0, 0) if place.joins else ("excitation", macs, moved)
+        maps = [x for x in tensors if x.shape == shape and _numel(x) == x.numel()]
+        if rule.name == "addcmul" and len(maps) == 2:
+            # addcmul(shortcut, branch, gate) is the network's own addition with a factor more: the addition reads both
+            # maps and writes one all the same.
+            return "scale", macs - out.numel(), moved - self._bytes(out) - sum(self._bytes(x) for x in maps)
+        return "scale", macs, moved
+
+    # Gradients.
+
+    def reveal_hidden(self) -> None:
+        """Finds, at the end, which operators without gradients were the inside of a `torch.autograd.Function`.
+
+        Such a function runs with gradients switched off and marks its results afterwards, so an operator of its inside
+        lies between an input that needs a gradient and a result that has one. Under `torch.no_grad` no result has one.
+        """
+        if not any(x.requires_grad for *_, outs in self._hidden for x in outs):
+            return
+        carrying: set[int] = set()
+        for _, _, _, tensors, outs in self._hidden:
+            if any(x.requires_grad or id(x) in carrying for x in tensors):
+                carrying.update(id(x) for x in outs if x.is_floating_point())
+        reaching: set[int] = set()
+        for index, rule, args, tensors, outs in reversed(self._hidden):
+            if not any(x.requires_grad or id(x) in reaching for x in outs):
+                continue
+            reaching.update(id(x) for x in tensors)
+            if index >= 0:
+                operation = self.operations[index]
+                work = Work(operation.macs, operation.other, operation.other_flops)
+                found = _gradients(rule, work, args, tensors, outs[0], lambda x: x.requires_grad or id(x) in carrying)
+                self.operations[index] = _replaced(operation, found)
+
+
+class _Functions(TorchFunctionMode):
+    """Remembers which public function is running, the outermost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, name = self.current, getattr(func, "__name__", str(func))
+        # fvcore 0.1.5 does not know convolutions whose padding is a word.
+        self.current = f"{name}, padding by name" if "conv" in name and _has_word(args, kwargs) else name
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.current = before
+
+
+def _has_word(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    return any(isinstance(value, str) for value in (*args, *(kwargs or {}).values()))
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return x.requires_grad
+
+
+def _gradients(
+    rule: Rule, work: Work, args: Any, tensors: list[Tensor], out: Tensor, needs: Callable[[Tensor], bool]
+) -> dict[str, Any]:
+    """The fields of an operation that tell its backward pass; none where no input needs a gradient."""
+    needing = sum(needs(x) for x in tensors)
+    if not needing or not out.dtype.is_floating_point:
+        return {}
+    if rule.operands:
+        operands = [needs(args[position]) for position in rule.operands]
+        return {"operand_gradients": sum(operands), "weight_gradient": operands[1], "input_gradient": operands[0]}
+    if rule.linear:
+        other, flops = 0, 0
+    elif rule.affine is None:
+        other, flops = needing * work.other, needing * work.other_flops
+    else:
+        # The scale's gradient is a sum of products, the shift's a sum.
+        scale, shift = (x is not None and needs(x) for x in args[rule.affine : rule.affine + 2])
+        through = needs(args[0])
+        other = through * work.other + (scale + shift) * out.numel()
+        flops = through * work.other_flops + (2 * scale + shift) * out.numel()
+    return {"input_gradient": True, "backward_other": other, "backward_other_flops": flops}
+
+
+def _replaced(operation: Operation, fields: dict[str, Any]) -> Operation:
+    return msgspec.structs.replace(operation, **fields)
+
+
+def _uncounted(operator: str, path: str, function: str, tensors: list[Tensor], out: Tensor) -> Operation:
+    return Operation(
+        name=operator.replace("::", "."),
+        operator=operator,
+        path=path,
+        function=function,
+        stage="",
+        block=None,
+        known=False,
+        input_numel=tensors[0].numel() if tensors else 0,
+        output_numel=out.numel(),
+        macs=0,
+        other=0,
+        other_flops=0,
+        bytes=0,
+        stage_macs=0,
+        stage_bytes=0,
+        groups=1,
+        training=False,
+        affine=False,
+    )
+
+
+def _places(model: nn.Module, se_blocks: Collection[str]) -> dict[int, _Place]:
+    modules = dict(model.named_modules())
+    for path in se_blocks:
+        if path not in modules:
+            raise ModelError(f"{type(model).__name__}: has no module {path!r} to count as SE{nearest(path, modules)}")
+    places: dict[int, _Place] = {}
+    inside: str | None = None
+    for path, module in modules.items():
+        # named_modules goes depth first, so what follows a block with its prefix is inside of it.
+        if inside is None or (inside and not path.startswith(f"{inside}.")):
+            inside = path if isinstance(module, Attention) or path in se_blocks else None
+        if inside is not None:
+            places[id(module)] = _Place(path=path, block=inside, gates=path == inside)
+        elif isinstance(module, GatedJoin):
+            places[id(module)] = _Place(path=path, block=f"{path}.se", gates=True, joins=True)
+        else:
+            places[id(module)] = _Place(path=path)
+    return places
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+    """The surroundings of a count: gradients on, so that autograd tells which tensors need one; states given back."""
+    python_state = random.getstate()
+    with (
+        _eager(),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(model),
+    ):
+        if training:
+            model.train()
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Lets compiled modules run as they were written; a model can hold one only if torch._dynamo is there."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        # torch 2.13 warns that hooks on all modules see torch.compile's wrapper twice; ours do not mind.
+        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules", category=UserWarning)
+        yield
+
+
+@contextmanager
+def _hooked(tracer: _Tracer) -> Iterator[None]:
+    """Hooks on all modules at once, so that none of the model's own is touched."""
+    before = register_module_forward_pre_hook(tracer.enter)
+    try:
+        after = register_module_forward_hook(tracer.leave)
+        try:
+            yield
+        finally:
+            after.remove()
+    finally:
+        before.remove()
+
+
+def as_written(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped; any other module itself."""
+    written = getattr(model, "_orig_mod", model)
+    return written if isinstance(written, nn.Module) else model
+
+
+def meta_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments on the meta device.
+
+    Args:
+        model: its first floating-point parameter gives the dtype where the example is a shape.
+        example: a shape such as (N, C, H, W); a tensor; positional arguments in a tuple or list; keyword arguments in a
+            mapping. Tensors in them are looked at for shape and dtype alone.
+
+    Raises:
+        ModelError: no tensor has this shape.
+    """
+    if isinstance(example, Tensor):
+        return (_on_meta(example),), {}
+    if isinstance(example, Mapping):
+        return (), {key: _on_meta(value) for key, value in example.items()}
+    if all(isinstance(size, int) for size in example):
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        try:
+            return (torch.empty(tuple(example), dtype=dtype, device=META),), {}
+        except (RuntimeError, TypeError) as error:
+            reason = "too large" if "verflow" in str(error) else first_line(error)
+            raise ModelError(
+                f"no input of shape {tuple(example)}: {reason}; pass the input that the network expects"
+            ) from error
+    return tuple(_on_meta(value) for value in example), {}
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device=META, requires_grad=False)
+    return type(value)(_on_meta(item) for item in value) if type(value) in (list, tuple) else value
+
+
+def trace(
+    model: nn.Module,
+    example: Example,
+    *,
+    dtype: torch.dtype | None = None,
+    training: bool = False,
+    se_blocks: Collection[str] = (),
+    details: bool = False,
+) -> Trace:
+    """Every operator of one forward pass with its cost; no kernel runs and the model stays as it was.
+
+    Args:
+        model: any module on any device, the meta device included.
+        example: an input's shape or an example, as for `meta_arguments`.
+        dtype: of all floating-point tensors when bytes are counted; their own where None.
+        training: count the forward pass in train mode instead of eval mode.
+        se_blocks: paths of modules that are SE blocks besides those of `selab.se`.
+        details: record module calls and function names too, which explaining other counters needs.
+
+    Raises:
+        ModelError: the forward pass fails; names the module in which it did.
+    """
+    args, kwargs = meta_arguments(model, example)
+    model = as_written(model)
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        # Recurrent operators compare the devices of input and weights before they can be intercepted.
+        model = meta_twin(model)
+    tracer = _Tracer(model, dtype=dtype, se_blocks=se_blocks, details=details)
+    try:
+        with _undisturbed(model, training), _hooked(tracer), tracer.functions or nullcontext(), tracer:
+            model(*args, **kwargs)
+            tracer.reveal_hidden()
+    except Exception as error:
+        given = ", ".join(str(tuple(x.shape)) for x in _tensors_in(args, kwargs))
+        raise ModelError(
+            f"{type(model).__name__}: counting fails in {tracer.where} with an input of shape {given}: "
+            f"{first_line(error)}; pass the input that the network expects"
+        ) from error
+    return Trace(
+        operations=tuple(tracer.operations),
+        calls=dict(tracer.calls),
+        module_calls=tuple(tracer.module_calls),
+        se_blocks=tuple(place.path for place in tracer.places.values() if place.path == place.block),
+    )

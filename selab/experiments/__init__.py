@@ -1,0 +1,1 @@
+"""Experiments that combine networks, counting, measuring and training."""

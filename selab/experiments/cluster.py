@@ -1,0 +1,303 @@
+"""A sweep on the machines of a Ray cluster, one paired measurement at a time on each; Ray is imported only if asked."""
+
+import importlib
+import os
+import secrets
+import socket
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from selab.bench.machine import available_cores
+from selab.bench.machine import machine as this_machine
+from selab.errors import OutOfMemoryError, SelabError
+from selab.experiments.job import Request
+from selab.experiments.sweep import Outcome, ResultCache, cell_words, measure
+from selab.experiments.workers import Report
+from selab.meta import first_line
+from selab.records.types import Device, Frozen, Machine, from_json, to_json
+
+LOCAL = "local"
+# Seconds for the head to answer a connection.
+_PATIENCE_S = 5.0
+# A cell that has ended so many workers is likely to be the cause.
+_MOST_ENDED = 3
+# Seconds in which a worker must have started; torch alone takes some on a cold disk.
+_STARTING_S = 300.0
+
+
+class Answer(Frozen, frozen=True, kw_only=True):
+    """What comes back for a cell: a record as JSON, or why there is none."""
+
+    record: bytes = b""
+    error: str = ""
+    of_memory: bool = False
+
+
+class Worker:
+    """What runs on a node, as a Ray actor: it measures one cell after the other."""
+
+    def machine(self, device: Device) -> bytes:
+        """The node as JSON of a `Machine`."""
+        return msgspec.json.encode(this_machine(device))
+
+    def measure(self, request: bytes) -> bytes:
+        """The JSON of a `Request` → that of an `Answer`."""
+        asked = msgspec.json.decode(request, type=Request)
+        try:
+            answer = Answer(record=to_json(measure(asked, lambda _label, _state: None)))
+        except SelabError as error:
+            answer = Answer(error=str(error), of_memory=isinstance(error, OutOfMemoryError))
+        return msgspec.json.encode(answer)
+
+
+def swept(
+    asked: Sequence[Request], out: Path, report: Report, *, address: str, retry: bool = False
+) -> Iterator[Outcome]:
+    """Measures the whole grid on every kind of machine in the cluster, shared among those that are equal.
+
+    Args:
+        asked: of `sweep.cells`.
+        out: the driver writes every record to OUT/<machine>/.
+        report: told of the progress.
+        address: of the cluster as `ray.init` takes it, or `local` for one on this machine alone.
+        retry: as for `sweep.sweep`.
+
+    Raises:
+        SelabError: Ray is not installed, the cluster is not to be reached, no node can measure, or its Python or torch
+            is not this one's.
+        RecordError: a record cannot be written.
+    """
+    with _connected(address, asked[0].device) as ray:
+        report("waiting for the machines", None)
+        cluster = _Cluster(ray, address, asked[0].device)
+        kinds = _kinds(cluster.seats(), out, retry=retry)
+        for kind in kinds:
+            kind.waiting.extend((request, 0) for request in asked)
+        yield from _shared(cluster, kinds, report)
+
+
+# ------------------------------------------------------------------------------------------------------------- cluster
+def _check_listens(address: str, hint: str) -> None:
+    """Ray itself would try for ten minutes to reach a port where nobody listens."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return
+    try:
+        with socket.create_connection((host, int(port)), timeout=_PATIENCE_S):
+            pass
+    except OSError as error:
+        raise SelabError(f"--ray {address}: cannot be reached: {error.strerror or error}; {hint}") from None
+
+
+@contextmanager
+def _connected(address: str, device: Device) -> Iterator[Any]:
+    if address == LOCAL:
+        _keep_to_this_machine(os.environ)
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError:
+        raise SelabError("--ray: Ray is not installed; pip install 'selab[ray]'") from None
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+    if address == LOCAL:
+        gpus = {"num_gpus": 1} if device == "cuda" else {}
+        options |= {"num_cpus": available_cores(), "include_dashboard": False, **gpus}
+        options["_node_ip_address"] = "127.0.0.1"
+    hint = "is it running (`ray start --head`), with this Python and this Ray?"
+    _check_listens(address, hint)
+    try:
+        ray.init(**options)
+    except Exception as error:
+        raise SelabError(f"--ray {address}: cannot be reached: {first_line(error)}; {hint}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _keep_to_this_machine(environment: Any) -> None:
+    """Before Ray is imported: it listens on the loopback address alone, asks for a token, and reports nothing.
+
+    The token is in the environment of Ray's own processes; Ray would otherwise write one into the home folder.
+    """
+    environment.setdefault("RAY_AUTH_MODE", "token")
+    if environment["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in environment:
+        environment.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    environment["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Linux's Ray turns 127.0.0.1 into the address of the network, unless it is told that there is no cluster.
+    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seat:
+    """A node that is alive and the worker on it; the node as `ray.nodes` describes it."""
+
+    node: dict[str, Any]
+    worker: Any
+
+
+class _Cluster:
+    """The nodes that can measure, and a worker on each that holds all of its processors."""
+
+    def __init__(self, ray: Any, address: str, device: Device) -> None:
+        self.ray, self.address, self.device = ray, address, device
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Those that are alive and have what is measured on."""
+        needed = "GPU" if self.device == "cuda" else "CPU"
+        return [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get(needed, 0) >= 1]
+
+    def seat(self, node: dict[str, Any]) -> _Seat:
+        """A new worker on a node."""
+        affinity = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+        options = {
+            "num_cpus": node["Resources"].get("CPU", 0),
+            "num_gpus": 1 if self.device == "cuda" else 0,
+            "scheduling_strategy": affinity(node["NodeID"], soft=False),
+        }
+        return _Seat(node=node, worker=self.ray.remote(Worker).options(**options).remote())
+
+    def again(self, lost: _Seat) -> list[_Seat]:
+        """A new worker where one has ended; none if its node has ended with it."""
+        return [self.seat(node) for node in self.nodes() if node["NodeID"] == lost.node["NodeID"]]
+
+    def seats(self) -> list[tuple[_Seat, Machine]]:
+        """Every node's worker and the machine that it says it is on.
+
+        Raises:
+            SelabError: there is none, one does not start, or one has another Python or torch.
+        """
+        nodes = self.nodes()
+        if not nodes:
+            what = "GPU" if self.device == "cuda" else "processor"
+            raise SelabError(f"--ray {self.address}: no node has a {what} to measure on; add one with `ray start`")
+        return [(seat, self._machine(seat)) for seat in [self.seat(node) for node in nodes]]
+
+    def _machine(self, seat: _Seat) -> Machine:
+        place = f"--ray {self.address}: node {seat.node['NodeManagerAddress']}"
+        try:
+            told = self.ray.get(seat.worker.machine.remote(self.device), timeout=_STARTING_S)
+        except Exception as error:
+            hint = "install selab there as it is here, and end what holds its processors"
+            raise SelabError(f"{place}: gives no worker: {first_line(error)}; {hint}") from None
+        there = msgspec.json.decode(told, type=Machine)
+        ours, theirs = _versions(this_machine()), _versions(there)
+        if ours != theirs:
+            raise SelabError(f"{place}: has {theirs}, here it is {ours}; install the same on both")
+        return there
+
+
+@dataclass(kw_only=True)
+class _Kind:
+    """Equal machines, which share the grid.
+
+    Attributes:
+        waiting: cells, each with how many workers it has ended.
+    """
+
+    ledger: ResultCache
+    idle: list[_Seat] = field(default_factory=list)
+    waiting: deque[tuple[Request, int]] = field(default_factory=deque)
+
+
+def _versions(machine: Machine) -> str:
+    return f"Python {'.'.join(machine.python.split('.')[:2])} with torch {machine.libraries.get('torch', '')}"
+
+
+def _kinds(seats: Sequence[tuple[_Seat, Machine]], out: Path, *, retry: bool) -> list[_Kind]:
+    """Groups equal machines.
+
+    Raises:
+        SelabError: two that differ have the same name, so that their records would share a folder.
+    """
+    found: dict[bytes, _Kind] = {}
+    named: dict[str, bytes] = {}
+    for seat, there in seats:
+        key = msgspec.json.encode((there.name, there.cpu, there.cores, there.gpu, sorted(there.libraries.items())))
+        if named.setdefault(there.name, key) != key:
+            other = found[named[there.name]].ledger.machine
+            differing = ", ".join(_differing(there, other))
+            raise SelabError(f"--ray: two machines are called {there.name} and differ in {differing}; make them equal")
+        found.setdefault(key, _Kind(ledger=ResultCache(out, there, retry=retry))).idle.append(seat)
+    return list(found.values())
+
+
+def _differing(one: Machine, other: Machine) -> list[str]:
+    libraries: Mapping[str, str] = {**one.libraries, **other.libraries}
+    names = [name for name in libraries if one.libraries.get(name) != other.libraries.get(name)]
+    return [name for name in ("cpu", "cores", "gpu") if getattr(one, name) != getattr(other, name)] + names
+
+
+# --------------------------------------------------------------------------------------------------------------- cells
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """A cell that is being measured, and how many workers it has ended."""
+
+    kind: _Kind
+    seat: _Seat
+    request: Request
+    ended: int
+
+
+def _shared(cluster: _Cluster, kinds: Sequence[_Kind], report: Report) -> Iterator[Outcome]:
+    """Hands cells to idle workers and takes what comes back, until nothing waits."""
+    running: dict[Any, _Running] = {}
+    while True:
+        for kind in kinds:
+            yield from _handed_out(kind, running)
+        if not running:
+            return
+        waiting = sum(len(kind.waiting) for kind in kinds)
+        report(f"{len(running)} measured now, {waiting} waiting", None)
+        (done,), _ = cluster.ray.wait(list(running), num_returns=1)
+        yield from _taken(cluster, done, running.pop(done))
+
+
+def _handed_out(kind: _Kind, running: dict[Any, _Running]) -> Iterator[Outcome]:
+    """Gives each idle worker a cell; those that need not be measured, or that nobody is left for, come out at once."""
+    while kind.waiting and (kind.idle or not any(one.kind is kind for one in running.values())):
+        request, ended = kind.waiting.popleft()
+        try:
+            known = kind.ledger.known(request)
+            wanted = kind.ledger.wanted(request) if known is None else request
+        except SelabError as error:
+            known = kind.ledger.failed(request, str(error))
+        if known is not None:
+            yield known
+        elif not kind.idle:
+            yield kind.ledger.failed(request, f"no machine {kind.ledger.machine.name} is left; add one and go on")
+        else:
+            seat = kind.idle.pop()
+            done = seat.worker.measure.remote(msgspec.json.encode(wanted))
+            running[done] = _Running(kind=kind, seat=seat, request=request, ended=ended)
+
+
+def _taken(cluster: _Cluster, done: Any, one: _Running) -> Iterator[Outcome]:
+    """What became of a cell; nothing where its worker ended and another one is to try."""
+    errors = importlib.import_module("ray.exceptions")
+    ledger, where = one.kind.ledger, cell_words(one.request)
+    try:
+        answer = msgspec.json.decode(cluster.ray.get(done), type=Answer)
+    except errors.RayError as error:
+        # In front, so that another machine is asked first; a node's end is known only after a while.
+        one.kind.idle[:0] = cluster.again(one.seat)
+        if isinstance(error, errors.OutOfMemoryError):
+            yield ledger.failed(one.request, "out of memory: Ray ended the worker", of_memory=True)
+        elif one.ended + 1 < _MOST_ENDED:
+            one.kind.waiting.appendleft((one.request, one.ended + 1))
+        else:
+            yield ledger.failed(one.request, f"{where}: {_MOST_ENDED} workers ended in it: {first_line(error)}")
+        return
+    one.kind.idle.append(one.seat)
+    try:
+        if answer.error:
+            yield ledger.failed(one.request, answer.error, of_memory=answer.of_memory)
+        else:
+            yield ledger.measured(one.request, from_json(answer.record, where=where))
+    except SelabError as error:
+        yield ledger.failed(one.request, str(error))

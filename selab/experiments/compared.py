@@ -1,0 +1,36 @@
+"""A finished comparison, joined with the costs and times of its two networks; no torch."""
+
+from dataclasses import dataclass, field
+
+from selab.records.types import Cost, Latency, Phase, Record
+from selab.training.record import AccuracyRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A comparison's record, and the costs that its accuracies are read beside.
+
+    Attributes:
+        costs: of both networks, by name, for one image of the data's size; empty where a network is not to be had.
+        forward: the profile of one image's forward pass, variant against baseline; None where there is none.
+        step: the profile of one batch's forward and backward pass, as it was trained; None where there is none.
+    """
+
+    record: AccuracyRecord
+    costs: dict[str, Cost] = field(default_factory=dict)
+    forward: Record | None = None
+    step: Record | None = None
+
+    @property
+    def forward_latency(self) -> Latency | None:
+        """Of one image."""
+        return _latency(self.forward, "forward")
+
+    @property
+    def step_latency(self) -> Latency | None:
+        """Of one batch, forward and backward."""
+        return _latency(self.step, "forward_backward")
+
+
+def _latency(profile: Record | None, phase: Phase) -> Latency | None:
+    return None if profile is None else profile.latency.get(phase)

@@ -1,0 +1,403 @@
+"""What SE costs as others write it, as the reference does, and fused: built and measured in one run."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from selab._version import __version__
+from selab.attention.se import SqueezeExcitation
+from selab.bench.interleaved import Pair, Together, measure_networks
+from selab.bench.machine import machine
+from selab.bench.profiler import STAGES, WHOLE, record_steps
+from selab.bench.roofline import measure_peaks
+from selab.bench.runner import DTYPES, check_device, mode_of
+from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
+from selab.experiments.job import Request, pair, plan_of, workload_of
+from selab.experiments.tax_implementations import is_plain, restyled
+from selab.experiments.tax_record import (
+    AGAIN,
+    ALL,
+    BASELINE,
+    FAST,
+    OF_BROUGHT,
+    PLAIN,
+    REFERENCE,
+    SCHEMA,
+    WITHOUT,
+    StageTimes,
+    TaxPair,
+    TaxRecord,
+    tax_path,
+    words_of,
+)
+from selab.experiments.workers import Report
+from selab.fusion.external import brought_blocks, foreign_blocks, leave_out
+from selab.fusion.fuse import fuse
+from selab.models import catalog
+from selab.models.build import Built, build
+from selab.models.provenance import bare_name
+from selab.models.spec import Variant, pair_hash
+from selab.records import verdict
+from selab.records.types import Frozen, Insertion, Phase, Workload
+
+_OTHERS = "other implementations"
+_NOT_COMPILED = "The scale is not left out: a compiler would remove what that network computes for nobody"
+
+
+class TaxRequest(Frozen, frozen=True, kw_only=True):
+    """What `selab tax` is asked.
+
+    Attributes:
+        request: networks and workload; its one phase is the one that is measured.
+        implementations: of `ALL`.
+    """
+
+    request: Request
+    implementations: tuple[str, ...] = ALL
+
+    @property
+    def phase(self) -> Phase:
+        """What one call is."""
+        return self.request.phases[0]
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for this."""
+        words = self.request.command.replace("selab profile", "selab tax", 1)
+        chosen = "" if self.implementations == ALL else "".join(f" --impl {name}" for name in self.implementations)
+        return words + chosen
+
+
+def chosen_implementations(names: Sequence[str]) -> tuple[str, ...]:
+    """In the order of `ALL`, each once; all of them where none is named.
+
+    Raises:
+        UnknownNameError: there is no such implementation.
+        InsertionError: a stage is to be left out of a reference that is not measured.
+    """
+    for name in names:
+        if name not in ALL:
+            raise UnknownNameError(f"--impl {name}: no such implementation{nearest(name, ALL)}")
+    without = [name for name in names if name in WITHOUT.values()]
+    if without and REFERENCE not in names:
+        raise InsertionError(f"--impl {without[0]}: is held against the reference; add --impl {REFERENCE}")
+    return tuple(name for name in ALL if name in names) if names else ALL
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+class Tax:
+    """One comparison of implementations: what is asked is checked on making it, and measured by `run`.
+
+    A network that brings SE blocks of its own along is its own baseline, without them; ours stand over the network that
+    the facts or the request name.
+
+    Attributes:
+        baseline: None for the network without the blocks that it brings along.
+
+    Raises:
+        SpecError: there is no baseline, or its input has another shape.
+        InsertionError: the network has no block, or one that others do not write; or it brings blocks along, and `fuse`
+            knows none of them, or there is no such implementation of them as was asked for.
+        ModelError: the network fails on its input.
+    """
+
+    variant: Variant
+    baseline: Variant | None
+    blocks: tuple[Insertion, ...]
+
+    def __init__(self, asked: TaxRequest) -> None:
+        request = asked.request
+        check_device(request.device)
+        self.asked = asked
+        self.variant, self.baseline = catalog.find(request.arch), None
+        self.workload = workload_of(request, self.variant)
+        with redirect_stdout(sys.stderr):
+            built = build(self.variant, device="meta", input_chw=self.workload.input_chw)
+        self.implementations = asked.implementations
+        self._remarks: dict[str, str] = {}
+        self._left_in = ""
+        if built.native and not built.insertions and request.baseline is None:
+            self.implementations = _of_brought(asked)
+            self.blocks = _brought(built, request.arch, self.workload)
+            self._left_in = _left_in(built)
+        else:
+            _check_any(built, self.variant, request.arch)
+            self.variant, self.baseline = pair(request)
+            self.blocks = built.insertions
+            _check_blocks(built, request.arch)
+            if self.baseline is not None and self.baseline.se is not None:
+                raise InsertionError(
+                    f"--baseline {self.baseline.name}: has SE blocks itself; a tax is held against a network without "
+                    "them; compare these two with `selab profile`"
+                )
+        self.machine = machine(request.device)
+
+    def path(self, out: Path) -> Path:
+        """Where its record goes, under this folder."""
+        other = None if self.baseline == catalog.baseline_of(self.variant) else self.baseline
+        return tax_path(
+            out,
+            machine=self.machine.name,
+            arch=self.variant.name,
+            against=None if other is None else other.name,
+            workload=self.workload.slug,
+            phase=self.asked.phase,
+        )
+
+    def run(self, report: Report) -> TaxRecord:
+        """Measures copies, then all networks in one run, then what the profiler sees of the reference.
+
+        Raises:
+            SelabError: the baseline fails. Another network's failure is told in its row.
+        """
+        # What a user's network prints is no part of our output.
+        with redirect_stdout(sys.stderr):
+            return self._run(report)
+
+    def _run(self, report: Report) -> TaxRecord:
+        request, workload, phase = self.asked.request, self.workload, self.asked.phase
+        report("measuring the bandwidth of copies", None)
+        peaks = measure_peaks(workload.device, workload.dtype, threads=workload.threads)
+        measured = self._implementations()
+        networks = self._networks(measured)
+        pairs = _pairs(measured)
+        plan = plan_of(request, workload)
+        found = measure_networks(networks, pairs, workload, phase, plan, report, seed=request.seed, words_of=words_of)
+        profiled = None
+        if REFERENCE in measured and not workload.compiled and not _failed(found, REFERENCE):
+            report("profiling the reference", None)
+            profiled = self._profiled(networks[REFERENCE]())
+        return TaxRecord(
+            schema=SCHEMA,
+            selab=__version__,
+            arch=self.variant.name,
+            baseline=bare_name(self.variant.name) if self.baseline is None else self.baseline.name,
+            origin=self.variant.file,
+            baseline_origin="" if self.baseline is None else self.baseline.file,
+            facts_hash=pair_hash(self.variant, self.baseline),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=self.asked.command,
+            workload=workload,
+            phase=phase,
+            machine=self.machine,
+            seed=request.seed,
+            implementations=self.implementations,
+            blocks=self.blocks,
+            bandwidths=peaks.bandwidths,
+            pairs=tuple(_summaries(found, pairs, self.workload, phase, request)),
+            profiled=profiled,
+            saved_for_backward_bytes={
+                name: size for name, size in found.saved_for_backward.items() if name not in (AGAIN, *WITHOUT.values())
+            },
+            remarks=(
+                *([self._left_in] if self._left_in else []),
+                *(self._remarks[name] for name in (BASELINE, _OTHERS, FAST) if name in self._remarks),
+                *(() if measured == self.implementations else (_NOT_COMPILED,)),
+            ),
+        )
+
+    def _implementations(self) -> tuple[str, ...]:
+        """Without the one that a compiler would not leave as it is."""
+        left_out = {WITHOUT["scale"]} if self.workload.compiled else set()
+        return tuple(name for name in self.implementations if name not in left_out)
+
+    def _networks(self, implementations: Sequence[str]) -> dict[str, Callable[[], nn.Module]]:
+        """How each is made; all have the same seed, so that they share the weights of their common layers."""
+
+        def made(variant: bool, change: Callable[[nn.Module], object] | None = None) -> Callable[[], nn.Module]:
+            def make() -> nn.Module:
+                facts = self.variant if variant or self.baseline is None else self.baseline
+                model = build(facts, seed=self.asked.request.seed, input_chw=self.workload.input_chw).model
+                if not variant and self.baseline is None:
+                    leave_out(model)
+                self._place(model)
+                if change is not None:
+                    change(model)
+                return model
+
+            return make
+
+        networks = {
+            BASELINE: made(False, self._fused(BASELINE)),
+            AGAIN: made(False, self._fused(AGAIN)),
+            PLAIN: made(False),
+        }
+        for name in implementations:
+            networks[name] = made(True, self._change(name))
+        return networks
+
+    def _place(self, model: nn.Module) -> None:
+        """Where it will run and in its mode, for on both it may depend how it is fused."""
+        model.to(self.workload.device).train(mode_of(self.asked.phase, self.workload) == "train")
+
+    def _fused(self, name: str, *, blocks: bool = True) -> Callable[[nn.Module], None]:
+        """Fuses a network, or what stands around its blocks, and notes what that did."""
+
+        def change(model: nn.Module) -> None:
+            done = fuse(model, input_nchw=(self.workload.batch, *self.workload.input_chw), blocks=blocks)
+            chosen = self._runtime_words(model) if blocks else []
+            self._remarks[name] = "; ".join([f"{name}: {done}", *chosen])
+
+        return change
+
+    def _runtime_words(self, model: nn.Module) -> list[str]:
+        """What each block's map would be given to; within torch.compile that is not known beforehand."""
+        if self.workload.compiled:
+            return []
+        found: Counter[tuple[str, str]] = Counter()
+        workload, half = self.workload, self.workload.dtype != "fp32"
+        dtype = DTYPES[workload.dtype]
+        layout = torch.channels_last if workload.memory_format == "channels_last" else torch.contiguous_format
+        with torch.autocast(workload.device, dtype=dtype if half else torch.bfloat16, enabled=half):
+            for block, where in self._choosing(model):
+                shape = (workload.batch, where.channels, where.height, where.width)
+                x = torch.empty(shape, device=workload.device, dtype=dtype).contiguous(memory_format=layout)
+                found[block.runtime(x)] += 1
+        return [
+            f"{count} run by {impl}" + (f" ({reason})" if reason else "") for (impl, reason), count in found.items()
+        ]
+
+    def _choosing(self, model: nn.Module) -> list[tuple[Any, Insertion]]:
+        """Each block that chooses its implementation, and where it stands; none in a baseline."""
+        if self.baseline is None:
+            there = foreign_blocks(model)
+            # One that is left as its library writes it has no choice.
+            return [(there[one.path], one) for one in self.blocks if hasattr(there.get(one.path), "runtime")]
+        blocks = [module for module in model.modules() if isinstance(module, SqueezeExcitation)]
+        return list(zip(blocks, self.blocks, strict=True)) if len(blocks) == len(self.blocks) else []
+
+    def _profiled(self, model: nn.Module) -> StageTimes | None:
+        workload, native = self.workload, [one.path for one in self.blocks] if self.baseline is None else []
+        try:
+            timeline = record_steps(
+                model, workload, self.asked.phase, native=native, seed=self.asked.request.seed
+            ).timeline
+        except SelabError:
+            return None  # it was timed, so it runs; the profiler's own memory may not be there
+        names = (WHOLE,) if native else STAGES
+        return StageTimes(total_s=timeline.total_s, stages={name: timeline.stages.get(name, 0.0) for name in names})
+
+    def _change(self, name: str) -> Callable[[nn.Module], object]:
+        """What makes the implementation; around the blocks each gets what the baseline gets."""
+        if name == FAST:
+            return self._fused(FAST)
+
+        def change(model: nn.Module) -> None:
+            if name != REFERENCE:
+                restyled(model, name)
+            self._fused(_OTHERS, blocks=False)(model)
+
+        return change
+
+
+def _check_any(built: Built, variant: Variant, arch: str) -> None:
+    """Raises InsertionError, with the command for a network that has SE, for one without any block."""
+    if built.insertions or built.native:
+        return
+    others = [one.name for one in catalog.installed().values() if one.baseline == variant.name and one.se is not None]
+    name = f"se_{variant.name}" if f"se_{variant.name}" in others else next(iter(others), "")
+    step = f"--arch {name}" if name else f"--arch {arch} --insert auto"
+    raise InsertionError(
+        f"--arch {arch}: has no SE blocks to measure the tax of; next: `selab tax {step}`, or put some in with --se or "
+        "--insert"
+    )
+
+
+def _check_blocks(built: Built, arch: str) -> None:
+    if built.native:
+        raise InsertionError(
+            f"--arch {arch}: brings blocks of its own along, which are measured over the same network without them; "
+            "leave --baseline, --se and --insert away"
+        )
+    kinds = [built.model.get_submodule(path) for path, module in built.model.named_modules() if is_plain(module)]
+    if not kinds or len(kinds) < len(built.insertions):
+        raise InsertionError(
+            f"--arch {arch}: has blocks of other kinds; what is compared is the paper's block as others write "
+            "it: with a mean as squeeze, as in se_resnet50, or put in with --insert"
+        )
+
+
+def _of_brought(asked: TaxRequest) -> tuple[str, ...]:
+    """The implementations of blocks that a network brings along; both where all of ours are asked for, as by default.
+
+    Raises:
+        InsertionError: another was named.
+    """
+    others = [name for name in asked.implementations if name not in OF_BROUGHT]
+    if others and asked.implementations != ALL:
+        raise InsertionError(
+            f"--impl {others[0]}: --arch {asked.request.arch} brings blocks of its own along, which are measured as "
+            f"they are and fused: {' and '.join(f'--impl {name}' for name in OF_BROUGHT)}, or leave --impl away"
+        )
+    return tuple(name for name in OF_BROUGHT if name in asked.implementations)
+
+
+def _brought(built: Built, arch: str, workload: Workload) -> tuple[Insertion, ...]:
+    """The blocks that the baseline will lack.
+
+    Raises:
+        InsertionError: there is none that `fuse` knows.
+    """
+    blocks = brought_blocks(built.model, (1, *workload.input_chw))
+    if not blocks:
+        raise InsertionError(
+            f"--arch {arch}: brings blocks of its own along, none of them an SE block that selab.fuse knows "
+            f"({_kinds(built, built.native)}); count them with `selab count`, or name a network with torchvision's or "
+            "timm's SE"
+        )
+    return blocks
+
+
+def _left_in(built: Built) -> str:
+    """What the network brings along beside SE, in words; empty if there is nothing."""
+    known = foreign_blocks(built.model)
+    others = [path for path in built.native if path not in known]
+    return f"in every network: {_kinds(built, others)}, which selab.fuse does not know" if others else ""
+
+
+def _kinds(built: Built, paths: Sequence[str]) -> str:
+    """`16 EcaModule, 1 CbamModule`."""
+    found = Counter(type(built.model.get_submodule(path)).__name__ for path in paths)
+    return ", ".join(f"{count} {name}" for name, count in found.items())
+
+
+def _pairs(implementations: Sequence[str]) -> list[Pair]:
+    """Over the baseline; a network with a stage left out over the reference, so that what it saves has an interval."""
+    pairs = [(BASELINE, AGAIN), (BASELINE, PLAIN)]
+    pairs += [(REFERENCE if name in WITHOUT.values() else BASELINE, name) for name in implementations]
+    both = {REFERENCE, FAST} <= set(implementations)
+    return [*pairs, *([(REFERENCE, FAST)] if both else [])]
+
+
+def _failed(found: Together, name: str) -> bool:
+    return any(failed == name for _, failed in found.failed)
+
+
+def _summaries(
+    found: Together, pairs: Sequence[Pair], workload: Workload, phase: Phase, request: Request
+) -> Iterator[TaxPair]:
+    plan = plan_of(request, workload)
+    for method, runs in found.runs.items():
+        control = runs.get((BASELINE, AGAIN))
+        for one in pairs:
+            run = runs.get(one)
+            why = [found.failed[method, name] for name in one if (method, name) in found.failed]
+            latency = verdict.summarise(
+                phase=phase,
+                method=method,
+                statistic=plan.statistic,
+                threads=workload.threads,
+                mode=mode_of(phase, workload),
+                runs=[] if run is None else [run],
+                controls=[] if run is None or control is None else [control],
+                target_half_width=plan.target_half_width,
+                error=why[0] if why else "",
+            )
+            yield TaxPair(baseline=one[0], variant=one[1], latency=latency)

@@ -1,0 +1,195 @@
+"""The same SE block as others write it, and with one of its stages left out; for holding their costs side by side."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from selab.attention.se import SqueezeExcitation
+from selab.errors import InsertionError, nearest
+
+
+class TorchvisionSE(nn.Module):
+    """scale * x, with scale = gate(fc2(act(fc1(avgpool(x))))): adaptive pooling and two 1x1 convolutions.
+
+    Shapes: input and output (N, C, H, W); the scale (N, C, 1, 1).
+
+    Args:
+        block: whose weights, activation and gate it takes; left as it is.
+
+    Source: torchvision.ops.SqueezeExcitation: which modules, in which order, and which factor comes first.
+    """
+
+    def __init__(self, block: SqueezeExcitation) -> None:
+        super().__init__()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = _pointwise(block.fc1)
+        self.fc2 = _pointwise(block.fc2)
+        self.activation = type(block.activation)()
+        self.scale_activation = type(block.gate)()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        scale: Tensor = self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(x)))))
+        return scale * x
+
+
+class TimmSE(nn.Module):
+    """x * gate(fc2(act(fc1(mean(x))))): a mean over height and width and two 1x1 convolutions, the activation in place.
+
+    Shapes: input and output (N, C, H, W); the gate (N, C, 1, 1).
+
+    Args:
+        block: whose weights, activation and gate it takes; left as it is.
+
+    Source: timm.layers.SEModule: which modules, in which order, and which factor comes first.
+    """
+
+    def __init__(self, block: SqueezeExcitation) -> None:
+        super().__init__()
+        self.fc1 = _pointwise(block.fc1)
+        self.act = type(block.activation)(inplace=True)
+        self.fc2 = _pointwise(block.fc2)
+        self.gate = type(block.gate)()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        x_se = x.mean((2, 3), keepdim=True)
+        gate: Tensor = self.gate(self.fc2(self.act(self.fc1(x_se))))
+        return x * gate
+
+
+def _pointwise(layer: nn.Linear) -> nn.Conv2d:
+    """A fully connected layer as a 1x1 convolution of the same weights."""
+    weight = layer.weight
+    conv = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Conv2d,
+        layer.in_features,
+        layer.out_features,
+        1,
+        bias=layer.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    assert isinstance(conv, nn.Conv2d)
+    with torch.no_grad():
+        conv.weight.copy_(weight[:, :, None, None])
+        if conv.bias is not None:
+            conv.bias.copy_(layer.bias)
+    return conv
+
+
+class _Ablation(nn.Module):
+    """A block with one of its stages left out; the others run the block's own code."""
+
+    def __init__(self, block: SqueezeExcitation) -> None:
+        super().__init__()
+        self.block = block
+
+
+class WithoutSqueeze(_Ablation):
+    """x * excite(v): the factors come from a fixed vector instead of the map's mean.
+
+    Shapes: input and output (N, C, H, W); v (C).
+    """
+
+    vector: Tensor
+
+    def __init__(self, block: SqueezeExcitation) -> None:
+        super().__init__(block)
+        weight = block.fc1.weight
+        vector = torch.linspace(0, 1, block.channels, device=weight.device, dtype=weight.dtype)
+        self.register_buffer("vector", vector, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        factor = self.block.excite(self.vector.to(x.dtype).expand(x.shape[0], -1))
+        return x * factor[:, :, None, None]
+
+
+class WithoutExcitation(_Ablation):
+    """x * gate(mean(x)): neither of the two layers, nor the activation between them.
+
+    The gate's function stays. Without it every block would square the map's scale, which would reach zero or infinity
+    within a few of them, and a processor is not as fast with such numbers.
+
+    Shapes: input and output (N, C, H, W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        factor: Tensor = self.block.gate(self.block.squeeze(x))
+        return x * factor[:, :, None, None]
+
+
+class WithoutScale(_Ablation):
+    """x, after squeeze and excitation have run; in the backward pass a gradient of zeros goes back through both.
+
+    A compiler removes what nobody reads, so this one is for eager mode.
+
+    Shapes: input and output (N, C, H, W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        out: Tensor = _Beside.apply(x, self.block.excite(self.block.squeeze(x)))  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Beside(torch.autograd.Function):
+    """x itself; the factors take part in the backward pass and in nothing else."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.like = (factor.shape, factor.dtype, factor.device)  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.like  # type: ignore[attr-defined]
+        return gradients[0], torch.zeros(shape, dtype=dtype, device=device)
+
+
+STYLES: dict[str, Callable[[SqueezeExcitation], nn.Module]] = {
+    "torchvision": TorchvisionSE,
+    "timm": TimmSE,
+    "without_squeeze": WithoutSqueeze,
+    "without_excitation": WithoutExcitation,
+    "without_scale": WithoutScale,
+}
+"""By their names: as others write the block, and with a stage left out."""
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is the paper's block: its squeeze a mean, its gate not stretched, no ReLU part of it."""
+    if type(module) is not SqueezeExcitation:
+        return False
+    return module.squeeze.kind == "avg" and module.gate_affine is None and not module.relu_in
+
+
+def restyled(model: nn.Module, style: str) -> int:
+    """Writes every plain SE block of a network in another way, in place: the same mathematics and the same weights.
+
+    The styles whose names begin with `without` leave a stage out, and compute something else.
+
+    Args:
+        model: a copy that the caller made.
+        style: one of `STYLES`.
+
+    Returns:
+        How many blocks were replaced.
+
+    Raises:
+        InsertionError: no such style.
+    """
+    if style not in STYLES:
+        raise InsertionError(f"style {style!r}: no such way to write the block{nearest(style, STYLES)}")
+    made: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, SqueezeExcitation) and is_plain(child):
+                if child not in made:
+                    made[child] = STYLES[style](child).train(child.training)
+                parent._modules[name] = made[child]
+    return len(made)

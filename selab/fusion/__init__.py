@@ -1,0 +1,1 @@
+"""Make SE blocks cheap: fuse their operations."""

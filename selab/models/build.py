@@ -1,0 +1,124 @@
+"""Variant → model: import the builder that the facts name, call it, insert SE as they say."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from selab.attention.base import Init
+from selab.attention.insert import insert_se
+from selab.attention.se import SqueezeExcitation
+from selab.errors import InsertionError, ModelError, SelabError, SpecError
+from selab.meta import first_line
+from selab.models import external
+from selab.models.spec import Variant
+from selab.records.types import Insertion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A network and the attention blocks that were put into it.
+
+    Attributes:
+        native: paths of SE blocks that a network from elsewhere brought with it.
+    """
+
+    model: nn.Module
+    insertions: tuple[Insertion, ...] = ()
+    native: tuple[str, ...] = ()
+
+
+def build(
+    variant: Variant,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    input_chw: tuple[int, int, int] | None = None,
+    init: Init = "he",
+) -> Built:
+    """Builds a variant, in train mode.
+
+    A variant and its baseline of one seed share the initial values of all their common layers: the network is drawn
+    first, the SE blocks after it. The caller's random state is left as it was. The SE blocks run their reference
+    implementation; `selab.fuse` makes them fast.
+
+    Args:
+        variant: the facts.
+        seed: of the initial weights.
+        device: where the parameters are made; `meta` makes none.
+        input_chw: the input, if it is not that of the facts.
+        init: of the SE blocks.
+
+    Raises:
+        SpecError: the builder cannot be imported, or refuses its arguments.
+        InsertionError: the facts ask for SE where it cannot stand.
+        ModelError: the network fails on the input of its facts.
+    """
+    builder = _builder(variant)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            with torch.device(device):
+                model = builder(num_classes=variant.num_classes, **variant.arguments)
+        except SelabError:
+            raise
+        except Exception as error:
+            raise SpecError(
+                f"{variant.place}: {variant.builder} refuses its arguments "
+                f"{dict(variant.arguments)}: {first_line(error)}"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise SpecError(f"{variant.origin}: builder: {variant.builder} returns no torch.nn.Module")
+        native = external.se_blocks(model)
+        if variant.se is None:
+            return Built(model=model, native=native)
+        try:
+            input_nchw = (1, *(input_chw or variant.input_chw))
+            insertions = insert_se(model, variant.se, input_nchw=input_nchw, init=init)
+            _run_as_written(model)
+        except (InsertionError, ModelError) as error:
+            raise type(error)(f"{variant.place}: {error}") from error
+    return Built(model=model, insertions=insertions, native=native)
+
+
+def _run_as_written(model: nn.Module) -> None:
+    """What is measured is the block operation by operation, as the field writes it, unless `fuse` is asked for."""
+    for module in model.modules():
+        if isinstance(module, SqueezeExcitation):
+            module.impl = "reference"
+
+
+def _builder(variant: Variant):  # type: ignore[no-untyped-def]
+    if variant.builder in external.BUILDERS:
+        return external.BUILDERS[variant.builder]
+    module_name, _, attribute = variant.builder.partition(":")
+    with _import_beside(variant):
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise SpecError(
+                f"{variant.origin}: builder: {variant.builder!r} cannot be imported: {first_line(error)}; "
+                "it is looked up beside the TOML and among the installed packages"
+            ) from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise SpecError(f"{variant.origin}: builder: importing {module_name!r} fails: {reason}") from error
+
+
+@contextmanager
+def _import_beside(variant: Variant) -> Iterator[None]:
+    """A family's own TOML may name a module that lies beside it."""
+    if not variant.file:
+        yield
+        return
+    folder = str(Path(variant.file).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

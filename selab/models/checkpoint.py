@@ -1,0 +1,402 @@
+"""Trained weights from elsewhere: read without trusting the file, renamed, checked to the last tensor, written.
+
+A file is untrusted: it is a safetensors file, or a pickle read by a loader that builds tensors and dictionaries only.
+What is written is a safetensors file of exactly the tensors of one variant, which says where they come from.
+"""
+
+import hashlib
+import io
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+import msgspec
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from selab._version import __version__
+from selab.errors import SelabError
+from selab.models import catalog
+from selab.models.build import build
+from selab.models.key_maps import Port, port_for, renamed
+from selab.models.spec import Variant
+from selab.records.store import write_atomically
+
+# Where training scripts put the state dict; the averaged weights are those that accuracies are told of.
+_UNDER = ("state_dict_ema", "state_dict", "model")
+_COUNTER = "num_batches_tracked"
+
+
+class WeightsError(SelabError):
+    """A file of weights cannot be read or written, or is not one of this network; the message names the tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renamed:
+    """One tensor's way.
+
+    Attributes:
+        theirs: its key in the input.
+        ours: its key in the output.
+        their_shape: its shape in the input.
+        shape: its shape in the output.
+        folded: whether the output has no such tensor: a convolution's bias that is taken off the BN's running mean.
+    """
+
+    theirs: str
+    ours: str
+    their_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    folded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion did, or would do.
+
+    Attributes:
+        port: the declared pair of networks.
+        renamed: every tensor of the input, in its order.
+        filled: counters of seen batches that the input does not have; they start at zero.
+        metadata: what the output says about itself.
+    """
+
+    port: Port
+    renamed: tuple[Renamed, ...]
+    filled: tuple[str, ...]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Input:
+    """A file's tensors and, of where they come from, what can be known."""
+
+    state: dict[str, Tensor]
+    under: str
+    sha256: str
+
+
+def convert(
+    source_path: Path, target_path: Path | None, *, source: str, arch: str, replace: bool = False
+) -> Conversion:
+    """Converts the weights of a foreign network into those of the variant that computes the same.
+
+    Args:
+        source_path: `.safetensors`, `.pt` or `.pth`.
+        target_path: the `.safetensors` file to write; None to find out what would be done.
+        source: `timm`, `torchvision` or `cadene`.
+        arch: our variant.
+        replace: whether an existing file may be written over.
+
+    Raises:
+        UnknownNameError: no such source or variant, or no network of the source is known to equal it.
+        WeightsError: the input cannot be read, is refused, or is not of that network; the output exists or cannot be
+            written. Nothing is written then.
+    """
+    variant = catalog.find(arch)
+    port = port_for(source, arch)
+    if target_path is not None:
+        _check_target(target_path, source_path, replace=replace)
+    found = _read(source_path)
+    expected = build(variant, device="meta").model.state_dict()
+    steps = _steps(found.state, port, variant, expected, where=str(source_path))
+    converted = _converted(found.state, steps, expected, where=str(source_path))
+    metadata = {
+        "arch": variant.name,
+        "facts_hash": variant.facts_hash,
+        "input_sha256": found.sha256,
+        "model": port.model,
+        "selab": __version__,
+        "source": source,
+    } | ({"under": found.under} if found.under else {})
+    if target_path is not None:
+        write_atomically(target_path, safetensors.torch.save(converted, metadata))
+    given = {step.ours for step in steps}
+    filled = tuple(key for key in expected if key not in given)
+    return Conversion(port=port, renamed=steps, filled=filled, metadata=metadata)
+
+
+def load(
+    model: nn.Module,
+    weights: Path | Mapping[str, Tensor],
+    *,
+    variant: Variant | None = None,
+    fitted: Variant | None = None,
+) -> None:
+    """Loads weights into a network, all or none; only counters of seen batches may be missing.
+
+    Args:
+        model: gets the values, on its own device and in its own precision.
+        weights: a file, or a state dict.
+        variant: what the network was built from. A file of other facts is refused: its tensors may fit and mean
+            something else. A file that was trained here may be of images of another height and width.
+        fitted: the variant with the data's classes and image size, where the network was built from that; a file of
+            either is taken.
+
+    Raises:
+        WeightsError: the file cannot be read, or is refused; a tensor is missing, unexpected, or of another shape. The
+            model is left as it was.
+    """
+    where = str(weights) if isinstance(weights, Path) else "the state dict"
+    if isinstance(weights, Path) and variant is not None:
+        _check_made_for(variant, fitted or variant, read_metadata(weights), where)
+    state = read_state(weights) if isinstance(weights, Path) else dict(weights)
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state and not _is_counter(key)]
+    unexpected = [key for key in state if key not in expected]
+    shapes = [
+        _misfit(key, state[key], expected[key])
+        for key in expected
+        if key in state and (state[key].shape != expected[key].shape or not _same_kind(state[key], expected[key]))
+    ]
+    if missing or unexpected or shapes:
+        raise WeightsError(f"{where}: does not fit {type(model).__name__}: {_listed(missing, unexpected, shapes)}")
+    counters = {key: torch.zeros((), dtype=torch.long) for key in expected if key not in state}
+    model.load_state_dict({**state, **counters})
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, on the CPU, found where training scripts put it and freed of `module.`.
+
+    Raises:
+        WeightsError: the file cannot be read, holds more than tensors, or no state dict.
+    """
+    return _read(path).state
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself: for ours, the keys of `Conversion.metadata`; empty for a pickle.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    _check_readable(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: is broken or no safetensors file ({line(error)}); get it again") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def _read(path: Path) -> _Input:
+    _check_readable(path)
+    content = path.read_bytes()
+    loaded = _from_safetensors(path, content) if path.suffix == ".safetensors" else _from_pickle(path, content)
+    under = ""
+    if isinstance(loaded, Mapping) and not _is_state(loaded):
+        under = next((key for key in _UNDER if _is_state(loaded.get(key))), "")
+        loaded = loaded.get(under)
+    if not _is_state(loaded):
+        raise WeightsError(
+            f"{path}: holds no state dict (tensors by name), neither at the top nor under {', '.join(_UNDER)}; "
+            "save model.state_dict()"
+        )
+    prefix = "module." if all(key.startswith("module.") for key in loaded) else ""
+    state = {key.removeprefix(prefix): value for key, value in loaded.items()}
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise WeightsError(
+                f"{path}: {key}: is no plain tensor (sparse, quantised or without data); save a dense one"
+            )
+    return _Input(state=state, under=under, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _check_readable(path: Path) -> None:
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise WeightsError(f"{path}: cannot be read: allowed are .safetensors, .pt and .pth files")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _from_safetensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path}: is broken or no safetensors file ({line(error)}); get it again") from None
+
+
+def _from_pickle(path: Path, content: bytes) -> object:
+    """Tensors, numbers, strings and containers; whatever else a pickle wants to build or call is refused."""
+    try:
+        with warnings.catch_warnings():
+            # About the file's age and kind; what is wrong with it is told by the error.
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted is None:
+            raise WeightsError(
+                f"{path}: is broken or no file of torch.save; get it again, or save a state dict"
+            ) from None
+        raise WeightsError(
+            f"{path}: is refused: it holds more than tensors ({wanted[1]}), and reading that could run any code; "
+            "where you trust it, save its state dict alone, best with safetensors.torch.save_file"
+        ) from None
+    except Exception:
+        # An untrusted file may fail the reader in any way; none of them is a fault of the program.
+        raise WeightsError(f"{path}: is broken or no file of torch.save; get it again, or save a state dict") from None
+
+
+def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(one, Tensor) for key, one in value.items())
+    )
+
+
+def line(error: BaseException) -> str:
+    """The first sentence of an error."""
+    return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------- mapping
+def _steps(
+    state: Mapping[str, Tensor], port: Port, variant: Variant, expected: Mapping[str, Tensor], *, where: str
+) -> tuple[Renamed, ...]:
+    """Every tensor's way; raises WeightsError unless each has a place that it fits and each place has a tensor."""
+    places = {**expected, **(_biases(expected) if port.folds_bias else {})}
+    classifier = list(expected)[-1].rpartition(".")[0]
+    steps: dict[str, Renamed] = {}
+    unexpected, shapes = [], []
+    for theirs, tensor in state.items():
+        ours = renamed(theirs, port.rules)
+        if ours not in places or ours in steps:
+            unexpected.append(theirs)
+            continue
+        place = places[ours]
+        if not _fits(tensor, place):
+            if ours.rpartition(".")[0] == classifier and tensor.shape[1:].numel() == place.shape[1:].numel():
+                raise WeightsError(
+                    f"{where}: its classifier {theirs} has {len(tensor)} classes, and {variant.name} has "
+                    f"{variant.num_classes}; give weights of {variant.num_classes} classes"
+                )
+            shapes.append(_misfit(theirs, tensor, place))
+        steps[ours] = Renamed(
+            theirs=theirs,
+            ours=ours,
+            their_shape=tuple(tensor.shape),
+            shape=tuple(place.shape),
+            folded=ours not in expected,
+        )
+    missing = [key for key in places if key not in steps and not _is_counter(key)]
+    if unexpected or missing or shapes:
+        # What the file holds is told by its names; what it lacks has none there.
+        listed = _listed(missing, unexpected, shapes, said=" (by our names)")
+        raise WeightsError(
+            f"{where}: is no state dict of {port.model} of {port.source}, which becomes {variant.name}: {listed}"
+        )
+    return tuple(steps.values())
+
+
+def _biases(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of the biases that our convolutions do not have, each with the running mean that takes it in."""
+    return {_bias_of(key): value for key, value in expected.items() if key.endswith(".bn.running_mean")}
+
+
+def _bias_of(mean: str) -> str:
+    return mean.removesuffix(".bn.running_mean") + ".conv.bias"
+
+
+def _converted(
+    state: Mapping[str, Tensor], steps: tuple[Renamed, ...], expected: Mapping[str, Tensor], *, where: str
+) -> dict[str, Tensor]:
+    """The output's tensors in our order, each with memory of its own, as the format demands."""
+    theirs = {step.ours: state[step.theirs].detach().reshape(step.shape) for step in steps}
+    converted: dict[str, Tensor] = {}
+    for key, place in expected.items():
+        if key not in theirs:
+            converted[key] = torch.zeros(place.shape, dtype=place.dtype)
+            continue
+        value = theirs[key].to(place.dtype, copy=True).contiguous()
+        if key.endswith(".bn.running_mean") and _bias_of(key) in theirs and _bias_of(key) not in expected:
+            value -= theirs[_bias_of(key)]
+        if not value.isfinite().all():
+            raise WeightsError(f"{where}: {key}: holds NaN or infinite values; get the file again")
+        converted[key] = value
+    return converted
+
+
+def _fits(theirs: Tensor, ours: Tensor) -> bool:
+    """Equal shapes, or a convolution over the whole map, (O, C, H, W), for a fully connected layer, (O, C * H * W)."""
+    whole_map = theirs.dim() == 4 and ours.dim() == 2 and theirs.flatten(1).shape == ours.shape
+    return _same_kind(theirs, ours) and (theirs.shape == ours.shape or whole_map)
+
+
+def _same_kind(theirs: Tensor, ours: Tensor) -> bool:
+    return theirs.is_floating_point() == ours.is_floating_point() and not theirs.is_complex()
+
+
+def _is_counter(key: str) -> bool:
+    """Of a BN: how many batches it has seen. Files from before torch 0.4.1 have none, and eval mode reads none."""
+    return key.rpartition(".")[2] == _COUNTER
+
+
+def _misfit(key: str, theirs: Tensor, ours: Tensor) -> str:
+    if theirs.shape == ours.shape:
+        return f"{key} {str(theirs.dtype).removeprefix('torch.')} instead of {str(ours.dtype).removeprefix('torch.')}"
+    return f"{key} {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
+
+
+def _listed(missing: list[str], unexpected: list[str], shapes: list[str], *, said: str = "") -> str:
+    """The first five of each kind of fault, and how many more there are; `said` is whose names the missing ones are."""
+    parts = []
+    kinds = ((f"missing{said}", missing), ("unexpected", unexpected), ("wrong shape or type", shapes))
+    for name, keys in kinds:
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            parts.append(f"{name}: {', '.join(keys[:5])}{more}")
+    return "; ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+def _check_target(path: Path, source: Path, *, replace: bool) -> None:
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: the output is a .safetensors file; name it so")
+    if path.is_dir():
+        raise WeightsError(f"{path}: is a folder; name a file in it")
+    if path.exists() and source.exists() and path.samefile(source):
+        raise WeightsError(f"{path}: is the input; name another file")
+    if path.exists() and not replace:
+        raise WeightsError(f"{path}: exists; give --replace to write over it, or name another file")
+
+
+def _check_made_for(variant: Variant, fitted: Variant, metadata: Mapping[str, str], where: str) -> None:
+    made_for = metadata.get("facts_hash")
+    if made_for in (None, variant.facts_hash, fitted.facts_hash):
+        return
+    name = metadata.get("arch", "another network")
+    if "recipe_hash" not in metadata:
+        reason = f"{name} as its facts were then" if name == variant.name else name
+        raise WeightsError(f"{where}: was converted for {reason}, not for {variant.name}; convert it again")
+    trained = _as_trained(variant, metadata)
+    told = f"{where}: is of {name}" if trained is None else f"{where}: is of {name} with {_size(trained)}"
+    if trained is None or trained.facts_hash != made_for:
+        other = "as its facts were then; train it again" if name == variant.name else f"not of {variant.name}"
+        raise WeightsError(f"{told}, {other}")
+    if (trained.num_classes, trained.input_chw[0]) != (fitted.num_classes, fitted.input_chw[0]):
+        raise WeightsError(f"{told}; asked for are {_size(fitted)}: give the data that it was trained on")
+
+
+def _as_trained(variant: Variant, metadata: Mapping[str, str]) -> Variant | None:
+    """The variant with the classes and the image size that a file tells of; None where it tells none."""
+    told = re.fullmatch(r"(\d+) (\d+)x(\d+)x(\d+)", f"{metadata.get('num_classes')} {metadata.get('input_chw')}")
+    if told is None:
+        return None
+    classes, channels, height, width = map(int, told.groups())
+    return msgspec.structs.replace(variant, num_classes=classes, input_chw=(channels, height, width))
+
+
+def _size(variant: Variant) -> str:
+    return f"{variant.num_classes} classes, {'×'.join(map(str, variant.input_chw))}"

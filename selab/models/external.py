@@ -1,0 +1,432 @@
+"""Networks from elsewhere: torchvision's, timm's, and a user's own Python.
+
+A word becomes a variant whose builder is a function of this file. The libraries are imported when they are asked for
+and nothing is downloaded: weights are random. A user's code runs when the network is built, not before; what it prints
+goes to standard error, for standard output is ours.
+"""
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import reduce
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from selab.errors import SelabError, SpecError, UnknownNameError, nearest
+from selab.models.spec import Variant
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+_INPUT_CHW = (3, 224, 224)
+_NUM_CLASSES = 1000
+
+# The width that inception_v3 was made for; its last pooling needs 75 at least.
+_TORCHVISION_INPUTS = {"inception_v3": (3, 299, 299)}
+# These return a tuple in train mode if they keep their auxiliary classifiers, and warn where nobody chose how to start.
+_AUXILIARY = {"aux_logits": False, "init_weights": True}
+_TORCHVISION_ARGUMENTS: dict[str, dict[str, bool]] = {"googlenet": _AUXILIARY, "inception_v3": _AUXILIARY}
+
+# What callables have given, as long as it lives.
+_given: "WeakSet[nn.Module]" = WeakSet()
+
+# Class name → where the libraries define it. A block with a library's name from elsewhere may be anything.
+_TIMM = ("timm.layers.", "timm.models.")
+_SE_CLASSES: dict[str, tuple[str, ...]] = {
+    "SEModule": (*_TIMM, "pretrainedmodels.models.senet"),
+    "SqueezeExcite": _TIMM,
+    "SqueezeExciteCl": _TIMM,
+    "EffectiveSEModule": _TIMM,
+    "EcaModule": _TIMM,
+    "CecaModule": _TIMM,
+    "GatherExcite": _TIMM,
+    "GlobalContext": _TIMM,
+    "CbamModule": _TIMM,
+    "LightCbamModule": _TIMM,
+    "CoordAttn": _TIMM,
+    "SimpleCoordAttn": _TIMM,
+    "SqueezeExcitation": ("torchvision.ops.misc",),
+    "SE": ("pycls.models.blocks",),
+}
+
+
+_BUILDER_PREFIX = "selab.foreign:"
+
+
+def find(word: str, *, option: str = "--arch") -> Variant | None:
+    """A variant by `torchvision:NAME`, `timm:NAME`, `path/to/file.py:callable` or `package.module:callable`.
+
+    Args:
+        word: what the user wrote; it becomes the variant's name.
+        option: where it was given, for the message.
+
+    Returns:
+        None if the word is of no such form.
+
+    Raises:
+        UnknownNameError: the library has no such network; the message lists the nearest ones.
+        SpecError: the library is not installed or fails on import; there is no such file, or nothing in it was named.
+    """
+    library, _, name = word.partition(":")
+    if library in ("torchvision", "timm"):
+        where = f"{option} {word}"
+        return _torchvision_variant(name, word, where) if library == "torchvision" else _timm_variant(name, word, where)
+    file = re.fullmatch(r"(.+\.py)(?::([\w.]*))?", word)
+    if file is not None:
+        path, attribute = file[1], file[2]
+        if not attribute:
+            raise SpecError(f"{option} {word}: name the function, class or network in it: {path}:NAME")
+        if not Path(path).is_file():
+            raise SpecError(f"{option} {word}: there is no file {path}")
+        return _variant(
+            word,
+            family="file",
+            title=f"{attribute} of {path}",
+            source=path,
+            builder="from_file",
+            arguments={"path": path, "attribute": attribute},
+        )
+    if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[\w.]+", word):
+        module = word.partition(":")[0]
+        return _variant(
+            word,
+            family="module",
+            title=word,
+            source=f"Python module {module}",
+            builder="from_module",
+            arguments={"target": word},
+        )
+    return None
+
+
+def runs_code_of(variant: Variant) -> str | None:
+    """The file or module of a user whose code building this variant runs; None if it is ours or a library's."""
+    if variant.builder in BUILDERS:
+        own = BUILDERS[variant.builder]
+        if own is from_file:
+            return str(variant.arguments["path"])
+        return str(variant.arguments["target"]).partition(":")[0] if own is from_module else None
+    module = variant.builder.partition(":")[0]
+    return None if module.startswith("selab.") else module
+
+
+def se_blocks(model: "nn.Module") -> tuple[str, ...]:
+    """Paths of the SE blocks (and their kin) that a network of a well-known library brings with it.
+
+    A block is known by its class's name and module, so that no library has to be there. A block inside another one
+    belongs to it.
+    """
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if path and not (found and path.startswith(f"{found[-1]}.")) and _is_se_class(type(module)):
+            found.append(path)
+    return tuple(found)
+
+
+def _is_se_class(kind: type) -> bool:
+    return any(one.__module__.startswith(_SE_CLASSES.get(one.__name__, ("\0",))) for one in kind.__mro__)
+
+
+# ----------------------------------------------------------------------------------------------------------- libraries
+def torchvision_model(*, num_classes: int, name: str) -> "nn.Module":
+    """A classification network of torchvision with random weights."""
+    models = _library("torchvision", f"torchvision:{name}").models
+    arguments = _TORCHVISION_ARGUMENTS.get(name, {})
+    return _make(lambda: models.get_model(name, weights=None, num_classes=num_classes, **arguments))
+
+
+def timm_model(*, num_classes: int, name: str) -> "nn.Module":
+    """A network of timm with random weights."""
+    timm = _library("timm", f"timm:{name}")
+    return _make(lambda: timm.create_model(name, pretrained=False, num_classes=num_classes))
+
+
+def _torchvision_variant(name: str, word: str, where: str) -> Variant:
+    library = _library("torchvision", where)
+    # Detection, segmentation and video have other inputs, or outputs that are no logits.
+    known = library.models.list_models(module=library.models)
+    if name not in known:
+        raise UnknownNameError(f"{where}: torchvision has no such classification network{nearest(name, known)}")
+    return _variant(
+        word,
+        family="torchvision",
+        title=f"{name} of torchvision",
+        source=f"torchvision {library.__version__}",
+        builder="torchvision_model",
+        arguments={"name": name},
+        input_chw=_TORCHVISION_INPUTS.get(name, _INPUT_CHW),
+    )
+
+
+def _timm_variant(name: str, word: str, where: str) -> Variant:
+    library = _library("timm", where)
+    architecture, _, tag = name.partition(".")
+    known = library.list_models()
+    if architecture not in known:
+        raise UnknownNameError(f"{where}: timm has no such network{nearest(architecture, known)}")
+    if tag and name not in (tags := library.list_pretrained(f"{architecture}.*")):
+        raise UnknownNameError(f"{where}: timm knows no weights {tag!r} of {architecture}{nearest(name, tags)}")
+    config = library.get_pretrained_cfg(name)
+    return _variant(
+        word,
+        family="timm",
+        title=f"{name} of timm",
+        source=f"timm {library.__version__}",
+        builder="timm_model",
+        arguments={"name": name},
+        input_chw=tuple(config.input_size),
+        num_classes=config.num_classes,
+    )
+
+
+def _library(name: str, where: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise SpecError(f"{where}: {name} is not installed; pip install 'selab[{name}]'") from None
+        raise SpecError(f"{where}: importing {name} fails: {_told(error)}") from error
+    except Exception as error:
+        raise SpecError(
+            f"{where}: importing {name} fails: {_told(error)}; torchvision needs the torch that it was built "
+            "with: install both from the same place"
+        ) from error
+
+
+def _variant(
+    word: str,
+    *,
+    family: str,
+    title: str,
+    source: str,
+    builder: str,
+    arguments: dict[str, bool | int | float | str],
+    input_chw: tuple[int, int, int] = _INPUT_CHW,
+    num_classes: int = _NUM_CLASSES,
+) -> Variant:
+    return Variant(
+        name=word,
+        family=family,
+        title=title,
+        source=source,
+        builder=f"{_BUILDER_PREFIX}{builder}",
+        arguments=arguments,
+        input_chw=input_chw,
+        num_classes=num_classes,
+        baseline=None,
+        se=None,
+        published=(),
+        note="",
+        origin=source,
+        file="",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- a user's Python
+def from_file(*, num_classes: int, path: str, attribute: str) -> "nn.Module":
+    """The network that a callable (or an `nn.Module`) of a Python file gives.
+
+    Args:
+        num_classes: handed on if the callable has an argument of this name.
+        path: of the file; modules beside it can be imported by it.
+        attribute: the callable's name; dots lead into classes.
+
+    Raises:
+        SpecError: the file or the callable fails (the message has the error, file and line), needs arguments, or gives
+            no network.
+    """
+    file = Path(path).resolve()
+    with _own_code(f"{path}:{attribute}", folder=file.parent, home=file.parent):
+        return _network(_file_module(file), attribute, num_classes, where=f"{path}:{attribute}")
+
+
+def from_module(*, num_classes: int, target: str) -> "nn.Module":
+    """The network that `package.module:callable` gives; looked up in the current folder and among what is installed.
+
+    Args:
+        num_classes: handed on if the callable has an argument of this name.
+        target: the module and the callable's name; dots lead into classes.
+
+    Raises:
+        SpecError: as `from_file`, or there is no such module.
+    """
+    module_name, _, attribute = target.partition(":")
+    root = module_name.partition(".")[0]
+    with _own_code(target, folder=Path.cwd(), home=None):
+        spec = importlib.util.find_spec(root)
+        if spec is None:
+            raise SpecError(f"{target}: there is no module {root!r} in this folder or among the installed packages")
+    places = list(spec.submodule_search_locations or [spec.origin or ""])
+    with _own_code(target, folder=Path.cwd(), home=Path(places[0])):
+        try:
+            with _undisturbed():
+                module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+                raise SpecError(f"{target}: there is no module {error.name!r} in {places[0]}") from None
+            raise
+        return _network(module, attribute, num_classes, where=target)
+
+
+# A variant's hash covers the name of its builder, and records are held against that hash. So these names stay as they
+# were in the first records, whatever this module is called.
+BUILDERS: dict[str, Callable[..., "nn.Module"]] = {
+    f"{_BUILDER_PREFIX}{builder.__name__}": builder
+    for builder in (torchvision_model, timm_model, from_file, from_module)
+}
+
+
+@contextmanager
+def _own_code(where: str, *, folder: Path, home: Path | None) -> Iterator[None]:
+    """Runs a user's code: its folder can be imported from, its prints go to standard error, its errors are told.
+
+    Args:
+        where: what was asked for, for messages.
+        folder: first on the search path.
+        home: the file or folder whose lines an error is blamed on.
+    """
+    sys.path.insert(0, str(folder))
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except SelabError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise SpecError(f"{where}: {_told(error)}{_blamed(error, home)}") from error
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Importing happens once, so it must leave no trace in a seeded random state and use no device of one build."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        yield
+
+
+def _file_module(file: Path) -> ModuleType:
+    """The module of a file, loaded once in a process."""
+    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise SpecError(f"{file}: is no file that Python can import")
+    module = importlib.util.module_from_spec(spec)
+    # Classes of the file look their module up by its name while they are made.
+    sys.modules[name] = module
+    try:
+        with _undisturbed():
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _network(module: ModuleType, attribute: str, num_classes: int, *, where: str) -> "nn.Module":
+    import torch
+    from torch import nn
+
+    try:
+        target: Any = reduce(getattr, attribute.split("."), module)
+    except AttributeError:
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise SpecError(f"{where}: there is no such name in it{nearest(attribute, known)}") from None
+    if isinstance(target, nn.Module):
+        return copy.deepcopy(target).to(torch.get_default_device())
+    if not callable(target):
+        raise SpecError(
+            f"{where}: is {_kind(target)}; name a function or class that gives an nn.Module, or an nn.Module"
+        )
+    arguments = _arguments(target, num_classes, where)
+    made = _make(lambda: target(**arguments))
+    if not isinstance(made, nn.Module):
+        raise SpecError(f"{where}: gives {_kind(made)}, not an nn.Module")
+    if made in _given:
+        # Blocks that are put into the one would stand in the other, and a baseline would be its own variant.
+        raise SpecError(f"{where}: gives the same network again; make a new one in each call")
+    _given.add(made)
+    return made
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _arguments(target: Callable[..., object], num_classes: int, where: str) -> dict[str, int]:
+    """`num_classes` if the callable has an argument of this name; refuses one that cannot do without others."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except ValueError:
+        # Something of C without a signature: calling it tells.
+        return {}
+    named = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    needed = [
+        one.name
+        for one in parameters
+        if one.default is one.empty
+        and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        and not (one.name == "num_classes" and one.name in named)
+    ]
+    if needed:
+        raise SpecError(
+            f"{where}: needs {', '.join(needed)}; write a function without arguments, or a family.toml whose variant "
+            "has them under `arguments`"
+        )
+    return {"num_classes": num_classes} if "num_classes" in named else {}
+
+
+def _make(constructor: "Callable[[], nn.Module]") -> "nn.Module":
+    """Calls a constructor on the current device.
+
+    One that reads values (torchvision's RegNets take `.item()` of a tensor) cannot run on the meta device: it runs on
+    the CPU, and the network is moved.
+    """
+    import torch
+    from torch import nn
+
+    device = torch.get_default_device()
+    if device.type != "meta":
+        return constructor()
+    try:
+        return constructor()
+    except Exception:
+        with torch.device("cpu"):
+            made = constructor()
+        return made.to(device) if isinstance(made, nn.Module) else made
+
+
+def _told(error: BaseException) -> str:
+    """`ValueError: its message`, in one line."""
+    if isinstance(error, SystemExit):
+        return "it ends the program (SystemExit); put what does so under `if __name__ == '__main__':`"
+    text = str(error.msg if isinstance(error, SyntaxError) else error).strip()
+    return type(error).__name__ + (f": {text.splitlines()[0].rstrip('.')}" if text else "")
+
+
+def _blamed(error: BaseException, home: Path | None) -> str:
+    """Where in the user's code an error arose: ` (net.py, line 12)`; empty if it did not."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}, line {error.lineno})"
+    if home is None:
+        return ""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _lies_in(Path(frame.filename), home)]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+def _lies_in(file: Path, home: Path) -> bool:
+    """Whether a file belongs to a user's folder; an environment inside of it does not."""
+    return file.is_relative_to(home) and "site-packages" not in file.relative_to(home).parts

@@ -1,0 +1,81 @@
+"""Which variant and baseline a record was made from, and whether they changed since."""
+
+from typing import Protocol
+
+from selab.errors import SelabError
+from selab.models import catalog
+from selab.models.spec import Variant, pair_hash
+
+
+class Provenance(Protocol):
+    """What every kind of record says about the two networks it was made from."""
+
+    @property
+    def arch(self) -> str:
+        """Name of the variant."""
+
+    @property
+    def baseline(self) -> str | None:
+        """Name of the baseline."""
+
+    @property
+    def origin(self) -> str:
+        """The TOML of the variant if it is a user's own, else empty."""
+
+    @property
+    def baseline_origin(self) -> str:
+        """The TOML of the baseline if it is a user's own, else empty."""
+
+    @property
+    def facts_hash(self) -> str:
+        """Hash of the configuration of the networks when the record was made."""
+
+
+def bare_name(arch: str) -> str:
+    """Return the name of an external network without the SE blocks that it has of its own; `find` does not know it."""
+    return f"{arch} without its SE blocks"
+
+
+def is_bare(record: Provenance) -> bool:
+    """Return whether the baseline of a record is its variant without the SE blocks that it has of its own."""
+    return record.baseline == bare_name(record.arch)
+
+
+def address(name: str, origin: str) -> str:
+    """What `--arch` finds a record's network by: its name, and the TOML that it stands in if it is a user's own."""
+    return f"{origin}:{name}" if origin else name
+
+
+def variants_of(record: Provenance) -> tuple[Variant | None, Variant | None]:
+    """The facts of a record's two networks as they are today; None where they are not to be had any more."""
+
+    def facts(name: str | None, file: str) -> Variant | None:
+        if name is None:
+            return None
+        try:
+            return catalog.find(address(name, file))
+        except SelabError:
+            return None
+
+    baseline = None if is_bare(record) else record.baseline
+    return facts(record.arch, record.origin), facts(baseline, record.baseline_origin)
+
+
+def is_own_baseline(record: Provenance) -> bool:
+    """Return whether a record was measured against the baseline that its variant names."""
+    if is_bare(record):
+        return True
+    variant, _ = variants_of(record)
+    return variant is not None and record.baseline == variant.baseline
+
+
+def is_stale(record: Provenance) -> bool:
+    """Whether the catalog's facts have changed since the record was made."""
+    variant, baseline = variants_of(record)
+    return variant is not None and pair_hash(variant, baseline) != record.facts_hash
+
+
+def name_of(record: Provenance) -> str:
+    """As a table or a picture calls a record: with its baseline where that is not its own, and whether it is stale."""
+    against = "" if is_own_baseline(record) else f" against {record.baseline}"
+    return record.arch + against + (" (stale)" if is_stale(record) else "")

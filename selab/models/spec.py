@@ -1,0 +1,198 @@
+"""The frozen types of an architecture's facts, read strictly from TOML.
+
+A family's file names its builder and its variants; a variant says where SE stands in it and what others published
+about it. Geometry is Python's business (builder arguments), so no key here changes the meaning of another.
+"""
+
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from selab.attention.config import BlockConfig, check_block, check_positive
+from selab.errors import SpecError, nearest
+from selab.records.toml import convert
+from selab.records.types import Frozen
+
+Metric = Literal["top1_error_pct", "top5_error_pct", "params", "macs", "forward_s", "forward_backward_s"]
+
+
+# Keys that came after the first records: they enter a variant's hash only where they say something, so that a record
+# stays as fresh as the network that it is about.
+_LATER_KEYS = {"block": "se", "activation": "relu", "stages": ()}
+
+
+class Published(Frozen, frozen=True, kw_only=True):
+    """One number that others published, with its source; `printed` is the text as it stands there."""
+
+    metric: Metric
+    value: float
+    source: str
+    where: str
+    printed: str = ""
+    dataset: str = ""
+    note: str = ""
+
+    @property
+    def table(self) -> str:
+        """The place up to its first comma, `Table 10` of `Table 10, ratio 4`: numbers of one table have one recipe."""
+        return self.where.partition(",")[0]
+
+
+class _VariantTable(Frozen, frozen=True, kw_only=True):
+    """A `[variants.NAME]` table as it stands in the file."""
+
+    title: str
+    baseline: str | None = None
+    arguments: dict[str, bool | int | float | str] = msgspec.field(default_factory=dict)
+    note: str = ""
+    se: BlockConfig | None = None
+    published: tuple[Published, ...] = ()
+
+
+class _FamilyTable(Frozen, frozen=True, kw_only=True):
+    """The file's top level, its variants apart."""
+
+    family: str
+    source: str
+    builder: str
+    input_chw: tuple[int, int, int]
+    num_classes: int
+
+
+class Variant(Frozen, frozen=True, kw_only=True):
+    """One network, with or without SE, and everything that is known about it.
+
+    Attributes:
+        builder: `package.module:callable`, called with `num_classes` and `arguments`.
+        baseline: the variant that this one is compared with; None for a baseline.
+        origin: the file that says so, for messages.
+        file: its path if it is a user's own; empty for the families that are installed.
+    """
+
+    name: str
+    family: str
+    title: str
+    source: str
+    builder: str
+    arguments: dict[str, bool | int | float | str]
+    input_chw: tuple[int, int, int]
+    num_classes: int
+    baseline: str | None
+    se: BlockConfig | None
+    published: tuple[Published, ...]
+    note: str
+    origin: str
+    file: str
+
+    @property
+    def place(self) -> str:
+        """Where a message says that it stands."""
+        in_file = self.origin.endswith(".toml") and "+" not in self.name
+        return f"{self.origin}: variants.{self.name}" if in_file else self.name
+
+    @property
+    def facts_hash(self) -> str:
+        """Twelve hex digits over what decides the network; titles, notes and published numbers do not enter."""
+        se = None if self.se is None else msgspec.to_builtins(self.se)
+        if se is not None:
+            se = {key: value for key, value in se.items() if key not in _LATER_KEYS or value != _LATER_KEYS[key]}
+        facts = (self.builder, self.arguments, self.input_chw, self.num_classes, se)
+        return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:12]
+
+
+def pair_hash(variant: Variant, baseline: Variant | None) -> str:
+    """Of both networks' facts: a record whose hash differs from today's is stale."""
+    return variant.facts_hash + ("" if baseline is None else f"-{baseline.facts_hash}")
+
+
+def parse_family(text: str, *, origin: str, file: str = "") -> dict[str, Variant]:
+    """Reads a family's TOML.
+
+    Args:
+        text: the file's content.
+        origin: the file's name, for messages.
+        file: its path, if it is a user's own.
+
+    Raises:
+        SpecError: malformed TOML, unknown key, wrong type, missing source, or a baseline that is not there; the message
+            names the file and the key.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{origin}: not TOML: {error}") from None
+    tables = data.pop("variants", None)
+    if not isinstance(tables, dict) or not tables:
+        raise SpecError(f"{origin}: no [variants.NAME] table; a family needs at least one")
+    family = convert(data, _FamilyTable, place=f"{origin}:")
+    if not re.fullmatch(r"[\w.]+:\w+", family.builder):
+        raise SpecError(f"{origin}: builder: {family.builder!r} is not of the form 'package.module:callable'")
+    check_positive(family.input_chw, origin=origin, key="input_chw")
+    check_positive((family.num_classes,), origin=origin, key="num_classes")
+    return {name: _variant(name, table, family, tables, origin, file) for name, table in tables.items()}
+
+
+def _variant(
+    name: str, table: object, family: _FamilyTable, tables: dict[str, object], origin: str, file: str
+) -> Variant:
+    key = f"variants.{name}"
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise SpecError(f"{origin}: {key}: a variant's name is lower-case letters, digits and _")
+    facts = convert(_with_block(table), _VariantTable, place=f"{origin}: {key}")
+    if facts.baseline is not None and facts.baseline not in tables:
+        raise SpecError(
+            f"{origin}: {key}.baseline: no variant {facts.baseline!r} here{nearest(facts.baseline, tables)}"
+        )
+    if facts.se is not None:
+        if facts.baseline is None:
+            raise SpecError(f"{origin}: {key}.baseline: missing; a variant with SE names the one it is compared with")
+        check_block(facts.se, origin=origin, key=f"{key}.se")
+    for index, published in enumerate(facts.published):
+        if not published.source.strip() or not published.where.strip():
+            raise SpecError(f"{origin}: {key}.published[{index}]: source and where must say where the number stands")
+    return Variant(
+        name=name,
+        family=family.family,
+        title=facts.title,
+        source=family.source,
+        builder=family.builder,
+        arguments=facts.arguments,
+        input_chw=family.input_chw,
+        num_classes=family.num_classes,
+        baseline=facts.baseline,
+        se=facts.se,
+        published=facts.published,
+        note=facts.note,
+        origin=origin,
+        file=file,
+    )
+
+
+def _with_block(table: object) -> object:
+    """An `se` table that does not name its block is Squeeze-and-Excitation."""
+    if isinstance(table, dict) and isinstance(table.get("se"), dict):
+        return {**table, "se": {"block": "se", **table["se"]}}
+    return table
+
+
+def read_family(path: Path) -> dict[str, Variant]:
+    """Reads a family's TOML from a file.
+
+    Raises:
+        SpecError: as `parse_family`, or the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SpecError(f"{path}: cannot be read: {reason}") from None
+    return parse_family(text, origin=str(path), file=str(path))
+
+
+def as_builtins(variant: Variant) -> dict[str, Any]:
+    """A variant as plain dictionaries and lists, for `--json`."""
+    return {**msgspec.to_builtins(variant), "facts_hash": variant.facts_hash}

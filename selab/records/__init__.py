@@ -1,0 +1,1 @@
+"""Records of measurements and their statistics; no torch."""

@@ -1,0 +1,178 @@
+"""Point estimates and intervals of a latency ratio, computed from raw samples."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from selab.errors import RecordError, SelabError
+from selab.records import stats
+from selab.records.types import ABBABlock, Estimate, Run, Statistic
+
+MIN_PAIRS = 20
+
+
+class InsufficientPairsError(SelabError):
+    """A run has too few pairs for an interval."""
+
+
+def quad_pairs(quad: ABBABlock, statistic: Statistic) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(s0, s1, s2, s3) of ABBA → (s0, s1), (s3, s2); of BAAB → (s1, s0), (s2, s3): neighbours, baseline first.
+
+    Returns:
+        Two (baseline, variant) pairs in seconds per call. In one the baseline ran first, in the other the variant.
+
+    Raises:
+        RecordError: a sample is not a positive, finite time.
+    """
+    samples: tuple[float, float, float, float] = getattr(quad, statistic)
+    for sample in samples:
+        if not 0 < sample < math.inf:
+            raise RecordError(f"quads: a {statistic} sample of {sample!r} s; samples are positive times; measure again")
+    first, second, third, fourth = samples
+    if quad.order == "ABBA":
+        return (first, second), (fourth, third)
+    return (second, first), (third, fourth)
+
+
+def pairs(run: Run, statistic: Statistic) -> list[tuple[float, float]]:
+    """All adjacent (baseline, variant) pairs of a run, two from each quad, in seconds per call."""
+    return [pair for quad in run.quads for pair in quad_pairs(quad, statistic)]
+
+
+def log_ratio(baseline_s: float, variant_s: float) -> float:
+    """ln(variant) - ln(baseline): a difference of logarithms, so that swapping the arms negates it exactly."""
+    return math.log(variant_s) - math.log(baseline_s)
+
+
+def _log_ratios(quads: Iterable[ABBABlock], statistic: Statistic) -> list[float]:
+    return [log_ratio(*pair) for quad in quads for pair in quad_pairs(quad, statistic)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LogEstimate:
+    centre: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def _within(quads: Sequence[ABBABlock], statistic: Statistic, confidence: float = 0.95) -> _LogEstimate | None:
+    if 2 * len(quads) < MIN_PAIRS:
+        return None
+    logs = _log_ratios(quads, statistic)
+    interval = stats.median_interval(logs, confidence)
+    if interval is None:
+        return None
+    return _LogEstimate(centre=stats.median(logs), low=interval[0], high=interval[1])
+
+
+def _across(runs: Sequence[Run], statistic: Statistic, confidence: float) -> _LogEstimate:
+    if not runs:
+        raise InsufficientPairsError(f"no runs; at least one with {MIN_PAIRS} pairs is needed")
+    found = []
+    for run in runs:
+        single = _within(run.quads, statistic, confidence)
+        if single is None:
+            raise InsufficientPairsError(
+                f"{2 * len(run.quads)} pairs in {run.elapsed_s:.3g} s, {MIN_PAIRS} are needed; raise the budget"
+            )
+        found.append(single)
+    if len(found) == 1:
+        return found[0]
+    centres = [single.centre for single in found]
+    centre = stats.mean(centres)
+    error = stats.sample_deviation(centres) / math.sqrt(len(centres))
+    half = max(
+        stats.median([single.half_width for single in found]),
+        stats.student_quantile(len(centres) - 1, confidence) * error,
+    )
+    return _LogEstimate(centre=centre, low=centre - half, high=centre + half)
+
+
+def half_width(quads: Sequence[ABBABlock], statistic: Statistic) -> float | None:
+    """Half the width of the 95 % interval of ln(variant / baseline): 0.005 reads as ±0.5 % of the ratio.
+
+    On the logarithm, so that swapping the arms leaves it unchanged. This is what a measurement stops on.
+
+    Returns:
+        None below 20 pairs.
+    """
+    found = _within(quads, statistic)
+    return None if found is None else found.half_width
+
+
+def relative_half_width(estimate: Estimate) -> float:
+    """`half_width` of a finished estimate: (ln high - ln low) / 2."""
+    return (math.log(estimate.ratio_high) - math.log(estimate.ratio_low)) / 2
+
+
+def sample_medians(runs: Iterable[Run], statistic: Statistic) -> tuple[float, float]:
+    """Return the median time per call of baseline and variant, in seconds."""
+    both = [pair for run in runs for pair in pairs(run, statistic)]
+    return stats.median([pair[0] for pair in both]), stats.median([pair[1] for pair in both])
+
+
+def estimate(runs: Sequence[Run], statistic: Statistic, *, confidence: float = 0.95) -> Estimate:
+    """exp(median of ln(variant / baseline)), with an exact interval, by default of 95 %.
+
+    One process: the order-statistic interval of the median. Several: the mean of their medians, with a half-width of
+    max(median of the half-widths within, t sd / sqrt(P)), both on the logarithm.
+
+    Args:
+        runs: one per process.
+        statistic: which value stands for a sample.
+        confidence: the interval's coverage.
+
+    Raises:
+        InsufficientPairsError: no run, or one with fewer than 20 pairs.
+        RecordError: a sample is not a positive time.
+
+    Source: Hahn and Meeker, Statistical Intervals (1991), section 5.2 (within); Student's t on P means (across);
+        Kalibera and Jones, Rigorous benchmarking in reasonable time, ISMM 2013 (why processes are the unit).
+    """
+    found = _across(runs, statistic, confidence)
+    baseline_s, variant_s = sample_medians(runs, statistic)
+    return Estimate(
+        baseline_s=baseline_s,
+        variant_s=variant_s,
+        ratio=math.exp(found.centre),
+        ratio_low=math.exp(found.low),
+        ratio_high=math.exp(found.high),
+        pairs=2 * sum(len(run.quads) for run in runs),
+        processes=len(runs),
+    )
+
+
+def paired_difference_s(runs: Sequence[Run], statistic: Statistic) -> float:
+    """Median of variant - baseline over adjacent pairs, in seconds per call; the mean of these medians over processes.
+
+    It can differ a little from the difference of the two arms' medians, which the machine's drift enters; its sign is
+    the ratio's.
+
+    Raises:
+        InsufficientPairsError: a run without pairs.
+    """
+    medians = []
+    for run in runs:
+        differences = [variant - baseline for baseline, variant in pairs(run, statistic)]
+        if not differences:
+            raise InsufficientPairsError("no pairs; raise the budget")
+        medians.append(stats.median(differences))
+    if not medians:
+        raise InsufficientPairsError("no runs; measure again")
+    return stats.mean(medians)
+
+
+def noise_floor(controls: Sequence[Run], statistic: Statistic) -> float:
+    """Greatest |ratio - 1| + half-width of the controls: what this machine shows where there is nothing to show.
+
+    Raises:
+        InsufficientPairsError: no control, or one with fewer than 20 pairs.
+    """
+    if not controls:
+        raise InsufficientPairsError("no control run; measure the baseline against a second instance of itself")
+    found = [estimate([control], statistic) for control in controls]
+    return max(abs(each.ratio - 1) + relative_half_width(each) for each in found)

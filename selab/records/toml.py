@@ -1,0 +1,148 @@
+"""TOML files of facts: tables of one kind, read strictly, each mistake told with its place and what is allowed."""
+
+import re
+import tomllib
+from collections.abc import Collection
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import msgspec
+
+from selab.errors import SpecError
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+def read_tables(path: Path, header: str) -> dict[str, object]:
+    """The `[HEADER.NAME]` tables of a file, by name.
+
+    Raises:
+        SpecError: the file cannot be read, is no TOML, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SpecError(f"{path}: cannot be read: {reason}") from None
+    return parse_tables(text, header, origin=str(path))
+
+
+def parse_tables(text: str, header: str, *, origin: str) -> dict[str, object]:
+    """The same of a file's content.
+
+    Args:
+        text: TOML.
+        header: the one table that the file holds.
+        origin: the file's name, for messages.
+
+    Raises:
+        SpecError: it is no TOML, or holds something else.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{origin}: not TOML: {error}") from None
+    found = data.pop(header, None)
+    if not isinstance(found, dict) or not found or data:
+        beside = f", and nothing beside: {', '.join(data)}" if data else ""
+        raise SpecError(f"{origin}: must hold [{header}.NAME] tables{beside}")
+    return found
+
+
+def converted(table: object, kind: type[_T], *, place: str, **given: object) -> _T:
+    """A table as a value of this type; its keys are the fields.
+
+    Args:
+        table: as TOML gives it.
+        kind: a strict type.
+        place: file and table, for the message.
+        given: fields that the table may not have, and their values.
+
+    Raises:
+        SpecError: an unknown or missing key, a wrong type, or a value out of its range.
+    """
+    if not isinstance(table, dict) or not given.keys().isdisjoint(table):
+        raise SpecError(f"{place}: must be a table{f', whose header gives its {next(iter(given))}' if given else ''}")
+    return convert({**table, **given}, kind, place=place, given=given)
+
+
+def convert(value: object, kind: type[_T], *, place: str, given: Collection[str] = ()) -> _T:
+    """Convert plain dictionaries and lists to a typed value.
+
+    Args:
+        value: as TOML or JSON gives it.
+        kind: a strict type.
+        place: where the value stands, for the message: `x.toml: recipes.y`, or `x.toml:` for a file's top level.
+        given: top-level fields that did not come from the user, so that messages do not offer them.
+
+    Raises:
+        SpecError: an unknown or missing key, a wrong type, or a value out of its range; the message names the key.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise SpecError(_explained(str(error), kind, value, place, given)) from None
+
+
+def _explained(message: str, kind: type[msgspec.Struct], value: object, place: str, given: Collection[str]) -> str:
+    """Turn `Expected `float` > 0.0 - at `$.lr`` into `x.toml: recipes.y.lr: expected float > 0.0`."""
+    text, _, at = message.partition(" - at ")
+    path = at.strip("`").removeprefix("$").removeprefix(".")
+    unknown = re.search(r"unknown field `(\w+)`", text)
+    if unknown:
+        owner = _type_at(kind, path, value)
+        allowed = [key for key in _keys(owner) if path or key not in given]
+        return f"{_joined(place, path, unknown[1])}: unknown key; allowed: {', '.join(allowed)}"
+    missing = re.search(r"missing required field `(\w+)`", text)
+    if missing:
+        return f"{_joined(place, path, missing[1])}: missing"
+    words = _choices(kind, path, value)
+    choices = f"; allowed: {', '.join(map(str, words))}" if words else ""
+    return f"{_joined(place, path)}: {text[0].lower()}{text[1:].replace('`', '')}{choices}"
+
+
+def _joined(place: str, *parts: str) -> str:
+    path = ".".join(filter(None, parts))
+    return f"{place}{' ' if place.endswith(':') else '.'}{path}" if path else place.removesuffix(":")
+
+
+def _keys(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    tag_field = kind.__struct_config__.tag_field
+    return (*((tag_field,) if tag_field else ()), *kind.__struct_fields__)
+
+
+def _choices(kind: type[msgspec.Struct], path: str, value: object) -> tuple[object, ...]:
+    """The allowed words of an enumerated key, or the allowed tags of a union of tables."""
+    table, _, key = path.rpartition(".")
+    owner = _type_at(kind, table, value)
+    if key == owner.__struct_config__.tag_field:
+        parent, _, name = table.rpartition(".")
+        return tuple(one.__struct_config__.tag for one in _structs(_types(_type_at(kind, parent, value)).get(name)))
+    words = getattr(_types(owner).get(key), "__args__", ())
+    return words if all(isinstance(word, str) for word in words) else ()
+
+
+def _type_at(kind: type[msgspec.Struct], path: str, value: object) -> type[msgspec.Struct]:
+    """The type of the table that a path leads to: `image` of a recipe, `se` of a variant, by its tag."""
+    for key, index in re.findall(r"([A-Za-z_]\w*)(?:\[(\d+)\])?", path):
+        tables = _structs(_types(kind).get(key))
+        value = value.get(key) if isinstance(value, dict) else None
+        if index:
+            value = value[int(index)] if isinstance(value, list) and int(index) < len(value) else None
+        if not tables:
+            break
+        tags = {one.__struct_config__.tag: one for one in tables}
+        tag = value.get(tables[0].__struct_config__.tag_field) if isinstance(value, dict) else None
+        kind = tags.get(tag, tables[0]) if isinstance(tag, str) else tables[0]
+    return kind
+
+
+def _types(kind: type[msgspec.Struct]) -> dict[str, object]:
+    return {field.name: field.type for field in msgspec.structs.fields(kind)}
+
+
+def _structs(kind: object) -> list[type[msgspec.Struct]]:
+    """The tables among a type and its arguments: of a union, a tuple, an optional value."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return [kind]
+    return [one for part in get_args(kind) for one in _structs(part)]

@@ -1,0 +1,436 @@
+"""The frozen types of a measurement, and their way to and from JSON.
+
+Raw samples are the fact. What is computed from them (ratio, interval, verdict) stands beside them for other programs
+to read and is checked against them whenever a record is read. Base units at full precision: seconds (`_s`), bytes
+(`_bytes`), percent (`_pct`); rounding happens in `units` alone.
+"""
+
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from selab import units
+from selab.errors import RecordError
+
+SCHEMA = "selab.profile/1"
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+MemoryFormat = Literal["contiguous", "channels_last"]
+Mode = Literal["auto", "train", "eval"]
+Phase = Literal["forward", "backward", "forward_backward"]
+Order = Literal["ABBA", "BAAB"]
+Statistic = Literal["floor", "typical", "mean"]
+Status = Literal["converged", "budget"]
+VerdictKind = Literal["slower", "faster", "equal", "undecided", "no_result"]
+_T = TypeVar("_T")
+
+
+class Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A value that travels between rooms: immutable, keyword-only, strict about what it is read from."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- cost
+class Macs(Frozen, frozen=True, kw_only=True):
+    """Multiply-accumulates of one forward pass (or one backward pass) under three named conventions.
+
+    Attributes:
+        conv_linear: convolutions, fully connected layers and matrix products, without biases.
+        paper: `conv_linear` plus the additions of SE's global average pooling, as the tables of arXiv 1709.01507.
+        all: every arithmetic operation, one per fused multiply-add that it needs (see `selab.measure.counts`).
+    """
+
+    conv_linear: int
+    paper: int
+    all: int
+
+
+class StageCost(Frozen, frozen=True, kw_only=True):
+    """What one stage of the SE blocks costs in a forward pass: MACs by the convention `all`, and bytes moved."""
+
+    macs: int
+    bytes: int
+
+
+class SECost(Frozen, frozen=True, kw_only=True):
+    """The forward cost of all SE blocks, by stage (squeeze, excitation, scale), and their parameters."""
+
+    blocks: int
+    params: int
+    squeeze: StageCost
+    excitation: StageCost
+    scale: StageCost
+
+
+class OperatorCost(Frozen, frozen=True, kw_only=True):
+    """One kind of operator (or one module): how often it ran and what that cost in a forward pass."""
+
+    calls: int
+    macs: int
+    flops: int
+    bytes: int
+
+
+class Difference(Frozen, frozen=True, kw_only=True):
+    """Why another counter's total is not ours: the cause in words, and its amount in that counter's unit."""
+
+    cause: str
+    amount: int
+
+
+class Counter(Frozen, frozen=True, kw_only=True):
+    """Another counter beside ours: `total = ours (in its unit) + sum(differences) + remainder`.
+
+    Attributes:
+        unit: what its total counts, `macs` or `flops` (2 per MAC).
+        total: as its public interface reports it; None where it failed.
+        ours: our `conv_linear` figure in the same unit.
+        uncounted: operators that it met and does not count, with the number of calls.
+        error: why it failed, in one line; empty if it did not.
+    """
+
+    name: str
+    version: str
+    direction: Literal["forward", "forward_backward"]
+    unit: Literal["macs", "flops"]
+    total: int | None
+    ours: int
+    differences: tuple[Difference, ...] = ()
+    remainder: int | None = None
+    uncounted: dict[str, int] = {}
+    error: str = ""
+
+
+class Cost(Frozen, frozen=True, kw_only=True):
+    """What a network costs, counted: nothing here was timed.
+
+    Attributes:
+        params: learnable parameters, shared ones once.
+        buffer_elements: elements of persistent buffers (the BN's running statistics and counters), shared ones once.
+        macs: one forward pass.
+        macs_backward: one backward pass (weight gradients and the input gradients that are needed).
+        flops: one forward pass; 2 per MAC, 1 per other arithmetic operation.
+        bytes: compulsory traffic of a forward pass: each operator's inputs read once, outputs written once.
+        activations: elements of all convolution outputs (Radosavovic et al., arXiv 2003.13678).
+        by_operator: operator name to its share.
+        by_module: module path to its own share, without that of its children; empty unless it was asked for.
+        unknown: operators without a counting rule, with the number of calls; their cost is not in the totals.
+    """
+
+    params: int
+    buffer_elements: int
+    macs: Macs
+    macs_backward: Macs
+    flops: int
+    flops_backward: int
+    bytes: int
+    activations: int
+    se: SECost
+    by_operator: dict[str, OperatorCost]
+    by_module: dict[str, OperatorCost]
+    unknown: dict[str, int]
+    counters: dict[str, Counter] = {}
+
+
+# ------------------------------------------------------------------------------------------------------------- latency
+class ABBABlock(Frozen, frozen=True, kw_only=True):
+    """Four samples of two arms in the order ABBA or BAAB: two adjacent pairs of opposite order.
+
+    Each statistic has four values in seconds per call, in the order in which they were taken. A sample is `k` calls:
+    `floor` is its fastest call, `typical` its median call, `mean` its mean.
+    """
+
+    order: Order
+    floor: tuple[float, float, float, float]
+    typical: tuple[float, float, float, float]
+    mean: tuple[float, float, float, float]
+
+
+class Flag(Frozen, frozen=True, kw_only=True):
+    """Something about the measurement that a reader must know: it marks samples and never removes them."""
+
+    name: str
+    detail: str
+
+
+class Run(Frozen, frozen=True, kw_only=True):
+    """One paired measurement in one process, raw.
+
+    Attributes:
+        calls_per_sample: the same k in both arms.
+        steady: whether the warm-up ended in two equal windows.
+        status: `converged` if the interval reached the target width, `budget` if the time ran out first.
+        flags: what the sampler saw while it ran (steadiness, contention, throttling, allocator growth …).
+    """
+
+    calls_per_sample: int
+    warmup_calls: int
+    warmup_s: float
+    seed: int
+    steady: bool
+    status: Status
+    elapsed_s: float
+    quads: tuple[ABBABlock, ...]
+    flags: tuple[Flag, ...] = ()
+
+
+class Estimate(Frozen, frozen=True, kw_only=True):
+    """The ratio variant / baseline with its exact 95 % interval, and the medians that it stands for."""
+
+    baseline_s: float
+    variant_s: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    pairs: int
+    processes: int
+
+
+class Latency(Frozen, frozen=True, kw_only=True):
+    """One phase under one method, measured against the baseline.
+
+    Attributes:
+        method: `wall` on the CPU; `eager_wall`, `eager_event` or `graph` on a GPU. Never mixed.
+        statistic: the sample statistic of the headline, `floor` (CPU) or `typical` (GPU).
+        mode: whether the networks were in `train` or `eval` mode in this phase.
+        difference_s: the median of variant minus baseline over adjacent pairs, in seconds per call.
+        noise_floor: the largest |ratio - 1| + half-width that a baseline showed against a second instance of itself.
+        verdict: what may be said, in words.
+        verdict_kind: the same for programs.
+        runs: one per process, raw.
+        controls: baseline against a second baseline, before and after each run, raw.
+        error: why there is no result, in one line (out of memory, say); empty if there is one.
+    """
+
+    phase: Phase
+    method: str
+    statistic: Statistic
+    threads: int
+    mode: Literal["train", "eval"]
+    baseline_s: float | None = None
+    variant_s: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    difference_s: float | None = None
+    noise_floor: float | None = None
+    verdict: str = ""
+    verdict_kind: VerdictKind = "no_result"
+    flags: tuple[Flag, ...] = ()
+    target_half_width: float = 0.005
+    runs: tuple[Run, ...] = ()
+    controls: tuple[Run, ...] = ()
+    error: str = ""
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+class Memory(Frozen, frozen=True, kw_only=True):
+    """Peak memory of one phase and the bytes kept for backward; the method says what the peak is a peak of.
+
+    Attributes:
+        peak_forward_bytes: above what was allocated before the pass (weights and input not included).
+        peak_forward_backward_bytes: the same for forward and backward, gradients included.
+        saved_for_backward_bytes: distinct storages that autograd keeps between the two, parameters not included.
+    """
+
+    method: str
+    peak_forward_bytes: int | None = None
+    peak_forward_backward_bytes: int | None = None
+    saved_for_backward_bytes: int | None = None
+    error: str = ""
+
+
+# ------------------------------------------------------------------------------------------------- circumstances, whole
+class Workload(Frozen, frozen=True, kw_only=True):
+    """What was asked of the networks; records of different workloads never share a column.
+
+    Attributes:
+        fused: whether both networks went through `selab.fuse`.
+        held_heap: whether the C library kept freed memory, so that buffers are not given back and taken again.
+    """
+
+    batch: int
+    input_chw: tuple[int, int, int]
+    device: Device
+    dtype: Dtype
+    memory_format: MemoryFormat
+    mode: Mode
+    threads: int
+    compiled: bool = False
+    fused: bool = False
+    held_heap: bool = False
+
+    @property
+    def slug(self) -> str:
+        """A name for files: only what differs from the default workload is spelled out."""
+        channels, height, width = self.input_chw
+        size = f"{height}" if height == width else f"{height}x{width}"
+        parts = [self.device, f"b{self.batch}", f"c{channels}" if channels != 3 else "", size, self.dtype]
+        parts += ["nhwc" if self.memory_format == "channels_last" else ""]
+        parts += [self.mode if self.mode != "auto" else "", "compiled" if self.compiled else ""]
+        parts += ["fused" if self.fused else "", "held" if self.held_heap else ""]
+        parts += [f"t{self.threads}" if self.device == "cpu" else ""]
+        return "-".join(part for part in parts if part)
+
+
+class Machine(Frozen, frozen=True, kw_only=True):
+    """What was measured on; records of different machines never share a column.
+
+    Attributes:
+        name: a short name for folders, from the processor or the GPU.
+        cores: logical processors that this process may use.
+        quota_cores: processors' worth of time that a container may use; None where there is no limit.
+    """
+
+    name: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpu: str | None
+    gpu_memory_bytes: int | None
+    driver: str | None
+    system: str
+    python: str
+    libraries: dict[str, str]
+    governor: str | None = None
+    quota_cores: float | None = None
+
+
+class Insertion(Frozen, frozen=True, kw_only=True):
+    """One attention block as it was inserted, or as it would be; `macs` by the convention `all`, of one image.
+
+    Attributes:
+        squeeze_channels: the width between its layers; None for a block that has none.
+        block: its kind, as in the facts.
+    """
+
+    path: str
+    placement: str
+    channels: int
+    squeeze_channels: int | None
+    params: int
+    height: int
+    width: int
+    macs: int
+    block: str = "se"
+
+
+class Record(Frozen, frozen=True, kw_only=True):
+    """One profile: a variant and its baseline, counted and measured on one machine under one workload.
+
+    Attributes:
+        arch: what `--arch` finds again, changes included: `resnet50+reduction=8`.
+        origin: the TOML that the variant stands in, if it is a user's own; empty for those that are installed.
+        baseline_origin: the same of the baseline.
+        facts_hash: of both networks' facts; another one than today's means that the record is stale.
+        command: the command line that asks for the same again.
+        complete: whether everything that was asked for is there.
+        latency: the headline; on a CPU one thread, or as many as were asked for.
+        latency_all_cores: on a CPU the row beside it, measured as with `--quick`.
+        gpu_methods: on a GPU every method's figures, the headline's among them.
+    """
+
+    schema: str
+    selab: str
+    kind: Literal["profile", "count"]
+    arch: str
+    baseline: str | None
+    origin: str
+    baseline_origin: str
+    facts_hash: str
+    created: str
+    command: str
+    complete: bool
+    workload: Workload
+    machine: Machine
+    seed: int
+    cost: Cost
+    baseline_cost: Cost | None = None
+    insertions: tuple[Insertion, ...] = ()
+    latency: dict[Phase, Latency] = {}
+    latency_all_cores: dict[Phase, Latency] = {}
+    gpu_methods: dict[Phase, dict[str, Latency]] = {}
+    memory: Memory | None = None
+    baseline_memory: Memory | None = None
+    warnings: tuple[str, ...] = ()
+
+
+_NUMBERS = re.compile(rb"\[\s*((?:-?\d[\d.eE+-]*,?\s*)+)\]")
+
+
+def to_json(record: Record) -> bytes:
+    """A record as UTF-8 JSON."""
+    return lined_json(record)
+
+
+def lined_json(value: Frozen) -> bytes:
+    """Indented UTF-8 JSON; a list of numbers stays on one line, so that raw samples can be read."""
+    indented = msgspec.json.format(msgspec.json.encode(value), indent=1)
+    return _NUMBERS.sub(lambda found: b"[" + b" ".join(found.group(1).split()) + b"]", indented) + b"\n"
+
+
+def from_json(raw: bytes, *, where: str) -> Record:
+    """Reads a record strictly.
+
+    Args:
+        raw: UTF-8 JSON.
+        where: the file's name, for the message.
+
+    Raises:
+        RecordError: not JSON, another schema, an unknown or missing field; names the file and the field.
+    """
+    return decoded(raw, Record, schema=SCHEMA, where=where, again="measure again")
+
+
+def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) -> _T:
+    """JSON as one of our records.
+
+    Args:
+        raw: UTF-8 JSON.
+        kind: the record's type.
+        schema: what its field `schema` must be.
+        where: the file's name, for the message.
+        again: how such a record is made, for the message.
+
+    Raises:
+        RecordError: as `from_json`.
+    """
+    try:
+        head: Any = msgspec.json.decode(raw)
+    except msgspec.DecodeError as error:
+        raise RecordError(f"{where}: not a record: {error}; {again} or restore the file") from None
+    found = head.get("schema") if isinstance(head, dict) else None
+    if isinstance(found, str) and found.split("/")[0] != schema.split("/")[0]:
+        raise RecordError(f"{where}: is a record of another kind, {found!r}; what is read here is {schema!r}")
+    if found != schema:
+        raise RecordError(f"{where}: schema is {found!r}, this version reads {schema!r}; {again}")
+    try:
+        return msgspec.convert(head, kind)
+    except msgspec.ValidationError as error:
+        raise RecordError(f"{where}: {error}; {again} or restore the file") from None
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a record."""
+    return msgspec.json.schema(Record)
+
+
+PHASES: tuple[Phase, ...] = ("forward", "backward", "forward_backward")
+
+
+PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "forward_backward": "forward+backward"}
+
+
+COST_ROWS: tuple[tuple[str, str, units.Format], ...] = (
+    ("parameters", "params", units.count),
+    ("MACs, conv+linear", "macs.conv_linear", units.count),
+    ("MACs, paper", "macs.paper", units.count),
+    ("MACs, all operations", "macs.all", units.count),
+    ("MACs backward, conv+linear", "macs_backward.conv_linear", units.count),
+    ("bytes moved, forward", "bytes", units.size),
+)
+MEMORY_ROWS = (
+    ("peak memory, forward", "peak_forward_bytes"),
+    ("peak memory, fwd+bwd", "peak_forward_backward_bytes"),
+    ("saved for backward", "saved_for_backward_bytes"),
+)

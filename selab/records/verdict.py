@@ -1,0 +1,345 @@
+"""From raw samples to what may be said: ratio, interval, control floor, flags, and one sentence.
+
+Everything here is a pure function of raw runs, so that a record can be recomputed by whoever reads it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from selab import units
+from selab.errors import RecordError
+from selab.records.estimate import (
+    InsufficientPairsError,
+    estimate,
+    noise_floor,
+    paired_difference_s,
+    relative_half_width,
+    sample_medians,
+)
+from selab.records.flags import merged_flags
+from selab.records.types import (
+    Estimate,
+    Latency,
+    Phase,
+    Run,
+    Statistic,
+    VerdictKind,
+)
+from selab.units import NONE
+
+"""Fewer pairs than this in a process give no interval."""
+EQUAL_BAND = 0.01
+"""`equal` means that the whole interval lies within 1 % of equality."""
+WIDEST_HALF_WIDTH = 0.05
+"""A wider interval, or a control floor above it, is no result."""
+FIGURES = ("baseline_s", "variant_s", "ratio", "ratio_low", "ratio_high", "difference_s", "noise_floor")
+"""The fields of a `Latency` that are computed from its raw runs, besides its flags and its verdict."""
+
+
+_CONTENTION = frozenset({"contention", "oversubscribed"})
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What may be said, for a program (`kind`) and for a reader (`text`)."""
+
+    kind: VerdictKind
+    text: str
+
+
+def no_result(reasons: Sequence[str]) -> Verdict:
+    """`no result: reason; reason`."""
+    return Verdict(kind="no_result", text=f"no result: {'; '.join(reasons)}")
+
+
+def decide(found: Estimate, floor: float) -> Literal["slower", "faster", "equal", "undecided"]:
+    """The kind of a verdict, given that there is a result.
+
+    A difference that is resolved is said, however small: `slower` and `faster` come before `equal`. `equal` asks the
+    same of the control as of the interval, for a claim within 1 % means little on a machine whose baseline differs by
+    more from itself.
+
+    Args:
+        found: ratio and interval.
+        floor: the control floor.
+    """
+    excludes_one = found.ratio_low > 1 or found.ratio_high < 1
+    if excludes_one and abs(found.ratio - 1) > floor:
+        return "slower" if found.ratio > 1 else "faster"
+    if _within_band(found) and floor <= EQUAL_BAND:
+        return "equal"
+    return "undecided"
+
+
+def sentence(found: Estimate, floor: float, difference_s: float) -> Verdict:
+    """The verdict in words: percent of the baseline's time, digits by the half-width, the difference in time beside it.
+
+    Where the interval excludes equality but the control floor does not, what cannot be excluded reaches from the lower
+    to the upper end of both.
+
+    Args:
+        found: ratio and interval.
+        floor: the control floor.
+        difference_s: variant - baseline, in seconds per call.
+    """
+    kind = decide(found, floor)
+    half = relative_half_width(found)
+    low, high = found.ratio_low - 1, found.ratio_high - 1
+    difference = _signed_time(difference_s, half * found.baseline_s)
+    if kind == "undecided":
+        return Verdict(kind=kind, text=_undecided(found, floor))
+    if kind == "equal":
+        places = units.decimals_for(half)
+        inside = f"[{_percent(low, places, sign=True)}, {_percent(high, places, sign=True)}]"
+        return Verdict(kind=kind, text=f"equal within 1 % {inside}, {difference}")
+    # Of a faster variant the gain is told: positive numbers, the smaller one first.
+    change, least, most = (found.ratio - 1, low, high) if kind == "slower" else (1 - found.ratio, -high, -low)
+    places = _decimals_that_show(half, least)
+    bounds = f"[{_percent(least, places)}, {_percent(most, places)}]"
+    band = " (within 1 %)" if _within_band(found) else ""
+    return Verdict(kind=kind, text=f"{kind} by {_percent(change, places)} % {bounds}{band}, {difference}")
+
+
+def not_excluded(latency: Latency) -> tuple[float, float] | None:
+    """What a measured latency does not exclude, as fractions of the baseline's time; None where there is no result.
+
+    Where the difference is not resolved it reaches from the lower to the upper end of interval and control floor, as in
+    the verdict's words.
+    """
+    if latency.verdict_kind == "no_result" or latency.ratio_low is None or latency.ratio_high is None:
+        return None
+    low, high = latency.ratio_low - 1, latency.ratio_high - 1
+    if latency.verdict_kind == "undecided" and latency.noise_floor is not None and (low > 0 or high < 0):
+        low, high = min(low, -latency.noise_floor), max(high, latency.noise_floor)
+    return low, high
+
+
+def _undecided(found: Estimate, floor: float) -> str:
+    half = relative_half_width(found)
+    places = units.decimals_for(half)
+    low, high = found.ratio_low - 1, found.ratio_high - 1
+    note = ""
+    if low > 0 or high < 0:
+        note = f"; {_percent(found.ratio - 1, places, sign=True)} % is within the control floor"
+        note += f" of {_percent(floor, places)} %"
+        low, high = min(low, -floor), max(high, floor)
+    elif _within_band(found):
+        note = f"; the control floor is {_percent(floor, places)} %"
+    times = [_signed_time(end * found.baseline_s, half * found.baseline_s) for end in (low, high)]
+    ends = f"{units.percent(low, decimals=places)}..{units.percent(high, decimals=places)}"
+    return f"no difference measured; cannot exclude {ends} ({times[0]}..{times[1]}){note}"
+
+
+def _within_band(found: Estimate) -> bool:
+    return found.ratio_low >= 1 - EQUAL_BAND and found.ratio_high <= 1 + EQUAL_BAND
+
+
+def _percent(fraction: float, decimals: int, *, sign: bool = False) -> str:
+    text = units.percent(fraction, decimals=decimals).removesuffix(" %")
+    return text if sign else text.removeprefix("+")
+
+
+def _decimals_that_show(half: float, least: float) -> int:
+    """Decimals by the half-width, and more where the end nearest to equality would read as equality."""
+    decimals = units.decimals_for(half)
+    while decimals < 6 and float(_percent(least, decimals)) == 0:
+        decimals += 1
+    return decimals
+
+
+def _signed_time(value_s: float, half_s: float) -> str:
+    """A difference in time, to one digit beyond the first of its half-width."""
+    digits = 3
+    if value_s and half_s:
+        digits = max(1, math.floor(math.log10(abs(value_s))) - math.floor(math.log10(half_s)) + 2)
+    return f"{'+' if value_s > 0 else ''}{units.seconds(value_s, digits=min(digits, 6))}"
+
+
+# ------------------------------------------------------------------------------------------------------------- summary
+def _estimated(runs: Sequence[Run], statistic: Statistic) -> tuple[Estimate | None, list[str]]:
+    """The estimate if there is one, and why it may not be quoted."""
+    try:
+        found = estimate(runs, statistic)
+    except InsufficientPairsError as short:
+        return None, [str(short)]
+    half = relative_half_width(found)
+    if half <= WIDEST_HALF_WIDTH:
+        return found, []
+    elapsed_s = sum(run.elapsed_s for run in runs)
+    widest = units.share(WIDEST_HALF_WIDTH, decimals=0)
+    reason = f"the interval is ±{units.share(half)} of the ratio after {elapsed_s:.3g} s, more than ±{widest}"
+    return found, [f"{reason}; quiet the machine or raise the budget"]
+
+
+def _controlled(controls: Sequence[Run], statistic: Statistic) -> tuple[float | None, list[str]]:
+    """The control floor if there is one, and why the control fails."""
+    try:
+        floor = noise_floor(controls, statistic)
+    except InsufficientPairsError as short:
+        return None, [f"control: {short}"]
+    if floor <= WIDEST_HALF_WIDTH:
+        return floor, []
+    widest = units.share(WIDEST_HALF_WIDTH, decimals=0)
+    reason = f"control: the baseline against itself shows up to {units.share(floor)}, more than {widest}"
+    return floor, [f"{reason}; quiet the machine"]
+
+
+def _contended(runs: Sequence[Run], threads: int) -> list[str]:
+    """Several threads wait for the slowest of them, so a contended one decides the figure: that is no result."""
+    seen = {flag.name for run in runs for flag in run.flags} & _CONTENTION
+    if threads == 1 or not seen:
+        return []
+    return [f"{' and '.join(sorted(seen))} while {threads} threads were measured; stop other work, or use --threads 1"]
+
+
+def _judged(
+    runs: Sequence[Run], controls: Sequence[Run], statistic: Statistic, threads: int, error: str
+) -> tuple[Estimate | None, float | None, list[str]]:
+    """The estimate and the control floor, where there are such, and every reason against a result."""
+    if error and not runs and not controls:
+        return None, None, [error]
+    found, against = _estimated(runs, statistic)
+    floor, failing = _controlled(controls, statistic)
+    return found, floor, [*([error] if error else []), *against, *failing, *_contended(runs, threads)]
+
+
+def no_result_reasons(latency: Latency) -> list[str]:
+    """Why there is no result, each reason by itself; none where there is one."""
+    return _judged(latency.runs, latency.controls, latency.statistic, latency.threads, latency.error)[2]
+
+
+def summarise(
+    *,
+    phase: Phase,
+    method: str,
+    statistic: Statistic,
+    threads: int,
+    mode: Literal["train", "eval"],
+    runs: Sequence[Run],
+    controls: Sequence[Run],
+    target_half_width: float = 0.005,
+    error: str = "",
+) -> Latency:
+    """Raw runs and controls → a `Latency` with every figure, flag and the verdict.
+
+    There is no result if a run has fewer than 20 pairs, if the half-width exceeds 5 %, if several threads were measured
+    under contention, or if the control fails: none was taken, one has fewer than 20 pairs, or its floor exceeds 5 %.
+    What can be computed stands in the fields all the same (the medians of two arms from the first quad on, ratio and
+    interval from 20 pairs on), so that nothing is hidden; `verdict_kind` says whether it may be quoted.
+
+    Args:
+        phase: what one call was.
+        method: how it was timed.
+        statistic: which value stands for a sample.
+        threads: CPU threads that the process used.
+        mode: of both networks.
+        runs: one per process.
+        controls: baseline against a second baseline instance.
+        target_half_width: what the sampler aimed at; kept, not judged.
+        error: why nothing could be measured; it becomes the reason.
+
+    Raises:
+        RecordError: a sample is not a positive time.
+    """
+    baseline_s = variant_s = difference = None
+    if any(run.quads for run in runs):
+        baseline_s, variant_s = sample_medians(runs, statistic)
+    found, floor, against = _judged(runs, controls, statistic, threads, error)
+    if found is not None:
+        difference = paired_difference_s(runs, statistic)
+    if against or found is None or floor is None or difference is None:
+        verdict = no_result(against)
+    else:
+        verdict = sentence(found, floor, difference)
+        if len(runs) == 1:
+            verdict = Verdict(kind=verdict.kind, text=f"{verdict.text}; in one process")
+    return Latency(
+        phase=phase,
+        method=method,
+        statistic=statistic,
+        threads=threads,
+        mode=mode,
+        baseline_s=baseline_s,
+        variant_s=variant_s,
+        ratio=None if found is None else found.ratio,
+        ratio_low=None if found is None else found.ratio_low,
+        ratio_high=None if found is None else found.ratio_high,
+        difference_s=difference,
+        noise_floor=floor,
+        verdict=verdict.text,
+        verdict_kind=verdict.kind,
+        flags=merged_flags(runs, statistic),
+        target_half_width=target_half_width,
+        runs=tuple(runs),
+        controls=tuple(controls),
+        error=error,
+    )
+
+
+def recompute(latency: Latency) -> Latency:
+    """The same raw runs, everything else computed again."""
+    return summarise(
+        phase=latency.phase,
+        method=latency.method,
+        statistic=latency.statistic,
+        threads=latency.threads,
+        mode=latency.mode,
+        runs=latency.runs,
+        controls=latency.controls,
+        target_half_width=latency.target_half_width,
+        error=latency.error,
+    )
+
+
+def check(latency: Latency) -> Latency:
+    """Holds what a record states against its raw samples: figures to 1e-9, and which flags and verdict there are.
+
+    Returns:
+        The same with its words written anew: how a verdict is worded may change, what it says may not.
+
+    Raises:
+        RecordError: a stored figure disagrees; the message names the field.
+    """
+    again = recompute(latency)
+    for name in FIGURES:
+        stored, computed = getattr(latency, name), getattr(again, name)
+        if not _agree(stored, computed):
+            raise _disagreement(latency, name, stored, computed)
+    if latency.verdict_kind != again.verdict_kind:
+        raise _disagreement(latency, "verdict_kind", latency.verdict_kind, again.verdict_kind)
+    stored_flags, computed_flags = ([flag.name for flag in one.flags] for one in (latency, again))
+    if stored_flags != computed_flags:
+        raise _disagreement(latency, "flags", stored_flags, computed_flags)
+    return again
+
+
+def _agree(stored: float | None, computed: float | None) -> bool:
+    if stored is None or computed is None:
+        return stored is computed
+    # Another machine's logarithm may differ in the last bit.
+    return math.isclose(stored, computed, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _disagreement(latency: Latency, name: str, stored: object, computed: object) -> RecordError:
+    return RecordError(
+        f"{latency.phase} {latency.method}: {name} is stored as {stored!r}, its samples give {computed!r}; "
+        "restore the file or measure again"
+    )
+
+
+def change_words(latency: Latency | None) -> str:
+    """`+21.7 % [19.3, 23.4]`, or why there is none."""
+    if latency is None or latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
+        return NONE
+    left = not_excluded(latency)
+    if left is None:
+        return "no result"
+    decimals = units.decimals_for((latency.ratio_high - latency.ratio_low) / 2)
+    low, high = (100 * bound for bound in left)
+    change = units.percent(latency.ratio - 1, decimals=decimals)
+    # Below the control floor the figure is the machine's own, so only what cannot be excluded is shown.
+    shown = "not shown" if latency.verdict_kind == "undecided" else change
+    return f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"

@@ -1,0 +1,273 @@
+"""Accuracy records → tables: what a network costs and what it buys, side by side, with the uncertainty of both."""
+
+from collections.abc import Callable, Sequence
+from statistics import mean
+
+from selab import units
+from selab.experiments.compared import Compared
+from selab.models import external
+from selab.models.provenance import variants_of
+from selab.records.types import PHASE_NAMES, Cost, Latency
+from selab.records.verdict import change_words
+from selab.report.table import Table
+from selab.training.record import AccuracyRecord, Outcome, Seed
+from selab.training.verdict import PairedDifference, compare_verdict
+from selab.units import NONE
+
+
+def comparison_table(compared: Compared) -> Table:
+    """The table of `selab compare`: cost, accuracy over the seeds, and what training took."""
+    record = compared.record
+    verdict = compare_verdict(record)
+    rows = [
+        _cost_row("parameters", compared, lambda cost: cost.params),
+        _cost_row("MACs, paper", compared, lambda cost: cost.macs.paper),
+        *_time_rows("forward, batch 1", compared.forward_latency),
+        *_time_rows(f"forward+backward, batch {_batch(compared)}", compared.step_latency),
+        _level_row("top-1 accuracy", verdict.top1),
+    ]
+    if verdict.top5 is not None:
+        rows.append(_level_row("top-5 accuracy", verdict.top5))
+    rows += [
+        _level_row("loss", verdict.loss),
+        _trained_row("training, images/s", record, lambda one: one.images_per_s, lambda value: f"{value:,.0f}"),
+        _trained_row("training, time", record, lambda one: one.seconds, units.seconds),
+    ]
+    notes = [f"{name}: {one.difference.text}" for name, one in (("top-1", verdict.top1), ("loss", verdict.loss))]
+    if verdict.diverged:
+        notes.append(f"{verdict.diverged}; what is compared are the seeds that both networks finished.")
+    done = sum(one.pair is not None for one in record.seeds)
+    place = f"{record.machine.gpu or record.machine.cpu}, torch {record.machine.libraries.get('torch', '')}"
+    notes.append(
+        f"{record.data.title}, {training_words(record)}, batch {record.recipe.batch}; {done} of "
+        f"{len(record.seeds)} seeds; ± is one deviation over seeds, of a difference its 95 % interval. {place}."
+    )
+    notes.append("Trainings ran one after the other: their times are no paired measurement, the passes' times are one.")
+    notes += (*_other_classes([compared]), *_no_results([compared]), *record.warnings)
+    return Table(
+        title=f"{record.arch} against {record.baseline} on {record.data.title}",
+        columns=("", "base", "variant", "difference"),
+        rows=tuple(rows),
+        notes=(*notes, *not_published([record])),
+    )
+
+
+def seeds_table(record: AccuracyRecord) -> Table:
+    """Every seed: top-1 accuracy and loss of both networks, and their difference."""
+    started = (
+        one for one in record.seeds if one.baseline or one.variant or one.baseline_diverged or one.variant_diverged
+    )
+    rows = tuple((str(one.seed), *_seed_cells(one)) for one in started)
+    columns = ("seed", "base top-1", "variant top-1", "points", "base loss", "variant loss")
+    return Table(title="By seed", columns=columns, rows=rows)
+
+
+def accuracy_tables(compared: Sequence[Compared]) -> list[Table]:
+    """Many comparisons, one row each: what SE changes in accuracy, and what it adds in cost; two tables a data set.
+
+    Comparisons of different machines share no table either, for the costs have times in them.
+    """
+    groups: dict[tuple[str, str], list[Compared]] = {}
+    for one in compared:
+        groups.setdefault((one.record.machine.name, one.record.data.sha256), []).append(one)
+    return [grid for group in groups.values() for grid in _grids_of_a_group(sorted(group, key=_size))]
+
+
+def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
+    records = [one.record for one in group]
+    place = records[0].machine.gpu or records[0].machine.cpu
+    data = records[0].data
+    verdicts = {name_of(record): compare_verdict(record) for record in records}
+    unresolved = [
+        f"{name}, {metric}: {one.difference.text}"
+        for name, verdict in verdicts.items()
+        for metric, one in (("top-1", verdict.top1), ("loss", verdict.loss))
+        if one.difference.kind not in ("better", "worse")
+    ]
+    bought = Table(
+        title=f"What SE buys on {data.title}",
+        columns=("", "seeds", "base top-1", "top-1", "points", "loss"),
+        rows=tuple(_bought_row(one) for one in group),
+        notes=(
+            f"Trained: {'; '.join(trainings(records))}. {data.train_size:,} images to train on, {data.test_size:,} to "
+            "test on; ± is one deviation over seeds, in brackets 95 % intervals of the difference, paired by seed.",
+            *unresolved,
+            *(f"{name}: {verdict.diverged}" for name, verdict in verdicts.items() if verdict.diverged),
+            *(f"{name_of(record)}: {warning}" for record in records for warning in record.warnings),
+            *not_published(records),
+        ),
+    )
+    batches = ", ".join(dict.fromkeys(str(_batch(one)) for one in group))
+    costs = Table(
+        title=f"What it costs there ({place})",
+        columns=("", "params", "MACs", "forward", "forward+backward"),
+        rows=tuple(_costs_row(one) for one in group),
+        notes=(
+            "In brackets 95 % intervals. MACs by the convention `paper`; forward of one image on one thread, "
+            f"forward+backward of one batch ({batches}) as trained.",
+            *_other_classes(group),
+            *_no_results(group),
+        ),
+    )
+    return bought, costs
+
+
+def trainings(records: Sequence[AccuracyRecord]) -> list[str]:
+    """`cifar_short, 4 epochs, 3 seeds (se_resnet20_cifar)`, the names only where there are several ways."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        seeds = len(record.seeds)
+        words = f"{training_words(record)}, {seeds} seed{'s' if seeds > 1 else ''}"
+        names.setdefault(words, []).append(name_of(record))
+    return [words + (f" ({', '.join(which)})" if len(names) > 1 else "") for words, which in names.items()]
+
+
+def name_of(record: AccuracyRecord) -> str:
+    """As a table calls a comparison: with its baseline where that is not its own, and whether it is stale."""
+    variant, baseline = variants_of(record)
+    own = variant is not None and record.baseline == variant.baseline
+    stale = any(
+        facts is not None and facts.facts_hash != recorded
+        for facts, recorded in ((variant, record.facts_hash), (baseline, record.baseline_facts_hash))
+    )
+    return record.arch + ("" if own else f" against {record.baseline}") + (" (stale)" if stale else "")
+
+
+def _bought_row(one: Compared) -> tuple[str, ...]:
+    record = one.record
+    verdict = compare_verdict(record)
+    seeds = verdict.top1.difference.seeds
+    return (
+        name_of(record),
+        str(seeds) if seeds == len(record.seeds) else f"{seeds} of {len(record.seeds)}",
+        *(NONE if level is None else level.shown for level in (verdict.top1.baseline, verdict.top1.variant)),
+        _difference_words(verdict.top1),
+        _difference_words(verdict.loss),
+    )
+
+
+def _costs_row(one: Compared) -> tuple[str, ...]:
+    return (
+        name_of(one.record),
+        _change(one, lambda cost: cost.params),
+        _change(one, lambda cost: cost.macs.paper),
+        change_words(one.forward_latency),
+        change_words(one.step_latency),
+    )
+
+
+def _difference_words(one: PairedDifference) -> str:
+    """`+0.76 [0.45, 1.07]`, or that nothing is shown, and what is not excluded."""
+    found = one.difference
+    decimals = 4 if one.metric == "loss" else 2
+    if found.mean is None:
+        return NONE
+    if found.half_width is None:
+        return f"{found.mean:+.{decimals}f}"
+    low, high = (found.mean + sign * found.half_width for sign in (-1, 1))
+    shown = "not shown" if found.kind == "not_shown" else f"{found.mean:+.{decimals}f}"
+    return f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _size(one: Compared) -> tuple[int, str]:
+    cost = one.costs.get(one.record.arch)
+    return (0 if cost is None else cost.macs.all, one.record.arch)
+
+
+def training_words(record: AccuracyRecord) -> str:
+    """`cifar_short, 5 epochs`."""
+    return f"{record.recipe.name}, {record.recipe.epochs} epoch{'s' if record.recipe.epochs > 1 else ''}"
+
+
+def not_published(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
+    """A warning for each data set that is not the official one."""
+    titles = dict.fromkeys(record.data.title for record in records if not record.data.official)
+    return tuple(
+        f"{title} is not the published set: do not compare these figures with published ones." for title in titles
+    )
+
+
+def _other_classes(group: Sequence[Compared]) -> tuple[str, ...]:
+    """Where networks were timed with the classifier of their facts, which the data's classes do not fit."""
+    named: dict[int, list[str]] = {}
+    for one in group:
+        variant, _ = variants_of(one.record)
+        timed = one.forward is not None or one.step is not None
+        # Of somebody's own code nobody says for how many classes it is.
+        known = variant is not None and (bool(variant.file) or external.runs_code_of(variant) is None)
+        if timed and known and variant is not None and variant.num_classes != one.record.data.num_classes:
+            named.setdefault(variant.num_classes, []).append(one.record.arch)
+    return tuple(
+        f"{', '.join(dict.fromkeys(archs))}: times are of {classes:,} classes, costs and accuracies of the data's "
+        f"{group[0].record.data.num_classes:,}."
+        for classes, archs in named.items()
+    )
+
+
+def _no_results(group: Sequence[Compared]) -> tuple[str, ...]:
+    """Why a time has no result."""
+    return tuple(
+        f"{one.record.arch}, {PHASE_NAMES[latency.phase]}: {latency.verdict}"
+        for one in group
+        for latency in (one.forward_latency, one.step_latency)
+        if latency is not None and latency.verdict_kind == "no_result"
+    )
+
+
+def _batch(compared: Compared) -> int:
+    return compared.record.recipe.batch if compared.step is None else compared.step.workload.batch
+
+
+def _seed_cells(seed: Seed) -> tuple[str, ...]:
+    both = (seed.baseline, seed.variant)
+    none = tuple("diverged" if told else NONE for told in (seed.baseline_diverged, seed.variant_diverged))
+    top1 = [absent if one is None else f"{one.test.top1_pct:.2f} %" for one, absent in zip(both, none, strict=True)]
+    loss = [NONE if one is None else f"{one.test.loss:.4f}" for one in both]
+    points = NONE if seed.pair is None else f"{seed.pair[1].test.top1_pct - seed.pair[0].test.top1_pct:+.2f}"
+    return (*top1, points, *loss)
+
+
+def _both_costs(compared: Compared, figure: Callable[[Cost], float]) -> tuple[float, float] | None:
+    both = [compared.costs.get(name) for name in (compared.record.baseline, compared.record.arch)]
+    base, variant = (None if cost is None else figure(cost) for cost in both)
+    return None if base is None or variant is None else (base, variant)
+
+
+def _change(compared: Compared, figure: Callable[[Cost], float]) -> str:
+    both = _both_costs(compared, figure)
+    return NONE if both is None else units.percent(both[1] / both[0] - 1)
+
+
+def _cost_row(label: str, compared: Compared, figure: Callable[[Cost], float]) -> tuple[str, ...]:
+    both = _both_costs(compared, figure)
+    cells = (NONE, NONE) if both is None else tuple(units.count(one) for one in both)
+    return (label, *cells, _change(compared, figure))
+
+
+def _time_rows(label: str, latency: Latency | None) -> list[tuple[str, ...]]:
+    if latency is None:
+        return []
+    times = (NONE if one is None else units.seconds(one) for one in (latency.baseline_s, latency.variant_s))
+    return [(label, *times, change_words(latency))]
+
+
+def _level_row(label: str, one: PairedDifference) -> tuple[str, ...]:
+    levels = [NONE if level is None else level.text for level in (one.baseline, one.variant)]
+    difference = one.difference
+    if difference.mean is None:
+        return (label, *levels, NONE)
+    decimals = 4 if one.metric == "loss" else 2
+    shown = f"{difference.mean:+.{decimals}f}"
+    half = "" if difference.half_width is None else f" ± {difference.half_width:.{decimals}f}"
+    return (label, *levels, shown + half)
+
+
+def _trained_row(
+    label: str, record: AccuracyRecord, value: Callable[[Outcome], float], show: Callable[[float], str]
+) -> tuple[str, ...]:
+    """Means over the seeds, without a difference: the machine may have been busier with one than with the other."""
+    found = [
+        [value(outcome) for one in record.seeds if (outcome := getattr(one, arm)) is not None]
+        for arm in ("baseline", "variant")
+    ]
+    return (label, *(show(mean(values)) if values else NONE for values in found), NONE)

@@ -1,0 +1,113 @@
+"""The figures by name, and how they are rendered to a file."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from selab.errors import SelabError, UnknownNameError, nearest
+from selab.experiments.compared import Compared
+from selab.records.store import write_atomically
+from selab.records.types import Cost, Record
+from selab.report.figures.axes import axis
+from selab.report.figures.bars import Bars, bars, bars_figure
+from selab.report.figures.curves import Curves, curves_figure
+from selab.report.figures.lines import Lines, lines_figure
+from selab.report.figures.roofline import Roof, roof_figure
+from selab.report.figures.scatter import Scatter, points, scatter_figure
+from selab.report.figures.style import STYLE
+from selab.report.figures.tax import TaxBars, tax_figure
+
+Picture = Scatter | Bars | Curves | Roof | Lines | TaxBars
+_AXES_OF = {"cost": ("macs", "latency"), "accuracy": ("macs", "top1_error")}
+CURVES, TAX = "curves", "tax"
+OF_ONE_RECORD = (CURVES, TAX)
+NAMES = (*_AXES_OF, "added", *OF_ONE_RECORD)
+
+
+def axes_of(name: str, x: str | None = None, y: str | None = None) -> tuple[str, str] | None:
+    """The axes of a picture by its name, where none were asked for; None for `added`, which has no choice of them.
+
+    Raises:
+        UnknownNameError: there is no such picture, or no such quantity.
+        SelabError: axes were asked for where there are none.
+    """
+    if name not in NAMES:
+        raise UnknownNameError(f"plot {name}: no such picture{nearest(name, NAMES)}")
+    if name not in _AXES_OF:
+        if x is not None or y is not None:
+            raise SelabError(f"plot {name}: shows MACs, bytes and time; --x and --y are for {' and '.join(_AXES_OF)}")
+        return None
+    across, up = _AXES_OF[name]
+    return axis(x or across, option="--x").name, axis(y or up, option="--y").name
+
+
+def picture(
+    name: str,
+    *,
+    x: str | None = None,
+    y: str | None = None,
+    records: Sequence[Record] = (),
+    costs: Mapping[str, Cost] | None = None,
+    archs: Sequence[str] = (),
+    workload: str | None = None,
+    compared: Sequence[Compared] = (),
+) -> Picture:
+    """A picture by its name: `cost` and `accuracy` are scatters with axes of their own choice, `added` is bars.
+
+    Raises:
+        SelabError: as `axes_of`, `points` and `bars`.
+    """
+    axes = axes_of(name, x, y)
+    if axes is None:
+        return bars(records, archs=archs, workload=workload)
+    return points(*axes, records=records, costs=costs, archs=archs, workload=workload, compared=compared)
+
+
+ENDINGS = (".svg", ".png")
+
+
+_PNG_DPI = 200
+
+
+def check_file(path: Path) -> None:
+    """Raises SelabError for a file whose ending is not that of a picture."""
+    if path.suffix.lower() not in ENDINGS:
+        raise SelabError(f"--out {path}: {path.suffix or 'no ending'}; a picture ends in {' or '.join(ENDINGS)}")
+
+
+def draw(shown: Picture, path: Path) -> None:
+    """Writes a picture whole or not at all, as SVG or PNG by the file's ending.
+
+    Raises:
+        SelabError: another ending.
+        RecordError: the folder cannot be written.
+    """
+    check_file(path)
+    write_atomically(path, rendered(shown, path.suffix.lower()))
+
+
+def rendered(shown: Picture, ending: str) -> bytes:
+    """A picture as the bytes of an `.svg` or a `.png` file; no date and no user's style enter."""
+    from matplotlib import style
+
+    with style.context(["default", STYLE]):
+        match shown:
+            case Scatter():
+                figure = scatter_figure(shown)
+            case Bars():
+                figure = bars_figure(shown)
+            case Curves():
+                figure = curves_figure(shown)
+            case Roof():
+                figure = roof_figure(shown)
+            case Lines():
+                figure = lines_figure(shown)
+            case TaxBars():
+                figure = tax_figure(shown)
+        file = io.BytesIO()
+        if ending == ".svg":
+            metadata = {"Title": shown.title, "Date": None, "Creator": None}
+            figure.savefig(file, format="svg", metadata=metadata)
+        else:
+            figure.savefig(file, format="png", dpi=_PNG_DPI, metadata={"Title": shown.title, "Software": None})
+    return file.getvalue()

@@ -1,0 +1,95 @@
+"""Tables about one network: its configuration, sites, runtime and published numbers."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from selab import units
+from selab.attention.config import SEConfig, SiteConfig
+from selab.models import external
+from selab.models.spec import Variant
+from selab.records.types import Insertion
+from selab.report.table import Table
+from selab.units import NONE
+
+if TYPE_CHECKING:
+    from selab.fusion.fuse import Runtime
+
+
+def facts_table(variant: Variant) -> Table:
+    """What the catalog says about a variant."""
+    facts = {
+        "title": variant.title,
+        "family": f"{variant.family} ({variant.source})",
+        "builder": variant.builder,
+        "arguments": ", ".join(f"{key}={value}" for key, value in variant.arguments.items()) or NONE,
+        "input": "×".join(map(str, variant.input_chw)),
+        "classes": NONE if external.runs_code_of(variant) and not variant.file else str(variant.num_classes),
+        "baseline": variant.baseline or NONE,
+    }
+    if variant.se is not None:
+        sites = variant.se.sites if isinstance(variant.se.sites, str) else ", ".join(variant.se.sites)
+        stages = f", stages {', '.join(map(str, variant.se.stages))} only" if variant.se.stages else ""
+        facts["SE sites"] = f"{sites}, placement {variant.se.placement}{stages}"
+        facts["SE block"] = block_words(variant.se)
+    facts |= {"note": variant.note} if variant.note else {}
+    facts["facts from"] = f"{variant.origin} ({variant.facts_hash})"
+    rows = tuple(facts.items())
+    return Table(title=variant.name, columns=("", ""), rows=rows, words=frozenset({0, 1}))
+
+
+def block_words(facts: SiteConfig) -> str:
+    """What kind of block stands at the sites, in words."""
+    if isinstance(facts, SEConfig):
+        return (
+            f"reduction {facts.reduction} of the {facts.squeeze_from}'s channels, squeeze {facts.squeeze}, "
+            f"gate {facts.gate}, activation {facts.activation}, {'with' if facts.bias else 'without'} bias"
+        )
+    own = [name for name in facts.__struct_fields__ if name not in SiteConfig.__struct_fields__]
+    return ", ".join([str(facts.__struct_config__.tag), *(f"{name} {getattr(facts, name)}" for name in own)])
+
+
+def sites_table(insertions: Sequence[Insertion]) -> Table:
+    """Where SE stands in a network, and what each block costs."""
+    rows = tuple(
+        (
+            one.path,
+            f"{one.channels}→{one.squeeze_channels}" if one.squeeze_channels else str(one.channels),
+            f"{one.height}×{one.width}",
+            units.exact(one.params),
+            units.count(one.macs),
+        )
+        for one in insertions
+    )
+    title = f"SE sites ({len(insertions)}, placement {insertions[0].placement})"
+    return Table(title=title, columns=("module", "channels", "map", "params", "MACs, all"), rows=rows)
+
+
+def runtime_table(found: "Sequence[Runtime]", *, title: str) -> Table:
+    """How each block would run, and why not faster."""
+    rows = []
+    for one in found:
+        done = [
+            word
+            for word, is_so in (
+                ("BatchNorm before it", one.block.normalising),
+                ("ReLU before it", one.block.absorbed),
+                ("join", one.block.joined),
+                ("in place", one.block.in_place),
+            )
+            if is_so and one.impl != "reference"
+        ]
+        shape = "×".join(map(str, one.map_nchw[1:]))
+        rows.append((one.block.path, shape, one.impl, ", ".join(done) or NONE, one.reason or NONE))
+    columns = ("block", "map", "runs as", "with it", "why not faster")
+    return Table(title=title, columns=columns, rows=tuple(rows), words=frozenset({0, 2, 3, 4}))
+
+
+def published_table(variant: Variant) -> Table:
+    """What others published about a variant."""
+    rows = tuple(
+        (one.metric, one.printed or f"{one.value:g}", one.dataset, f"{one.source}, {one.where}")
+        for one in variant.published
+    )
+    notes = tuple(f"{one.metric}: {one.note}" for one in variant.published if one.note)
+    columns = ("published", "value", "on", "source")
+    return Table(title="Published", columns=columns, rows=rows, notes=notes, words=frozenset({0, 2, 3}))

@@ -1,0 +1,254 @@
+"""Tables by their names, and the pages that they stand on."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from selab import units
+from selab.errors import RecordError, UnknownNameError, nearest
+from selab.experiments import tax_record
+from selab.experiments.compared import Compared
+from selab.experiments.tax_record import TaxRecord
+from selab.models import catalog
+from selab.records.acceptance import Acceptance, LoadingTime
+from selab.records.types import Cost, Latency, Machine, Record
+from selab.report.accuracy import accuracy_tables
+from selab.report.profiles import added_tables, latency_tables, ratio_cells
+from selab.report.published import (
+    PAPER_TABLES,
+    mobile_names,
+    mobile_published_table,
+    mobile_table,
+    paper_reproduced,
+    paper_table,
+    reproduced,
+    zoo_tables,
+)
+from selab.report.table import Table
+from selab.report.tax import summary_tables
+from selab.report.traces import distances_table
+from selab.training import record as training_record
+from selab.units import NONE
+
+REPORT = "report"
+ZOO = "zoo"
+ACCURACY = "accuracy"
+TAX = "tax"
+MEASURED = ("added", "latency", ACCURACY, TAX)
+COST_TABLES = (*PAPER_TABLES, "mobile", ZOO)
+NAMES = (*COST_TABLES, *MEASURED)
+_REPORTED = ("added", TAX, ACCURACY, "mobile", "paper-2", "paper-3", "latency")
+
+
+def check_name(name: str) -> None:
+    """Raises UnknownNameError, with the nearest names, for a table that there is not."""
+    if name not in (*NAMES, REPORT):
+        raise UnknownNameError(f"table {name}: no such table{nearest(name, (*NAMES, REPORT))}")
+
+
+def machine_folder(profiles: Path) -> Path:
+    """The folder of one machine's records: the one that is named, or the only one below it that holds records."""
+
+    def holds(folder: Path) -> bool:
+        kinds = (folder, folder / training_record.FOLDER, folder / tax_record.FOLDER)
+        return any(True for kind in kinds for _ in kind.glob("*.json"))
+
+    below = [] if holds(profiles) else [folder for folder in profiles.glob("*/") if holds(folder)]
+    return below[0] if len(below) == 1 else profiles
+
+
+def costs_needed(name: str) -> tuple[str, ...]:
+    """The variants whose cost a table shows."""
+    if name == REPORT:
+        return tuple(dict.fromkeys(arch for one in _REPORTED for arch in costs_needed(one)))
+    if name == ZOO:
+        return tuple(catalog.installed())
+    if name == "mobile":
+        return tuple(mobile_names())
+    return tuple(dict.fromkeys(row for table in PAPER_TABLES.get(name, ()) for row in table.rows))
+
+
+def named_tables(
+    name: str,
+    costs: dict[str, Cost],
+    records: Sequence[Record],
+    compared: Sequence[Compared] = (),
+    taxes: Sequence[TaxRecord] = (),
+) -> list[Table]:
+    """A table by its name; `report` is the measured ones and those that they are read beside.
+
+    Args:
+        name: one of `NAMES`, or `report`.
+        costs: of `costs_needed(name)`.
+        records: profiles of one machine.
+        compared: its comparisons of accuracy.
+        taxes: its comparisons of implementations.
+
+    Raises:
+        UnknownNameError: there is no such table.
+        RecordError: the table needs records and there are none.
+    """
+    check_name(name)
+    profiles = [record for record in records if record.kind == "profile"]
+    if name == REPORT:
+        there = {"added": bool(profiles), "latency": bool(profiles), ACCURACY: bool(compared), TAX: bool(taxes)}
+        names = [one for one in _REPORTED if there.get(one, True)]
+        return [grid for one in names for grid in named_tables(one, costs, records, compared, taxes)]
+    if name == "mobile":
+        return [mobile_table(costs, records), mobile_published_table(costs)]
+    if name == ZOO:
+        return zoo_tables(costs)
+    if name in PAPER_TABLES:
+        return [paper_table(one, costs) for one in PAPER_TABLES[name]]
+    if name == ACCURACY:
+        if not compared:
+            raise RecordError(
+                f"table {name}: no comparisons; `selab compare`, and name their machine's folder: --profiles"
+            )
+        return accuracy_tables(compared)
+    if name == TAX:
+        if not taxes:
+            raise RecordError(f"table {name}: no comparisons; `selab tax`, and name their machine's folder: --profiles")
+        return summary_tables(taxes)
+    if not profiles:
+        raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
+    return latency_tables(profiles) if name == "latency" else added_tables(profiles)
+
+
+def cost_pages(costs: dict[str, Cost]) -> dict[str, str]:
+    """Every cost table as the text of a file, by the file's name; README.md lists them and says how much is met."""
+    pages = {}
+    rows = []
+    for name in COST_TABLES:
+        grids = named_tables(name, costs, ())
+        pages[f"{name}.md"] = page(name, grids, ())
+        equal, total = _met(name, costs)
+        about = "; ".join(grid.title for grid in grids) if len(grids) < 3 else f"every variant, {len(grids)} families"
+        rows.append((f"[{name}]({name}.md)", about, f"{equal} of {total}" if total else NONE))
+    equal, total = _met(ZOO, costs)
+    index = Table(
+        title="Cost tables",
+        columns=("table", "what it shows", "published cost numbers met"),
+        rows=tuple(rows),
+        notes=(
+            f"{equal} of {total} published cost numbers reproduced to the printed digit.",
+            "Counted, not timed: no machine enters. Rendered, not typed. The same in exact integers: "
+            "[costs.json](costs.json).",
+        ),
+        words=frozenset({0, 1}),
+    )
+    lines = ",\n".join(f' "{name}": {_exact_costs(cost)}' for name, cost in costs.items())
+    return {"README.md": index.markdown(), **pages, "costs.json": f"{{\n{lines}\n}}\n"}
+
+
+def _met(name: str, costs: dict[str, Cost]) -> tuple[int, int]:
+    """How many of the published cost numbers that a table prints are met, and how many it prints."""
+    known = catalog.installed()
+    if name == ZOO:
+        return reproduced(known.values(), costs)
+    if name == "mobile":
+        return reproduced((known[one] for one in mobile_names()), costs)
+    return paper_reproduced(PAPER_TABLES.get(name, ()), costs)
+
+
+def _exact_costs(cost: Cost) -> str:
+    macs = cost.macs
+    return json.dumps(
+        {
+            "params": cost.params,
+            "buffer_elements": cost.buffer_elements,
+            "macs": {"conv_linear": macs.conv_linear, "paper": macs.paper, "all": macs.all},
+            "macs_backward": cost.macs_backward.all,
+            "flops": cost.flops,
+            "bytes": cost.bytes,
+            "activations": cost.activations,
+            "se": {"blocks": cost.se.blocks, "params": cost.se.params},
+        }
+    )
+
+
+def acceptance_tables(found: Acceptance) -> list[Table]:
+    """How far this machine's ratios can be trusted, and how long counting and loading take on it."""
+    grids = []
+    if (live := found.live) is not None:
+        rows = (
+            ("median |ratio − 1| of a network against itself", units.share(live.median_error, decimals=2)),
+            ("95th percentile of the same", units.share(live.p95_error, decimals=2)),
+            ("intervals that hold 1", f"{live.intervals_holding_one} of {live.trials}"),
+            (
+                f"slowed by {units.share(live.slower_by_calibration, decimals=2)} and found slower",
+                f"{live.slower_detected} of {live.slower_trials}",
+            ),
+        )
+        notes = tuple(f"flag {flag.name}: {flag.detail}" for flag in live.flags)
+        title = f"Live acceptance: {live.arch}, trials of {live.seconds_per_trial:g} s"
+        grids.append(Table(title=title, columns=("", "measured"), rows=rows, notes=notes))
+    for one in found.counting:
+        lines = tuple((name, *ratio_cells(latency)) for name, latency in one.comparisons.items())
+        columns = ("", "ours, batch 1", "this", "ratio", "95 % interval", "verdict")
+        title = f"Time to count {one.arch}"
+        grids.append(Table(title=title, columns=columns, rows=lines, words=frozenset({0, 5})))
+    if found.loading is not None:
+        grids.append(_loading_table(found.loading))
+    if found.roof is not None:
+        grids.append(distances_table(found.roof))
+    return grids
+
+
+def _loading_table(one: LoadingTime) -> Table:
+    def rates(name: str, latency: Latency) -> tuple[str, str]:
+        images = one.images_per_call[name]
+        both = (latency.baseline_s, latency.variant_s)
+        ours, theirs = (NONE if seconds is None else f"{images / seconds:,.0f}" for seconds in both)
+        return ours, theirs
+
+    rows = tuple((name, *rates(name, latency), *ratio_cells(latency)[2:]) for name, latency in one.comparisons.items())
+    threads = max((latency.threads for latency in one.comparisons.values()), default=1)
+    return Table(
+        title="Images per second of loading, and of training with it",
+        columns=("", "ours", "torchvision", "ratio of times", "95 % interval", "verdict"),
+        rows=rows,
+        notes=(
+            f"{one.data.get('title', '')}, batch {one.batch}, {one.arch}, {threads} threads, torchvision "
+            f"{one.torchvision} with its DataLoader and so many workers; crop, flip and normalisation in both.",
+            *(f"flag {flag.name}: {flag.detail}" for flag in one.flags),
+        ),
+        words=frozenset({0, 5}),
+    )
+
+
+def page(name: str, grids: Sequence[Table], records: Sequence[Record]) -> str:
+    """Tables as a Markdown page; a report says on what machine it was measured and how to repeat it."""
+    body = "\n".join(grid.markdown() for grid in grids)
+    if name != REPORT or not records:
+        return body
+    machine = records[0].machine
+    commands = "\n".join(dict.fromkeys(record.command for record in records if record.kind == "profile"))
+    head = f"# Measured on {machine.gpu or machine.cpu}\n\n" + "\n".join(f"- {line}" for line in machine_lines(machine))
+    how = f"### How to repeat this\n\n```\n{commands}\n```\n"
+    return f"{head}\n\nRendered from the records beside this file by `selab table report`; not typed.\n\n{body}\n{how}"
+
+
+def spliced(text: str, name: str, body: str, *, where: str) -> str:
+    """Puts a rendered table between `<!-- table NAME -->` and `<!-- /table -->`, in place of what stands there.
+
+    Raises:
+        RecordError: the file has no such pair of marks.
+    """
+    pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- /table -->)", re.DOTALL)
+    if pattern.search(text) is None:
+        raise RecordError(
+            f"{where}: has no lines '<!-- table {name} -->' and '<!-- /table -->' to put the table between"
+        )
+    return pattern.sub(lambda found: found[1] + body + found[2], text)
+
+
+def machine_lines(machine: Machine) -> list[str]:
+    """The circumstances that a table's numbers travel with."""
+    lines = [f"{machine.cpu}, {machine.cores} cores, {units.size(machine.memory_bytes, digits=3)}; {machine.system}"]
+    if machine.gpu is not None:
+        lines.append(f"{machine.gpu}, driver {machine.driver}")
+    libraries = ", ".join(f"{name} {version}" for name, version in machine.libraries.items())
+    lines.append(f"Python {machine.python}, {libraries}")
+    return lines

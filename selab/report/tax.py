@@ -1,0 +1,305 @@
+"""Comparisons of implementations as tables: each one's tax beside the least, the split by stage, memory."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from selab import units
+from selab.experiments.tax_record import (
+    AGAIN,
+    BASELINE,
+    FAST,
+    IMPLEMENTATIONS,
+    REFERENCE,
+    WITHOUT,
+    TaxPair,
+    TaxRecord,
+    least,
+    words_of,
+)
+from selab.models.provenance import name_of
+from selab.records.estimate import estimate
+from selab.records.types import PHASE_NAMES, Latency
+from selab.records.verdict import change_words, no_result_reasons, not_excluded
+from selab.report.profiles import check_one_machine, workload_title
+from selab.report.table import Table
+from selab.units import NONE
+
+_TAX = (
+    "Tax: time over the baseline's, the network without SE, which got the same care (selab.fuse); in brackets 95 % "
+    "intervals."
+)
+_LEAST: dict[bool, str] = {
+    False: "Least: each block's map y read once more (its mean must be known before it can be scaled), and the weights "
+    "of the two layers; scaling is counted as part of a pass that the baseline makes anyway.",
+    True: "Least: y read once more in the forward pass; in the backward pass, beyond what the baseline moves, y and "
+    "the gradient dz behind the block read and dy written, for the gate's gradient must be known before dy is; the "
+    "layers' weights read twice and their gradients written.",
+}
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+def tax_tables(record: TaxRecord) -> list[Table]:
+    """The tables of `selab tax`: each implementation beside the least, by every method; the split; memory."""
+    grids = [_tax_table(record, method) for method in record.methods]
+    split = _split_table(record)
+    saved = _saved_table(record)
+    return [*grids, *([split] if split else []), *([saved] if saved else [])]
+
+
+def _title(record: TaxRecord, method: str) -> str:
+    how = "" if method == "wall" else f", {method}"
+    return f"{PHASE_NAMES[record.phase]}, {workload_title(record.workload)}{how}"
+
+
+def _tax_table(record: TaxRecord, method: str) -> Table:
+    rows = []
+    shown = [pair for pair in record.pairs if pair.latency.method == method]
+    control = next((pair.latency for pair in shown if pair.variant == AGAIN), None)
+    baseline_s = None if control is None else control.baseline_s
+    rows.append((BASELINE, _time(baseline_s), "", "", ""))
+    rows += [(words_of(one.variant), *_tax_cells(one.latency)) for one in shown if one.baseline == BASELINE]
+    at_least = least(record)
+    part = NONE if baseline_s is None else units.percent(at_least.seconds / baseline_s)
+    rows.append((f"least ({units.size(at_least.bytes, digits=3)})", _time(at_least.seconds), part, "", ""))
+    return Table(
+        title=f"The SE tax of {record.arch} over {record.baseline} ({_title(record, method)})",
+        columns=("", "time", "tax", "verdict", "flags"),
+        rows=tuple(rows),
+        notes=(
+            f"{_TAX} All in one interleaved run, in one process.",
+            *_direct_words(record, method),
+            *_removed_words(record, method),
+            *_whole_words(record),
+            f"{_LEAST[record.phase != 'forward']} At the bandwidth of copies measured in this run.",
+            *(f"{remark}." for remark in record.remarks),
+            *_failures(record, method),
+            *_flag_notes([one.latency for one in shown]),
+        ),
+        words=frozenset({0, 3, 4}),
+    )
+
+
+def _direct_words(record: TaxRecord, method: str) -> Iterator[str]:
+    """The fast one's time over the reference's, which is no tax and so no row; nothing where there is no result."""
+    latency = record.latency(FAST, over=REFERENCE, method=method)
+    if latency is not None and latency.verdict_kind != "no_result":
+        yield f"Time of fast over that of the reference: {change_words(latency)}, in the same run."
+
+
+def removed(record: TaxRecord, method: str) -> tuple[float, tuple[float, float] | None] | None:
+    """1 - (fast - 1) / (reference - 1): which share of the reference's tax the fast one does not have.
+
+    The interval is what both ratios leave open, each within 97.5 % by its own quads, so that both hold at once in 95 %
+    of all cases, however the two depend on each other. Where the fast one's difference to the baseline is not resolved,
+    its interval reaches to the control floor, as its own tax does.
+
+    Returns:
+        None where the reference's tax is not shown to be above zero, or there is no result; the interval alone is None
+        where 97.5 % of the reference's does not exclude zero.
+
+    Source: the two intervals at once: Bonferroni's inequality.
+    """
+    reference, fast = (record.latency(name, method=method) for name in (REFERENCE, FAST))
+    if reference is None or fast is None or reference.verdict_kind != "slower":
+        return None
+    left = not_excluded(fast)
+    if left is None or reference.ratio is None or fast.ratio is None:
+        return None
+    whole, rest = (estimate(one.runs, one.statistic, confidence=0.975) for one in (reference, fast))
+    share = 1 - (fast.ratio - 1) / (reference.ratio - 1)
+    if whole.ratio_low <= 1:
+        return share, None
+    ends = (min(left[0], rest.ratio_low - 1), max(left[1], rest.ratio_high - 1))
+    shares = [1 - end / (bound - 1) for end, bound in product(ends, (whole.ratio_low, whole.ratio_high))]
+    return share, (min(shares), max(shares))
+
+
+def _removed_words(record: TaxRecord, method: str) -> Iterator[str]:
+    """What the fast one removes, in a sentence; nothing where one of the two has no result."""
+    latencies = [record.latency(name, method=method) for name in (REFERENCE, FAST)]
+    if any(one is None or one.verdict_kind == "no_result" for one in latencies):
+        return
+    found = removed(record, method)
+    if found is None:
+        yield "Of the reference's tax removed by fast: not said, for that tax is not shown to be above zero."
+        return
+    share, interval = found
+    if interval is None:
+        shown = units.share(share, decimals=0)
+        yield f"Of the reference's tax removed by fast: {shown}, without an interval, for that tax is too near to zero."
+        return
+    low, high = interval
+    decimals = units.decimals_for((high - low) / 2)
+    shown = units.share(share, decimals=decimals) if low > 0 or high < 0 else "not shown"
+    yield (
+        f"Of the reference's tax removed by fast: {shown} [{low * 100:.{decimals}f}, {high * 100:.{decimals}f}]; "
+        "1 - (fast - 1) / (reference - 1) of the ratios, at least 95 %."
+    )
+
+
+def _of_whole_blocks(record: TaxRecord) -> bool:
+    """Whether the profiler saw blocks that are not split into stages, for another library wrote them."""
+    return record.profiled is not None and not set(WITHOUT) & set(record.profiled.stages)
+
+
+def _whole_words(record: TaxRecord) -> Iterator[str]:
+    if record.profiled is not None and _of_whole_blocks(record):
+        share = sum(record.profiled.stages.values()) / record.profiled.total_s
+        yield f"Of a step of the reference, as the profiler sees it, its SE blocks are {units.share(share)}."
+
+
+def _time(seconds: float | None) -> str:
+    return NONE if seconds is None else units.seconds(seconds)
+
+
+def _tax_cells(latency: Latency) -> tuple[str, str, str, str]:
+    flags = ", ".join(flag.name for flag in latency.flags)
+    return _time(latency.variant_s), _change(latency), latency.verdict_kind.replace("_", " "), flags
+
+
+def _change(latency: Latency | None) -> str:
+    if latency is not None and latency.error:
+        return "failed"
+    return "no result" if latency is not None and latency.ratio is None else change_words(latency)
+
+
+def _flag_notes(latencies: Sequence[Latency]) -> Iterator[str]:
+    """Each kind of flag once, with the detail of the first pair that has it."""
+    told: set[str] = set()
+    for latency in latencies:
+        for flag in latency.flags:
+            if flag.name not in told:
+                told.add(flag.name)
+                yield f"flag {flag.name}: {flag.detail}"
+
+
+def _split_table(record: TaxRecord) -> Table | None:
+    asked = {stage: name for stage, name in WITHOUT.items() if name in record.implementations}
+    profiled = None if _of_whole_blocks(record) else record.profiled
+    if not asked and profiled is None:
+        return None
+    method = record.methods[0]
+    rows = []
+    for stage in WITHOUT:
+        share = NONE if profiled is None else units.share(profiled.stages[stage] / profiled.total_s)
+        rows.append((stage, saving_words(record, stage, method), share))
+    if profiled is not None:
+        together = sum(profiled.stages.values())
+        rows.append(
+            (
+                "all three",
+                change_words(record.latency(REFERENCE, method=method)),
+                units.share(together / profiled.total_s),
+            )
+        )
+    return Table(
+        title=f"The reference's tax by stage ({_title(record, method)})",
+        columns=("", "saved by leaving it out", "of the step, profiled"),
+        rows=tuple(rows),
+        notes=(
+            "Saved: in percent of the baseline's time, against the reference; in brackets 95 % intervals. Without "
+            "squeeze the gate comes from a fixed vector; without excitation it is the mean's own, without the two "
+            "layers; without scale the map is returned as it came. Parts need not add up: what one stage leaves in a "
+            "cache the next one finds there.",
+        ),
+    )
+
+
+def saving(record: TaxRecord, stage: str, method: str) -> tuple[float | None, tuple[float, float]] | None:
+    """What leaving a stage out of the reference saves, as a fraction of the baseline's time, and its interval.
+
+    Returns:
+        None where there is no result; the saving alone is None where no difference is shown.
+    """
+    whole = record.latency(REFERENCE, method=method)
+    without = record.latency(WITHOUT[stage], over=REFERENCE, method=method)
+    left = None if without is None else not_excluded(without)
+    if whole is None or whole.ratio is None or without is None or without.ratio is None or left is None:
+        return None
+    shown = without.verdict_kind != "undecided"
+    low, high = sorted(-bound * whole.ratio for bound in left)
+    return ((1 - without.ratio) * whole.ratio if shown else None), (low, high)
+
+
+def saving_words(record: TaxRecord, stage: str, method: str) -> str:
+    """`2.1 % [1.8, 2.4]`, or why there is none."""
+    if record.latency(WITHOUT[stage], over=REFERENCE, method=method) is None:
+        return NONE
+    found = saving(record, stage, method)
+    if found is None:
+        return "no result"
+    value, (low, high) = found
+    decimals = units.decimals_for((high - low) / 2)
+    shown = "not shown" if value is None else units.share(value, decimals=decimals)
+    return f"{shown} [{low * 100:.{decimals}f}, {high * 100:.{decimals}f}]"
+
+
+def _saved_table(record: TaxRecord) -> Table | None:
+    sizes = record.saved_for_backward_bytes
+    if not sizes:
+        return None
+    base = sizes.get(BASELINE)
+    rows = tuple(
+        (words_of(name), units.size(size), units.percent(size / base - 1) if base else NONE)
+        for name, size in sizes.items()
+    )
+    return Table(title="Saved for backward", columns=("", "bytes", "over the baseline"), rows=rows)
+
+
+def summary_tables(records: Sequence[TaxRecord]) -> list[Table]:
+    """One machine's comparisons, a table for each workload, phase, method and torch: the implementations side by side.
+
+    Raises:
+        RecordError: the records are of several machines.
+    """
+    by_torch: dict[str, list[TaxRecord]] = {}
+    for record in records:
+        by_torch.setdefault(record.machine.libraries.get("torch", ""), []).append(record)
+    check_one_machine([group[0] for group in by_torch.values()], one_torch=False)
+    groups: dict[str, list[tuple[TaxRecord, str]]] = {}
+    for version, group in by_torch.items():
+        check_one_machine(group)
+        suffix = f", torch {version}" if len(by_torch) > 1 else ""
+        for record in group:
+            for method in record.methods:
+                groups.setdefault(_title(record, method) + suffix, []).append((record, method))
+    return [_summary_table(title, group) for title, group in groups.items()]
+
+
+def _summary_table(title: str, group: Sequence[tuple[TaxRecord, str]]) -> Table:
+    rows = []
+    for record, method in group:
+        control = record.latency(AGAIN, method=method)
+        at_least = NONE
+        if control is not None and control.baseline_s:
+            at_least = units.percent(least(record).seconds / control.baseline_s, decimals=1)
+        cells = [_change(record.latency(name, method=method)) for name in IMPLEMENTATIONS]
+        rows.append((name_of(record), _time(None if control is None else control.baseline_s), *cells, at_least))
+    return Table(
+        title=f"The SE tax ({title})",
+        columns=("", "baseline", *IMPLEMENTATIONS, "least"),
+        rows=tuple(rows),
+        notes=(
+            f"{_TAX} Least: the bytes that SE must move, at the bandwidth of copies.",
+            *(f"{record.arch}, {note}" for record, method in group for note in _failures(record, method)),
+        ),
+    )
+
+
+def _failures(record: TaxRecord, method: str) -> Iterator[str]:
+    """Why there is no result: each reason once, after what it holds for."""
+    whys: dict[str, list[str]] = {}
+    for pair in record.pairs:
+        if pair.latency.method == method and pair.latency.verdict_kind == "no_result":
+            for why in no_result_reasons(pair.latency):
+                whys.setdefault(why, []).append(_pair_words(pair))
+    shared: dict[str, list[str]] = {}
+    for why, names in whys.items():
+        shared.setdefault(", ".join(names), []).append(why)
+    yield from (f"{names}: no result: {'; '.join(same)}" for names, same in shared.items())
+
+
+def _pair_words(pair: TaxPair) -> str:
+    """As its row is called; against the reference a stage is left out, or it is the fast one's."""
+    words = words_of(pair.variant)
+    return f"{words} against the reference" if (pair.baseline, pair.variant) == (REFERENCE, FAST) else words

@@ -1,0 +1,190 @@
+"""What a batch is made of and what is done to it: decided by counters, done to all of its images at once.
+
+Order and decisions are words of a counter-based generator (Philox), read at (seed, epoch, number of the batch). So they
+follow from these alone: nothing has to be drawn before, and devices, ranks and releases of torch agree.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from selab.errors import SelabError
+
+# What the words are for: the second half of the generator's key. (`synthetic` has 3 and more.)
+_ORDER, _DECISIONS = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What is done to training images; nothing by default.
+
+    Attributes:
+        crop_pad: black pixels around the image, out of which it is cropped again at a random place.
+        flip: mirror half of the images.
+        cutout: side of a square hole at a random place, in pixels; its centre is in the image, its rim may not be.
+
+    Raises:
+        SelabError: a size is negative.
+
+    Source: arXiv 1512.03385, Sec. 4.2 (crop and mirror); arXiv 1708.04552, Sec. 3.2 (cutout).
+    """
+
+    crop_pad: int = 0
+    flip: bool = False
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_pad", "cutout"):
+            if getattr(self, name) < 0:
+                raise SelabError(f"{name}: {getattr(self, name)}; allowed are 0 (none) and more pixels")
+
+
+def order(size: int, *, seed: int, epoch: int) -> Tensor:
+    """A permutation of `size` images, (size,) int64: where an epoch's random words stand when they are sorted."""
+    return torch.from_numpy(np.argsort(words(size, purpose=_ORDER, seed=seed, epoch=epoch), kind="stable"))
+
+
+def decide(
+    augmentation: Augmentation, *, size: int, input_hw: tuple[int, int], seed: int, epoch: int, number: int
+) -> Tensor:
+    """What is done to the images of global batch `number` of an epoch.
+
+    All is decided, whether it is wanted or not: a network that trains with holes sees the crops of one without.
+
+    Args:
+        augmentation: how far a crop may lie off.
+        size: images of the global batch.
+        input_hw: height and width of an image.
+        seed: of the run.
+        epoch: from 0.
+        number: of the global batch, from 0.
+
+    Returns:
+        (size, 5) int64 on the CPU. Columns: first row and first column of the crop, each from 0 to twice the padding;
+        1 to mirror, 0 not to; row and column of the hole's centre.
+    """
+    offsets = 2 * augmentation.crop_pad + 1
+    choices = (offsets, offsets, 2, *input_hw)
+    drawn = words(size * len(choices), purpose=_DECISIONS, seed=seed, epoch=epoch, number=number)
+    return torch.from_numpy(below(drawn.reshape(size, -1), choices))
+
+
+def augment(images: Tensor, decided: Tensor, augmentation: Augmentation, *, mean: Tensor, std: Tensor) -> Tensor:
+    """normalise(flip(crop(x))) with a hole in it.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        decided: (N, 5), a part of what `decide` returned, on the images' device.
+        augmentation: which of it is done.
+        mean: see `normalise`.
+        std: see `normalise`.
+
+    Returns:
+        (N, C, H, W) float32.
+    """
+    top, left, mirrored, row, column = decided.unbind(1)
+    if augmentation.crop_pad:
+        images = crop(images, top, left, pad=augmentation.crop_pad)
+    if augmentation.flip:
+        images = flip(images, mirrored)
+    x = normalise(images, mean, std)
+    return cut(x, row, column, side=augmentation.cutout) if augmentation.cutout else x
+
+
+def crop(images: Tensor, top: Tensor, left: Tensor, *, pad: int) -> Tensor:
+    """x[n, :, top[n] : top[n] + H, left[n] : left[n] + W] of the images with `pad` black pixels around them.
+
+    Shapes:
+        images: (N, C, H, W); top, left: (N,), each from 0 to 2 pad; result: (N, C, H, W).
+    """
+    n, channels, height, width = images.shape
+    padded = F.pad(images, (pad, pad, pad, pad))
+    # A view of the windows that begin at any pixel, of which one per image is taken: index_select copies whole rows,
+    # where an index of three tensors into such a view takes twice as long.
+    image, plane, line, pixel = padded.stride()
+    last = (channels - 1) * plane + (height - 1) * line + (width - 1) * pixel
+    windows = padded.as_strided((padded.numel() - last, channels, height, width), (pixel, plane, line, pixel))
+    return windows.index_select(0, torch.arange(n, device=images.device) * image + top * line + left * pixel)
+
+
+def flip(images: Tensor, mirrored: Tensor) -> Tensor:
+    """x[n, :, :, ::-1] where mirrored[n] is 1, else x[n].
+
+    Shapes:
+        images: (N, C, H, W); mirrored: (N,) of 0 and 1; result: (N, C, H, W).
+    """
+    n = len(images)
+    # Mirroring all and taking one of each two is faster than mirroring some: both are copies of whole stretches.
+    both = torch.cat((images, images.flip(3)))
+    return both.index_select(0, torch.arange(n, device=images.device) + n * mirrored)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std in float32.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        mean: (C, 1, 1) float32, of 255.
+        std: (C, 1, 1) float32, of 255.
+    """
+    return images.to(torch.float32).sub_(mean).mul_(std.reciprocal())
+
+
+def cut(x: Tensor, row: Tensor, column: Tensor, *, side: int) -> Tensor:
+    """Zeros in rows [row - side // 2, row - side // 2 + side) and such columns; what sticks out of the image is lost.
+
+    Shapes:
+        x: (N, C, H, W), is changed; row, column: (N,).
+
+    Source: arXiv 1708.04552, Sec. 3.2; zero is the mean, for images are normalised before.
+    """
+
+    def covered(centre: Tensor, length: int) -> Tensor:
+        distance = torch.arange(length, device=x.device) - (centre - side // 2)[:, None]
+        return ((distance >= 0) & (distance < side)).to(x.dtype)
+
+    rows, columns = covered(row, x.shape[2]), covered(column, x.shape[3])
+    # Products of zeros and ones: combining masks and filling where they say so takes 4 times as long.
+    return x.mul_(1 - rows[:, None, :, None] * columns[:, None, None, :])
+
+
+# -------------------------------------------------------------------------------------------------------- random words
+def check_seed(seed: int) -> None:
+    """Finds out beforehand whether random words can be made from a seed.
+
+    Raises:
+        SelabError: the seed is negative, or has more than 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise SelabError(f"seed: {seed}; allowed are 0 to 2^64 - 1")
+
+
+def words(size: int, *, purpose: int, seed: int, epoch: int = 0, number: int = 0) -> NDArray[np.uint64]:
+    """Random 64-bit words; those of another purpose, seed, epoch or batch have nothing to do with them.
+
+    Raises:
+        SelabError: as `check_seed`.
+    """
+    check_seed(seed)
+    key = np.array([seed, purpose], dtype=np.uint64)
+    # The lowest word of the counter counts the words.
+    counter = np.array([0, number, epoch, 0], dtype=np.uint64)
+    drawn: NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(size)
+    return drawn
+
+
+def below(drawn: NDArray[np.uint64], choices: Sequence[int]) -> NDArray[np.int64]:
+    """Whole numbers from 0 to choices[i] - 1 in column i: the upper half of a word, as a fraction, of the choices.
+
+    Shapes:
+        drawn: (N, len(choices)); result: the same.
+    """
+    half = np.uint64(32)
+    return (((drawn >> half) * np.array(choices, dtype=np.uint64)) >> half).astype(np.int64)

@@ -1,0 +1,347 @@
+"""What a network is trained and tested on: batches that follow from (seed, epoch, number) alone.
+
+A set in memory lies as bytes on the device that wants its batches, moved there once; crops, mirrors and holes are made
+of whole batches there.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from selab.errors import SelabError, UnknownNameError, nearest
+from selab.training import synthetic
+from selab.training.augment import Augmentation, augment, decide, normalise, order
+from selab.training.cifar import LAYOUTS, open_cifar
+from selab.training.recipe import ImageRecipe
+
+__all__ = ["NAMES", "Augmentation", "Data", "ImageSet", "open_data", "synthetic_set"]
+NAMES = (*LAYOUTS, "synthetic", "folder", "imagenet")
+
+
+class Data(Protocol):
+    """A training set and a test set."""
+
+    @property
+    def name(self) -> str:
+        """What it was opened as."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """For tables."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Identity: over what the images are read or made from."""
+        ...
+
+    @property
+    def official(self) -> bool:
+        """Whether they are the published files."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are smaller than this."""
+        ...
+
+    @property
+    def input_chw(self) -> tuple[int, int, int]:
+        """Shape of an image."""
+        ...
+
+    @property
+    def train_size(self) -> int:
+        """Training images."""
+        ...
+
+    @property
+    def test_size(self) -> int:
+        """Test images."""
+        ...
+
+    def train_batches(
+        self,
+        *,
+        batch: int,
+        seed: int,
+        epoch: int,
+        device: torch.device,
+        augmentation: Augmentation,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One rank's parts of an epoch's global batches; the last incomplete one is left out.
+
+        Order and augmentation of global batch i depend on (seed, epoch, i) alone, so that a run goes on anywhere, and
+        with any number of ranks.
+
+        Args:
+            batch: images of all ranks together.
+            seed: of the run.
+            epoch: from 0.
+            device: where the batches are wanted.
+            augmentation: what is done to the images.
+            first: so many global batches are skipped, at no cost.
+            rank: of this process.
+            world: how many processes share a batch.
+
+        Yields:
+            Images (N, C, H, W) float32, normalised; labels (N,) int64.
+
+        Raises:
+            SelabError: a batch cannot be shared so, or there are not so many images.
+        """
+        ...
+
+    def test_batches(
+        self, *, batch: int, device: torch.device, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One rank's parts of the test images in their order: each image once, in one part of one rank.
+
+        The last batch may be smaller, and may have no part for a rank.
+
+        Yields:
+            Images (N, C, H, W) float32, normalised; labels (N,) int64.
+
+        Raises:
+            SelabError: a batch cannot be shared so.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Split:
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moved:
+    """What of a set lies on one device."""
+
+    train: _Split
+    test: _Split
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """A set in memory; see `Data`.
+
+    Attributes:
+        name: what it was opened as.
+        title: for tables.
+        sha256: identity.
+        official: whether it is the published set.
+        num_classes: labels are smaller than this.
+        train_images: (N, C, H, W) uint8.
+        train_labels: (N,).
+        test_images: (M, C, H, W) uint8.
+        test_labels: (M,).
+        mean: by channel, of 255; taken off.
+        std: by channel, of 255; divided by.
+    """
+
+    name: str
+    title: str
+    sha256: str
+    official: bool
+    num_classes: int
+    train_images: Tensor = field(repr=False)
+    train_labels: Tensor = field(repr=False)
+    test_images: Tensor = field(repr=False)
+    test_labels: Tensor = field(repr=False)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    _moved: dict[torch.device, _Moved] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def input_chw(self) -> tuple[int, int, int]:
+        """Shape of an image."""
+        _, channels, height, width = self.train_images.shape
+        return channels, height, width
+
+    @property
+    def train_size(self) -> int:
+        """Training images."""
+        return len(self.train_images)
+
+    @property
+    def test_size(self) -> int:
+        """Test images."""
+        return len(self.test_images)
+
+    def train_batches(
+        self,
+        *,
+        batch: int,
+        seed: int,
+        epoch: int,
+        device: torch.device,
+        augmentation: Augmentation,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Data.train_batches` says."""
+        _check_share(batch, rank, world)
+        if batch > self.train_size:
+            raise SelabError(f"{self.title}: has {self.train_size:,} training images; a batch of {batch:,} needs more")
+        part = slice(rank * batch // world, (rank + 1) * batch // world)
+        moved = self._on(device)
+        places = order(self.train_size, seed=seed, epoch=epoch).to(device)
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for number in range(first, self.train_size // batch):
+                chosen = places[number * batch : (number + 1) * batch][part]
+                # Small and drawn on the CPU, so that all devices agree.
+                decided = decide(
+                    augmentation,
+                    size=batch,
+                    input_hw=self.input_chw[1:],
+                    seed=seed,
+                    epoch=epoch,
+                    number=number,
+                )[part]
+                if device.type == "cuda":  # from pinned memory the copy does not make the host wait for the device
+                    decided = decided.pin_memory()
+                decided = decided.to(device, non_blocking=True)
+                images = moved.train.images.index_select(0, chosen)
+                yield (
+                    augment(images, decided, augmentation, mean=moved.mean, std=moved.std),
+                    moved.train.labels.index_select(0, chosen),
+                )
+
+        return batches()
+
+    def test_batches(
+        self, *, batch: int, device: torch.device, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Data.test_batches` says."""
+        _check_share(batch, rank, world)
+        moved = self._on(device)
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for start in range(0, self.test_size, batch):
+                size = min(batch, self.test_size - start)
+                part = slice(start + rank * size // world, start + (rank + 1) * size // world)
+                if part.start < part.stop:
+                    yield normalise(moved.test.images[part], moved.mean, moved.std), moved.test.labels[part].clone()
+
+        return batches()
+
+    def _on(self, device: torch.device) -> _Moved:
+        """The set on a device: its bytes are moved there once."""
+        # `cuda` is another name of the current GPU.
+        place = torch.empty(0, device=device).device
+        if place not in self._moved:
+            self._moved[place] = _Moved(
+                train=_Split(images=self.train_images.to(place), labels=self.train_labels.to(place, torch.int64)),
+                test=_Split(images=self.test_images.to(place), labels=self.test_labels.to(place, torch.int64)),
+                mean=torch.tensor(self.mean, dtype=torch.float32, device=place).view(-1, 1, 1),
+                std=torch.tensor(self.std, dtype=torch.float32, device=place).view(-1, 1, 1),
+            )
+        return self._moved[place]
+
+
+def open_data(
+    name: str,
+    *,
+    data_dir: Path,
+    download: bool = True,
+    image: ImageRecipe | None = None,
+    workers: int | None = None,
+    classes_file: Path | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Data:
+    """Finds a data set, or downloads it.
+
+    Args:
+        name: one of `NAMES`. `folder` is any folder of images, `imagenet` one with ImageNet's classes.
+        data_dir: where it lies, or is downloaded to; `synthetic` needs none.
+        download: whether it may be downloaded; image folders never are.
+        image: what is done to an image folder's images, as a recipe says.
+        workers: processes that decode an image folder's images; None for the usual number.
+        classes_file: names of an image folder's classes, one a line, in the order of their numbers.
+        report: is given sentences: how far the download is, what was found.
+
+    Raises:
+        UnknownNameError: no such name.
+        SelabError: it is not there and cannot be had, or is damaged.
+    """
+    if classes_file is not None and name in (*LAYOUTS, "synthetic"):
+        raise SelabError(f"--classes-file {classes_file}: is for image folders; {name} numbers its classes itself")
+    if name in LAYOUTS:
+        return _cifar_set(name, data_dir, download=download, report=report)
+    if name == "synthetic":
+        return synthetic_set()
+    if name in NAMES:
+        try:
+            from selab.training.image_folder import open_folder
+        except ModuleNotFoundError as error:
+            raise SelabError(
+                f"{name}: needs {error.name}, which is not installed; pip install 'selab[imagenet]'"
+            ) from None
+        return open_folder(data_dir, name=name, image=image, workers=workers, classes_file=classes_file, report=report)
+    raise UnknownNameError(f"{name}: no such data set{nearest(name, NAMES)}")
+
+
+def synthetic_set(*, train_size: int = 10_000, test_size: int = 2_000, seed: int = 0) -> ImageSet:
+    """Ten classes of 32 x 32 pixels that are made, not read; see `synthetic.make`.
+
+    Args:
+        train_size: training images.
+        test_size: test images.
+        seed: another one makes other images of other patterns.
+    """
+    train, test = synthetic.make(train_size=train_size, test_size=test_size, seed=seed)
+    sha256 = hashlib.sha256()
+    for array in (train.images, train.labels, test.images, test.labels):
+        sha256.update(array.data)
+    return ImageSet(
+        name="synthetic",
+        title="synthetic",
+        sha256=sha256.hexdigest(),
+        official=False,
+        num_classes=synthetic.CLASSES,
+        train_images=torch.from_numpy(train.images),
+        train_labels=torch.from_numpy(train.labels),
+        test_images=torch.from_numpy(test.images),
+        test_labels=torch.from_numpy(test.labels),
+        mean=(127.5,) * 3,
+        std=(40.0,) * 3,
+    )
+
+
+def _cifar_set(name: str, data_dir: Path, *, download: bool, report: Callable[[str], None] | None) -> ImageSet:
+    layout = LAYOUTS[name]
+    found = open_cifar(layout, data_dir=data_dir, download=download, report=report)
+    return ImageSet(
+        name=name,
+        title=found.title,
+        sha256=found.sha256,
+        official=found.official,
+        num_classes=layout.labels[-1],
+        train_images=torch.from_numpy(found.train_images),
+        train_labels=torch.from_numpy(found.train_labels),
+        test_images=torch.from_numpy(found.test_images),
+        test_labels=torch.from_numpy(found.test_labels),
+        mean=layout.mean,
+        std=layout.std,
+    )
+
+
+def _check_share(batch: int, rank: int, world: int) -> None:
+    if batch < 1 or world < 1 or batch % world:
+        raise SelabError(f"batch: {batch} images cannot be shared by {world} processes; give a multiple of {world}")
+    if not 0 <= rank < world:
+        raise SelabError(f"rank: {rank}; allowed are 0 to {world - 1}")

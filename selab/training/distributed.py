@@ -1,0 +1,137 @@
+"""The processes of one training: who this one is, and the few things that all of them must agree on.
+
+`torchrun` tells each process its rank; without it there is one. Processes on CPUs talk through gloo, those on GPUs
+through NCCL, and a process has the GPU of its rank on its machine.
+"""
+
+import atexit
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from selab.errors import DeviceError, SelabError
+from selab.records.types import Device
+
+_T = TypeVar("_T")
+PATIENCE_S = 600.0
+"""After so many seconds without a sign of the others, a process gives up; compiling and a first batch fit in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """This process among the others.
+
+    Attributes:
+        rank: its number; 0 writes and reports.
+        world: how many there are.
+        device: what it computes on.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and reports."""
+        return self.rank == 0
+
+    def on_first(self, work: Callable[[], _T]) -> _T:
+        """Does something on rank 0; every rank gets its result, or its error."""
+        if self.world == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = work()
+            except SelabError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: _T = outcome[0]
+        return result
+
+    def rows(self, row: list[float]) -> list[list[float]]:
+        """Every rank's row of numbers, by rank; waits for all of them."""
+        if self.world == 1:
+            return [row]
+        own = torch.tensor(row, dtype=torch.float64, device=self.device)
+        gathered = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(gathered, own)
+        return [each.tolist() for each in gathered]
+
+
+def join(device: Device, *, patience_s: float = PATIENCE_S) -> Group:
+    """Finds the other processes of this job; without `torchrun` there are none.
+
+    The group stays until the process ends, for a job's processes cannot find each other twice: torchrun's store still
+    holds what they said the first time. One that the caller has made is used.
+
+    Args:
+        device: `cpu`, or `cuda` for the GPU of this process.
+        patience_s: see `PATIENCE_S`; that of the first call counts.
+
+    Raises:
+        DeviceError: there is no such device, or none for each process.
+        SelabError: the others did not come.
+    """
+    exists = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Group(rank=0, world=1, device=_own_device(device, None))
+    rank = dist.get_rank() if exists else int(os.environ.get("RANK", "0"))
+    own = _own_device(device, int(os.environ.get("LOCAL_RANK", rank)))
+    on_gpu = own.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(own)
+    if not exists:
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                timeout=timedelta(seconds=patience_s),
+                device_id=own if on_gpu else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise SelabError(
+                f"rank {rank} of {world}: cannot find the other processes: {str(error).partition(chr(10))[0]}; "
+                "start all of them with torchrun"
+            ) from None
+        atexit.register(leave)
+    return Group(rank=rank, world=world, device=own)
+
+
+def leave() -> None:
+    """Ends the talk of the processes, which all of them do together; what one does then is its own affair."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _own_device(device: Device, local_rank: int | None) -> torch.device:
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    index = torch.cuda.current_device() if local_rank is None else local_rank
+    if index >= torch.cuda.device_count():
+        raise DeviceError(
+            f"--device cuda: process {index} of this machine has no GPU of its own, there are "
+            f"{torch.cuda.device_count()}; start at most so many processes on it"
+        )
+    return torch.device("cuda", index)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, or was silent for too long."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    # gloo reports what it met as a plain RuntimeError.
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    )

@@ -1,0 +1,262 @@
+"""How often a network is right on the test images: counted over all of them, and over all processes."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from selab.errors import DeviceError, ModelError, OutOfMemoryError, SelabError
+from selab.meta import evaluating, first_line
+from selab.training.record import TOP5_CLASSES, Accuracy, Amp
+
+if TYPE_CHECKING:
+    from selab.training.data import Data
+
+
+__all__ = ["Accuracy", "NotFiniteError", "evaluate"]
+_AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NotFiniteError(ModelError):
+    """Logits are not finite, so that there is no loss either."""
+
+
+def evaluate(
+    model: nn.Module,
+    data: "Data",
+    *,
+    batch: int = 500,
+    device: str | torch.device = "cpu",
+    amp: Amp = "off",
+    channels_last: bool = False,
+    report: Callable[[int, int], None] | None = None,
+) -> Accuracy:
+    """Counts right answers and averages the cross entropy over all test images; sums are float64.
+
+    Under `torch.distributed` every rank calls it and gets the same answer: each looks at its share of the images, with
+    rank 0's buffers, for batch norm's running statistics differ between ranks while they train.
+
+    Args:
+        model: on `device`. Modes, gradients and buffers are left as found, and nothing is drawn at random.
+        data: whose test images to take.
+        batch: images per pass, over all ranks; rounded up to a multiple of their number. The answer does not depend on
+            it, but for rounding.
+        device: where the images go.
+        amp: what the forward pass computes in; the loss is computed in float64 from its logits.
+        channels_last: the images' memory format.
+        report: called after each batch with this rank's images so far, and the number of all test images.
+
+    Returns:
+        `top5_correct` is None below six classes. `skipped` names what `data.problems`, which an image folder has, calls
+        corrupt or truncated: the first of them; `data.test_size - images` is how many there are.
+
+    Raises:
+        ModelError: the forward pass fails, or its output is not one logit per class and image.
+        NotFiniteError: logits are not finite.
+        OutOfMemoryError: the device does not hold a batch.
+        DeviceError: the model is on another device.
+        SelabError: there are no test images, they cannot be read, or not each was given once.
+    """
+    device = torch.device(device)
+    network = model.module if isinstance(model, DistributedDataParallel) else model
+    rank, world = _rank_and_world()
+    counted, problem = _Counted(), None
+    try:
+        _check_device(network, device)
+        batches = data.test_batches(batch=-(-batch // world) * world, device=device, rank=rank, world=world)
+        precision = torch.autocast(device.type, dtype=_AMP[amp], enabled=amp != "off")
+        with evaluating(network), _buffers_of_rank_zero(network, world), torch.no_grad():
+            for images, labels in batches:
+                if not len(labels):
+                    continue
+                if channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                with precision:
+                    logits = _logits(network, images, data)
+                counted.add(logits.double(), labels)
+                if report is not None:
+                    report(counted.images, data.test_size)
+        counted.note_unreadable(data)
+    except SelabError as error:
+        # Other ranks wait for this one's counts, so they hear of its error before it is raised.
+        problem = error
+    return _accuracy(_of_all_ranks(counted, problem, world), data)
+
+
+class _Counted:
+    """Counts of this rank, kept on the device, so that no batch waits for them."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.sums: Tensor | None = None
+        self.unreadable = 0
+        self.skipped: tuple[str, ...] = ()
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Takes float64 logits (n, classes) and labels (n,)."""
+        # Both from one ranking, so that equal logits cannot be right at first and missing among five.
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        sums = torch.stack(
+            [
+                ranked[:, 0].sum().double(),
+                ranked.sum().double(),
+                F.cross_entropy(logits, labels, reduction="sum"),
+                (~logits.isfinite().all(dim=1)).sum().double(),
+            ]
+        )
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.images += len(labels)
+
+    def note_unreadable(self, data: "Data") -> None:
+        """Takes what an image folder could not decode; its training images may be among them."""
+        problems: Any = getattr(data, "problems", None)
+        if problems is not None:
+            names = (*problems.corrupt.first, *problems.truncated.first)
+            self.unreadable = problems.unreadable
+            self.skipped = tuple(name for name in names if not (data.train_size and name.startswith("train/")))
+
+    def totals(self) -> "_Totals":
+        top1, top5, loss, not_finite = [0.0] * 4 if self.sums is None else self.sums.tolist()
+        return _Totals(
+            images=self.images,
+            top1_correct=round(top1),
+            top5_correct=round(top5),
+            loss=loss,
+            not_finite=round(not_finite),
+            unreadable=self.unreadable,
+            skipped=self.skipped,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Totals:
+    images: int
+    top1_correct: int
+    top5_correct: int
+    loss: float
+    not_finite: int
+    unreadable: int
+    skipped: tuple[str, ...]
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _check_device(network: nn.Module, device: torch.device) -> None:
+    first = next(network.parameters(), None)
+    if first is not None and first.device.type != device.type:
+        raise DeviceError(
+            f"{type(network).__name__}: is on {first.device.type}, the images go to {device.type}; move it there"
+        )
+
+
+@contextmanager
+def _buffers_of_rank_zero(network: nn.Module, world: int) -> Iterator[None]:
+    """Lends rank 0's buffers to all ranks and gives every rank its own back."""
+    if world == 1:
+        yield
+        return
+    buffers = list(network.buffers())
+    kept = [buffer.clone() for buffer in buffers]
+    try:
+        for buffer in buffers:
+            dist.broadcast(buffer, 0)
+        yield
+    finally:
+        for buffer, own in zip(buffers, kept, strict=True):
+            buffer.copy_(own)
+
+
+def check_network(network: nn.Module, data: "Data") -> None:
+    """Finds out with one black image whether a network is a classifier for these images.
+
+    Args:
+        network: on the CPU; left as it is.
+        data: its image size and its classes.
+
+    Raises:
+        ModelError: its forward pass fails, or gives something else than a row of logits for each class.
+        OutOfMemoryError: the pass does not fit.
+    """
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            _logits(network, torch.zeros(1, *data.input_chw), data)
+    finally:
+        network.train(was_training)
+
+
+def _logits(network: nn.Module, images: Tensor, data: "Data") -> Tensor:
+    name, shape = type(network).__name__, tuple(images.shape)
+    try:
+        logits: Any = network(images)
+    except Exception as error:
+        text = first_line(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+            raise OutOfMemoryError(
+                f"out of memory with images of shape {shape}: {text}; use a smaller batch"
+            ) from error
+        raise ModelError(
+            f"{name}: forward fails on images of shape {shape}: {text}; they are {data.title}'s: "
+            "build the network for these"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
+        raise ModelError(f"{name}: its output is of {found}, not one row of logits per image; give a classifier")
+    if logits.shape[1] != data.num_classes:
+        raise ModelError(
+            f"{name}: tells {logits.shape[1]} classes apart, {data.title} has {data.num_classes}; "
+            f"build it with num_classes={data.num_classes}"
+        )
+    return logits
+
+
+def _of_all_ranks(counted: _Counted, problem: SelabError | None, world: int) -> list[_Totals]:
+    """Every rank's counts, by rank; the error of one is raised on all."""
+    if world == 1:
+        if problem is not None:
+            raise problem
+        return [counted.totals()]
+    told: list[Any] = [None] * world
+    dist.all_gather_object(told, counted.totals() if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    for rank, each in enumerate(told):
+        if isinstance(each, str):
+            raise ModelError(f"rank {rank}: {each}")
+    return told
+
+
+def _accuracy(ranks: list[_Totals], data: "Data") -> Accuracy:
+    images = sum(each.images for each in ranks)
+    if not images:
+        raise SelabError(f"{data.title}: holds no test images; name a data set that does")
+    missing = data.test_size - images
+    if missing < 0 or (missing and not any(each.unreadable for each in ranks)):
+        raise SelabError(
+            f"{data.title}: gave {images} test images of {data.test_size}; its test_batches must give each once"
+        )
+    not_finite = sum(each.not_finite for each in ranks)
+    if not_finite:
+        raise NotFiniteError(
+            f"logits of {not_finite} of {images} images are not finite; the weights may be broken, or the training "
+            "have diverged: try a smaller learning rate, or no mixed precision"
+        )
+    return Accuracy(
+        images=images,
+        top1_correct=sum(each.top1_correct for each in ranks),
+        top5_correct=sum(each.top5_correct for each in ranks) if data.num_classes >= TOP5_CLASSES else None,
+        loss=math.fsum(each.loss for each in ranks) / images,
+        skipped=tuple(sorted({name for each in ranks for name in each.skipped})),
+    )

@@ -1,0 +1,355 @@
+"""A folder of images as data: ImageNet, or any other, through torchvision's transforms and torch's loader.
+
+    DIR/train/n01440764/*.JPEG, DIR/val/n01440764/*.JPEG      for training and evaluation
+    DIR/n01440764/*.JPEG                                      for evaluation alone
+
+Nothing is drawn from a stream: which images stand in the global batch i of an epoch, and what is done to them, follows
+from (seed, epoch, i) alone, so that workers, ranks and resumed runs see the same images to the bit.
+
+Images are decoded as torchvision's loader does it and as the published ImageNet accuracies are computed: every mode is
+converted to RGB, and the EXIF orientation is ignored. What libjpeg repairs on its own (a damaged stretch within the
+stream) cannot be told from a good image.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from selab.training.image_decode import (
+    Finding,
+    ImageFiles,
+    Loaded,
+    by_class,
+    collated,
+    test_transform,
+    torchvision_transforms,
+    training_transform,
+)
+from selab.training.image_listing import IMAGENET_TRAIN, IMAGENET_VAL, FolderError, Listing, find_images, printable
+from selab.training.problems import NAMED, Found, Problems
+from selab.training.recipe import ImageRecipe
+
+_MOST_WORKERS = 8  # by default
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+def epoch_order(labels: NDArray[np.int64], *, seed: int, epoch: int, balanced: bool) -> NDArray[np.int64]:
+    """The indices of an epoch's images in order: each once, or, balanced, each class equally often.
+
+    Balanced sampling keeps two kinds of lists, of the classes and of each class's images: it takes the next class, and
+    that class's next image; a list that is used up is shuffled and begun again. An epoch is as long as otherwise.
+
+    Source: arXiv 1512.05830, "class-aware sampling".
+    """
+    generator = torch.Generator().manual_seed(_hashed("order", seed, epoch))
+
+    def shuffled(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+        rounds = -(-most // len(values))
+        turns = [values[torch.randperm(len(values), generator=generator).numpy()] for _ in range(rounds)]
+        return np.concatenate(turns)[:most] if turns else values[:0]
+
+    if not balanced:
+        return shuffled(np.arange(len(labels)), len(labels))
+    classes = np.unique(labels)
+    drawn = shuffled(classes, len(labels))
+    order = np.empty_like(drawn)
+    images, places = by_class(labels), by_class(drawn)
+    for label in classes.tolist():
+        where = places.get(label, drawn[:0])
+        order[where] = shuffled(images[label], len(where))
+    return order
+
+
+def share(total: int, *, batch: int, number: int, rank: int, world: int) -> range:
+    """The places within an epoch of one rank's part of the global batch `number`; the last batch may lack some."""
+    part = batch // world
+    first = number * batch + rank * part
+    return range(min(first, total), min(first + part, total))
+
+
+def _hashed(*what: object) -> int:
+    """A generator's seed, 63 bits, that depends on all of what is given and looks like no other's."""
+    digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+class _InMemory(Protocol):
+    """The augmentation that sets in memory know, of which a folder, having a recipe of its own, takes none."""
+
+    @property
+    def crop_pad(self) -> int: ...
+    @property
+    def flip(self) -> bool: ...
+    @property
+    def cutout(self) -> int: ...
+
+
+class ImageFolder:
+    """A folder of images, ready for training and evaluation; made by `open_folder`.
+
+    Attributes:
+        name: what it was opened as.
+        title: for tables.
+        sha256: identity, see `Listing`.
+        official: False: nothing is published that the files could be held against.
+        num_classes: how many classes are numbered, with images or without.
+        input_chw: of a training image; of a test image where there is no training set.
+        train_size: images in `train`; 0 where there is none.
+        test_size: images in `val`, with those that cannot be decoded.
+        image: what is done to the images.
+        classes: their names, by number.
+    """
+
+    def __init__(
+        self,
+        listing: Listing,
+        *,
+        name: str,
+        title: str,
+        image: ImageRecipe,
+        workers: int,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        v2 = torchvision_transforms()
+        self.name = name
+        self.title = title
+        self.sha256 = listing.sha256
+        self.official = False
+        self.classes = listing.classes
+        self.num_classes = len(listing.classes)
+        side = image.test_crop if listing.train is None else image.train_size
+        self.input_chw = (3, side, side)
+        self.train_size = 0 if listing.train is None else len(listing.train.files)
+        self.test_size = len(listing.val.files)
+        self.image = image
+        self._workers = min(workers, _cores())
+        self._report = report
+        self._test = ImageFiles(listing.val, test_transform(v2, image), listing.classes)
+        self._train = None
+        if listing.train is not None:
+            self._train = ImageFiles(listing.train, training_transform(v2, image), listing.classes)
+        self._found: dict[str, set[str]] = {kind: set() for kind in Problems.__struct_fields__}
+        self._skipped: set[str] = set()
+
+    @property
+    def problems(self) -> Problems:
+        """What was peculiar among the images that this process has taken so far."""
+        return Problems(
+            **{kind: Found(count=len(files), first=tuple(sorted(files)[:NAMED])) for kind, files in self._found.items()}
+        )
+
+    def share_problems(self) -> Problems:
+        """Tells all processes of a training what each of them has found; every one calls it."""
+        if dist.is_available() and dist.is_initialized():
+            told: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(told, self._found)
+            for kind, files in self._found.items():
+                files.update(*(each[kind] for each in told))
+        return self.problems
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The test images that this process had to leave out so far, by name."""
+        return tuple(sorted(self._skipped))
+
+    def train_batches(
+        self,
+        *,
+        batch: int,
+        seed: int,
+        epoch: int,
+        device: torch.device,
+        augmentation: _InMemory,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One rank's parts of an epoch's global batches, the last incomplete one left out.
+
+        An image that cannot be decoded is replaced by another of its class.
+
+        Args:
+            batch: images of all ranks together.
+            seed: of order and augmentation, with `epoch`.
+            epoch: from 0.
+            device: where the batches are wanted.
+            augmentation: must ask for nothing: `image` says what is done.
+            first: so many global batches are skipped, without reading them.
+            rank: of this process.
+            world: how many processes share a batch.
+
+        Yields:
+            Images (N, 3, H, W), float32, normalised; labels (N,), int64.
+
+        Raises:
+            FolderError: no training images, fewer than `batch`, or an impossible share; while running: a file is gone,
+                or a class has no image that can be decoded.
+        """
+        if self._train is None:
+            raise FolderError(f"{self._test.split.root}: there is no folder train beside it; evaluate, or add train")
+        if augmentation.crop_pad or augmentation.flip or augmentation.cutout:
+            raise FolderError(
+                "crop_pad, flip and cutout are for images in memory; what is done to a folder's is ImageRecipe's to say"
+            )
+        _check_share(batch, rank, world)
+        if batch > self.train_size:
+            raise FolderError(
+                f"{self._train.split.root}: holds {self.train_size:,} images, less than a batch of {batch:,}"
+            )
+        order = epoch_order(self._train.split.labels, seed=seed, epoch=epoch, balanced=self.image.balanced)
+
+        def asked() -> Iterator[list[tuple[int, int | None]]]:
+            for number in range(first, self.train_size // batch):
+                places = share(self.train_size, batch=batch, number=number, rank=rank, world=world)
+                yield [(int(order[place]), _hashed("image", seed, epoch, place)) for place in places]
+
+        return self._batches(self._train, asked(), device)
+
+    def test_batches(
+        self, *, batch: int, device: torch.device, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One rank's parts of the test images in order, each image in one part of one rank.
+
+        Images that cannot be decoded are left out, and named by `skipped`; a batch of which nothing is left is, too.
+
+        Yields:
+            Images (N, 3, H, W), float32, normalised; labels (N,), int64.
+
+        Raises:
+            FolderError: an impossible share; while running: a file is gone.
+        """
+        _check_share(batch, rank, world)
+
+        def asked() -> Iterator[list[tuple[int, int | None]]]:
+            for number in range(-(-self.test_size // batch)):
+                places = share(self.test_size, batch=batch, number=number, rank=rank, world=world)
+                if places:
+                    yield [(place, None) for place in places]
+
+        return self._batches(self._test, asked(), device)
+
+    def _batches(
+        self, images: ImageFiles, asked: Iterator[list[tuple[int, int | None]]], device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        loader: DataLoader[Loaded] = DataLoader(
+            images,
+            batch_sampler=asked,
+            num_workers=self._workers,
+            collate_fn=collated,
+            pin_memory=device.type == "cuda",
+            # Otherwise it draws a seed for its workers from the generator that the training has.
+            generator=torch.Generator(),
+        )
+        loaded = iter(loader)
+        while True:
+            try:
+                batch = next(loaded, None)
+            except RuntimeError as error:
+                told = str(error).partition("\n")[0]
+                raise FolderError(f"{images.split.root}: loading failed: {told}; try a smaller --workers") from error
+            if batch is None:
+                return
+            for finding in batch.findings:
+                self._note(finding)
+                if finding.reason and images is self._test:
+                    self._skipped.add(finding.file)
+            if batch.fault:
+                raise FolderError(batch.fault)
+            if len(batch.labels):
+                yield self._normalised(batch.images, device), batch.labels.to(device, non_blocking=True)
+
+    def _note(self, finding: Finding) -> None:
+        files = self._found[finding.kind]
+        if finding.reason and finding.file not in files and len(files) < NAMED and self._report is not None:
+            self._report(f"{finding.file}: cannot be decoded: {finding.reason}")
+        files.add(finding.file)
+
+    def _normalised(self, images: Tensor, device: torch.device) -> Tensor:
+        """(x / 255 - mean) / std, on the device, for bytes travel four times as fast."""
+        x = images.to(device, non_blocking=True).to(torch.float32)
+        # A divisor on the device, for CUDA multiplies by the reciprocal of a Python number, which rounds differently.
+        x.div_(torch.tensor(255.0, device=device))
+        for values, apply in ((self.image.mean, x.sub_), (self.image.std, x.div_)):
+            apply(torch.tensor(values, device=device).view(3, 1, 1))
+        return x
+
+
+def open_folder(
+    data_dir: Path,
+    *,
+    name: str,
+    image: ImageRecipe | None = None,
+    workers: int | None = None,
+    classes_file: Path | None = None,
+    report: Callable[[str], None] | None = None,
+) -> ImageFolder:
+    """Opens a folder of images; what was concluded from what it holds is reported in sentences.
+
+    Args:
+        data_dir: holds `train` and `val`, `val` alone, or class folders; see `find_images`.
+        name: `imagenet` for ImageNet or a part of it, with its numbering; any other for any other folder.
+        image: what is done to the images; by default `ImageRecipe()`.
+        workers: processes that decode, at most one per core; 0 for none; None for `usual_workers()`. They change
+            nothing but the speed.
+        classes_file: names of all classes, one a line, in the order of their numbers.
+        report: is given each sentence.
+
+    Raises:
+        FolderError: torchvision is not installed, or as `find_images`.
+        RecordError: the file of classes cannot be read.
+    """
+    if workers is None:
+        workers = usual_workers()
+    if workers < 0:
+        raise FolderError(f"workers: {workers}; must be 0 or more")
+    torchvision_transforms()
+    listing = find_images(data_dir, name=name, classes_file=classes_file)
+    sizes = [("training", listing.train)] if listing.train is not None else []
+    counted = ", ".join(f"{len(split.files):,} {what} images" for what, split in [*sizes, ("test", listing.val)])
+    for sentence in (*listing.assumed, f"{counted}, {len(listing.classes):,} classes"):
+        if report is not None:
+            report(sentence)
+    return ImageFolder(
+        listing,
+        name=name,
+        title=_title(listing, data_dir, name),
+        image=image or ImageRecipe(),
+        workers=workers,
+        report=report,
+    )
+
+
+def _title(listing: Listing, data_dir: Path, name: str) -> str:
+    train, val = 0 if listing.train is None else len(listing.train.files), len(listing.val.files)
+    if name != "imagenet":
+        return f"{printable(data_dir.resolve().name)}, {val:,} test images"
+    if val == IMAGENET_VAL and train in (0, IMAGENET_TRAIN):
+        return "ImageNet"
+    part = f"{train:,} training and " if train else ""
+    return f"ImageNet, {part}{val:,} test images"
+
+
+def usual_workers() -> int:
+    """Processes that decode for this one: its share of the cores among those that torchrun started here, at most 8."""
+    return min(_MOST_WORKERS, max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_share(batch: int, rank: int, world: int) -> None:
+    if batch < 1 or world < 1 or batch % world:
+        raise FolderError(f"batch {batch}: cannot be shared by {world} processes; give a multiple of their number")
+    if not 0 <= rank < world:
+        raise FolderError(f"rank {rank}: must be 0 to {world - 1}")

@@ -1,0 +1,105 @@
+"""What a recipe says about weights: how they begin, how they move, and their moving average."""
+
+import hashlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selab.training.recipe import Recipe
+
+# Of Keras 2: keras/optimizers.py, RMSprop(rho=0.9), and its backend's epsilon.
+_KERAS_RHO, _KERAS_EPSILON = 0.9, 1e-7
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over a model's parameters; its learning rate is set before every step.
+
+    Weight decay is left out, where the recipe says so, for parameters of one dimension: biases, and the scales and
+    shifts of normalisation layers.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if recipe.decay_norm_and_bias:
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+    else:
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    if recipe.optimizer == "rmsprop":
+        return torch.optim.RMSprop(
+            groups,
+            lr=recipe.lr,
+            alpha=_KERAS_RHO,
+            eps=_KERAS_EPSILON,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+    return torch.optim.SGD(
+        groups,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        # One kernel for all parameters: four times as fast as the others on a CPU, and it asks a GPU nothing.
+        fused=True,
+    )
+
+
+def draw_he(model: nn.Module, *, seed: int, only: Collection[str]) -> None:
+    """Draws the weights of convolutions and fully connected layers from N(0, 2 / fan_in), and zeroes their biases.
+
+    Each layer has a generator of its own, made from the seed and the layer's name, so that networks which share a layer
+    share its values, whatever else they have.
+
+    Args:
+        model: on the CPU.
+        seed: of all of it.
+        only: keys of the state dict; other layers keep what they have.
+
+    Source: He et al. 2015, arXiv 1502.01852, eq. 10.
+    """
+    generator = torch.Generator()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear) or f"{name}.weight" not in only:
+            continue
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:8], "little"))
+        nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu", generator=generator)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Average:
+    """decay * average + (1 - decay) * weights after each step, of parameters and running statistics alike.
+
+    Source: Szegedy et al. 2015, arXiv 1512.00567, Sec. 8.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        # A state dict's tensors are the model's own memory, without gradients.
+        self._live = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+        self.state = {key: value.clone() for key, value in self._live.items()}
+
+    def update(self) -> None:
+        """Takes the weights as they are now."""
+        torch._foreach_lerp_(list(self.state.values()), list(self._live.values()), 1 - self._decay)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Goes on from an average that was saved."""
+        for key, value in self.state.items():
+            value.copy_(state[key])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Lends the model its average, for testing and saving."""
+        kept = {key: value.clone() for key, value in self._live.items()}
+        for key, value in self._live.items():
+            value.copy_(self.state[key])
+        try:
+            yield
+        finally:
+            for key, value in self._live.items():
+                value.copy_(kept[key])

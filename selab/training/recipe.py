@@ -1,0 +1,347 @@
+"""Training recipes: the frozen facts, read strictly from TOML, and the learning rate that they mean.
+
+A recipe says what a paper or a repository says about training, with its source. What it is applied to (network, data,
+seed, device) is no part of it.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from selab.errors import SpecError, UnknownNameError, nearest
+from selab.records.toml import converted, parse_tables, read_tables
+from selab.records.types import Frozen
+
+Optimizer = Literal["sgd", "rmsprop"]
+Schedule = Literal["step", "cosine", "inverse", "constant"]
+Warmup = Literal["linear", "constant"]
+Initial = Literal["he", "builder"]
+_Positive = Annotated[float, Meta(gt=0)]
+_NotNegative = Annotated[float, Meta(ge=0)]
+_Share = Annotated[float, Meta(ge=0, lt=1)]
+_Count = Annotated[int, Meta(ge=1)]
+_Pixels = Annotated[int, Meta(ge=0)]
+
+
+class ImageRecipe(Frozen, frozen=True, kw_only=True):
+    """What is done to an image: random crop, mirror, rotation, jitter in training; resize and centre crop in tests.
+
+    By default all that the authors' release of the SENets names. The paper's own text (Sec. 5) names crop and mirror
+    alone, and 299 crops of images resized to 352 for the Inception-ResNets; the release and timm evaluate SENet-154 at
+    224 of 256. Of its 320 crops the paper does not say how the images are resized: 366 keeps the ratio of 224 to 256.
+
+    Attributes:
+        train_size: side of the square that a training crop is resized to, in pixels.
+        scale: least and greatest part of the image's area that a training crop covers.
+        ratio: least and greatest width of a training crop over its height.
+        flip: mirror half of the training images.
+        rotation_deg: training crops are rotated by up to so many degrees either way; the corners become black. (The
+            release leaves the order and the corners open.)
+        pixel_jitter: a number up to so large either way, of 255, is added to each value of each pixel on its own.
+        test_resize: the shorter side of an image in evaluation.
+        test_crop: side of its centre crop.
+        interpolation: of all resizing and rotating.
+        mean: of each colour, of 1, taken off; the paper and torchvision do.
+        std: of each colour; torchvision divides by it, the paper does not: (1, 1, 1) then.
+        balanced: each class is drawn equally often, not each image.
+
+    Source: arXiv 1709.01507, Sec. 5; README.md of github.com/hujie-frank/SENet, table "Augmentation", and its issue 38
+        (the jitter is drawn per value); arXiv 1512.05830, "class-aware sampling", which the paper's conference version
+        cites for balancing; mean and std: torchvision.
+    """
+
+    train_size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    rotation_deg: float = 10
+    pixel_jitter: int = 20
+    test_resize: int = 256
+    test_crop: int = 224
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    balanced: bool = False
+
+    @property
+    def test_words(self) -> str:
+        """`resize 256, crop 224, bilinear, mean 0.485 0.456 0.406, std 1 1 1`."""
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"resize {self.test_resize}, crop {self.test_crop}, {self.interpolation}, mean {mean}, std {std}"
+
+    def __post_init__(self) -> None:
+        # A ValueError becomes a message with the key's path where a recipe is read from a TOML.
+        for key in ("train_size", "test_resize", "test_crop"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; must be at least 1")
+        if self.test_crop > self.test_resize:
+            raise ValueError(f"test_crop: {self.test_crop} does not fit into test_resize, {self.test_resize}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale: {list(self.scale)}; two parts of an area, the smaller first, above 0 and up to 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio: {list(self.ratio)}; two ratios above 0, the smaller first")
+        if not 0 <= self.rotation_deg <= 180:
+            raise ValueError(f"rotation_deg: {self.rotation_deg}; must be 0 to 180")
+        if not 0 <= self.pixel_jitter <= 255:
+            raise ValueError(f"pixel_jitter: {self.pixel_jitter}; must be 0 to 255")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {list(self.std)}; must be above 0")
+
+
+class Recipe(Frozen, frozen=True, kw_only=True):
+    """How a network is trained, whatever network it is.
+
+    Attributes:
+        where: the place in the source.
+        note: what the source leaves open, and what is done about it here.
+        families: of networks, which this recipe is the default for.
+        optimizer: `sgd`; or `rmsprop` with the constants of Keras 2 (0.9 for the mean square, 1e-7 for epsilon).
+        weight_decay: its L2 form, added to the gradient.
+        decay_norm_and_bias: whether it also acts on biases and on the scales and shifts of normalisation layers.
+        batch: images per step, over all devices.
+        schedule: `step` multiplies by `factor` at each of the `milestones`; `cosine` falls to zero along half a cosine,
+            from the end of the warm-up on; `inverse` divides by 1 + `decay` * epochs.
+        milestones: in epochs.
+        warmup_epochs: how long the learning rate rises from `warmup_lr` to `lr` (`linear`) or stays there (`constant`).
+        ema: decay per step of the weights' moving average, which is then what is tested and kept; None for none.
+        init: `he` draws all weights anew after arXiv 1502.01852, eq. 10; `builder` keeps those of the network's code.
+        crop_pad: training images are padded by so many pixels on each side and cropped back at a random place; this and
+            the next two are for images in memory, which have one size.
+        flip: half of the training images are mirrored.
+        cutout: a square of this side is blanked at a random place of each training image.
+        image: what is done to images in folders instead; None for data in memory.
+    """
+
+    name: str
+    title: str
+    source: str
+    where: str
+    note: str = ""
+    families: tuple[str, ...] = ()
+    optimizer: Optimizer = "sgd"
+    lr: _Positive
+    momentum: _Share
+    nesterov: bool = False
+    weight_decay: _NotNegative
+    decay_norm_and_bias: bool = True
+    batch: _Count
+    epochs: _Count
+    schedule: Schedule
+    milestones: tuple[_Positive, ...] = ()
+    factor: _Positive = 0.1
+    decay: _NotNegative = 0.0
+    warmup_epochs: _NotNegative = 0.0
+    warmup: Warmup = "linear"
+    warmup_lr: _NotNegative = 0.0
+    label_smoothing: _Share = 0.0
+    ema: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    init: Initial = "builder"
+    crop_pad: _Pixels = 0
+    flip: bool = False
+    cutout: _Pixels = 0
+    image: ImageRecipe | None = None
+
+    def suits(self, *, in_memory: bool) -> bool:
+        """Whether it says what is done to the images of such data: in memory, or in a folder."""
+        augments = bool(self.crop_pad or self.flip or self.cutout)
+        return (self.image is None or augments) if in_memory else not augments
+
+
+# Fields that tell about a recipe and change nothing in a training.
+TELLING = ("name", "title", "source", "where", "note", "families")
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Twelve hex digits over what decides a training; names, sources and notes do not enter."""
+    facts = {key: value for key, value in msgspec.to_builtins(recipe).items() if key not in TELLING}
+    return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:12]
+
+
+def lr_at(recipe: Recipe, epoch_fraction: float) -> float:
+    """The learning rate at a moment of the training.
+
+    Args:
+        recipe: the facts.
+        epoch_fraction: epochs since the beginning; 1.5 in the middle of the second one.
+    """
+    if epoch_fraction < recipe.warmup_epochs:
+        rising = recipe.warmup == "linear"
+        share = epoch_fraction / recipe.warmup_epochs if rising else 0.0
+        return recipe.warmup_lr + share * (recipe.lr - recipe.warmup_lr)
+    match recipe.schedule:
+        case "step":
+            passed = sum(epoch_fraction >= milestone for milestone in recipe.milestones)
+            return recipe.lr * recipe.factor**passed
+        case "cosine":
+            done = (epoch_fraction - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
+            return recipe.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        case "inverse":
+            return recipe.lr / (1 + recipe.decay * epoch_fraction)
+    return recipe.lr
+
+
+def adapted(recipe: Recipe, *, epochs: int | None = None, batch: int | None = None) -> Recipe:
+    """The recipe for another budget: the same schedule in fewer or more epochs, or another batch.
+
+    Milestones keep their share of the whole; the warm-up shrinks with it and never grows. The learning rate stays: a
+    batch that only has to fit into memory is better split (`accumulate`), and one that is meant to be another deserves
+    a recipe of its own.
+
+    Raises:
+        SpecError: fewer than one epoch, or an empty batch.
+    """
+    for key, value in (("epochs", epochs), ("batch", batch)):
+        if value is not None and value < 1:
+            raise SpecError(f"--{key} {value}: must be at least 1")
+    if epochs is not None and epochs != recipe.epochs:
+        share = epochs / recipe.epochs
+        recipe = msgspec.structs.replace(
+            recipe,
+            epochs=epochs,
+            milestones=tuple(milestone * share for milestone in recipe.milestones),
+            warmup_epochs=recipe.warmup_epochs * min(1.0, share),
+        )
+    return recipe if batch is None else msgspec.structs.replace(recipe, batch=batch)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+@cache
+def recipes() -> dict[str, Recipe]:
+    """All recipes in `selab.training.recipes`, by name, files in alphabetical order and each in its own order.
+
+    Raises:
+        SpecError: a file is malformed, or a name is used by two files.
+    """
+    found: dict[str, Recipe] = {}
+    for entry in sorted(files("selab.training.recipes").iterdir(), key=lambda entry: entry.name):
+        if not entry.name.endswith(".toml"):
+            continue
+        origin = f"recipes/{entry.name}"
+        for name, recipe in parse_recipes(entry.read_text(encoding="utf-8"), origin=origin).items():
+            if name in found:
+                raise SpecError(f"{origin}: recipes.{name}: the name is taken by another file")
+            found[name] = recipe
+    return found
+
+
+def find_recipe(word: str, *, option: str = "--recipe") -> Recipe:
+    """A recipe by its name, or from a user's own file as `path/to/file.toml[:NAME]`.
+
+    Args:
+        word: what the user wrote.
+        option: where it was given, for the message.
+
+    Raises:
+        UnknownNameError: nothing has this name; the message lists the nearest ones.
+        SpecError: the file cannot be read, is malformed, or has several recipes and none was named.
+    """
+    file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", word)
+    known = recipes() if file is None else _of_file(Path(file[1]))
+    name = word if file is None else file[2]
+    if name is None and len(known) == 1:
+        return next(iter(known.values()))
+    if name is None:
+        raise SpecError(f"{word}: has {len(known)} recipes; name one as {word}:NAME{nearest('', known)}")
+    if name not in known:
+        raise UnknownNameError(f"{option} {word}: no such recipe{nearest(name, known)}")
+    return known[name]
+
+
+def default_recipe(family: str, *, in_memory: bool) -> Recipe:
+    """The recipe for who names none: one that names the family, else a general one for such data."""
+    suiting = [recipe for recipe in recipes().values() if recipe.suits(in_memory=in_memory)]
+    general = recipes()["cifar_short" if in_memory else "imagenet_senet"]
+    return next((recipe for recipe in suiting if family in recipe.families), general)
+
+
+def check_suits(recipe: Recipe, data: str, *, in_memory: bool) -> None:
+    """Refuses a recipe whose augmentation is for the other kind of data.
+
+    Args:
+        recipe: the facts.
+        data: the data set's name, for the message.
+        in_memory: whether the data lie in memory; else in a folder of images.
+
+    Raises:
+        SpecError: the message names the recipes that there are for such data.
+    """
+    if recipe.suits(in_memory=in_memory):
+        return
+    kind, other = ("images in memory", "image folders") if in_memory else ("image folders", "images in memory")
+    fitting = ", ".join(name for name, one in recipes().items() if one.suits(in_memory=in_memory))
+    raise SpecError(f"--recipe {recipe.name}: is for {other}; for {kind}, such as {data}, take one of {fitting}")
+
+
+def _of_file(path: Path) -> dict[str, Recipe]:
+    return {name: _recipe(name, table, str(path)) for name, table in read_tables(path, "recipes").items()}
+
+
+def parse_recipes(text: str, *, origin: str) -> dict[str, Recipe]:
+    """Reads a TOML of `[recipes.NAME]` tables.
+
+    Args:
+        text: the file's content.
+        origin: the file's name, for messages.
+
+    Raises:
+        SpecError: malformed TOML, unknown key, wrong type, value out of its range, or missing source; the message names
+            the file and the key.
+    """
+    return {name: _recipe(name, table, origin) for name, table in parse_tables(text, "recipes", origin=origin).items()}
+
+
+def _recipe(name: str, table: object, origin: str) -> Recipe:
+    place = f"{origin}: recipes.{name}"
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise SpecError(f"{place}: a recipe's name is lower-case letters, digits and _")
+    recipe = converted(table, Recipe, place=place, name=name)
+    for key, value in _numbers(msgspec.to_builtins(recipe)):
+        if not math.isfinite(value):
+            raise SpecError(f"{place}.{key}: {value}: must be finite")
+    if not recipe.source.strip() or not recipe.where.strip():
+        raise SpecError(f"{place}: source and where must say where the recipe stands")
+    if list(recipe.milestones) != sorted(set(recipe.milestones)) or max(recipe.milestones, default=0) >= recipe.epochs:
+        raise SpecError(
+            f"{place}.milestones: {list(recipe.milestones)}: must rise, and end before epoch {recipe.epochs}"
+        )
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise SpecError(
+            f"{place}.warmup_epochs: {recipe.warmup_epochs:g}: must be fewer than the {recipe.epochs} epochs"
+        )
+    return recipe
+
+
+def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in dictionaries and lists, with its path."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int | float):
+        yield key, value
+
+
+def read_image_recipe(path: Path) -> ImageRecipe | None:
+    """What was done to the images that the weights in a file were trained on; None where the file does not say so.
+
+    Raises:
+        WeightsError: the file cannot be read, or says what cannot be.
+    """
+    # Late: recipes are read without torch.
+    from selab.models.checkpoint import WeightsError, line, read_metadata
+
+    told = read_metadata(path).get("image")
+    try:
+        return None if told is None else msgspec.json.decode(told, type=ImageRecipe)
+    except msgspec.DecodeError as error:
+        raise WeightsError(f"{path}: its metadata's image: {line(error)}; get the file again") from None

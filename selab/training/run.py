@@ -1,0 +1,322 @@
+"""One training on disk: what was asked, how far it came, and what came out; every file whole or not at all.
+
+run.json             what was asked; a folder belongs to one request
+checkpoint.pt        everything that the training goes on from
+epochs.jsonl         one line per epoch
+tensorboard/         the same as curves; both are written anew from the checkpoint when a training goes on
+weights.safetensors  the weights at the end
+training.json        the result; written last, and so the sign that the training is finished
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from selab._version import __version__
+from selab.errors import SelabError
+from selab.models.spec import Variant
+from selab.records.store import read_text, write_atomically
+from selab.records.types import Frozen
+from selab.training.data import Data
+from selab.training.problems import Problems
+from selab.training.recipe import TELLING, Recipe, adapted
+from selab.training.record import Accuracy, DataSpec, Epoch, Options
+
+_CHECKPOINT_SCHEMA = "selab.checkpoint/1"
+# These change how long a training takes, or stand in the adapted recipe: another value is no other request.
+_NEUTRAL_OPTIONS = ("epochs", "batch", "threads", "checkpoint_s")
+_T = TypeVar("_T")
+
+
+class TrainingError(SelabError):
+    """A training cannot start or go on; the message says where it stood and what is left of it."""
+
+
+class TrainingStoppedError(TrainingError):
+    """A training was interrupted and has saved what it had; the same call goes on from there."""
+
+
+class DivergedError(TrainingError):
+    """A training has diverged: a result of the recipe on this network, which the same call would bring again."""
+
+
+class Asked(Frozen, frozen=True, kw_only=True):
+    """Everything that decides a training's result.
+
+    Attributes:
+        facts_hash: of the variant as it was named; the data's classes and image size are put in when it is built.
+        recipe: as it is run, with the epochs and the batch of the options.
+    """
+
+    arch: str
+    facts_hash: str
+    recipe: Recipe
+    data: DataSpec
+    seed: int
+    options: Options
+
+
+def asked_of(variant: Variant, data: Data, recipe: Recipe, *, seed: int, options: Options) -> Asked:
+    """What a training is asked for, with the epochs and the batch of the options."""
+    return Asked(
+        arch=variant.name,
+        facts_hash=variant.facts_hash,
+        recipe=adapted(recipe, epochs=options.epochs, batch=options.batch),
+        data=msgspec.convert(data, DataSpec, from_attributes=True),
+        seed=seed,
+        options=options,
+    )
+
+
+class Training(Frozen, frozen=True, kw_only=True):
+    """A finished training.
+
+    Attributes:
+        arch: the variant's name.
+        facts_hash: of the variant as it was named.
+        recipe: as it was run, with the epochs and the batch of the options.
+        data_title: for tables.
+        data_sha256: which images.
+        epochs: one after the other.
+        test: of the weights that were kept, on all test images.
+        seconds: of the whole training, evaluations included and interruptions left out.
+        weights: the path of the safetensors file.
+        world: processes at the end.
+        torch: its version at the end.
+        problems: what was peculiar among the images that were read since the training last went on; None for images in
+            memory.
+    """
+
+    arch: str
+    facts_hash: str
+    recipe: Recipe
+    data: str
+    data_title: str
+    data_sha256: str
+    seed: int
+    options: Options
+    epochs: tuple[Epoch, ...]
+    test: Accuracy
+    seconds: float
+    weights: str
+    world: int
+    torch: str
+    selab: str
+    problems: Problems | None = None
+
+
+class Checkpoint(Frozen, frozen=True, kw_only=True):
+    """How far a training came, but for its tensors.
+
+    Attributes:
+        epoch: the one that goes on, from 0.
+        step: of that epoch's steps, how many are done.
+        sums: of that epoch, by rank: its share of the losses, and its right answers.
+        epoch_s: seconds of training that the epoch took so far.
+        seconds: of the whole training.
+        epochs: those that are finished.
+        test: the last evaluation.
+    """
+
+    epoch: int
+    step: int
+    sums: tuple[tuple[float, float], ...]
+    epoch_s: float
+    seconds: float
+    epochs: tuple[Epoch, ...]
+    test: Accuracy | None
+
+
+class RunFolder:
+    """A training's folder, held by one process at a time; see `opened`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.weights = path / "weights.safetensors"
+        self.tensorboard = path / "tensorboard"
+        self._checkpoint = path / "checkpoint.pt"
+        self._training = path / "training.json"
+        self._epochs = path / "epochs.jsonl"
+
+    def training(self) -> Training | None:
+        """The result, if the training is finished.
+
+        Raises:
+            TrainingError: the file is broken, or the weights are gone.
+        """
+        if not self._training.exists():
+            return None
+        training = _decoded(self._training, Training)
+        if not self.weights.exists():
+            raise TrainingError(f"{self.weights}: is gone; put it back, or delete {self._training} to train again")
+        return msgspec.structs.replace(training, weights=str(self.weights))
+
+    def finish(self, training: Training, state: Mapping[str, Tensor], metadata: dict[str, str]) -> Training:
+        """Writes the weights and then the result.
+
+        Raises:
+            RecordError: the folder cannot be written.
+        """
+        tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+        write_atomically(self.weights, safetensors.torch.save(tensors, metadata))
+        # A name alone, for folders are moved; reading it puts the folder before it.
+        moved = msgspec.structs.replace(training, weights=self.weights.name)
+        write_atomically(self._training, _json(moved))
+        return training
+
+    def save(self, checkpoint: Checkpoint, tensors: dict[str, Any]) -> None:
+        """Writes a checkpoint in the place of the last one.
+
+        Args:
+            checkpoint: how far the training came.
+            tensors: its tensors, in dictionaries and lists.
+
+        Raises:
+            RecordError: the folder cannot be written, or is full; the last checkpoint is as it was.
+        """
+        content = io.BytesIO()
+        facts = msgspec.json.encode(checkpoint).decode()
+        torch.save({"schema": _CHECKPOINT_SCHEMA, "facts": facts, "tensors": tensors}, content)
+        write_atomically(self._checkpoint, content.getvalue())
+
+    def load(self) -> tuple[Checkpoint, dict[str, Any]] | None:
+        """The last checkpoint and its tensors, on the CPU; None if there is none. Nothing but tensors is unpickled.
+
+        Raises:
+            TrainingError: the file is broken, or another version's.
+        """
+        if not self._checkpoint.exists():
+            return None
+        try:
+            loaded = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+            if loaded["schema"] != _CHECKPOINT_SCHEMA:
+                raise ValueError(f"its schema is {loaded['schema']!r}, this version reads {_CHECKPOINT_SCHEMA!r}")
+            return msgspec.json.decode(loaded["facts"], type=Checkpoint), loaded["tensors"]
+        except Exception as error:
+            # Whatever is wrong with the file, and however its reader says so.
+            raise TrainingError(
+                f"{self._checkpoint}: cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__}); "
+                "restore it, or delete it to begin anew"
+            ) from None
+
+    def write_epochs(self, epochs: tuple[Epoch, ...]) -> None:
+        """Writes `epochs.jsonl`, a line per epoch.
+
+        Raises:
+            RecordError: the folder cannot be written.
+        """
+        write_atomically(self._epochs, b"".join(msgspec.json.encode(epoch) + b"\n" for epoch in epochs))
+
+
+@contextmanager
+def opened(path: Path, asked: Asked) -> Iterator[RunFolder]:
+    """Makes a folder for a request, or finds it again, and keeps other processes out of it.
+
+    Raises:
+        TrainingError: the folder holds another request's training, or another process is at work in it.
+        RecordError: it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be made: {error.strerror}; name another folder") from None
+    with _held(path):
+        _claim(path, asked)
+        for left in path.glob(".*.*"):
+            # A process that was killed while it wrote leaves what `write_atomically` had begun.
+            if left.name.startswith((".checkpoint.pt.", ".epochs.jsonl.", ".weights.safetensors.", ".training.json.")):
+                left.unlink(missing_ok=True)
+        yield RunFolder(path)
+
+
+def _claim(path: Path, asked: Asked) -> None:
+    file = path / "run.json"
+    if file.exists():
+        for field, there, here in differences(_decoded(file, Asked), asked):
+            raise TrainingError(
+                f"{path}: holds the training of another request: its {field} is {there}, not {here}; "
+                "name another folder, or delete this one"
+            )
+        return
+    if (path / "checkpoint.pt").exists() or (path / "training.json").exists():
+        raise TrainingError(f"{file}: is gone, so what was trained here cannot be told; name another folder")
+    write_atomically(file, _json(asked))
+
+
+def differences(there: Frozen, here: Frozen) -> Iterator[tuple[str, object, object]]:
+    """The fields of two requests, or of two records, that decide a result and differ: (path, there, here)."""
+    theirs, ours = _deciding(there), _deciding(here)
+    for key in sorted(theirs | ours):
+        if theirs.get(key) != ours.get(key):
+            yield key, theirs.get(key), ours.get(key)
+
+
+def request_key(asked: Asked) -> str:
+    """Eight hex digits over what decides a training's result, so that another request has another folder."""
+    return hashlib.sha256(msgspec.json.encode(_deciding(asked), order="sorted")).hexdigest()[:8]
+
+
+def _deciding(value: Frozen) -> dict[str, object]:
+    """What decides a result, by path; names and titles, and options that only take longer, are left out."""
+    skipped = {f"recipe.{key}" for key in TELLING} | {f"options.{key}" for key in _NEUTRAL_OPTIONS} | {"data.title"}
+    return {key: inner for key, inner in _flat(msgspec.to_builtins(value)).items() if key not in skipped}
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            # A tuple that has been through JSON is a list.
+            flat[prefix + key] = list(inner) if isinstance(inner, tuple) else inner
+    return flat
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Locks a folder; the kernel lets go of it however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"{path}: another process is training here; wait for it, or name another folder"
+            ) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+    finally:
+        with suppress(OSError):
+            os.close(folder)
+
+
+def _decoded(path: Path, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(read_text(path), type=kind)
+    except msgspec.DecodeError as error:
+        raise TrainingError(f"{path}: {error}; restore it, or name another folder") from None
+
+
+def _json(value: Frozen) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+
+
+def versions() -> dict[str, str]:
+    """Of what trained: torch and this package."""
+    return {"torch": str(torch.__version__), "selab": __version__}

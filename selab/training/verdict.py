@@ -1,0 +1,203 @@
+"""From finished seeds to what may be said: levels, paired differences with their intervals, and one sentence each.
+
+Everything here is a pure function of an `AccuracyRecord`. Seeds are the unit: two networks trained from one seed see
+the same images in the same order, so that what the seed does to both of them drops out of their difference. The
+interval is over seeds; that another test set might tell another story is not in it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from selab.records import stats
+from selab.training.record import Accuracy, AccuracyRecord
+
+Metric = Literal["top1", "top5", "loss"]
+DifferenceKind = Literal["better", "worse", "not_shown", "no_spread", "one_seed", "no_seeds"]
+LEAST_SEEDS = 3
+"""Two seeds have an interval, but one of 12.7 standard errors: three are the fewest to recommend."""
+_UNITS: dict[Metric, str] = {"top1": " points", "top5": " points of top-5", "loss": " in loss"}
+_PLAIN_DECIMALS: dict[Metric, int] = {"top1": 2, "top5": 2, "loss": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """What one network reached: mean and sample deviation over seeds, in percent or, of the loss, in nats.
+
+    Attributes:
+        deviation: how far single seeds lie from the mean, not how well the mean is known; None for one seed.
+        shown: `93.21 ± 0.15 %`, the mean and this deviation.
+    """
+
+    mean: float
+    deviation: float | None
+    seeds: int
+    shown: str
+
+    @property
+    def text(self) -> str:
+        """`93.21 ± 0.15 % (5 seeds)`."""
+        return f"{self.shown} ({_seeds(self.seeds)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Variant minus baseline over the seeds, in points (percent minus percent) or, of the loss, in nats.
+
+    Attributes:
+        kind: `better` and `worse` have an interval that leaves zero out; `no_spread` is the same in every seed.
+        half_width: of Student's 95 % interval around the mean; None for fewer than two seeds.
+        seeds_needed: where nothing is shown, roughly how many seeds would show a difference of this size; at most
+            `stats.MOST_SEEDS`, which stands for so many or more; None where no number would.
+    """
+
+    kind: DifferenceKind
+    mean: float | None
+    half_width: float | None
+    seeds: int
+    seeds_needed: int | None
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """One metric of both networks, over the seeds that both have finished; the levels are None where there is none."""
+
+    metric: Metric
+    baseline: Level | None
+    variant: Level | None
+    difference: Difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyVerdict:
+    """What a record says. The headline is `top1`.
+
+    Attributes:
+        top5: None below six classes.
+        diverged: `1 of 5 seeds diverged (x, seed 0)`; the comparison is of the others. Empty if none did.
+    """
+
+    top1: PairedDifference
+    top5: PairedDifference | None
+    loss: PairedDifference
+    diverged: str = ""
+
+
+def compare_verdict(record: AccuracyRecord) -> AccuracyVerdict:
+    """Compares the two networks of a record over the seeds that both have finished."""
+    pairs = [(each.pair[0].test, each.pair[1].test) for each in record.seeds if each.pair]
+    has_top5 = bool(pairs) and all(test.top5_correct is not None for pair in pairs for test in pair)
+
+    def compared(metric: Metric) -> PairedDifference:
+        baseline = [_value(metric, left) for left, _ in pairs]
+        variant = [_value(metric, right) for _, right in pairs]
+        # As fractions, so that equal differences of counts are equal whatever they are the difference of.
+        differences = [float(right - left) for left, right in zip(baseline, variant, strict=True)]
+        return PairedDifference(
+            metric=metric,
+            baseline=_level(metric, baseline),
+            variant=_level(metric, variant),
+            difference=judge(record.arch, metric, differences, complete=record.complete),
+        )
+
+    return AccuracyVerdict(
+        top1=compared("top1"),
+        top5=compared("top5") if has_top5 else None,
+        loss=compared("loss"),
+        diverged=_diverged(record),
+    )
+
+
+def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: bool = True) -> Difference:
+    """What paired differences show: better, worse, or nothing yet, with the interval and the number of seeds.
+
+    Args:
+        arch: the variant's name, for the words.
+        metric: of shares more is better, of the loss less.
+        differences: variant minus baseline, one per seed.
+        complete: whether these are all the seeds that were asked for; it only enters the words.
+    """
+    seeds = len(differences)
+    unfinished = "" if complete else ", unfinished"
+    counted = f"({_seeds(seeds)}{unfinished})"
+    found = stats.paired_t_interval(differences)
+    mean = half = needed = None
+    kind: DifferenceKind
+    if found is None:
+        mean = differences[0] if differences else None
+        kind = "one_seed" if differences else "no_seeds"
+        text = "one seed shows no uncertainty" if differences else "no seed is finished for both networks"
+        text = f"{text}; run at least {LEAST_SEEDS}"
+    elif len(set(differences)) == 1:
+        mean = differences[0]
+        kind = "no_spread"
+        shown = f"{mean:+z.{_PLAIN_DECIMALS[metric]}f}{_UNITS[metric]}"
+        text = f"the same difference from every seed, {shown} {counted}, shows no uncertainty; run more seeds"
+    else:
+        mean, half = found
+        places = _decimals(half)
+        if abs(mean) > half:
+            kind = "better" if (mean > 0) != (metric == "loss") else "worse"
+            text = f"{arch} {kind} by {abs(mean):.{places}f} ± {half:.{places}f}{_UNITS[metric]} {counted}"
+        else:
+            kind = "not_shown"
+            needed = stats.seeds_needed(differences)
+            text = f"no difference shown with {_seeds(seeds)}{unfinished} "
+            text += f"({mean:+z.{places}f} ± {half:.{places}f}{_UNITS[metric]}){_needed(needed)}"
+    return Difference(kind=kind, mean=mean, half_width=half, seeds=seeds, seeds_needed=needed, text=text)
+
+
+def _value(metric: Metric, test: Accuracy) -> Fraction:
+    """Percent, or the loss in nats, exactly."""
+    if metric == "loss":
+        return Fraction(test.loss)
+    correct = test.top1_correct if metric == "top1" else test.top5_correct
+    if correct is None:
+        raise ValueError("top-5 was not counted; it says nothing below six classes")
+    return Fraction(100 * correct, test.images)
+
+
+def _level(metric: Metric, values: Sequence[Fraction]) -> Level | None:
+    if not values:
+        return None
+    plain = [float(value) for value in values]
+    # The mean of equal floats may be off by its last bit; their deviation is zero all the same.
+    mean = plain[0] if len(set(plain)) == 1 else stats.mean(plain)
+    deviation = None if len(plain) == 1 else 0.0 if len(set(plain)) == 1 else stats.sample_deviation(plain)
+    places = _decimals(deviation) if deviation else _PLAIN_DECIMALS[metric]
+    shown = f"{mean:.{places}f}" + ("" if deviation is None else f" ± {deviation:.{places}f}")
+    unit = "" if metric == "loss" else " %"
+    return Level(mean=mean, deviation=deviation, seeds=len(plain), shown=f"{shown}{unit}")
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _diverged(record: AccuracyRecord) -> str:
+    arms = (
+        (record.baseline, [each.seed for each in record.seeds if each.baseline_diverged]),
+        (record.arch, [each.seed for each in record.seeds if each.variant_diverged]),
+    )
+    either = {seed for _, seeds in arms for seed in seeds}
+    if not either:
+        return ""
+    which = "; ".join(
+        f"{name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" for name, seeds in arms if seeds
+    )
+    return f"{len(either)} of {_seeds(len(record.seeds))} diverged ({which})"
+
+
+def _needed(seeds: int | None) -> str:
+    if seeds is None:
+        return ""
+    many = f"{seeds} seeds or more" if seeds == stats.MOST_SEEDS else f"about {seeds} seeds"
+    return f"; {many} would be needed to show one of this size"
+
+
+def _decimals(width: float) -> int:
+    """One beyond the width's first digit, as `units.decimals_for` has it of a fraction; six at most, for losses."""
+    return min(6, max(0, 1 - math.floor(math.log10(width))))

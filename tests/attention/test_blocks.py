@@ -1,0 +1,344 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from selab.attention.base import Attention
+from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttention, GatherExcite
+from selab.cost.count import count
+from selab.errors import InsertionError
+
+LEARNING = [ECA, CBAM, CoordinateAttention, SCSE, SSE, ESE]
+C, H, W = 32, 7, 5
+
+
+def drawn(block):
+    """The block with every parameter and statistic drawn at random, so that none of them can hide; in float64."""
+    block.double().eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.5)
+        for name, buffer in block.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return block
+
+
+# The formulas once more, in plain arithmetic. `top` is what a gate can reach: 1, or 2 where it was doubled.
+
+
+def sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def affine(x, layer):
+    """A fully connected layer at every place of (N, C, …)."""
+    weight = layer.weight.reshape(layer.weight.shape[0], -1)
+    bias = layer.bias.reshape(-1, *(1,) * (x.dim() - 2))
+    return torch.einsum("oc,nc...->no...", weight, x) + bias
+
+
+def normalised(x, bn):
+    mean, var, scale, shift = (v[:, None, None] for v in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+    return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+
+def mean(x, *dims):
+    return x.sum(dims) / math.prod(x.shape[d] for d in dims)
+
+
+def eca(block, x, top):
+    (taps,) = block.conv.weight[0].tolist()
+    squeezed = mean(x, 2, 3)
+    mixed = torch.zeros_like(squeezed)
+    for channel in range(C):
+        for tap, weight in enumerate(taps):
+            neighbour = channel + tap - len(taps) // 2
+            if 0 <= neighbour < C:
+                mixed[:, channel] += weight * squeezed[:, neighbour]
+    return x * top * sigmoid(mixed)[:, :, None, None]
+
+
+def cbam(block, x, top):
+    largest = x.flatten(2).sort(2).values[:, :, -1]
+    mlp = [affine(affine(v, block.fc1).clamp(min=0), block.fc2) for v in (mean(x, 2, 3), largest)]
+    y = x * top * sigmoid(mlp[0] + mlp[1])[:, :, None, None]
+    planes = torch.stack((y.sort(1).values[:, -1], mean(y, 1)), 1)
+    size = block.conv.weight.shape[-1]
+    reach = size // 2
+    padded = torch.zeros(x.shape[0], 2, H + 2 * reach, W + 2 * reach, dtype=x.dtype)
+    padded[:, :, reach : reach + H, reach : reach + W] = planes
+    mixed = sum(
+        (padded[:, :, i : i + H, j : j + W] * block.conv.weight[0, :, i, j, None, None]).sum(1, keepdim=True)
+        for i in range(size)
+        for j in range(size)
+    )
+    return y * top * sigmoid(normalised(mixed, block.bn))
+
+
+def coordinate(block, x, top):
+    def hidden(lines):
+        z = normalised(affine(lines, block.conv1), block.bn1)
+        return z * (z + 3).clamp(0, 6) / 6
+
+    rows = top * sigmoid(affine(hidden(mean(x, 3)[..., None]), block.conv_h))
+    columns = top * sigmoid(affine(hidden(mean(x, 2)[:, :, None]), block.conv_w))
+    assert rows.shape[2:] == (H, 1)
+    assert columns.shape[2:] == (1, W)
+    return x * rows * columns
+
+
+def scse(block, x, _top):
+    channel = sigmoid(affine(affine(mean(x, 2, 3), block.fc1).clamp(min=0), block.fc2))
+    return x * channel[:, :, None, None] + x * sigmoid(affine(x, block.conv))
+
+
+def sse(block, x, top):
+    return x * top * sigmoid(affine(x, block.conv))
+
+
+def ese(block, x, top):
+    return x * top * ((affine(mean(x, 2, 3), block.fc) + 3).clamp(0, 6) / 6)[:, :, None, None]
+
+
+FORMULAS = [
+    (ECA, {}, eca),
+    (ECA, {"kernel_size": 9}, eca),
+    (CBAM, {}, cbam),
+    (CBAM, {"reduction": 4, "kernel_size": 3}, cbam),
+    (CoordinateAttention, {}, coordinate),
+    (CoordinateAttention, {"reduction": 2}, coordinate),
+    (SCSE, {}, scse),
+    (SCSE, {"reduction": 8}, scse),
+    (SSE, {}, sse),
+    (ESE, {}, ese),
+]
+
+
+@pytest.mark.parametrize(("init", "top"), [("he", 1), ("identity", 2)])
+@pytest.mark.parametrize(("kind", "arguments", "formula"), FORMULAS)
+def test_the_block_is_its_formula(kind, arguments, formula, init, top):
+    torch.manual_seed(0)
+    block = drawn(kind(C, **arguments, init=init))
+    x = torch.randn(3, C, H, W, dtype=torch.float64)
+    torch.testing.assert_close(block(x), formula(block, x, top), rtol=1e-12, atol=1e-12)
+
+
+def test_gather_excite_gathers_the_whole_map():
+    x = torch.randn(3, C, H, W, dtype=torch.float64)
+    torch.testing.assert_close(GatherExcite(C)(x), x * sigmoid(mean(x, 2, 3))[:, :, None, None])
+
+
+@pytest.mark.parametrize("extent", [1, 2, 4, 8])
+def test_gather_excite_gathers_windows(extent):
+    """Windows reach extent - 1 positions from every extent-th one; a position takes the nearest one's gate."""
+    x = torch.randn(3, C, H, W, dtype=torch.float64)
+    rows, columns = math.ceil(H / extent), math.ceil(W / extent)
+    expected = torch.empty_like(x)
+    for i in range(H):
+        for j in range(W):
+            top, left = (i * rows // H) * extent, (j * columns // W) * extent
+            window = x[:, :, max(0, top - extent + 1) : top + extent, max(0, left - extent + 1) : left + extent]
+            expected[:, :, i, j] = x[:, :, i, j] * sigmoid(mean(window, 2, 3))
+    torch.testing.assert_close(GatherExcite(C, extent=extent)(x), expected)
+
+
+# Eq. 12 of arXiv 1910.03151 with gamma 2, b 1: (log2(256) + 1) / 2 = 4.5, of which the odd number is 5.
+@pytest.mark.parametrize(
+    ("channels", "expected"), [(16, 3), (64, 3), (128, 5), (256, 5), (512, 5), (1024, 5), (2048, 7), (96, 3), (320, 5)]
+)
+def test_eca_adapts_its_size(channels, expected):
+    assert [tuple(p.shape) for p in ECA(channels).parameters()] == [(1, 1, expected)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "expected"),
+    [
+        (ECA, {}, 5),
+        (ECA, {"kernel_size": 3}, 3),
+        # mlp 256 → 16 → 256 with biases; 2 planes under 7x7; scale and shift
+        (CBAM, {}, 256 * 16 + 16 + 16 * 256 + 256 + 2 * 7 * 7 + 2),
+        (CBAM, {"reduction": 8, "kernel_size": 3}, 256 * 32 + 32 + 32 * 256 + 256 + 2 * 3 * 3 + 2),
+        # 256 / 32 = 8: one layer in, its norm, two layers out
+        (CoordinateAttention, {}, 256 * 8 + 8 + 2 * 8 + 2 * (8 * 256 + 256)),
+        (CoordinateAttention, {"reduction": 64}, 256 * 8 + 8 + 2 * 8 + 2 * (8 * 256 + 256)),
+        (CoordinateAttention, {"reduction": 8}, 256 * 32 + 32 + 2 * 32 + 2 * (32 * 256 + 256)),
+        (SCSE, {}, 256 * 128 + 128 + 128 * 256 + 256 + 256 + 1),
+        (SSE, {}, 256 + 1),
+        (GatherExcite, {}, 0),
+        (GatherExcite, {"extent": 4}, 0),
+        (ESE, {}, 256 * 256 + 256),
+    ],
+)
+def test_parameters(kind, arguments, expected):
+    with torch.device("meta"):
+        block = kind(256, **arguments)
+        assert block(torch.empty(2, 256, 6, 6)).shape == (2, 256, 6, 6)
+    assert sum(p.numel() for p in block.parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(ECA, None), (CBAM, 16), (CoordinateAttention, 8), (SCSE, 128), (SSE, None), (GatherExcite, None), (ESE, None)],
+)
+def test_the_interface(kind, expected):
+    block = kind(256)
+    assert isinstance(block, Attention)
+    assert (block.channels, block.squeeze_channels, block.inserted) == (256, expected, False)
+    assert "256" in repr(block)
+
+
+@pytest.mark.parametrize("init", ["he", "identity"])
+@pytest.mark.parametrize(("kind", "arguments"), [(kind, arguments) for kind, arguments, _ in FORMULAS])
+def test_macs_are_those_of_the_counter(kind, arguments, init):
+    block = kind(C, **arguments, init=init)
+    cost = count(block, (1, C, H, W))
+    assert not cost.unknown
+    assert block.macs(H, W) == cost.macs.all
+    assert block.macs(1, 1) == count(block, (1, C, 1, 1)).macs.all
+
+
+@pytest.mark.parametrize("extent", [0, 1, 2, 4, 8])
+def test_macs_of_gather_excite_are_those_of_the_counter(extent):
+    block = GatherExcite(C, extent=extent)
+    assert block.macs(H, W) == count(block, (1, C, H, W)).macs.all
+
+
+def test_macs_by_hand():
+    # squeeze, scale: one per element; 5 taps and a sigmoid per channel
+    assert ECA(256).macs(14, 14) == 2 * 256 * 14 * 14 + 256 * 5 + 256
+    # 4 x 3 windows of 3 x 3 and as many sigmoids, scale
+    assert GatherExcite(10, extent=2).macs(7, 5) == 10 * (4 * 3 * 9 + 4 * 3 + 7 * 5)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", LEARNING)
+def test_identity_returns_the_input(kind, dtype, mode):
+    block = kind(C, init="identity").to(dtype).train(mode == "train")
+    x = (torch.randn(2, C, H, W) * 100).to(dtype)
+    x[0, 0, 0, :2] = torch.tensor([torch.finfo(dtype).smallest_normal / 2, 0.0])
+    assert torch.equal(block(x), x)
+
+
+# By the scheme: what stands before a layer that starts at zero has no gradient until that layer has moved.
+WAITING = {
+    ECA: set(),
+    CBAM: {"fc1.weight", "fc1.bias", "conv.weight"},
+    CoordinateAttention: {"conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias"},
+    SCSE: {"fc1.weight", "fc1.bias"},
+    SSE: set(),
+    ESE: set(),
+}
+# The normalisation takes the mean away, and with it in training any bias before it.
+NEVER = {CoordinateAttention: {"conv1.bias"}}
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_identity_learns(kind):
+    torch.manual_seed(0)
+    block = kind(C, init="identity").double()
+    x, target = torch.randn(2, 8, C, H, W, dtype=torch.float64)
+    optimizer = torch.optim.SGD(block.parameters(), lr=1.0)
+    without = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        (block(x) - target).square().mean().backward()
+        without.append({name for name, p in block.named_parameters() if p.grad.abs().max().item() < 1e-12})
+        optimizer.step()
+    assert without == [WAITING[kind], NEVER.get(kind, set())]
+    assert not torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LEARNING if kind is not SCSE])
+def test_identity_is_not_read_without_its_stretch(kind):
+    identity = kind(C, init="identity")
+    with pytest.raises(RuntimeError, match=r"gate\.stretch"):
+        kind(C).load_state_dict(identity.state_dict())
+    with pytest.raises(RuntimeError, match=r"gate\.stretch"):
+        identity.load_state_dict(kind(C).state_dict())
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_he_draws_the_weights_and_zeroes_the_biases(kind):
+    torch.manual_seed(0)
+    block = kind(1024)
+    for layer in block.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            assert layer.bias is None or not layer.bias.any()
+            fan_in = layer.weight[0].numel()
+            if layer.weight.numel() > 1000:
+                assert layer.weight.square().mean().item() == pytest.approx(2 / fan_in, rel=0.2)
+            assert layer.weight.any()
+
+
+def test_cbam_starts_with_all_positions_alike():
+    """As the authors' release, whose spatial normalisation starts at a scale of zero."""
+    block = CBAM(C).double()
+    x = torch.randn(2, C, H, W, dtype=torch.float64)
+    factor = block(x) / x
+    torch.testing.assert_close(factor, factor[:, :, :1, :1].expand_as(factor))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ECA(64, kernel_size=4), "kernel_size 4: must be odd and at least 1"),
+        (lambda: CBAM(64, kernel_size=0), "kernel_size 0: must be odd and at least 1"),
+        (lambda: CBAM(64, reduction=65), "reduction 65: must be from 1 to the number of channels, 64"),
+        (lambda: CBAM(64, reduction=0), "reduction 0: must be from 1"),
+        (lambda: SCSE(1), "reduction 2: must be from 1 to the number of channels, 1"),
+        (lambda: CoordinateAttention(64, reduction=0), "reduction 0: must be at least 1"),
+        (lambda: GatherExcite(64, extent=-1), "extent -1: must be at least 1, or 0 for the whole map"),
+        (lambda: GatherExcite(64, init="identity"), "cannot start as the identity; use init 'he'"),
+        (lambda: SSE(0), "channels 0: must be at least 1"),
+        (lambda: ESE(64, init="zeros"), "init 'zeros': allowed: he, identity"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(InsertionError, match=message) as raised:
+        make()
+    assert "\n" not in str(raised.value)
+
+
+def test_the_interface_is_no_block():
+    with pytest.raises(TypeError, match="abstract"):
+        Attention(8)
+
+
+ALL = [*((kind, {}) for kind in LEARNING), (GatherExcite, {}), (GatherExcite, {"extent": 2})]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("kind", "arguments"), ALL)
+def test_half_precision_and_memory_format(kind, arguments, memory_format, dtype):
+    torch.manual_seed(0)
+    block = kind(C, **arguments).eval()
+    x = torch.randn(2, C, 20, 20).to(dtype).contiguous(memory_format=memory_format)
+    expected = block(x.float())
+    y = block.to(dtype)(x)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.01)
+    # 400 times 200 is more than half precision holds.
+    assert block(torch.full_like(x, 200.0)).isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [*ALL, *((kind, {"init": "identity"}) for kind in LEARNING)])
+def test_bf16_autocast_keeps_the_type_of_the_map(kind, arguments):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kind(C, **arguments)(torch.randn(2, C, 6, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kind", "arguments"), ALL)
+def test_compiles_whole(kind, arguments):
+    torch._dynamo.reset()
+    block = drawn(kind(C, **arguments))
+    compiled = torch.compile(block, fullgraph=True, backend="eager", dynamic=True)
+    for size in ((2, C, H, W), (3, C, 9, 4)):
+        x = torch.randn(size, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), block(x))

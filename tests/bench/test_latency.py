@@ -1,0 +1,234 @@
+"""Networks as arms. The GPU's arms run here against a fake device whose time only work advances."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from selab.bench import arms, interleaved, latency
+from selab.bench.arms import EventArm, GraphArm
+from selab.bench.latency import measure_phase, networks
+from selab.bench.sampler import Plan
+from selab.errors import ModelError, OutOfMemoryError
+
+PLAN = Plan(warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.05)
+
+
+class FakeGpu:
+    """Calls are queued by the host in 10 µs and run by the device in 100 µs each; synchronize waits for the queue."""
+
+    def __init__(self):
+        self.host = 0.0
+        self.device = 0.0
+        self.calls = 0
+
+    def call(self):
+        self.host += 10e-6
+        self.device = max(self.device, self.host) + 100e-6
+        self.calls += 1
+
+    def synchronize(self):
+        self.host = max(self.host, self.device)
+
+    def clock(self):
+        return self.host
+
+    def event(self):
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.at = max(self.gpu.device, self.gpu.host)
+
+    def elapsed_time(self, other):
+        return (other.at - self.at) * 1e3
+
+
+def test_wall_and_events_come_from_the_same_calls():
+    gpu = FakeGpu()
+    arm = EventArm(call=gpu.call, clock=gpu.clock, synchronize=gpu.synchronize, event=gpu.event)
+    samples = arm.sample(10)
+    assert gpu.calls == 10
+    # The host queues the first call in 10 µs, then the device is busy for 10 x 100 µs.
+    assert samples["eager_wall"].typical_s == pytest.approx((10e-6 + 10 * 100e-6) / 10)
+    assert samples["eager_event"].floor_s == pytest.approx(100e-6, rel=0.11)
+    assert arm.settle() == pytest.approx(110e-6)
+
+
+def test_a_cold_cache_has_no_wall_time():
+    gpu = FakeGpu()
+    flushed = []
+    arm = EventArm(
+        call=gpu.call, clock=gpu.clock, synchronize=gpu.synchronize, event=gpu.event, flush=lambda: flushed.append(1)
+    )
+    assert set(arm.sample(3)) == {"eager_event"}
+    assert len(flushed) == 3
+
+
+def test_graph_replays():
+    gpu = FakeGpu()
+    sample = GraphArm(replay=gpu.call, clock=gpu.clock, synchronize=gpu.synchronize).sample(5)["graph"]
+    assert sample.typical_s == sample.floor_s == pytest.approx((10e-6 + 5 * 100e-6) / 5)
+
+
+class FakeMonitor:
+    problem = "no NVML"
+
+    def __init__(self, reading):
+        self.reading = reading
+
+    def read(self):
+        return self.reading
+
+
+@pytest.mark.parametrize(
+    ("reading", "expected"),
+    [
+        (None, "unwatched"),
+        ({"hard_throttle": (), "power_capped": True}, "power_capped"),
+        ({"hard_throttle": ("hardware thermal",), "power_capped": False}, "void"),
+        ({"hard_throttle": (), "power_capped": False}, "nothing"),
+    ],
+)
+def test_what_nvml_says_at_a_quad_s_end(monkeypatch, reading, expected):
+    from selab.bench.machine import GpuReading
+
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monitor = FakeMonitor(None if reading is None else GpuReading(sm_clock_mhz=1980, **reading))
+    seen = arms.gpu_watch(monitor)()
+    if expected == "void":
+        assert "hardware thermal" in seen.reason
+    else:
+        assert [flag.name for flag in seen] == ([] if expected == "nothing" else [expected])
+
+
+def test_allocator_growth_is_told_once(monkeypatch):
+    sizes = iter([100, 300, 300])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(sizes))
+    from selab.bench.machine import GpuReading
+
+    look = arms.gpu_watch(FakeMonitor(GpuReading(sm_clock_mhz=1980, hard_throttle=(), power_capped=False)))
+    assert [flag.name for flag in look()] == ["allocator_growth"]
+    assert look() == []
+
+
+def test_clock_asymmetry():
+    def arm(clocks):
+        return EventArm(call=None, clock=None, synchronize=None, event=None, clocks_mhz=clocks)
+
+    assert arms.clock_asymmetry(arm([1980, 1980]), arm([1980, 1965])) == []
+    (flag,) = arms.clock_asymmetry(arm([1980] * 3), arm([1700] * 3))
+    assert flag.name == "clock_asymmetry"
+
+
+def test_the_whole_gpu_path_on_a_fake_device(monkeypatch, workload):
+    """Eager and graph arms, controls and watch, through the sampler; only the device is not real."""
+    gpu = FakeGpu()
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: gpu.event())
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(latency, "GpuMonitor", lambda: FakeMonitor(None))
+    monkeypatch.setattr(arms, "phase_call", lambda prepared, phase, capture=False: gpu.call)
+    monkeypatch.setattr(arms, "captured", lambda call: call)
+    cuda = workload(device="cuda")
+    nets = latency.Networks(baseline=None, again=None, variant=None, workload=cuda, cores=2)
+    plan = Plan(budget_s=5.0)  # of the fake clock
+    found = measure_phase(nets, "forward", plan, clock=gpu.clock)
+    assert set(found) == {"eager_wall", "eager_event", "graph"}
+    assert all(len(raw.run.quads) >= 10 and len(raw.controls) == 2 for raw in found.values())
+    assert "unwatched" in {flag.name for flag in found["graph"].run.flags}
+    assert set(measure_phase(nets, "backward", plan, clock=gpu.clock)) == {"eager_wall", "eager_event"}
+    monkeypatch.setattr(latency, "l2_flush", lambda: lambda: None)
+    assert set(measure_phase(nets, "forward", plan, clock=gpu.clock, cold=True)) == {"eager_event"}
+
+
+@pytest.mark.parametrize(
+    ("phase", "compiled", "methods"),
+    [
+        ("forward", False, ["eager_wall", "eager_event", "graph"]),
+        ("forward_backward", False, ["eager_wall", "eager_event", "graph"]),
+        ("forward", True, ["eager_wall", "eager_event"]),
+    ],
+)
+def test_several_networks_on_a_fake_device(phase, compiled, methods, net, workload, monkeypatch):
+    gpu = FakeGpu()
+    captures = []
+
+    def captured(call):
+        captures.append(call)
+        if len(captures) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: gpu.event())
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(interleaved, "GpuMonitor", lambda: FakeMonitor(None))
+    monkeypatch.setattr(interleaved, "prepare", lambda model, work, seed: SimpleNamespace(workload=work))
+    monkeypatch.setattr(interleaved, "check_output", lambda prepared, name: None)
+    monkeypatch.setattr(interleaved, "saved_for_backward", lambda prepared: 7)
+    monkeypatch.setattr(arms, "phase_call", lambda prepared, phase, capture=False: gpu.call)
+    monkeypatch.setattr(arms, "captured", captured)
+    networks = dict.fromkeys(("baseline", "again", "other"), net)
+    pairs = [("baseline", "again"), ("baseline", "other")]
+    work = workload(device="cuda", compiled=compiled)
+    plan = Plan(budget_s=5.0, statistic="typical")
+    found = interleaved.measure_networks(networks, pairs, work, phase, plan, lambda label, state: None, clock=gpu.clock)
+    assert list(found.runs) == methods
+    assert all(len(run.quads) >= 10 for runs in found.runs.values() for run in runs.values())
+    if "graph" in methods:
+        # The third network could not be captured: it has no run by that method, and the others do.
+        assert list(found.runs["graph"]) == pairs[:1]
+        assert list(found.failed) == [("graph", "other")]
+    assert "unwatched" in {flag.name for flag in found.runs["eager_wall"]["baseline", "other"].flags}
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "forward_backward"])
+def test_every_phase_runs_and_is_framed_by_controls(phase, net, workload):
+    labels = []
+    with networks(net(), net(), workload()) as nets:
+        raw = measure_phase(nets, phase, PLAN, progress=lambda label, state: labels.append(label))["wall"]
+    assert len(raw.run.quads) >= 1
+    assert len(raw.controls) == 2
+    changes = [label for index, label in enumerate(labels) if index == 0 or labels[index - 1] != label]
+    assert changes == ["control", phase, "control"]
+
+
+def test_random_state_and_threads_come_back(net, workload):
+    first, second = net(), net()
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    with networks(first, second, workload()) as nets:
+        measure_phase(nets, "forward", PLAN)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_network_with_nan_is_refused_by_its_role(net, workload):
+    broken = net()
+    torch.nn.init.constant_(broken[4].bias, float("nan"))
+    with pytest.raises(ModelError, match="variant: its output holds NaN"), networks(net(), broken, workload()):
+        pass
+
+
+def test_out_of_memory_in_a_phase(monkeypatch, net, workload):
+    def exhausted(prepared, phase, capture=False):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    with networks(net(), net(), workload()) as nets:
+        monkeypatch.setattr(arms, "phase_call", exhausted)
+        with pytest.raises(OutOfMemoryError, match="smaller --batch"):
+            measure_phase(nets, "forward", PLAN)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("phase", ["forward", "backward", "forward_backward"])
+def test_on_a_device(phase, net, workload):
+    with networks(net(), net(), workload(device="cuda")) as nets:
+        found = measure_phase(nets, phase, Plan(budget_s=0.5))
+    assert {"eager_wall", "eager_event"} <= set(found)
+    assert ("graph" in found) == (phase != "backward")

@@ -1,0 +1,60 @@
+import os
+
+import pytest
+import torch
+
+from selab.bench.machine import CpuReading, contention_flags, machine, read_cpu, threads_and_affinity
+
+
+def test_a_machine_tells_what_decides_a_latency_and_nothing_private():
+    here = machine()
+    assert here.cores >= 1
+    assert here.libraries["torch"] == torch.__version__
+    assert here.name == here.name.lower()
+    assert os.uname().nodename not in repr(here)
+
+
+def reading(at, busy=0.0, stolen=0.0, own=0.0, faults=0):
+    return CpuReading(at_s=at, busy_s=busy, stolen_s=stolen, own_s=own, page_faults=faults)
+
+
+@pytest.mark.parametrize(
+    ("after", "threads", "names"),
+    [
+        (reading(10, busy=10, own=10), 1, []),
+        (reading(10, busy=10.5, own=10), 1, []),
+        (reading(10, busy=15, own=10), 1, ["neighbours"]),
+        (reading(10, busy=23, own=10), 1, ["contention"]),
+        (reading(10, busy=25, own=20), 2, ["contention"]),
+        (reading(10, busy=10, own=10, stolen=0.5), 1, ["stolen_time"]),
+        (reading(10, busy=20, own=20), 4, ["oversubscribed"]),
+        (reading(10, busy=10, own=10, faults=90_000), 1, []),
+        (reading(10, busy=10, own=10, faults=900_000), 1, ["page_faults"]),
+    ],
+)
+def test_flags(after, threads, names):
+    flags = contention_flags(reading(0), after, threads=threads, cores=2)
+    assert [flag.name for flag in flags] == names
+
+
+def test_without_counters_there_is_nothing_to_tell():
+    assert contention_flags(None, None, threads=1, cores=2) == []
+
+
+def test_counters_grow():
+    before, after = read_cpu(), read_cpu()
+    assert before is None or after.at_s >= before.at_s
+
+
+def test_threads_and_affinity_come_back():
+    before = torch.get_num_threads(), os.sched_getaffinity(0)
+    inside = []
+
+    def fail():
+        inside.extend([torch.get_num_threads(), len(os.sched_getaffinity(0))])
+        raise KeyError
+
+    with pytest.raises(KeyError), threads_and_affinity(1):
+        fail()
+    assert inside == [1, 1]
+    assert (torch.get_num_threads(), os.sched_getaffinity(0)) == before

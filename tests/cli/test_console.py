@@ -1,0 +1,95 @@
+"""What is said while networks are trained, on a terminal and in a log."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from selab.cli.console import following
+from selab.training.train import Epoch, Progress
+
+
+def so_far(epoch, step, *, finished=0):
+    """Of three epochs of ten steps each."""
+    last = Epoch(
+        epoch=finished,
+        lr=0.1,
+        train_loss=1.0,
+        train_top1_pct=50.0,
+        test_loss=1.0,
+        test_top1_pct=60.0 + finished,
+        test_top5_pct=None,
+        seconds=5.0,
+        images_per_s=1234.0,
+    )
+    return Progress(
+        epoch=epoch,
+        epochs=3,
+        step=step,
+        steps=10,
+        images_per_s=1234.0,
+        eta_s=120.0,
+        loss=1.25,
+        top1_pct=45.0,
+        last=last if finished else None,
+    )
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_log_has_a_line_per_epoch_and_otherwise_one_a_minute():
+    written, clock = io.StringIO(), Clock()
+    with following(Console(file=written, width=80), clock=clock) as report:
+        report("seed 0, [net]", None)
+        for clock.now, state in (
+            (30.0, so_far(1, 3)),
+            (60.0, so_far(1, 5)),
+            (61.0, so_far(1, 6)),
+            (90.0, so_far(1, 10, finished=1)),
+            (91.0, so_far(2, 1, finished=1)),
+            (149.0, so_far(2, 8, finished=1)),
+            (150.0, so_far(2, 9, finished=1)),
+        ):
+            report("seed 0, [net]", state)
+        report.say("seed 1, [net]: goes on from epoch 2 in runs/net")
+    words = "loss 1.2500, top-1 45.0 %, 1,234 images/s, 2 min left"
+    assert written.getvalue().splitlines() == [
+        "seed 0, [net] …",
+        f"seed 0, [net]: epoch 1 of 3, step 5 of 10, {words}",
+        f"seed 0, [net]: epoch 1 of 3, step 10 of 10, {words}; test top-1 61.00 %",
+        f"seed 0, [net]: epoch 2 of 3, step 9 of 10, {words}; test top-1 61.00 %",
+        "seed 1, [net]: goes on from epoch 2 in runs/net",
+    ]
+
+
+def test_a_terminal_has_a_bar():
+    written = io.StringIO()
+    with following(Console(file=written, force_terminal=True, width=100, color_system=None)) as report:
+        report("seed 0, net", None)
+        report("seed 0, net", so_far(2, 5, finished=1))
+        drawn = written.getvalue()
+        assert "seed 0, net …" in drawn
+        words = "epoch 2/3  1,234 images/s  2 min left  loss 1.25  top-1 45.0 %, test 61.0 %"
+        (bar,) = {line for line in drawn.splitlines() if words in line}
+        # Half of all epochs' steps are done; the bar takes what the words leave of the line.
+        assert 0 < bar.count("━") <= (100 - len(words)) / 2 + 1
+        report("seed 1, net", None)
+        assert written.getvalue()[len(drawn) :].rstrip().endswith("seed 1, net …")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_one_of_a_job_s_processes_speaks(monkeypatch, terminal):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        written = io.StringIO()
+        with following(Console(file=written, force_terminal=terminal)) as report:
+            report("net", None)
+            report("net", so_far(1, 10, finished=1))
+            report.say("goes on")
+        assert (written.getvalue() != "") == (rank == "0")

@@ -1,0 +1,294 @@
+"""Other counters run, and every difference to ours is explained to the unit."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selab.attention.config import BLOCKS
+from selab.cost.crosscheck import compare, fvcore_counter, thop_counter
+from selab.cost.tracer import trace
+from selab.errors import ModelError
+from selab.models.build import build
+from selab.models.catalog import find
+from selab.records.types import Counter
+
+IMAGE = (1, 3, 224, 224)
+
+
+def variant(name: str) -> nn.Module:
+    return build(find(name), device="meta").model
+
+
+def amounts(counter: Counter) -> dict[str, int]:
+    return {difference.cause: difference.amount for difference in counter.differences if difference.amount}
+
+
+def assert_explained(counters: dict[str, Counter]) -> None:
+    assert list(counters) == ["fvcore", "thop", "torch", "torch_backward"]
+    for counter in counters.values():
+        assert counter.error == ""
+        assert counter.version
+        assert counter.total == counter.ours + sum(d.amount for d in counter.differences) + (counter.remainder or 0)
+        assert counter.remainder == 0, counter
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenet_0_25",
+        "se_mobilenet_0_25",
+        "se_shufflenet_0_25",
+        "se_resnet18",
+        "se_vgg16",
+        "mobilenet_v3_small",
+        "shufflenet_v2_x0_5",
+        "ghostnet_100",
+        "resnet18+squeeze=none",
+        *(f"mobilenet_0_25+block={block}" for block in BLOCKS),
+        "mobilenet_0_25+block=gather_excite,extent=2",
+    ],
+)
+def test_nothing_remains_for_the_networks_of_the_project(name: str) -> None:
+    assert_explained(compare(variant(name), IMAGE))
+
+
+def test_the_totals_do_not_grow_with_memory() -> None:
+    counters = compare(variant("se_mobilenet_0_25"), (4096, 3, 224, 224))
+    assert_explained(counters)
+    one = compare(variant("se_mobilenet_0_25"), IMAGE)
+    assert all(counters[key].total == 4096 * (one[key].total or 0) for key in ("fvcore", "thop", "torch"))
+
+
+class SE(nn.Module):
+    """The block as torchvision spells it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc1, self.fc2 = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+        self.relu, self.gate = nn.ReLU(), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.fc2(self.relu(self.fc1(self.pool(x)))))
+
+
+def small_network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), SE())
+
+
+def test_the_rules_of_the_three() -> None:
+    area, channels = 36, 8
+    ours = 3 * channels * 9 * area + 2 * channels * 2
+    model = small_network()
+    traced = trace(model, (1, 3, 6, 6), se_blocks=["3"], details=True)
+    counters = compare(model, (1, 3, 6, 6), traced=traced)
+    assert_explained(counters)
+
+    assert counters["fvcore"].unit == "macs"
+    assert counters["fvcore"].ours == ours
+    assert amounts(counters["fvcore"]) == {
+        "BatchNorm, 2 per element": 2 * channels * area,
+        "SE squeeze by adaptive_avg_pool2d, 1 per element": channels * area,
+    }
+    assert counters["fvcore"].uncounted == {"aten::sigmoid": 1, "aten::mul": 1}
+
+    assert amounts(counters["thop"]) == {
+        "BatchNorm2d, 4 per element": 4 * channels * area,
+        "SE squeeze by AdaptiveAvgPool2d, 1 per element read and 1 per element written": channels * area + channels,
+    }
+    # nn.Sigmoid has no rule, and the product is a function.
+    assert counters["thop"].uncounted == {"sigmoid": 1, "mul": 1}
+
+    assert counters["torch"].unit == "flops"
+    assert counters["torch"].total == 2 * ours
+    # No gradient for the image; all else twice.
+    assert counters["torch_backward"].total == 2 * (ours + 3 * channels * 9 * area + 2 * 2 * channels * 2)
+
+    for counter in counters.values():
+        silent = [difference.cause for difference in counter.differences if not difference.amount]
+        assert "SE gate by sigmoid, not counted" in silent
+        assert "SE scale, not counted" in silent
+        assert any("squeeze" in cause for cause in silent) == (counter.name == "torch")
+
+
+def test_a_squeeze_by_mean_is_nothing_to_them() -> None:
+    counters = compare(variant("se_small_cnn"), (1, 3, 32, 32))
+    assert_explained(counters)
+    for counter in counters.values():
+        assert "SE squeeze by mean, not counted" in [difference.cause for difference in counter.differences]
+
+
+def test_the_meta_device_gives_their_documented_totals() -> None:
+    fvcore_nn, thop = pytest.importorskip("fvcore.nn"), _thop()
+    model, image = small_network().eval(), torch.randn(2, 3, 6, 6)
+    counters = compare(model, (2, 3, 6, 6))
+    analysis = fvcore_nn.FlopCountAnalysis(model, image).unsupported_ops_warnings(False)
+    assert counters["fvcore"].total == analysis.total()
+    assert counters["thop"].total == thop.profile(model, (image,), verbose=False)[0]
+
+
+def _thop() -> Any:
+    with warnings.catch_warnings():
+        # thop 0.1.1 imports distutils, deprecated in Python 3.11.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import thop
+    return thop
+
+
+def test_torch_counts_the_weight_gradient_of_a_depthwise_layer_64_times() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, padding=1, groups=64))
+    stem, depthwise = 3 * 64 * 56 * 56, 64 * 9 * 56 * 56
+    counter = compare(network, (1, 3, 56, 56))["torch_backward"]
+    assert counter.ours == 2 * (2 * stem + 3 * depthwise)
+    assert counter.total == 2 * (2 * stem + 2 * depthwise + 64 * depthwise)
+    assert counter.remainder == 0
+    assert amounts(counter) == {"weight gradients of grouped convolutions, counted `groups` times": 2 * 63 * depthwise}
+
+
+def test_a_frozen_grouped_layer_needs_no_explanation() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8).requires_grad_(False))
+    counter = compare(network, (1, 3, 8, 8))["torch_backward"]
+    assert counter.remainder == 0
+    assert amounts(counter) == {}
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.weight = nn.Parameter(torch.zeros(4, 3, 3, 3)), nn.Parameter(torch.zeros(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.adaptive_avg_pool2d(F.conv2d(x, self.kernel, padding="same"), 1).flatten(1), self.weight)
+
+
+SHARED = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "input_shape", "key", "expected"),
+    [
+        (
+            nn.ConvTranspose2d(4, 6, 3, stride=2),
+            (1, 4, 5, 5),
+            "thop",
+            {"ConvTranspose2d, priced over its output instead of its input": 4 * 6 * 9 * (11 * 11 - 5 * 5)},
+        ),
+        (
+            Functional(),
+            (1, 3, 8, 8),
+            "thop",
+            {"linear in Functional, a type without a rule": -(3 * 4 * 9 * 64 + 4 * 5)},
+        ),
+        (
+            Functional(),
+            (1, 3, 8, 8),
+            "fvcore",
+            {
+                "convolution whose padding is given by name, not counted": -3 * 4 * 9 * 64,
+                "adaptive_avg_pool2d, 1 per element": 4 * 64,
+            },
+        ),
+        (
+            # Two parents: hooked twice, and what the hooks found is added twice.
+            nn.Sequential(nn.Sequential(SHARED), nn.Sequential(SHARED)),
+            (2, 8),
+            "thop",
+            {"Linear shared by several modules, counted 4 times": 3 * 2 * (2 * 8 * 8)},
+        ),
+        (nn.BatchNorm2d(4, affine=False), (1, 4, 5, 5), "fvcore", {"BatchNorm, 1 per element": 100}),
+        (nn.BatchNorm2d(4, affine=False), (1, 4, 5, 5), "thop", {"BatchNorm2d, 2 per element": 200}),
+        (nn.LayerNorm(5), (1, 4, 5), "fvcore", {"LayerNorm, 5 per element": 100}),
+        (nn.GroupNorm(2, 4), (1, 4, 5), "fvcore", {"GroupNorm, 5 per element": 100}),
+        (nn.InstanceNorm2d(4), (1, 4, 5, 5), "fvcore", {"InstanceNorm, 4 per element": 400}),
+        (nn.AvgPool2d(2), (1, 4, 6, 6), "thop", {"AvgPool2d, 1 per element written": 36}),
+        (nn.PReLU(), (1, 4, 5, 5), "thop", {"PReLU, by a rule of its own": 100}),
+        (nn.Softmax(1), (3, 5), "thop", {"Softmax, by a rule of its own": 3 * (5 + 4 + 5)}),
+        (
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            (1, 2, 3, 3),
+            "fvcore",
+            {"upsample_bilinear2d, 4 per element": 4 * 72},
+        ),
+        (
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            (1, 2, 3, 3),
+            "thop",
+            {"Upsample, by a rule of its own": 11 * 72},
+        ),
+        (nn.LSTM(4, 6, bias=False), (5, 2, 4), "fvcore", {"lstm, not counted": -5 * 2 * 4 * 6 * (4 + 6)}),
+    ],
+)
+def test_their_quirks(model: nn.Module, input_shape: tuple[int, ...], key: str, expected: dict[str, int]) -> None:
+    counter = compare(model, input_shape)[key]
+    assert amounts(counter) == expected
+    assert counter.remainder == 0
+
+
+def test_an_attention_layer() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return out
+
+    counters = compare(Attention(), (2, 9, 16))
+    assert_explained(counters)
+    assert amounts(counters["fvcore"]) == {"attention's products, not counted": -2 * 2 * 9 * 9 * 16}
+
+
+def test_the_model_stays_as_it_was_and_nothing_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    model = small_network()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    keys = list(model.state_dict())
+    values = [tensor.clone() for tensor in model.state_dict().values()]
+    compare(model, (1, 3, 6, 6))
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(a, b) for a, b in zip(values, model.state_dict().values(), strict=True))
+    assert [module.training for module in model.modules()] == modes
+    assert not any("total_ops" in module._buffers for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(p.grad is None and p.device.type == "cpu" for p in model.parameters())
+    assert capfd.readouterr() == ("", "")
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, *, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_a_counter_that_fails_says_so_in_one_line() -> None:
+    counters = compare(Keywords(), {"x": torch.zeros(2, 3)})
+    for key in ("fvcore", "thop"):
+        counter = counters[key]
+        assert (counter.total, counter.remainder, counter.ours) == (None, None, 30)
+        assert "positional inputs only" in counter.error
+        assert "\n" not in counter.error
+    for key in ("torch", "torch_backward"):
+        assert counters[key].error == ""
+        assert counters[key].remainder == 0
+
+
+@pytest.mark.parametrize(("counter", "module"), [(fvcore_counter, "fvcore.nn"), (thop_counter, "thop")])
+def test_a_counter_that_cannot_be_imported(counter: Any, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    model = nn.Linear(3, 5)
+    result = counter(model, (2, 3), trace(model, (2, 3), details=True))
+    assert result.total is None
+    assert module in result.error
+
+
+def test_a_model_that_fails_is_an_error_of_ours() -> None:
+    with pytest.raises(ModelError):
+        compare(nn.Linear(3, 5), (2, 4))

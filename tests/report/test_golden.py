@@ -1,0 +1,98 @@
+"""The committed half that no machine changes: costs in profiles/, and the tables in README.md."""
+
+import re
+
+import pytest
+
+from selab.cost.count import count
+from selab.experiments.compare import read_compared
+from selab.experiments.profiling import counted
+from selab.experiments.tax_record import read_tax_records
+from selab.models import provenance
+from selab.models.build import build
+from selab.models.catalog import find, installed
+from selab.records import store
+from selab.records.types import from_json
+from selab.report import pages
+from selab.report.accuracy import name_of
+from selab.training.record import read_accuracy_records
+
+SAME = ("params", "buffer_elements", "macs", "macs_backward", "flops", "flops_backward", "bytes", "activations", "se")
+
+
+def committed(root):
+    return sorted((root / "profiles").rglob("*.json"))
+
+
+def test_there_are_profiles(root):
+    names = [path.name for path in committed(root)]
+    assert any(name.startswith("se_mobilenet.") for name in names)
+
+
+def test_costs_are_those_of_today_s_counter(root):
+    fresh = {}
+    for path in committed(root):
+        if path.parent.name in ("acceptance", "accuracy", "tax"):
+            continue
+        record = from_json(path.read_bytes(), where=path.name)
+        work = record.workload
+        for name, stored in ((record.arch, record.cost), (record.baseline, record.baseline_cost)):
+            if stored is None:
+                continue
+            key = (name, work.batch, work.input_chw)
+            if key not in fresh:
+                fresh[key] = count(build(find(name), device="meta").model, (work.batch, *work.input_chw))
+            for field in SAME:
+                assert getattr(stored, field) == getattr(fresh[key], field), f"{path.name}: {name}: {field}"
+
+
+def test_records_are_complete_fresh_and_those_of_their_samples(root):
+    for path in committed(root):
+        if path.parent.parent.name == "profiles":
+            record = store.read_record(path)
+            assert record.complete, path.name
+            assert not provenance.is_stale(record), path.name
+
+
+def test_comparisons_are_complete_and_fresh(root):
+    found = [one for folder in sorted((root / "profiles").iterdir()) for one in read_accuracy_records(folder)]
+    assert {record.arch for record in found} >= {"se_small_cnn", "se_resnet20_cifar"}
+    for record in found:
+        assert record.complete
+        assert "stale" not in name_of(record)
+
+
+def test_comparisons_of_implementations_are_fresh_and_those_of_their_quads(root):
+    for folder in sorted((root / "profiles").iterdir()):
+        for record in read_tax_records(folder):
+            assert not provenance.is_stale(record), record.command
+
+
+def test_cost_tables_are_those_of_today_s_counter(root):
+    """docs/tables holds every variant's cost in exact integers; `nox -s cost_tables` renders it."""
+    rendered = pages.cost_pages(counted(installed()))
+    committed_pages = {path.name: path.read_text() for path in (root / "docs" / "tables").glob("*")}
+    assert committed_pages == rendered
+
+
+def test_the_accuracies_in_the_readme_are_rendered(root):
+    text = (root / "README.md").read_text()
+    (folder,) = {one for one in re.findall(r"\((profiles/[^)]+)\)", text) if (root / one / "accuracy").is_dir()}
+    grids = pages.named_tables("accuracy", {}, (), read_compared(root / folder))
+    assert pages.spliced(text, "accuracy", pages.page("accuracy", grids, ()), where="README.md") == text
+
+
+def test_the_taxes_in_the_docs_are_rendered(root):
+    text = (root / "docs" / "se-tax.md").read_text()
+    folder = root / re.search(r"\.\./(profiles/[^/)]+)", text)[1]
+    grids = pages.named_tables("tax", {}, (), taxes=read_tax_records(folder))
+    assert pages.spliced(text, "tax", pages.page("tax", grids, ()), where="docs/se-tax.md") == text
+
+
+@pytest.mark.parametrize("name", ["added", "mobile", "paper-2"])
+def test_tables_in_the_readme_are_rendered(root, name):
+    text = (root / "README.md").read_text()
+    folder = re.search(r"\((profiles/[^)]+)\)", text)[1]
+    records = store.read_records(root / folder)
+    body = pages.page(name, pages.named_tables(name, counted(pages.costs_needed(name)), records), records)
+    assert pages.spliced(text, name, body, where="README.md") == text

@@ -213,7 +213,7 @@ class Latency(Frozen, frozen=True, kw_only=True):
     ratio_low: float | None = None
     ratio_high: float | None = None
     difference_s: float | None = None
-    noise_floor: float | None = None
+    noise_floor: float | None = msgspec.field(default=None, name="control_floor")
     verdict: str = ""
     verdict_kind: VerdictKind = "no_result"
     flags: tuple[Flag, ...] = ()

@@ -6,8 +6,9 @@ SENet (arXiv 1709.01507): github.com/hujie-frank/SENet, models/SE-BN-Inception.p
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
+
+from .layers import Branches, Concat, ConvBNReLU
 
 # Channels of a module's 1x1; its 3x3 (reduced, out); its double 3x3 (reduced, out); the projection of its pooling.
 _WIDTHS: dict[str, tuple[int, tuple[int, int], tuple[int, int], int]] = {
@@ -28,58 +29,6 @@ _STRIDED_WIDTHS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
 _STEM_CHANNELS = 192
 
 
-class ConvBNReLU(nn.Sequential):
-    """relu(bn(conv(x))), with "same" padding and no convolution bias, since the BN has one.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride), sizes rounded up.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Side of the square kernel, odd.
-        stride: 1 or 2.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
-                bn=nn.BatchNorm2d(out_channels),
-                relu=nn.ReLU(inplace=True),
-            )
-        )
-
-
-class Branches(nn.Module):
-    """(branch1(x), branch2(x), ...): the same input through every child.
-
-    Shapes: (N, C, H, W) to one (N, C_i, H', W') of each child, in their order.
-
-    Args:
-        branches: The children by name.
-    """
-
-    def __init__(self, branches: dict[str, nn.Module]) -> None:
-        super().__init__()
-        for name, branch in branches.items():
-            self.add_module(name, branch)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Give every branch the input (N, C, H, W)."""
-        return tuple(branch(x) for branch in self.children())
-
-
-class Concat(nn.Module):
-    """cat(parts): the branches' channels behind each other. No parameters.
-
-    Shapes: some (N, C_i, H, W) to (N, sum of C_i, H, W).
-    """
-
-    def forward(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Stack the channels of the parts."""
-        return torch.cat(parts, dim=1)
-
-
 class Inception(nn.Sequential):
     """concat(branches(x)): a module whose output is the concatenation, so that a gate can be one more child.
 
@@ -96,14 +45,14 @@ class Inception(nn.Sequential):
 
 
 def _path3x3(in_channels: int, reduced: int, out: int, stride: int = 1) -> nn.Sequential:
-    """Give a 1x1 that reduces the channels, then a 3x3."""
+    """Return a 1x1 that reduces the channels, then a 3x3."""
     return nn.Sequential(
         OrderedDict(reduce=ConvBNReLU(in_channels, reduced, 1), conv=ConvBNReLU(reduced, out, 3, stride))
     )
 
 
 def _path_double3x3(in_channels: int, reduced: int, out: int, stride: int = 1) -> nn.Sequential:
-    """Give a 1x1 that reduces the channels, then two 3x3 in the place of a 5x5; the second one strides."""
+    """Return a 1x1 that reduces the channels, then two 3x3 in the place of a 5x5; the second one strides."""
     return nn.Sequential(
         OrderedDict(
             reduce=ConvBNReLU(in_channels, reduced, 1),
@@ -114,7 +63,7 @@ def _path_double3x3(in_channels: int, reduced: int, out: int, stride: int = 1) -
 
 
 def _inception(name: str, in_channels: int) -> tuple[Inception, int]:
-    """Give the module of a name, and the channels of its output."""
+    """Return the module of a name, and the channels of its output."""
     if name in _STRIDED_WIDTHS:
         path3x3, path_double = _STRIDED_WIDTHS[name]
         strided: dict[str, nn.Module] = {
@@ -137,7 +86,7 @@ def _inception(name: str, in_channels: int) -> tuple[Inception, int]:
 
 
 def _stage(names: tuple[str, ...], channels: int) -> tuple[nn.Sequential, int]:
-    """Give the modules of these names one after the other, and the channels of the last one's output."""
+    """Return the modules of these names one after the other, and the channels of the last one's output."""
     stage = nn.Sequential()
     for name in names:
         module, channels = _inception(name, channels)

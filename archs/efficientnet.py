@@ -9,6 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import ConvBN
+
 
 class _Stage(NamedTuple):
     """One row of the paper's table: blocks, kernel, expansion, output channels, stride of the first block."""
@@ -34,37 +36,15 @@ _STEM_CHANNELS = 32
 _HEAD_CHANNELS = 1280
 
 
-class ConvBNSiLU(nn.Sequential):
-    """silu(bn(conv(x))), with "same" padding and no convolution bias, since the BN has one.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride).
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Side of the square kernel, odd.
-        stride: 1 or 2.
-        groups: 1 for a dense convolution, in_channels for a depthwise one.
+class ConvBNSiLU(ConvBN):
+    """silu(bn(conv(x))); arguments and shapes as in ConvBN.
 
     Source: arXiv 1905.11946, Sec. 5.2.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(
-                    in_channels,
-                    out_channels,
-                    kernel_size,
-                    stride=stride,
-                    padding=kernel_size // 2,
-                    groups=groups,
-                    bias=False,
-                ),
-                bn=nn.BatchNorm2d(out_channels),
-                act=nn.SiLU(inplace=True),
-            )
-        )
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups)
+        self.add_module("act", nn.SiLU(inplace=True))
 
 
 class StochasticAdd(nn.Module):
@@ -126,12 +106,7 @@ class InvertedBottleneck(nn.Module):
         self.branch.add_module("depthwise", ConvBNSiLU(wide, wide, kernel_size, stride=stride, groups=wide))
         self.branch.add_module(
             "project",
-            nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(wide, out_channels, kernel_size=1, bias=False),
-                    bn=nn.BatchNorm2d(out_channels),
-                )
-            ),
+            ConvBN(wide, out_channels, kernel_size=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .layers import Add, ConvBN, ConvBNReLU
+
 _STEM_CHANNELS = 16
 # The two 1x1 convolutions of the head: before and after the pooling (arXiv 1911.11907, Table 1).
 _HEAD_CHANNELS = (960, 1280)
@@ -48,25 +50,10 @@ _STAGES: tuple[tuple[_Shape, ...], ...] = (
 
 def _conv_bn(
     in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1, relu: bool = False
-) -> nn.Sequential:
-    """Give bn(conv(x)) with "same" padding, rectified if `relu`."""
-    layers = nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(
-                in_channels,
-                out_channels,
-                kernel_size,
-                stride=stride,
-                padding=kernel_size // 2,
-                groups=groups,
-                bias=False,
-            ),
-            bn=nn.BatchNorm2d(out_channels),
-        )
-    )
-    if relu:
-        layers.add_module("relu", nn.ReLU(inplace=True))
-    return layers
+) -> ConvBN:
+    """Return bn(conv(x)) with "same" padding, rectified if `relu`."""
+    layers = ConvBNReLU if relu else ConvBN
+    return layers(in_channels, out_channels, kernel_size, stride, groups)
 
 
 class AppendGhosts(nn.Module):
@@ -110,21 +97,6 @@ class GhostModule(nn.Sequential):
                 cheap=AppendGhosts(out_channels // 2, relu=relu),
             )
         )
-
-
-class Add(nn.Module):
-    """branch + shortcut. No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1911.11907, Fig. 3.
-    """
-
-    formula = "branch + shortcut"
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W)."""
-        return branch + shortcut
 
 
 class GhostBottleneck(nn.Module):
@@ -226,7 +198,7 @@ class GhostNet(nn.Module):
 
 
 def _stage(in_channels: int, shapes: tuple[_Shape, ...], stride: int) -> nn.Sequential:
-    """Give the blocks of one resolution, the first with this stride."""
+    """Return the blocks of one resolution, the first with this stride."""
     stage = nn.Sequential()
     for shape in shapes:
         stage.append(GhostBottleneck(in_channels, shape, stride))

@@ -8,8 +8,9 @@ blocks instead of 5, 10 and 5, and 320, 1088 and 2080 channels.
 from collections import OrderedDict
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
+
+from .layers import Branches, Concat
 
 # As in the release; PyTorch's own is 1e-5.
 _BN_EPS = 1e-3
@@ -46,36 +47,6 @@ class ConvBNReLU(nn.Sequential):
                 relu=nn.ReLU(inplace=True),
             )
         )
-
-
-class Branches(nn.Module):
-    """(branch1(x), branch2(x), ...): the same input through every child.
-
-    Shapes: (N, C, H, W) to one (N, C_i, H', W') of each child, in their order.
-
-    Args:
-        branches: The children by name.
-    """
-
-    def __init__(self, branches: dict[str, nn.Module]) -> None:
-        super().__init__()
-        for name, branch in branches.items():
-            self.add_module(name, branch)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Give every branch the input (N, C, H, W)."""
-        return tuple(branch(x) for branch in self.children())
-
-
-class Concat(nn.Module):
-    """cat(parts): the branches' channels behind each other. No parameters.
-
-    Shapes: some (N, C_i, H, W) to (N, sum of C_i, H, W).
-    """
-
-    def forward(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Stack the channels of the parts."""
-        return torch.cat(parts, dim=1)
 
 
 class ScaledAdd(nn.Module):
@@ -149,17 +120,17 @@ class InceptionResNetBlock(nn.Module):
 
 
 def _chain(*convs: ConvBNReLU) -> nn.Sequential:
-    """Give convolutions one after the other, named conv1, conv2, ..."""
+    """Chain convolutions, named conv1, conv2, ..."""
     return nn.Sequential(OrderedDict((f"conv{number}", conv) for number, conv in enumerate(convs, start=1)))
 
 
 def _inception(branches: dict[str, nn.Module]) -> nn.Sequential:
-    """Give concat(branches(x)), a module without a shortcut."""
+    """Return concat(branches(x)), a module without a shortcut."""
     return nn.Sequential(OrderedDict(branches=Branches(branches), concat=Concat()))
 
 
 def _mixed5b() -> nn.Sequential:
-    """Give the module that makes 320 channels out of the stem's 192, at 35x35."""
+    """Return the module that makes 320 channels out of the stem's 192, at 35x35."""
     return _inception(
         {
             "path1x1": ConvBNReLU(192, 96, 1),
@@ -177,7 +148,7 @@ def _mixed5b() -> nn.Sequential:
 
 
 def _mixed6a() -> nn.Sequential:
-    """Give the reduction from 320 channels at 35x35 to 1088 at 17x17."""
+    """Return the reduction from 320 channels at 35x35 to 1088 at 17x17."""
     return _inception(
         {
             "path3x3": ConvBNReLU(320, 384, 3, stride=2, padded=False),
@@ -190,7 +161,7 @@ def _mixed6a() -> nn.Sequential:
 
 
 def _mixed7a() -> nn.Sequential:
-    """Give the reduction from 1088 channels at 17x17 to 2080 at 8x8."""
+    """Return the reduction from 1088 channels at 17x17 to 2080 at 8x8."""
     return _inception(
         {
             "path3x3_1": _chain(ConvBNReLU(1088, 256, 1), ConvBNReLU(256, 384, 3, stride=2, padded=False)),
@@ -204,7 +175,7 @@ def _mixed7a() -> nn.Sequential:
 
 
 def _block35() -> InceptionResNetBlock:
-    """Give a block at 35x35, the paper's Inception-ResNet-A."""
+    """Return a block at 35x35, the paper's Inception-ResNet-A."""
     branches: dict[str, nn.Module] = {
         "path1x1": ConvBNReLU(320, 32, 1),
         "path3x3": _chain(ConvBNReLU(320, 32, 1), ConvBNReLU(32, 32, 3)),
@@ -214,7 +185,7 @@ def _block35() -> InceptionResNetBlock:
 
 
 def _block17() -> InceptionResNetBlock:
-    """Give a block at 17x17, the paper's Inception-ResNet-B."""
+    """Return a block at 17x17, the paper's Inception-ResNet-B."""
     branches: dict[str, nn.Module] = {
         "path1x1": ConvBNReLU(1088, 192, 1),
         "path7x7": _chain(ConvBNReLU(1088, 128, 1), ConvBNReLU(128, 160, (1, 7)), ConvBNReLU(160, 192, (7, 1))),
@@ -223,7 +194,7 @@ def _block17() -> InceptionResNetBlock:
 
 
 def _block8(*, last: bool) -> InceptionResNetBlock:
-    """Give a block at 8x8, the paper's Inception-ResNet-C; the last one is neither scaled down nor rectified."""
+    """Return a block at 8x8, the paper's Inception-ResNet-C; the last one is neither scaled down nor rectified."""
     branches: dict[str, nn.Module] = {
         "path1x1": ConvBNReLU(2080, 192, 1),
         "path3x3": _chain(ConvBNReLU(2080, 192, 1), ConvBNReLU(192, 224, (1, 3)), ConvBNReLU(224, 256, (3, 1))),
@@ -232,7 +203,7 @@ def _block8(*, last: bool) -> InceptionResNetBlock:
 
 
 def _stage(mixed: nn.Sequential, blocks: list[InceptionResNetBlock]) -> nn.Sequential:
-    """Give the module that changes the channels, then the residual blocks, named block1, block2, ..."""
+    """Return the module that changes the channels, then the residual blocks, named block1, block2, ..."""
     stage = nn.Sequential(OrderedDict(mixed=mixed))
     for number, block in enumerate(blocks, start=1):
         stage.add_module(f"block{number}", block)

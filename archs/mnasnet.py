@@ -8,6 +8,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from .layers import Add, ConvBN, ConvBNReLU
+
 
 class _Stage(NamedTuple):
     """One row of the paper's figure: blocks, kernel, expansion, output channels, SE, stride of the first block."""
@@ -32,54 +34,6 @@ _STAGES: tuple[_Stage, ...] = (
 )
 _STEM_CHANNELS = 32
 _HEAD_CHANNELS = 1280
-
-
-class ConvBNReLU(nn.Sequential):
-    """relu(bn(conv(x))), with "same" padding and no convolution bias, since the BN has one.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride).
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Side of the square kernel, odd.
-        stride: 1 or 2.
-        groups: 1 for a dense convolution, in_channels for a depthwise one.
-
-    Source: arXiv 1807.11626, Fig. 7.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(
-                    in_channels,
-                    out_channels,
-                    kernel_size,
-                    stride=stride,
-                    padding=kernel_size // 2,
-                    groups=groups,
-                    bias=False,
-                ),
-                bn=nn.BatchNorm2d(out_channels),
-                relu=nn.ReLU(inplace=True),
-            )
-        )
-
-
-class Add(nn.Module):
-    """branch + shortcut, without an activation. No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1807.11626, Fig. 7.
-    """
-
-    formula = "branch + shortcut"
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W)."""
-        return branch + shortcut
 
 
 class InvertedBottleneck(nn.Module):
@@ -111,12 +65,7 @@ class InvertedBottleneck(nn.Module):
         self.branch.add_module("depthwise", ConvBNReLU(wide, wide, kernel_size, stride=stride, groups=wide))
         self.branch.add_module(
             "project",
-            nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(wide, out_channels, kernel_size=1, bias=False),
-                    bn=nn.BatchNorm2d(out_channels),
-                )
-            ),
+            ConvBN(wide, out_channels, kernel_size=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:

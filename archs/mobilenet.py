@@ -7,6 +7,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from .layers import ConvBNReLU
+
 # Output channels and stride of the 13 depthwise-separable blocks at width_mult 1 (arXiv 1704.04861, Table 1).
 # The table prints stride 2 for the last depthwise convolution although its output stays 7x7; its stride is 1.
 _BLOCKS: tuple[tuple[int, int], ...] = (
@@ -28,39 +30,6 @@ _STEM_CHANNELS = 32
 
 # Below 8 channels the authors' release (TensorFlow slim, `min_depth`) stops thinning.
 _MIN_CHANNELS = 8
-
-
-class ConvBNReLU(nn.Sequential):
-    """relu(bn(conv(x))), with "same" padding and no convolution bias, since the BN has one.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride).
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Side of the square kernel, odd.
-        stride: 1 or 2.
-        groups: 1 for a dense convolution, in_channels for a depthwise one.
-
-    Source: arXiv 1704.04861, Fig. 3.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(
-                    in_channels,
-                    out_channels,
-                    kernel_size,
-                    stride=stride,
-                    padding=kernel_size // 2,
-                    groups=groups,
-                    bias=False,
-                ),
-                bn=nn.BatchNorm2d(out_channels),
-                relu=nn.ReLU(inplace=True),
-            )
-        )
 
 
 class DepthwiseSeparable(nn.Module):

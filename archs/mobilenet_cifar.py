@@ -8,66 +8,12 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-
-class ConvBNReLU(nn.Sequential):
-    """relu(bn(conv(x))), with "same" padding and no convolution bias, since the BN has one.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride).
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Side of the square kernel, odd.
-        stride: 1 or 2.
-        groups: 1 for a dense convolution, in_channels for a depthwise one.
-
-    Source: arXiv 1704.04861, Fig. 3.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(
-                    in_channels,
-                    out_channels,
-                    kernel_size,
-                    stride=stride,
-                    padding=kernel_size // 2,
-                    groups=groups,
-                    bias=False,
-                ),
-                bn=nn.BatchNorm2d(out_channels),
-                relu=nn.ReLU(inplace=True),
-            )
-        )
-
-
-class DepthwiseSeparable(nn.Module):
-    """pointwise(depthwise(x)): each channel is filtered alone, then a 1x1 convolution mixes the channels.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride).
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the depthwise convolution, 1 or 2.
-
-    Source: arXiv 1704.04861, Sec. 3.1 and Fig. 3.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.depthwise = ConvBNReLU(in_channels, in_channels, kernel_size=3, stride=stride, groups=in_channels)
-        self.pointwise = ConvBNReLU(in_channels, out_channels, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
-        out: Tensor = self.pointwise(self.depthwise(x))
-        return out
+from .layers import ConvBNReLU
+from .mobilenet import DepthwiseSeparable
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    """Give `blocks` blocks of one resolution, the first of which strides and changes the channels."""
+    """Return `blocks` blocks of one resolution, the first of which strides and changes the channels."""
     stage = nn.Sequential(DepthwiseSeparable(in_channels, channels, stride))
     for _ in range(blocks - 1):
         stage.append(DepthwiseSeparable(channels, channels, stride=1))

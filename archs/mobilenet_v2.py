@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from .layers import Add, ConvBN
+
 # Expansion, output channels, blocks and stride of the first block, for each row of bottlenecks at width_mult 1
 # (arXiv 1801.04381, Table 2: columns t, c, n, s).
 _STAGES: tuple[tuple[int, int, int, int], ...] = (
@@ -33,52 +35,15 @@ def _scaled(channels: int, width_mult: float) -> int:
     return rounded + 8 if rounded < 0.9 * wanted else rounded
 
 
-class ConvBNReLU6(nn.Sequential):
-    """relu6(bn(conv(x))), with "same" padding and no convolution bias, since the BN has one.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride).
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Side of the square kernel, odd.
-        stride: 1 or 2.
-        groups: 1 for a dense convolution, in_channels for a depthwise one.
+class ConvBNReLU6(ConvBN):
+    """relu6(bn(conv(x))); arguments and shapes as in ConvBN.
 
     Source: arXiv 1801.04381, Sec. 4.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(
-                    in_channels,
-                    out_channels,
-                    kernel_size,
-                    stride=stride,
-                    padding=kernel_size // 2,
-                    groups=groups,
-                    bias=False,
-                ),
-                bn=nn.BatchNorm2d(out_channels),
-                relu=nn.ReLU6(inplace=True),
-            )
-        )
-
-
-class Add(nn.Module):
-    """branch + shortcut, without an activation: the thin ends stay linear. No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1801.04381, Fig. 3b.
-    """
-
-    formula = "branch + shortcut"
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W)."""
-        return branch + shortcut
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups)
+        self.add_module("relu", nn.ReLU6(inplace=True))
 
 
 class InvertedBottleneck(nn.Module):
@@ -109,12 +74,7 @@ class InvertedBottleneck(nn.Module):
         self.branch.add_module("depthwise", ConvBNReLU6(wide, wide, kernel_size=3, stride=stride, groups=wide))
         self.branch.add_module(
             "project",
-            nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(wide, out_channels, kernel_size=1, bias=False),
-                    bn=nn.BatchNorm2d(out_channels),
-                )
-            ),
+            ConvBN(wide, out_channels, kernel_size=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:

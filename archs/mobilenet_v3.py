@@ -8,6 +8,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from .layers import Add, ConvBN
+
 
 class _Block(NamedTuple):
     """One row of the paper's tables: kernel size, expansion size, output channels, SE, h-swish, stride."""
@@ -78,17 +80,10 @@ _STEM_CHANNELS = 16
 _HEAD_CHANNELS = {"large": (960, 1280), "small": (576, 1024)}
 
 
-class ConvBNAct(nn.Sequential):
-    """act(bn(conv(x))), with "same" padding and no convolution bias, since the BN has one.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride).
+class ConvBNAct(ConvBN):
+    """act(bn(conv(x))); shapes and other arguments as in ConvBN.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Side of the square kernel, odd.
-        stride: 1 or 2.
-        groups: 1 for a dense convolution, in_channels for a depthwise one.
         hard_swish: x * relu6(x + 3) / 6 as the activation, else ReLU.
 
     Source: arXiv 1905.02244, Sec. 5.2.
@@ -104,36 +99,8 @@ class ConvBNAct(nn.Sequential):
         stride: int = 1,
         groups: int = 1,
     ) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(
-                    in_channels,
-                    out_channels,
-                    kernel_size,
-                    stride=stride,
-                    padding=kernel_size // 2,
-                    groups=groups,
-                    bias=False,
-                ),
-                bn=nn.BatchNorm2d(out_channels),
-                act=nn.Hardswish(inplace=True) if hard_swish else nn.ReLU(inplace=True),
-            )
-        )
-
-
-class Add(nn.Module):
-    """branch + shortcut, without an activation. No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1905.02244, Fig. 4.
-    """
-
-    formula = "branch + shortcut"
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W)."""
-        return branch + shortcut
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups)
+        self.add_module("act", nn.Hardswish(inplace=True) if hard_swish else nn.ReLU(inplace=True))
 
 
 class InvertedBottleneck(nn.Module):
@@ -173,12 +140,7 @@ class InvertedBottleneck(nn.Module):
         self.branch.add_module("depthwise", depthwise)
         self.branch.add_module(
             "project",
-            nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(block.wide, block.out, kernel_size=1, bias=False),
-                    bn=nn.BatchNorm2d(block.out),
-                )
-            ),
+            ConvBN(block.wide, block.out, kernel_size=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:

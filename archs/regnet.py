@@ -10,31 +10,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from .layers import AddReLU, ConvBNReLU, identity_or_projection
+
 _STEM_CHANNELS = 32
 # Widths are multiples of 8, before the group width is looked at (arXiv 2003.13678, Sec. 3.2).
 _QUANTUM = 8
 # The design space has no other networks (arXiv 2003.13678, Sec. 3.2).
 _STAGES = 4
-
-
-class AddReLU(nn.Module):
-    """relu(branch + shortcut). No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 2003.13678, Fig. 4.
-    """
-
-    formula = "relu(branch + shortcut)"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W) and rectify the sum."""
-        out: Tensor = self.relu(branch + shortcut)
-        return out
 
 
 class XBlock(nn.Module):
@@ -75,14 +57,7 @@ class XBlock(nn.Module):
                 bn3=nn.BatchNorm2d(width),
             )
         )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != width:
-            self.shortcut = nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(in_channels, width, kernel_size=1, stride=stride, bias=False),
-                    bn=nn.BatchNorm2d(width),
-                )
-            )
+        self.shortcut = identity_or_projection(in_channels, width, stride)
         self.join: nn.Module = AddReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,13 +84,7 @@ class RegNet(nn.Module):
 
     def __init__(self, stages: list[tuple[int, int, int]], num_classes: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(3, _STEM_CHANNELS, kernel_size=3, stride=2, padding=1, bias=False),
-                bn=nn.BatchNorm2d(_STEM_CHANNELS),
-                relu=nn.ReLU(inplace=True),
-            )
-        )
+        self.stem = ConvBNReLU(3, _STEM_CHANNELS, kernel_size=3, stride=2)
         one, two, three, four = stages
         self.stage1 = _stage(_STEM_CHANNELS, *one)
         self.stage2 = _stage(one[0], *two)
@@ -150,7 +119,7 @@ class RegNet(nn.Module):
 
 
 def _stage(in_channels: int, width: int, blocks: int, group_width: int) -> nn.Sequential:
-    """Give one stage: a stride-2 block, then `blocks - 1` blocks of stride 1."""
+    """Return one stage: a stride-2 block, then `blocks - 1` blocks of stride 1."""
     stage = nn.Sequential(XBlock(in_channels, width, 2, group_width))
     for _ in range(blocks - 1):
         stage.append(XBlock(width, width, 1, group_width))
@@ -160,7 +129,7 @@ def _stage(in_channels: int, width: int, blocks: int, group_width: int) -> nn.Se
 def stage_shapes(
     depth: int, w_0: int, w_a: float, w_m: float, group_width: int, rounding: str
 ) -> list[tuple[int, int, int]]:
-    """Give width, number of blocks and group width of each stage, by the paper's rule.
+    """Return width, number of blocks and group width of each stage, by the paper's rule.
 
     Block j of `depth` is to have the width u_j = w_0 + w_a * j. So that blocks share widths, s_j with
     u_j = w_0 * w_m ** s_j is rounded to an integer, and w_j = w_0 * w_m ** round(s_j) to a multiple of 8. Blocks of one

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from .layers import AddReLU, identity_or_projection
+
 # Blocks in stages 2 to 5 (conv2_x to conv5_x) of each depth (arXiv 1512.03385, Table 1).
 _STAGE_BLOCKS: dict[int, tuple[int, int, int, int]] = {
     18: (2, 2, 2, 2),
@@ -18,26 +20,6 @@ _STAGE_BLOCKS: dict[int, tuple[int, int, int, int]] = {
 }
 # The depths whose blocks are two 3x3 convolutions; the others are 1x1, 3x3, 1x1.
 _BASIC_DEPTHS = (18, 34)
-
-
-class AddReLU(nn.Module):
-    """relu(branch + shortcut). No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1512.03385, Fig. 2.
-    """
-
-    formula = "relu(branch + shortcut)"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W) and rectify the sum."""
-        out: Tensor = self.relu(branch + shortcut)
-        return out
 
 
 class ResidualBlock(nn.Module):
@@ -92,7 +74,7 @@ class BasicBlock(ResidualBlock):
                 bn2=nn.BatchNorm2d(width),
             )
         )
-        super().__init__(branch, _shortcut(in_channels, width, stride))
+        super().__init__(branch, identity_or_projection(in_channels, width, stride))
 
 
 class Bottleneck(ResidualBlock):
@@ -126,22 +108,7 @@ class Bottleneck(ResidualBlock):
                 bn3=nn.BatchNorm2d(out_channels),
             )
         )
-        super().__init__(branch, _shortcut(in_channels, out_channels, stride))
-
-
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Give the identity, or a strided 1x1 convolution with BN where the shape changes.
-
-    Source: arXiv 1512.03385, Sec. 3.3, option B.
-    """
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
-            bn=nn.BatchNorm2d(out_channels),
-        )
-    )
+        super().__init__(branch, identity_or_projection(in_channels, out_channels, stride))
 
 
 class ResNet(nn.Module):

@@ -8,46 +8,13 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import Add, AddReLU, ConvBN
+
 # Channels of the 3x3 convolutions in stages 1 to 3 (arXiv 1512.03385, Sec. 4.2).
 _STAGE_WIDTHS = (16, 32, 64)
 _STEM_CHANNELS = 16
 # A bottleneck's output has four times the channels of its 3x3.
 _EXPANSION = 4
-
-
-class Add(nn.Module):
-    """branch + shortcut. No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1603.05027, Fig. 1b.
-    """
-
-    formula = "branch + shortcut"
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W)."""
-        return branch + shortcut
-
-
-class AddReLU(nn.Module):
-    """relu(branch + shortcut). No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1512.03385, Fig. 2.
-    """
-
-    formula = "relu(branch + shortcut)"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W) and rectify the sum."""
-        out: Tensor = self.relu(branch + shortcut)
-        return out
 
 
 class ZeroPad(nn.Module):
@@ -76,7 +43,7 @@ class ZeroPad(nn.Module):
 
 
 def _convolutions(in_channels: int, width: int, stride: int, *, bottleneck: bool, stride_in: str) -> list[nn.Conv2d]:
-    """Give the convolutions of a branch: 3x3 and 3x3, or 1x1, 3x3 and 1x1."""
+    """Return the convolutions of a branch: 3x3 and 3x3, or 1x1, 3x3 and 1x1."""
     if not bottleneck:
         return [
             nn.Conv2d(in_channels, width, kernel_size=3, stride=stride, padding=1, bias=False),
@@ -122,12 +89,7 @@ class ResidualBlock(nn.Module):
         elif shortcut == "pad":
             self.shortcut = ZeroPad(in_channels, out_channels, stride)
         else:
-            self.shortcut = nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
-                    bn=nn.BatchNorm2d(out_channels),
-                )
-            )
+            self.shortcut = ConvBN(in_channels, out_channels, kernel_size=1, stride=stride)
         self.join: nn.Module = AddReLU()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,28 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from .layers import AddReLU, identity_or_projection
+
 # Blocks in stages 2 to 5 (conv2_x to conv5_x) of each depth (arXiv 1611.05431, Table 1 and Sec. 5.1).
 _STAGE_BLOCKS: dict[int, tuple[int, int, int, int]] = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-
-
-class AddReLU(nn.Module):
-    """relu(branch + shortcut). No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1611.05431, Fig. 3.
-    """
-
-    formula = "relu(branch + shortcut)"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W) and rectify the sum."""
-        out: Tensor = self.relu(branch + shortcut)
-        return out
 
 
 class ResNeXtBlock(nn.Module):
@@ -67,25 +49,13 @@ class ResNeXtBlock(nn.Module):
                 bn3=nn.BatchNorm2d(out_channels),
             )
         )
-        self.shortcut = _shortcut(in_channels, out_channels, stride)
+        self.shortcut = identity_or_projection(in_channels, out_channels, stride)
         self.join: nn.Module = AddReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
         out: Tensor = self.join(self.branch(x), self.shortcut(x))
         return out
-
-
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Give the identity, or a strided 1x1 convolution with BN where the shape changes."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
-            bn=nn.BatchNorm2d(out_channels),
-        )
-    )
 
 
 class ResNeXt(nn.Module):

@@ -9,28 +9,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from .layers import AddReLU, identity_or_projection
+
 # Groups of every 3x3 in a branch.
 _GROUPS = 64
-
-
-class AddReLU(nn.Module):
-    """relu(branch + shortcut). No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1709.01507, Fig. 3.
-    """
-
-    formula = "relu(branch + shortcut)"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W) and rectify the sum."""
-        out: Tensor = self.relu(branch + shortcut)
-        return out
 
 
 class SENetBlock(nn.Module):
@@ -71,7 +53,7 @@ class SENetBlock(nn.Module):
                 bn3=nn.BatchNorm2d(out_channels),
             )
         )
-        self.shortcut = _shortcut(in_channels, out_channels, stride, projection)
+        self.shortcut = identity_or_projection(in_channels, out_channels, stride, projection)
         self.join: nn.Module = AddReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,20 +62,8 @@ class SENetBlock(nn.Module):
         return out
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int, kernel_size: int) -> nn.Module:
-    """Give the identity, or an ungrouped convolution with BN where the shape changes."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
-            bn=nn.BatchNorm2d(out_channels),
-        )
-    )
-
-
 def _stem() -> nn.Sequential:
-    """Give three 3x3 conv-bn-relu of 64, 64 and 128 channels, the first of stride 2, and a max pooling of stride 2."""
+    """Return three 3x3 conv-bn-relu of 64, 64 and 128 channels, the first strided, and a max pooling of stride 2."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(3, 64, kernel_size=3, stride=2, padding=1, bias=False),

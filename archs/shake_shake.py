@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import Add, AddReLU, ConvBN, identity_or_projection
+
 _STEM_CHANNELS = {"basic": 16, "resnext": 64}
 # Convolutions of three stages of blocks; the depth counts two layers more, the stem and the classifier.
 _LAYERS_PER_BLOCK = {"basic": 6, "resnext": 9}
@@ -75,41 +77,6 @@ class Shake(nn.Module):
     def extra_repr(self) -> str:
         """Both rules, as printed by the module."""
         return f"shake_forward={self.shake_forward}, shake_backward={self.shake_backward}"
-
-
-class Add(nn.Module):
-    """branch + shortcut. No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1705.07485, eq. (1).
-    """
-
-    formula = "branch + shortcut"
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W)."""
-        return branch + shortcut
-
-
-class AddReLU(nn.Module):
-    """relu(branch + shortcut). No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: ResNeXt, arXiv 1611.05431, Fig. 3.
-    """
-
-    formula = "relu(branch + shortcut)"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W) and rectify the sum."""
-        out: Tensor = self.relu(branch + shortcut)
-        return out
 
 
 class TwoPathShortcut(nn.Module):
@@ -222,14 +189,7 @@ class ShakeResNeXtBlock(nn.Module):
             )
 
         self.branch = nn.Sequential(OrderedDict(shake=Shake(path(), path(), **rule)))
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
-                    bn=nn.BatchNorm2d(out_channels),
-                )
-            )
+        self.shortcut = identity_or_projection(in_channels, out_channels, stride)
         self.join: nn.Module = AddReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -260,12 +220,7 @@ class ShakeShake(nn.Module):
     ) -> None:
         super().__init__()
         channels = _STEM_CHANNELS[block]
-        self.stem = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False),
-                bn=nn.BatchNorm2d(channels),
-            )
-        )
+        self.stem = ConvBN(3, channels, kernel_size=3)
         # The basic blocks begin with a ReLU, and the last of them is followed by one.
         if block == "resnext":
             self.stem.add_module("relu", nn.ReLU(inplace=True))

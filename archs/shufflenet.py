@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .layers import AddReLU
+
 # Output channels of stages 2, 3 and 4 for each number of groups at scale 1x (arXiv 1707.01083, Table 1): more groups
 # are cheaper, so they get more channels at about the same cost.
 _STAGE_CHANNELS: dict[int, tuple[int, int, int]] = {
@@ -48,26 +50,6 @@ class ChannelShuffle(nn.Module):
         return f"groups={self.groups}"
 
 
-class AddReLU(nn.Module):
-    """relu(branch + shortcut). No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1707.01083, Fig. 2b.
-    """
-
-    formula = "relu(branch + shortcut)"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W) and rectify the sum."""
-        out: Tensor = self.relu(branch + shortcut)
-        return out
-
-
 class ConcatReLU(nn.Module):
     """relu(cat(shortcut, branch)). No parameters.
 
@@ -89,7 +71,7 @@ class ConcatReLU(nn.Module):
 def _branch(
     in_channels: int, bottleneck: int, out_channels: int, *, stride: int, groups: int, first_groups: int
 ) -> nn.Sequential:
-    """Give bn3(conv3(bn2(conv2(shuffle(relu1(bn1(conv1(x)))))))): 1x1 grouped, 3x3 depthwise, 1x1 grouped.
+    """Return bn3(conv3(bn2(conv2(shuffle(relu1(bn1(conv1(x)))))))): 1x1 grouped, 3x3 depthwise, 1x1 grouped.
 
     No ReLU follows the depthwise convolution: arXiv 1707.01083, Sec. 3.2.
     """
@@ -201,9 +183,9 @@ class ShuffleNetV1(nn.Module):
         out2, out3, out4 = stage_channels
         units2, units3, units4 = _STAGE_UNITS
         # The stem has so few channels that the paper does not group the convolution that reads them (Sec. 3.3).
-        self.stage2 = _stage(stem_channels, out2, units2, groups, first_groups=1)
-        self.stage3 = _stage(out2, out3, units3, groups, first_groups=groups)
-        self.stage4 = _stage(out3, out4, units4, groups, first_groups=groups)
+        self.stage2 = stage(stem_channels, out2, units2, groups, first_groups=1)
+        self.stage3 = stage(out2, out3, units3, groups, first_groups=groups)
+        self.stage4 = stage(out3, out4, units4, groups, first_groups=groups)
         self.head = nn.Sequential(
             OrderedDict(
                 pool=nn.AdaptiveAvgPool2d(1),
@@ -232,8 +214,8 @@ class ShuffleNetV1(nn.Module):
         return {"residual": [name for name, module in self.named_modules() if isinstance(module, ResidualUnit)]}
 
 
-def _stage(in_channels: int, out_channels: int, units: int, groups: int, first_groups: int) -> nn.Sequential:
-    """Give one stage: a stride-2 unit, then `units - 1` units of stride 1."""
+def stage(in_channels: int, out_channels: int, units: int, groups: int, first_groups: int) -> nn.Sequential:
+    """Return one stage: a stride-2 unit, then `units - 1` units of stride 1."""
     stage = nn.Sequential(DownsampleUnit(in_channels, out_channels, groups, first_groups))
     for _ in range(units - 1):
         stage.append(ResidualUnit(out_channels, groups))

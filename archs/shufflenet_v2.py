@@ -38,7 +38,7 @@ class ConcatShuffle(nn.Module):
 
 
 def _branch(in_channels: int, width: int, stride: int) -> nn.Sequential:
-    """Give relu3(bn3(conv3(bn2(conv2(relu1(bn1(conv1(x)))))))): 1x1, 3x3 depthwise without ReLU, 1x1."""
+    """Return relu3(bn3(conv3(bn2(conv2(relu1(bn1(conv1(x)))))))): 1x1, 3x3 depthwise without ReLU, 1x1."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(in_channels, width, kernel_size=1, bias=False),
@@ -192,7 +192,7 @@ class ShuffleNetV2(nn.Module):
 
 
 def _stage(in_channels: int, out_channels: int, units: int) -> nn.Sequential:
-    """Give one stage: a stride-2 unit, then `units - 1` units of stride 1."""
+    """Return one stage: a stride-2 unit, then `units - 1` units of stride 1."""
     stage = nn.Sequential(DownsampleUnit(in_channels, out_channels))
     for _ in range(units - 1):
         stage.append(Unit(out_channels))

@@ -7,31 +7,10 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from .layers import ConvBNReLU
+
 # Channels and number of convolutions of the five blocks (arXiv 1409.1556, Table 1, column D).
 _BLOCKS: tuple[tuple[int, int], ...] = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-
-
-class ConvBNReLU(nn.Sequential):
-    """relu(bn(conv3x3(x))).
-
-    The convolution keeps its bias, which the BN makes redundant, because torchvision's vgg16_bn has it too: parameter
-    counts and costs can be compared one to one.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H, W).
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
-                bn=nn.BatchNorm2d(out_channels),
-                relu=nn.ReLU(inplace=True),
-            )
-        )
 
 
 class VGG16(nn.Module):
@@ -50,11 +29,12 @@ class VGG16(nn.Module):
 
     def __init__(self, num_classes: int, dropout: float) -> None:
         super().__init__()
+        # The BN makes the bias redundant. torchvision's vgg16_bn has it: parameters and costs compare one to one.
         self.features = nn.Sequential()
         channels = 3
         for block, (out_channels, convs) in enumerate(_BLOCKS, start=1):
             for conv in range(1, convs + 1):
-                self.features.add_module(f"conv{block}_{conv}", ConvBNReLU(channels, out_channels))
+                self.features.add_module(f"conv{block}_{conv}", ConvBNReLU(channels, out_channels, 3, bias=True))
                 channels = out_channels
             self.features.add_module(f"pool{block}", nn.MaxPool2d(2))
         self.head = nn.Sequential(

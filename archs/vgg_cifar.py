@@ -8,35 +8,15 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-
-class ConvBNReLU(nn.Sequential):
-    """relu(bn(conv3x3(x))).
-
-    The convolution keeps its bias, which the BN makes redundant, because the port that this network follows has it too:
-    parameter counts and costs can be compared one to one.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, H, W).
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
-                bn=nn.BatchNorm2d(out_channels),
-                relu=nn.ReLU(inplace=True),
-            )
-        )
+from .layers import ConvBNReLU
 
 
 def _stage(in_channels: int, channels: int, convs: int) -> nn.Sequential:
-    """Give `convs` convolutions of 3x3, the first of which changes the channels, and a 2x2 max pooling."""
+    """Return `convs` convolutions of 3x3, the first of which changes the channels, and a 2x2 max pooling."""
+    # The BN makes the bias redundant. The port has it: parameters and costs compare one to one.
     stage = nn.Sequential()
     for number in range(1, convs + 1):
-        stage.add_module(f"conv{number}", ConvBNReLU(in_channels, channels))
+        stage.add_module(f"conv{number}", ConvBNReLU(in_channels, channels, 3, bias=True))
         in_channels = channels
     stage.add_module("pool", nn.MaxPool2d(2))
     return stage

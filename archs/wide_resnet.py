@@ -8,24 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from .layers import Add
+
 # Channels of groups conv2 to conv4 at width_mult 1 (arXiv 1605.07146, Table 1).
 _GROUP_CHANNELS = (16, 32, 64)
 _STEM_CHANNELS = 16
-
-
-class Add(nn.Module):
-    """branch + shortcut. No parameters.
-
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
-
-    Source: arXiv 1605.07146, Fig. 1.
-    """
-
-    formula = "branch + shortcut"
-
-    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """Add both paths (N, C, H, W)."""
-        return branch + shortcut
 
 
 class WideBlock(nn.Module):

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from selab.kernels.residual import ADD_RELU, FORMULAS, formula_of
+
 ARCHS = files("selab.archs")
 FAMILIES: dict[str, dict[str, Any]] = {
     entry.name.removesuffix(".toml"): tomllib.loads(entry.read_text(encoding="utf-8"))
@@ -129,15 +131,19 @@ def test_no_module_stands_in_two_places(family: str, name: str) -> None:
     assert len(list(network.named_modules())) == len(list(network.named_modules(remove_duplicate=False)))
 
 
-@pytest.mark.parametrize("entry", sorted(f"{family}.py" for family in [*FAMILIES, "__init__"]))
-def test_archs_import_torch_and_the_standard_library_only(entry: str) -> None:
+@pytest.mark.parametrize("entry", sorted(f"{family}.py" for family in [*FAMILIES, "__init__", "layers"]))
+def test_archs_import_torch_and_their_siblings_only(entry: str) -> None:
     tree = ast.parse(ARCHS.joinpath(entry).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
+            if node.level:
+                # Relative, so that the folder works under any name: `archs` in a checkout, `selab.archs` installed.
+                assert node.level == 1
+                assert ARCHS.joinpath(f"{node.module}.py").is_file()
+                continue
             names = [node.module or ""]
         for name in names:
             top = name.partition(".")[0]
@@ -146,7 +152,27 @@ def test_archs_import_torch_and_the_standard_library_only(entry: str) -> None:
 
 def test_every_module_has_its_toml() -> None:
     modules = {entry.name.removesuffix(".py") for entry in ARCHS.iterdir() if entry.name.endswith(".py")}
-    assert modules - {"__init__"} == set(FAMILIES)
+    assert modules - {"__init__", "layers"} == set(FAMILIES)
+
+
+def test_the_joins_are_those_that_kernels_fuse() -> None:
+    layers = importlib.import_module("selab.archs.layers")
+    assert {layers.Add.formula, layers.AddReLU.formula} == set(FORMULAS)
+    assert formula_of(layers.Add()) == "branch + shortcut"
+    assert formula_of(layers.AddReLU()) == ADD_RELU
+
+
+def test_no_family_repeats_a_layer_of_another() -> None:
+    """Two classes or functions of the same code, docstrings apart, belong into `archs/layers.py`."""
+    places: dict[str, str] = {}
+    for name in sorted([*FAMILIES, "layers"]):
+        for node in ast.parse(ARCHS.joinpath(f"{name}.py").read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(inner) is not None:
+                        del inner.body[0]
+                here = f"{name}.{node.name}"
+                assert places.setdefault(ast.dump(node), here) == here
 
 
 def test_every_variant_has_expected_totals() -> None:

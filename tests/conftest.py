@@ -92,16 +92,15 @@ def toy(tmp_path):
 @pytest.fixture
 def quick_plans(monkeypatch):
     """Measurements that last milliseconds: what is tested is what happens, not how well it is measured."""
-    from selab.experiments import job, profiling, sweep, tax, workers
+    from selab.experiments import job
 
-    patient = job.plan_of
+    patient = job._plan_of
 
-    def quick_plans(asked, workload):
-        plan = patient(asked, workload)
+    def quick(request):
+        plan = patient(request)
         return replace(plan, warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.2)
 
-    for module in (profiling, sweep, tax, workers):
-        monkeypatch.setattr(module, "plan_of", quick_plans)
+    monkeypatch.setattr(job, "_plan_of", quick)
 
 
 @pytest.fixture

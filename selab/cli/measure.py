@@ -92,7 +92,7 @@ def profile(
     if baseline is not None:
         find(baseline, option="--baseline")
     from selab.experiments import profiling
-    from selab.experiments.job import Request
+    from selab.experiments.job import Request, resolve
     from selab.records import store
 
     options: dict[str, Any] = {"phases": tuple(one.value for one in phase)} if phase else {}
@@ -117,7 +117,7 @@ def profile(
         cold=cold,
         **options,
     )
-    growing = profiling.Profile(request)
+    growing = profiling.Profile(resolve(request))
     path = growing.path(out)
     store.check_writable(path, replace=replace)
     check_outputs(svg, json_to)
@@ -168,7 +168,7 @@ def timeline(
     find(arch)
     from selab.bench.runner import check_device
     from selab.experiments import timeline as experiments_timeline
-    from selab.experiments.job import Request
+    from selab.experiments.job import Request, resolve
     from selab.records import store
     from selab.report import traces
 
@@ -184,12 +184,13 @@ def timeline(
         threads=threads,
     )
     phase: Any = "forward" if mode is StepMode.eval else "forward_backward"
-    path = experiments_timeline.trace_path(request, phase, out)
+    job = resolve(request)
+    path = experiments_timeline.trace_path(job, phase, out)
     store.check_writable(path, replace=replace)
     check_outputs(json_to)
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         report(f"recording {steps} step{'s' if steps > 1 else ''} of {arch}", None)
-        found = experiments_timeline.recorded(request, phase, steps=steps)
+        found = experiments_timeline.recorded(job, phase, steps=steps)
     experiments_timeline.write_trace(found, path, replace=replace)
     if json_to is not None:
         write_json({"trace": str(path), **dataclasses.asdict(found.timeline)}, json_to)
@@ -239,7 +240,7 @@ def roofline(
     from selab.bench.roofline import measure_peaks
     from selab.bench.runner import check_device
     from selab.experiments import roofline as experiments_roofline
-    from selab.experiments.job import Request, workload_of
+    from selab.experiments.job import Request, resolve
     from selab.report import traces
     from selab.report.figures import registry
     from selab.report.figures import roofline as report_figures_roofline
@@ -259,7 +260,8 @@ def roofline(
         memory_format="channels_last" if channels_last else "contiguous",
         threads=threads,
     )
-    workload = workload_of(request, catalog.find(name))
+    job = resolve(request)
+    workload = job.workload
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         if preset is not None:
             published = devices.find_device(preset, dtype.value)
@@ -271,7 +273,7 @@ def roofline(
             report("measuring the peaks", None)
             peaks = measure_peaks(device.value, dtype.value, threads=threads)
         report(f"timing {name}" if preset is None else f"counting {name}", None)
-        under = experiments_roofline.roofline_of(request, peaks, measured=preset is None, budget_s=budget)
+        under = experiments_roofline.roofline_of(job, peaks, measured=preset is None, budget_s=budget)
     if out is not None:
         registry.draw(report_figures_roofline.roof(under, arch=name, workload=workload, place=place), out)
     if json_to is not None:

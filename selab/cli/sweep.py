@@ -23,7 +23,7 @@ from selab.cli.options import Device, Dtype, Json, Phase, network_address
 from selab.errors import SelabError, nearest
 
 if TYPE_CHECKING:
-    from selab.experiments.job import Request
+    from selab.experiments.job import Job
     from selab.experiments.sweep import Outcome
     from selab.experiments.workers import Report
 
@@ -99,7 +99,8 @@ def sweep(
         threads=threads if device is Device.cpu else None,
         processes=processes,
     )
-    wrong += experiments_sweep.mistakes(asked)
+    jobs, mistakes = experiments_sweep.resolve_cells(asked)
+    wrong += mistakes
     if wrong:
         for line in dict.fromkeys(wrong):
             print_error(line)
@@ -107,8 +108,8 @@ def sweep(
     console = open_console(stderr=True)
     done: list[Outcome] = []
     try:
-        with report_sweep.showing(console, asked, measuring_words) as (report, tell), redirect_stdout(sys.stderr):
-            for outcome in _outcomes(asked, out, report, retry=retry, ray=ray):
+        with report_sweep.showing(console, jobs, measuring_words) as (report, tell), redirect_stdout(sys.stderr):
+            for outcome in _outcomes(jobs, out, report, retry=retry, ray=ray):
                 done.append(outcome)
                 tell(outcome)
     except KeyboardInterrupt:
@@ -122,14 +123,14 @@ def sweep(
     if json_to is not None:
         write_json(report_sweep.rows(done), json_to)
     if str(json_to) != "-":
-        print_parts(*report_sweep.sweep_tables(done, asked))
+        print_parts(*report_sweep.sweep_tables(done, jobs))
     failed = sum(one.state == "failed" for one in done)
     if failed:
         raise SelabError(f"{failed} of {len(done)} cells failed; the table says why, and the same command tries again")
 
 
 def _outcomes(
-    asked: "Sequence[Request]", out: Path, report: "Report", *, retry: bool, ray: str | None
+    asked: "Sequence[Job]", out: Path, report: "Report", *, retry: bool, ray: str | None
 ) -> "Iterator[Outcome]":
     """Of every cell, on this machine or on a cluster's."""
     if ray is not None:

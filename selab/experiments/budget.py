@@ -11,8 +11,8 @@ from selab import units
 from selab.bench.memory import memory
 from selab.bench.runner import check_device
 from selab.errors import SelabError, SpecError, UnknownNameError, nearest
-from selab.experiments.job import Request, workload_of
-from selab.experiments.profiling import Profile, count_record
+from selab.experiments.job import Request, resolve
+from selab.experiments.profiling import Profile, count_job
 from selab.models import catalog
 from selab.models.build import build
 from selab.records import verdict
@@ -180,20 +180,18 @@ def _request(budget: Budget, *, quick: bool, processes: int) -> Request:
 def _check_one(
     name: str, budget: Budget, report: Callable[[str, Any], object], *, quick: bool, processes: int
 ) -> Iterator[Finding]:
-    request = _request(budget, quick=quick, processes=processes)
+    job = resolve(_request(budget, quick=quick, processes=processes))
     latency: dict[Phase, Latency] = {}
     used: Memory | None = None
-    if request.phases:
-        profile = Profile(request)
+    if job.request.phases:
+        profile = Profile(job)
         profile.run(report)
         cost, base, latency, used = profile.cost, profile.baseline_cost, profile.latency, profile.memory
         assert cost is not None
     else:
         cost, base = _costs(budget)
         if any(getattr(budget, limit) is not None for limit in _PEAKS):
-            variant = catalog.find(budget.arch)
-            workload = workload_of(request, variant)
-            used = memory(build(variant, input_chw=workload.input_chw).model, workload)
+            used = memory(build(job.variant, input_chw=job.workload.input_chw).model, job.workload)
     for limit in LIMITS:
         allowed = getattr(budget, limit)
         if allowed is None:
@@ -208,11 +206,8 @@ def _check_one(
 
 
 def _costs(budget: Budget) -> tuple[Cost, Cost | None]:
-    record = count_record(budget.arch, batch=budget.batch, resolution=budget.resolution, counters=False)
-    if budget.baseline is None:
-        return record.cost, record.baseline_cost
-    other = count_record(budget.baseline, batch=budget.batch, resolution=budget.resolution, counters=False)
-    return record.cost, other.cost
+    record = count_job(resolve(_request(budget, quick=True, processes=1)), counters=False)
+    return record.cost, record.baseline_cost
 
 
 def _cost_finding(name: str, limit: str, allowed: float, budget: Budget, cost: Cost, base: Cost | None) -> Finding:

@@ -16,7 +16,7 @@ import msgspec
 from selab.bench.machine import available_cores
 from selab.bench.machine import machine as this_machine
 from selab.errors import OutOfMemoryError, SelabError
-from selab.experiments.job import Request
+from selab.experiments.job import Job
 from selab.experiments.sweep import Outcome, ResultCache, cell_words, measure
 from selab.experiments.workers import Report
 from selab.meta import first_line
@@ -46,9 +46,9 @@ class Worker:
         """The node as JSON of a `Machine`."""
         return msgspec.json.encode(this_machine(device))
 
-    def measure(self, request: bytes) -> bytes:
-        """The JSON of a `Request` → that of an `Answer`."""
-        asked = msgspec.json.decode(request, type=Request)
+    def measure(self, job: bytes) -> bytes:
+        """Measure a cell: the JSON of a `Job` → that of an `Answer`."""
+        asked = msgspec.json.decode(job, type=Job)
         try:
             answer = Answer(record=to_json(measure(asked, lambda _label, _state: None)))
         except SelabError as error:
@@ -56,15 +56,13 @@ class Worker:
         return msgspec.json.encode(answer)
 
 
-def swept(
-    asked: Sequence[Request], out: Path, report: Report, *, address: str, retry: bool = False
-) -> Iterator[Outcome]:
+def swept(asked: Sequence[Job], out: Path, report: Report, *, address: str, retry: bool = False) -> Iterator[Outcome]:
     """Measures the whole grid on every kind of machine in the cluster, shared among those that are equal.
 
     Args:
-        asked: of `sweep.cells`.
+        asked: of `sweep.resolve_cells`.
         out: the driver writes every record to OUT/<machine>/.
-        report: told of the progress.
+        report: called with the progress.
         address: of the cluster as `ray.init` takes it, or `local` for one on this machine alone.
         retry: as for `sweep.sweep`.
 
@@ -73,12 +71,12 @@ def swept(
             is not this one's.
         RecordError: a record cannot be written.
     """
-    with _connected(address, asked[0].device) as ray:
+    with _connected(address, asked[0].workload.device) as ray:
         report("waiting for the machines", None)
-        cluster = _Cluster(ray, address, asked[0].device)
+        cluster = _Cluster(ray, address, asked[0].workload.device)
         kinds = _kinds(cluster.seats(), out, retry=retry)
         for kind in kinds:
-            kind.waiting.extend((request, 0) for request in asked)
+            kind.waiting.extend((job, 0) for job in asked)
         yield from _shared(cluster, kinds, report)
 
 
@@ -200,9 +198,9 @@ class _Kind:
         waiting: cells, each with how many workers it has ended.
     """
 
-    ledger: ResultCache
+    cache: ResultCache
     idle: list[_Seat] = field(default_factory=list)
-    waiting: deque[tuple[Request, int]] = field(default_factory=deque)
+    waiting: deque[tuple[Job, int]] = field(default_factory=deque)
 
 
 def _versions(machine: Machine) -> str:
@@ -220,10 +218,10 @@ def _kinds(seats: Sequence[tuple[_Seat, Machine]], out: Path, *, retry: bool) ->
     for seat, there in seats:
         key = msgspec.json.encode((there.name, there.cpu, there.cores, there.gpu, sorted(there.libraries.items())))
         if named.setdefault(there.name, key) != key:
-            other = found[named[there.name]].ledger.machine
+            other = found[named[there.name]].cache.machine
             differing = ", ".join(_differing(there, other))
             raise SelabError(f"--ray: two machines are called {there.name} and differ in {differing}; make them equal")
-        found.setdefault(key, _Kind(ledger=ResultCache(out, there, retry=retry))).idle.append(seat)
+        found.setdefault(key, _Kind(cache=ResultCache(out, there, retry=retry))).idle.append(seat)
     return list(found.values())
 
 
@@ -240,7 +238,7 @@ class _Running:
 
     kind: _Kind
     seat: _Seat
-    request: Request
+    job: Job
     ended: int
 
 
@@ -261,43 +259,43 @@ def _shared(cluster: _Cluster, kinds: Sequence[_Kind], report: Report) -> Iterat
 def _handed_out(kind: _Kind, running: dict[Any, _Running]) -> Iterator[Outcome]:
     """Gives each idle worker a cell; those that need not be measured, or that nobody is left for, come out at once."""
     while kind.waiting and (kind.idle or not any(one.kind is kind for one in running.values())):
-        request, ended = kind.waiting.popleft()
+        job, ended = kind.waiting.popleft()
         try:
-            known = kind.ledger.known(request)
-            wanted = kind.ledger.wanted(request) if known is None else request
+            known = kind.cache.known(job)
+            wanted = kind.cache.wanted(job) if known is None else job
         except SelabError as error:
-            known = kind.ledger.failed(request, str(error))
+            known = kind.cache.failed(job, str(error))
         if known is not None:
             yield known
         elif not kind.idle:
-            yield kind.ledger.failed(request, f"no machine {kind.ledger.machine.name} is left; add one and go on")
+            yield kind.cache.failed(job, f"no machine {kind.cache.machine.name} is left; add one and go on")
         else:
             seat = kind.idle.pop()
             done = seat.worker.measure.remote(msgspec.json.encode(wanted))
-            running[done] = _Running(kind=kind, seat=seat, request=request, ended=ended)
+            running[done] = _Running(kind=kind, seat=seat, job=job, ended=ended)
 
 
 def _taken(cluster: _Cluster, done: Any, one: _Running) -> Iterator[Outcome]:
     """What became of a cell; nothing where its worker ended and another one is to try."""
     errors = importlib.import_module("ray.exceptions")
-    ledger, where = one.kind.ledger, cell_words(one.request)
+    cache, where = one.kind.cache, cell_words(one.job)
     try:
         answer = msgspec.json.decode(cluster.ray.get(done), type=Answer)
     except errors.RayError as error:
         # In front, so that another machine is asked first; a node's end is known only after a while.
         one.kind.idle[:0] = cluster.again(one.seat)
         if isinstance(error, errors.OutOfMemoryError):
-            yield ledger.failed(one.request, "out of memory: Ray ended the worker", of_memory=True)
+            yield cache.failed(one.job, "out of memory: Ray ended the worker", of_memory=True)
         elif one.ended + 1 < _MOST_ENDED:
-            one.kind.waiting.appendleft((one.request, one.ended + 1))
+            one.kind.waiting.appendleft((one.job, one.ended + 1))
         else:
-            yield ledger.failed(one.request, f"{where}: {_MOST_ENDED} workers ended in it: {first_line(error)}")
+            yield cache.failed(one.job, f"{where}: {_MOST_ENDED} workers ended in it: {first_line(error)}")
         return
     one.kind.idle.append(one.seat)
     try:
         if answer.error:
-            yield ledger.failed(one.request, answer.error, of_memory=answer.of_memory)
+            yield cache.failed(one.job, answer.error, of_memory=answer.of_memory)
         else:
-            yield ledger.measured(one.request, from_json(answer.record, where=where))
+            yield cache.measured(one.job, from_json(answer.record, where=where))
     except SelabError as error:
-        yield ledger.failed(one.request, str(error))
+        yield cache.failed(one.job, str(error))

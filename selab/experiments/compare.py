@@ -14,14 +14,14 @@ from selab.bench.machine import machine
 from selab.cost.count import count
 from selab.errors import RecordError, SpecError
 from selab.experiments.compared import Compared
-from selab.experiments.job import Request, workload_of
+from selab.experiments.job import Request, job_of, resolve
 from selab.experiments.profiling import Profile
 from selab.models import catalog
 from selab.models.build import build
 from selab.models.checkpoint import load
 from selab.models.provenance import address, is_stale, variants_of
 from selab.models.spec import Variant
-from selab.records.store import check_writable, file_name, partial_path, read_record, record_path, save
+from selab.records.store import check_writable, file_name, partial_path, save
 from selab.records.types import Frozen, Machine, Phase, Record
 from selab.training.data import Data
 from selab.training.distributed import join
@@ -246,11 +246,12 @@ class Comparison:
             SelabError: a network cannot be timed, or a record that lies there cannot be read.
         """
         for request in requests_of(self.record()).values():
-            profile = Profile(request)
-            path = profile.path(self.out)
-            if not (path.exists() and _holds_today(read_record(path), self.machine)):
+            job = resolve(request)
+            there = job.stored(self.out, self.machine.name)
+            if there is None or not _holds_today(there, self.machine):
+                profile = Profile(job)
                 profile.run(report)
-                save(profile.record(), path)
+                save(profile.record(), profile.path(self.out))
 
     def record(self) -> AccuracyRecord:
         """What has been trained so far."""
@@ -350,15 +351,9 @@ def compared(record: AccuracyRecord, folder: Path) -> Compared:
         costs[one.name] = count(built.model, (1, *record.data.input_chw), se_blocks=built.native)
     profiles = {}
     for phase, request in requests_of(record).items():
-        path = record_path(
-            folder.parent,
-            machine=folder.name,
-            arch=record.arch,
-            against=None if request.baseline is None else record.baseline,
-            workload=workload_of(request, variant).slug,
-        )
-        if path.exists():
-            profiles[phase] = read_record(path)
+        found = job_of(request, variant, baseline).stored(folder.parent, folder.name)
+        if found is not None:
+            profiles[phase] = found
     return Compared(record=record, costs=costs, forward=profiles.get("forward"), step=profiles.get("forward_backward"))
 
 

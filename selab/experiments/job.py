@@ -1,7 +1,9 @@
-"""What a user asks for: which networks, on what, for how long; and the command line that asks for it again."""
+"""What a user asks for, resolved once: the two networks, the workload, and how long to measure."""
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -9,19 +11,20 @@ from selab.bench.sampler import Plan
 from selab.errors import SpecError
 from selab.models import catalog
 from selab.models.spec import Variant
-from selab.records.types import PHASES, Device, Dtype, Frozen, MemoryFormat, Mode, Phase, Workload
+from selab.records.store import read_record, record_path
+from selab.records.types import PHASES, Device, Dtype, Frozen, MemoryFormat, Mode, Phase, Record, Workload
 
 
 class Request(Frozen, frozen=True, kw_only=True):
-    """Everything that decides a profile; the record's `command` is written from it.
+    """The options of a measurement as a user gives them; networks are names here.
 
     Attributes:
-        baseline: what to compare with; None for the one that the variant's facts name.
-        input_chw: channels, height and width of the input; None for those of the facts.
+        baseline: what to compare with; None for the variant's own baseline.
+        input_chw: channels, height and width of the input; None for the network's own.
         resolution: height and width of the input; None for those of `input_chw`.
-        threads: CPU threads of the headline; None for one thread, with all cores beside it.
+        threads: CPU threads of the headline; None for one thread, and a second row on all cores.
         budget_s: seconds of sampling per phase; None for 60 (quick: 15).
-        processes: fresh processes per figure; 1 measures in this one.
+        processes: fresh processes per figure; 1 measures in this process.
         cold: on a GPU, flush the L2 cache before each call.
     """
 
@@ -45,10 +48,13 @@ class Request(Frozen, frozen=True, kw_only=True):
     cold: bool = False
     phases: tuple[Phase, ...] = PHASES
 
-    @property
-    def command(self) -> str:
-        """The command line that asks for this."""
-        words = ["selab", "profile", "--arch", self.arch]
+    def command(self, verb: str = "profile") -> str:
+        """Return the command line that asks for the same again.
+
+        Args:
+            verb: the command of `selab`.
+        """
+        words = ["selab", verb, "--arch", self.arch]
         default = Request(arch=self.arch)
         for name, option in _OPTIONS.items():
             value = getattr(self, name)
@@ -82,29 +88,117 @@ _OPTIONS = {
 }
 
 
-def pair(request: Request) -> tuple[Variant, Variant]:
-    """The variant that is asked for, and its baseline.
+class Job(Frozen, frozen=True, kw_only=True):
+    """A request resolved: it travels as a value, and no name is looked up again.
+
+    Attributes:
+        baseline: None for a network that is a baseline itself, where the request names no other.
+        plan: how long to measure, and when to stop.
+    """
+
+    request: Request
+    variant: Variant
+    baseline: Variant | None
+    workload: Workload
+    plan: Plan
+
+    @property
+    def pair(self) -> tuple[Variant, Variant]:
+        """The variant and its baseline.
+
+        Raises:
+            SpecError: there is no baseline; names a variant of this network, if there is one.
+        """
+        if self.baseline is None:
+            arch = self.request.arch
+            others = [one.name for one in catalog.installed().values() if one.baseline == self.variant.name]
+            what = (
+                f"is a baseline itself; profile its variant: --arch {others[0]}, or" if others else "has no baseline;"
+            )
+            raise SpecError(f"--arch {arch}: {what} name what to compare with: `selab profile --baseline NAME`")
+        return self.variant, self.baseline
+
+    @property
+    def against(self) -> str | None:
+        """The baseline's name, if it is not the variant's own baseline; else None."""
+        if self.baseline is None or self.request.baseline is None:
+            return None
+        own = (self.variant.baseline, self.variant.file) == (self.baseline.name, self.baseline.file)
+        return None if own else self.baseline.name
+
+    def path(self, out: Path, machine: str) -> Path:
+        """Return where its record goes: `OUT/<machine>/<arch>.<workload>[.<phases>].json`.
+
+        A record of some phases has a path of its own, so that it never takes the place of a whole one.
+        """
+        phases = "" if set(self.request.phases) >= set(PHASES) else f".{'+'.join(self.request.phases)}"
+        return self._path(out, machine, phases)
+
+    def paths(self, out: Path, machine: str) -> tuple[Path, ...]:
+        """Return where a record of its phases may lie: `path`, then the path of the record of all phases."""
+        return tuple(dict.fromkeys((self.path(out, machine), self._path(out, machine, ""))))
+
+    def stored(self, out: Path, machine: str) -> Record | None:
+        """Return the record of its phases that lies under a folder; None where there is none.
+
+        Raises:
+            RecordError: a record cannot be trusted.
+        """
+        for path in self.paths(out, machine):
+            if path.exists():
+                record = read_record(path)
+                if record.latency.keys() >= set(self.request.phases):
+                    return record
+        return None
+
+    def _path(self, out: Path, machine: str, phases: str) -> Path:
+        workload = self.workload.slug + phases
+        return record_path(out, machine=machine, arch=self.variant.name, against=self.against, workload=workload)
+
+    def command(self, verb: str = "profile") -> str:
+        """Return the command line that asks for the same again, as `Request.command`."""
+        return self.request.command(verb)
+
+    def changed(self, **changes: Any) -> "Job":
+        """Return the job of the same two networks with other fields of its request."""
+        return job_of(msgspec.structs.replace(self.request, **changes), self.variant, self.baseline)
+
+
+def resolve(request: Request) -> Job:
+    """Look up the networks of a request.
 
     Raises:
-        SpecError: there is no baseline, or its input has another shape.
+        SpecError: the two networks have inputs of different shapes, or a file is malformed.
         UnknownNameError: no such name.
     """
     variant = catalog.find(request.arch)
-    baseline = catalog.find(request.baseline, option="--baseline") if request.baseline else catalog.baseline_of(variant)
-    if baseline is None:
-        others = [other.name for other in catalog.installed().values() if other.baseline == variant.name]
-        what = f"is a baseline itself; profile its variant: --arch {others[0]}, or" if others else "has no baseline;"
-        raise SpecError(f"--arch {request.arch}: {what} name what to compare with: `selab profile --baseline NAME`")
-    if request.input_chw is None and baseline.input_chw != variant.input_chw:
+    if request.baseline is None:
+        return job_of(request, variant, catalog.baseline_of(variant))
+    return job_of(request, variant, catalog.find(request.baseline, option="--baseline"))
+
+
+def job_of(request: Request, variant: Variant, baseline: Variant | None) -> Job:
+    """Return the job of two networks that are at hand.
+
+    Raises:
+        SpecError: their inputs have different shapes, and the request names none.
+    """
+    if baseline is not None and request.input_chw is None and baseline.input_chw != variant.input_chw:
         raise SpecError(
             f"--baseline {baseline.name}: its input is {list(baseline.input_chw)}, that of {variant.name} is "
             f"{list(variant.input_chw)}; only networks of equal input can be compared"
         )
-    return variant, baseline
+    workload = _workload_of(request, variant)
+    return Job(
+        request=request,
+        variant=variant,
+        baseline=baseline,
+        workload=workload,
+        plan=_plan_of(request),
+    )
 
 
-def workload_of(request: Request, variant: Variant, *, threads: int | None = None) -> Workload:
-    """The request's workload, on this many threads."""
+def _workload_of(request: Request, variant: Variant) -> Workload:
     channels, height, width = request.input_chw or variant.input_chw
     if request.resolution is not None:
         height = width = request.resolution
@@ -115,19 +209,13 @@ def workload_of(request: Request, variant: Variant, *, threads: int | None = Non
         dtype=request.dtype,
         memory_format=request.memory_format,
         mode=request.mode,
-        threads=threads or request.threads or 1,
+        threads=request.threads or 1,
         compiled=request.compiled,
         fused=request.fused,
         held_heap=request.held_heap,
     )
 
 
-def plan_of(request: Request, workload: Workload) -> Plan:
-    """How long to measure, from the request."""
-    plan = Plan.for_gpu(quick=request.quick) if workload.device == "cuda" else Plan.for_cpu(quick=request.quick)
+def _plan_of(request: Request) -> Plan:
+    plan = Plan.for_gpu(quick=request.quick) if request.device == "cuda" else Plan.for_cpu(quick=request.quick)
     return plan if request.budget_s is None else replace(plan, budget_s=request.budget_s)
-
-
-def quick_request(request: Request) -> Request:
-    """The same with the targets of `--quick`: for the rows beside the headline."""
-    return msgspec.structs.replace(request, quick=True)

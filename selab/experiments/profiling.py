@@ -1,4 +1,4 @@
-"""Runs the measurers on one variant and its baseline, and makes the record."""
+"""Count and measure one variant against its baseline, and make the record."""
 
 import sys
 from collections.abc import Iterable
@@ -20,25 +20,28 @@ from selab.cost.count import cost_of, count
 from selab.cost.crosscheck import compare
 from selab.cost.tracer import trace
 from selab.errors import ModelError, RecordError
-from selab.experiments.job import Request, pair, plan_of, quick_request, workload_of
+from selab.experiments.job import Job, Request, resolve
 from selab.experiments.workers import Failed, Report, build_pair, raw_runs, raw_runs_of_children
 from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.spec import Variant, pair_hash
 from selab.records import verdict
-from selab.records.store import record_path
 from selab.records.types import SCHEMA, Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
 
 
 class Profile:
-    """A profile while it grows; `record()` gives what there is at any moment, an interruption included."""
+    """A profile while it grows; `record()` returns what has been measured, also after an interruption.
 
-    def __init__(self, request: Request) -> None:
-        check_device(request.device)
-        self.request = request
-        self.variant, self.baseline = pair(request)
-        self.workload = workload_of(request, self.variant)
-        self.machine: Machine = machine(request.device)
+    Raises:
+        SpecError: the job has no baseline.
+        DeviceError: the device is not there.
+    """
+
+    def __init__(self, job: Job) -> None:
+        check_device(job.workload.device)
+        self.job = job
+        self.variant, self.baseline = job.pair
+        self.machine: Machine = machine(job.workload.device)
         self.cost: Cost | None = None
         self.baseline_cost: Cost | None = None
         self.insertions: tuple[Insertion, ...] = ()
@@ -50,78 +53,73 @@ class Profile:
         self.complete = False
 
     def path(self, out: Path) -> Path:
-        """Where its record goes, under this folder."""
-        own = self.baseline == catalog.baseline_of(self.variant)
-        return record_path(
-            out,
-            machine=self.machine.name,
-            arch=self.variant.name,
-            against=None if own else self.baseline.name,
-            workload=self.workload.slug,
-        )
+        """Return where its record goes, under this folder."""
+        return self.job.path(out, self.machine.name)
 
     def sites(self) -> tuple[Insertion, ...]:
-        """Where blocks go into the variant, before anything is measured."""
-        return build(self.variant, device="meta", input_chw=self.workload.input_chw).insertions
+        """Return the blocks that the variant gets; nothing is measured."""
+        return build(self.variant, device="meta", input_chw=self.job.workload.input_chw).insertions
 
     @property
     def measures_all_cores(self) -> bool:
-        """Whether a second row on all cores is due: on a CPU, unless the user chose the threads."""
-        return self.request.device == "cpu" and self.request.threads is None and self.machine.cores > 1
+        """Whether there is a second row on all cores: on a CPU, unless the user chose the threads."""
+        request = self.job.request
+        return request.device == "cpu" and request.threads is None and self.machine.cores > 1
 
     def run(self, report: Report) -> None:
-        """Counts, then times, then measures memory.
+        """Count, then time, then measure memory.
 
         Raises:
             SelabError: a network cannot be built, fails in inference, or returns NaN. Out of memory, or a failure in
-                training, is not raised: the rows that it concerns say so and the rest goes on.
+                training, is not raised: the rows that it concerns say so, and the rest is measured.
         """
-        # What a user's network prints is no part of our output.
+        # A user's network may print; standard output is not for it.
         with redirect_stdout(sys.stderr):
             self._run(report)
 
     def _run(self, report: Report) -> None:
-        built, other = build_pair(self.request, self.workload, self.variant, self.baseline)
+        built, other = build_pair(self.job)
         self.insertions = built.insertions
         variant, baseline = built.model, other.model
+        workload, seed = self.job.workload, self.job.request.seed
         report("counting", None)
-        self.cost = _counted(self.variant, built, self.workload)
-        self.baseline_cost = _counted(self.baseline, other, self.workload)
+        self.cost = _counted(self.variant, built, workload)
+        self.baseline_cost = _counted(self.baseline, other, workload)
         self._time(variant, baseline, report)
         report("memory", None)
-        self.memory = memory(variant, self.workload, seed=self.request.seed)
-        self.baseline_memory = memory(baseline, self.workload, seed=self.request.seed)
+        self.memory = memory(variant, workload, seed=seed)
+        self.baseline_memory = memory(baseline, workload, seed=seed)
         self.complete = True
 
     def _time(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:
-        rows = [(self.workload, self.latency, self.request)]
+        rows = [(self.job, self.latency)]
         if self.measures_all_cores:
-            workload = workload_of(self.request, self.variant, threads=self.machine.cores)
-            rows.append((workload, self.latency_all_cores, quick_request(self.request)))
-        for workload, into, request in rows:
+            rows.append((self.job.changed(threads=self.machine.cores, quick=True), self.latency_all_cores))
+        for job, into in rows:
             source = (
-                raw_runs(request, workload, variant, baseline, report)
-                if request.processes == 1
-                else raw_runs_of_children(request, workload, report)
+                raw_runs(job, variant, baseline, report)
+                if job.request.processes == 1
+                else raw_runs_of_children(job, report)
             )
+            headline = _method(job.workload, cold=job.request.cold)
             gathered: dict[tuple[Phase, str], list[RawPhase]] = {}
             for raw in source:
                 if isinstance(raw, Failed):
-                    into.setdefault(raw.phase, _summary(raw.phase, _method(workload), workload, request, [], raw.error))
+                    into.setdefault(raw.phase, _summary(raw.phase, _method(job.workload), job, [], raw.error))
                     continue
                 both = gathered.setdefault((raw.phase, raw.method), [])
                 both.append(raw)
-                latency = _summary(raw.phase, raw.method, workload, request, both)
-                if raw.method == _method(workload, cold=request.cold):
+                latency = _summary(raw.phase, raw.method, job, both)
+                if raw.method == headline:
                     into[raw.phase] = latency
-                if workload.device == "cuda":
+                if job.workload.device == "cuda":
                     self.gpu_methods.setdefault(raw.phase, {})[raw.method] = latency
 
     def record(self) -> Record:
-        """What has been measured so far.
+        """Return what has been measured so far.
 
         Raises:
-            RecordError: nothing has.
+            RecordError: nothing was measured yet.
         """
         if self.cost is None:
             raise RecordError("nothing was measured yet, so nothing is kept")
@@ -135,11 +133,11 @@ class Profile:
             baseline_origin=self.baseline.file,
             facts_hash=pair_hash(self.variant, self.baseline),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=self.request.command,
+            command=self.job.command(),
             complete=self.complete,
-            workload=self.workload,
+            workload=self.job.workload,
             machine=self.machine,
-            seed=self.request.seed,
+            seed=self.job.request.seed,
             cost=self.cost,
             baseline_cost=self.baseline_cost,
             insertions=self.insertions,
@@ -153,7 +151,7 @@ class Profile:
 
 
 def warnings_of(cost: Cost) -> tuple[str, ...]:
-    """What a reader of these costs must know: operators that are not in them, counters that failed."""
+    """Return what a reader of these costs must know: operators that are not in them, counters that failed."""
     unknown = [
         f"no counting rule for {name} ({calls} calls): not in the totals" for name, calls in cost.unknown.items()
     ]
@@ -167,19 +165,16 @@ def _method(workload: Workload, *, cold: bool = False) -> str:
     return "eager_event" if cold else "eager_wall"
 
 
-def _summary(
-    phase: Phase, method: str, workload: Workload, request: Request, raws: list[RawPhase], error: str = ""
-) -> Latency:
-    plan = plan_of(request, workload)
+def _summary(phase: Phase, method: str, job: Job, raws: list[RawPhase], error: str = "") -> Latency:
     return verdict.summarise(
         phase=phase,
         method=method,
-        statistic=plan.statistic,
-        threads=workload.threads,
-        mode=mode_of(phase, workload),
+        statistic=job.plan.statistic,
+        threads=job.workload.threads,
+        mode=mode_of(phase, job.workload),
         runs=[raw.run for raw in raws],
         controls=[control for raw in raws for control in raw.controls],
-        target_half_width=plan.target_half_width,
+        target_half_width=job.plan.target_half_width,
         error=error,
     )
 
@@ -187,7 +182,7 @@ def _summary(
 def _counted(
     variant: Variant, built: Built, workload: Workload, *, by_module: bool = False, counters: bool = True
 ) -> Cost:
-    """Ours and the other counters; by module only if asked, for that is a hundred kilobytes for a deep network."""
+    """Count a network, also with the other counters. By module only if asked: that is 100 kB for a deep network."""
     shape = (workload.batch, *workload.input_chw)
     dtype = DTYPES[workload.dtype]
     model = built.model
@@ -208,7 +203,7 @@ _PARALLEL_FROM = 24
 
 
 def counted(names: Iterable[str]) -> dict[str, Cost]:
-    """The cost of these variants for one image, without the other counters; many are counted on all cores."""
+    """Count these variants for one image, without the other counters; many of them on all cores."""
     chosen = list(names)
     processes = min(available_cores(), 8)
     if len(chosen) < _PARALLEL_FROM or processes < 2:
@@ -232,32 +227,44 @@ def count_record(
     by_module: bool = False,
     counters: bool = True,
 ) -> Record:
-    """Counts a variant and its baseline, without timing anything; the networks have no memory either (meta device).
+    """Count a network by its name, as `count_job`.
 
     Args:
-        arch: a catalog name, or a file and its variant.
+        arch: as `--arch`.
         batch: images.
-        input_chw: the input, if not that of the facts.
-        resolution: height and width, if not those of the input.
+        input_chw: channels, height and width of the input; None for the network's own.
+        resolution: height and width of the input; None for those of `input_chw`.
+        by_module: whether to keep the cost of each module.
+        counters: whether to ask the other counters, which takes most of the time.
+
+    Raises:
+        SelabError: the network cannot be found or built, or fails on this input.
+    """
+    request = Request(arch=arch, batch=batch, input_chw=input_chw, resolution=resolution)
+    return count_job(resolve(request), by_module=by_module, counters=counters)
+
+
+def count_job(job: Job, *, by_module: bool = False, counters: bool = True) -> Record:
+    """Count a variant and its baseline. Nothing is timed, and no weight has memory (meta device).
+
+    Args:
+        job: of the network; it may have no baseline.
         by_module: whether to keep the cost of each module.
         counters: whether to ask the other counters, which takes most of the time.
 
     Raises:
         SelabError: the network cannot be built, or fails on this input.
     """
-    variant = catalog.find(arch)
-    baseline = catalog.baseline_of(variant)
-    request = Request(arch=arch, batch=batch, input_chw=input_chw, resolution=resolution)
-    workload = workload_of(request, variant)
+    variant, baseline = job.variant, job.baseline
     costs = []
     insertions: tuple[Insertion, ...] = ()
     for one in (variant, baseline):
         if one is None:
             continue
         with redirect_stdout(sys.stderr):
-            built = build(one, device="meta", input_chw=workload.input_chw)
+            built = build(one, device="meta", input_chw=job.workload.input_chw)
             insertions = insertions or built.insertions
-            costs.append(_counted(one, built, workload, by_module=by_module, counters=counters))
+            costs.append(_counted(one, built, job.workload, by_module=by_module, counters=counters))
     return Record(
         schema=SCHEMA,
         selab=__version__,
@@ -268,9 +275,9 @@ def count_record(
         baseline_origin="" if baseline is None else baseline.file,
         facts_hash=pair_hash(variant, baseline),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=request.command.replace("selab profile", "selab count", 1),
+        command=job.command("count"),
         complete=True,
-        workload=workload,
+        workload=job.workload,
         machine=machine(),
         seed=0,
         cost=costs[0],

@@ -1,4 +1,4 @@
-"""Rooflines as tables, and how far the roof is from what networks take."""
+"""Rooflines of networks, and how much longer networks take than their roofline says."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -6,15 +6,14 @@ from typing import Any
 from selab.bench.devices import DeviceSpec
 from selab.bench.roofline import Peaks, Roofline, roofline
 from selab.errors import SelabError
-from selab.experiments.job import Request, workload_of
-from selab.models import catalog
+from selab.experiments.job import Job, Request, resolve
 from selab.models.build import build
 from selab.records.acceptance import Distance
 from selab.records.types import Dtype
 
 
 def published_peaks(device: DeviceSpec, dtype: Dtype) -> Peaks:
-    """A device's published peaks as those of a roofline; it has one bandwidth, that of its memory."""
+    """Return a device's published peaks; the one bandwidth is that of its memory."""
     return Peaks(
         dtype=dtype,
         flops_per_s=device.flops_per_s[dtype],
@@ -23,15 +22,16 @@ def published_peaks(device: DeviceSpec, dtype: Dtype) -> Peaks:
     )
 
 
-def roofline_of(request: Request, peaks: Peaks, *, measured: bool, budget_s: float) -> Roofline:
-    """Builds the network that is asked for and holds it under these peaks.
+def roofline_of(job: Job, peaks: Peaks, *, measured: bool, budget_s: float) -> Roofline:
+    """Build the network and compare its operators with these peaks.
 
     Raises:
-        SelabError: it cannot be built, or fails.
+        SelabError: the network cannot be built, or fails.
     """
-    variant = catalog.find(request.arch)
-    workload = workload_of(request, variant)
-    built = build(variant, input_chw=workload.input_chw, device="cpu" if measured else "meta")
+    workload = job.workload
+    built = build(
+        job.variant, input_chw=workload.input_chw, device="cpu" if measured else "meta", seed=job.request.seed
+    )
     return roofline(built.model, workload, peaks, native=built.native, measured=measured, budget_s=budget_s)
 
 
@@ -39,18 +39,18 @@ def roofline_of(request: Request, peaks: Peaks, *, measured: bool, budget_s: flo
 def distances(
     archs: Iterable[str], peaks: Peaks, report: Callable[[str, Any], object], *, budget_s: float = 0.0
 ) -> Iterator[Distance | SelabError]:
-    """Each network's time over its least time, on this device; a network that fails gives its error.
+    """Yield each network's time over its least time, on this device; a network that fails yields its error.
 
     Args:
         archs: as `--arch`.
         peaks: of this device, on one CPU thread.
-        report: told the name of each before it runs.
+        report: called with the name of each before it runs.
         budget_s: seconds to repeat each network for; it is run at least five times.
     """
     for arch in archs:
         report(arch, None)
         try:
-            found = roofline_of(Request(arch=arch, threads=1), peaks, measured=True, budget_s=budget_s)
+            found = roofline_of(resolve(Request(arch=arch, threads=1)), peaks, measured=True, budget_s=budget_s)
         except SelabError as error:
             yield error
             continue

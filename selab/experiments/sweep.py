@@ -1,4 +1,4 @@
-"""A grid of paired measurements: its cells, what is known of each already, and rows, tables and pictures of them."""
+"""A grid of paired measurements: its cells, and what is known of each already."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -11,20 +11,19 @@ import msgspec
 
 from selab.bench.machine import machine as this_machine
 from selab.errors import OutOfMemoryError, RecordError, SelabError
-from selab.experiments.job import Request, pair, plan_of, workload_of
-from selab.experiments.profiling import Profile, count_record
+from selab.experiments.job import Job, Request, job_of, resolve
+from selab.experiments.profiling import Profile, count_job
 from selab.experiments.workers import Report
-from selab.models import catalog
 from selab.models.provenance import is_stale
 from selab.records import store
-from selab.records.types import PHASES, Frozen, Machine, Record
+from selab.records.types import Frozen, Machine, Record
 
 State = Literal["measured", "taken over", "out of memory", "skipped", "failed"]
-Measure = Callable[[Request, Report], Record]
+Measure = Callable[[Job, Report], Record]
 
 
 class Mark(Frozen, frozen=True, kw_only=True):
-    """What is left of a cell that ran out of memory: why, and the command that asks for it."""
+    """The file of a cell that ran out of memory: why, and the command that asks for the cell."""
 
     reason: str
     command: str
@@ -32,14 +31,14 @@ class Mark(Frozen, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a cell on a machine.
+    """The result of a cell on a machine.
 
     Attributes:
         text: why it was not measured, in one line; empty if it was.
-        record: what was measured; of a cell that ran out of memory the phases that did not.
+        record: what was measured; of a cell that ran out of memory, the phases that did not.
     """
 
-    request: Request
+    job: Job
     machine: Machine
     state: State
     text: str = ""
@@ -68,55 +67,80 @@ def cells(archs: Sequence[str], resolutions: Sequence[int], batches: Sequence[in
     ]
 
 
-def mistakes(asked: Sequence[Request]) -> list[str]:
-    """What is wrong with the cells, one line each: networks, baselines, resolutions; nothing is measured."""
-    found: dict[str, None] = {}
-    for arch, resolution in dict.fromkeys((one.arch, one.resolution) for one in asked):
-        try:
-            pair(Request(arch=arch))
-        except SelabError as error:
-            found[str(error)] = None
+def resolve_cells(asked: Sequence[Request]) -> tuple[list[Job], list[str]]:
+    """Look up each network once, and count it at each of its input shapes; nothing is measured.
+
+    Returns:
+        The jobs, one for each cell that is right, and what is wrong with the others, one line for each network and
+        input.
+    """
+    jobs: list[Job] = []
+    networks: dict[tuple[str, str | None], Job | None] = {}
+    counted: dict[tuple[str, str | None, tuple[int, ...]], bool] = {}
+    wrong: dict[str, None] = {}
+    for request in asked:
+        name = (request.arch, request.baseline)
+        if name not in networks:
+            networks[name] = _found(request, wrong)
+        known = networks[name]
+        if known is None:
             continue
-        try:
-            count_record(arch, batch=1, resolution=resolution, counters=False)
-        except SelabError as error:
-            place = f"--resolution {resolution}: " if resolution is not None else ""
-            found[f"{place}{arch}: {error}"] = None
-    return list(found)
+        job = job_of(request, known.variant, known.baseline)
+        key = (*name, job.workload.input_chw)
+        if key not in counted:
+            counted[key] = _can_be_counted(job, wrong)
+        if counted[key]:
+            jobs.append(job)
+    return jobs, list(wrong)
 
 
-def cell_path(request: Request, out: Path, machine: str) -> Path:
-    """Where `selab profile` puts the cell's record on a machine of this name."""
-    variant, _ = pair(request)
-    slug = workload_of(request, variant).slug
-    return store.record_path(out, machine=machine, arch=variant.name, against=None, workload=slug)
+def _found(request: Request, wrong: dict[str, None]) -> Job | None:
+    try:
+        job = resolve(request)
+        job.pair  # noqa: B018 - raises where there is no baseline
+    except SelabError as error:
+        wrong[str(error)] = None
+        return None
+    return job
 
 
-def cell_words(request: Request) -> str:
-    """`se_mobilenet, batch 8, 224, bf16, channels last`: what tells a cell from the others."""
-    parts = [request.arch, f"batch {request.batch}", f"{resolution_of(request)}", request.dtype]
+def _can_be_counted(job: Job, wrong: dict[str, None]) -> bool:
+    resolution = job.request.resolution
+    place = "" if resolution is None else f"--resolution {resolution}: "
+    try:
+        count_job(job.changed(batch=1), counters=False)
+    except SelabError as error:
+        wrong[f"{place}{job.request.arch}: {error}"] = None
+        return False
+    return True
+
+
+def cell_words(job: Job) -> str:
+    """Return what tells a cell from the others: `se_mobilenet, batch 8, 224, bf16, channels last`."""
+    request = job.request
+    parts = [request.arch, f"batch {request.batch}", f"{resolution_of(job)}", request.dtype]
     return ", ".join([*parts, *(["channels last"] if request.memory_format == "channels_last" else [])])
 
 
-def resolution_of(request: Request) -> int:
-    """Return the height of the input of a request, in pixels."""
-    return workload_of(request, catalog.find(request.arch)).input_chw[1]
+def resolution_of(job: Job) -> int:
+    """Return the height of the input of a job, in pixels."""
+    return job.workload.input_chw[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
-def measure(request: Request, report: Report) -> Record:
-    """One cell, here and now.
+def measure(job: Job, report: Report) -> Record:
+    """Measure one cell in this process.
 
     Raises:
         SelabError: as `Profile.run`.
     """
-    profile = Profile(request)
+    profile = Profile(job)
     profile.run(report)
     return profile.record()
 
 
 class ResultCache:
-    """What is known of the cells on one machine; its folder holds records, and marks of what memory forbids.
+    """What is known of the cells on one machine; its folder holds records, and marks of what ran out of memory.
 
     Args:
         out: records go to OUT/<machine>/.
@@ -132,92 +156,97 @@ class ResultCache:
         self.out, self.machine, self.retry = out, machine, retry
         self._lost: list[Request] = []
 
-    def known(self, request: Request) -> Outcome | None:
-        """The outcome of a cell that need not be measured; None for one that must be.
+    def _records(self, job: Job) -> Iterator[Record]:
+        for path in job.paths(self.out, self.machine.name):
+            if path.exists():
+                yield store.read_record(path)
+
+    def known(self, job: Job) -> Outcome | None:
+        """Return the outcome of a cell that need not be measured; None for a cell that must be.
 
         Raises:
             RecordError: its record or its mark cannot be read.
         """
-        path = cell_path(request, self.out, self.machine.name)
-        record = store.read_record(path) if path.exists() else None
-        if record is not None and self._holds(record, request):
-            return self._outcome(request, "taken over", record=record)
-        mark = store.failed_path(path)
+        there = list(self._records(job))
+        record = next((one for one in there if self._holds(one, job)), None)
+        if record is not None:
+            return self._outcome(job, "taken over", record=record)
+        mark = store.failed_path(self._path(job))
         if mark.exists() and not self.retry:
-            self._lost.append(request)
-            return self._outcome(request, "out of memory", _read_mark(mark).reason, record)
+            self._lost.append(job.request)
+            return self._outcome(job, "out of memory", _read_mark(mark).reason, there[0] if there else None)
         with suppress(FileNotFoundError):
             mark.unlink()
-        smaller = next((lost for lost in self._lost if _is_larger(request, lost)), None)
+        smaller = next((lost for lost in self._lost if _is_larger(job.request, lost)), None)
         if smaller is None:
             return None
-        why = f"skipped: batch {smaller.batch} at {resolution_of(smaller)} ran out of memory"
-        return self._outcome(request, "skipped", why)
+        size = job.changed(resolution=smaller.resolution)
+        why = f"skipped: batch {smaller.batch} at {resolution_of(size)} ran out of memory"
+        return self._outcome(job, "skipped", why)
 
-    def wanted(self, request: Request) -> Request:
-        """The cell as it is to be measured: what its record holds is measured again, and no less thoroughly."""
-        path = cell_path(request, self.out, self.machine.name)
+    def wanted(self, job: Job) -> Job:
+        """Return the cell as it is to be measured: no less thoroughly than the record that it replaces."""
+        path = self._path(job)
         record = store.read_record(path) if path.exists() else None
         if record is None or not self._is_current(record):
-            return request
+            return job
         there = [one for one in record.latency.values() if not one.error]
-        target = plan_of(request, record.workload).target_half_width
-        return msgspec.structs.replace(
-            request,
-            phases=tuple(one for one in PHASES if one in request.phases or one in record.latency),
-            processes=max(request.processes, *(len(one.runs) for one in there), 1),
-            quick=request.quick and all(one.target_half_width >= target for one in there),
+        return job.changed(
+            processes=max(job.request.processes, *(len(one.runs) for one in there), 1),
+            quick=job.request.quick and all(one.target_half_width >= job.plan.target_half_width for one in there),
         )
 
-    def measured(self, request: Request, record: Record) -> Outcome:
-        """Keeps a cell's record, unless every phase failed; one that ran out of memory is marked.
+    def measured(self, job: Job, record: Record) -> Outcome:
+        """Keep a cell's record, unless every phase failed; a cell that ran out of memory is marked.
 
         Raises:
             RecordError: it cannot be written.
         """
-        errors = [one.error for one in record.latency.values() if one.error and one.phase in request.phases]
+        errors = [one.error for one in record.latency.values() if one.error and one.phase in job.request.phases]
         kept = None if errors and all(one.error for one in record.latency.values()) else record
         if kept is not None:
-            store.save(kept, cell_path(request, self.out, self.machine.name))
+            store.save(kept, self._path(job))
         of_memory = next(filter(is_of_memory, errors), None)
         if of_memory is not None:
-            return self._marked(request, of_memory, kept)
-        return self._outcome(request, "failed" if errors else "measured", errors[0] if errors else "", kept)
+            return self._marked(job, of_memory, kept)
+        return self._outcome(job, "failed" if errors else "measured", errors[0] if errors else "", kept)
 
-    def failed(self, request: Request, error: str, *, of_memory: bool = False) -> Outcome:
-        """Notes why a cell was not measured.
+    def failed(self, job: Job, error: str, *, of_memory: bool = False) -> Outcome:
+        """Note why a cell was not measured.
 
         Raises:
             RecordError: the mark cannot be written.
         """
         if of_memory or is_of_memory(error):
-            return self._marked(request, error, None)
-        return self._outcome(request, "failed", error)
+            return self._marked(job, error, None)
+        return self._outcome(job, "failed", error)
 
-    def _marked(self, request: Request, reason: str, record: Record | None) -> Outcome:
-        mark = Mark(reason=reason, command=request.command)
-        path = store.failed_path(cell_path(request, self.out, self.machine.name))
+    def _path(self, job: Job) -> Path:
+        return job.path(self.out, self.machine.name)
+
+    def _marked(self, job: Job, reason: str, record: Record | None) -> Outcome:
+        mark = Mark(reason=reason, command=job.command())
+        path = store.failed_path(self._path(job))
         store.write_atomically(path, msgspec.json.format(msgspec.json.encode(mark), indent=1) + b"\n")
-        self._lost.append(request)
-        return self._outcome(request, "out of memory", reason, record)
+        self._lost.append(job.request)
+        return self._outcome(job, "out of memory", reason, record)
 
-    def _outcome(self, request: Request, state: State, text: str = "", record: Record | None = None) -> Outcome:
-        return Outcome(request=request, machine=self.machine, state=state, text=text, record=record)
+    def _outcome(self, job: Job, state: State, text: str = "", record: Record | None = None) -> Outcome:
+        return Outcome(job=job, machine=self.machine, state=state, text=text, record=record)
 
     def _is_current(self, record: Record) -> bool:
         torch = [one.libraries.get("torch") for one in (record.machine, self.machine)]
         return record.complete and not is_stale(record) and torch[0] == torch[1]
 
-    def _holds(self, record: Record, request: Request) -> bool:
+    def _holds(self, record: Record, job: Job) -> bool:
         """Whether a record has all that is asked for: each phase, as narrowly, as long and from as many processes."""
-        plan = plan_of(request, record.workload)
-        found = [record.latency.get(phase) for phase in request.phases]
+        found = [record.latency.get(phase) for phase in job.request.phases]
         return self._is_current(record) and all(
             one is not None
             and not one.error
-            and one.target_half_width <= plan.target_half_width
-            and len(one.runs) >= request.processes
-            and all(run.status == "converged" or run.elapsed_s >= plan.budget_s for run in one.runs)
+            and one.target_half_width <= job.plan.target_half_width
+            and len(one.runs) >= job.request.processes
+            and all(run.status == "converged" or run.elapsed_s >= job.plan.budget_s for run in one.runs)
             and not (self.retry and one.verdict_kind == "no_result")
             for one in found
         )
@@ -243,7 +272,7 @@ def _is_larger(request: Request, lost: Request) -> bool:
 
 
 def sweep(
-    asked: Sequence[Request],
+    asked: Sequence[Job],
     out: Path,
     report: Report,
     *,
@@ -251,12 +280,12 @@ def sweep(
     machine: Machine | None = None,
     measure: Measure = measure,
 ) -> Iterator[Outcome]:
-    """Goes through the cells on this machine; whatever was measured is on the disk before its outcome is told.
+    """Go through the cells on this machine. A cell's record is on the disk before its outcome is yielded.
 
     Args:
-        asked: of `cells`.
+        asked: of `resolve_cells`.
         out: records go to OUT/<machine>/.
-        report: told of the progress.
+        report: called with the progress.
         retry: whether to measure again what ran out of memory or gave no result.
         machine: what is measured on; this one by default.
         measure: how.
@@ -264,22 +293,22 @@ def sweep(
     Raises:
         RecordError: a record cannot be written.
     """
-    ledger = ResultCache(out, machine or this_machine(asked[0].device), retry=retry)
-    for number, request in enumerate(asked, start=1):
-        report(f"{number} of {len(asked)}: {cell_words(request)}", None)
-        yield _swept(ledger, request, _of_cell(report, number, len(asked)), measure)
+    cache = ResultCache(out, machine or this_machine(asked[0].workload.device), retry=retry)
+    for number, job in enumerate(asked, start=1):
+        report(f"{number} of {len(asked)}: {cell_words(job)}", None)
+        yield _swept(cache, job, _of_cell(report, number, len(asked)), measure)
 
 
 def _of_cell(report: Report, number: int, total: int) -> Report:
     return lambda label, state: report(f"{number} of {total}: {label}", state)
 
 
-def _swept(ledger: ResultCache, request: Request, report: Report, measure: Measure) -> Outcome:
+def _swept(cache: ResultCache, job: Job, report: Report, measure: Measure) -> Outcome:
     try:
-        known = ledger.known(request)
+        known = cache.known(job)
         if known is not None:
             return known
-        record = measure(ledger.wanted(request), report)
+        record = measure(cache.wanted(job), report)
     except SelabError as error:
-        return ledger.failed(request, str(error), of_memory=isinstance(error, OutOfMemoryError))
-    return ledger.measured(request, record)
+        return cache.failed(job, str(error), of_memory=isinstance(error, OutOfMemoryError))
+    return cache.measured(job, record)

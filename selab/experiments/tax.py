@@ -19,7 +19,7 @@ from selab.bench.profiler import STAGES, WHOLE, record_steps
 from selab.bench.roofline import measure_peaks
 from selab.bench.runner import DTYPES, check_device, mode_of
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
-from selab.experiments.job import Request, pair, plan_of, workload_of
+from selab.experiments.job import Job, Request, resolve
 from selab.experiments.tax_implementations import is_plain, restyled
 from selab.experiments.tax_record import (
     AGAIN,
@@ -70,7 +70,7 @@ class TaxRequest(Frozen, frozen=True, kw_only=True):
     @property
     def command(self) -> str:
         """The command line that asks for this."""
-        words = self.request.command.replace("selab profile", "selab tax", 1)
+        words = self.request.command("tax")
         chosen = "" if self.implementations == ALL else "".join(f" --impl {name}" for name in self.implementations)
         return words + chosen
 
@@ -116,8 +116,9 @@ class Tax:
         request = asked.request
         check_device(request.device)
         self.asked = asked
-        self.variant, self.baseline = catalog.find(request.arch), None
-        self.workload = workload_of(request, self.variant)
+        self.job = resolve(request)
+        self.variant, self.baseline = self.job.variant, None
+        self.workload = self.job.workload
         with redirect_stdout(sys.stderr):
             built = build(self.variant, device="meta", input_chw=self.workload.input_chw)
         self.implementations = asked.implementations
@@ -129,7 +130,7 @@ class Tax:
             self._left_in = _left_in(built)
         else:
             _check_any(built, self.variant, request.arch)
-            self.variant, self.baseline = pair(request)
+            self.variant, self.baseline = self.job.pair
             self.blocks = built.insertions
             _check_blocks(built, request.arch)
             if self.baseline is not None and self.baseline.se is not None:
@@ -141,12 +142,11 @@ class Tax:
 
     def path(self, out: Path) -> Path:
         """Where its record goes, under this folder."""
-        other = None if self.baseline == catalog.baseline_of(self.variant) else self.baseline
         return tax_path(
             out,
             machine=self.machine.name,
             arch=self.variant.name,
-            against=None if other is None else other.name,
+            against=self.job.against,
             workload=self.workload.slug,
             phase=self.asked.phase,
         )
@@ -168,8 +168,9 @@ class Tax:
         measured = self._implementations()
         networks = self._networks(measured)
         pairs = _pairs(measured)
-        plan = plan_of(request, workload)
-        found = measure_networks(networks, pairs, workload, phase, plan, report, seed=request.seed, words_of=words_of)
+        found = measure_networks(
+            networks, pairs, workload, phase, self.job.plan, report, seed=request.seed, words_of=words_of
+        )
         profiled = None
         if REFERENCE in measured and not workload.compiled and not _failed(found, REFERENCE):
             report("profiling the reference", None)
@@ -191,7 +192,7 @@ class Tax:
             implementations=self.implementations,
             blocks=self.blocks,
             bandwidths=peaks.bandwidths,
-            pairs=tuple(_summaries(found, pairs, self.workload, phase, request)),
+            pairs=tuple(_summaries(found, pairs, self.job, phase)),
             profiled=profiled,
             saved_for_backward_bytes={
                 name: size for name, size in found.saved_for_backward.items() if name not in (AGAIN, *WITHOUT.values())
@@ -380,10 +381,8 @@ def _failed(found: Together, name: str) -> bool:
     return any(failed == name for _, failed in found.failed)
 
 
-def _summaries(
-    found: Together, pairs: Sequence[Pair], workload: Workload, phase: Phase, request: Request
-) -> Iterator[TaxPair]:
-    plan = plan_of(request, workload)
+def _summaries(found: Together, pairs: Sequence[Pair], job: Job, phase: Phase) -> Iterator[TaxPair]:
+    plan, workload = job.plan, job.workload
     for method, runs in found.runs.items():
         control = runs.get((BASELINE, AGAIN))
         for one in pairs:

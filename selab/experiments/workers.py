@@ -1,7 +1,7 @@
-"""Measuring in this process or in fresh ones; both give raw runs.
+"""Measure in this process or in fresh ones; both give raw runs.
 
-A fresh process is this module run as a program: it reads an order as JSON from its standard input and writes one JSON
-object per line, progress and raw runs, to its standard output.
+A fresh process is this module run as a program. It reads a `WorkerJob` as JSON from its standard input. It writes one
+JSON object per line, progress and raw runs, to its standard output.
 """
 
 import subprocess
@@ -15,42 +15,35 @@ from torch import nn
 from selab.bench.latency import RawPhase, measure_phase, networks
 from selab.bench.sampler import Progress
 from selab.errors import ModelError, OutOfMemoryError, SelabError
-from selab.experiments.job import Request, pair, plan_of
+from selab.experiments.job import Job
 from selab.models.build import Built, build
-from selab.models.spec import Variant
-from selab.records.types import Frozen, Phase, Workload
+from selab.records.types import Frozen, Phase
 
 Report = Callable[[str, Progress | None], object]
 
 
 class Failed(Frozen, frozen=True, kw_only=True):
-    """A phase that cannot run: the memory does not hold it, or the network fails in it."""
+    """A phase without a result: out of memory, or the network fails in it."""
 
     phase: Phase
     error: str
 
 
-def build_pair(request: Request, workload: Workload, variant: Variant, baseline: Variant) -> tuple[Built, Built]:
-    """Both networks of a request, with the same seed."""
-    made = [build(one, seed=request.seed, input_chw=workload.input_chw) for one in (variant, baseline)]
+def build_pair(job: Job) -> tuple[Built, Built]:
+    """Build the variant and the baseline of a job, with the same seed."""
+    made = [build(one, seed=job.request.seed, input_chw=job.workload.input_chw) for one in job.pair]
     return made[0], made[1]
 
 
 def raw_runs(
-    request: Request,
-    workload: Workload,
-    variant: nn.Module,
-    baseline: nn.Module,
-    report: Report,
-    *,
-    quad_seed: int | None = None,
+    job: Job, variant: nn.Module, baseline: nn.Module, report: Report, *, quad_seed: int | None = None
 ) -> Iterator[RawPhase | Failed]:
-    """Measures every phase in this process; a phase that cannot run is told and the next one is tried.
+    """Measure every phase of a job in this process. A phase that fails is yielded as `Failed`; the next one is tried.
 
-    The weights and the input come from the request's seed; the order of the quads may have its own, so that processes
-    differ in nothing else.
+    The weights and the input come from the request's seed. The order of the quads may have a seed of its own, so that
+    processes differ in nothing else.
     """
-    plan = plan_of(request, workload)
+    request, workload = job.request, job.workload
     threads = f", {workload.threads} thread{'s' if workload.threads > 1 else ''}" if workload.device == "cpu" else ""
     report(f"preparing{threads}", None)
     names = (request.baseline or f"the baseline of {request.arch}", request.arch)
@@ -62,7 +55,7 @@ def raw_runs(
                     raws = measure_phase(
                         nets,
                         phase,
-                        plan,
+                        job.plan,
                         seed=request.seed if quad_seed is None else quad_seed,
                         cold=request.cold,
                         progress=_of_phase(report, phase, threads),
@@ -88,7 +81,7 @@ def _of_phase(report: Report, phase: Phase, threads: str) -> Report:
 
 
 class _Line(Frozen, frozen=True, kw_only=True):
-    """One line that a child process writes: progress, a result, or why it ended."""
+    """One line of a child process: progress, a result, or an error."""
 
     label: str = ""
     quads: int = 0
@@ -101,18 +94,18 @@ class _Line(Frozen, frozen=True, kw_only=True):
 
 
 class WorkerJob(Frozen, frozen=True, kw_only=True):
-    """What a child process is asked."""
+    """The input of a child process: a job, and the seed of the order of its quads."""
 
-    request: Request
-    workload: Workload
+    job: Job
     quad_seed: int
 
 
-def raw_runs_of_children(request: Request, workload: Workload, report: Report) -> Iterator[RawPhase | Failed]:
-    """The same from as many fresh processes as the request asks for, one after the other."""
-    for number in range(request.processes):
-        order = WorkerJob(request=request, workload=workload, quad_seed=request.seed + number)
-        yield from _child(order, _of_process(report, number + 1, request.processes))
+def raw_runs_of_children(job: Job, report: Report) -> Iterator[RawPhase | Failed]:
+    """Measure as `raw_runs` does, in as many fresh processes as the request names, one after the other."""
+    processes = job.request.processes
+    for number in range(processes):
+        order = WorkerJob(job=job, quad_seed=job.request.seed + number)
+        yield from _child(order, _of_process(report, number + 1, processes))
 
 
 def _of_process(report: Report, number: int, processes: int) -> Report:
@@ -151,7 +144,7 @@ def _progress(line: _Line) -> Progress | None:
 
 
 def worker_main() -> None:
-    """The child: one order in, lines out."""
+    """Run the child process: read one job, write lines."""
     lines = sys.stdout.buffer
 
     def write(line: _Line) -> None:
@@ -167,16 +160,15 @@ def worker_main() -> None:
 
     try:
         order = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerJob)
-        variant, baseline = pair(order.request)
-        # What a user's network prints is none of the lines.
+        # A user's network may print; standard output is for the lines alone.
         with redirect_stdout(sys.stderr):
-            first, second = (built.model for built in build_pair(order.request, order.workload, variant, baseline))
-            for raw in raw_runs(order.request, order.workload, first, second, report, quad_seed=order.quad_seed):
+            first, second = (built.model for built in build_pair(order.job))
+            for raw in raw_runs(order.job, first, second, report, quad_seed=order.quad_seed):
                 write(_Line(failed=raw) if isinstance(raw, Failed) else _Line(raw=raw))
     except SelabError as error:
         write(_Line(error=str(error)))
     except KeyboardInterrupt:
-        sys.exit(1)  # the parent was interrupted as well, and is_rank_zero
+        sys.exit(1)  # the parent was interrupted as well, and says so
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from selab import units
 from selab.attention.config import SEConfig
 from selab.errors import SelabError
-from selab.experiments.job import Request, pair
+from selab.experiments.job import Job
 from selab.experiments.sweep import Outcome, cell_words, is_of_memory, resolution_of
 from selab.experiments.workers import Report
 from selab.records import store
@@ -66,19 +66,19 @@ def rows(outcomes: Sequence[Outcome]) -> list[Row]:
 
 def _by_phase(outcome: Outcome) -> list[tuple[str, Latency | None]]:
     found = {} if outcome.record is None else outcome.record.latency
-    return [(phase, found.get(phase)) for phase in outcome.request.phases]
+    return [(phase, found.get(phase)) for phase in outcome.job.request.phases]
 
 
 def _row(outcome: Outcome, latency: Latency | None, phase: str) -> Row:
-    request, record = outcome.request, outcome.record
-    variant, baseline = pair(request)
+    request, record = outcome.job.request, outcome.record
+    variant, baseline = outcome.job.pair
     cost = None if record is None else record.cost
     memory = None if record is None else record.memory
     return {
         "arch": variant.name,
         "baseline": baseline.name,
         "batch": request.batch,
-        "resolution": resolution_of(request),
+        "resolution": resolution_of(outcome.job),
         "dtype": request.dtype,
         "memory_format": request.memory_format,
         "reduction": variant.se.reduction if isinstance(variant.se, SEConfig) else None,
@@ -92,7 +92,7 @@ def _row(outcome: Outcome, latency: Latency | None, phase: str) -> Row:
         "peak_forward_bytes": None if memory is None else memory.peak_forward_bytes,
         "machine": outcome.machine.name,
         "torch": outcome.machine.libraries.get("torch"),
-        "command": request.command,
+        "command": request.command(),
     }
 
 
@@ -167,15 +167,15 @@ def _encoded(lines: Sequence[Row], path: Path) -> bytes:
 
 # --------------------------------------------------------------------------------------------------------------- shown
 _VERDICTS = {"undecided": "no difference measured", "no_result": "no result"}
-_AXES: Mapping[str, Callable[[Request], str]] = {
-    "batch": lambda one: str(one.batch),
+_AXES: Mapping[str, Callable[[Job], str]] = {
+    "batch": lambda one: str(one.workload.batch),
     "resolution": lambda one: str(resolution_of(one)),
-    "dtype": lambda one: one.dtype,
-    "memory format": lambda one: one.memory_format.replace("_", " "),
+    "dtype": lambda one: one.workload.dtype,
+    "memory format": lambda one: one.workload.memory_format.replace("_", " "),
 }
 
 
-def sweep_tables(outcomes: Sequence[Outcome], asked: Sequence[Request]) -> list[Table]:
+def sweep_tables(outcomes: Sequence[Outcome], asked: Sequence[Job]) -> list[Table]:
     """The table of a sweep, one for each machine: what varies, the base's time, the change, what may be said.
 
     Args:
@@ -185,7 +185,7 @@ def sweep_tables(outcomes: Sequence[Outcome], asked: Sequence[Request]) -> list[
     values = {name: list(dict.fromkeys(map(read, asked))) for name, read in _AXES.items()}
     varying = [name for name in _AXES if len(values[name]) > 1]
     fixed = [f"{name} {values[name][0]}" for name in _AXES if name not in varying]
-    phases = asked[0].phases
+    phases = asked[0].request.phases
     columns = ("", *varying, *(["phase"] if len(phases) > 1 else []), "base", "change", "verdict")
     fixed += [] if len(phases) > 1 else [PHASE_NAMES[phases[0]]]
     return [
@@ -211,11 +211,11 @@ def _notes(group: Sequence[Outcome]) -> list[str]:
 
 
 def _lines(outcome: Outcome, varying: Sequence[str]) -> list[tuple[str, ...]]:
-    request = outcome.request
+    request = outcome.job.request
     several = len(request.phases) > 1
     lines = []
     for phase, latency in _by_phase(outcome):
-        cells = (request.arch, *(_AXES[name](request) for name in varying))
+        cells = (request.arch, *(_AXES[name](outcome.job) for name in varying))
         cells += (PHASE_NAMES[phase],) if several else ()  # type: ignore[index]
         base = NONE if latency is None or latency.baseline_s is None else units.seconds(latency.baseline_s)
         lines.append((*cells, base, change_words(latency), _said(outcome, latency)))
@@ -233,7 +233,7 @@ def _said(outcome: Outcome, latency: Latency | None) -> str:
 
 @contextmanager
 def showing(
-    console: "Console", asked: Sequence[Request], words: Callable[[Any], str]
+    console: "Console", asked: Sequence[Job], words: Callable[[Any], str]
 ) -> Iterator[tuple[Report, Callable[[Outcome], object]]]:
     """The table while it grows, drawn only when something is told, so that nothing runs beside a measurement.
 
@@ -251,7 +251,7 @@ def showing(
             done.append(outcome)
             said = "; ".join(" ".join(line[1:]) for line in _lines(outcome, ()))
             console.print(
-                f"{len(done)}: {cell_words(outcome.request)}: {said}", highlight=False, soft_wrap=True, markup=False
+                f"{len(done)}: {cell_words(outcome.job)}: {said}", highlight=False, soft_wrap=True, markup=False
             )
 
         yield lambda _label, _state: None, tell
@@ -265,12 +265,12 @@ def showing(
         def draw(label: str, state: Any) -> None:
             line = Text(label if state is None else f"{label}: {words(state)}")
             # The last cells that fit; all of them are printed at the end. A row may take two lines.
-            last = done[-max(1, (console.height - 8) // (2 * len(asked[0].phases))) :]
+            last = done[-max(1, (console.height - 8) // (2 * len(asked[0].request.phases))) :]
             live.update(Group(*sweep_tables(last, asked), line), refresh=True)
 
         def tell_live(outcome: Outcome) -> None:
             done.append(outcome)
-            draw(cell_words(outcome.request), None)
+            draw(cell_words(outcome.job), None)
 
         yield draw, tell_live
 
@@ -305,9 +305,9 @@ def write_pictures(outcomes: Sequence[Outcome], folder: Path) -> list[str]:
 def _pictures(group: Sequence[Outcome]) -> dict[str, Callable[[], registry.Picture]]:
     """What is drawn of one machine's cells, by the file's name."""
     records = [one.record for one in group if one.record is not None]
-    phase = group[0].request.phases[0]
+    phase = group[0].job.request.phases[0]
     missing = [
-        report_figures_base.LeftOut(name=cell_words(one.request), why=one.state) for one in group if one.record is None
+        report_figures_base.LeftOut(name=cell_words(one.job), why=one.state) for one in group if one.record is None
     ]
     slugs = Counter(record.workload.slug for record in records)
     commonest = min(slugs, key=lambda slug: (-slugs[slug], slug), default=None)
@@ -315,7 +315,7 @@ def _pictures(group: Sequence[Outcome]) -> dict[str, Callable[[], registry.Pictu
         "tax_batch.svg": lambda: report_figures_lines.tax_lines(records, "batch", phase=phase, missing=missing),
         "latency_macs.svg": lambda: scatter.points("macs", "latency", records=records, workload=commonest),
     }
-    if len({resolution_of(one.request) for one in group}) > 1:
+    if len({resolution_of(one.job) for one in group}) > 1:
         found["tax_resolution.svg"] = lambda: report_figures_lines.tax_lines(
             records, "resolution", phase=phase, missing=missing
         )

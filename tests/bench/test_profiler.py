@@ -17,7 +17,7 @@ from selab.attention.insert import insert_se
 from selab.bench.profiler import WHOLE, named_ranges, record_steps
 from selab.errors import RecordError
 from selab.experiments import timeline
-from selab.experiments.job import Request
+from selab.experiments.job import Request, resolve
 from selab.report import traces
 
 
@@ -72,9 +72,9 @@ def test_another_block_is_one_range(workload):
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     out = tmp_path_factory.mktemp("traces")
-    request = Request(arch="se_small_cnn", threads=1)
-    path = timeline.trace_path(request, "forward", out)
-    timeline.write_trace(timeline.recorded(request, "forward", steps=2), path, replace=False)
+    job = resolve(Request(arch="se_small_cnn", threads=1))
+    path = timeline.trace_path(job, "forward", out)
+    timeline.write_trace(timeline.recorded(job, "forward", steps=2), path, replace=False)
     return path
 
 
@@ -94,8 +94,8 @@ def test_a_trace_has_ranges_shapes_memory_and_stacks(trace):
 
 
 def test_a_trace_is_not_written_over(trace, tmp_path):
-    request = Request(arch="se_small_cnn", threads=1)
-    found = timeline.recorded(request, "forward", steps=1)
+    job = resolve(Request(arch="se_small_cnn", threads=1))
+    found = timeline.recorded(job, "forward", steps=1)
     with pytest.raises(RecordError, match="exists; give --replace"):
         timeline.write_trace(found, trace, replace=False)
     before = trace.read_bytes()

@@ -15,8 +15,7 @@ from selab.bench.machine import machine
 from selab.bench.roofline import Peaks, Point, Roofline, roofline
 from selab.errors import ModelError, SelabError, SpecError, UnknownNameError
 from selab.experiments import roofline as experiments_roofline
-from selab.experiments.job import Request, workload_of
-from selab.models.catalog import find
+from selab.experiments.job import Request, resolve
 from selab.records.acceptance import Distance, RoofDistances
 from selab.report import traces
 from selab.report.figures import registry
@@ -123,7 +122,7 @@ def made_up():
 
 
 def test_the_table_has_the_efficiency_and_se_together():
-    work = workload_of(Request(arch="se_small_cnn"), find("se_small_cnn"))
+    work = resolve(Request(arch="se_small_cnn")).workload
     grid = traces.roofline_table(made_up(), arch="x", workload=work, place="here")
     rows = {row[0]: row for row in grid.rows}
     assert rows["conv ×1"][-1] == "50.0 %"
@@ -132,7 +131,7 @@ def test_the_table_has_the_efficiency_and_se_together():
 
 
 def test_a_prediction_is_called_one():
-    work = workload_of(Request(arch="se_small_cnn"), find("se_small_cnn"))
+    work = resolve(Request(arch="se_small_cnn")).workload
     points = tuple(
         Point(**{**{name: getattr(one, name) for name in Point.__dataclass_fields__}, "measured_s": None})
         for one in made_up().points
@@ -147,7 +146,7 @@ def test_a_prediction_is_called_one():
 
 
 def test_the_picture_is_drawn(tmp_path):
-    work = workload_of(Request(arch="se_small_cnn"), find("se_small_cnn"))
+    work = resolve(Request(arch="se_small_cnn")).workload
     shown = report_figures_roofline.roof(made_up(), arch="x", workload=work, place="here")
     assert [mark.inside_se for mark in shown.marks] == [False, True]
     registry.draw(shown, tmp_path / "roof.svg")

@@ -16,7 +16,7 @@ import torch
 from selab.bench.machine import contention_flags, machine, read_cpu, threads_and_affinity
 from selab.bench.runner import phase_call, prepare
 from selab.bench.sampler import Plan, WallArm, measure, measure_control
-from selab.experiments.job import Request, workload_of
+from selab.experiments.job import Request, resolve
 from selab.models.build import build
 from selab.models.catalog import find
 from selab.records import estimate, verdict
@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
 
     variant = find(options.arch)
-    workload = workload_of(Request(arch=options.arch), variant)
+    workload = resolve(Request(arch=options.arch)).workload
     plan = replace(Plan.for_cpu(), target_half_width=0.001, budget_s=options.seconds - 1)
     before = read_cpu()
     with threads_and_affinity(1):

@@ -13,7 +13,8 @@ import pytest
 from selab.bench.machine import machine
 from selab.errors import OutOfMemoryError, SelabError
 from selab.experiments import cluster, sweep
-from selab.experiments.profiling import count_record
+from selab.experiments.job import resolve
+from selab.experiments.profiling import count_job
 from selab.records import store
 from selab.records.types import Machine
 
@@ -68,7 +69,7 @@ class FakeRay(ModuleType):
         return SimpleNamespace(options=options)
 
     def _measured(self, node, request):
-        self.order.append((node, msgspec.json.decode(request)["batch"]))
+        self.order.append((node, msgspec.json.decode(request)["request"]["batch"]))
         if self.faults.get(node):
             self.alive[node] = node not in self.dies
             raise self.faults[node].popleft()
@@ -81,11 +82,11 @@ class FakeRay(ModuleType):
         return calls[:1], calls[1:]
 
 
-def fake_measure(request, report):
-    if request.batch == 64:
+def fake_measure(job, report):
+    if job.request.batch == 64:
         raise OutOfMemoryError("out of memory: no room")
-    record = count_record(request.arch, batch=request.batch, counters=False)
-    return msgspec.structs.replace(record, kind="profile", command=request.command)
+    record = count_job(job, counters=False)
+    return msgspec.structs.replace(record, kind="profile", command=job.command())
 
 
 @pytest.fixture
@@ -112,7 +113,8 @@ OTHER: Machine = msgspec.structs.replace(HERE, name="another", cpu="Another")
 
 
 def grid(batches=(1, 2, 4)):
-    return sweep.cells(["se_small_cnn"], [], batches, phases=("forward",), threads=1, quick=True)
+    cells = sweep.cells(["se_small_cnn"], [], batches, phases=("forward",), threads=1, quick=True)
+    return [resolve(one) for one in cells]
 
 
 def swept(out, *, batches=(1, 2, 4), address="there:6379"):

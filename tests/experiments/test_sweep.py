@@ -13,10 +13,10 @@ from selab.bench.machine import machine
 from selab.cli.console import measuring_words
 from selab.errors import ModelError, OutOfMemoryError, RecordError, SelabError
 from selab.experiments import sweep
-from selab.experiments.job import Request, plan_of, workload_of
+from selab.experiments.job import Request, resolve
 from selab.experiments.profiling import Profile, count_record
 from selab.records import store, verdict
-from selab.records.types import ABBABlock, Run, from_json
+from selab.records.types import PHASES, ABBABlock, Run, from_json
 from selab.report import sweep as report_sweep
 from selab.report.figures import base as report_figures_base
 from selab.report.figures import lines as report_figures_lines
@@ -56,12 +56,12 @@ class Fake:
         self.asked = []
         self.faults = faults.get("faults", {})
 
-    def __call__(self, request, report):
+    def __call__(self, job, report):
+        request = job.request
         self.asked.append(request)
         fault = self.faults.get((request.batch, request.resolution))
         if isinstance(fault, BaseException):
             raise fault
-        work = workload_of(request, sweep.catalog.find(request.arch))
         errors = fault or {}
         latency = {
             phase: verdict.summarise(
@@ -72,14 +72,14 @@ class Fake:
                 mode="eval",
                 runs=[] if phase in errors else [run(1.1)] * request.processes,
                 controls=[] if phase in errors else [run(1.0)],
-                target_half_width=plan_of(request, work).target_half_width,
+                target_half_width=job.plan.target_half_width,
                 error=errors.get(phase, ""),
             )
             for phase in request.phases
         }
         record = counted(request.arch, request.batch, request.resolution)
         return msgspec.structs.replace(
-            record, kind="profile", workload=work, latency=latency, command=request.command, machine=machine()
+            record, kind="profile", workload=job.workload, latency=latency, command=job.command(), machine=machine()
         )
 
     @property
@@ -92,8 +92,16 @@ def grid(*, archs=(ARCH,), batches=(1, 2, 4), resolutions=(16, 32), **axes):
     return sweep.cells(archs, resolutions, batches, **axes)
 
 
+def jobs(asked):
+    return [resolve(request) for request in asked]
+
+
+def path_of(request, out):
+    return resolve(request).path(out, machine().name)
+
+
 def swept(asked, out, measure=None, **options):
-    return list(sweep.sweep(asked, out, lambda *_: None, measure=measure or Fake(), **options))
+    return list(sweep.sweep(jobs(asked), out, lambda *_: None, measure=measure or Fake(), **options))
 
 
 def states(outcomes):
@@ -112,19 +120,19 @@ def test_batches_rise_within_resolutions_within_settings():
 
 def test_records_lie_where_profile_puts_them(tmp_path):
     for request in grid(archs=(ARCH, f"{ARCH}+reduction=8"), resolutions=()):
-        assert sweep.cell_path(request, tmp_path, machine().name) == Profile(request).path(tmp_path)
+        assert path_of(request, tmp_path) == Profile(resolve(request)).path(tmp_path)
 
 
 def test_mistakes_of_networks_and_resolutions_are_told_before_anything_is_measured():
     asked = grid(archs=("resnet20_cifar", "se_small_cnn"), batches=(1, 2))
-    base, small = sweep.mistakes(asked)
+    base, small = sweep.resolve_cells(asked)[1]
     assert "is a baseline itself; profile its variant: --arch se_resnet20_cifar, or name" in base
     assert small.startswith("--resolution 16: se_small_cnn: ")
-    assert sweep.mistakes(grid()) == []
+    assert sweep.resolve_cells(grid()) == (jobs(grid()), [])
 
 
 def test_a_network_without_a_baseline_is_told_so(toy):
-    (mistake,) = sweep.mistakes(grid(archs=(f"{toy}:toy",), batches=(1,), resolutions=()))
+    (mistake,) = sweep.resolve_cells(grid(archs=(f"{toy}:toy",), batches=(1,), resolutions=()))[1]
     assert mistake.endswith(":toy: has no baseline; name what to compare with: `selab profile --baseline NAME`")
 
 
@@ -146,7 +154,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("change", ["stale", "incomplete", "other torch", "wide"])
 def test_what_is_not_what_was_asked_is_measured_again(tmp_path, change):
     asked = grid(batches=(1,), resolutions=(16,), quick=change != "wide")
-    record = Fake()(grid(batches=(1,), resolutions=(16,))[0], None)
+    record = Fake()(resolve(grid(batches=(1,), resolutions=(16,))[0]), None)
     other = msgspec.structs.replace(record.machine, libraries={"torch": "0.1"})
     changes = {
         "stale": {"facts_hash": "an older one"},
@@ -154,7 +162,7 @@ def test_what_is_not_what_was_asked_is_measured_again(tmp_path, change):
         "other torch": {"machine": other},
         "wide": {},
     }
-    store.save(msgspec.structs.replace(record, **changes[change]), sweep.cell_path(asked[0], tmp_path, machine().name))
+    store.save(msgspec.structs.replace(record, **changes[change]), path_of(asked[0], tmp_path))
     assert states(swept(asked, tmp_path)) == ["measured"]
     assert states(swept(asked, tmp_path)) == ["taken over"]
 
@@ -178,15 +186,15 @@ def without_result(record, **changes):
 
 def test_a_longer_budget_measures_again_what_the_time_was_too_short_for(tmp_path):
     asked = grid(batches=(1,), resolutions=(16,), budget_s=2.0)
-    record = without_result(Fake()(asked[0], None), status="budget", elapsed_s=2.1)
-    store.save(record, sweep.cell_path(asked[0], tmp_path, machine().name))
+    record = without_result(Fake()(resolve(asked[0]), None), status="budget", elapsed_s=2.1)
+    store.save(record, path_of(asked[0], tmp_path))
     assert states(swept(asked, tmp_path)) == ["taken over"]
     assert states(swept(grid(batches=(1,), resolutions=(16,), budget_s=9.0), tmp_path)) == ["measured"]
 
 
 def test_what_gave_no_result_is_tried_again_if_asked(tmp_path):
     asked = grid(batches=(1,), resolutions=(16,))
-    store.save(without_result(Fake()(asked[0], None)), sweep.cell_path(asked[0], tmp_path, machine().name))
+    store.save(without_result(Fake()(resolve(asked[0]), None)), path_of(asked[0], tmp_path))
     assert states(swept(asked, tmp_path)) == ["taken over"]
     assert states(swept(asked, tmp_path, retry=True)) == ["measured"]
     assert states(swept(asked, tmp_path, retry=True)) == ["taken over"]
@@ -206,12 +214,31 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(sel
 
 
 def test_measuring_another_phase_loses_nothing(tmp_path):
-    swept(grid(batches=(1,), resolutions=(16,), quick=False, processes=3), tmp_path)
+    (first,) = swept(grid(batches=(1,), resolutions=(16,), quick=False, processes=3), tmp_path)
     again = Fake()
     (outcome,) = swept(grid(batches=(1,), resolutions=(16,), phases=("backward",)), tmp_path, again)
-    assert again.asked[0].phases == ("forward", "backward")
-    assert (again.asked[0].quick, again.asked[0].processes) == (False, 3)
-    assert list(outcome.record.latency) == ["forward", "backward"]
+    assert again.asked[0].phases == ("backward",)
+    assert list(outcome.record.latency) == ["backward"]
+    kept = store.read_record(first.job.path(tmp_path, machine().name))
+    assert (list(kept.latency), len(kept.latency["forward"].runs)) == (["forward"], 3)
+
+
+def test_measuring_again_is_no_less_thorough(tmp_path):
+    asked = grid(batches=(1,), resolutions=(16,), quick=False, processes=3)
+    record = without_result(Fake()(resolve(asked[0]), None), status="budget", elapsed_s=0.1)
+    store.save(record, path_of(asked[0], tmp_path))
+    again = Fake()
+    swept(grid(batches=(1,), resolutions=(16,), processes=2), tmp_path, again)
+    assert (again.asked[0].quick, again.asked[0].processes) == (False, 2)
+
+
+def test_a_record_of_all_phases_is_taken_over_for_some(tmp_path):
+    whole = grid(batches=(1,), resolutions=(16,), phases=PHASES)
+    some = grid(batches=(1,), resolutions=(16,))
+    assert states(swept(whole, tmp_path)) == ["measured"]
+    (outcome,) = swept(some, tmp_path)
+    assert (outcome.state, list(outcome.record.latency)) == ("taken over", list(PHASES))
+    assert path_of(whole[0], tmp_path) != path_of(some[0], tmp_path)
 
 
 MEMORY = OutOfMemoryError("out of memory: no room; use a smaller --batch or --resolution")
@@ -224,8 +251,8 @@ def test_what_is_larger_than_a_cell_that_ran_out_of_memory_is_skipped(tmp_path):
     # Of either dtype: batch 4 at 16, and batches 2 and 4 at 32.
     assert states(outcomes) == ["measured", "out of memory", "skipped", "measured", "skipped", "skipped"] * 2
     assert outcomes[2].text == "skipped: batch 2 at 16 ran out of memory"
-    mark = store.failed_path(sweep.cell_path(asked[1], tmp_path, machine().name))
-    assert json.loads(mark.read_text()) == {"reason": str(MEMORY), "command": asked[1].command}
+    mark = store.failed_path(path_of(asked[1], tmp_path))
+    assert json.loads(mark.read_text()) == {"reason": str(MEMORY), "command": asked[1].command()}
     assert len(store.read_records(mark.parent)) == 4
 
 
@@ -241,7 +268,7 @@ def test_marks_hold_until_they_are_forgotten(tmp_path):
 
 def test_a_broken_mark_is_told_in_one_line(tmp_path):
     asked = grid(batches=(1,), resolutions=(16,))
-    store.write_atomically(store.failed_path(sweep.cell_path(asked[0], tmp_path, machine().name)), b"{}")
+    store.write_atomically(store.failed_path(path_of(asked[0], tmp_path)), b"{}")
     (outcome,) = swept(asked, tmp_path)
     assert (outcome.state, "remove the file" in outcome.text) == ("failed", True)
 
@@ -258,7 +285,9 @@ def test_nothing_is_kept_of_a_cell_without_a_phase(tmp_path):
     asked = grid(batches=(1,), resolutions=(16,))
     (outcome,) = swept(asked, tmp_path, Fake(faults={(1, 16): {"forward": str(MEMORY)}}))
     assert (outcome.state, outcome.record) == ("out of memory", None)
-    assert [path.name.split(".", 1)[1] for path in tmp_path.rglob("*.json")] == ["cpu-b1-16-fp32-t1.failed.json"]
+    assert [path.name.split(".", 1)[1] for path in tmp_path.rglob("*.json")] == [
+        "cpu-b1-16-fp32-t1.forward.failed.json"
+    ]
 
 
 def test_other_failures_are_noted_and_the_sweep_goes_on(tmp_path):
@@ -328,16 +357,16 @@ def elsewhere(one):
 
 def test_each_machine_has_its_own_table(outcomes, tmp_path):
     moved = [
-        sweep.Outcome(request=one.request, machine=elsewhere(one.machine), state=one.state, record=one.record)
+        sweep.Outcome(job=one.job, machine=elsewhere(one.machine), state=one.state, record=one.record)
         for one in outcomes
     ]
     written = report_sweep.write_tables([*outcomes, *moved], tmp_path / "all.csv")
     assert [path.name for path in written] == [f"all.{machine().name}.csv", "all.elsewhere.csv"]
-    assert len(report_sweep.sweep_tables([*outcomes, *moved], grid())) == 2
+    assert len(report_sweep.sweep_tables([*outcomes, *moved], jobs(grid()))) == 2
 
 
 def test_the_table_shows_what_varies(outcomes):
-    (shown,) = report_sweep.sweep_tables(outcomes, [one.request for one in outcomes])
+    (shown,) = report_sweep.sweep_tables(outcomes, [one.job for one in outcomes])
     assert shown.columns == ("", "batch", "resolution", "base", "change", "verdict")
     assert shown.rows[0] == (ARCH, "1", "16", "1.000 ms", "+9.989 % [9.978, 10.000]", "slower")
     assert shown.rows[3][-1] == "out of memory"
@@ -349,7 +378,7 @@ def test_off_a_terminal_there_is_a_line_for_each_cell(outcomes):
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=40)
-    with report_sweep.showing(console, [one.request for one in outcomes], measuring_words) as (report, tell):
+    with report_sweep.showing(console, [one.job for one in outcomes], measuring_words) as (report, tell):
         for outcome in outcomes[:2]:
             report("measuring", None)
             tell(outcome)
@@ -374,7 +403,7 @@ def test_on_a_terminal_the_table_grows(outcomes):
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=100, height=40, force_terminal=True)
-    with report_sweep.showing(console, [one.request for one in outcomes], measuring_words) as (report, tell):
+    with report_sweep.showing(console, [one.job for one in outcomes], measuring_words) as (report, tell):
         before = console.file.getvalue()
         assert "slower" not in before
         tell(outcomes[0])
@@ -421,7 +450,7 @@ def test_pictures_are_drawn_or_it_is_said_why_not(outcomes, tmp_path):
 
 
 def test_one_resolution_makes_no_picture_of_resolutions(outcomes, tmp_path):
-    report_sweep.write_pictures([one for one in outcomes if one.request.resolution == 16], tmp_path)
+    report_sweep.write_pictures([one for one in outcomes if one.job.request.resolution == 16], tmp_path)
     assert not (tmp_path / "tax_resolution.svg").exists()
 
 

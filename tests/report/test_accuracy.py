@@ -8,6 +8,7 @@ import pytest
 from selab.errors import RecordError
 from selab.experiments import compare
 from selab.experiments.compare import Compared
+from selab.experiments.job import resolve
 from selab.experiments.profiling import Profile
 from selab.records.store import save
 from selab.report.accuracy import accuracy_tables, comparison_table, name_of, seeds_table
@@ -125,7 +126,7 @@ def test_accuracies_stand_beside_the_profiles_of_their_machine(compared_small_cn
         BASE, BETTER, recipe=msgspec.structs.replace(compared_small_cnn((), ()).recipe, batch=2)
     )
     for request in compare.requests_of(record).values():
-        profile = Profile(request)
+        profile = Profile(resolve(request))
         profile.run(lambda *_: None)
         save(profile.record(), profile.path(tmp_path))
     one = compare.compared(record, tmp_path / record.machine.name)

@@ -11,6 +11,7 @@ import torch
 from selab.bench.machine import GpuMonitor, contention_flags, read_cpu
 from selab.bench.runner import Call, Prepared, phase_call
 from selab.bench.sampler import Arm, Clock, Discarded, Sample, WallArm
+from selab.records.flag_texts import flag
 from selab.records.types import Flag, Phase, Run, Workload
 
 ArmOf = Callable[[Prepared, Phase], Arm]
@@ -135,8 +136,7 @@ def clock_asymmetry(baseline: Arm, variant: Arm) -> list[Flag]:
     first, second = median(clocks[0]), median(clocks[1])
     if abs(second - first) <= _CLOCK_ASYMMETRY * first:
         return []
-    detail = f"the SM clock was {first:.0f} MHz beside the baseline and {second:.0f} MHz beside the variant"
-    return [Flag(name="clock_asymmetry", detail=f"{detail}; part of the ratio is the clock's")]
+    return [flag("clock_asymmetry", baseline=first, variant=second)]
 
 
 def eager_arm(clock: Clock, monitor: GpuMonitor | None, *, flush: Call | None = None) -> ArmOf:
@@ -205,17 +205,14 @@ def gpu_watch(monitor: GpuMonitor) -> Callable[[], Sequence[Flag] | Discarded]:
         flags: list[Flag] = []
         reading = monitor.read()
         if reading is None:
-            flags.append(Flag(name="unwatched", detail=monitor.problem))
+            flags.append(flag("unwatched", problem=monitor.problem))
         elif reading.hard_throttle:
-            return Discarded(reason=f"the GPU was throttled: {', '.join(reading.hard_throttle)}; let it cool")
+            return Discarded(reason=f"the GPU was throttled: {', '.join(reading.hard_throttle)}")
         elif reading.power_capped:
-            flags.append(
-                Flag(name="power_capped", detail="the GPU ran at its power limit, so its clock was below its best")
-            )
+            flags.append(flag("power_capped"))
         now = torch.cuda.memory_reserved()
         if now > reserved:
-            grown = f"the allocator took {now - reserved} more bytes from the device while samples were taken"
-            flags.append(Flag(name="allocator_growth", detail=f"{grown}; warm up longer"))
+            flags.append(flag("allocator_growth", grown=now - reserved))
             reserved = now
         return flags
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from selab.errors import DeviceError
+from selab.records.flag_texts import flag
 from selab.records.types import Device, Flag, Machine
 
 # A fault costs about a microsecond, so this many are a hundredth of the time.
@@ -176,18 +177,19 @@ def read_cpu() -> CpuReading | None:
 
 
 def contention_flags(before: CpuReading | None, after: CpuReading | None, *, threads: int, cores: int) -> list[Flag]:
-    """What other work on the machine did to a measurement between two readings.
+    """Return the flags of other work on the machine between two readings.
 
-    Other processes' work is told from a tenth of one processor upward, stolen time from 2 % of the wall time upward.
+    Other processes' work is flagged from a tenth of one core on, stolen time from 2 % of the wall time on.
+
+    Args:
+        before: the first reading; None where there are no counters.
+        after: the second reading.
+        threads: measured ones.
+        cores: logical processors that the process may use.
     """
     flags: list[Flag] = []
     if threads > cores:
-        flags.append(
-            Flag(
-                name="oversubscribed",
-                detail=f"{threads} threads on {cores} cores: they wait for each other; use --threads {cores} or fewer",
-            )
-        )
+        flags.append(flag("oversubscribed", threads=threads, cores=cores))
     if before is None or after is None or after.at_s <= before.at_s:
         return flags
     elapsed = after.at_s - before.at_s
@@ -195,21 +197,14 @@ def contention_flags(before: CpuReading | None, after: CpuReading | None, *, thr
     stolen = (after.stolen_s - before.stolen_s) / elapsed
     free = cores - threads
     if others > max(0.1, free + 0.1) or (others > 0.1 and free <= 0):
-        detail = f"other processes used {others:.2f} of {cores} cores while {threads} were measured; stop them"
-        flags.append(Flag(name="contention", detail=detail))
+        flags.append(flag("contention", others=others, cores=cores, threads=threads))
     elif others > 0.1:
-        detail = f"other processes used {others:.2f} of {cores} cores beside the {threads} measured; caches were shared"
-        flags.append(Flag(name="neighbours", detail=detail))
+        flags.append(flag("neighbours", others=others, cores=cores, threads=threads))
     faults = (after.page_faults - before.page_faults) / elapsed
     if faults > _MANY_FAULTS:
-        detail = (
-            f"{faults:.0f} page faults a second: the allocator gives memory back and takes it again, more in some "
-            "processes than in others; use --processes 3, or MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_"
-        )
-        flags.append(Flag(name="page_faults", detail=detail))
+        flags.append(flag("page_faults", faults=faults))
     if stolen > 0.02:
-        detail = f"the host took {stolen:.2f} cores away; measure on a quieter host"
-        flags.append(Flag(name="stolen_time", detail=detail))
+        flags.append(flag("stolen_time", stolen=stolen))
     return flags
 
 
@@ -289,7 +284,7 @@ class GpuMonitor:
             self._handle = pynvml.nvmlDeviceGetHandleByPciBusId(address)
             self._nvml = pynvml
         except Exception as error:
-            self.problem = f"NVML is not to be had ({error}); clocks and throttling were not watched"
+            self.problem = f"NVML is not available ({error})"
 
     def facts(self) -> dict[str, str]:
         """What the GPU is set to, by name, as far as NVML tells it; nothing without NVML."""

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from selab.errors import SelabError
 from selab.records import estimate, stats
+from selab.records.flag_texts import flag
 from selab.records.types import ABBABlock, Flag, Order, Run, Statistic, Status
 
 Clock = Callable[[], float]
@@ -314,11 +315,11 @@ class _Collected:
             self._quads.setdefault(method, [])
         if self._plan.method not in self._quads:
             raise ValueError(f"the plan's headline is {self._plan.method!r}, the arms sample {sorted(self._quads)}")
-        if isinstance(seen, Discarded):
-            self._note("voided", f"quads were discarded whole and measured again: {seen.reason}")
+        discarded = isinstance(seen, Discarded)
+        for noticed in [flag("voided", reason=seen.reason)] if isinstance(seen, Discarded) else seen:
+            self._note(noticed.name, noticed.detail)
+        if discarded:
             return False
-        for flag in seen:
-            self._note(flag.name, flag.detail)
         for method, one in quad.items():
             self._quads[method].append(one)
         self.kept += 1
@@ -335,7 +336,7 @@ class _Collected:
     def runs(self, warm: WarmUp, *, calls: int, seed: int, status: Status, elapsed_s: float) -> dict[str, Run]:
         """Method name → its run; flags say at how many quads they were seen."""
         flags = tuple(
-            Flag(name=name, detail=f"{detail} (at {times} of {self._taken} quads)")
+            Flag(name=name, detail=f"{detail} (at {times} of {self._taken} ABBA blocks)")
             for name, (detail, times) in self._noticed.items()
         )
         return {

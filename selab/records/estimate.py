@@ -15,8 +15,8 @@ class InsufficientPairsError(SelabError):
     """A run has too few pairs for an interval."""
 
 
-def quad_pairs(quad: ABBABlock, statistic: Statistic) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(s0, s1, s2, s3) of ABBA → (s0, s1), (s3, s2); of BAAB → (s1, s0), (s2, s3): neighbours, baseline first.
+def block_pairs(block: ABBABlock, statistic: Statistic) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return neighbouring samples as pairs, baseline first: of ABBA (s0, s1), (s3, s2); of BAAB (s1, s0), (s2, s3).
 
     Returns:
         Two (baseline, variant) pairs in seconds per call. In one the baseline ran first, in the other the variant.
@@ -24,28 +24,28 @@ def quad_pairs(quad: ABBABlock, statistic: Statistic) -> tuple[tuple[float, floa
     Raises:
         RecordError: a sample is not a positive, finite time.
     """
-    samples: tuple[float, float, float, float] = getattr(quad, statistic)
+    samples: tuple[float, float, float, float] = getattr(block, statistic)
     for sample in samples:
         if not 0 < sample < math.inf:
             raise RecordError(f"quads: a {statistic} sample of {sample!r} s; samples are positive times; measure again")
     first, second, third, fourth = samples
-    if quad.order == "ABBA":
+    if block.order == "ABBA":
         return (first, second), (fourth, third)
     return (second, first), (third, fourth)
 
 
 def pairs(run: Run, statistic: Statistic) -> list[tuple[float, float]]:
-    """All adjacent (baseline, variant) pairs of a run, two from each quad, in seconds per call."""
-    return [pair for quad in run.quads for pair in quad_pairs(quad, statistic)]
+    """Return all adjacent (baseline, variant) pairs of a run, two from each ABBA block, in seconds per call."""
+    return [pair for block in run.quads for pair in block_pairs(block, statistic)]
 
 
 def log_ratio(baseline_s: float, variant_s: float) -> float:
-    """ln(variant) - ln(baseline): a difference of logarithms, so that swapping the arms negates it exactly."""
+    """Return ln(variant) - ln(baseline); as a difference of logarithms, swapping the arms negates it exactly."""
     return math.log(variant_s) - math.log(baseline_s)
 
 
-def _log_ratios(quads: Iterable[ABBABlock], statistic: Statistic) -> list[float]:
-    return [log_ratio(*pair) for quad in quads for pair in quad_pairs(quad, statistic)]
+def _log_ratios(blocks: Iterable[ABBABlock], statistic: Statistic) -> list[float]:
+    return [log_ratio(*pair) for block in blocks for pair in block_pairs(block, statistic)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,10 @@ class _LogEstimate:
         return (self.high - self.low) / 2
 
 
-def _within(quads: Sequence[ABBABlock], statistic: Statistic, confidence: float = 0.95) -> _LogEstimate | None:
-    if 2 * len(quads) < MIN_PAIRS:
+def _within(blocks: Sequence[ABBABlock], statistic: Statistic, confidence: float = 0.95) -> _LogEstimate | None:
+    if 2 * len(blocks) < MIN_PAIRS:
         return None
-    logs = _log_ratios(quads, statistic)
+    logs = _log_ratios(blocks, statistic)
     interval = stats.median_interval(logs, confidence)
     if interval is None:
         return None
@@ -92,20 +92,20 @@ def _across(runs: Sequence[Run], statistic: Statistic, confidence: float) -> _Lo
     return _LogEstimate(centre=centre, low=centre - half, high=centre + half)
 
 
-def half_width(quads: Sequence[ABBABlock], statistic: Statistic) -> float | None:
-    """Half the width of the 95 % interval of ln(variant / baseline): 0.005 reads as ±0.5 % of the ratio.
+def half_width(blocks: Sequence[ABBABlock], statistic: Statistic) -> float | None:
+    """Return half the width of the 95 % interval of ln(variant / baseline): 0.005 reads as ±0.5 % of the ratio.
 
-    On the logarithm, so that swapping the arms leaves it unchanged. This is what a measurement stops on.
+    The width is that of the logarithm, so that swapping the arms leaves it unchanged. A measurement stops on it.
 
     Returns:
         None below 20 pairs.
     """
-    found = _within(quads, statistic)
+    found = _within(blocks, statistic)
     return None if found is None else found.half_width
 
 
 def relative_half_width(estimate: Estimate) -> float:
-    """`half_width` of a finished estimate: (ln high - ln low) / 2."""
+    """Return `half_width` of a finished estimate: (ln high - ln low) / 2."""
     return (math.log(estimate.ratio_high) - math.log(estimate.ratio_low)) / 2
 
 
@@ -116,14 +116,14 @@ def sample_medians(runs: Iterable[Run], statistic: Statistic) -> tuple[float, fl
 
 
 def estimate(runs: Sequence[Run], statistic: Statistic, *, confidence: float = 0.95) -> Estimate:
-    """exp(median of ln(variant / baseline)), with an exact interval, by default of 95 %.
+    """Return exp(median of ln(variant / baseline)) with an exact interval, by default of 95 %.
 
     One process: the order-statistic interval of the median. Several: the mean of their medians, with a half-width of
     max(median of the half-widths within, t sd / sqrt(P)), both on the logarithm.
 
     Args:
         runs: one per process.
-        statistic: which value stands for a sample.
+        statistic: the value that represents a sample.
         confidence: the interval's coverage.
 
     Raises:
@@ -147,10 +147,10 @@ def estimate(runs: Sequence[Run], statistic: Statistic, *, confidence: float = 0
 
 
 def paired_difference_s(runs: Sequence[Run], statistic: Statistic) -> float:
-    """Median of variant - baseline over adjacent pairs, in seconds per call; the mean of these medians over processes.
+    """Return the median of variant - baseline over adjacent pairs, in seconds per call, averaged over processes.
 
-    It can differ a little from the difference of the two arms' medians, which the machine's drift enters; its sign is
-    the ratio's.
+    It can differ slightly from the difference of the two arms' medians, which includes the machine's drift. Its sign
+    is that of ln(ratio).
 
     Raises:
         InsufficientPairsError: a run without pairs.
@@ -167,7 +167,7 @@ def paired_difference_s(runs: Sequence[Run], statistic: Statistic) -> float:
 
 
 def noise_floor(controls: Sequence[Run], statistic: Statistic) -> float:
-    """Greatest |ratio - 1| + half-width of the controls: what this machine shows where there is nothing to show.
+    """Return the greatest |ratio - 1| + half-width of the controls: differences below it are the machine's noise.
 
     Raises:
         InsufficientPairsError: no control, or one with fewer than 20 pairs.

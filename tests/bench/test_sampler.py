@@ -361,7 +361,7 @@ def test_flags_between_quads_are_kept_once_and_counted():
     clock, _, a, b = fake_arms()
     answers = iter([[], [Flag(name="throttled", detail="84 °C")], [Flag(name="throttled", detail="85 °C")]] + [[]] * 7)
     run = measure(a, b, Plan(), clock=clock, between_quads=lambda: next(answers))["wall"]
-    assert run.flags == (Flag(name="throttled", detail="84 °C (at 2 of 10 quads)"),)
+    assert run.flags == (Flag(name="throttled", detail="84 °C (at 2 of 10 ABBA blocks)"),)
     assert len(run.quads) == 10
 
 
@@ -375,7 +375,8 @@ def test_a_void_quad_is_discarded_whole_and_run_again_in_the_same_order():
     taken = "".join(name for name, what in sampling(diary, run.warmup_calls) if what != "settle")
     assert taken == order[0] + order[1] * 3 + "".join(order[2:])
     assert [flag.name for flag in run.flags] == ["voided"]
-    assert "hardware slowdown (at 2 of 12 quads)" in run.flags[0].detail
+    assert run.flags[0].detail.startswith("hardware slowdown; ")
+    assert run.flags[0].detail.endswith(" (at 2 of 12 ABBA blocks)")
 
 
 def test_a_machine_that_voids_every_quad_ends_with_the_budget():

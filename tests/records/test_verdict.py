@@ -66,15 +66,15 @@ def estimated(low, ratio, high, baseline_s=0.1):
 
 
 def test_pairs_are_neighbours_with_the_baseline_first():
-    assert estimate.quad_pairs(quad("ABBA", 1.0, 2.0, 3.0, 4.0), "floor") == ((1.0, 2.0), (4.0, 3.0))
-    assert estimate.quad_pairs(quad("BAAB", 1.0, 2.0, 3.0, 4.0), "floor") == ((2.0, 1.0), (3.0, 4.0))
-    assert estimate.quad_pairs(quad("BAAB", 1.0, 2.0, 3.0, 4.0), "mean") == ((6.0, 3.0), (9.0, 12.0))
+    assert estimate.block_pairs(quad("ABBA", 1.0, 2.0, 3.0, 4.0), "floor") == ((1.0, 2.0), (4.0, 3.0))
+    assert estimate.block_pairs(quad("BAAB", 1.0, 2.0, 3.0, 4.0), "floor") == ((2.0, 1.0), (3.0, 4.0))
+    assert estimate.block_pairs(quad("BAAB", 1.0, 2.0, 3.0, 4.0), "mean") == ((6.0, 3.0), (9.0, 12.0))
 
 
 @pytest.mark.parametrize("sample", [0.0, -1.0, math.nan, math.inf])
 def test_a_sample_that_is_no_time_is_refused(sample):
     with pytest.raises(RecordError, match="positive times"):
-        estimate.quad_pairs(quad("ABBA", 1.0, sample, 1.0, 1.0), "floor")
+        estimate.block_pairs(quad("ABBA", 1.0, sample, 1.0, 1.0), "floor")
 
 
 def test_estimate_of_one_process_is_the_median_and_its_ranks():
@@ -410,8 +410,8 @@ def test_steadiness_and_the_samplers_own_flags():
     carried = Flag(name="contention", detail="load 3.1 on 2 cores")
     run = simulated(1.0, seed=1, steady=False, warmup_s=10.0, warmup_calls=40, flags=(carried,))
     assert flags_of(run) == {
-        "no_steady_state": "after 10 s and 40 calls of warm-up two equal windows still differed by 1 % or more; "
-        "quiet the machine and measure again",
+        "no_steady_state": "after 10 s and 40 calls of warm-up, two equal windows still differed by 1 % or more; "
+        "the machine had not reached a steady speed; stop other programs and measure again",
         "contention": "load 3.1 on 2 cores",
     }
 

@@ -1,10 +1,11 @@
-"""The one thing that pyproject.toml cannot say: native code that is built where there is a compiler, and may be absent.
+"""Build the native code where there is a C compiler; without it selab runs on torch operations.
 
-It knows nothing of torch. OpenMP's functions are left open at linking, so that the loader takes those that torch has
-already loaded: two OpenMP libraries in one process would keep two teams of threads spinning against each other.
+The code needs no torch headers. OpenMP symbols stay unresolved at link time, so that the loader binds them to the
+library that torch has already loaded: two OpenMP libraries in one process would keep two thread pools spinning.
 """
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -14,6 +15,7 @@ setup(
         Extension(
             "selab.kernels._native",
             ["selab/kernels/native.c"],
+            depends=sorted(map(str, Path("selab/kernels").glob("*.h"))),
             # Where the build fails, the same steps run as torch operations.
             optional=True,
             py_limited_api=True,

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from selab.attention.base import Attention, Init
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
-from selab.kernels.cpu import Formula
-from selab.kernels.deferred_bn import manageable, settled, taken, waiting
-from selab.kernels.dispatch import IMPLS, Deciding, Impl, choose, hooked, repeat, run
-from selab.kernels.residual import ADD_RELU, FastJoin, formula_of
+from selab.kernels.cpu import BlockParams
+from selab.kernels.deferred_bn import consume, materialize, materialize_unsupported, pending_norm
+from selab.kernels.dispatch import IMPLS, CachedDispatch, Impl, cached_call, choose, has_hooks, run
+from selab.kernels.residual import ADD_RELU, FusedJoin, formula_of
 
 GATES: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -81,7 +81,7 @@ class Squeeze(nn.Module):
         return self.kind
 
 
-class SqueezeExcitation(Deciding, Attention):
+class SqueezeExcitation(CachedDispatch, Attention):
     """x * gate(fc2(relu(fc1(squeeze(x))))), one factor per channel.
 
     Shapes: input and output (N, C, H, W); squeezed (N, C); between the layers (N, squeeze_channels). With squeeze
@@ -111,7 +111,7 @@ class SqueezeExcitation(Deciding, Attention):
 
     Attributes:
         relu_in: whether the block applies a ReLU to its input first, one that stood before it (see `selab.fuse`).
-        owns_input: whether nobody else needs the input, so that the output may take its place in inference.
+        can_overwrite: whether nobody else needs the input, so that the output may take its place in inference.
         kinds: of squeeze, activation and gate.
 
     Raises:
@@ -160,7 +160,7 @@ class SqueezeExcitation(Deciding, Attention):
         self.register_buffer("gate_affine", None if affine is None else torch.tensor(affine))
         self.impl: Impl = impl
         self.relu_in = False
-        self.owns_input = False
+        self.can_overwrite = False
         self.kinds = (squeeze, activation, gate)
         # The children's classes; another one in their place is somebody's own and must run.
         self._plain = (Squeeze, nn.Linear, ACTIVATIONS[activation], nn.Linear, GATES[gate])
@@ -196,19 +196,19 @@ class SqueezeExcitation(Deciding, Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        out = self.again(x)
+        out = self.replay(x)
         if out is not None:
             return out
-        gated = self.fast(x)
+        gated = self.fused(x)
         if gated is not None:
             return gated
-        x = settled(x)
+        x = materialize(x)
         if self.relu_in:
-            x = x.relu_() if self.owns() else x.relu()
+            x = x.relu_() if self.may_overwrite() else x.relu()
         factor = self.excite(self.squeeze(x))
         return x * (factor[:, :, None, None] if factor.dim() == 2 else factor)
 
-    def fast(
+    def fused(
         self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None, relu_out: bool = False
     ) -> Tensor | None:
         """The block, and if there is a shortcut the join behind it, by anything but the reference; None for that.
@@ -227,25 +227,27 @@ class SqueezeExcitation(Deciding, Attention):
         """
         if self.impl == "reference":
             return None
-        formula = self._formula(relu_out=relu_out)
-        x = manageable(x)
+        formula = self._params(relu_out=relu_out)
+        x = materialize_unsupported(x)
         impl, reason = self._chosen(x, shortcut, formula)
         if impl == "reference":
             if self.impl != "auto":
                 raise ModelError(f"impl {self.impl!r}: {reason}; use impl='auto', which takes what can run")
             return None
         if impl != "native" or torch.is_grad_enabled():
-            return run(impl, settled(x), shortcut, formula, owns_input=self.owns())
+            return run(impl, materialize(x), shortcut, formula, can_overwrite=self.may_overwrite())
         owners, layers = (self,) if join is None else (self, join), (self.fc1, self.fc2)
-        owns, watched = self.owns(), (self, *self.givers)
-        decided = repeat(x, shortcut, formula, owners, layers=layers, watched=watched, norm=waiting(x), owns_input=owns)
-        self.__dict__["_decided"] = (join, decided)
-        return run(impl, x, shortcut, formula, owns_input=owns, norm=taken(x))
+        overwrite, watched = self.may_overwrite(), (self, *self.producers)
+        decided = cached_call(
+            x, shortcut, formula, owners, layers=layers, watched=watched, norm=pending_norm(x), can_overwrite=overwrite
+        )
+        self.__dict__["_cached_call"] = (join, decided)
+        return run(impl, x, shortcut, formula, can_overwrite=overwrite, norm=consume(x))
 
-    def again(self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None) -> Tensor | None:
-        """What `fast` did natively the last time with this join; None if it did not, or anything has changed since."""
+    def replay(self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None) -> Tensor | None:
+        """What `fused` did natively the last time with this join; None if it did not, or anything has changed since."""
         # By hand, as everything on this way: in a network an attribute of a module costs as much as a row of the map.
-        decided = self.__dict__.get("_decided")
+        decided = self.__dict__.get("_cached_call")
         if decided is None or decided[0] is not join or torch.compiler.is_compiling():
             return None
         out: Tensor | None = decided[1](x, shortcut)
@@ -256,11 +258,11 @@ class SqueezeExcitation(Deciding, Attention):
 
         Args:
             x: (N, C, H, W).
-            shortcut: as in `fast`.
+            shortcut: as in `fused`.
         """
-        return self._chosen(x, shortcut, self._formula())
+        return self._chosen(x, shortcut, self._params())
 
-    def _chosen(self, x: Tensor, shortcut: Tensor | None, formula: Formula) -> tuple[Impl, str]:
+    def _chosen(self, x: Tensor, shortcut: Tensor | None, formula: BlockParams) -> tuple[Impl, str]:
         reason = "" if self.impl == "reference" else self.refuses()
         return ("reference", reason) if reason else choose(self.impl, x, shortcut, formula)
 
@@ -274,20 +276,20 @@ class SqueezeExcitation(Deciding, Attention):
         if torch.compiler.is_compiling():
             return ""
         parts: Any = self._modules.values()
-        if "excite" in self.__dict__ or hooked(*parts):
+        if "excite" in self.__dict__ or has_hooks(*parts):
             return "a hook looks into the block"
         for part, kind in zip(parts, self._plain, strict=True):
             if type(part) is not kind:
                 return f"{type(part).__name__} stands in the block"
         return ""
 
-    def _formula(self, *, relu_out: bool = False) -> Formula:
+    def _params(self, *, relu_out: bool = False) -> BlockParams:
         _, activation, gate = self.kinds
         scale, offset = (1.0, 0.0) if self._buffers["gate_affine"] is None else _IDENTITY_AFFINE[gate]
         modules: Any = self._modules
         one, two = modules["fc1"]._parameters, modules["fc2"]._parameters
         w1, b1, w2, b2 = one["weight"], one["bias"], two["weight"], two["bias"]
-        return Formula(w1, b1, w2, b2, activation, gate, scale, offset, self.relu_in, relu_out)
+        return BlockParams(w1, b1, w2, b2, activation, gate, scale, offset, self.relu_in, relu_out)
 
     def extra_repr(self) -> str:
         """The two widths, as printed by the module."""
@@ -336,21 +338,21 @@ class GatedJoin(nn.Module):
         """Scale, addition and ReLU as one; None where the join is another, or somebody looks at its parts."""
         modules: Any = self._modules
         outer, se = modules["inner"], modules["se"]
-        inner = outer.inner if type(outer) is FastJoin else outer
+        inner = outer.inner if type(outer) is FusedJoin else outer
         if not isinstance(se, SqueezeExcitation) or se.impl == "reference":
             return None
-        if not torch.compiler.is_compiling() and hooked(outer, inner, se):
+        if not torch.compiler.is_compiling() and has_hooks(outer, inner, se):
             return None
-        joined = se.again(branch, shortcut, join=inner)
+        joined = se.replay(branch, shortcut, join=inner)
         if joined is not None:
             return joined
         formula = formula_of(inner)
-        if not formula or (not torch.compiler.is_compiling() and hooked(*inner.children())):
+        if not formula or (not torch.compiler.is_compiling() and has_hooks(*inner.children())):
             return None
-        waiting(branch)
+        pending_norm(branch)
         if branch.shape != shortcut.shape:
             return None
-        return se.fast(branch, shortcut, join=inner, relu_out=formula == ADD_RELU)
+        return se.fused(branch, shortcut, join=inner, relu_out=formula == ADD_RELU)
 
     def extra_repr(self) -> str:
         """The gated edge, as printed by the module."""

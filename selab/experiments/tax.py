@@ -20,13 +20,13 @@ from selab.bench.roofline import measure_peaks
 from selab.bench.runner import DTYPES, check_device, mode_of
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
 from selab.experiments.job import Job, Request, resolve
-from selab.experiments.tax_implementations import is_plain, restyled
+from selab.experiments.tax_implementations import is_plain, reimplement
 from selab.experiments.tax_record import (
     AGAIN,
     ALL,
     BASELINE,
+    BUILT_IN,
     FAST,
-    OF_BROUGHT,
     PLAIN,
     REFERENCE,
     SCHEMA,
@@ -38,7 +38,7 @@ from selab.experiments.tax_record import (
     words_of,
 )
 from selab.experiments.workers import Report
-from selab.fusion.external import brought_blocks, foreign_blocks, leave_out
+from selab.fusion.external import external_blocks, external_insertions, remove_external_blocks
 from selab.fusion.fuse import fuse
 from selab.models import catalog
 from selab.models.build import Built, build
@@ -125,8 +125,8 @@ class Tax:
         self._remarks: dict[str, str] = {}
         self._left_in = ""
         if built.native and not built.insertions and request.baseline is None:
-            self.implementations = _of_brought(asked)
-            self.blocks = _brought(built, request.arch, self.workload)
+            self.implementations = _built_in_implementations(asked)
+            self.blocks = _built_in_blocks(built, request.arch, self.workload)
             self._left_in = _left_in(built)
         else:
             _check_any(built, self.variant, request.arch)
@@ -217,7 +217,7 @@ class Tax:
                 facts = self.variant if variant or self.baseline is None else self.baseline
                 model = build(facts, seed=self.asked.request.seed, input_chw=self.workload.input_chw).model
                 if not variant and self.baseline is None:
-                    leave_out(model)
+                    remove_external_blocks(model)
                 self._place(model)
                 if change is not None:
                     change(model)
@@ -268,7 +268,7 @@ class Tax:
     def _choosing(self, model: nn.Module) -> list[tuple[Any, Insertion]]:
         """Each block that chooses its implementation, and where it stands; none in a baseline."""
         if self.baseline is None:
-            there = foreign_blocks(model)
+            there = external_blocks(model)
             # One that is left as its library writes it has no choice.
             return [(there[one.path], one) for one in self.blocks if hasattr(there.get(one.path), "runtime")]
         blocks = [module for module in model.modules() if isinstance(module, SqueezeExcitation)]
@@ -292,7 +292,7 @@ class Tax:
 
         def change(model: nn.Module) -> None:
             if name != REFERENCE:
-                restyled(model, name)
+                reimplement(model, name)
             self._fused(_OTHERS, blocks=False)(model)
 
         return change
@@ -325,28 +325,28 @@ def _check_blocks(built: Built, arch: str) -> None:
         )
 
 
-def _of_brought(asked: TaxRequest) -> tuple[str, ...]:
+def _built_in_implementations(asked: TaxRequest) -> tuple[str, ...]:
     """The implementations of blocks that a network brings along; both where all of ours are asked for, as by default.
 
     Raises:
         InsertionError: another was named.
     """
-    others = [name for name in asked.implementations if name not in OF_BROUGHT]
+    others = [name for name in asked.implementations if name not in BUILT_IN]
     if others and asked.implementations != ALL:
         raise InsertionError(
             f"--impl {others[0]}: --arch {asked.request.arch} brings blocks of its own along, which are measured as "
-            f"they are and fused: {' and '.join(f'--impl {name}' for name in OF_BROUGHT)}, or leave --impl away"
+            f"they are and fused: {' and '.join(f'--impl {name}' for name in BUILT_IN)}, or leave --impl away"
         )
-    return tuple(name for name in OF_BROUGHT if name in asked.implementations)
+    return tuple(name for name in BUILT_IN if name in asked.implementations)
 
 
-def _brought(built: Built, arch: str, workload: Workload) -> tuple[Insertion, ...]:
+def _built_in_blocks(built: Built, arch: str, workload: Workload) -> tuple[Insertion, ...]:
     """The blocks that the baseline will lack.
 
     Raises:
         InsertionError: there is none that `fuse` knows.
     """
-    blocks = brought_blocks(built.model, (1, *workload.input_chw))
+    blocks = external_insertions(built.model, (1, *workload.input_chw))
     if not blocks:
         raise InsertionError(
             f"--arch {arch}: brings blocks of its own along, none of them an SE block that selab.fuse knows "
@@ -358,7 +358,7 @@ def _brought(built: Built, arch: str, workload: Workload) -> tuple[Insertion, ..
 
 def _left_in(built: Built) -> str:
     """What the network brings along beside SE, in words; empty if there is nothing."""
-    known = foreign_blocks(built.model)
+    known = external_blocks(built.model)
     others = [path for path in built.native if path not in known]
     return f"in every network: {_kinds(built, others)}, which selab.fuse does not know" if others else ""
 

@@ -151,7 +151,7 @@ class _Beside(torch.autograd.Function):
         return gradients[0], torch.zeros(shape, dtype=dtype, device=device)
 
 
-STYLES: dict[str, Callable[[SqueezeExcitation], nn.Module]] = {
+REIMPLEMENTATIONS: dict[str, Callable[[SqueezeExcitation], nn.Module]] = {
     "torchvision": TorchvisionSE,
     "timm": TimmSE,
     "without_squeeze": WithoutSqueeze,
@@ -168,14 +168,14 @@ def is_plain(module: nn.Module) -> bool:
     return module.squeeze.kind == "avg" and module.gate_affine is None and not module.relu_in
 
 
-def restyled(model: nn.Module, style: str) -> int:
+def reimplement(model: nn.Module, style: str) -> int:
     """Writes every plain SE block of a network in another way, in place: the same mathematics and the same weights.
 
     The styles whose names begin with `without` leave a stage out, and compute something else.
 
     Args:
         model: a copy that the caller made.
-        style: one of `STYLES`.
+        style: one of `REIMPLEMENTATIONS`.
 
     Returns:
         How many blocks were replaced.
@@ -183,13 +183,13 @@ def restyled(model: nn.Module, style: str) -> int:
     Raises:
         InsertionError: no such style.
     """
-    if style not in STYLES:
-        raise InsertionError(f"style {style!r}: no such way to write the block{nearest(style, STYLES)}")
+    if style not in REIMPLEMENTATIONS:
+        raise InsertionError(f"style {style!r}: no such way to write the block{nearest(style, REIMPLEMENTATIONS)}")
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, SqueezeExcitation) and is_plain(child):
                 if child not in made:
-                    made[child] = STYLES[style](child).train(child.training)
+                    made[child] = REIMPLEMENTATIONS[style](child).train(child.training)
                 parent._modules[name] = made[child]
     return len(made)

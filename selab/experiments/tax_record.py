@@ -33,7 +33,7 @@ _WORDS = {
 }
 _ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
-OF_BROUGHT = (REFERENCE, FAST)
+BUILT_IN = (REFERENCE, FAST)
 """Where the network brings blocks of its own along: as its library writes them, and fused."""
 
 

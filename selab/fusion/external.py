@@ -5,16 +5,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from selab.kernels.cpu import Formula
-from selab.kernels.deferred_bn import manageable, settled, taken, waiting
-from selab.kernels.dispatch import Deciding, Impl, choose, hooked, repeat, run
+from selab.kernels.cpu import BlockParams
+from selab.kernels.deferred_bn import consume, materialize, materialize_unsupported, pending_norm
+from selab.kernels.dispatch import CachedDispatch, Impl, cached_call, choose, has_hooks, run
 from selab.meta import Passage, passages
 from selab.records.types import Insertion
 
 PLACEMENT = "its own"
 
 
-def brought_blocks(model: nn.Module, input_nchw: tuple[int, ...]) -> tuple[Insertion, ...]:
+def external_insertions(model: nn.Module, input_nchw: tuple[int, ...]) -> tuple[Insertion, ...]:
     """The SE blocks of torchvision and timm in a network, as far as a map goes through them.
 
     Args:
@@ -24,7 +24,7 @@ def brought_blocks(model: nn.Module, input_nchw: tuple[int, ...]) -> tuple[Inser
     Raises:
         ModelError: the network fails on this input.
     """
-    blocks = foreign_blocks(model)
+    blocks = external_blocks(model)
     seen = passages(model, blocks, input_nchw)
     found = (_insertion(path, block, seen[path]) for path, block in blocks.items())
     return tuple(one for one in found if one is not None)
@@ -35,7 +35,7 @@ def _insertion(path: str, block: nn.Module, passage: Passage) -> Insertion | Non
     if shape is None or len(shape) != 4:
         return None
     _, channels, height, width = shape
-    hidden = foreign_squeeze_channels(block)
+    hidden = external_squeeze_channels(block)
     # Squeeze and scale, two layers, the activation and the gate: of one image, as our own block counts them.
     layers = 0 if hidden is None else 2 * channels * hidden + hidden + channels
     return Insertion(
@@ -50,13 +50,13 @@ def _insertion(path: str, block: nn.Module, passage: Passage) -> Insertion | Non
     )
 
 
-def leave_out(model: nn.Module) -> None:
+def remove_external_blocks(model: nn.Module) -> None:
     """Puts nn.Identity in the place of every SE block of torchvision and timm; all other weights stay as they are.
 
     Args:
         model: a network that the caller made, not fused.
     """
-    blocks = set(foreign_blocks(model).values())
+    blocks = set(external_blocks(model).values())
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in blocks:
@@ -73,27 +73,27 @@ _ACTIVATIONS = {"ReLU": "relu", "SiLU": "silu", "Swish": "silu"}
 _GATES = {"Sigmoid": "sigmoid", "Hardsigmoid": "hardsigmoid", "HardSigmoid": "hardsigmoid"}
 
 
-def kind_of(module: nn.Module) -> type[nn.Module] | None:
+def library_class(module: nn.Module) -> type[nn.Module] | None:
     """The library's class of a block, also of one that is fused already; a subclass may compute anything."""
     kind = type(module)
     kind = next((base for base, fast in _FAST.items() if kind is fast), kind)
     return kind if (kind.__module__, kind.__name__) in _FOREIGN else None
 
 
-def foreign_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def external_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Path → SE block of torchvision or timm, of a class that is known here; whether it can be fast says `fuse`."""
-    return {path: module for path, module in model.named_modules() if kind_of(module) is not None}
+    return {path: module for path, module in model.named_modules() if library_class(module) is not None}
 
 
-def foreign_squeeze_channels(block: nn.Module) -> int | None:
-    """The width between the two layers of one of `foreign_blocks`; None where the first is no convolution."""
-    kind = kind_of(block)
+def external_squeeze_channels(block: nn.Module) -> int | None:
+    """The width between the two layers of one of `external_blocks`; None where the first is no convolution."""
+    kind = library_class(block)
     first = None if kind is None else block._modules.get(_FOREIGN[kind.__module__, kind.__name__][0])
     return first.out_channels if isinstance(first, nn.Conv2d) else None
 
 
 # ----------------------------------------------------------------------------------------------------- others' blocks
-def params_of_external(module: nn.Module, base: type[nn.Module]) -> Formula | str:
+def external_params(module: nn.Module, base: type[nn.Module]) -> BlockParams | str:
     """What a library's block computes, or why it is none of ours."""
     names = _FOREIGN[base.__module__, base.__name__]
     fc1, act, fc2, gate = (module._modules.get(name) for name in names)
@@ -109,33 +109,33 @@ def params_of_external(module: nn.Module, base: type[nn.Module]) -> Formula | st
         return "it has a normalisation or a maximum of its own"
     assert isinstance(fc1, nn.Conv2d)
     assert isinstance(fc2, nn.Conv2d)
-    return Formula(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, activation, gating)
+    return BlockParams(fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias, activation, gating)
 
 
-class Fast(Deciding):
+class Fast(CachedDispatch):
     """Stands before a library's class: `isinstance`, parameters and keys stay what they were, forward is faster."""
 
     library: ClassVar[type[nn.Module]]
-    owns_input: bool
+    can_overwrite: bool
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        repeated: Tensor | None = self.again(x)
+        repeated: Tensor | None = self.replay(x)
         if repeated is not None:
             return repeated
-        x = manageable(x)
-        impl, formula = _foreign_choice(self, self.library, x)
-        if formula is None:
-            out: Tensor = self.library.forward(self, settled(x))
+        x = materialize_unsupported(x)
+        impl, params = _foreign_choice(self, self.library, x)
+        if params is None:
+            out: Tensor = self.library.forward(self, materialize(x))
             return out
         if impl != "native" or torch.is_grad_enabled():
-            return run(impl, settled(x), None, formula, owns_input=self.owns())
+            return run(impl, materialize(x), None, params, can_overwrite=self.may_overwrite())
         fc1, _, fc2, _ = (self._modules[name] for name in _FOREIGN[self.library.__module__, self.library.__name__])
-        owns, watched = self.owns(), (self, *self.givers)
-        self.__dict__["_decided"] = repeat(
-            x, None, formula, (self,), layers=(fc1, fc2), watched=watched, norm=waiting(x), owns_input=owns
+        overwrite, watched = self.may_overwrite(), (self, *self.producers)
+        self.__dict__["_cached_call"] = cached_call(
+            x, None, params, (self,), layers=(fc1, fc2), watched=watched, norm=pending_norm(x), can_overwrite=overwrite
         )
-        return run(impl, x, None, formula, owns_input=owns, norm=taken(x))
+        return run(impl, x, None, params, can_overwrite=overwrite, norm=consume(x))
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         """For copies and files, which know the library's class alone by its name."""
@@ -143,8 +143,8 @@ class Fast(Deciding):
 
     def runtime(self: Any, x: Tensor) -> tuple[Impl, str]:
         """As `SqueezeExcitation.runtime`."""
-        formula = params_of_external(self, self.library)
-        return ("reference", formula) if isinstance(formula, str) else choose("auto", x, None, formula)
+        params = external_params(self, self.library)
+        return ("reference", params) if isinstance(params, str) else choose("auto", x, None, params)
 
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {}
@@ -164,11 +164,11 @@ def _empty(base: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _foreign_choice(module: nn.Module, base: type[nn.Module], x: Tensor) -> tuple[Impl, Formula | None]:
-    if not torch.compiler.is_compiling() and hooked(*module.children()):
+def _foreign_choice(module: nn.Module, base: type[nn.Module], x: Tensor) -> tuple[Impl, BlockParams | None]:
+    if not torch.compiler.is_compiling() and has_hooks(*module.children()):
         return "reference", None
-    formula = params_of_external(module, base)
-    if isinstance(formula, str):
+    params = external_params(module, base)
+    if isinstance(params, str):
         return "reference", None
-    impl, _ = choose("auto", x, None, formula)
-    return (impl, formula) if impl != "reference" else ("reference", None)
+    impl, _ = choose("auto", x, None, params)
+    return (impl, params) if impl != "reference" else ("reference", None)

@@ -24,12 +24,12 @@ from torch import nn
 
 from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.errors import ModelError, SelabError
-from selab.fusion.external import Fast, fast_class, kind_of, params_of_external
+from selab.fusion.external import Fast, external_params, fast_class, library_class
 from selab.fusion.liveness import Seen, traced
 from selab.kernels import cpu
 from selab.kernels.deferred_bn import DeferredNorm, defer, recall
-from selab.kernels.dispatch import Impl, hooked, norm_of
-from selab.kernels.residual import ADD_RELU, FAST_ACTIVATIONS, FastActivation, FastJoin, formula_of
+from selab.kernels.dispatch import Impl, has_hooks, norm_of
+from selab.kernels.residual import ADD_RELU, FUSED_ACTIVATIONS, FusedActivation, FusedJoin, formula_of
 from selab.meta import first_line, passages
 
 
@@ -114,21 +114,21 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
     try:
         seen = traced(model, input_nchw, norms=_norms, readers=partial(_readers, blocks=blocks))
     except (SelabError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:
-        seen = Seen(owning=set(), reader={}, alone={}, givers={})
+        seen = Seen(owning=set(), reader={}, alone={}, producers={})
         reason = f"no pass over an input of shape {input_nchw} on the meta device: {first_line(error)}"
     # What an earlier call has found may hold no longer; an in-place ReLU that a block took in has shown it for good.
-    givers = {path: tuple(map(model.get_submodule, sorted(paths))) for path, paths in seen.givers.items()}
+    producers = {path: tuple(map(model.get_submodule, sorted(paths))) for path, paths in seen.producers.items()}
     for path, reader in _readers(model, blocks):
-        if hasattr(reader, "owns_input"):
+        if hasattr(reader, "can_overwrite"):
             owner: Any = reader
             join = _enclosing(model, path)
-            owner.owns_input = path in seen.owning or bool(getattr(owner, "relu_in", False))
-            owner.givers = (*givers.get(path, ()), *(() if join is None else (join,)))
-    left = {norm: reader for norm, reader in seen.reader.items() if _deferred(model, norm, reader, givers[norm])}
+            owner.can_overwrite = path in seen.owning or bool(getattr(owner, "relu_in", False))
+            owner.producers = (*producers.get(path, ()), *(() if join is None else (join,)))
+    left = {norm: reader for norm, reader in seen.reader.items() if _deferred(model, norm, reader, producers[norm])}
     alone = {
         norm
         for norm, owns in seen.alone.items()
-        if norm not in left and _with_its_activation(model, norm, givers[norm], owns)
+        if norm not in left and _with_its_activation(model, norm, producers[norm], owns)
     }
     for path, norm in _norms(model):
         if isinstance(norm, DeferredNorm) and path not in left and path not in alone:
@@ -151,7 +151,7 @@ def _described(model: nn.Module, one: FusedBlock, readers: set[str]) -> FusedBlo
         return one
     join = _enclosing(model, one.path)
     joined = join is not None and join.edge == "branch" and bool(formula_of(_plain_inner(join)))
-    owns = bool(getattr(model.get_submodule(one.path), "owns_input", False))
+    owns = bool(getattr(model.get_submodule(one.path), "can_overwrite", False))
     return replace(one, joined=joined, in_place=owns, normalising=one.path in readers)
 
 
@@ -163,10 +163,10 @@ def _enclosing(model: nn.Module, path: str) -> GatedJoin | None:
 
 def _plain_inner(join: GatedJoin) -> nn.Module:
     inner: Any = join.inner
-    return inner.inner if isinstance(inner, FastJoin) else inner
+    return inner.inner if isinstance(inner, FusedJoin) else inner
 
 
-def _deferred(model: nn.Module, path: str, reader_path: str, givers: tuple[nn.Module, ...]) -> bool:
+def _deferred(model: nn.Module, path: str, reader_path: str, producers: tuple[nn.Module, ...]) -> bool:
     """Leaves a BatchNorm's work to the one who reads its output.
 
     Returns:
@@ -174,16 +174,16 @@ def _deferred(model: nn.Module, path: str, reader_path: str, givers: tuple[nn.Mo
     """
     norm, reader, join = model.get_submodule(path), model.get_submodule(reader_path), _enclosing(model, reader_path)
     behind = (reader, *(() if join is None else (join,)))
-    if not isinstance(norm, nn.BatchNorm2d) or hooked(norm, *norm.children(), *behind, *givers):
+    if not isinstance(norm, nn.BatchNorm2d) or has_hooks(norm, *norm.children(), *behind, *producers):
         return False
     does = norm_of(norm)
     if does is None or not _takes(reader, does.activation):
         return False
-    defer(norm, behind, givers=givers)
-    if type(reader) in FAST_ACTIVATIONS:
+    defer(norm, behind, producers=producers)
+    if type(reader) in FUSED_ACTIVATIONS:
         fast: Any = reader
-        fast.__class__ = FAST_ACTIVATIONS[type(reader)]
-        fast.owns_input = True
+        fast.__class__ = FUSED_ACTIVATIONS[type(reader)]
+        fast.can_overwrite = True
     return True
 
 
@@ -191,19 +191,21 @@ def _takes(reader: nn.Module, activation: str) -> bool:
     """Whether a pass can begin with a BatchNorm that has this activation."""
     if not activation:
         return True
-    return isinstance(reader, (SqueezeExcitation, Fast)) and activation in cpu.BEFORE and not _rectifies(reader)
+    return (
+        isinstance(reader, (SqueezeExcitation, Fast)) and activation in cpu.PRE_ACTIVATIONS and not _rectifies(reader)
+    )
 
 
 def _rectifies(block: nn.Module) -> bool:
     return isinstance(block, SqueezeExcitation) and block.relu_in
 
 
-def _with_its_activation(model: nn.Module, path: str, givers: tuple[nn.Module, ...], owns_input: bool) -> bool:
+def _with_its_activation(model: nn.Module, path: str, producers: tuple[nn.Module, ...], can_overwrite: bool) -> bool:
     """Makes a BatchNorm that has an activation one pass with it; False if it has none, or somebody looks at it."""
     norm = model.get_submodule(path)
-    if not isinstance(norm, nn.BatchNorm2d) or not _is_of_timm(norm) or hooked(norm, *norm.children(), *givers):
+    if not isinstance(norm, nn.BatchNorm2d) or not _is_of_timm(norm) or has_hooks(norm, *norm.children(), *producers):
         return False
-    defer(norm, (), givers=givers, owns_input=owns_input)
+    defer(norm, (), producers=producers, can_overwrite=can_overwrite)
     return True
 
 
@@ -270,13 +272,13 @@ def _absorb(model: nn.Module) -> set[nn.Module]:
             if not isinstance(block, SqueezeExcitation) or block.kinds[0] != "avg" or block.kinds[2] not in cpu.GATES:
                 continue
             # One that writes over its input has shown that nobody else needs it.
-            if type(before) is nn.ReLU and before.inplace and not hooked(before, block):
+            if type(before) is nn.ReLU and before.inplace and not has_hooks(before, block):
                 if name.isdecimal():
                     # A place in a row, which others may be counted from.
                     parent._modules[name] = nn.Identity()
                 else:
                     del parent._modules[name]
-                block.relu_in = block.owns_input = True
+                block.relu_in = block.can_overwrite = True
                 found.add(block)
     return found
 
@@ -285,18 +287,18 @@ def _join(model: nn.Module, blocks: bool) -> int:
     """Makes joins one pass; counts those that no block makes one with its own."""
     joins = 0
     for parent in list(model.modules()):
-        if isinstance(parent, FastJoin):
+        if isinstance(parent, FusedJoin):
             continue
         for name, child in list(parent.named_children()):
             if formula_of(child) == ADD_RELU:
-                parent._modules[name] = FastJoin(child).train(child.training)
+                parent._modules[name] = FusedJoin(child).train(child.training)
                 joins += not (blocks and isinstance(parent, GatedJoin) and parent.edge == "branch")
     return joins
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
-        if isinstance(module, SqueezeExcitation) or kind_of(module) is not None:
+        if isinstance(module, SqueezeExcitation) or library_class(module) is not None:
             yield path, module
 
 
@@ -306,14 +308,14 @@ def _fused(path: str, module: nn.Module, absorbed: set[nn.Module]) -> FusedBlock
         module.impl = "auto"
         reason = module.refuses()
         return FusedBlock(path=path, kind=kind, absorbed=module in absorbed, reason=reason)
-    base = kind_of(module)
+    base = library_class(module)
     assert base is not None
-    formula = params_of_external(module, base)
+    formula = external_params(module, base)
     if isinstance(formula, str):
         return FusedBlock(path=path, kind=kind, reason=formula)
     fast: Any = module
     fast.__class__ = fast_class(base)
-    fast.owns_input = False
+    fast.can_overwrite = False
     return FusedBlock(path=path, kind=kind)
 
 
@@ -339,9 +341,9 @@ def _readers(model: nn.Module, blocks: bool) -> Iterator[tuple[str, nn.Module]]:
     closed = [*there, *(path for path, _ in _norms(model))]
     for path, module in model.named_modules():
         if path in there:
-            if blocks and hasattr(module, "owns_input"):
+            if blocks and hasattr(module, "can_overwrite"):
                 yield path, module
         elif any(path.startswith(f"{one}.") for one in closed):
             continue
-        elif isinstance(module, (FastJoin, FastActivation)) or type(module) in FAST_ACTIVATIONS:
+        elif isinstance(module, (FusedJoin, FusedActivation)) or type(module) in FUSED_ACTIVATIONS:
             yield path, module

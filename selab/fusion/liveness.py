@@ -25,14 +25,14 @@ class Seen:
         reader: path of a BatchNorm → that of the one block, join or activation that reads its output; where nobody
             reads the BatchNorm's input either.
         alone: path of a BatchNorm → whether nobody else reads its input.
-        givers: path of a BatchNorm → those of the modules that return its input or its output; path of a reader → of
+        producers: path of a BatchNorm → those of the modules that return its input or its output; path of a reader → of
             those that return what it reads.
     """
 
     owning: set[str]
     reader: dict[str, str]
     alone: dict[str, bool]
-    givers: dict[str, set[str]]
+    producers: dict[str, set[str]]
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -88,14 +88,14 @@ class _Trace:
         self.owners: set[str] = set()
         self.calls: Counter[str] = Counter()
         self.readers: dict[str, list[str]] = {}
-        self.givers: dict[str, set[str]] = {}
+        self.producers: dict[str, set[str]] = {}
         self._normalised: list[tuple[Tensor, str]] = []
         self._given: list[tuple[Tensor, str]] = []
 
     def after_norm(self, path: str, args: tuple[Any, ...], out: Tensor) -> None:
         """Watches what came in and what goes out."""
         self.calls[path] += 1
-        self.givers.setdefault(path, set()).update(giver for given, giver in self._given if given is args[0])
+        self.producers.setdefault(path, set()).update(producer for given, producer in self._given if given is args[0])
         self.reads.watch(f"input of {path}", args[0])
         self.reads.watch(f"output of {path}", out)
         self._normalised.append((out, path))
@@ -103,8 +103,8 @@ class _Trace:
 
     def before_reader(self, path: str, args: tuple[Any, ...]) -> None:
         """Notes whose output it reads; what is read until it returns is its own business."""
-        given_by = (giver for given, giver in self._given if args and given is args[0])
-        self.givers.setdefault(path, set()).update(given_by)
+        given_by = (producer for given, producer in self._given if args and given is args[0])
+        self.producers.setdefault(path, set()).update(given_by)
         for out, norm in self._normalised:
             if args and args[0] is out:
                 self.readers[norm].append(path)
@@ -122,7 +122,7 @@ class _Trace:
             self._given.append((out, path))
             for normalised, norm in self._normalised:
                 if normalised is out and norm != path:
-                    self.givers[norm].add(path)
+                    self.producers[norm].add(path)
 
     def seen(self) -> Seen:
         """What all this shows, after which nothing more is followed."""
@@ -136,7 +136,9 @@ class _Trace:
             if untouched and len(paths) == 1 and self.calls[norm] == self.calls[paths[0]] == 1:
                 reader[norm] = paths[0]
         alone = {norm: f"input of {norm}" not in again for norm in self.readers}
-        return Seen(owning=(self.owners & set(self.calls)) - again, reader=reader, alone=alone, givers=self.givers)
+        return Seen(
+            owning=(self.owners & set(self.calls)) - again, reader=reader, alone=alone, producers=self.producers
+        )
 
 
 Named = Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]
@@ -149,7 +151,7 @@ def traced(model: nn.Module, input_nchw: tuple[int, ...], *, norms: Named, reade
         model: left as it is.
         input_nchw: (N, C, H, W) of the example.
         norms: (path, module) of the BatchNorms in a network whose work might be left to others.
-        readers: of those who might do it, or take the place of what they read; these have an attribute `owns_input`.
+        readers: of those who might do it, or take the place of what they read; these have an attribute `can_overwrite`.
 
     Raises:
         Whatever the network raises.
@@ -166,7 +168,7 @@ def traced(model: nn.Module, input_nchw: tuple[int, ...], *, norms: Named, reade
             after = partial(trace.after_norm, path)
             stack.callback(module.register_forward_hook(lambda _, args, out, after=after: after(args, out)).remove)
         for path, module in readers(twin):
-            if hasattr(module, "owns_input"):
+            if hasattr(module, "can_overwrite"):
                 trace.owners.add(path)
             if hasattr(module, "inplace"):
                 # In place, whoever reads its output would seem to read its input.

@@ -37,9 +37,9 @@ else:
     _WHY_NOT = ""
 ACTIVATIONS = ("relu", "silu")
 GATES = ("sigmoid", "hardsigmoid")
-BEHIND = ("", "relu", "hardswish", "silu")
+POST_ACTIVATIONS = ("", "relu", "hardswish", "silu")
 """What may stand behind a pass over a map; in the native code's order."""
-BEFORE = BEHIND[:3]
+PRE_ACTIVATIONS = POST_ACTIVATIONS[:3]
 """What may stand before a block, as part of it: it is computed twice."""
 # Below so many elements a second thread costs more than it saves.
 _LEAST_PER_THREAD = 1 << 15
@@ -47,7 +47,7 @@ _LEAST_PER_THREAD = 1 << 15
 _POSITIONS_BY_PRODUCT = 256
 
 
-class Formula(NamedTuple):
+class BlockParams(NamedTuple):
     """Everything of a block but its map.
 
     Attributes:
@@ -74,7 +74,7 @@ class Norm(NamedTuple):
 
     Attributes:
         weight: (C) or None, as bias; mean and var (C).
-        activation: of `BEHIND`.
+        activation: of `POST_ACTIVATIONS`.
     """
 
     weight: Tensor | None
@@ -90,19 +90,19 @@ def native_reason() -> str:
     return _WHY_NOT
 
 
-def native_refuses(y: Tensor, shortcut: Tensor | None, formula: Formula) -> str:
+def native_refuses(y: Tensor, shortcut: Tensor | None, params: BlockParams) -> str:
     """Why these tensors are not the native code's; empty if they are."""
     if _native is None:
         return _WHY_NOT
-    if y.dtype != torch.float32 or formula.w1.dtype != torch.float32:
+    if y.dtype != torch.float32 or params.w1.dtype != torch.float32:
         return f"the native code computes in float32, not in {str(y.dtype).removeprefix('torch.')}"
     if not memory_format.is_dense(y):
         return "the map is neither contiguous nor channels last"
     if shortcut is not None and (shortcut.dtype != y.dtype or shortcut.stride() != y.stride()):
         return "branch and shortcut lie differently in memory"
-    if not (formula.w1.is_contiguous() and formula.w2.is_contiguous()):
+    if not (params.w1.is_contiguous() and params.w2.is_contiguous()):
         return "the weights are not contiguous"
-    if formula.w1.shape[1] != y.shape[1] or formula.w2.shape != formula.w1.shape[::-1]:
+    if params.w1.shape[1] != y.shape[1] or params.w2.shape != params.w1.shape[::-1]:
         return "the weights are those of another number of channels"
     return ""
 
@@ -121,7 +121,7 @@ def norm_refuses(y: Tensor, norm: Norm) -> str:
 def infer(
     y: Tensor,
     shortcut: Tensor | None,
-    formula: Formula,
+    params: BlockParams,
     *,
     native: bool,
     in_place: bool = False,
@@ -132,7 +132,7 @@ def infer(
     Args:
         y: (N, C, H, W).
         shortcut: of the same shape, or None.
-        formula: of the block.
+        params: of the block.
         native: whether by the native code, which `native_refuses` must have been asked about.
         in_place: whether the result may take y's place.
         norm: of a BatchNorm before the block, natively alone, which `norm_refuses` must have been asked about.
@@ -142,24 +142,24 @@ def infer(
     """
     if native:
         out = y if in_place else torch.empty_like(y)
-        _run_native(y, shortcut, formula, out, None, norm)
+        _run_native(y, shortcut, params, out, None, norm)
         return out
-    m = F.relu(y) if formula.relu_in else y
-    gate = _factors(_excited(squeezed(m), formula)[1], formula)[:, :, None, None]
+    m = F.relu(y) if params.relu_in else y
+    gate = _factors(_excited(squeezed(m), params)[1], params)[:, :, None, None]
     if shortcut is None:
-        out = m.mul_(gate) if (in_place or formula.relu_in) and gate.dtype == m.dtype else m * gate
+        out = m.mul_(gate) if (in_place or params.relu_in) and gate.dtype == m.dtype else m * gate
     else:
         out = torch.addcmul(shortcut, m, gate)
-    return out.relu_() if formula.relu_out else out
+    return out.relu_() if params.relu_out else out
 
 
-def forward(y: Tensor, shortcut: Tensor | None, formula: Formula, *, native: bool) -> tuple[Tensor, Tensor]:
+def forward(y: Tensor, shortcut: Tensor | None, params: BlockParams, *, native: bool) -> tuple[Tensor, Tensor]:
     """The block, and what its backward pass needs beside the maps.
 
     Args:
         y: (N, C, H, W).
         shortcut: of the same shape, or None.
-        formula: of the block.
+        params: of the block.
         native: as in `infer`.
 
     Returns:
@@ -168,19 +168,19 @@ def forward(y: Tensor, shortcut: Tensor | None, formula: Formula, *, native: boo
     """
     if native:
         out = torch.empty_like(y)
-        kept = torch.empty(y.shape[0], 2 * y.shape[1] + formula.w1.shape[0])
-        _run_native(y, shortcut, formula, out, kept)
+        kept = torch.empty(y.shape[0], 2 * y.shape[1] + params.w1.shape[0])
+        _run_native(y, shortcut, params, out, kept)
         return out, kept
-    m = F.relu(y) if formula.relu_in else y
+    m = F.relu(y) if params.relu_in else y
     s = squeezed(m)
-    hidden, logits = _excited(s, formula)
-    gate = _factors(logits, formula)[:, :, None, None]
+    hidden, logits = _excited(s, params)
+    gate = _factors(logits, params)[:, :, None, None]
     out = m * gate if shortcut is None else torch.addcmul(shortcut, m, gate)
-    return out.relu_() if formula.relu_out else out, torch.cat((s, hidden, logits), 1)
+    return out.relu_() if params.relu_out else out, torch.cat((s, hidden, logits), 1)
 
 
 def backward(
-    dout: Tensor, out: Tensor | None, y: Tensor, formula: Formula, kept: Tensor, *, native: bool
+    dout: Tensor, out: Tensor | None, y: Tensor, params: BlockParams, kept: Tensor, *, native: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of one block.
 
@@ -188,7 +188,7 @@ def backward(
         dout: of the output, (N, C, H, W).
         out: the output, where `relu_out` is set; None otherwise.
         y: as in `forward`.
-        formula: as in `forward`.
+        params: as in `forward`.
         kept: from `forward`.
         native: as in `forward`, whose output has y's layout only if it ran natively.
 
@@ -197,35 +197,35 @@ def backward(
     """
     dout = memory_format.laid_out(dout, y)
     if native:
-        return _native_backward(dout, out, y, formula, kept)
-    _, hidden, logits = _parts(kept, formula)
+        return _native_backward(dout, out, y, params, kept)
+    _, hidden, logits = _parts(kept, params)
     dz = dout if out is None else torch.ops.aten.threshold_backward(dout, out, 0)
-    m = F.relu(y) if formula.relu_in else y
-    dlogits = (dz * m).sum((2, 3)) * _gate_slopes(logits, formula)
-    dhidden = (dlogits @ formula.w2) * _activation_slopes(hidden, formula)
-    ds = (dhidden @ formula.w1)[:, :, None, None] / (y.shape[2] * y.shape[3])
-    dy = torch.addcmul(ds, dz, _factors(logits, formula)[:, :, None, None])
-    if formula.relu_in:
+    m = F.relu(y) if params.relu_in else y
+    dlogits = (dz * m).sum((2, 3)) * _gate_slopes(logits, params)
+    dhidden = (dlogits @ params.w2) * _activation_slopes(hidden, params)
+    ds = (dhidden @ params.w1)[:, :, None, None] / (y.shape[2] * y.shape[3])
+    dy = torch.addcmul(ds, dz, _factors(logits, params)[:, :, None, None])
+    if params.relu_in:
         dy = torch.ops.aten.threshold_backward(dy, y, 0)
     return dy, dz, dlogits, dhidden
 
 
 def layer_gradients(
-    formula: Formula, kept: Tensor, dlogits: Tensor, dhidden: Tensor
+    params: BlockParams, kept: Tensor, dlogits: Tensor, dhidden: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Those of w1, b1, w2 and b2, from (N, C + K + C), (N, C) and (N, K)."""
-    s, hidden, _ = _parts(kept, formula)
-    h = F.silu(hidden) if formula.activation == "silu" else F.relu(hidden)
+    s, hidden, _ = _parts(kept, params)
+    h = F.silu(hidden) if params.activation == "silu" else F.relu(hidden)
     return (
         dhidden.t() @ s,
-        None if formula.b1 is None else dhidden.sum(0),
+        None if params.b1 is None else dhidden.sum(0),
         dlogits.t() @ h,
-        None if formula.b2 is None else dlogits.sum(0),
+        None if params.b2 is None else dlogits.sum(0),
     )
 
 
-def _parts(kept: Tensor, formula: Formula) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, channels = formula.w1.shape
+def _parts(kept: Tensor, params: BlockParams) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, channels = params.w1.shape
     squeezed_values, hidden_values, logits = torch.split(kept, [channels, hidden, channels], 1)
     return squeezed_values, hidden_values, logits
 
@@ -245,14 +245,14 @@ class Gated(torch.autograd.Function):
         b1: Tensor | None,
         w2: Tensor,
         b2: Tensor | None,
-        formula: Formula,
+        params: BlockParams,
         native: bool,
     ) -> Tensor:
-        """(N, C, H, W), the shortcut alike or None, the layers, the formula again, `native` → (N, C, H, W)."""
-        out, kept = forward(y, shortcut, formula, native=native)
-        ctx.save_for_backward(y, out if formula.relu_out else None, w1, b1, w2, b2, kept)  # type: ignore[arg-type]
+        """(N, C, H, W), the shortcut alike or None, the layers, the params again, `native` → (N, C, H, W)."""
+        out, kept = forward(y, shortcut, params, native=native)
+        ctx.save_for_backward(y, out if params.relu_out else None, w1, b1, w2, b2, kept)  # type: ignore[arg-type]
         # Without the weights: a tensor that autograd does not know of would keep itself alive.
-        ctx.options = formula[4:]  # type: ignore[attr-defined]
+        ctx.options = params[4:]  # type: ignore[attr-defined]
         ctx.joined = shortcut is not None  # type: ignore[attr-defined]
         ctx.native = native  # type: ignore[attr-defined]
         return out
@@ -262,9 +262,9 @@ class Gated(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
         """(N, C, H, W) → the gradients of forward's arguments."""
         y, out, w1, b1, w2, b2, kept = ctx.saved_tensors  # type: ignore[attr-defined]
-        formula = Formula(w1, b1, w2, b2, *ctx.options)  # type: ignore[attr-defined]
-        dy, dz, dlogits, dhidden = backward(dout, out, y, formula, kept, native=ctx.native)  # type: ignore[attr-defined]
-        layers = layer_gradients(formula, kept, dlogits, dhidden)
+        params = BlockParams(w1, b1, w2, b2, *ctx.options)  # type: ignore[attr-defined]
+        dy, dz, dlogits, dhidden = backward(dout, out, y, params, kept, native=ctx.native)  # type: ignore[attr-defined]
+        layers = layer_gradients(params, kept, dlogits, dhidden)
         return dy, dz if ctx.joined else None, *layers, None, None  # type: ignore[attr-defined]
 
 
@@ -288,7 +288,7 @@ def activated(
         y: that `activated_refuses` must have been asked about.
         shortcut: of the same shape, or None.
         norm: of the BatchNorm before it, as in `infer`, or None; it has no activation of its own.
-        activation: of `BEHIND`.
+        activation: of `POST_ACTIVATIONS`.
         in_place: whether the result takes y's place.
     """
     out = y if in_place else torch.empty_like(y)
@@ -347,23 +347,23 @@ def squeezed(m: Tensor) -> Tensor:
 _EXACT = (torch.float32, torch.float64)
 
 
-def expressed(y: Tensor, shortcut: Tensor | None, formula: Formula) -> Tensor:
+def expressed(y: Tensor, shortcut: Tensor | None, params: BlockParams) -> Tensor:
     """The block as a compiler should see it: (N, C, H, W), the shortcut alike or None → (N, C, H, W).
 
     For few images the two layers are products and sums, which a compiler puts into one loop with the activation and
     the gate; as matrix products each would call a library, whose preparation takes longer than its work.
     """
-    m = F.relu(y) if formula.relu_in else y
+    m = F.relu(y) if params.relu_in else y
     s = m.mean((2, 3))
     if s.shape[0] <= _IMAGES_BY_SUMS:
-        hidden = _by_sums(s, formula.w1, formula.b1)
-        h = F.silu(hidden) if formula.activation == "silu" else F.relu(hidden)
-        logits = _by_sums(h, formula.w2, formula.b2)
+        hidden = _by_sums(s, params.w1, params.b1)
+        h = F.silu(hidden) if params.activation == "silu" else F.relu(hidden)
+        logits = _by_sums(h, params.w2, params.b2)
     else:
-        logits = _excited(s, formula)[1]
-    out = m * _factors(logits, formula)[:, :, None, None]
+        logits = _excited(s, params)[1]
+    out = m * _factors(logits, params)[:, :, None, None]
     out = out if shortcut is None else shortcut + out
-    return F.relu(out) if formula.relu_out else out
+    return F.relu(out) if params.relu_out else out
 
 
 # Up to so many images a compiled layer is a loop of the compiler's own.
@@ -375,27 +375,27 @@ def _by_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def _excited(s: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
+def _excited(s: Tensor, params: BlockParams) -> tuple[Tensor, Tensor]:
     """(N, C) → the hidden values before their activation (N, K), and the logits (N, C)."""
-    hidden = F.linear(s, formula.w1, formula.b1)
-    h = F.silu(hidden) if formula.activation == "silu" else F.relu(hidden)
-    return hidden, F.linear(h, formula.w2, formula.b2)
+    hidden = F.linear(s, params.w1, params.b1)
+    h = F.silu(hidden) if params.activation == "silu" else F.relu(hidden)
+    return hidden, F.linear(h, params.w2, params.b2)
 
 
-def _factors(logits: Tensor, formula: Formula) -> Tensor:
-    gate = F.hardsigmoid(logits) if formula.gate == "hardsigmoid" else torch.sigmoid(logits)
-    return gate if (formula.scale, formula.offset) == (1.0, 0.0) else gate * formula.scale + formula.offset
+def _factors(logits: Tensor, params: BlockParams) -> Tensor:
+    gate = F.hardsigmoid(logits) if params.gate == "hardsigmoid" else torch.sigmoid(logits)
+    return gate if (params.scale, params.offset) == (1.0, 0.0) else gate * params.scale + params.offset
 
 
-def _gate_slopes(logits: Tensor, formula: Formula) -> Tensor:
-    if formula.gate == "hardsigmoid":
-        return ((logits > -3) & (logits < 3)).to(logits.dtype) * (formula.scale / 6)
+def _gate_slopes(logits: Tensor, params: BlockParams) -> Tensor:
+    if params.gate == "hardsigmoid":
+        return ((logits > -3) & (logits < 3)).to(logits.dtype) * (params.scale / 6)
     gate = torch.sigmoid(logits)
-    return gate * (1 - gate) * formula.scale
+    return gate * (1 - gate) * params.scale
 
 
-def _activation_slopes(hidden: Tensor, formula: Formula) -> Tensor:
-    if formula.activation == "silu":
+def _activation_slopes(hidden: Tensor, params: BlockParams) -> Tensor:
+    if params.activation == "silu":
         gate = torch.sigmoid(hidden)
         return gate * (1 + hidden * (1 - gate))
     return (hidden > 0).to(hidden.dtype)
@@ -414,71 +414,71 @@ def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def native_shape(y: Tensor, formula: Formula | str, norm: Norm | None = None) -> bytes:
+def native_shape(y: Tensor, params: BlockParams | str, norm: Norm | None = None) -> bytes:
     """The numbers that the native code wants, for this map and the threads that torch uses now.
 
     Args:
         y: (N, C, H, W).
-        formula: of the block, or the activation of a pass without one, of `BEHIND`.
+        params: of the block, or the activation of a pass without one, of `POST_ACTIVATIONS`.
         norm: what stands before it, or None.
     """
     n, c, h, w = y.shape
-    before, eps = (0, 0.0) if norm is None else (BEFORE.index(norm.activation), norm.eps)
+    before, eps = (0, 0.0) if norm is None else (PRE_ACTIVATIONS.index(norm.activation), norm.eps)
     laid, threads = not y.is_contiguous(), _threads(y)
     shape: bytes
-    if isinstance(formula, str):
-        behind = BEHIND.index(formula)
+    if isinstance(params, str):
+        behind = POST_ACTIVATIONS.index(params)
         shape = _native.shape(n, c, h * w, 0, laid, False, before, behind, 0, 0, threads, 1.0, 0.0, eps)
         return shape
     shape = _native.shape(
         n,
         c,
         h * w,
-        formula.w1.shape[0],
+        params.w1.shape[0],
         laid,
         True,
-        BEFORE.index("relu") if formula.relu_in else before,
-        BEHIND.index("relu" if formula.relu_out else ""),
-        ACTIVATIONS.index(formula.activation),
-        GATES.index(formula.gate),
+        PRE_ACTIVATIONS.index("relu") if params.relu_in else before,
+        POST_ACTIVATIONS.index("relu" if params.relu_out else ""),
+        ACTIVATIONS.index(params.activation),
+        GATES.index(params.gate),
         threads,
-        formula.scale,
-        formula.offset,
+        params.scale,
+        params.offset,
         eps,
     )
     return shape
 
 
-def native_decision(**facts: Any) -> Any:
+def native_call(**facts: Any) -> Any:
     """The native forward pass for maps like one that it was decided for (`selab.kernels.choice.repeat`)."""
-    return _native.Decision(**facts)
+    return _native.CachedCall(**facts)
 
 
 def _run_native(
     y: Tensor,
     shortcut: Tensor | None,
-    formula: Formula | str,
+    params: BlockParams | str,
     out: Tensor,
     kept: Tensor | None,
     norm: Norm | None = None,
 ) -> None:
     """Fills `out` and, if there is one, `kept`."""
-    layers = (None,) * 4 if isinstance(formula, str) else formula[:4]
+    layers = (None,) * 4 if isinstance(params, str) else params[:4]
     statistics = (None,) * 4 if norm is None else norm[:4]
-    _native.gated(native_shape(y, formula, norm), *(_at(one) for one in (*layers, *statistics, y, shortcut, out, kept)))
+    _native.gated(native_shape(y, params, norm), *(_at(one) for one in (*layers, *statistics, y, shortcut, out, kept)))
 
 
 def _native_backward(
-    dout: Tensor, out: Tensor | None, y: Tensor, formula: Formula, kept: Tensor
+    dout: Tensor, out: Tensor | None, y: Tensor, params: BlockParams, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy = torch.empty_like(y)
     dz = dout if out is None else torch.empty_like(y)
-    hidden, channels = formula.w1.shape
+    hidden, channels = params.w1.shape
     dlogits, dhidden = y.new_empty(y.shape[0], channels), y.new_empty(y.shape[0], hidden)
     _native.gated_backward(
-        native_shape(y, formula),
-        formula.w1.data_ptr(),
-        formula.w2.data_ptr(),
+        native_shape(y, params),
+        params.w1.data_ptr(),
+        params.w2.data_ptr(),
         dout.data_ptr(),
         _at(out),
         y.data_ptr(),

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from selab.kernels import cpu
 from selab.kernels.cpu import Norm
-from selab.kernels.dispatch import Deciding, hand_on, hooked, norm_of, repeat, unusual
+from selab.kernels.dispatch import CachedDispatch, cached_call, cached_deferral, has_hooks, needs_reference, norm_of
 
 
 class DeferredTensor(Tensor):
@@ -26,23 +26,23 @@ class DeferredTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Any operation, on maps that wait no longer."""
-        _settle(args, kwargs)
+        _materialize_all(args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
-def _settle(*values: object) -> None:
+def _materialize_all(*values: object) -> None:
     """Normalises the maps among these for all who hold them."""
     for leaf in tree_leaves(values):
         if type(leaf) is DeferredTensor:
             leaf.__class__ = Tensor  # type: ignore[assignment]
-            leaf.data = _normalised(leaf, leaf.__dict__.pop("_waits_for"))
+            leaf.data = _normalised(leaf, leaf.__dict__.pop("_pending_norm"))
 
 
 # As torch.compiler.disable does it, which would load the compiler for everybody.
-_settle._torchdynamo_disable = True  # type: ignore[attr-defined]
+_materialize_all._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-class DeferredNorm(Deciding, nn.BatchNorm2d):
+class DeferredNorm(CachedDispatch, nn.BatchNorm2d):
     """A BatchNorm2d that hands maps on to what stands behind it, where the native code is there to do its work.
 
     One with an activation of its own (timm's) has nothing behind it, or a block that does both. With nothing behind it
@@ -55,41 +55,43 @@ class DeferredNorm(Deciding, nn.BatchNorm2d):
 
     Attributes:
         library: the class that it is of otherwise.
-        behind: the modules that read what it hands on; a tuple, so that they are not its children.
-        givers: the modules that return its input or its output.
-        owns_input: of use with nothing behind it.
+        consumers: the modules that read what it hands on; a tuple, so that they are not its children.
+        producers: the modules that return its input or its output.
+        can_overwrite: of use with nothing behind it.
     """
 
     library: ClassVar[type[nn.BatchNorm2d]] = nn.BatchNorm2d
-    behind: tuple[nn.Module, ...] = ()
-    owns_input = False
+    consumers: tuple[nn.Module, ...] = ()
+    can_overwrite = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), waiting or normalised."""
         if self.training or torch.compiler.is_compiling():
-            return self.normalised(settled(x))
-        handed = self.again(x)
+            return self.normalised(materialize(x))
+        handed = self.replay(x)
         if handed is not None:
             return handed
         norm = self._native_norm(x)
         if norm is None:
-            return self.normalised(settled(x))
-        if self.behind:
-            self.__dict__["_decided"] = hand_on(x, self, (self, *self.behind, *self.givers), DeferredTensor)
-            x._waits_for = self  # type: ignore[attr-defined]
+            return self.normalised(materialize(x))
+        if self.consumers:
+            self.__dict__["_cached_call"] = cached_deferral(
+                x, self, (self, *self.consumers, *self.producers), DeferredTensor
+            )
+            x._pending_norm = self  # type: ignore[attr-defined]
             x.__class__ = DeferredTensor
             return x
-        self.__dict__["_decided"] = repeat(
+        self.__dict__["_cached_call"] = cached_call(
             x,
             None,
             norm.activation,
             (),
-            watched=self.givers,
+            watched=self.producers,
             norm=self,
             waiting=False,
-            owns_input=self.owns_input,
+            can_overwrite=self.can_overwrite,
         )
-        return cpu.activated(x, None, norm._replace(activation=""), norm.activation, in_place=self.owns_input)
+        return cpu.activated(x, None, norm._replace(activation=""), norm.activation, in_place=self.can_overwrite)
 
     def normalised(self, x: Tensor) -> Tensor:
         """What its class returns otherwise: (N, C, H, W) → (N, C, H, W)."""
@@ -108,10 +110,10 @@ class DeferredNorm(Deciding, nn.BatchNorm2d):
             super()._check_input_dim(x)
 
     def _native_norm(self, x: Tensor) -> Norm | None:
-        """What it computes, where the native code can do that for this map, here or behind."""
-        if not _is_ours(self) or torch.is_grad_enabled() or unusual(x):
+        """What it computes, where the native code can do that for this feature map, here or in a consumer."""
+        if not _is_ours(self) or torch.is_grad_enabled() or needs_reference(x):
             return None
-        if hooked(self, *self.children(), *self.behind, *self.givers):
+        if has_hooks(self, *self.children(), *self.consumers, *self.producers):
             return None
         norm = norm_of(self)
         return None if norm is None or cpu.norm_refuses(x, norm) else norm
@@ -140,68 +142,68 @@ def _empty(base: type[nn.BatchNorm2d]) -> nn.Module:
 
 def defer(
     norm: nn.BatchNorm2d,
-    behind: tuple[nn.Module, ...],
+    consumers: tuple[nn.Module, ...],
     *,
-    givers: tuple[nn.Module, ...] = (),
-    owns_input: bool = False,
+    producers: tuple[nn.Module, ...] = (),
+    can_overwrite: bool = False,
 ) -> None:
     """Makes a BatchNorm, in place, one that leaves its work to what stands behind it, or to a pass of its own.
 
     Args:
         norm: of exactly BatchNorm2d, or of a class that adds `drop` and `act` to it.
-        behind: the modules that its output is given to, and nobody else; the one that reads it must look at `waiting`.
-            Without any, it computes itself.
-        givers: as in `DeferredNorm`.
-        owns_input: whether nobody else needs its input.
+        consumers: the only modules that receive its output; the first must look at `pending_norm`. Without any, it
+            computes itself.
+        producers: as in `DeferredNorm`.
+        can_overwrite: whether nobody else needs its input.
     """
     changed: Any = norm
     if not isinstance(norm, DeferredNorm):
         changed.__class__ = _deferred_class(type(norm))
-    changed.behind, changed.givers, changed.owns_input = behind, givers, owns_input
+    changed.consumers, changed.producers, changed.can_overwrite = consumers, producers, can_overwrite
 
 
 def recall(norm: DeferredNorm) -> None:
     """Makes it, in place, what it was before `defer`."""
     changed: Any = norm
-    for name in ("behind", "givers", "owns_input", "_decided"):
+    for name in ("consumers", "producers", "can_overwrite", "_cached_call"):
         changed.__dict__.pop(name, None)
     if _is_ours(norm):
         changed.__class__ = norm.library
 
 
-def waiting(x: Tensor) -> DeferredNorm | None:
+def pending_norm(x: Tensor) -> DeferredNorm | None:
     """The BatchNorm that a map waits for, or None; whoever asks sees to it that it is done (`settled`, `taken`)."""
     if torch.compiler.is_compiling():
         return None
     if type(x) is DeferredTensor:
         x.__class__ = Tensor  # type: ignore[assignment]
-    found: DeferredNorm | None = x.__dict__.get("_waits_for")
+    found: DeferredNorm | None = x.__dict__.get("_pending_norm")
     return found
 
 
-def manageable(x: Tensor) -> Tensor:
+def materialize_unsupported(x: Tensor) -> Tensor:
     """A map that waits for nothing, or for what the native code can do; normalised otherwise."""
-    norm = waiting(x)
+    norm = pending_norm(x)
     facts = None if norm is None else norm_of(norm)
     refused = norm is not None and (facts is None or cpu.norm_refuses(x, facts))
-    return settled(x) if refused else x
+    return materialize(x) if refused else x
 
 
-def taken(x: Tensor) -> Norm | None:
+def consume(x: Tensor) -> Norm | None:
     """What a map waits for, which whoever asks does from now on; None if it does not wait."""
-    norm = waiting(x)
+    norm = pending_norm(x)
     if norm is None:
         return None
-    del x._waits_for  # type: ignore[attr-defined]
+    del x._pending_norm  # type: ignore[attr-defined]
     return norm_of(norm)
 
 
-def settled(x: Tensor) -> Tensor:
+def materialize(x: Tensor) -> Tensor:
     """A map that waits for nothing: normalised if it did, into memory of its own."""
-    norm = waiting(x)
+    norm = pending_norm(x)
     if norm is None:
         return x
-    del x._waits_for  # type: ignore[attr-defined]
+    del x._pending_norm  # type: ignore[attr-defined]
     return _normalised(x, norm)
 
 

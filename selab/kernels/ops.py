@@ -143,11 +143,11 @@ def _forward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     _check(*arguments)
     y, shortcut, *rest = arguments
     wide = torch.promote_types(y.dtype, torch.float32)
-    formula = _widened(cpu.Formula(*rest), wide)
+    params = _widened(cpu.BlockParams(*rest), wide)
     joined = None if shortcut is None else memory_format.laid_out(shortcut, y).to(wide)
     with _without_autocast(y):
-        out, kept = cpu.forward(memory_format.laid_out(y, y).to(wide), joined, formula, native=False)
-    hidden, channels = formula.w1.shape
+        out, kept = cpu.forward(memory_format.laid_out(y, y).to(wide), joined, params, native=False)
+    hidden, channels = params.w1.shape
     parts = torch.split(kept, [channels, hidden, channels], 1)
     return memory_format.stored(out, y), *(part.clone(memory_format=torch.contiguous_format) for part in parts)
 
@@ -156,7 +156,7 @@ def _forward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     _check(*arguments)
     y, shortcut, *rest = arguments
-    outputs: tuple[Tensor, ...] = _gpu().forward(y, shortcut, cpu.Formula(*rest))
+    outputs: tuple[Tensor, ...] = _gpu().forward(y, shortcut, cpu.BlockParams(*rest))
     return outputs
 
 
@@ -206,8 +206,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """The maps' gradients and those of hidden and logits by `maps`, the layers' by matrix products."""
     needs = _made(needs, out)
-    formula = cpu.Formula(w1, None, w2, None, activation, gate, scale, offset, relu_in, out is not None)
-    dy, dz, dlogits, dhidden = maps(dout, out, y, formula, (squeezed, hidden, logits), needs)
+    params = cpu.BlockParams(w1, None, w2, None, activation, gate, scale, offset, relu_in, out is not None)
+    dy, dz, dlogits, dhidden = maps(dout, out, y, params, (squeezed, hidden, logits), needs)
     activate = F.silu if activation == "silu" else F.relu
     return _where(
         needs,
@@ -222,13 +222,13 @@ def _backward(
 
 
 def _maps_by_torch(
-    dout: Tensor, out: Tensor | None, y: Tensor, formula: cpu.Formula, kept: Sequence[Tensor], needs: Sequence[bool]
+    dout: Tensor, out: Tensor | None, y: Tensor, params: cpu.BlockParams, kept: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`cpu.backward` in fp32 or fp64: the gradients of y, of the sum before the last ReLU, of logits and hidden."""
     wide = kept[0].dtype
     cut = None if out is None else memory_format.laid_out(out, y).to(wide)
     maps = memory_format.laid_out(dout, y).to(wide), cut, memory_format.laid_out(y, y).to(wide)
-    dy, dz, dlogits, dhidden = cpu.backward(*maps, _widened(formula, wide), torch.cat(tuple(kept), 1), native=False)
+    dy, dz, dlogits, dhidden = cpu.backward(*maps, _widened(params, wide), torch.cat(tuple(kept), 1), native=False)
     return memory_format.stored(dy, y), memory_format.stored(dz, y) if needs[1] else dz, dlogits, dhidden
 
 
@@ -257,9 +257,9 @@ def _where(needs: Sequence[bool], *make: Callable[[], Tensor], like: Tensor) -> 
     return tuple(one() if need else like.new_empty(0) for one, need in zip(make, needs, strict=True))
 
 
-def _widened(formula: cpu.Formula, dtype: torch.dtype) -> cpu.Formula:
-    b1, b2 = (None if one is None else one.to(dtype) for one in (formula.b1, formula.b2))
-    return formula._replace(w1=formula.w1.to(dtype), b1=b1, w2=formula.w2.to(dtype), b2=b2)
+def _widened(params: cpu.BlockParams, dtype: torch.dtype) -> cpu.BlockParams:
+    b1, b2 = (None if one is None else one.to(dtype) for one in (params.b1, params.b2))
+    return params._replace(w1=params.w1.to(dtype), b1=b1, w2=params.w2.to(dtype), b2=b2)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from selab.kernels import memory_format
-from selab.kernels.cpu import Formula
+from selab.kernels.cpu import BlockParams
 
 # Of a tile: what four warps keep in flight of two maps without running out of registers.
 _ELEMENTS = 4096
@@ -467,13 +467,13 @@ class _Map:
         _sum[grid](y, dout, out, dz, sums, *sizes, relu_in, tiles.positions, tiles.width)
         return sums
 
-    def excite(self, kernel: Any, tensors: Sequence[Tensor | None], formula: Formula) -> None:
+    def excite(self, kernel: Any, tensors: Sequence[Tensor | None], params: BlockParams) -> None:
         """Runs `_excite` or `_excite_backward` on its tensors."""
-        units = formula.w1.shape[0]
+        units = params.w1.shape[0]
         tf32 = _knows_tf32(self.device)
         plan = excitation(self.images, self.channels, units, processors=self.processors, tf32=tf32)
-        sizes = (self.images, self.channels, units, self.area, plan.span, formula.scale, formula.offset)
-        words = (self.tiles.splits, formula.activation, formula.gate, plan.precision)
+        sizes = (self.images, self.channels, units, self.area, plan.span, params.scale, params.offset)
+        words = (self.tiles.splits, params.activation, params.gate, plan.precision)
         blocks = (plan.rows, plan.width, plan.padded)
         kernel[plan.grid](*tensors, *sizes, *words, *blocks, num_warps=plan.warps, num_stages=plan.stages)
 
@@ -502,13 +502,13 @@ class _Map:
         return torch.empty((self.images, columns), dtype=torch.float32, device=self.device)
 
 
-def forward(y: Tensor, shortcut: Tensor | None, formula: Formula) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(y: Tensor, shortcut: Tensor | None, params: BlockParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The block and its join: y is read twice, the shortcut once, and out is written.
 
     Args:
         y: (N, C, H, W).
         shortcut: of the same shape, or None.
-        formula: of the block.
+        params: of the block.
 
     Returns:
         out (N, C, H, W), in y's memory format; squeezed (N, C), hidden before its activation (N, K) and logits (N, C).
@@ -517,12 +517,12 @@ def forward(y: Tensor, shortcut: Tensor | None, formula: Formula) -> tuple[Tenso
         out, y = memory_format.empty_map(y), memory_format.laid_out(y, y)
         shortcut = None if shortcut is None else memory_format.laid_out(shortcut, y)
         tiled = _Map(y)
-        sums = tiled.sums(y, relu_in=formula.relu_in)
+        sums = tiled.sums(y, relu_in=params.relu_in)
         squeezed, logits, factors = (tiled.matrix(tiled.channels) for _ in range(3))
-        hidden = tiled.matrix(formula.w1.shape[0])
-        weights = formula.w1.contiguous(), formula.b1, formula.w2.contiguous(), formula.b2
-        tiled.excite(_excite, (sums, *weights, squeezed, hidden, logits, factors), formula)
-        tiled.join(y, shortcut, factors, out, relu_in=formula.relu_in, relu_out=formula.relu_out)
+        hidden = tiled.matrix(params.w1.shape[0])
+        weights = params.w1.contiguous(), params.b1, params.w2.contiguous(), params.b2
+        tiled.excite(_excite, (sums, *weights, squeezed, hidden, logits, factors), params)
+        tiled.join(y, shortcut, factors, out, relu_in=params.relu_in, relu_out=params.relu_out)
     return out, squeezed, hidden, logits
 
 
@@ -535,7 +535,7 @@ def add_relu(branch: Tensor, shortcut: Tensor) -> Tensor:
 
 
 def backward(
-    dout: Tensor, out: Tensor | None, y: Tensor, formula: Formula, kept: Sequence[Tensor], needs: Sequence[bool]
+    dout: Tensor, out: Tensor | None, y: Tensor, params: BlockParams, kept: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the maps, the logits and the hidden values: dout, out and y are read, dz is written and read.
 
@@ -543,7 +543,7 @@ def backward(
         dout: of the output, (N, C, H, W).
         out: the output, where `relu_out` is set; None otherwise.
         y: as in `forward`.
-        formula: as in `forward`.
+        params: as in `forward`.
         kept: squeezed, hidden and logits, from `forward`.
         needs: whether those of y and of the shortcut are wanted; more is not looked at.
 
@@ -557,14 +557,14 @@ def backward(
         out = None if out is None else memory_format.laid_out(out, y)
         tiled = _Map(y)
         dz = torch.empty_like(y) if needs[1] else None
-        sums = tiled.sums(y, relu_in=formula.relu_in, dout=dout, out=out, dz=dz)
+        sums = tiled.sums(y, relu_in=params.relu_in, dout=dout, out=out, dz=dz)
         dhidden = torch.empty_like(hidden)
         dlogits, dmean, factors = (tiled.matrix(tiled.channels) for _ in range(3))
-        known = sums, formula.w1.contiguous(), formula.w2.contiguous(), hidden, logits
-        tiled.excite(_excite_backward, (*known, dhidden, dlogits, dmean, factors), formula)
+        known = sums, params.w1.contiguous(), params.w2.contiguous(), hidden, logits
+        tiled.excite(_excite_backward, (*known, dhidden, dlogits, dmean, factors), params)
         dy = dout
         if needs[0]:
             dy = torch.empty_like(y)
             source, cut = (dout, out) if dz is None else (dz, None)
-            tiled.branch_gradient(source, cut, y if formula.relu_in else None, factors, dmean, dy)
+            tiled.branch_gradient(source, cut, y if params.relu_in else None, factors, dmean, dy)
     return dy, dout if dz is None else dz, dlogits, dhidden

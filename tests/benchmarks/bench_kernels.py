@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selab.bench.machine import machine
 from selab.kernels import ops
-from selab.kernels.cpu import Formula
+from selab.kernels.cpu import BlockParams
 
 STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,19 +32,19 @@ def calls(y: Tensor, shortcut: Tensor) -> Iterator[tuple[str, int, Callable[[], 
     channels = y.shape[1]
     shapes = (channels // 16, channels), (channels // 16,), (channels, channels // 16), (channels,)
     w1, b1, w2, b2 = (torch.randn(shape, device=y.device) for shape in shapes)
-    formula = Formula(w1, b1, w2, b2, relu_out=True)
-    out, *kept = triton.forward(y, shortcut, formula)
+    params = BlockParams(w1, b1, w2, b2, relu_out=True)
+    out, *kept = triton.forward(y, shortcut, params)
     dout, dz = torch.randn_like(y), torch.empty_like(y)
     tiled = triton._Map(y)
     factors, dmean = torch.rand_like(kept[0]), torch.rand_like(kept[0])
     both = [True, True]
     yield "copy", 2, lambda: dz.copy_(y)
     yield "squeeze", 1, lambda: tiled.sums(y, relu_in=False)
-    yield "join", 3, lambda: tiled.join(y, shortcut, factors, out, formula)
+    yield "join", 3, lambda: tiled.join(y, shortcut, factors, out, params)
     yield "gate's gradient", 4, lambda: tiled.sums(y, relu_in=False, dout=dout, out=out, dz=dz)
     yield "branch's gradient", 2, lambda: tiled.branch_gradient(dout, None, None, factors, dmean, dz)
-    yield "forward", 4, lambda: triton.forward(y, shortcut, formula)
-    yield "backward", 6, lambda: triton.backward(dout, out, y, formula, kept, both)
+    yield "forward", 4, lambda: triton.forward(y, shortcut, params)
+    yield "backward", 6, lambda: triton.backward(dout, out, y, params, kept, both)
 
 
 def seconds(call: Callable[[], object]) -> float:

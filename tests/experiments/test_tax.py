@@ -15,7 +15,7 @@ from selab.experiments import tax as experiments_tax
 from selab.experiments.job import Request
 from selab.experiments.tax_record import ALL, read_tax_record
 from selab.kernels.deferred_bn import DeferredNorm
-from selab.kernels.residual import FastJoin
+from selab.kernels.residual import FusedJoin
 from selab.models import provenance
 
 QUICK = ("--budget", "0.2")
@@ -144,7 +144,7 @@ def test_what_stands_around_the_blocks_gets_the_same_care_in_all_networks():
         # A BatchNorm before a block that is not the fast one is read by that block.
         expected = {"plain": 0, "baseline": deferred, "again": deferred, "fast": deferred}.get(name, deferred - 9)
         assert kinds.count(DeferredNorm) == expected, name
-        assert kinds.count(FastJoin) == (0 if name == "plain" else joined), name
+        assert kinds.count(FusedJoin) == (0 if name == "plain" else joined), name
 
 
 def test_nothing_is_measured_that_a_compiler_would_remove():
@@ -327,7 +327,7 @@ class TestTax:
         def failing(model, style):
             raise InsertionError("this style fails")
 
-        monkeypatch.setattr(experiments_tax, "restyled", failing)
+        monkeypatch.setattr(experiments_tax, "reimplement", failing)
         words = ("--impl", "reference", "--impl", "timm", *QUICK, "--out", tmp_path / "out")
         status, shown, told = selab("tax", "--arch", f"{toy}:se_toy", *words)
         assert status == 0, told

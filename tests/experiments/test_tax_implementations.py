@@ -9,13 +9,13 @@ from torch import nn
 from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.errors import InsertionError
 from selab.experiments import tax_implementations
-from selab.experiments.tax_implementations import restyled
+from selab.experiments.tax_implementations import reimplement
 from selab.models.build import build
 from selab.models.catalog import find
 
 NETWORKS = {"se_small_cnn": 32, "se_resnet18": 32, "se_mobilenet": 32, "mobilenet_v3_small": 64}
 AS_OTHERS = ("torchvision", "timm")
-ABLATIONS = tuple(name for name in tax_implementations.STYLES if name not in AS_OTHERS)
+ABLATIONS = tuple(name for name in tax_implementations.REIMPLEMENTATIONS if name not in AS_OTHERS)
 
 
 def network(arch):
@@ -35,7 +35,7 @@ def blocks(model):
 def test_a_network_as_others_write_it_computes_the_same(arch, style):
     reference = network(arch)
     other = copy.deepcopy(reference)
-    assert restyled(other, style) == len(blocks(reference)) > 0
+    assert reimplement(other, style) == len(blocks(reference)) > 0
     assert not blocks(other)
     assert parameters(other) == parameters(reference)
     x = torch.randn(2, 3, NETWORKS[arch], NETWORKS[arch])
@@ -50,7 +50,7 @@ def test_a_network_as_others_write_it_computes_the_same(arch, style):
 def test_gradients_are_those_of_the_reference(style, bias, gate, activation):
     block = SqueezeExcitation(12, 4, bias=bias, gate=gate, activation=activation).double()
     other = nn.Sequential(copy.deepcopy(block))
-    restyled(other, style)
+    reimplement(other, style)
     x = torch.randn(3, 12, 5, 7, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
     found = torch.autograd.grad(other(x).square().sum(), [x, *other.parameters()])
@@ -61,13 +61,13 @@ def test_gradients_are_those_of_the_reference(style, bias, gate, activation):
 def test_random_numbers_are_not_used_up():
     model = nn.Sequential(SqueezeExcitation(8, 2))
     state = torch.random.get_rng_state()
-    restyled(model, "torchvision")
+    reimplement(model, "torchvision")
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_residual_join_keeps_its_place():
     model = network("se_resnet18")
-    restyled(model, "timm")
+    reimplement(model, "timm")
     joins = [module for module in model.modules() if isinstance(module, GatedJoin)]
     assert joins
     assert all(isinstance(join.se, tax_implementations.TimmSE) for join in joins)
@@ -76,26 +76,26 @@ def test_a_residual_join_keeps_its_place():
 def test_a_shared_block_stays_shared():
     block = SqueezeExcitation(8, 2)
     model = nn.Sequential(block, nn.ReLU(), block)
-    assert restyled(model, "timm") == 1
+    assert reimplement(model, "timm") == 1
     assert model[0] is model[2]
 
 
 @pytest.mark.parametrize("options", [{"squeeze": "max"}, {"squeeze": "none"}, {"init": "identity"}])
 def test_blocks_that_others_do_not_write_stay(options):
     model = nn.Sequential(SqueezeExcitation(8, 2, **options))
-    assert restyled(model, "torchvision") == 0
+    assert reimplement(model, "torchvision") == 0
     assert blocks(model)
 
 
 def test_the_mode_of_the_block_is_kept():
     model = nn.Sequential(SqueezeExcitation(8, 2)).eval()
-    restyled(model, "torchvision")
+    reimplement(model, "torchvision")
     assert not any(module.training for module in model.modules())
 
 
 def test_an_unknown_style_is_refused():
     with pytest.raises(InsertionError, match="style 'torchvisio': no such way"):
-        restyled(nn.Sequential(), "torchvisio")
+        reimplement(nn.Sequential(), "torchvisio")
 
 
 # ----------------------------------------------------------------------------------------------------- stages left out
@@ -104,7 +104,7 @@ def test_an_unknown_style_is_refused():
 def ablated(style):
     block = SqueezeExcitation(8, 2).double()
     model = nn.Sequential(copy.deepcopy(block))
-    assert restyled(model, style) == 1
+    assert reimplement(model, style) == 1
     return block, model
 
 

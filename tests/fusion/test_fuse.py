@@ -13,7 +13,7 @@ import selab
 from selab.attention.insert import insert_se
 from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.errors import ModelError
-from selab.fusion.fuse import FastJoin, FusedBlock, Fusion, fuse, runtimes
+from selab.fusion.fuse import FusedBlock, FusedJoin, Fusion, fuse, runtimes
 from selab.kernels import cpu
 from selab.kernels.deferred_bn import DeferredNorm
 from selab.models import catalog
@@ -190,7 +190,7 @@ def test_without_a_pass_on_the_meta_device_nothing_is_overwritten_and_the_reason
 def test_a_hook_on_a_join_still_sees_it():
     model = built("resnet18").eval()
     fuse(model, input_nchw=SMALL)
-    join = next(module for module in model.modules() if isinstance(module, FastJoin))
+    join = next(module for module in model.modules() if isinstance(module, FusedJoin))
     seen = []
     join.inner.register_forward_hook(lambda *_: seen.append(1))
     model(torch.randn(SMALL))
@@ -229,7 +229,7 @@ def test_how_each_block_would_run_is_known_without_running_it():
     halves = runtimes(model, SMALL, dtype=torch.bfloat16)
     assert {(one.impl, one.reason) for one in halves} == {("reference", "bfloat16 on a CPU has the reference alone")}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not any(isinstance(module, FastJoin) for module in model.modules())
+    assert not any(isinstance(module, FusedJoin) for module in model.modules())
 
 
 class Plain(nn.Module):
@@ -407,7 +407,9 @@ def test_a_batchnorm_is_left_to_the_one_who_reads_it_alone(kind):
     fused = copy.deepcopy(model)
     fusion = fuse(fused, input_nchw=(1, 3, 9, 8))
     named = {module: path for path, module in fused.named_modules()}
-    found = tuple((path, named[module.behind[0]]) for module, path in named.items() if isinstance(module, DeferredNorm))
+    found = tuple(
+        (path, named[module.consumers[0]]) for module, path in named.items() if isinstance(module, DeferredNorm)
+    )
     assert found == kind.expected
     assert fusion.norms == len(found)
     assert [one.normalising for one in fusion.blocks] == [("other", "se") in found]

@@ -3,7 +3,7 @@
 import pytest
 
 from selab.experiments.tax_record import read_tax_record
-from selab.fusion.external import foreign_blocks
+from selab.fusion.external import external_blocks
 from selab.models import external
 from selab.models.build import build
 from selab.models.catalog import find
@@ -24,7 +24,7 @@ def test_the_command_runs_and_its_record_is_read_back(selab, tmp_path, library, 
     assert record.bare
     assert record.implementations == ("reference", "fast")
     network = build(find(record.arch), device="meta").model
-    assert [one.path for one in record.blocks] == list(external.se_blocks(network)) == list(foreign_blocks(network))
+    assert [one.path for one in record.blocks] == list(external.se_blocks(network)) == list(external_blocks(network))
     assert len(record.blocks) == blocks
     assert all(one.params == 2 * one.channels * one.squeeze_channels + one.channels + one.squeeze_channels
                for one in record.blocks)  # fmt: skip

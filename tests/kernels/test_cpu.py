@@ -138,7 +138,7 @@ def test_a_batchnorm_before_a_block_is_part_of_it(in_place, joined, relu_in, rel
         for memory_format in FORMATS:
             made = block(shape[1], "auto")
             made.relu_in = relu_in
-            formula, norm = made._formula(relu_out=relu_out), statistics(shape[1], affine, eps=0.1)
+            formula, norm = made._params(relu_out=relu_out), statistics(shape[1], affine, eps=0.1)
             y, r = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
             assert not cpu.norm_refuses(y, norm)
             # The reference rectifies in place.
@@ -179,7 +179,7 @@ def test_means_and_variances_may_be_of_any_size(mean, var, memory_format):
     made = block(17, "auto")
     norm = cpu.Norm(None, None, torch.full((17,), mean), torch.full((17,), var), 1e-5)
     y = (mean + var**0.5 * torch.randn(2, 17, 9, 11)).contiguous(memory_format=memory_format)
-    found = cpu.infer(y, None, made._formula(), native=True, norm=norm)
+    found = cpu.infer(y, None, made._params(), native=True, norm=norm)
     # A mean of many deviations leaves as many roundings of it in the differences.
     assert_near(found, in_double(made)(normalised(norm, y)), FORWARD * max(1, abs(mean) / var**0.5))
 
@@ -200,7 +200,7 @@ def test_what_is_not_finite_comes_through_a_batchnorm_as_by_torch(relu_in, memor
         rectified = cpu.activated(y, None, norm)
         torch.testing.assert_close(rectified.double(), expected.relu(), equal_nan=True, rtol=1e-5, atol=1e-5)
         reference = in_double(made)(expected)
-        found = cpu.infer(y, None, made._formula(), native=True, norm=norm)
+        found = cpu.infer(y, None, made._params(), native=True, norm=norm)
         torch.testing.assert_close(found.double(), reference, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
@@ -256,7 +256,7 @@ def test_the_output_takes_the_input_s_place_only_where_allowed_and_without_gradi
     with torch.no_grad():
         fast(x)
         assert torch.equal(x, kept)
-    fast.owns_input = True
+    fast.can_overwrite = True
     fast(x.requires_grad_())
     assert torch.equal(x, kept)
     with torch.no_grad():
@@ -411,7 +411,7 @@ class TestCompiled:
         x = torch.randn(1, 8, 4, 4)
         with torch.inference_mode():
             fast(x)
-            assert "_decided" in fast.__dict__
+            assert "_cached_call" in fast.__dict__
             expected = fast(x)
             torch.testing.assert_close(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), expected)
 
@@ -426,7 +426,7 @@ class TestDecidedOnce:
         x = torch.randn(2, 8, 6, 6)
         with torch.no_grad():
             fast(x)
-            assert fast._decided[1](x, None) is not None
+            assert fast._cached_call[1](x, None) is not None
         return fast, x
 
     @pytest.mark.parametrize(
@@ -443,11 +443,11 @@ class TestDecidedOnce:
     def test_another_map_is_decided_anew(self, changed):
         fast, x = self.fresh()
         with torch.no_grad():
-            assert fast._decided[1](changed(x), None) is None
+            assert fast._cached_call[1](changed(x), None) is None
 
     def test_gradients_modes_and_hooks_are_seen(self):
         fast, x = self.fresh()
-        again = fast._decided[1]
+        again = fast._cached_call[1]
         assert again(x, None) is None  # gradients are recorded here
         with torch.no_grad():
             assert again(x, None) is not None
@@ -480,7 +480,7 @@ class TestDecidedOnce:
     def test_nothing_is_kept_where_gradients_are_recorded(self):
         fast = block(8, "auto")
         fast(torch.randn(2, 8, 6, 6))
-        assert "_decided" not in fast.__dict__
+        assert "_cached_call" not in fast.__dict__
 
     def test_a_copy_has_weights_of_its_own(self):
         fast, x = self.fresh()

@@ -13,8 +13,16 @@ from selab.attention.insert import insert_se
 from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.fusion.fuse import fuse
 from selab.kernels import cpu
-from selab.kernels.deferred_bn import DeferredNorm, DeferredTensor, defer, manageable, settled, taken, waiting
-from selab.kernels.residual import ADD_RELU, FastReLU
+from selab.kernels.deferred_bn import (
+    DeferredNorm,
+    DeferredTensor,
+    consume,
+    defer,
+    materialize,
+    materialize_unsupported,
+    pending_norm,
+)
+from selab.kernels.residual import ADD_RELU, FusedReLU
 
 pytestmark = pytest.mark.skipif(bool(cpu.native_reason()), reason=cpu.native_reason() or "it is there")
 SIZE = (2, 3, 10, 9)
@@ -65,7 +73,7 @@ def pair():
     assert fuse(fused, input_nchw=SIZE).norms == 3
     with torch.no_grad():
         fused(torch.randn(SIZE))
-        assert all("_decided" in one.__dict__ for one in (fused.norm, fused.relu, fused.gated.se, fused.join))
+        assert all("_cached_call" in one.__dict__ for one in (fused.norm, fused.relu, fused.gated.se, fused.join))
     return model, fused
 
 
@@ -99,20 +107,20 @@ class TestWaiting:
                 kept = x.clone()
                 assert norm(x) is x
                 assert type(x) is DeferredTensor
-                assert waiting(x) is norm
-                facts = taken(x)
+                assert pending_norm(x) is norm
+                facts = consume(x)
                 assert facts.mean is norm.running_mean
-                assert (taken(x), waiting(x), type(x)) == (None, None, torch.Tensor)
+                assert (consume(x), pending_norm(x), type(x)) == (None, None, torch.Tensor)
                 assert torch.equal(x, kept)
 
     def test_one_that_is_settled_has_memory_of_its_own(self):
         norm, x = deferred(), torch.randn(2, 8, 3, 3)
         kept = x.clone()
         with torch.no_grad():
-            found = settled(norm(x))
+            found = materialize(norm(x))
             torch.testing.assert_close(found.double(), normalised(norm, kept), rtol=1e-5, atol=1e-5)
             assert torch.equal(x, kept)
-            assert settled(found) is found
+            assert materialize(found) is found
 
     @pytest.mark.parametrize(
         "read",
@@ -141,7 +149,7 @@ class TestWaiting:
     @pytest.mark.parametrize("changed", [lambda mean: mean.double(), lambda mean: mean[:4]], ids=["dtype", "channels"])
     def test_statistics_of_another_kind_are_torch_s_to_refuse(self, changed):
         norm, relu = deferred(), nn.ReLU()
-        norm.behind, relu.__class__, relu.owns_input = (relu,), FastReLU, True
+        norm.consumers, relu.__class__, relu.can_overwrite = (relu,), FusedReLU, True
         with torch.no_grad():
             relu(norm(torch.randn(2, 8, 3, 3)))
             handed = norm(torch.randn(2, 8, 3, 3))
@@ -158,15 +166,15 @@ class TestWaiting:
             norm.running_mean = norm.running_mean.clone()
             handed = norm(x)
             norm._buffers["running_mean"] = torch.stack([norm.running_mean, norm.running_var], 1)[:, 0]
-            found = manageable(handed)
-        assert waiting(found) is None
+            found = materialize_unsupported(handed)
+        assert pending_norm(found) is None
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
     def test_what_comes_in_waiting_is_settled_first(self):
         one, two, x = deferred(), deferred(), torch.randn(2, 8, 3, 3)
         expected = normalised(two, normalised(one, x))
         with torch.no_grad():
-            torch.testing.assert_close(settled(two(one(x))).double(), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(materialize(two(one(x))).double(), expected, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize(
         "how",
@@ -402,7 +410,7 @@ def test_a_file_of_the_network_is_of_it_as_fused(tmp_path):
     torch.save(fused, tmp_path / "network.pt")
     loaded = torch.load(tmp_path / "network.pt", weights_only=False)
     assert isinstance(loaded.norm, DeferredNorm)
-    assert loaded.norm.behind[0] is loaded.relu
+    assert loaded.norm.consumers[0] is loaded.relu
     assert list(loaded.state_dict()) == list(model.state_dict())
     assert_same(model, loaded)
 
@@ -469,7 +477,7 @@ def test_an_activation_is_one_pass_with_its_norm_and_part_of_the_block_if_it_is_
     with torch.inference_mode():
         for _ in range(3):
             torch.testing.assert_close(fused(example), model(example))
-    assert ("_decided" in fused[4].__dict__) == (not cpu.native_reason())
+    assert ("_cached_call" in fused[4].__dict__) == (not cpu.native_reason())
 
 
 def test_an_unknown_activation_and_a_dropout_stay_as_they_are():

@@ -11,7 +11,7 @@ from torch import nn
 
 from selab.errors import DeviceError, ModelError
 from selab.kernels import dispatch, ops
-from selab.kernels.cpu import Formula
+from selab.kernels.cpu import BlockParams
 
 GATED, BACKWARD = torch.ops.selab.gated.default, torch.ops.selab.gated_backward.default
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -321,7 +321,7 @@ def test_what_is_refused_is_not_chosen(compiling):
     asked = []
 
     def run(y, shortcut, *layers):
-        chosen, reason = dispatch.choose("operator", y, shortcut, Formula(*layers))
+        chosen, reason = dispatch.choose("operator", y, shortcut, BlockParams(*layers))
         asked.append((chosen, reason))
         return y + 1
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from selab.kernels import cpu
 from selab.kernels.deferred_bn import DeferredTensor, defer
-from selab.kernels.residual import ADD_RELU, FAST_ACTIVATIONS, FORMULAS, FastJoin, formula_of
+from selab.kernels.residual import ADD_RELU, FORMULAS, FUSED_ACTIVATIONS, FusedJoin, formula_of
 
 needs_native = pytest.mark.skipif(bool(cpu.native_reason()), reason=cpu.native_reason() or "it is there")
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -26,7 +26,7 @@ class Join(nn.Module):
 
 def fast(kind=nn.ReLU, **options):
     made = kind(**options)
-    made.__class__, made.owns_input = FAST_ACTIVATIONS[kind], True
+    made.__class__, made.can_overwrite = FUSED_ACTIVATIONS[kind], True
     return made
 
 
@@ -47,14 +47,14 @@ def assert_near(found, expected):
 
 @needs_native
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("owns_input", [False, True])
-@pytest.mark.parametrize("kind", ["join", *FAST_ACTIVATIONS])
+@pytest.mark.parametrize("can_overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["join", *FUSED_ACTIVATIONS])
 @pytest.mark.parametrize("size", [(2, 8, 5, 7), (1, 8, 1, 1), (0, 8, 3, 3), (3, 8, 33, 31)])
 @torch.no_grad
-def test_a_batchnorm_is_done_in_the_same_pass(memory_format, owns_input, kind, size):
+def test_a_batchnorm_is_done_in_the_same_pass(memory_format, can_overwrite, kind, size):
     joined = kind == "join"
-    reader = FastJoin(Join()) if joined else fast(kind)
-    reader.owns_input = owns_input
+    reader = FusedJoin(Join()) if joined else fast(kind)
+    reader.can_overwrite = can_overwrite
     norm, exact = norm_before(reader)
     for _ in range(3):
         y, r = (torch.randn(size).contiguous(memory_format=memory_format) for _ in range(2))
@@ -64,8 +64,8 @@ def test_a_batchnorm_is_done_in_the_same_pass(memory_format, owns_input, kind, s
         assert type(waits) is DeferredTensor
         out = reader(waits, r) if joined else reader(waits)
         assert type(waits) is torch.Tensor
-        assert (out is waits) is owns_input
-        assert owns_input or torch.equal(y, kept)
+        assert (out is waits) is can_overwrite
+        assert can_overwrite or torch.equal(y, kept)
         assert out.stride() == kept.stride()
         assert_near(out, expected)
 
@@ -89,7 +89,7 @@ def test_one_relu_behind_several_batchnorms_does_the_work_of_each():
 @needs_native
 @torch.no_grad
 def test_a_shortcut_that_waits_is_normalised_first():
-    join = FastJoin(Join())
+    join = FusedJoin(Join())
     (one, exact_one), (two, exact_two) = norm_before(join), norm_before(join)
     for _ in range(2):
         y, r = torch.randn(2, 8, 4, 5), torch.randn(2, 8, 4, 5)
@@ -101,7 +101,7 @@ def test_a_shortcut_that_waits_is_normalised_first():
 @pytest.mark.parametrize("shape", [(2, 8, 4, 5), (1, 8, 4, 5), (8, 1, 1)])
 @torch.no_grad
 def test_a_shortcut_of_another_kind_is_added_by_torch(shape):
-    join = FastJoin(Join())
+    join = FusedJoin(Join())
     norm, exact = norm_before(join)
     for memory_format in FORMATS:
         y, r = torch.randn(2, 8, 4, 5).contiguous(memory_format=memory_format), torch.randn(shape)
@@ -121,7 +121,7 @@ def test_a_relu_before_which_nothing_waits_is_one(inplace):
 
 
 def test_gradients_of_a_join_are_the_join_s():
-    join = FastJoin(Join())
+    join = FusedJoin(Join())
     maps = [torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(join, tuple(maps))
 
@@ -136,7 +136,7 @@ def test_what_a_join_computes_it_says_unless_it_has_another_activation():
 
 @torch.no_grad
 def test_a_join_with_another_activation_by_now_runs_itself():
-    join, maps = FastJoin(Join()), [torch.randn(2, 3, 4, 4) for _ in range(2)]
+    join, maps = FusedJoin(Join()), [torch.randn(2, 3, 4, 4) for _ in range(2)]
     assert torch.equal(join(*maps), torch.relu(maps[0] + maps[1]))
     join.inner.relu = nn.SiLU()
     assert torch.equal(join(*maps), nn.functional.silu(maps[0] + maps[1]))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selab.kernels.cpu import Formula
+from selab.kernels.cpu import BlockParams
 
 triton = pytest.importorskip("triton")
 gpu = pytest.importorskip("selab.kernels.triton")
@@ -29,11 +29,11 @@ SWITCHES = list(itertools.product((False, True), repeat=4))  # biases, shortcut,
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-def formula(channels, units, activation, gate, biases, relu_in, relu_out, dtype=torch.float32, device=DEVICE):
+def params(channels, units, activation, gate, biases, relu_in, relu_out, dtype=torch.float32, device=DEVICE):
     shapes = (units, channels), (units,), (channels, units), (channels,)
     w1, b1, w2, b2 = ((torch.randn(shape) / shape[-1] ** 0.5).to(device, dtype) for shape in shapes)
     settings = activation, gate, 2.0, -0.25, relu_in, relu_out
-    return Formula(w1, b1 if biases else None, w2, b2 if biases else None, *settings)
+    return BlockParams(w1, b1 if biases else None, w2, b2 if biases else None, *settings)
 
 
 def a_map(shape, dtype, memory_format, device=DEVICE):
@@ -96,7 +96,7 @@ def test_forward_and_backward_at_odd_sizes(channels, dtype, memory_format):
     cases = itertools.cycle(itertools.product(WORDS, SWITCHES))
     for area, images in zip(AREAS, (17, 3, 1, 3), strict=True):
         words, (biases, joined, relu_in, relu_out) = next(itertools.islice(cases, 4, None))
-        made = formula(channels, max(1, channels // 4), *words, biases, relu_in, relu_out)
+        made = params(channels, max(1, channels // 4), *words, biases, relu_in, relu_out)
         shape = (images, channels, *area)
         y, shortcut = (a_map(shape, dtype, memory_format) for _ in range(2))
         check(y, shortcut if joined else None, made)
@@ -107,7 +107,7 @@ def test_forward_and_backward_at_odd_sizes(channels, dtype, memory_format):
 def test_every_kind_of_block(words, switches):
     torch.manual_seed(0)
     biases, joined, relu_in, relu_out = switches
-    made = formula(17, 5, *words, biases, relu_in, relu_out)
+    made = params(17, 5, *words, biases, relu_in, relu_out)
     y, shortcut = (a_map((3, 17, 5, 7), torch.float32, torch.channels_last) for _ in range(2))
     check(y, shortcut if joined else None, made)
 
@@ -120,26 +120,26 @@ def test_a_small_batch_is_summed_in_parts(images, memory_format, monkeypatch):
     last = memory_format == torch.channels_last
     tiles = gpu.tiling(images, 40, 31 * 33, last=last, processors=40)
     assert tiles.splits > 1
-    check(y, shortcut, formula(40, 9, "relu", "sigmoid", True, False, True))
+    check(y, shortcut, params(40, 9, "relu", "sigmoid", True, False, True))
 
 
 @pytest.mark.parametrize("units", [1, 33, 512])
 def test_every_squeeze_width(units):
     check(
-        a_map((2, 70, 3, 3), torch.float32, torch.channels_last), None, formula(70, units, *WORDS[0], True, True, False)
+        a_map((2, 70, 3, 3), torch.float32, torch.channels_last), None, params(70, units, *WORDS[0], True, True, False)
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_halves(dtype):
-    made = formula(17, 5, "silu", "sigmoid", True, False, True, dtype=dtype)
+    made = params(17, 5, "silu", "sigmoid", True, False, True, dtype=dtype)
     y, shortcut = (a_map((3, 17, 5, 7), dtype, torch.channels_last) for _ in range(2))
     check(y, shortcut, made)
 
 
 def test_maps_that_lie_otherwise():
     y = a_map((3, 9, 6, 10), torch.float32, torch.contiguous_format)[:, :, ::2, 1::3]
-    made = formula(9, 3, "relu", "sigmoid", True, True, True)
+    made = params(9, 3, "relu", "sigmoid", True, True, True)
     shortcut = a_map(y.shape, torch.float32, torch.channels_last)
     found = gpu.forward(y, shortcut, made)
     assert found[0].is_contiguous()
@@ -159,7 +159,7 @@ def test_a_join_without_a_block(dtype, memory_format):
 def test_a_nan_stays_one():
     y = a_map((1, 3, 4, 4), torch.float32, torch.contiguous_format)
     y[0, 1, 0, 0] = torch.nan
-    made = formula(3, 2, "relu", "sigmoid", True, True, True)._replace(w1=torch.zeros(2, 3, device=DEVICE))
+    made = params(3, 2, "relu", "sigmoid", True, True, True)._replace(w1=torch.zeros(2, 3, device=DEVICE))
     made.w1[:, 0] = 1
     out = gpu.forward(y, None, made)[0]
     assert out[0, 1].isnan().any()
@@ -168,7 +168,7 @@ def test_a_nan_stays_one():
 def test_equal_inputs_give_equal_bits():
     torch.manual_seed(0)
     y, shortcut, dout = (a_map((3, 40, 31, 33), torch.bfloat16, torch.channels_last) for _ in range(3))
-    made = formula(40, 9, "relu", "sigmoid", True, False, True)
+    made = params(40, 9, "relu", "sigmoid", True, False, True)
 
     def once():
         out, *kept = gpu.forward(y, shortcut, made)
@@ -204,7 +204,7 @@ def maps_by_kernel(seen):
 
 def test_passes_over_the_maps_are_as_few_as_said(launches):
     y, shortcut, dout = (a_map((2, 8, 5, 5), torch.float32, torch.channels_last) for _ in range(3))
-    made = formula(8, 2, "relu", "sigmoid", True, False, True)
+    made = params(8, 2, "relu", "sigmoid", True, False, True)
     out, *kept = gpu.forward(y, shortcut, made)
     # y; y, shortcut, out.
     assert maps_by_kernel(launches) == [("_sum", 1), ("_excite", 0), ("_join", 3)]

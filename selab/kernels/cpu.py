@@ -15,6 +15,7 @@ writes the gradient of the sum and reduces the gates' gradients on the way; then
 Source: arXiv 1709.01507, eq. 2-4.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -25,16 +26,25 @@ from torch.autograd.function import once_differentiable
 
 from selab.kernels import memory_format
 
-_native: Any
-try:
-    from selab.kernels import _native  # type: ignore[attr-defined,no-redef]
-except ImportError as error:
-    _native = None
-    _built = find_spec("selab.kernels._native") is not None
-    _WHY_NOT = f"the native code does not load: {error}" if _built else "the native code was not built"
-    _WHY_NOT += "; install selab from its source again, with a C compiler at hand"
-else:
-    _WHY_NOT = ""
+# As in native.c: a library that was built from older sources must not be called.
+_INTERFACE = 2
+
+
+def _load(name: str = "selab.kernels._native") -> tuple[Any, str]:
+    """Return the native module, or None and the reason."""
+    module: Any = None
+    try:
+        module = import_module(name)
+        reason = "" if getattr(module, "INTERFACE", 1) == _INTERFACE else "the native code is out of date"
+    except ImportError as error:
+        built = find_spec(name) is not None
+        reason = f"the native code does not load: {error}" if built else "the native code was not built"
+    if not reason:
+        return module, ""
+    return None, f"{reason}; reinstall selab from source, with a C compiler available"
+
+
+_native, _WHY_NOT = _load()
 ACTIVATIONS = ("relu", "silu")
 GATES = ("sigmoid", "hardsigmoid")
 POST_ACTIVATIONS = ("", "relu", "hardswish", "silu")

@@ -84,6 +84,10 @@ static PyObject *py_gated_backward(PyObject *self, PyObject *args) {
     return done(failed);
 }
 
+/* To be raised, here and in selab/kernels/cpu.py, with every change of names, arguments or their meaning: a library that
+ * was built from older sources is then left alone. */
+#define INTERFACE 2
+
 static PyMethodDef methods[] = {
     {"shape", py_shape, METH_VARARGS, "Pack the sizes of a feature map and its block, for the other functions."},
     {"gated", py_gated, METH_VARARGS, "Run the forward pass: shape, layers, feature maps."},
@@ -101,7 +105,8 @@ PyMODINIT_FUNC PyInit__native(void) {
         if (!(*names[i] = PyUnicode_InternFromString(words[i]))) return NULL;
     PyObject *module = PyModule_Create(&definition);
     PyObject *type = module ? PyType_FromSpec(&cached_call_spec) : NULL;
-    if (!type || PyModule_AddObjectRef(module, "CachedCall", type) < 0) {
+    if (!type || PyModule_AddObjectRef(module, "CachedCall", type) < 0 ||
+        PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0) {
         Py_XDECREF(type);
         Py_XDECREF(module);
         return NULL;

@@ -351,6 +351,25 @@ class TestChoice:
         assert torch.equal(cpu.add_relu(x, -2 * x), torch.relu(-x))
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("INTERFACE = 1", "the native code is out of date"),
+        ("", "the native code is out of date"),
+        ("raise ImportError('no symbol')", "the native code does not load: no symbol"),
+        (None, "the native code was not built"),
+    ],
+)
+def test_a_library_that_cannot_be_used_is_not_called(source, reason, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"native_stand_in_{len(reason)}_{len(source or '')}"
+    if source is not None:
+        (tmp_path / f"{name}.py").write_text(source)
+    module, why = cpu._load(name)
+    assert module is None
+    assert why == f"{reason}; reinstall selab from source, with a C compiler available"
+
+
 def test_adding_and_rectifying_is_one_node():
     branch, shortcut = (torch.randn(2, 3, 5, 5, requires_grad=True) for _ in range(2))
     out = cpu.AddReLU.apply(branch, shortcut)

@@ -1,4 +1,4 @@
-"""What is measured on, and what disturbs it: facts for the record, readings for the flags."""
+"""Describe the machine for a record, and read what disturbs a measurement for its flags."""
 
 import ctypes
 import importlib.metadata
@@ -27,15 +27,17 @@ _LIBRARIES = ("torch", "numpy", "fvcore", "thop", "triton")
 
 
 def machine(device: Device = "cpu") -> Machine:
-    """Describes this machine, with the versions that decide a latency. No host name, no path."""
+    """Describe this machine, with the library versions that affect a latency. No host name, no path.
+
+    The name counts the machine's or container's processors, whatever the affinity mask of this process.
+    """
     cpu = _cpu_name()
-    cores = available_cores()
     on_gpu = device == "cuda" and torch.cuda.is_available()
     gpu = torch.cuda.get_device_name() if on_gpu else None
     return Machine(
-        name=_slug(gpu) if gpu else f"{_slug(cpu)}-{cores}c",
+        name=_slug(gpu) if gpu else f"{_slug(cpu)}-{_installed_cores()}c",
         cpu=cpu,
-        cores=cores,
+        cores=available_cores(),
         memory_bytes=_memory_bytes(),
         gpu=gpu,
         gpu_memory_bytes=torch.cuda.get_device_properties(0).total_memory if on_gpu else None,
@@ -49,10 +51,25 @@ def machine(device: Device = "cpu") -> Machine:
 
 
 def available_cores() -> int:
-    """Logical processors that this process may use: by its affinity and, rounded up, by its container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many logical processors this process may use: by its affinity mask and its container's quota."""
+    return _within_quota(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _installed_cores() -> int:
+    """Return the logical processors of the machine, or those that its container was given by a cpuset or a quota."""
+    cores = os.cpu_count() or 1
+    return _within_quota(min(cores, _cpuset_cores() or cores))
+
+
+def _within_quota(cores: int) -> int:
     quota = _quota_cores()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _cpuset_cores() -> int:
+    """Return the size of the container's cpuset, `0-3,8`, from cgroup v2; 0 where there is none."""
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", _read("/sys/fs/cgroup/cpuset.cpus.effective") or "")
+    return sum(int(last or first) - int(first) + 1 for first, last in ranges)
 
 
 def _slug(name: str) -> str:
@@ -85,7 +102,7 @@ def _versions() -> dict[str, str]:
 
 
 def _quota_cores() -> float | None:
-    """The container's limit, from cgroup v2."""
+    """Return the container's limit in cores, from cgroup v2."""
     words = (_read("/sys/fs/cgroup/cpu.max") or "max").split()
     return None if words[0] == "max" or len(words) < 2 else int(words[0]) / int(words[1])
 
@@ -97,11 +114,12 @@ def _driver() -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What a measurement on the CPU depends on and a record does not hold; None where the system does not tell.
+    """Conditions of a measurement on the CPU that a record does not hold; None where the system does not report them.
 
     Attributes:
-        load: of the last minute, in runnable processes.
-        clock_mhz: of the fastest processor now, and the most that it may have.
+        load: average number of runnable processes in the last minute.
+        clock_mhz: of the fastest processor now.
+        most_clock_mhz: the highest clock that it may have.
         turbo: whether clocks above the base one are allowed.
         smt: whether two hardware threads share a core.
         virtual: whether this is a virtual machine.
@@ -118,7 +136,7 @@ class Surroundings:
 
 
 def surroundings() -> Surroundings:
-    """Looks at the system; nothing is measured."""
+    """Read the system's state; nothing is timed."""
     clocks = [float(one) for one in re.findall(r"cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo") or "")]
     most = _read("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
     no_turbo = _read("/sys/devices/system/cpu/intel_pstate/no_turbo")
@@ -146,10 +164,14 @@ def _read(path: str) -> str | None:
 # ------------------------------------------------------------------------------------------------- while measuring: CPU
 @dataclass(frozen=True, kw_only=True)
 class CpuReading:
-    """Seconds since some moment: of the clock, of all processors' work, of work stolen by the host, of our own work.
+    """The kernel's counters at one moment, in seconds since an arbitrary start.
 
     Attributes:
-        page_faults: of this process, those that needed no disk.
+        at_s: the clock.
+        busy_s: processor time of all processes.
+        stolen_s: processor time taken by the host.
+        own_s: processor time of this process.
+        page_faults: minor page faults of this process.
     """
 
     at_s: float
@@ -160,7 +182,7 @@ class CpuReading:
 
 
 def read_cpu() -> CpuReading | None:
-    """Reads the kernel's counters; None where there are none (not Linux)."""
+    """Read the kernel's counters; None where there are none (not Linux)."""
     line = (_read("/proc/stat") or "").split("\n", 1)[0].split()
     if len(line) < 9:
         return None
@@ -210,9 +232,9 @@ def contention_flags(before: CpuReading | None, after: CpuReading | None, *, thr
 
 @contextmanager
 def threads_and_affinity(threads: int) -> Iterator[None]:
-    """Runs the body with this many threads; one thread is pinned to the last core that this process may use.
+    """Run the body with this many threads; one thread is pinned to the last core that this process may use.
 
-    Gives both back at the end. (The first core serves most interrupts, so the last one is the quieter.)
+    Both settings are restored at the end. The last core is used because the first serves most interrupts.
     """
     before = torch.get_num_threads()
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
@@ -233,10 +255,10 @@ _MOST = 2**31 - 1
 
 
 def hold_heap() -> None:
-    """Makes the C library keep what is freed, until this process ends.
+    """Make the C library keep freed memory until this process ends.
 
-    glibc gives large buffers back to the system and takes them again, and every page of them is then cleared and mapped
-    anew: for a small network that is half of its time, and another share with SE than without.
+    By default glibc returns large buffers to the system, which clears and maps every page again at the next request.
+    For a small network that is half of its time, and a different share with SE than without.
 
     Raises:
         DeviceError: a C library without `mallopt`.
@@ -249,13 +271,13 @@ def hold_heap() -> None:
     except (OSError, AttributeError):
         done = 0
     if not done:
-        raise DeviceError("--hold-heap: this system's C library has no mallopt; leave it away")
+        raise DeviceError("--hold-heap: this system's C library has no mallopt; omit the option")
 
 
 # ------------------------------------------------------------------------------------------------- while measuring: GPU
 @dataclass(frozen=True, kw_only=True)
 class GpuReading:
-    """One look at the GPU through NVML: its clock in MHz, and why it is not higher."""
+    """One reading of the GPU through NVML: its clock in MHz, and the reasons that limit it."""
 
     sm_clock_mhz: int
     hard_throttle: tuple[str, ...]
@@ -263,9 +285,9 @@ class GpuReading:
 
 
 class GpuMonitor:
-    """Reads clocks and throttle reasons through NVML; where NVML is not to be had, `problem` says why."""
+    """Reader of clocks and throttle reasons through NVML; where NVML is not available, `problem` says why."""
 
-    # NVML's bits of nvmlClocksEventReason*: slowdowns that void a quad, and the power cap, which is told only.
+    # NVML's bits of nvmlClocksEventReason*: slowdowns that discard an ABBA block, and the power cap, which is a flag.
     _HARD = MappingProxyType(
         {0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake"}
     )
@@ -287,7 +309,7 @@ class GpuMonitor:
             self.problem = f"NVML is not available ({error})"
 
     def facts(self) -> dict[str, str]:
-        """What the GPU is set to, by name, as far as NVML tells it; nothing without NVML."""
+        """Return the GPU's settings by name, as far as NVML reports them; empty without NVML."""
         nvml = self._nvml
         if nvml is None:
             return {}
@@ -308,7 +330,7 @@ class GpuMonitor:
         return found
 
     def read(self) -> GpuReading | None:
-        """One reading, or None without NVML."""
+        """Return one reading, or None without NVML."""
         if self._nvml is None:
             return None
         try:

@@ -71,8 +71,8 @@ def problems(found: Snapshot) -> list[Problem]:
 def _busy(found: Snapshot) -> list[Problem]:
     flags = contention_flags(found.before, found.after, threads=0, cores=found.machine.cores)
     advice = {
-        "neighbours": "stop them, or wait: `top` shows who it is; ratios survive a little of it, times do not",
-        "contention": "stop them, or wait: `top` shows who it is",
+        "neighbours": "stop them, or wait: see `top`; ratios survive a little of it, times do not",
+        "contention": "stop them, or wait: see `top`",
         "stolen_time": "measure at another hour, or on a machine of your own",
     }
     what = {

@@ -31,18 +31,18 @@ def machine_tables(found: Snapshot) -> list[Table]:
             f"{place.cores}" + ("" if place.quota_cores is None else f", {place.quota_cores:g} worth of time"),
         ),
         ("memory", units.size(place.memory_bytes, digits=3)),
-        ("governor", place.governor or "not told"),
-        ("clock now", "not told" if around.clock_mhz is None else f"{around.clock_mhz:.0f} MHz"),
-        ("clocks above the base one", {None: "not told", True: "allowed", False: "off"}[around.turbo]),
-        ("load of the last minute", "not told" if around.load is None else f"{around.load:.2f}"),
-        ("used by others now", f"{other_programs(found):.2f} cores" if found.after is not None else "not told"),
+        ("governor", place.governor or "unknown"),
+        ("clock now", "unknown" if around.clock_mhz is None else f"{around.clock_mhz:.0f} MHz"),
+        ("clocks above the base one", {None: "unknown", True: "allowed", False: "off"}[around.turbo]),
+        ("load of the last minute", "unknown" if around.load is None else f"{around.load:.2f}"),
+        ("used by others now", f"{other_programs(found):.2f} cores" if found.after is not None else "unknown"),
         ("stolen by the host", _stolen(found)),
         ("thread variables", ", ".join(f"{name}={value}" for name, value in around.thread_variables.items()) or "none"),
     ]
     if place.gpu is not None:
         rows += [("GPU", place.gpu), ("GPU memory", units.size(place.gpu_memory_bytes or 0, digits=3))]
         rows += [
-            ("driver", place.driver or "not told"),
+            ("driver", place.driver or "unknown"),
             *(("GPU " + name, text) for name, text in found.gpu_facts.items()),
         ]
     rows += [("SE blocks on the CPU", native_reason() or "native code")]
@@ -69,7 +69,7 @@ def machine_tables(found: Snapshot) -> list[Table]:
 
 def _stolen(found: Snapshot) -> str:
     if found.before is None or found.after is None:
-        return "not told"
+        return "unknown"
     elapsed = found.after.at_s - found.before.at_s
     return f"{(found.after.stolen_s - found.before.stolen_s) / elapsed:.2f} cores"
 

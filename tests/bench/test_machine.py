@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 
+from selab.bench import machine as machine_module
 from selab.bench.machine import CpuReading, contention_flags, machine, read_cpu, threads_and_affinity
 
 
@@ -12,6 +13,42 @@ def test_a_machine_tells_what_decides_a_latency_and_nothing_private():
     assert here.libraries["torch"] == torch.__version__
     assert here.name == here.name.lower()
     assert os.uname().nodename not in repr(here)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Fake a machine: its processors, the ones in the process's mask, and files of cgroup v2."""
+
+    def make(*, processors, mask, **files):
+        monkeypatch.setattr(os, "cpu_count", lambda: processors)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: mask, raising=False)
+        texts = {"/proc/cpuinfo": "model name : ACME Core(TM) 9 CPU"}
+        texts |= {f"/sys/fs/cgroup/{name.replace('_', '.', 1)}": text for name, text in files.items()}
+        monkeypatch.setattr(machine_module, "_read", texts.get)
+
+    return make
+
+
+def test_the_name_does_not_follow_the_affinity_mask(host):
+    host(processors=2, mask={0, 1})
+    whole = machine()
+    host(processors=2, mask={0})
+    pinned = machine()
+    assert (whole.name, whole.cores) == ("acme-core-9-2c", 2)
+    assert (pinned.name, pinned.cores) == ("acme-core-9-2c", 1)
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        ({"cpuset_cpus.effective": "0-3,8\n"}, "acme-core-9-5c"),
+        ({"cpu_max": "150000 100000"}, "acme-core-9-2c"),
+        ({"cpu_max": "max 100000", "cpuset_cpus.effective": ""}, "acme-core-9-64c"),
+    ],
+)
+def test_the_name_counts_the_processors_of_the_container(host, files, name):
+    host(processors=64, mask={3}, **files)
+    assert (machine().name, machine().cores) == (name, 1)
 
 
 def reading(at, busy=0.0, stolen=0.0, own=0.0, faults=0):

@@ -132,5 +132,5 @@ def test_a_held_heap_is_asked_of_the_c_library(monkeypatch, workload, net):
     prepare(net(), workload(held_heap=True))
     assert asked == [(-3, 2**31 - 1), (-1, 2**31 - 1)]
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: object())
-    with pytest.raises(DeviceError, match="--hold-heap: this system's C library has no mallopt; leave it away"):
+    with pytest.raises(DeviceError, match="--hold-heap: this system's C library has no mallopt; omit the option"):
         prepare(net(), workload(held_heap=True))

@@ -78,7 +78,7 @@ def test_a_system_that_tells_nothing_is_shown_so(quiet):
     found = replace(quiet, surroundings=unknown, before=None, after=None)
     assert doctor.problems(found) == []
     rows = dict(checks.machine_tables(found)[0].rows)
-    assert rows["clock now"] == rows["used by others now"] == "not told"
+    assert rows["clock now"] == rows["used by others now"] == "unknown"
 
 
 def test_the_machine_is_watched_for_as_long_as_it_says():

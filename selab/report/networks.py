@@ -71,8 +71,8 @@ def runtime_table(found: "Sequence[Runtime]", *, title: str) -> Table:
         done = [
             word
             for word, is_so in (
-                ("BatchNorm before it", one.block.normalising),
-                ("ReLU before it", one.block.absorbed),
+                ("BatchNorm", one.block.normalising),
+                ("ReLU", one.block.absorbed),
                 ("join", one.block.joined),
                 ("in place", one.block.in_place),
             )
@@ -80,7 +80,7 @@ def runtime_table(found: "Sequence[Runtime]", *, title: str) -> Table:
         ]
         shape = "×".join(map(str, one.map_nchw[1:]))
         rows.append((one.block.path, shape, one.impl, ", ".join(done) or NONE, one.reason or NONE))
-    columns = ("block", "map", "runs as", "with it", "why not faster")
+    columns = ("block", "map", "runs as", "fused with it", "why not faster")
     return Table(title=title, columns=columns, rows=tuple(rows), words=frozenset({0, 2, 3, 4}))
 
 

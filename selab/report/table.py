@@ -1,77 +1,56 @@
-"""A table before it has a look, and its looks: a terminal's, Markdown's, CSV's, LaTeX's, JSON's."""
+"""A table, and its formats: a terminal's, Markdown, CSV, LaTeX and JSON."""
 
 import csv
 import io
-import re
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from rich import table as rich_table
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-# A name in the first column, up to this long, is not broken over two lines, however narrow the terminal is.
-_LONGEST_NAME = 24
+from selab.errors import UnknownNameError, nearest
+from selab.report import latex, layout
 
-
-def _width(lines: Sequence[Sequence[str]]) -> int:
-    """Of a table as a terminal shows it: the widest line of each column, and two between them."""
-    columns = zip(*lines, strict=True)
-    return sum(max(len(line) for cell in column for line in cell.split("\n")) + 2 for column in columns)
+TableFormat = Literal["rich", "markdown", "csv", "latex", "json"]
+FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table: the first column is words, the others are numbers, aligned right; notes stand under it."""
+    """A table: its first column names the rows, the others are numbers, aligned right; notes stand below it.
+
+    Attributes:
+        title: one line above the table.
+        columns: headers, `""` for the names' column.
+        rows: one cell for each column.
+        notes: one sentence or more each.
+        words: indices of columns that hold text, aligned left and wrapped between words.
+        drop_first: indices of columns, the least important first. A terminal that is too narrow for all columns leaves
+            them out in this order, then the others from the right; the first column always stays.
+        label: of the LaTeX table, without `tab:`; by default made from the title.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     words: frozenset[int] = frozenset({0})
+    drop_first: tuple[int, ...] = ()
+    label: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As a terminal shows it. Too narrow a one gets headers and intervals on two lines, then folded words."""
-        lines = [self.columns, *self.rows]
-        if _width(lines) > options.max_width:
-            lines = [tuple(head if i in self.words else head.replace(" ", "\n") for i, head in enumerate(self.columns))]
-            lines += [
-                tuple(cell if i in self.words else cell.replace(" [", "\n[") for i, cell in enumerate(row))
-                for row in self.rows
-            ]
-        whole = _width(lines) <= options.max_width
-        names = self._names(lines, options.max_width)
-        table = rich_table.Table(header_style="bold", box=SIMPLE_HEAD)
-        table.padding = (0, 1, 0, 0)
-        for index, column in enumerate(lines[0]):
-            words = index in self.words
-            table.add_column(
-                Text(column),
-                justify="left" if words else "right",
-                overflow="fold",
-                no_wrap=index in names or (whole and not words),
-            )
-        # As it is: to rich a bare string is markup, and "[enforce fail at …]" would be gone.
-        for row in lines[1:]:
-            table.add_row(*map(Text, row))
-        # Not the table's own title, which would be broken at the table's width.
+        """Write the table for a terminal; see `selab.report.layout` for what a narrow one shows."""
+        found = layout.fit(self, options.max_width)
         yield Text(self.title, style="bold")
-        yield table
+        yield from layout.lines(found, bold_header=True)
         yield from map(Text, self.notes)
-
-    def _names(self, lines: Sequence[Sequence[str]], width: int) -> set[int]:
-        """Columns that are not broken: short names in front, and single words while the rest keeps a third."""
-        longest = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-        found = {0} if longest[0] <= _LONGEST_NAME else set()
-        for index in sorted(self.words - {0}):
-            single = not any(" " in line[index] for line in lines)
-            if single and sum(longest[one] + 2 for one in (*found, index)) <= width * 2 / 3:
-                found.add(index)
-        return found
+        if found.left_out:
+            yield Text(f"Left out at this width: {', '.join(found.left_out)}; use a wider terminal or --format csv.")
 
     def markdown(self) -> str:
-        """As a Markdown table."""
+        """Return a Markdown table under a heading, its notes as paragraphs."""
         align = ["---" if index in self.words else "---:" for index in range(len(self.columns))]
         lines = [self.columns, align, *self.rows]
         cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
@@ -79,10 +58,10 @@ class Table:
         return f"### {self.title}\n\n" + "\n".join(cells) + notes + "\n"
 
     def csv(self, *, first: bool = True) -> str:
-        """As comma-separated values (RFC 4180), the table's title in front of each row; its notes have no place in it.
+        """Return comma-separated values (RFC 4180), the table's title in front of each row, without the notes.
 
         Args:
-            first: whether the columns are named; tables of the same columns may stand below each other in one file.
+            first: whether to write the header; tables with equal columns share one.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -90,35 +69,49 @@ class Table:
         writer.writerows((*head, *((self.title, *row) for row in self.rows)))
         return text.getvalue()
 
-    def latex(self) -> str:
-        """As a LaTeX table (package booktabs), the notes below it."""
-        align = "".join("l" if index in self.words else "r" for index in range(len(self.columns)))
-        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.columns, *self.rows)]
-        notes = "".join(f"\n\n{_latex(note)}" for note in self.notes)
-        body = "\n".join((lines[0], r"\midrule", *lines[1:]))
-        return (
-            f"\\begin{{table}}\n\\centering\n\\caption{{{_latex(self.title)}}}\n\\begin{{tabular}}{{{align}}}\n\\toprule\n"
-            f"{body}\n\\bottomrule\n\\end{{tabular}}{notes}\n\\end{{table}}\n"
+    def latex(self, *, label: str = "") -> str:
+        """Return a LaTeX table float, its notes in a paragraph of their own below the rows.
+
+        Args:
+            label: instead of the table's own, without `tab:`.
+        """
+        return latex.table(
+            self.title, self.columns, self.rows, self.notes, words=self.words, label=label or self.label or self.title
         )
 
     def as_builtins(self) -> dict[str, object]:
-        """For `--json`."""
+        """Return dictionaries and lists, for JSON."""
         return {"title": self.title, "columns": self.columns, "rows": self.rows, "notes": self.notes}
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "×": r"$\times$",
-    "→": r"$\rightarrow$",
-    "−": "$-$",
-    "±": r"$\pm$",
-    "µ": r"$\mu$",
-    "–": "--",
-    **{character: f"\\{character}" for character in "#$%&_{}"},
-}
+def render(tables: Sequence[Table], form: TableFormat | str, *, width: int | None = None) -> str:
+    """Write tables as text in one of `FORMATS`.
 
+    Args:
+        tables: in their order; CSV repeats the header only where the columns change.
+        form: `rich` is plain text for a terminal.
+        width: characters to a line, for `rich`; by default the terminal's.
 
-def _latex(text: str) -> str:
-    return re.sub(r"[^\w\s]|_", lambda found: _LATEX.get(found[0], found[0]), text)
+    Raises:
+        UnknownNameError: no such format.
+    """
+    if form == "rich":
+        console = Console(file=io.StringIO(), width=width, color_system=None, emoji=False, legacy_windows=False)
+        for index, one in enumerate(tables):
+            if index:
+                console.print()
+            console.print(one, highlight=False)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+    if form == "markdown":
+        return "\n".join(one.markdown() for one in tables)
+    if form == "csv":
+        return "".join(
+            one.csv(first=index == 0 or one.columns != tables[index - 1].columns) for index, one in enumerate(tables)
+        )
+    if form == "latex":
+        labels = latex.unique_labels([one.label or one.title for one in tables])
+        floats = (one.latex(label=label) for one, label in zip(tables, labels, strict=True))
+        return latex.PREAMBLE_NOTE + "\n".join(floats)
+    if form == "json":
+        return json.dumps([one.as_builtins() for one in tables], indent=1, ensure_ascii=False) + "\n"
+    raise UnknownNameError(f"--format {form}: no such format{nearest(form, FORMATS)}")

@@ -1,15 +1,13 @@
 """The base class of attention blocks."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selab.attention.config import Init
 from selab.errors import InsertionError
-
-Init = Literal["he", "identity"]
 
 
 class Attention(nn.Module, ABC):

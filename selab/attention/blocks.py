@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.attention.base import Attention, Gate, Init, initialise_layers, odd_kernel_size, reduced
+from selab.attention.base import Attention, Gate, initialise_layers, odd_kernel_size, reduced
+from selab.attention.config import Init
 from selab.errors import InsertionError
 
 

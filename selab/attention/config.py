@@ -1,7 +1,7 @@
-"""Typed configuration of attention blocks, read from TOML and from `--se`."""
+"""Configuration of attention blocks, read from TOML and from `--se`; starts without torch."""
 
 import re
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,31 +14,39 @@ Squeeze = Literal["avg", "max", "none"]
 Gate = Literal["sigmoid", "tanh", "relu", "hardsigmoid"]
 Activation = Literal["relu", "silu"]
 SqueezeFrom = Literal["site", "block_input"]
+Init = Literal["he", "identity"]
+Argument = bool | int | float | str
+
+# Installed packages offer blocks under this group of entry points: `NAME = "package.module:Block"`.
+ENTRY_POINTS = "selab.blocks"
+_TARGET = re.compile(r"(?:.+\.py|[A-Za-z_]\w*(?:\.\w+)*):[A-Za-z_][\w.]*")
 
 
 class SiteConfig(Frozen, frozen=True, kw_only=True, tag_field="block"):
-    """Where attention blocks stand: what the facts of every kind of block begin with.
+    """Where attention blocks go and how they start; the configuration of every kind of block begins with it.
 
     Attributes:
         sites: a site group that the network declares, module-path patterns (`*` within a name, `**` across names), or
-            `auto` for the block ends that tracing finds.
-        placement: which tensor at a residual block.
-        stages: only the sites below a module of these names: `stage2` for 2; empty for all.
+            `auto` for the block ends found by tracing.
+        placement: the tensor of a residual block that is gated.
+        stages: keep only sites below these modules, 2 for `stage2`; empty keeps all.
+        init: `he`, or `identity` for blocks that return their input unchanged at first.
     """
 
     sites: str | tuple[str, ...]
     placement: Placement = "standard"
     stages: tuple[int, ...] = ()
+    init: Init = "he"
 
 
 class SEConfig(SiteConfig, frozen=True, kw_only=True, tag="se"):
-    """How SE stands in a variant.
+    """Squeeze-and-Excitation.
 
     Attributes:
-        bias: whether the two fully connected layers have biases. Stated by every variant, for codebases differ.
-        squeeze_from: the channels that `reduction` divides: those at the site, or those of the block's input.
+        bias: whether the two fully connected layers have biases. Every variant states it, because codebases differ.
+        squeeze_from: the channels that `reduction` divides, those at the site or those of the block's input.
         divisor: the squeeze width is rounded to a multiple of it.
-        squeeze: mean or maximum over the map, or `none` for one gate per position (Table 16 of arXiv 1709.01507).
+        squeeze: mean or maximum over the feature map, or `none` for one gate per position (arXiv 1709.01507, Table 16).
         activation: between the two layers.
     """
 
@@ -81,7 +89,7 @@ class SSEConfig(SiteConfig, frozen=True, kw_only=True, tag="sse"):
 
 
 class GatherExciteConfig(SiteConfig, frozen=True, kw_only=True, tag="gather_excite"):
-    """Gather-Excite without parameters; `extent` 0 gathers the whole map."""
+    """Gather-Excite without parameters; `extent` 0 gathers the whole feature map."""
 
     extent: int = 0
 
@@ -90,95 +98,202 @@ class ESEConfig(SiteConfig, frozen=True, kw_only=True, tag="ese"):
     """Effective SE, with one layer."""
 
 
-BlockConfig = (
-    SEConfig | ECAConfig | CBAMConfig | CoordinateConfig | SCSEConfig | SSEConfig | GatherExciteConfig | ESEConfig
-)
-BLOCKS: dict[str, type[SiteConfig]] = {str(kind.__struct_config__.tag): kind for kind in get_args(BlockConfig)}
+class ExternalConfig(SiteConfig, frozen=True, kw_only=True, tag="external"):
+    """A block from a Python file or module, which is imported when the block is built and not before.
+
+    Attributes:
+        target: `path/to/file.py:Class` or `package.module:Class`.
+        arguments: keyword arguments of the class.
+    """
+
+    target: str
+    arguments: dict[str, Argument] = msgspec.field(default_factory=dict)
 
 
-def check_block(facts: SiteConfig, *, origin: str, key: str) -> None:
-    """Raise SpecError for sizes below 1; types were checked on reading."""
-    for name in ("reduction", "divisor", "kernel_size"):
-        value = getattr(facts, name, None)
-        if value is not None:
-            check_positive((value,), origin=origin, key=f"{key}.{name}" if key else name)
-    if facts.stages:
-        check_positive(facts.stages, origin=origin, key=f"{key}.stages" if key else "stages")
+BLOCKS: dict[str, type[SiteConfig]] = {
+    str(kind.__struct_config__.tag): kind
+    for kind in (
+        SEConfig,
+        ECAConfig,
+        CBAMConfig,
+        CoordinateConfig,
+        SCSEConfig,
+        SSEConfig,
+        GatherExciteConfig,
+        ESEConfig,
+    )
+}
+"""Name of a block → type of its configuration; `selab.attention.register_block` adds to it."""
+BUILT_IN = frozenset(BLOCKS)
+
+_SHARED_KEYS = SiteConfig.__struct_fields__
 
 
-def check_positive(values: tuple[int, ...], *, origin: str, key: str) -> None:
-    """Raise SpecError if a value is below 1."""
-    if min(values) < 1:
-        raise SpecError(f"{origin}: {key}: {values[0] if len(values) == 1 else list(values)}; must be at least 1")
+def block_name(config: SiteConfig) -> str:
+    """Return the block's name as `--se block=NAME` takes it."""
+    return config.target if isinstance(config, ExternalConfig) else str(config.__struct_config__.tag)
 
 
-def block_config(*, origin: str = "SE", **keys: object) -> BlockConfig:
-    """The facts of an attention block from keyword arguments, as strictly as from a TOML.
+def block_keys(config: SiteConfig) -> dict[str, Any]:
+    """Return the keys of the block itself, without where it goes."""
+    if isinstance(config, ExternalConfig):
+        return dict(config.arguments)
+    return {name: getattr(config, name) for name in config.__struct_fields__ if name not in _SHARED_KEYS}
+
+
+def as_keys(config: SiteConfig) -> dict[str, Any]:
+    """Return a configuration as plain values, as `block_config` takes them."""
+    keys: dict[str, Any] = msgspec.to_builtins(config)
+    if isinstance(config, ExternalConfig):
+        keys |= {"block": keys.pop("target"), **keys.pop("arguments")}
+    return keys
+
+
+def block_config(*, origin: str = "SE", **keys: object) -> SiteConfig:
+    """Return the configuration of an attention block from keyword arguments, as strictly as from a TOML.
 
     Args:
-        origin: where the keys stand, for messages.
-        keys: those of the block's facts; `block` names its kind, by default `se`.
+        origin: where the keys were given, for messages.
+        keys: those of the block's configuration; `block` names its kind, by default `se`.
 
     Raises:
         SpecError: an unknown block or key, a wrong type, or a value that is not allowed; the message names the key.
     """
-    block = keys.get("block", "se")
-    if not isinstance(block, str) or block not in BLOCKS:
-        raise SpecError(f"{origin}: block {block!r}: no such block{nearest(str(block), BLOCKS)}")
-    facts = convert({**keys, "block": block}, BLOCKS[block], place=f"{origin}:")
-    check_block(facts, origin=origin, key="")
-    return facts  # type: ignore[return-value]
+    return read_block(keys, place=f"{origin}:")
 
 
-def changed(start: BlockConfig | None, text: str, *, option: str = "--se") -> BlockConfig:
-    """Facts written in one line: `reduction=8,stages=2-4,placement=pre`.
-
-    The grammar: KEY=VALUE, separated by commas; the keys are those of a TOML's `se` table. A number or a word stands as
-    it is; `bias` is `yes` or `no`; several stages are a range or a sum (`2-4`, `2+4`); several sites are a sum
-    (`layer1.*.bn3+layer2.*.bn3`).
+def read_block(keys: dict[str, Any], *, place: str) -> SiteConfig:
+    """Return the configuration that a TOML's `se` table describes.
 
     Args:
-        start: the facts that are changed; None to begin with the defaults (and `bias=yes`, as the authors' released
-            models). Where `block` names another kind, only sites, placement and stages are kept.
+        keys: the table; `block` names the kind, by default `se`.
+        place: file and table, for messages.
+
+    Raises:
+        SpecError: as `block_config`.
+    """
+    name = keys.get("block", "se")
+    kind, target = _kind_of(name) if isinstance(name, str) else (None, "")
+    if kind is None:
+        raise SpecError(
+            f"{_at(place, 'block')}: no such block {name!r}{_near(name)}; allowed: {', '.join(BLOCKS)}, "
+            "path/to/file.py:Class, package.module:Class"
+        )
+    if kind is ExternalConfig:
+        own = {key: value for key, value in keys.items() if key not in (*_SHARED_KEYS, "block")}
+        keys = {key: value for key, value in keys.items() if key in _SHARED_KEYS}
+        _check_arguments(own, place=place)
+        keys |= {"target": target, "arguments": own, "block": "external"}
+    else:
+        keys = {**keys, "block": name}
+    config = convert(keys, kind, place=place)
+    _check_sizes(config, place=place)
+    return config
+
+
+def _kind_of(name: str) -> tuple[type[SiteConfig] | None, str]:
+    """Return the configuration type of a block, and the class to import where it is not known yet."""
+    if name in BLOCKS:
+        return BLOCKS[name], ""
+    if _TARGET.fullmatch(name):
+        return ExternalConfig, name
+    # Loading it takes a while, and known names do not need it.
+    from importlib.metadata import entry_points
+
+    offered = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+    return (ExternalConfig, offered[name]) if name in offered else (None, "")
+
+
+def _near(name: object) -> str:
+    near = nearest(str(name), BLOCKS)
+    return near if near.startswith("; did you mean") else ""
+
+
+def _check_arguments(arguments: dict[str, Any], *, place: str) -> None:
+    for key, value in arguments.items():
+        if not isinstance(value, Argument):
+            raise SpecError(f"{_at(place, key)}: expected a number, a boolean or text, got {type(value).__name__}")
+
+
+def _at(place: str, key: str) -> str:
+    return f"{place}{' ' if place.endswith(':') else '.'}{key}"
+
+
+def _check_sizes(config: SiteConfig, *, place: str) -> None:
+    for name in ("reduction", "divisor", "kernel_size"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            check_positive((value,), place=_at(place, name))
+    if config.stages:
+        check_positive(config.stages, place=_at(place, "stages"))
+
+
+def check_positive(values: tuple[int, ...], *, place: str) -> None:
+    """Raise SpecError if a value is below 1."""
+    if min(values) < 1:
+        raise SpecError(f"{place}: {values[0] if len(values) == 1 else list(values)}; must be at least 1")
+
+
+def changed(start: SiteConfig | None, text: str, *, option: str = "--se") -> SiteConfig:
+    """Return the configuration that one line describes: `reduction=8,stages=2-4,placement=pre`.
+
+    The grammar is KEY=VALUE, separated by commas, with the keys of a TOML's `se` table. Booleans are `yes` or `no`.
+    Several stages are a range or a sum (`2-4`, `2+4`), several sites a sum (`layer1.*.bn3+layer2.*.bn3`).
+    `block=NAME` chooses the kind of block; `block=path/to/file.py:Class` and `block=package.module:Class` take a class
+    of your own, with its keyword arguments as keys.
+
+    Args:
+        start: the configuration to change; None starts from the defaults (and `bias=yes`, as the SE authors' models).
+            If `block` names another kind, only sites, placement, stages and init are kept.
         text: the line.
         option: where it was given, for messages.
 
     Raises:
-        SpecError: the text is not of this grammar (the message names the character), or as `block_config`.
+        SpecError: the text does not follow the grammar (the message names the character), or as `block_config`.
     """
+    where = f"{option} {text}"
+    given = _parsed(text, where)
+    name = given.pop("block", None if start is None else block_name(start)) or "se"
+    kind, _ = _kind_of(name)
+    if kind is None:
+        raise SpecError(
+            f"{where}: block {name!r}: no such block{nearest(name, BLOCKS)}; or a class of your own, "
+            "block=path/to/file.py:Class"
+        )
+    fields = {
+        field.name: field.type for field in msgspec.structs.fields(SiteConfig if kind is ExternalConfig else kind)
+    }
+    keys: dict[str, object] = {} if start is None else as_keys(start)
+    if start is None or block_name(start) != name:
+        keys = {key: value for key, value in keys.items() if key in _SHARED_KEYS}
+    keys.pop("block", None)
+    if kind is SEConfig:
+        keys.setdefault("bias", True)
+    for key, value in given.items():
+        if key not in fields and kind is not ExternalConfig:
+            close = nearest(key, fields)
+            meant = close if close.startswith("; did") else ""
+            allowed = ", ".join(("block", *fields))
+            raise SpecError(f"{where}: {key}: unknown key{meant}; allowed for {name}: {allowed}")
+        keys[key] = _value(key, value, fields.get(key, Argument), where=f"{where}: {key}")
+    if "sites" not in keys:
+        raise SpecError(f"{where}: sites: missing; name a site group or a pattern, or give --insert")
+    return block_config(origin=where, block=name, **keys)
+
+
+def _parsed(text: str, option: str) -> dict[str, str]:
     given: dict[str, str] = {}
     position = 1
     for part in text.split(","):
-        key, equals, value = (word.strip() for word in part.partition("="))
-        where = f"{option} {text}: character {position}"
+        key, equals, value = (side.strip() for side in part.partition("="))
+        where = f"{option}: character {position}"
         if not re.fullmatch(r"\w+", key) or not equals or not value:
             raise SpecError(f"{where}: expected KEY=VALUE, found {part!r}; for example reduction=8,stages=2-4")
         if key in given:
             raise SpecError(f"{where}: {key} is given twice")
         given[key] = value
         position += len(part) + 1
-    block = given.pop("block", None if start is None else start.__struct_config__.tag) or "se"
-    if block not in BLOCKS:
-        raise SpecError(f"{option} {text}: block {block!r}: no such block{nearest(str(block), BLOCKS)}")
-    kind = BLOCKS[str(block)]
-    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    keys: dict[str, object] = {} if start is None else msgspec.to_builtins(start)
-    keys = {key: value for key, value in keys.items() if key in (fields if type(start) is kind else _SHARED_KEYS)}
-    if "bias" in fields:
-        keys.setdefault("bias", True)
-    for key, value in given.items():
-        if key not in fields:
-            close = nearest(key, fields)
-            meant = close if close.startswith("; did") else ""
-            allowed = ", ".join(("block", *fields))
-            raise SpecError(f"{option} {text}: {key}: unknown key{meant}; allowed for {block}: {allowed}")
-        keys[key] = _value(key, value, fields[key], where=f"{option} {text}: {key}")
-    if "sites" not in keys:
-        raise SpecError(f"{option} {text}: sites: missing; name a site group or a pattern, or give --insert")
-    return block_config(origin=f"{option} {text}", block=block, **keys)
-
-
-_SHARED_KEYS = SiteConfig.__struct_fields__
+    return given
 
 
 def _value(key: str, text: str, kind: object, *, where: str) -> object:
@@ -196,10 +311,14 @@ def _value(key: str, text: str, kind: object, *, where: str) -> object:
         if text not in _YES_NO:
             raise SpecError(f"{where}: {text!r}; allowed: {', '.join(_YES_NO)}")
         return _YES_NO[text]
+    if kind == Argument and text in _YES_NO:
+        return _YES_NO[text]
     if re.fullmatch(r"-?\d+", text):
         return int(text)
-    if kind is int or kind == int | None:
-        raise SpecError(f"{where}: {text!r} is no whole number")
+    if kind in (int, int | None):
+        raise SpecError(f"{where}: {text!r} is not a whole number")
+    if kind in (float, float | None, Argument) and re.fullmatch(r"-?(\d+\.\d*|\.?\d+)(e-?\d+)?", text):
+        return float(text)
     return text
 
 

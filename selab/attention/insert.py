@@ -17,24 +17,16 @@ import torch
 from torch import nn
 
 from selab.attention.auto_sites import block_ends
-from selab.attention.base import Attention, Init
-from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttention, GatherExcite
-from selab.attention.config import Activation, Gate, Placement, SEConfig, SiteConfig, Squeeze, SqueezeFrom, block_config
-from selab.attention.se import GatedJoin, SqueezeExcitation, squeeze_width
-from selab.attention.sites import CHILD, Tap, check_unshared, find_sites, in_stages, tap_for
-from selab.errors import InsertionError
+from selab.attention.base import Attention
+from selab.attention.config import SEConfig, SiteConfig, as_keys, block_config, block_name
+from selab.attention.insertions import Insertions
+from selab.attention.registry import make_block
+from selab.attention.se import GatedJoin, squeeze_width
+from selab.attention.sites import CHILD, Tap, check_unshared, find_sites, in_stages, is_residual_block, matches, tap_for
+from selab.errors import InsertionError, nearest
 from selab.meta import Passage, passages
 from selab.records.types import Insertion
 
-_BLOCKS: dict[str, type[Attention]] = {
-    "eca": ECA,
-    "cbam": CBAM,
-    "coordinate": CoordinateAttention,
-    "scse": SCSE,
-    "sse": SSE,
-    "gather_excite": GatherExcite,
-    "ese": ESE,
-}
 AUTO = "auto"
 
 
@@ -51,71 +43,63 @@ def insert_se(
     sites: str | Sequence[str] | SiteConfig,
     *,
     input_nchw: tuple[int, ...] = (1, 3, 224, 224),
-    placement: Placement = "standard",
-    reduction: int = 16,
-    squeeze_from: SqueezeFrom = "site",
-    divisor: int = 1,
-    squeeze: Squeeze = "avg",
-    gate: Gate = "sigmoid",
-    activation: Activation = "relu",
-    bias: bool = True,
-    init: Init = "he",
     optimizer: torch.optim.Optimizer | None = None,
     dry_run: bool = False,
-) -> tuple[Insertion, ...]:
-    """Puts SE (or other attention) blocks into a network, in place, and proves that each runs once in a forward pass.
+    **keys: object,
+) -> Insertions:
+    """Insert SE (or other attention) blocks into a network, in place; check that each runs once in a forward pass.
 
     Args:
         model: any module.
         sites: a site group that the network declares (`residual`, `pointwise` …), module-path patterns (`layer*.*.bn3`:
-            `*` within a name, `**` across names), `auto` for the block ends that tracing finds, or all facts at once
-            (`selab.spec.ECAConfig(sites=…)` for another kind of block); then the arguments from `placement` to `bias`
-            are not looked at.
+            `*` within a name, `**` across names), `auto` for the block ends found by tracing, or a whole configuration
+            such as `selab.attention.config.ECAConfig(sites=…)`.
         input_nchw: the shape of an example input, (N, C, H, W).
-        placement: `standard` (the branch's output, before the addition), `pre` (its input), `post` (after the join),
-            `identity` (on the shortcut) or `3x3` (inside the branch). At a module that is no residual block, `standard`
-            and `post` gate its output, `pre` its input.
-        reduction: channels / squeeze width.
-        squeeze_from: the channels that are divided: those at the `site`, or those of the `block_input`.
-        divisor: the squeeze width is rounded to a multiple of it.
-        squeeze: `avg`, `max` or `none`.
-        gate: `sigmoid`, `tanh`, `relu` or `hardsigmoid`.
-        activation: between the blocks' layers, `relu` or `silu`.
-        bias: whether the blocks' layers have biases.
-        init: `he`, or `identity` for blocks that leave a pretrained network's output as it is, to the bit, and learn.
         optimizer: gets the new parameters as one more group, with its defaults.
         dry_run: only list what would be done.
+        keys: keys of the block, as in `--se` and in a family's TOML. For every block:
+
+            * `block`: `se` (the default), `eca`, `cbam`, `coordinate`, `scse`, `sse`, `gather_excite`, `ese`, a
+              registered name, or a class of your own as `path/to/file.py:Class`.
+            * `placement`: `standard` (the branch's output, before the addition), `pre` (its input), `post` (after the
+              join), `identity` (on the shortcut) or `3x3` (inside the branch). At a module that is not a residual
+              block, `standard` and `post` gate its output, `pre` its input.
+            * `stages`: keep only sites in these stages.
+            * `init`: `he`, or `identity` for blocks that return a pretrained network's output unchanged, bit for bit,
+              and still learn.
+
+            For SE: `reduction` (channels / squeeze width, 16), `squeeze_from` (`site` or `block_input`: whose channels
+            are divided), `divisor` (the squeeze width is rounded to a multiple of it), `squeeze` (`avg`, `max`,
+            `none`), `gate` (`sigmoid`, `tanh`, `relu`, `hardsigmoid`), `activation` (`relu`, `silu`), `bias` (True).
 
     Returns:
         What was (or would be) inserted, in the order of the network.
 
     Raises:
-        SpecError: an argument of a wrong type or a word that is not allowed; the message names it.
+        SpecError: an unknown key, a wrong type or a value that is not allowed; the message names the key.
         InsertionError: no site, a pattern that matches nothing, a site inside an SE block, a site whose tensor is not
             (N, C, H, W), a shared module, a reduction larger than the channels, a block that would not run exactly
             once. The message names the module; the model is left as it was.
         ModelError: the forward pass fails with this input.
 
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import selab
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        >>> selab.insert_se(net, ["0", "2"], input_nchw=(1, 3, 16, 16), reduction=4, init="identity")
+        2 se blocks inserted: +296 parameters, +12,880 MACs per image
+        >>> net(torch.zeros(1, 3, 16, 16)).shape
+        torch.Size([1, 16, 12, 12])
+
     Source: placements: arXiv 1709.01507, Fig. 5 and Tables 14-15.
     """
-    if isinstance(sites, SiteConfig):
-        facts = sites
-    else:
-        facts = block_config(
-            sites=sites if isinstance(sites, str) else list(sites),
-            placement=placement,
-            reduction=reduction,
-            squeeze_from=squeeze_from,
-            divisor=divisor,
-            squeeze=squeeze,
-            gate=gate,
-            activation=activation,
-            bias=bias,
-        )
-    plans = _plan(model, facts, input_nchw, init)
+    config = _config(sites, keys)
+    plans = _plan(model, config, input_nchw)
+    listed = Insertions(plan.insertion for plan in plans)
     if dry_run:
-        return tuple(plan.insertion for plan in plans)
-    blocks = [_block_for(model, plan, facts, init) for plan in plans]
+        return listed
+    blocks = [_block_for(model, plan, config) for plan in plans]
     for plan, block in zip(plans, blocks, strict=True):
         _put(model, plan.tap, block)
     try:
@@ -125,20 +109,84 @@ def insert_se(
     except BaseException:
         _remove(model, blocks)
         raise
-    return tuple(plan.insertion for plan in plans)
+    return listed
 
 
-def remove_se(model: nn.Module) -> int:
-    """Takes out every block that `insert_se` put in, in place; gives back exactly the baseline.
+def _config(sites: str | Sequence[str] | SiteConfig, keys: dict[str, Any]) -> SiteConfig:
+    if isinstance(sites, SiteConfig):
+        return block_config(**{**as_keys(sites), **keys}) if keys else sites
+    if keys.get("block", "se") == "se":
+        keys = {"bias": True, **keys}
+    stages = keys.get("stages")
+    if isinstance(stages, Sequence):
+        keys = {**keys, "stages": list(stages)}
+    return block_config(sites=sites if isinstance(sites, str) else list(sites), **keys)
+
+
+def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int:
+    """Remove blocks that `insert_se` inserted, in place; without any of them the network is exactly the baseline.
 
     Blocks that belong to the network itself stay. An optimizer that was given their parameters keeps them.
 
+    Args:
+        model: any module.
+        paths: paths or patterns of sites (as `Insertion.path`) or of the blocks themselves; None for all.
+
     Returns:
         The number of blocks removed.
+
+    Raises:
+        InsertionError: a pattern that matches no inserted block; nothing was removed then.
+
+    Example:
+        >>> from torch import nn
+        >>> import selab
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        >>> _ = selab.insert_se(net, ["0", "2"], input_nchw=(1, 3, 16, 16), reduction=4)
+        >>> selab.remove_se(net, "0")
+        1
+        >>> selab.remove_se(net)
+        1
     """
-    blocks = [module for module in model.modules() if isinstance(module, Attention) and module.inserted]
-    _remove(model, blocks)
-    return len(blocks)
+    inserted = inserted_blocks(model)
+    if paths is None:
+        chosen = set(inserted)
+    else:
+        chosen = {path for pattern in ([paths] if isinstance(paths, str) else paths) for path in _of(pattern, inserted)}
+    _remove(model, [inserted[path][1] for path in chosen])
+    return len(chosen)
+
+
+def inserted_blocks(model: nn.Module) -> dict[str, tuple[str, Attention]]:
+    """Return the blocks that `insert_se` inserted: path → its site and the block."""
+    return {
+        path: (_site_of(model, path), module)
+        for path, module in model.named_modules()
+        if isinstance(module, Attention) and module.inserted
+    }
+
+
+def _site_of(model: nn.Module, path: str) -> str:
+    """Return the site of a block: the module that holds it, or the residual block whose join or branch holds it."""
+    holder = path.rpartition(".")[0]
+    names = holder.split(".")
+    for depth in (1, 2):
+        above = ".".join(names[:-depth])
+        part = names[-depth] if depth <= len(names) else ""
+        if part in ("join", "branch") and is_residual_block(model.get_submodule(above)):
+            return above
+    return holder
+
+
+def _of(pattern: str, inserted: dict[str, tuple[str, Attention]]) -> list[str]:
+    found = [path for path, (site, _) in inserted.items() if matches(pattern, path) or matches(pattern, site)]
+    if not found:
+        sites = [site for site, _ in inserted.values()]
+        raise InsertionError(
+            f"remove_se: {pattern!r} matches no inserted block"
+            + (nearest(pattern, sites) if sites else "; the network has none")
+        )
+    return found
 
 
 def _remove(model: nn.Module, blocks: Collection[nn.Module]) -> None:
@@ -166,19 +214,19 @@ def check_blocks_run(model: nn.Module, input_nchw: tuple[int, ...]) -> None:
             )
 
 
-def _plan(model: nn.Module, facts: SiteConfig, input_nchw: tuple[int, ...], init: Init) -> list[_Plan]:
-    if facts.sites == AUTO:
+def _plan(model: nn.Module, config: SiteConfig, input_nchw: tuple[int, ...]) -> list[_Plan]:
+    if config.sites == AUTO:
         sites = [end.path for end in block_ends(model, input_nchw)]
     else:
-        sites = find_sites(model, facts.sites)
-    if facts.stages:
-        sites = in_stages(sites, facts.stages)
-    taps = [tap_for(model, site, facts.placement) for site in sites]
+        sites = find_sites(model, config.sites)
+    if config.stages:
+        sites = in_stages(sites, config.stages)
+    taps = [tap_for(model, site, config.placement) for site in sites]
     check_unshared(model, [tap.module for tap in taps])
     for tap in taps:
         _check_free(model, tap)
     seen = passages(model, {tap.module for tap in taps} | {tap.block for tap in taps}, input_nchw)
-    return [_Plan(tap=tap, insertion=_insertion(tap, seen, facts, init)) for tap in taps]
+    return [_Plan(tap=tap, insertion=_insertion(tap, seen, config)) for tap in taps]
 
 
 def _check_free(model: nn.Module, tap: Tap) -> None:
@@ -187,7 +235,7 @@ def _check_free(model: nn.Module, tap: Tap) -> None:
         raise InsertionError(f"{tap.site}: already holds an SE block (or a child named '{CHILD}'); remove it first")
 
 
-def _insertion(tap: Tap, seen: Any, facts: SiteConfig, init: Init) -> Insertion:
+def _insertion(tap: Tap, seen: Any, config: SiteConfig) -> Insertion:
     passage: Passage = seen[tap.module]
     if passage.calls != 1:
         how = "does not run" if passage.calls == 0 else f"runs {passage.calls} times (a shared module)"
@@ -199,57 +247,41 @@ def _insertion(tap: Tap, seen: Any, facts: SiteConfig, init: Init) -> Insertion:
         raise InsertionError(f"{tap.module}: its {tap.side} is {what}; SE needs (N, C, H, W)")
     _, channels, height, width = shape
     try:
-        squeezed = _squeeze_channels(tap, seen, facts, channels) if isinstance(facts, SEConfig) else None
+        squeezed = _squeeze_channels(tap, seen, config, channels) if isinstance(config, SEConfig) else None
         with torch.device("meta"):
-            block = _make(facts, channels, squeezed, init)
+            block = make_block(config, channels, squeezed)
     except InsertionError as error:
         raise InsertionError(f"{tap.module}: {error}") from None
     return Insertion(
         path=tap.site,
-        placement=facts.placement,
+        placement=config.placement,
         channels=channels,
         squeeze_channels=block.squeeze_channels,
         params=sum(parameter.numel() for parameter in block.parameters()),
         height=height,
         width=width,
         macs=block.macs(height, width),
-        block=str(facts.__struct_config__.tag),
+        block=block_name(config),
     )
 
 
-def _squeeze_channels(tap: Tap, seen: Any, facts: SEConfig, channels: int) -> int:
+def _squeeze_channels(tap: Tap, seen: Any, config: SEConfig, channels: int) -> int:
     divided = channels
-    if facts.squeeze_from == "block_input":
+    if config.squeeze_from == "block_input":
         block_input = seen[tap.block].input_shape
         if block_input is None or len(block_input) != 4:
             raise InsertionError(
                 f"the input of {tap.block or 'the network'} is not (N, C, H, W); use squeeze_from='site'"
             )
         divided = block_input[1]
-    return squeeze_width(divided, facts.reduction, facts.divisor)
+    return squeeze_width(divided, config.reduction, config.divisor)
 
 
-def _make(facts: SiteConfig, channels: int, squeeze_channels: int | None, init: Init) -> Attention:
-    """The block that facts describe, for a map of this many channels."""
-    if isinstance(facts, SEConfig):
-        return SqueezeExcitation(
-            channels,
-            squeeze=facts.squeeze,
-            gate=facts.gate,
-            activation=facts.activation,
-            bias=facts.bias,
-            squeeze_channels=squeeze_channels,
-            init=init,
-        )
-    own = {name: getattr(facts, name) for name in facts.__struct_fields__ if name not in SiteConfig.__struct_fields__}
-    return _BLOCKS[str(facts.__struct_config__.tag)](channels, **own, init=init)
-
-
-def _block_for(model: nn.Module, plan: _Plan, facts: SiteConfig, init: Init) -> Attention:
+def _block_for(model: nn.Module, plan: _Plan, config: SiteConfig) -> Attention:
     site = model.get_submodule(plan.tap.site)
     like = next((p for owner in (site, model) for p in owner.parameters() if p.is_floating_point()), None)
     with nullcontext() if like is None else torch.device(like.device):
-        block = _make(facts, plan.insertion.channels, plan.insertion.squeeze_channels, init)
+        block = make_block(config, plan.insertion.channels, plan.insertion.squeeze_channels)
     block.inserted = True
     if like is not None:
         block.to(device=like.device, dtype=like.dtype)

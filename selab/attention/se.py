@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.attention.base import Attention, Init
+from selab.attention.base import Attention
+from selab.attention.config import Init
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
 from selab.kernels.cpu import BlockParams
@@ -176,6 +177,19 @@ class SqueezeExcitation(CachedDispatch, Attention):
             if gate == "relu":
                 nn.init.ones_(self.fc2.bias)
 
+    def exchange_gate(self, gate: str) -> None:
+        """Put another gate in the place of this one; a block that starts as the identity gets its scale and offset.
+
+        Args:
+            gate: one of `GATES`; for a block that starts as the identity not `relu`, which needs another bias.
+        """
+        self.gate = GATES[gate]().train(self.training)
+        kinds: Any = (*self.kinds[:2], gate)
+        self.kinds = kinds
+        self._plain = (*self._plain[:4], GATES[gate])
+        if self.gate_affine is not None:
+            self.gate_affine = self.gate_affine.new_tensor(_IDENTITY_AFFINE[gate])
+
     def macs(self, height: int, width: int) -> int:
         """For one image, by the convention `all`: squeeze, two layers, activation, gate, scale."""
         channels, hidden = self.channels, self.fc1.out_features
@@ -227,12 +241,16 @@ class SqueezeExcitation(CachedDispatch, Attention):
         """
         if self.impl == "reference":
             return None
+        # Before the weights are looked at: a layer that was replaced or pruned may hold none of that name.
+        reason = self.refuses()
+        if reason:
+            self._check_reference_allowed(reason)
+            return None
         formula = self._params(relu_out=relu_out)
         x = materialize_unsupported(x)
-        impl, reason = self._chosen(x, shortcut, formula)
+        impl, reason = choose(self.impl, x, shortcut, formula)
         if impl == "reference":
-            if self.impl != "auto":
-                raise ModelError(f"impl {self.impl!r}: {reason}; use impl='auto', which takes what can run")
+            self._check_reference_allowed(reason)
             return None
         if impl != "native" or torch.is_grad_enabled():
             return run(impl, materialize(x), shortcut, formula, can_overwrite=self.may_overwrite())
@@ -260,27 +278,32 @@ class SqueezeExcitation(CachedDispatch, Attention):
             x: (N, C, H, W).
             shortcut: as in `fused`.
         """
-        return self._chosen(x, shortcut, self._params())
+        reason = "asked for" if self.impl == "reference" else self.refuses()
+        return ("reference", reason) if reason else choose(self.impl, x, shortcut, self._params())
 
-    def _chosen(self, x: Tensor, shortcut: Tensor | None, formula: BlockParams) -> tuple[Impl, str]:
-        reason = "" if self.impl == "reference" else self.refuses()
-        return ("reference", reason) if reason else choose(self.impl, x, shortcut, formula)
+    def _check_reference_allowed(self, reason: str) -> None:
+        if self.impl != "auto":
+            raise ModelError(f"impl {self.impl!r}: {reason}; use impl='auto', which takes what can run")
 
     def refuses(self) -> str:
-        """Why only the reference can do it, whatever the map."""
+        """Return why only the reference can run, whatever the feature map; empty if others can.
+
+        The other implementations read the weights of the two layers and call neither. So a layer of another class (a
+        quantised one, LoRA's), one with hooks or one whose weight is computed (pruning, weight norm) must be called.
+        """
         squeeze, _, gate = self.kinds
         if squeeze != "avg":
             return f"squeeze {squeeze!r} has the reference alone"
         if gate not in cpu.GATES:
             return f"gate {gate!r} has the reference alone"
-        if torch.compiler.is_compiling():
-            return ""
-        parts: Any = self._modules.values()
-        if "excite" in self.__dict__ or has_hooks(*parts):
-            return "a hook looks into the block"
-        for part, kind in zip(parts, self._plain, strict=True):
+        parts: Any = self._modules
+        for part, kind in zip(parts.values(), self._plain, strict=True):
             if type(part) is not kind:
                 return f"{type(part).__name__} stands in the block"
+        if "excite" in self.__dict__ or has_hooks(*parts.values()):
+            return "a hook looks into the block"
+        if not (_is_plain(parts["fc1"]) and _is_plain(parts["fc2"])):
+            return "the weight of a layer is computed, as by pruning"
         return ""
 
     def _params(self, *, relu_out: bool = False) -> BlockParams:
@@ -301,7 +324,16 @@ def _layer(x: Tensor, layer: nn.Linear) -> Tensor:
     if x.dim() == 2:
         out: Tensor = layer(x)
         return out
-    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+    if type(layer) is nn.Linear and _is_plain(layer) and not has_hooks(layer):
+        return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+    # Somebody else's layer, or one that is watched, has to be called, with the channels last.
+    moved: Tensor = layer(x.movedim(1, -1)).movedim(-1, 1)
+    return moved
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes with parameters of its own and by the forward of its class."""
+    return "weight" in layer._parameters and "bias" in layer._parameters and "forward" not in layer.__dict__
 
 
 class GatedJoin(nn.Module):

@@ -84,9 +84,9 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if path and not _in_se(model, path)]
     chosen: set[str] = set()
     for pattern in patterns:
-        matching = [path for path in paths if _matches(pattern, path)]
+        matching = [path for path in paths if matches(pattern, path)]
         if not matching:
-            inside = [p for p, _ in model.named_modules(remove_duplicate=False) if p and _matches(pattern, p)]
+            inside = [p for p, _ in model.named_modules(remove_duplicate=False) if p and matches(pattern, p)]
             if inside:
                 raise InsertionError(f"{inside[0]}: stands inside another SE block; choose a site outside of it")
             offer = _offer(groups) + _of_that_name(pattern, paths)
@@ -151,7 +151,8 @@ def _offer(groups: dict[str, list[str]]) -> str:
     return f"; site groups: {', '.join(groups)}" if groups else ""
 
 
-def _matches(pattern: str, path: str) -> bool:
+def matches(pattern: str, path: str) -> bool:
+    """Return whether a pattern matches a module's path: `*` within a name, `**` across names."""
     return _match_names(pattern.split("."), path.split("."))
 
 

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import nn
 
-from selab.attention.base import Init
+from selab.attention.config import ExternalConfig, Init, SiteConfig
 from selab.attention.insert import insert_se
 from selab.attention.se import SqueezeExcitation
+from selab.attention.user_code import beside
 from selab.errors import InsertionError, ModelError, SelabError, SpecError
 from selab.meta import first_line
 from selab.models import external
@@ -39,7 +41,7 @@ def build(
     seed: int = 0,
     device: str = "cpu",
     input_chw: tuple[int, int, int] | None = None,
-    init: Init = "he",
+    init: Init | None = None,
 ) -> Built:
     """Builds a variant, in train mode.
 
@@ -52,7 +54,7 @@ def build(
         seed: of the initial weights.
         device: where the parameters are made; `meta` makes none.
         input_chw: the input, if it is not that of the facts.
-        init: of the SE blocks.
+        init: of the SE blocks, if it is not that of the configuration.
 
     Raises:
         SpecError: the builder cannot be imported, or refuses its arguments.
@@ -79,11 +81,20 @@ def build(
             return Built(model=model, native=native)
         try:
             input_nchw = (1, *(input_chw or variant.input_chw))
-            insertions = insert_se(model, variant.se, input_nchw=input_nchw, init=init)
+            insertions = insert_se(model, _config(variant, init), input_nchw=input_nchw)
             _run_as_written(model)
         except (InsertionError, ModelError) as error:
             raise type(error)(f"{variant.place}: {error}") from error
     return Built(model=model, insertions=insertions, native=native)
+
+
+def _config(variant: Variant, init: Init | None) -> SiteConfig:
+    """Return the configuration of a variant's blocks; a block's file may lie beside the family's TOML."""
+    config = variant.se
+    assert config is not None
+    if isinstance(config, ExternalConfig) and variant.file:
+        config = msgspec.structs.replace(config, target=beside(config.target, Path(variant.file).resolve().parent))
+    return config if init is None else msgspec.structs.replace(config, init=init)
 
 
 def _run_as_written(model: nn.Module) -> None:

@@ -6,22 +6,16 @@ goes to standard error, for standard output is ours.
 """
 
 import copy
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from functools import reduce
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from selab.errors import SelabError, SpecError, UnknownNameError, nearest
+from selab.attention.user_code import explained, imported
+from selab.errors import SpecError, UnknownNameError, nearest
 from selab.models.spec import Variant
 
 if TYPE_CHECKING:
@@ -195,10 +189,10 @@ def _library(name: str, where: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name == name:
             raise SpecError(f"{where}: {name} is not installed; pip install 'selab[{name}]'") from None
-        raise SpecError(f"{where}: importing {name} fails: {_told(error)}") from error
+        raise SpecError(f"{where}: importing {name} fails: {explained(error)}") from error
     except Exception as error:
         raise SpecError(
-            f"{where}: importing {name} fails: {_told(error)}; torchvision needs the torch that it was built "
+            f"{where}: importing {name} fails: {explained(error)}; torchvision needs the torch that it was built "
             "with: install both from the same place"
         ) from error
 
@@ -234,48 +228,33 @@ def _variant(
 
 # ----------------------------------------------------------------------------------------------------- a user's Python
 def from_file(*, num_classes: int, path: str, attribute: str) -> "nn.Module":
-    """The network that a callable (or an `nn.Module`) of a Python file gives.
+    """Return the network that a callable (or an `nn.Module`) of a Python file gives.
 
     Args:
-        num_classes: handed on if the callable has an argument of this name.
-        path: of the file; modules beside it can be imported by it.
+        num_classes: passed on if the callable has an argument of this name.
+        path: of the file; it can import the modules beside it.
         attribute: the callable's name; dots lead into classes.
 
     Raises:
-        SpecError: the file or the callable fails (the message has the error, file and line), needs arguments, or gives
-            no network.
+        SpecError: the file or the callable fails (the message has the error, file and line), needs arguments, or does
+            not return an nn.Module.
     """
-    file = Path(path).resolve()
-    with _own_code(f"{path}:{attribute}", folder=file.parent, home=file.parent):
-        return _network(_file_module(file), attribute, num_classes, where=f"{path}:{attribute}")
+    return from_module(num_classes=num_classes, target=f"{path}:{attribute}")
 
 
 def from_module(*, num_classes: int, target: str) -> "nn.Module":
-    """The network that `package.module:callable` gives; looked up in the current folder and among what is installed.
+    """Return the network that `package.module:callable` gives.
 
     Args:
-        num_classes: handed on if the callable has an argument of this name.
-        target: the module and the callable's name; dots lead into classes.
+        num_classes: passed on if the callable has an argument of this name.
+        target: the module and the callable's name; dots lead into classes. The module is looked up in the current
+            folder and among the installed packages.
 
     Raises:
         SpecError: as `from_file`, or there is no such module.
     """
-    module_name, _, attribute = target.partition(":")
-    root = module_name.partition(".")[0]
-    with _own_code(target, folder=Path.cwd(), home=None):
-        spec = importlib.util.find_spec(root)
-        if spec is None:
-            raise SpecError(f"{target}: there is no module {root!r} in this folder or among the installed packages")
-    places = list(spec.submodule_search_locations or [spec.origin or ""])
-    with _own_code(target, folder=Path.cwd(), home=Path(places[0])):
-        try:
-            with _undisturbed():
-                module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-                raise SpecError(f"{target}: there is no module {error.name!r} in {places[0]}") from None
-            raise
-        return _network(module, attribute, num_classes, where=target)
+    with imported(target) as found:
+        return _network(found, num_classes, where=target)
 
 
 # A variant's hash covers the name of its builder, and records are held against that hash. So these names stay as they
@@ -286,65 +265,10 @@ BUILDERS: dict[str, Callable[..., "nn.Module"]] = {
 }
 
 
-@contextmanager
-def _own_code(where: str, *, folder: Path, home: Path | None) -> Iterator[None]:
-    """Runs a user's code: its folder can be imported from, its prints go to standard error, its errors are told.
-
-    Args:
-        where: what was asked for, for messages.
-        folder: first on the search path.
-        home: the file or folder whose lines an error is blamed on.
-    """
-    sys.path.insert(0, str(folder))
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    except SelabError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise SpecError(f"{where}: {_told(error)}{_blamed(error, home)}") from error
-    finally:
-        sys.path.remove(str(folder))
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Importing happens once, so it must leave no trace in a seeded random state and use no device of one build."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        yield
-
-
-def _file_module(file: Path) -> ModuleType:
-    """The module of a file, loaded once in a process."""
-    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise SpecError(f"{file}: is no file that Python can import")
-    module = importlib.util.module_from_spec(spec)
-    # Classes of the file look their module up by its name while they are made.
-    sys.modules[name] = module
-    try:
-        with _undisturbed():
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _network(module: ModuleType, attribute: str, num_classes: int, *, where: str) -> "nn.Module":
+def _network(target: Any, num_classes: int, *, where: str) -> "nn.Module":
     import torch
     from torch import nn
 
-    try:
-        target: Any = reduce(getattr, attribute.split("."), module)
-    except AttributeError:
-        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise SpecError(f"{where}: there is no such name in it{nearest(attribute, known)}") from None
     if isinstance(target, nn.Module):
         return copy.deepcopy(target).to(torch.get_default_device())
     if not callable(target):
@@ -407,26 +331,3 @@ def _make(constructor: "Callable[[], nn.Module]") -> "nn.Module":
         with torch.device("cpu"):
             made = constructor()
         return made.to(device) if isinstance(made, nn.Module) else made
-
-
-def _told(error: BaseException) -> str:
-    """`ValueError: its message`, in one line."""
-    if isinstance(error, SystemExit):
-        return "it ends the program (SystemExit); put what does so under `if __name__ == '__main__':`"
-    text = str(error.msg if isinstance(error, SyntaxError) else error).strip()
-    return type(error).__name__ + (f": {text.splitlines()[0].rstrip('.')}" if text else "")
-
-
-def _blamed(error: BaseException, home: Path | None) -> str:
-    """Where in the user's code an error arose: ` (net.py, line 12)`; empty if it did not."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f" ({error.filename}, line {error.lineno})"
-    if home is None:
-        return ""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _lies_in(Path(frame.filename), home)]
-    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-
-
-def _lies_in(file: Path, home: Path) -> bool:
-    """Whether a file belongs to a user's folder; an environment inside of it does not."""
-    return file.is_relative_to(home) and "site-packages" not in file.relative_to(home).parts

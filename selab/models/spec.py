@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from selab.attention.config import BlockConfig, check_block, check_positive
+from selab.attention.config import SiteConfig, as_keys, check_positive, read_block
 from selab.errors import SpecError, nearest
 from selab.records.toml import convert
 from selab.records.types import Frozen
@@ -22,7 +22,7 @@ Metric = Literal["top1_error_pct", "top5_error_pct", "params", "macs", "forward_
 
 # Keys that came after the first records: they enter a variant's hash only where they say something, so that a record
 # stays as fresh as the network that it is about.
-_LATER_KEYS = {"block": "se", "activation": "relu", "stages": ()}
+_LATER_KEYS = {"block": "se", "activation": "relu", "stages": (), "init": "he"}
 
 
 class Published(Frozen, frozen=True, kw_only=True):
@@ -49,7 +49,7 @@ class _VariantTable(Frozen, frozen=True, kw_only=True):
     baseline: str | None = None
     arguments: dict[str, bool | int | float | str] = msgspec.field(default_factory=dict)
     note: str = ""
-    se: BlockConfig | None = None
+    se: dict[str, Any] | None = None
     published: tuple[Published, ...] = ()
 
 
@@ -82,7 +82,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
     input_chw: tuple[int, int, int]
     num_classes: int
     baseline: str | None
-    se: BlockConfig | None
+    se: SiteConfig | None
     published: tuple[Published, ...]
     note: str
     origin: str
@@ -97,7 +97,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
     @property
     def facts_hash(self) -> str:
         """Twelve hex digits over what decides the network; titles, notes and published numbers do not enter."""
-        se = None if self.se is None else msgspec.to_builtins(self.se)
+        se = None if self.se is None else as_keys(self.se)
         if se is not None:
             se = {key: value for key, value in se.items() if key not in _LATER_KEYS or value != _LATER_KEYS[key]}
         facts = (self.builder, self.arguments, self.input_chw, self.num_classes, se)
@@ -131,8 +131,8 @@ def parse_family(text: str, *, origin: str, file: str = "") -> dict[str, Variant
     family = convert(data, _FamilyTable, place=f"{origin}:")
     if not re.fullmatch(r"[\w.]+:\w+", family.builder):
         raise SpecError(f"{origin}: builder: {family.builder!r} is not of the form 'package.module:callable'")
-    check_positive(family.input_chw, origin=origin, key="input_chw")
-    check_positive((family.num_classes,), origin=origin, key="num_classes")
+    check_positive(family.input_chw, place=f"{origin}: input_chw")
+    check_positive((family.num_classes,), place=f"{origin}: num_classes")
     return {name: _variant(name, table, family, tables, origin, file) for name, table in tables.items()}
 
 
@@ -142,15 +142,13 @@ def _variant(
     key = f"variants.{name}"
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise SpecError(f"{origin}: {key}: a variant's name is lower-case letters, digits and _")
-    facts = convert(_with_block(table), _VariantTable, place=f"{origin}: {key}")
+    facts = convert(table, _VariantTable, place=f"{origin}: {key}")
     if facts.baseline is not None and facts.baseline not in tables:
         raise SpecError(
             f"{origin}: {key}.baseline: no variant {facts.baseline!r} here{nearest(facts.baseline, tables)}"
         )
-    if facts.se is not None:
-        if facts.baseline is None:
-            raise SpecError(f"{origin}: {key}.baseline: missing; a variant with SE names the one it is compared with")
-        check_block(facts.se, origin=origin, key=f"{key}.se")
+    if facts.se is not None and facts.baseline is None:
+        raise SpecError(f"{origin}: {key}.baseline: missing; a variant with SE names the one it is compared with")
     for index, published in enumerate(facts.published):
         if not published.source.strip() or not published.where.strip():
             raise SpecError(f"{origin}: {key}.published[{index}]: source and where must say where the number stands")
@@ -164,19 +162,12 @@ def _variant(
         input_chw=family.input_chw,
         num_classes=family.num_classes,
         baseline=facts.baseline,
-        se=facts.se,
+        se=None if facts.se is None else read_block(facts.se, place=f"{origin}: {key}.se"),
         published=facts.published,
         note=facts.note,
         origin=origin,
         file=file,
     )
-
-
-def _with_block(table: object) -> object:
-    """An `se` table that does not name its block is Squeeze-and-Excitation."""
-    if isinstance(table, dict) and isinstance(table.get("se"), dict):
-        return {**table, "se": {"block": "se", **table["se"]}}
-    return table
 
 
 def read_family(path: Path) -> dict[str, Variant]:
@@ -195,4 +186,5 @@ def read_family(path: Path) -> dict[str, Variant]:
 
 def as_builtins(variant: Variant) -> dict[str, Any]:
     """A variant as plain dictionaries and lists, for `--json`."""
-    return {**msgspec.to_builtins(variant), "facts_hash": variant.facts_hash}
+    se = None if variant.se is None else as_keys(variant.se)
+    return {**msgspec.to_builtins(variant), "se": se, "facts_hash": variant.facts_hash}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from selab import units
-from selab.attention.config import SEConfig, SiteConfig
+from selab.attention.config import SEConfig, SiteConfig, block_keys, block_name
 from selab.models import external
 from selab.models.spec import Variant
 from selab.records.types import Insertion
@@ -44,8 +44,7 @@ def block_words(facts: SiteConfig) -> str:
             f"reduction {facts.reduction} of the {facts.squeeze_from}'s channels, squeeze {facts.squeeze}, "
             f"gate {facts.gate}, activation {facts.activation}, {'with' if facts.bias else 'without'} bias"
         )
-    own = [name for name in facts.__struct_fields__ if name not in SiteConfig.__struct_fields__]
-    return ", ".join([str(facts.__struct_config__.tag), *(f"{name} {getattr(facts, name)}" for name in own)])
+    return ", ".join([block_name(facts), *(f"{name} {value}" for name, value in block_keys(facts).items())])
 
 
 def sites_table(insertions: Sequence[Insertion]) -> Table:

@@ -7,6 +7,7 @@ from torch import nn
 
 from selab.attention.config import SEConfig
 from selab.attention.insert import check_blocks_run, insert_se, remove_se
+from selab.attention.insertions import insertion_remarks
 from selab.attention.se import SqueezeExcitation
 from selab.errors import InsertionError, ModelError, SelabError
 from selab.meta import meta_twin
@@ -271,7 +272,7 @@ class TestRefusals:
             ({"gate": "sigmiod"}, "gate: invalid enum value 'sigmiod'; allowed: sigmoid"),
             ({"reduction": 2.5}, "reduction: expected int, got float"),
             ({"reduction": 0}, "reduction: 0; must be at least 1"),
-            ({"init": "idd"}, "init 'idd': allowed: he, identity"),
+            ({"init": "idd"}, "init: invalid enum value 'idd'; allowed: he, identity"),
         ],
     )
     def test_nonsense_is_refused_in_a_dry_run_as_well(self, foreign, options, message):
@@ -358,3 +359,53 @@ class TestSurvival:
         twin = meta_twin(Foreign())
         insert_se(twin, "stem", reduction=4, input_nchw=CHW)
         assert blocks(twin)[0].fc1.weight.is_meta
+
+
+class TestRemovingSome:
+    def test_by_site_by_path_and_by_pattern(self, foreign, image):
+        baseline = foreign(image)
+        insert_se(foreign, ["stem", "layers.*"], reduction=4, input_nchw=CHW)
+        insert_se(foreign, ["layers.1.1"], placement="pre", reduction=4, input_nchw=CHW)
+        assert remove_se(foreign, "layers.0") == 1
+        assert remove_se(foreign, ["stem.se"]) == 1
+        assert len(blocks(foreign)) == 2
+        assert remove_se(foreign, "layers.**") == 2
+        torch.testing.assert_close(foreign(image), baseline, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("placement", PLACEMENTS)
+    def test_the_site_of_a_residual_block(self, placement):
+        model = residual_net()
+        inserted = insert_se(model, "residual", placement=placement, input_nchw=CHW)
+        assert remove_se(model, inserted[3].path) == 1
+        assert remove_se(model, [one.path for one in inserted[4:6]]) == 2
+        assert len(blocks(model)) == len(inserted) - 3
+
+    def test_what_is_not_there_is_refused_and_nothing_removed(self, foreign):
+        insert_se(foreign, ["stem", "layers.*"], reduction=4, input_nchw=CHW)
+        with pytest.raises(InsertionError, match=r"'layer.0' matches no inserted block; did you mean layers.0"):
+            remove_se(foreign, ["stem", "layer.0"])
+        assert len(blocks(foreign)) == 3
+        remove_se(foreign)
+        with pytest.raises(InsertionError, match="matches no inserted block; the network has none"):
+            remove_se(foreign, "stem")
+
+
+def test_a_configuration_can_be_changed_by_keys(foreign):
+    config = SEConfig(sites="stem", bias=False, reduction=8)
+    assert insert_se(foreign, config, reduction=4, input_nchw=CHW, dry_run=True)[0].squeeze_channels == 4
+    with pytest.raises(SelabError, match="SE: reduktion: unknown key; allowed"):
+        insert_se(foreign, config, reduktion=4, input_nchw=CHW)
+    assert insert_se(foreign, ["layers.0"], block="eca", stages=(), input_nchw=CHW, dry_run=True)[0].block == "eca"
+
+
+def test_narrow_bottlenecks_are_remarked_upon(foreign):
+    inserted = insert_se(foreign, ["stem", "layers.*"], reduction=16, input_nchw=CHW)
+    widths = ((16, 1, 32), (32, 2, 16), (64, 4, 8))
+    params = sum(2 * c * hidden + c + hidden for c, hidden, _ in widths)
+    macs = sum(2 * c * hidden + c + hidden + 2 * c * side**2 for c, hidden, side in widths)
+    assert str(inserted) == f"3 se blocks inserted: +{params:,} parameters, +{macs:,} MACs per image"
+    (remark,) = insertion_remarks(inserted)
+    assert remark.startswith("squeeze width below 8 at 3 of the sites: stem (16 → 1), layers.0 (32 → 2)")
+    remove_se(foreign)
+    assert not insertion_remarks(insert_se(foreign, ["stem"], reduction=2, input_nchw=CHW))
+    assert not insertion_remarks(insert_se(foreign, ["layers.0"], block="eca", input_nchw=CHW))

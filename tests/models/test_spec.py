@@ -149,15 +149,15 @@ def test_another_kind_of_block_keeps_where_it_stands_and_nothing_else():
         ("gate=tanh,gate=relu", "character 11: gate is given twice"),
         (
             "ratio=8",
-            r"ratio: unknown key; did you mean reduction.*; allowed for se: block, sites, placement, stages, bias",
+            r"ratio: unknown key; did you mean reduction.*; allowed for se: block, sites, placement, stages, init, b",
         ),
-        ("reduction=many", "reduction: 'many' is no whole number"),
+        ("reduction=many", "reduction: 'many' is not a whole number"),
         ("reduction=0", "reduction: 0; must be at least 1"),
         ("gate=soft", "gate: invalid enum value 'soft'; allowed: sigmoid, tanh, relu, hardsigmoid"),
         ("block=ecca", "block 'ecca': no such block; did you mean eca"),
         (
             "block=eca,reduction=4",
-            "reduction: unknown key; allowed for eca: block, sites, placement, stages, kernel_size",
+            "reduction: unknown key; allowed for eca: block, sites, placement, stages, init, kernel_size",
         ),
         ("stages=last", "stages: 'last' names no stages; write 3, 2-4 or 2[+]4"),
         ("stages=4-2", "stages: '4-2' ends before it begins"),
@@ -186,12 +186,12 @@ def test_keys_of_other_blocks_are_refused_in_a_toml():
 
 def test_keys_that_say_nothing_new_leave_the_hash_alone():
     before = parse_family(GOOD, origin="a")["se_toy"].facts_hash
-    for line in ('activation = "relu"', "stages = []", 'block = "se"'):
+    for line in ('activation = "relu"', "stages = []", 'block = "se"', 'init = "he"'):
         assert (
             parse_family(GOOD.replace("bias = false", f"bias = false\n{line}"), origin="a")["se_toy"].facts_hash
             == before
         )
-    for line in ('activation = "silu"', "stages = [2]"):
+    for line in ('activation = "silu"', "stages = [2]", 'init = "identity"'):
         assert (
             parse_family(GOOD.replace("bias = false", f"bias = false\n{line}"), origin="a")["se_toy"].facts_hash
             != before

@@ -1,0 +1,55 @@
+"""What an insertion did, and what a reader should know about it; starts without torch."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from selab import units
+from selab.records.display import Displayed
+from selab.records.types import Insertion
+
+# Narrower than this a bottleneck carries little, and kernels do not get faster with it.
+_NARROW = 8
+_SHOWN = 4
+
+
+class Insertions(Displayed, tuple[Insertion, ...]):
+    """The blocks that `insert_se` inserted, in the order of the network: a tuple that prints well."""
+
+    def summary(self) -> str:
+        """Return one line: how many blocks, their parameters and MACs."""
+        if not self:
+            return "no blocks inserted"
+        kinds = ", ".join(f"{count} {kind} block{'s' * (count > 1)}" for kind, count in self._kinds().items())
+        params, macs = sum(one.params for one in self), sum(one.macs for one in self)
+        return f"{kinds} inserted: +{units.exact(params)} parameters, +{units.exact(macs)} MACs per image"
+
+    def _kinds(self) -> Counter[str]:
+        return Counter(one.block for one in self)
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of the columns of `rows`."""
+        return Insertion.__struct_fields__
+
+    def rows(self) -> list[tuple[object, ...]]:
+        """Return one row for each block."""
+        return [tuple(getattr(one, name) for name in Insertion.__struct_fields__) for one in self]
+
+
+def insertion_remarks(insertions: Iterable[Insertion]) -> tuple[str, ...]:
+    """Return remarks on insertions that are allowed and seldom meant: a squeeze width under 8.
+
+    Args:
+        insertions: as `insert_se` returns them, or as a record holds them.
+
+    Returns:
+        At most one line, with the sites and what to do.
+    """
+    narrow = [one for one in insertions if one.squeeze_channels is not None and one.squeeze_channels < _NARROW]
+    if not narrow:
+        return ()
+    shown = ", ".join(f"{one.path} ({one.channels} → {one.squeeze_channels})" for one in narrow[:_SHOWN])
+    more = f" and {len(narrow) - _SHOWN} more" if len(narrow) > _SHOWN else ""
+    return (
+        f"squeeze width below {_NARROW} at {len(narrow)} of the sites: {shown}{more}; "
+        f"use a smaller reduction, or divisor={_NARROW}",
+    )

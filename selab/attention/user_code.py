@@ -1,0 +1,143 @@
+"""Import a user's own Python files and modules; errors name the file and the line. Starts without torch."""
+
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import reduce
+from pathlib import Path
+from types import ModuleType
+
+from selab.errors import SelabError, SpecError, nearest
+
+
+@contextmanager
+def imported(target: str) -> Iterator[object]:
+    """Import `path/to/file.py:NAME` or `package.module:NAME`, and run the block of the `with` as the user's code.
+
+    A file may import the modules beside it. A module is looked up in the current folder and among installed packages.
+    A file is loaded once in a process. Prints go to standard error, and random state is left as it was.
+
+    Args:
+        target: dots in NAME lead into classes.
+
+    Raises:
+        SpecError: no such file, module or name, or the code fails; the message has the error, file and line.
+    """
+    place, _, attribute = target.rpartition(":")
+    if place.endswith(".py"):
+        file = Path(place).resolve()
+        if not file.is_file():
+            raise SpecError(f"{target}: there is no file {place}")
+        with user_code(target, folder=file.parent, home=file.parent):
+            yield _attribute(_file_module(file), attribute, where=target)
+        return
+    root = place.partition(".")[0]
+    with user_code(target, folder=Path.cwd(), home=None):
+        spec = importlib.util.find_spec(root)
+        if spec is None:
+            raise SpecError(f"{target}: there is no module {root!r} in this folder or among the installed packages")
+    places = list(spec.submodule_search_locations or [spec.origin or ""])
+    with user_code(target, folder=Path.cwd(), home=Path(places[0])):
+        try:
+            with _random_state_kept():
+                module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name is not None and f"{place}.".startswith(f"{error.name}."):
+                raise SpecError(f"{target}: there is no module {error.name!r} in {places[0]}") from None
+            raise
+        yield _attribute(module, attribute, where=target)
+
+
+def beside(target: str, folder: Path) -> str:
+    """Return a `file.py:NAME` with the file in this folder if it is there, else the target as it is."""
+    found = re.fullmatch(r"(.+\.py):([\w.]+)", target)
+    if found is None or not (folder / found[1]).is_file():
+        return target
+    return f"{folder / found[1]}:{found[2]}"
+
+
+@contextmanager
+def user_code(where: str, *, folder: Path, home: Path | None) -> Iterator[None]:
+    """Run a user's code: let it import from its folder, send its prints to standard error, and explain its errors.
+
+    Args:
+        where: what was asked for, for messages.
+        folder: first on the search path.
+        home: the file or folder whose lines an error is attributed to.
+    """
+    sys.path.insert(0, str(folder))
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except SelabError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise SpecError(f"{where}: {explained(error)}{_location(error, home)}") from error
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Importing happens once, so it must leave no trace in a seeded random state and use no device of one build."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        yield
+
+
+def _file_module(file: Path) -> ModuleType:
+    """Return the module of a file, loaded once in a process."""
+    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise SpecError(f"{file}: not a file that Python can import")
+    module = importlib.util.module_from_spec(spec)
+    # Classes of the file look their module up by its name while they are made.
+    sys.modules[name] = module
+    try:
+        with _random_state_kept():
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _attribute(module: ModuleType, attribute: str, *, where: str) -> object:
+    try:
+        found: object = reduce(getattr, attribute.split("."), module)
+    except AttributeError:
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise SpecError(f"{where}: there is no such name in it{nearest(attribute, known)}") from None
+    return found
+
+
+def explained(error: BaseException) -> str:
+    """Return `ValueError: its message`, in one line."""
+    if isinstance(error, SystemExit):
+        return "it ends the program (SystemExit); put what does so under `if __name__ == '__main__':`"
+    text = str(error.msg if isinstance(error, SyntaxError) else error).strip()
+    return type(error).__name__ + (f": {text.splitlines()[0].rstrip('.')}" if text else "")
+
+
+def _location(error: BaseException, home: Path | None) -> str:
+    """Return where in the user's code an error arose, ` (net.py, line 12)`; empty if it did not arise there."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}, line {error.lineno})"
+    if home is None:
+        return ""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _lies_in(Path(frame.filename), home)]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+def _lies_in(file: Path, home: Path) -> bool:
+    """Whether a file belongs to a user's folder; an environment inside of it does not."""
+    return file.is_relative_to(home) and "site-packages" not in file.relative_to(home).parts

@@ -1,0 +1,76 @@
+"""How results print: one line in a REPL, a table by rich, HTML in a notebook, plain values and data frames."""
+
+from html import escape
+from importlib import import_module
+from typing import Any
+
+import msgspec
+
+from selab.errors import SelabError
+
+
+class Displayed:
+    """Mixin for results; a class says its `summary`, `columns` and `rows`, and gets every form from them."""
+
+    __slots__ = ()
+
+    def summary(self) -> str:
+        """Return one line."""
+        raise NotImplementedError
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of the columns of `rows`."""
+        raise NotImplementedError
+
+    def rows(self) -> list[tuple[object, ...]]:
+        """Return the table's rows, numbers in base units."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as plain values, column by column."""
+        values = list(zip(*self.rows(), strict=True)) or [()] * len(self.columns())
+        return {name: msgspec.to_builtins(list(column)) for name, column in zip(self.columns(), values, strict=True)}
+
+    def to_dataframe(self) -> Any:
+        """Return the table as a pandas.DataFrame.
+
+        Raises:
+            SelabError: pandas is not installed.
+        """
+        try:
+            pandas: Any = import_module("pandas")
+        except ImportError:
+            raise SelabError("to_dataframe needs pandas; pip install pandas, or use to_dict()") from None
+        return pandas.DataFrame(self.rows(), columns=list(self.columns()))
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(self.summary()), title_justify="left")
+        for index, column in enumerate(self.columns()):
+            table.add_column(Text(column), justify="left" if index == 0 else "right", overflow="fold")
+        for row in self.rows():
+            table.add_row(*(Text(shown(cell)) for cell in row))
+        return table
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns())
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(shown(cell))}</td>" for cell in row) + "</tr>" for row in self.rows()
+        )
+        return f"<p>{escape(self.summary())}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def shown(value: object) -> str:
+    """Return a cell's text: exact integers, six significant digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -324,7 +324,9 @@ def _layer(x: Tensor, layer: nn.Linear) -> Tensor:
     if x.dim() == 2:
         out: Tensor = layer(x)
         return out
-    if type(layer) is nn.Linear and _is_plain(layer) and not has_hooks(layer):
+    # Hooks on all modules, as a counter's, see the operation itself.
+    own_hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if type(layer) is nn.Linear and _is_plain(layer) and not own_hooks:
         return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
     # Somebody else's layer, or one that is watched, has to be called, with the channels last.
     moved: Tensor = layer(x.movedim(1, -1)).movedim(-1, 1)

@@ -173,6 +173,8 @@ def read_block(keys: dict[str, Any], *, place: str) -> SiteConfig:
         SpecError: as `block_config`.
     """
     name = keys.get("block", "se")
+    if name == "external":
+        return convert(keys, ExternalConfig, place=place)
     kind, target = _kind_of(name) if isinstance(name, str) else (None, "")
     if kind is None:
         raise SpecError(

@@ -8,7 +8,7 @@ import hashlib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -19,6 +19,12 @@ from selab.records.types import Frozen
 
 Metric = Literal["top1_error_pct", "top5_error_pct", "params", "macs", "forward_s", "forward_backward_s"]
 
+
+# A configuration is found by the block's name, among blocks that may have been registered; JSON gives its keys.
+if TYPE_CHECKING:
+    _Se = SiteConfig | None
+else:
+    _Se = Any
 
 # Keys that came after the first records: they enter a variant's hash only where they say something, so that a record
 # stays as fresh as the network that it is about.
@@ -82,11 +88,17 @@ class Variant(Frozen, frozen=True, kw_only=True):
     input_chw: tuple[int, int, int]
     num_classes: int
     baseline: str | None
-    se: SiteConfig | None
+    se: _Se
     published: tuple[Published, ...]
     note: str
     origin: str
     file: str
+
+    def __post_init__(self) -> None:
+        """Read the keys of the blocks that JSON gives."""
+        keys: Any = self.se
+        if isinstance(keys, dict):
+            msgspec.structs.force_setattr(self, "se", read_block(keys, place=f"{self.name}: se"))
 
     @property
     def place(self) -> str:

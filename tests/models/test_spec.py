@@ -5,7 +5,7 @@ from selab.attention.config import BLOCKS, CBAMConfig, ECAConfig, block_config, 
 from selab.errors import SpecError, UnknownNameError
 from selab.models import catalog
 from selab.models.catalog import baseline_of, find
-from selab.models.spec import parse_family
+from selab.models.spec import Variant, parse_family
 
 GOOD = """
 family = "toy"
@@ -208,3 +208,14 @@ def test_a_word_finds_a_changed_network():
     again = find("se_resnet50+block=eca")
     assert (again.baseline, again.se) == ("resnet50", ECAConfig(sites="residual"))
     assert not again.published
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet50", "se_resnet50", "se_resnet50+block=cbam,stages=2-3", "resnet18+block=own.py:Block,width=4,deep=yes"],
+)
+def test_a_variant_travels_as_json(name):
+    variant = find(name)
+    again = msgspec.json.decode(msgspec.json.encode(variant), type=Variant)
+    assert again == variant
+    assert again.facts_hash == variant.facts_hash

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from selab.bench.sampler import Progress
     from selab.models.spec import Variant
-    from selab.training.train import Progress as TrainingProgress
+    from selab.training.progress import TrainingProgress
 
 
 # Where no terminal shows how far a training is, a line at most so often, beside those of finished epochs.

@@ -26,6 +26,7 @@ from selab.records.types import Frozen, Machine, Phase, Record
 from selab.training.data import Data
 from selab.training.distributed import join
 from selab.training.evaluate import check_network
+from selab.training.progress import TrainingProgress
 from selab.training.recipe import Recipe, adapted
 from selab.training.record import (
     FOLDER,
@@ -40,10 +41,10 @@ from selab.training.record import (
     save_accuracy_record,
     warnings_of,
 )
-from selab.training.run import asked_of, differences, request_key
-from selab.training.train import DivergedError, Progress, Training, train
+from selab.training.run import differences, request_key, run_config
+from selab.training.train import DivergedError, Training, train
 
-Report = Callable[[str, Progress | None], object]
+Report = Callable[[str, TrainingProgress | None], object]
 Say = Callable[[str], object]
 
 # What two comparisons must have in common to be one; the rest of a record tells how it came about.
@@ -90,9 +91,9 @@ def folder_of(variant: Variant, data: Data, recipe: Recipe, options: Options, se
     What decides its result is in the key: another network, recipe, data set or option has another folder, another
     number of threads has not.
     """
-    asked = asked_of(variant, data, recipe, seed=seed, options=options)
+    config = run_config(variant, data, recipe, seed=seed, options=options)
     name = file_name(f"{variant.name}.{data.name}.{recipe.name}")
-    return out / "runs" / f"{name}.e{asked.recipe.epochs}.s{seed}.{request_key(asked)}"
+    return out / "runs" / f"{name}.e{config.recipe.epochs}.s{seed}.{request_key(config)}"
 
 
 def fitted(variant: Variant, data: Data | DataSpec) -> Variant:

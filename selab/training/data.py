@@ -16,10 +16,11 @@ from torch import Tensor
 from selab.errors import SelabError, UnknownNameError, nearest
 from selab.training import synthetic
 from selab.training.augment import Augmentation, augment, decide, normalise, order
+from selab.training.batches import BatchPlan, check_share
 from selab.training.cifar import LAYOUTS, open_cifar
 from selab.training.recipe import ImageRecipe
 
-__all__ = ["NAMES", "Augmentation", "Data", "ImageSet", "open_data", "synthetic_set"]
+__all__ = ["NAMES", "Augmentation", "BatchPlan", "Data", "ImageSet", "open_data", "synthetic_set"]
 NAMES = (*LAYOUTS, "synthetic", "folder", "imagenet")
 
 
@@ -67,44 +68,30 @@ class Data(Protocol):
         ...
 
     def train_batches(
-        self,
-        *,
-        batch: int,
-        seed: int,
-        epoch: int,
-        device: torch.device,
-        augmentation: Augmentation,
-        first: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        self, plan: BatchPlan, *, device: torch.device, augmentation: Augmentation
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One rank's parts of an epoch's global batches; the last incomplete one is left out.
+        """Return one rank's parts of an epoch's global batches, without the last incomplete one.
 
-        Order and augmentation of global batch i depend on (seed, epoch, i) alone, so that a run goes on anywhere, and
-        with any number of ranks.
+        Order and augmentation of global batch i depend on (seed, epoch, i) alone, so that a run resumes anywhere, with
+        any number of ranks.
 
         Args:
-            batch: images of all ranks together.
-            seed: of the run.
-            epoch: from 0.
+            plan: which batches, and which part of each.
             device: where the batches are wanted.
             augmentation: what is done to the images.
-            first: so many global batches are skipped, at no cost.
-            rank: of this process.
-            world: how many processes share a batch.
 
         Yields:
             Images (N, C, H, W) float32, normalised; labels (N,) int64.
 
         Raises:
-            SelabError: a batch cannot be shared so, or there are not so many images.
+            SelabError: the ranks cannot share a batch equally, or a batch has more images than the set.
         """
         ...
 
     def test_batches(
         self, *, batch: int, device: torch.device, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One rank's parts of the test images in their order: each image once, in one part of one rank.
+        """Return one rank's parts of the test images, in order; each image is in one part of one rank.
 
         The last batch may be smaller, and may have no part for a rank.
 
@@ -112,13 +99,13 @@ class Data(Protocol):
             Images (N, C, H, W) float32, normalised; labels (N,) int64.
 
         Raises:
-            SelabError: a batch cannot be shared so.
+            SelabError: the ranks cannot share a batch equally.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Split:
+class _Part:
     images: Tensor
     labels: Tensor
 
@@ -127,8 +114,8 @@ class _Split:
 class _Moved:
     """What of a set lies on one device."""
 
-    train: _Split
-    test: _Split
+    train: _Part
+    test: _Part
     mean: Tensor
     std: Tensor
 
@@ -181,35 +168,27 @@ class ImageSet:
         return len(self.test_images)
 
     def train_batches(
-        self,
-        *,
-        batch: int,
-        seed: int,
-        epoch: int,
-        device: torch.device,
-        augmentation: Augmentation,
-        first: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        self, plan: BatchPlan, *, device: torch.device, augmentation: Augmentation
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `Data.train_batches` says."""
-        _check_share(batch, rank, world)
+        """See `Data.train_batches`."""
+        batch, rank, world = plan.batch, plan.rank, plan.world
+        check_share(batch, rank, world)
         if batch > self.train_size:
             raise SelabError(f"{self.title}: has {self.train_size:,} training images; a batch of {batch:,} needs more")
         part = slice(rank * batch // world, (rank + 1) * batch // world)
         moved = self._on(device)
-        places = order(self.train_size, seed=seed, epoch=epoch).to(device)
+        places = order(self.train_size, seed=plan.seed, epoch=plan.epoch).to(device)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for number in range(first, self.train_size // batch):
+            for number in range(plan.first, self.train_size // batch):
                 chosen = places[number * batch : (number + 1) * batch][part]
                 # Small and drawn on the CPU, so that all devices agree.
                 decided = decide(
                     augmentation,
                     size=batch,
                     input_hw=self.input_chw[1:],
-                    seed=seed,
-                    epoch=epoch,
+                    seed=plan.seed,
+                    epoch=plan.epoch,
                     number=number,
                 )[part]
                 if device.type == "cuda":  # from pinned memory the copy does not make the host wait for the device
@@ -226,8 +205,8 @@ class ImageSet:
     def test_batches(
         self, *, batch: int, device: torch.device, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `Data.test_batches` says."""
-        _check_share(batch, rank, world)
+        """See `Data.test_batches`."""
+        check_share(batch, rank, world)
         moved = self._on(device)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -245,8 +224,8 @@ class ImageSet:
         place = torch.empty(0, device=device).device
         if place not in self._moved:
             self._moved[place] = _Moved(
-                train=_Split(images=self.train_images.to(place), labels=self.train_labels.to(place, torch.int64)),
-                test=_Split(images=self.test_images.to(place), labels=self.test_labels.to(place, torch.int64)),
+                train=_Part(images=self.train_images.to(place), labels=self.train_labels.to(place, torch.int64)),
+                test=_Part(images=self.test_images.to(place), labels=self.test_labels.to(place, torch.int64)),
                 mean=torch.tensor(self.mean, dtype=torch.float32, device=place).view(-1, 1, 1),
                 std=torch.tensor(self.std, dtype=torch.float32, device=place).view(-1, 1, 1),
             )
@@ -338,10 +317,3 @@ def _cifar_set(name: str, data_dir: Path, *, download: bool, report: Callable[[s
         mean=layout.mean,
         std=layout.std,
     )
-
-
-def _check_share(batch: int, rank: int, world: int) -> None:
-    if batch < 1 or world < 1 or batch % world:
-        raise SelabError(f"batch: {batch} images cannot be shared by {world} processes; give a multiple of {world}")
-    if not 0 <= rank < world:
-        raise SelabError(f"rank: {rank}; allowed are 0 to {world - 1}")

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from selab.training.batches import BatchPlan, check_share
 from selab.training.image_decode import (
     Finding,
     ImageFiles,
@@ -163,30 +164,16 @@ class ImageFolder:
         return tuple(sorted(self._skipped))
 
     def train_batches(
-        self,
-        *,
-        batch: int,
-        seed: int,
-        epoch: int,
-        device: torch.device,
-        augmentation: _InMemory,
-        first: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        self, plan: BatchPlan, *, device: torch.device, augmentation: _InMemory
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One rank's parts of an epoch's global batches, the last incomplete one left out.
+        """Return one rank's parts of an epoch's global batches, without the last incomplete one.
 
         An image that cannot be decoded is replaced by another of its class.
 
         Args:
-            batch: images of all ranks together.
-            seed: of order and augmentation, with `epoch`.
-            epoch: from 0.
+            plan: which batches, and which part of each.
             device: where the batches are wanted.
             augmentation: must ask for nothing: `image` says what is done.
-            first: so many global batches are skipped, without reading them.
-            rank: of this process.
-            world: how many processes share a batch.
 
         Yields:
             Images (N, 3, H, W), float32, normalised; labels (N,), int64.
@@ -201,7 +188,8 @@ class ImageFolder:
             raise FolderError(
                 "crop_pad, flip and cutout are for images in memory; what is done to a folder's is ImageRecipe's to say"
             )
-        _check_share(batch, rank, world)
+        batch, seed, epoch, rank, world = plan.batch, plan.seed, plan.epoch, plan.rank, plan.world
+        check_share(batch, rank, world, error=FolderError)
         if batch > self.train_size:
             raise FolderError(
                 f"{self._train.split.root}: holds {self.train_size:,} images, less than a batch of {batch:,}"
@@ -209,7 +197,7 @@ class ImageFolder:
         order = epoch_order(self._train.split.labels, seed=seed, epoch=epoch, balanced=self.image.balanced)
 
         def asked() -> Iterator[list[tuple[int, int | None]]]:
-            for number in range(first, self.train_size // batch):
+            for number in range(plan.first, self.train_size // batch):
                 places = share(self.train_size, batch=batch, number=number, rank=rank, world=world)
                 yield [(int(order[place]), _hashed("image", seed, epoch, place)) for place in places]
 
@@ -218,7 +206,7 @@ class ImageFolder:
     def test_batches(
         self, *, batch: int, device: torch.device, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One rank's parts of the test images in order, each image in one part of one rank.
+        """Return one rank's parts of the test images, in order; each image is in one part of one rank.
 
         Images that cannot be decoded are left out, and named by `skipped`; a batch of which nothing is left is, too.
 
@@ -228,7 +216,7 @@ class ImageFolder:
         Raises:
             FolderError: an impossible share; while running: a file is gone.
         """
-        _check_share(batch, rank, world)
+        check_share(batch, rank, world, error=FolderError)
 
         def asked() -> Iterator[list[tuple[int, int | None]]]:
             for number in range(-(-self.test_size // batch)):
@@ -346,10 +334,3 @@ def usual_workers() -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_share(batch: int, rank: int, world: int) -> None:
-    if batch < 1 or world < 1 or batch % world:
-        raise FolderError(f"batch {batch}: cannot be shared by {world} processes; give a multiple of their number")
-    if not 0 <= rank < world:
-        raise FolderError(f"rank {rank}: must be 0 to {world - 1}")

@@ -1,6 +1,6 @@
 """One training on disk: what was asked, how far it came, and what came out; every file whole or not at all.
 
-run.json             what was asked; a folder belongs to one request
+run.json             the request; a folder belongs to one request
 checkpoint.pt        everything that the training goes on from
 epochs.jsonl         one line per epoch
 tensorboard/         the same as curves; both are written anew from the checkpoint when a training goes on
@@ -49,7 +49,7 @@ class DivergedError(TrainingError):
     """A training has diverged: a result of the recipe on this network, which the same call would bring again."""
 
 
-class Asked(Frozen, frozen=True, kw_only=True):
+class RunConfig(Frozen, frozen=True, kw_only=True):
     """Everything that decides a training's result.
 
     Attributes:
@@ -65,9 +65,9 @@ class Asked(Frozen, frozen=True, kw_only=True):
     options: Options
 
 
-def asked_of(variant: Variant, data: Data, recipe: Recipe, *, seed: int, options: Options) -> Asked:
+def run_config(variant: Variant, data: Data, recipe: Recipe, *, seed: int, options: Options) -> RunConfig:
     """What a training is asked for, with the epochs and the batch of the options."""
-    return Asked(
+    return RunConfig(
         arch=variant.name,
         facts_hash=variant.facts_hash,
         recipe=adapted(recipe, epochs=options.epochs, batch=options.batch),
@@ -218,7 +218,7 @@ class RunFolder:
 
 
 @contextmanager
-def opened(path: Path, asked: Asked) -> Iterator[RunFolder]:
+def opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
     """Makes a folder for a request, or finds it again, and keeps other processes out of it.
 
     Raises:
@@ -230,7 +230,7 @@ def opened(path: Path, asked: Asked) -> Iterator[RunFolder]:
     except OSError as error:
         raise TrainingError(f"{path}: cannot be made: {error.strerror}; name another folder") from None
     with _held(path):
-        _claim(path, asked)
+        _claim(path, config)
         for left in path.glob(".*.*"):
             # A process that was killed while it wrote leaves what `write_atomically` had begun.
             if left.name.startswith((".checkpoint.pt.", ".epochs.jsonl.", ".weights.safetensors.", ".training.json.")):
@@ -238,10 +238,10 @@ def opened(path: Path, asked: Asked) -> Iterator[RunFolder]:
         yield RunFolder(path)
 
 
-def _claim(path: Path, asked: Asked) -> None:
+def _claim(path: Path, config: RunConfig) -> None:
     file = path / "run.json"
     if file.exists():
-        for field, there, here in differences(_decoded(file, Asked), asked):
+        for field, there, here in differences(_decoded(file, RunConfig), config):
             raise TrainingError(
                 f"{path}: holds the training of another request: its {field} is {there}, not {here}; "
                 "name another folder, or delete this one"
@@ -249,7 +249,7 @@ def _claim(path: Path, asked: Asked) -> None:
         return
     if (path / "checkpoint.pt").exists() or (path / "training.json").exists():
         raise TrainingError(f"{file}: is gone, so what was trained here cannot be told; name another folder")
-    write_atomically(file, _json(asked))
+    write_atomically(file, _json(config))
 
 
 def differences(there: Frozen, here: Frozen) -> Iterator[tuple[str, object, object]]:
@@ -260,9 +260,9 @@ def differences(there: Frozen, here: Frozen) -> Iterator[tuple[str, object, obje
             yield key, theirs.get(key), ours.get(key)
 
 
-def request_key(asked: Asked) -> str:
+def request_key(config: RunConfig) -> str:
     """Eight hex digits over what decides a training's result, so that another request has another folder."""
-    return hashlib.sha256(msgspec.json.encode(_deciding(asked), order="sorted")).hexdigest()[:8]
+    return hashlib.sha256(msgspec.json.encode(_deciding(config), order="sorted")).hexdigest()[:8]
 
 
 def _deciding(value: Frozen) -> dict[str, object]:

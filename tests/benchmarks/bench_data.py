@@ -31,6 +31,7 @@ from selab.models.catalog import find
 from selab.records import verdict
 from selab.records.store import write_atomically
 from selab.records.types import Latency
+from selab.training.batches import BatchPlan
 from selab.training.data import Augmentation, ImageSet, open_data
 
 ARCH = "resnet20_cifar"
@@ -52,7 +53,9 @@ class InMemory(torchvision.datasets.CIFAR10):
 def ours(data: ImageSet, batch: int) -> Epoch:
     augmentation = Augmentation(crop_pad=4, flip=True)
     numbers = count()
-    return lambda: data.train_batches(batch=batch, seed=0, epoch=next(numbers), device=CPU, augmentation=augmentation)
+    return lambda: data.train_batches(
+        BatchPlan(batch=batch, seed=0, epoch=next(numbers)), device=CPU, augmentation=augmentation
+    )
 
 
 def theirs(data: ImageSet, batch: int, workers: int) -> Epoch:

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from selab.cli.console import following
-from selab.training.train import Epoch, Progress
+from selab.training.progress import TrainingProgress
+from selab.training.train import Epoch
 
 
 def so_far(epoch, step, *, finished=0):
@@ -22,7 +23,7 @@ def so_far(epoch, step, *, finished=0):
         seconds=5.0,
         images_per_s=1234.0,
     )
-    return Progress(
+    return TrainingProgress(
         epoch=epoch,
         epochs=3,
         step=step,

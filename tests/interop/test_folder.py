@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from selab.experiments import compare
 from selab.models.spec import read_family
 from selab.training import image_decode, image_folder
+from selab.training.batches import BatchPlan
 from selab.training.evaluate import evaluate
 from selab.training.image_folder import open_folder
 from selab.training.image_listing import FolderError
@@ -90,8 +91,9 @@ def mode_of(path):
 
 
 def train(data, **changes):
-    asked = {"batch": 32, "seed": 0, "epoch": 0, "device": CPU, "augmentation": NOTHING} | changes
-    return list(data.train_batches(**asked))
+    asked = {"device": CPU, "augmentation": NOTHING}
+    asked |= {key: changes.pop(key) for key in list(changes) if key in asked}
+    return list(data.train_batches(BatchPlan(**{"batch": 32, "seed": 0, "epoch": 0} | changes), **asked))
 
 
 def images_of(batches):
@@ -260,7 +262,7 @@ def test_balanced_epochs(tmp_path):
     names = {f"train/{kind}/{n:02}.jpg": picture(10 * n) for kind, size in sizes.items() for n in range(size)}
     fill(tmp_path, names | {"val/a/0.jpg": picture(0), "val/b/0.jpg": picture(0)})
     data = open_folder(tmp_path, name="folder", image=changed(balanced=True), workers=0)
-    for _, labels in data.train_batches(batch=4, seed=0, epoch=0, device=CPU, augmentation=NOTHING):
+    for _, labels in data.train_batches(BatchPlan(batch=4, seed=0, epoch=0), device=CPU, augmentation=NOTHING):
         assert sorted(labels.tolist()) == [0, 0, 1, 1]
 
 
@@ -353,8 +355,8 @@ def test_what_is_asked_must_be_possible(planted):
     data = open_folder(planted, name="folder", image=PLAIN, workers=0)
     for changes, message in (
         ({"batch": 7}, "train: holds 6 images, less than a batch of 7"),
-        ({"batch": 5, "world": 2}, "batch 5: cannot be shared by 2 processes"),
-        ({"batch": 4, "world": 2, "rank": 2}, "rank 2: must be 0 to 1"),
+        ({"batch": 5, "world": 2}, "batch: 5 images cannot be shared by 2 processes"),
+        ({"batch": 4, "world": 2, "rank": 2}, "rank: 2; allowed are 0 to 1"),
         ({"batch": 4, "augmentation": SimpleNamespace(crop_pad=4, flip=False, cutout=0)}, "are for images in memory"),
     ):
         with pytest.raises(FolderError, match=message):

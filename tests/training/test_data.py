@@ -22,6 +22,7 @@ from torch import nn
 
 from selab.errors import SelabError, UnknownNameError
 from selab.training import augment, synthetic
+from selab.training.batches import BatchPlan
 from selab.training.cifar import LAYOUTS, DataError
 from selab.training.data import Augmentation, ImageSet, open_data, synthetic_set
 from selab.training.download import DownloadError
@@ -325,7 +326,8 @@ def numbered():
 
 
 def batches(data, *, batch=8, seed=1, epoch=0, device=CPU, augmentation=ALL, **share):
-    return data.train_batches(batch=batch, seed=seed, epoch=epoch, device=device, augmentation=augmentation, **share)
+    plan = BatchPlan(batch=batch, seed=seed, epoch=epoch, **share)
+    return data.train_batches(plan, device=device, augmentation=augmentation)
 
 
 def labels_of(found):

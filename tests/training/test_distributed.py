@@ -85,9 +85,9 @@ class Faulty:
     def __getattr__(self, name):
         return getattr(data, name)
 
-    def train_batches(self, **asked):
-        for number, batch in enumerate(data.train_batches(**asked), start=asked["first"]):
-            if rank == 1 and (asked["epoch"], number) == (1, 3):
+    def train_batches(self, plan, **asked):
+        for number, batch in enumerate(data.train_batches(plan, **asked), start=plan.first):
+            if rank == 1 and (plan.epoch, number) == (1, 3):
                 if fault == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if fault == "hangs":
@@ -252,7 +252,7 @@ def test_one_of_two_hangs(two):
     status, written = two("plain", fault="hangs", patience=3.0)
     assert status != 0
     assert "<TrainingError: plain, epoch 2 of 3, step 3 of 6, rank 0 of 2: another process is gone or hangs" in written
-    assert "the same command goes on from the last checkpoint" in written
+    assert "the same command resumes at the last checkpoint" in written
 
 
 def test_a_signal_to_one_of_two_stops_both_and_two_go_on(two, alone, tmp_path):

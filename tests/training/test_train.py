@@ -24,6 +24,7 @@ from selab.models.build import build
 from selab.models.spec import read_family
 from selab.training import recipe as training_recipe
 from selab.training import run as run_files
+from selab.training.batches import BatchPlan
 from selab.training.data import Augmentation, ImageSet
 from selab.training.evaluate import NotFiniteError, evaluate
 from selab.training.optim import Average, draw_he, optimizer_of
@@ -169,7 +170,7 @@ def test_it_is_the_plain_loop(run, family):
     cpu, augmentation = torch.device("cpu"), Augmentation(crop_pad=1, flip=True)
     for epoch in range(3):
         total = 0.0
-        batches = data.train_batches(batch=16, seed=0, epoch=epoch, device=cpu, augmentation=augmentation)
+        batches = data.train_batches(BatchPlan(batch=16, seed=0, epoch=epoch), device=cpu, augmentation=augmentation)
         for step, (x, y) in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(RECIPE, epoch + step / STEPS)
@@ -299,9 +300,9 @@ def test_weights_of_a_folder_know_how_its_images_were_prepared(run):
 def test_tests_of_a_folder_take_few_images_at_a_time(run, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "selab.training.train.evaluate", lambda *things, **how: asked.append(how["batch"]) or evaluate(*things, **how)
+        "selab.training.engine.evaluate", lambda *things, **how: asked.append(how["batch"]) or evaluate(*things, **how)
     )
-    monkeypatch.setattr("selab.training.train._FOLDER_TEST_BATCH", 8)
+    monkeypatch.setattr("selab.training.engine._FOLDER_TEST_BATCH", 8)
     data = images()
     run(folder="memory", data=data, epochs=1)
     object.__setattr__(data, "image", ImageRecipe())
@@ -422,7 +423,7 @@ def test_stopped_and_called_again_it_ends_at_the_same_bits(run, tmp_path, change
     whole = run("lively", folder="whole", **changes)
     # A checkpoint interval of nothing makes every step one that is looked at.
     for epoch, step, number in ((1, 2, signal.SIGINT), (2, 1, signal.SIGTERM), (2, 6, signal.SIGINT)):
-        with pytest.raises(TrainingStoppedError, match=r"everything is saved in .*the same command goes on"):
+        with pytest.raises(TrainingStoppedError, match=r"everything is saved in .*the same command resumes"):
             run("lively", checkpoint_s=0.0, report=At(epoch, step, interrupt(number)), **changes)
     assert len(lines_without_times(tmp_path / "run")) == 2
     parts = run("lively", checkpoint_s=0.0, **changes)
@@ -439,7 +440,7 @@ def test_a_second_sigint_is_met_at_once_and_harms_nothing(run, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(TrainingStoppedError, match=r"epoch 2 .*: interrupted; the same command goes on from the last"):
+    with pytest.raises(TrainingStoppedError, match=r"epoch 2 .*: interrupted; the same command resumes at the last"):
         run("lively", report=At(2, 3, twice), checkpoint_s=0.0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert same(run("lively"), run("lively", folder="whole"))
@@ -565,7 +566,7 @@ def test_a_training_that_diverges_in_the_last_step_of_an_epoch(run, monkeypatch)
     def overflowing(*_, **__):
         raise NotFiniteError("logits of 3 of 30 images are not finite")
 
-    monkeypatch.setattr("selab.training.train.evaluate", overflowing)
+    monkeypatch.setattr("selab.training.engine.evaluate", overflowing)
     with pytest.raises(
         DivergedError, match=r"epoch 1 of 3, step 6 of 6: logits of test images .*: the training has di"
     ):
@@ -581,9 +582,9 @@ class Vanishing:
     def __getattr__(self, name):
         return getattr(self.data, name)
 
-    def train_batches(self, **asked):
-        for number, batch in enumerate(self.data.train_batches(**asked)):
-            if asked["epoch"] == 1 and number == self.after:
+    def train_batches(self, plan, **asked):
+        for number, batch in enumerate(self.data.train_batches(plan, **asked)):
+            if plan.epoch == 1 and number == self.after:
                 if self.error is None:
                     return
                 raise self.error
@@ -650,7 +651,7 @@ def test_impossible_batches(run, changes, message):
 def test_data_for_evaluation_alone(run):
     data = images()
     alone = replace(data, train_images=data.train_images[:0], train_labels=data.train_labels[:0])
-    with pytest.raises(TrainingError, match="tiny: holds no training images; put them into a folder train beside val"):
+    with pytest.raises(TrainingError, match="tiny: holds no training images; put them into a folder named train beside val"):
         run(data=alone)
 
 
@@ -697,7 +698,7 @@ def test_what_decides_nothing_is_no_other_request(run):
 
 def test_a_finished_training_returns_from_its_files(run, tmp_path, monkeypatch):
     finished = run()
-    monkeypatch.setattr("selab.training.train.build", None)
+    monkeypatch.setattr("selab.training.engine.build", None)
     (tmp_path / "run").rename(tmp_path / "moved")
     again = run(folder="moved", report=None)
     assert again == msgspec.structs.replace(finished, weights=str(tmp_path / "moved" / "weights.safetensors"))

@@ -1,0 +1,41 @@
+"""Stopping a training between two steps."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether the training has been asked to stop."""
+
+    wanted = False
+
+
+@contextmanager
+def stoppable(*, alone: bool) -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request that is met between two steps.
+
+    A second SIGINT interrupts at once, but only where one process trains alone. Among several, the terminal sends the
+    first one and torchrun the second; torchrun also ends processes that take too long.
+
+    Args:
+        alone: whether this process trains alone.
+    """
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set signal handlers
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if alone and stop.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.wanted = True
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

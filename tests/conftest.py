@@ -2,7 +2,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -120,45 +119,6 @@ def selab(monkeypatch, capsys):
         return status, captured.out, captured.err
 
     return run
-
-
-@pytest.fixture
-def plain_transforms(monkeypatch):
-    """What a folder needs of torchvision's transforms, without its libraries: resize, crop, and no randomness."""
-    import numpy as np
-
-    from selab.training import image_folder
-
-    def resized(image, shorter):
-        scale = shorter / min(image.size)
-        return image.resize([round(side * scale) for side in image.size])
-
-    def cropped(image, side):
-        left, top = ((extent - side) // 2 for extent in image.size)
-        return image.crop((left, top, left + side, top + side))
-
-    def composed(steps):
-        def apply(image):
-            for step in steps:
-                image = step(image)
-            return image
-
-        return apply
-
-    monkeypatch.setattr(
-        image_folder,
-        "torchvision_transforms",
-        lambda: SimpleNamespace(
-            InterpolationMode=str,
-            Resize=lambda size, **_: lambda image: resized(image, size),
-            CenterCrop=lambda size: lambda image: cropped(image, size),
-            RandomResizedCrop=lambda size, **_: lambda image: image.resize((size, size)),
-            RandomHorizontalFlip=lambda: lambda image: image,
-            RandomRotation=lambda *_, **__: lambda image: image,
-            PILToTensor=lambda: lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(),
-            Compose=composed,
-        ),
-    )
 
 
 @pytest.fixture(scope="session")

@@ -267,9 +267,8 @@ def open_data(
         try:
             from selab.training.image_folder import open_folder
         except ModuleNotFoundError as error:
-            raise SelabError(
-                f"{name}: needs {error.name}, which is not installed; pip install 'selab[imagenet]'"
-            ) from None
+            missing = "pillow" if error.name == "PIL" else error.name
+            raise SelabError(f"{name}: {missing} is not installed; pip install 'selab[imagenet]'") from None
         return open_folder(data_dir, name=name, image=image, workers=workers, classes_file=classes_file, report=report)
     raise UnknownNameError(f"{name}: no such data set{nearest(name, NAMES)}")
 

@@ -213,9 +213,7 @@ class Engine:
                     return self._look(stop)
                 if self.pace.due(self.step):
                     self._look(stop)
-        raise TrainingError(
-            f"{self._where()}: {self.data.title} gave no more images; has the data changed?"
-        )
+        raise TrainingError(f"{self._where()}: {self.data.title} gave no more images; has the data changed?")
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         recipe, options, device = self.recipe, self.options, self.group.device

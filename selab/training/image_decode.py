@@ -1,13 +1,11 @@
-"""Decode images and transform them to tensors."""
+"""Decode the image files of a folder, in worker processes or in this one."""
 
-import importlib
 import io
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +14,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from selab.training.image_listing import FolderError, Kind, Split, printable
-from selab.training.recipe import ImageRecipe
+from selab.training.image_listing import ImageSplit, Kind, printable
 
 
 def by_class(labels: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
-    """Class → the indices where it stands."""
+    """Return the indices of each class."""
     order = np.argsort(labels, kind="stable")
     classes, starts = np.unique(labels[order], return_index=True)
     return dict(zip(classes.tolist(), np.split(order, starts[1:]), strict=True))
@@ -53,7 +50,11 @@ class _Batch(NamedTuple):
 
 
 def decode(content: bytes) -> tuple[Image.Image | None, Kind | None, str]:
-    """An image in RGB, what is peculiar about it, and, where it cannot be decoded, why."""
+    """Decode an image to RGB.
+
+    Returns:
+        The image, None if it cannot be decoded; what is peculiar about it; why it cannot be decoded.
+    """
     with warnings.catch_warnings():
         # Pillow warns of odd EXIF data and of large images; both are decoded.
         warnings.simplefilter("ignore")
@@ -73,9 +74,17 @@ def decode(content: bytes) -> tuple[Image.Image | None, Kind | None, str]:
 
 
 class ImageFiles(Dataset[Loaded]):
-    """What a worker does: reads, decodes and transforms; an item is asked for by index and, in training, seed."""
+    """The images of a split; an item is an index and, in training, the seed of what is random in its transform.
 
-    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor], classes: tuple[str, ...]) -> None:
+    Args:
+        split: the files.
+        transform: called with an RGB image and the seed; returns (3, H, W) uint8.
+        classes: their names, by number.
+    """
+
+    def __init__(
+        self, split: ImageSplit, transform: Callable[[Image.Image, int | None], Tensor], classes: tuple[str, ...]
+    ) -> None:
         self.split = split
         self.transform = transform
         self.classes = classes
@@ -97,26 +106,17 @@ class ImageFiles(Dataset[Loaded]):
             if kind is not None:
                 findings.append(Finding(kind, name, reason))
             if image is not None:
-                return Loaded(self._transformed(image, seed), label, tuple(findings), "")
+                return Loaded(self.transform(image, seed), label, tuple(findings), "")
         count = len(self.members[label])
         fault = f"{self.split.below}{printable(self.classes[label])}: none of its {count:,} images can be decoded"
         return Loaded(None, label, tuple(findings), "" if seed is None else f"{fault}; get them again")
 
     def _candidates(self, index: int, label: int, seed: int) -> Iterable[int]:
-        """The image, and those that take its place one after the other."""
+        """Return the image, then those of its class that replace it, in turn."""
         others = self.members[label]
         start = seed % len(others)
         after = chain(others[start:].tolist(), others[:start].tolist())
         return chain([index], (other for other in after if other != index))
-
-    def _transformed(self, image: Image.Image, seed: int | None) -> Tensor:
-        if seed is None:
-            return self.transform(image)
-        # The transforms draw from torch's own generator. Only the CPU's is set and put back: torch.manual_seed would
-        # also set the GPUs', which belong to the network in training.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.transform(image)
 
 
 def collated(loaded: list[Loaded]) -> _Batch:
@@ -128,50 +128,3 @@ def collated(loaded: list[Loaded]) -> _Batch:
         findings=tuple(finding for one in loaded for finding in one.findings),
         fault=next((one.fault for one in loaded if one.fault), ""),
     )
-
-
-@dataclass(frozen=True)
-class _PixelJitter:
-    """x + a whole number of [-most, most] for each value of each pixel, kept within 0 and 255."""
-
-    most: int
-
-    def __call__(self, image: Tensor) -> Tensor:
-        noise = torch.randint(-self.most, self.most + 1, image.shape, dtype=torch.int16)
-        return (image + noise).clamp_(0, 255).to(torch.uint8)
-
-
-def training_transform(v2: Any, recipe: ImageRecipe) -> Callable[[Image.Image], Tensor]:
-    """Return the random transform of training."""
-    how = v2.InterpolationMode(recipe.interpolation)
-    steps = [v2.RandomResizedCrop(recipe.train_size, scale=recipe.scale, ratio=recipe.ratio, interpolation=how)]
-    if recipe.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if recipe.rotation_deg:
-        steps.append(v2.RandomRotation(recipe.rotation_deg, interpolation=how))
-    steps.append(v2.PILToTensor())
-    if recipe.pixel_jitter:
-        steps.append(_PixelJitter(recipe.pixel_jitter))
-    composed: Callable[[Image.Image], Tensor] = v2.Compose(steps)
-    return composed
-
-
-def test_transform(v2: Any, recipe: ImageRecipe) -> Callable[[Image.Image], Tensor]:
-    """Return the deterministic transform of evaluation: resize and centre crop."""
-    resize = v2.Resize(recipe.test_resize, interpolation=v2.InterpolationMode(recipe.interpolation))
-    composed: Callable[[Image.Image], Tensor] = v2.Compose([resize, v2.CenterCrop(recipe.test_crop), v2.PILToTensor()])
-    return composed
-
-
-def torchvision_transforms() -> Any:
-    """Import `torchvision.transforms.v2`."""
-    try:
-        return importlib.import_module("torchvision.transforms.v2")
-    except ModuleNotFoundError as error:
-        if error.name in ("torchvision", "torchvision.transforms"):
-            raise FolderError("folders of images need torchvision; pip install 'selab[imagenet]'") from None
-        raise FolderError(f"importing torchvision fails: {error}; pip install 'selab[imagenet]'") from error
-    except Exception as error:
-        # One made for another torch fails in many ways.
-        told, made_for = str(error).partition("\n")[0], torch.__version__
-        raise FolderError(f"importing torchvision fails: {told}; install the one made for torch {made_for}") from error

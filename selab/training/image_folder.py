@@ -1,14 +1,14 @@
-"""A folder of images as data: ImageNet, or any other, through torchvision's transforms and torch's loader.
+"""A folder of images as data, ImageNet or any other, read with pillow and torch's data loader.
 
     DIR/train/n01440764/*.JPEG, DIR/val/n01440764/*.JPEG      for training and evaluation
     DIR/n01440764/*.JPEG                                      for evaluation alone
 
-Nothing is drawn from a stream: which images stand in the global batch i of an epoch, and what is done to them, follows
-from (seed, epoch, i) alone, so that workers, ranks and resumed runs see the same images to the bit.
+The images of global batch i of an epoch, and their augmentation, depend on (seed, epoch, i) alone. Workers, ranks and
+resumed runs therefore see the same images to the bit.
 
-Images are decoded as torchvision's loader does it and as the published ImageNet accuracies are computed: every mode is
-converted to RGB, and the EXIF orientation is ignored. What libjpeg repairs on its own (a damaged stretch within the
-stream) cannot be told from a good image.
+Images are decoded as torchvision's loader does, the way published ImageNet accuracies are computed: every mode is
+converted to RGB, and the EXIF orientation is ignored. A damaged stretch that libjpeg repairs on its own cannot be
+distinguished from a good image.
 """
 
 import hashlib
@@ -31,11 +31,9 @@ from selab.training.image_decode import (
     Loaded,
     by_class,
     collated,
-    test_transform,
-    torchvision_transforms,
-    training_transform,
 )
 from selab.training.image_listing import IMAGENET_TRAIN, IMAGENET_VAL, FolderError, Listing, find_images, printable
+from selab.training.image_transforms import EvaluationTransform, TrainingTransform
 from selab.training.problems import NAMED, Found, Problems
 from selab.training.recipe import ImageRecipe
 
@@ -121,7 +119,6 @@ class ImageFolder:
         workers: int,
         report: Callable[[str], None] | None,
     ) -> None:
-        v2 = torchvision_transforms()
         self.name = name
         self.title = title
         self.sha256 = listing.sha256
@@ -135,10 +132,10 @@ class ImageFolder:
         self.image = image
         self._workers = min(workers, _cores())
         self._report = report
-        self._test = ImageFiles(listing.val, test_transform(v2, image), listing.classes)
+        self._test = ImageFiles(listing.val, EvaluationTransform(image), listing.classes)
         self._train = None
         if listing.train is not None:
-            self._train = ImageFiles(listing.train, training_transform(v2, image), listing.classes)
+            self._train = ImageFiles(listing.train, TrainingTransform(image), listing.classes)
         self._found: dict[str, set[str]] = {kind: set() for kind in Problems.__struct_fields__}
         self._skipped: set[str] = set()
 
@@ -293,14 +290,13 @@ def open_folder(
         report: is given each sentence.
 
     Raises:
-        FolderError: torchvision is not installed, or as `find_images`.
+        FolderError: as `find_images`.
         RecordError: the file of classes cannot be read.
     """
     if workers is None:
         workers = usual_workers()
     if workers < 0:
         raise FolderError(f"workers: {workers}; must be 0 or more")
-    torchvision_transforms()
     listing = find_images(data_dir, name=name, classes_file=classes_file)
     sizes = [("training", listing.train)] if listing.train is not None else []
     counted = ", ".join(f"{len(split.files):,} {what} images" for what, split in [*sizes, ("test", listing.val)])

@@ -32,7 +32,7 @@ class FolderError(SelabError):
 
 # --------------------------------------------------------------------------------------------------------------- files
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class ImageSplit:
     """The images of one folder of class folders.
 
     Attributes:
@@ -61,8 +61,8 @@ class Listing:
     """
 
     classes: tuple[str, ...]
-    train: Split | None
-    val: Split
+    train: ImageSplit | None
+    val: ImageSplit
     assumed: tuple[str, ...]
     sha256: str
 
@@ -104,7 +104,7 @@ def find_images(data_dir: Path, *, name: str, classes_file: Path | None = None) 
         _check_known(roots[split], names, classes, classes_file)
     digest = hashlib.sha256(b"selab.folder/1\0")
     digest.update(b"\0".join(map(os.fsencode, classes)))
-    found: dict[str, Split] = {}
+    found: dict[str, ImageSplit] = {}
     for split in sorted(roots):
         below = "" if roots[split] == data_dir else f"{split}/"
         found[split] = _split(roots[split], folders[split], classes, split=split, below=below, digest=digest)
@@ -176,7 +176,7 @@ def _check_known(root: Path, folders: list[str], classes: tuple[str, ...], file:
 
 def _split(
     root: Path, folders: list[str], classes: tuple[str, ...], *, split: str, below: str, digest: "hashlib._Hash"
-) -> Split:
+) -> ImageSplit:
     number = {name: index for index, name in enumerate(classes)}
     listed = sorted(
         (file, size, number[folder])
@@ -195,7 +195,7 @@ def _split(
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         except OSError as error:
             raise FolderError(f"{path}: cannot be read: {error.strerror}") from None
-    return Split(
+    return ImageSplit(
         root=root,
         below=below,
         files=np.array([file for file, _, _ in listed]),

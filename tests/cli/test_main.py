@@ -836,7 +836,6 @@ flip = true
 """
 
 
-@pytest.mark.usefixtures("plain_transforms")
 class TestImageFolders:
     @pytest.fixture
     def words(self, tmp_path, tiny):

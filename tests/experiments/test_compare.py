@@ -342,6 +342,6 @@ def test_going_on_is_said(data, tmp_path):
         for name in ("small_cnn", "se_small_cnn")
     }
     assert said == [
-        f"seed 0, small_cnn: is finished already in {folders['small_cnn']}",
-        f"seed 0, se_small_cnn: goes on from epoch 2 in {folders['se_small_cnn']}",
+        f"seed 0, small_cnn: already finished: {folders['small_cnn']}",
+        f"seed 0, se_small_cnn: resuming at epoch 2: {folders['se_small_cnn']}",
     ]

@@ -616,9 +616,7 @@ def test_folder_without_its_libraries_says_what_to_install(tmp_path, monkeypatch
     for name in ("image_folder", "image_decode"):
         monkeypatch.delitem(sys.modules, f"selab.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(
-        SelabError, match=r"imagenet: needs PIL, which is not installed; pip install 'selab\[imagenet\]'"
-    ):
+    with pytest.raises(SelabError, match=r"imagenet: pillow is not installed; pip install 'selab\[imagenet\]'"):
         open_data("imagenet", data_dir=tmp_path)
 
 

@@ -1,6 +1,7 @@
-"""What a folder holds, how its classes are numbered and its images ordered: all that needs no torchvision."""
+"""What a folder holds, how its classes are numbered and its images ordered."""
 
 import io
+import subprocess
 import sys
 
 import msgspec
@@ -293,20 +294,32 @@ def test_an_impossible_recipe_names_its_key(key, value):
         msgspec.convert({key: value}, ImageRecipe)
 
 
-def test_without_torchvision_one_line_says_what_to_do(grow, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    monkeypatch.delitem(sys.modules, "torchvision.transforms", raising=False)
-    monkeypatch.delitem(sys.modules, "torchvision.transforms.v2", raising=False)
-    with pytest.raises(FolderError) as caught:
-        open_folder(grow("a/1.jpg"), name="folder")
-    assert str(caught.value) == "folders of images need torchvision; pip install 'selab[imagenet]'"
+def test_pillow_is_all_that_a_folder_needs(grow):
+    """In a process of its own, in which torchvision cannot be imported."""
+    grow("train/a/1.jpg", "train/a/2.jpg", "val/a/1.jpg", content=jpeg())
+    root = grow()
+    code = f"""
+import sys
+sys.modules["torchvision"] = None
+from pathlib import Path
+import torch
+from selab.training.batches import BatchPlan
+from selab.training.data import Augmentation, open_data
+data = open_data("folder", data_dir=Path({str(root)!r}), workers=0)
+cpu = torch.device("cpu")
+(images, labels), = data.train_batches(BatchPlan(batch=2, seed=0, epoch=0), device=cpu, augmentation=Augmentation())
+(tests, _), = data.test_batches(batch=2, device=cpu)
+print(tuple(images.shape), labels.tolist(), tuple(tests.shape))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(2, 3, 224, 224) [0, 0] (1, 3, 224, 224)"
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
 
 
 @pytest.fixture
-def opened(grow, plain_transforms):
+def opened(grow):
     """Two good images, one that is none and one grey one, opened."""
     root = grow("val/a/1.jpg", "val/a/2.jpg", content=jpeg())
     grow("val/b/no.jpg")

@@ -1,4 +1,4 @@
-"""Arms of a measurement: how one sample of a network is timed on a CPU, by CUDA events, or as a CUDA graph."""
+"""Arms of PyTorch: how one sample of a network is timed on a CPU, by CUDA events, or as a CUDA graph."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ _K = TypeVar("_K")
 
 
 def cpu_arm(clock: Clock) -> ArmOf:
-    """Makes arms of the method `wall`."""
+    """Return a maker of arms of the method `wall`."""
 
     def arm(prepared: Prepared, phase: Phase) -> Arm:
         return WallArm(call=phase_call(prepared, phase), clock=clock)
@@ -29,10 +29,10 @@ def cpu_arm(clock: Clock) -> ArmOf:
 
 
 class Watch:
-    """Reads the kernel's counters around a run and flags what others did meanwhile.
+    """Reader of the kernel's counters around a run, for the flags of other work on the machine.
 
     Args:
-        workload: what is run.
+        workload: of the run.
         cores: that this process could use before it was pinned.
     """
 
@@ -42,11 +42,11 @@ class Watch:
         self.restart()
 
     def restart(self) -> None:
-        """Begins anew."""
+        """Start a new interval."""
         self._before = read_cpu()
 
     def flagged(self, runs: Mapping[_K, Run], *, extra: Sequence[Flag] = ()) -> dict[_K, Run]:
-        """The runs with what was seen since the last restart, which this is another of."""
+        """Return the runs with the flags since the last restart, and restart."""
         found = contention_flags(self._before, read_cpu(), threads=self._threads, cores=self._cores)
         self.restart()
         return {name: msgspec.structs.replace(run, flags=(*run.flags, *found, *extra)) for name, run in runs.items()}
@@ -62,8 +62,9 @@ class EventArm:
     Attributes:
         synchronize: waits for the device.
         event: makes a timing event.
-        flush: empties the cache before each call, outside its events; the wall time then means nothing and is left out.
-        monitor: read after each sample, untimed; the clocks go to `clocks_mhz`.
+        flush: clears the cache before each call, outside its events; the wall time is then meaningless and left out.
+        monitor: read after each sample, untimed.
+        clocks_mhz: the SM clock at each reading.
     """
 
     call: Call
@@ -74,15 +75,15 @@ class EventArm:
     monitor: GpuMonitor | None = None
     clocks_mhz: list[int] = field(default_factory=list)
 
-    def settle(self) -> float:
-        """One call, finished when this returns; its seconds on the host."""
+    def warm_call(self) -> float:
+        """Make one call, finished when this returns; return its seconds on the host."""
         start = self.clock()
         self.call()
         self.synchronize()
         return self.clock() - start
 
     def sample(self, calls: int) -> dict[str, Sample]:
-        """`calls` calls in a row, finished when this returns."""
+        """Make `calls` calls in a row, finished when this returns."""
         events = [(self.event(), self.event()) for _ in range(calls)]
         self.synchronize()
         start = self.clock()
@@ -111,15 +112,15 @@ class GraphArm:
     clock: Clock
     synchronize: Callable[[], object]
 
-    def settle(self) -> float:
-        """One replay, finished when this returns; its seconds."""
+    def warm_call(self) -> float:
+        """Replay once, finished when this returns; return its seconds."""
         start = self.clock()
         self.replay()
         self.synchronize()
         return self.clock() - start
 
     def sample(self, calls: int) -> dict[str, Sample]:
-        """`calls` replays in a row, finished when this returns."""
+        """Replay `calls` times in a row, finished when this returns."""
         self.synchronize()
         start = self.clock()
         for _ in range(calls):
@@ -129,7 +130,7 @@ class GraphArm:
 
 
 def clock_asymmetry(baseline: Arm, variant: Arm) -> list[Flag]:
-    """Flags arms on a GPU whose clocks differed by more than 1 % while they ran."""
+    """Return a flag if the GPU's clocks of the two arms differed by more than 1 %."""
     clocks = [arm.clocks_mhz for arm in (baseline, variant) if isinstance(arm, EventArm) and arm.clocks_mhz]
     if len(clocks) < 2:
         return []
@@ -140,7 +141,7 @@ def clock_asymmetry(baseline: Arm, variant: Arm) -> list[Flag]:
 
 
 def eager_arm(clock: Clock, monitor: GpuMonitor | None, *, flush: Call | None = None) -> ArmOf:
-    """Makes arms of the methods `eager_wall` and `eager_event`; with a flush only of the latter."""
+    """Return a maker of arms of the methods `eager_wall` and `eager_event`; with a flush only of the latter."""
 
     def arm(prepared: Prepared, phase: Phase) -> Arm:
         return EventArm(
@@ -156,7 +157,7 @@ def eager_arm(clock: Clock, monitor: GpuMonitor | None, *, flush: Call | None = 
 
 
 def graph_arm(clock: Clock) -> ArmOf:
-    """Makes arms of the method `graph`."""
+    """Return a maker of arms of the method `graph`."""
 
     def arm(prepared: Prepared, phase: Phase) -> Arm:
         replay = captured(phase_call(prepared, phase, capture=True))
@@ -166,12 +167,12 @@ def graph_arm(clock: Clock) -> ArmOf:
 
 
 def can_be_captured(phase: Phase, workload: Workload) -> bool:
-    """Whether a call can be a CUDA graph: not over a graph of autograd's that is kept, nor through torch.compile."""
+    """Return True if a call can be a CUDA graph: not over a retained autograd graph, nor through torch.compile."""
     return phase != "backward" and not workload.compiled
 
 
 def captured(call: Call) -> Call:
-    """Captures one call in a CUDA graph, after the warm-up on a side stream that this needs; returns its replay."""
+    """Capture one call in a CUDA graph, after the required warm-up on a side stream; return its replay."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -197,7 +198,7 @@ def l2_flush() -> Call:
 
 
 def gpu_watch(monitor: GpuMonitor) -> Callable[[], Sequence[Flag] | Discarded]:
-    """At each quad's end: hard throttling voids the quad; the power cap, allocator growth and a mute NVML are told."""
+    """Return a watcher of ABBA blocks: hard throttling discards the block; the other findings are flags."""
     reserved = torch.cuda.memory_reserved()
 
     def look() -> Sequence[Flag] | Discarded:

@@ -1,34 +1,25 @@
-"""Latency of a variant against its baseline: networks become arms, the paired sampler times them, controls frame it."""
+"""Latency of a variant against its baseline, framed by A/A controls."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import nn
 
-from selab.bench.arms import (
-    ArmOf,
-    Watch,
-    can_be_captured,
-    clock_asymmetry,
-    cpu_arm,
-    eager_arm,
-    gpu_watch,
-    graph_arm,
-    l2_flush,
-)
-from selab.bench.machine import GpuMonitor, available_cores, threads_and_affinity
-from selab.bench.runner import Prepared, check_output, mode_of, prepare, translated_errors
-from selab.bench.sampler import Clock, Discarded, Plan, Progress, measure, measure_control
-from selab.records.types import Flag, Frozen, Phase, Run, Workload
+from selab.bench.arms import Watch
+from selab.bench.backends import Timing, backend, check_phase
+from selab.bench.machine import available_cores
+from selab.bench.runner import mode_of
+from selab.bench.sampler import Arm, Clock, Plan, Progress, measure
+from selab.records.types import Frozen, Phase, Run, Workload
 
 ProgressOf = Callable[[str, Progress], object]
 
 
 class RawPhase(Frozen, frozen=True, kw_only=True):
-    """What one process measured of one phase by one method: the run, and the controls before and after it."""
+    """The raw result of one process for one phase and method: the run, and the controls before and after it."""
 
     phase: Phase
     method: str
@@ -40,13 +31,15 @@ class RawPhase(Frozen, frozen=True, kw_only=True):
 class Networks:
     """Baseline, a second instance of it for the control, and the variant: private copies, ready to run.
 
+    The networks are in the type of the workload's runtime.
+
     Attributes:
         cores: that this process could use before it was pinned.
     """
 
-    baseline: Prepared
-    again: Prepared
-    variant: Prepared
+    baseline: Any
+    again: Any
+    variant: Any
     workload: Workload
     cores: int
 
@@ -60,31 +53,29 @@ def networks(
     seed: int = 0,
     names: tuple[str, str] = ("baseline", "variant"),
 ) -> Iterator[Networks]:
-    """Copies both networks to where they will run and checks what they return; the models are left as they are.
+    """Prepare copies of both networks in the workload's runtime and check their outputs; the models stay unchanged.
 
-    Threads and affinity are as the workload says while the block runs, and random numbers are its own.
+    Threads, affinity and random state are set for the body and restored after it.
 
     Args:
         baseline: arm A.
         variant: arm B.
         workload: of both.
         seed: of the input, the same for both.
-        names: what to call the two in messages.
+        names: the names of the two in messages.
 
     Raises:
-        DeviceError: no such device.
+        UnknownNameError: there is no such runtime.
+        DeviceError: no such device, or the runtime is not installed.
         OutOfMemoryError: three copies and an input do not fit.
         ModelError: a network fails, or its output is not finite.
     """
-    on_gpu = workload.device == "cuda"
-    place = nullcontext() if on_gpu else threads_and_affinity(workload.threads)
+    runtime = backend(workload.runtime)
     cores = available_cores()
-    devices = range(torch.cuda.device_count()) if on_gpu and torch.cuda.is_available() else []
-    with place, torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        made = [prepare(model, workload, seed=seed) for model in (baseline, baseline, variant)]
+    with runtime.session(workload, seed=seed):
+        made = [runtime.prepare(model, workload, seed=seed) for model in (baseline, baseline, variant)]
         for prepared, name in zip(made, (names[0], *names), strict=True):
-            check_output(prepared, name)
+            runtime.check_output(prepared, name)
         yield Networks(baseline=made[0], again=made[1], variant=made[2], workload=workload, cores=cores)
 
 
@@ -98,73 +89,68 @@ def measure_phase(
     clock: Clock = time.perf_counter,
     progress: ProgressOf | None = None,
 ) -> dict[str, RawPhase]:
-    """Measures one phase by every method of the device: a control, the comparison, a control.
+    """Measure one phase by every method of the runtime: a control, the comparison, a control.
 
-    On the CPU the method is `wall`. On a GPU `eager_wall` (k calls, one synchronize, host clock) and `eager_event`
-    (CUDA events around the same calls) come from one run; `graph` (one captured call, replayed) from another, for
-    forward and forward_backward, and is left out where the network cannot be captured.
+    The methods of PyTorch are listed at `selab.bench.backends.torch.TorchBackend.timings`.
 
     Args:
         nets: as from `networks`, whose block must still be open.
         phase: what one call is.
-        plan: durations, target and budget; its method is replaced by the device's.
-        seed: of the order of the quads.
+        plan: durations, target and budget; its method is replaced by the runtime's.
+        seed: of the order of the ABBA blocks.
         cold: on a GPU, flush the L2 cache before each call, outside the events; then only `eager_event` is measured.
         clock: the host clock, seconds.
-        progress: called with a label (`control`, `forward` …) after every quad.
+        progress: called with a label (`control`, `forward` …) after every ABBA block.
+
+    Returns:
+        Method name → its runs, the headline first.
 
     Raises:
         OutOfMemoryError: the pass does not fit.
-        ModelError: there is nothing to differentiate.
+        ModelError: the runtime cannot run this phase, or there is nothing to differentiate.
     """
-    with translated_errors(f"{phase} in {mode_of(phase, nets.workload)} mode"):
-        if nets.workload.device == "cpu":
-            return _measured(nets, phase, plan, cpu_arm(clock), seed=seed, clock=clock, progress=progress)
-        return _on_gpu(nets, phase, plan, seed=seed, cold=cold, clock=clock, progress=progress)
+    runtime = backend(nets.workload.runtime)
+    check_phase(runtime, phase)
+    found: dict[str, RawPhase] = {}
+    with runtime.translated_errors(f"{phase} in {mode_of(phase, nets.workload)} mode"):
+        for timing in runtime.timings(nets.workload, phase, clock=clock, cold=cold):
+            found |= _measured(nets, phase, timing.plan(plan), timing, seed=seed, clock=clock, progress=progress)
+    return found
 
 
 def _measured(
     nets: Networks,
     phase: Phase,
     plan: Plan,
-    arm_of: ArmOf,
+    timing: Timing,
     *,
     seed: int,
     clock: Clock,
     progress: ProgressOf | None,
-    between_quads: Callable[[], Sequence[Flag] | Discarded] | None = None,
 ) -> dict[str, RawPhase]:
-    """Control, comparison, control, with the machine watched around each."""
-    baseline, again = arm_of(nets.baseline, phase), arm_of(nets.again, phase)
+    """Run control, comparison and control, with the machine watched around each."""
+    between = None if timing.watch is None else timing.watch()
+    baseline, again = timing.arm(nets.baseline, phase), timing.arm(nets.again, phase)
     watch = Watch(nets.workload, nets.cores)
 
-    def control(number: int) -> dict[str, Run]:
-        runs = measure_control(
+    def against(other: Arm, plan: Plan, seed: int, label: str) -> dict[str, Run]:
+        watch.restart()
+        runs = measure(
             baseline,
-            again,
+            other,
             plan,
             clock=clock,
-            seed=seed + number,
-            progress=_labelled(progress, "control"),
-            between_quads=between_quads,
+            seed=seed,
+            progress=_labelled(progress, label),
+            between_blocks=between,
         )
-        return watch.flagged(runs)
+        return watch.flagged(runs, extra=timing.flags(baseline, other) if other is not again else ())
 
-    before = control(1)
-    variant = arm_of(nets.variant, phase)
-    watch.restart()
-    runs = measure(
-        baseline,
-        variant,
-        plan,
-        clock=clock,
-        seed=seed,
-        progress=_labelled(progress, phase),
-        between_quads=between_quads,
-    )
-    runs = watch.flagged(runs, extra=clock_asymmetry(baseline, variant))
+    before = against(again, plan.for_control(), seed + 1, "control")
+    variant = timing.arm(nets.variant, phase)
+    runs = against(variant, plan, seed, phase)
     del variant
-    after = control(2)
+    after = against(again, plan.for_control(), seed + 2, "control")
     return {
         method: RawPhase(phase=phase, method=method, run=run, controls=(before[method], after[method]))
         for method, run in runs.items()
@@ -173,41 +159,3 @@ def _measured(
 
 def _labelled(progress: ProgressOf | None, label: str) -> Callable[[Progress], object] | None:
     return None if progress is None else lambda state: progress(label, state)
-
-
-def _on_gpu(
-    nets: Networks,
-    phase: Phase,
-    plan: Plan,
-    *,
-    seed: int,
-    cold: bool,
-    clock: Clock,
-    progress: ProgressOf | None,
-) -> dict[str, RawPhase]:
-    monitor = GpuMonitor()
-    flush = l2_flush() if cold else None
-    between = gpu_watch(monitor)
-    headline = "eager_event" if cold else "eager_wall"
-    found = _measured(
-        nets,
-        phase,
-        replace(plan, method=headline, statistic="typical"),
-        eager_arm(clock, monitor, flush=flush),
-        seed=seed,
-        clock=clock,
-        progress=progress,
-        between_quads=between,
-    )
-    if not cold and can_be_captured(phase, nets.workload):
-        found |= _measured(
-            nets,
-            phase,
-            replace(plan, method="graph", statistic="typical"),
-            graph_arm(clock),
-            seed=seed,
-            clock=clock,
-            progress=progress,
-            between_quads=between,
-        )
-    return found

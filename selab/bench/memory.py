@@ -1,97 +1,26 @@
-"""Peak memory of a pass, and the bytes that autograd keeps between forward and backward."""
+"""Peak memory of a pass, measured in the workload's runtime."""
 
-import gc
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
-
-from selab.bench.runner import Call, Prepared, output_tensors, phase_call, prepare, translated_errors
-from selab.errors import SelabError
-from selab.records.types import Memory, Phase, Workload
-
-CPU_METHOD = "peak of torch's CPU allocations, from torch.profiler's memory events"
-CUDA_METHOD = "peak of torch's CUDA caching allocator (torch.cuda.max_memory_allocated)"
+from selab.bench.backends import backend
+from selab.records.types import Memory, Workload
 
 
 def memory(model: nn.Module, workload: Workload, *, seed: int = 0) -> Memory:
-    """Measures a model's memory on a private copy of it.
+    """Measure a model's memory on a private copy of it.
 
     Args:
-        model: left as it is.
-        workload: batch, input, device, dtype and memory format.
+        model: left unchanged.
+        workload: batch, input, device, dtype, memory format and runtime.
         seed: of the input.
 
     Returns:
-        Peaks above what stood before the pass, in bytes, and the bytes saved for backward. On the CPU, scratch memory
-        that a kernel library takes from the system and not from torch is not seen. A failure (out of memory, say) is
-        told in `error`, beside what was measured before it.
+        Peaks above the memory in use before the pass, in bytes, and the bytes saved for backward. On the CPU, scratch
+        memory that a kernel library takes from the system directly is not included. A failure (such as out of memory)
+        is reported in `error`, next to what was measured before it.
+
+    Raises:
+        UnknownNameError: there is no such runtime.
+        DeviceError: the runtime is not installed.
     """
-    method = CUDA_METHOD if workload.device == "cuda" else CPU_METHOD
-    found: dict[str, int] = {}
-    error = ""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if workload.device == "cuda" else []):
-        try:
-            prepared = prepare(model, workload, seed=seed)
-            with translated_errors("a pass for the memory"):
-                found["peak_forward_bytes"] = _peak(prepared, "forward")
-                found["saved_for_backward_bytes"] = saved_for_backward(prepared)
-                found["peak_forward_backward_bytes"] = _peak(prepared, "forward_backward")
-        except SelabError as problem:
-            error = str(problem)
-    return Memory(method=method, error=error, **found)
-
-
-def saved_for_backward(prepared: Prepared) -> int:
-    """Bytes of the distinct storages that a training-mode forward pass keeps for backward.
-
-    Parameters and buffers do not count, for they stay anyway; a view counts its whole storage, once.
-    """
-    prepared.network.train()
-    own = {tensor.untyped_storage()._cdata for tensor in [*prepared.network.parameters(), *prepared.network.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor), prepared.autocast():
-        # Held until the count is read: a storage that were freed could lend its address to another.
-        outputs = output_tensors(prepared.run(prepared.input))
-        total = sum(kept.values())
-    del outputs
-    return total
-
-
-def _peak(prepared: Prepared, phase: Phase) -> int:
-    call = phase_call(prepared, phase)
-    call()  # one-off allocations (workspaces, compilation) are not the network's
-    gc.collect()
-    return _peak_cuda(call) if prepared.workload.device == "cuda" else _peak_cpu(call)
-
-
-def _peak_cuda(call: Call) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _peak_cpu(call: Call) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-        del result
-    # The public event list does not carry single allocations (torch 2.13), so the raw one is read.
-    events = profiler.profiler.kineto_results.events()
-    steps = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    level = peak = 0
-    for _, step in steps:
-        level += step
-        peak = max(peak, level)
-    return peak
+    return backend(workload.runtime).memory(model, workload, seed=seed)

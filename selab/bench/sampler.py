@@ -1,7 +1,7 @@
 """The paired sampler: arms alternate in one process until the interval of each ratio is narrow enough.
 
-It knows no torch and reads no clock but the one it is given, so that a fake clock can drive it. What one call is, and
-how it is timed, is the arm's affair; when to call which arm, and when to stop, is decided here.
+It uses neither torch nor any clock but the one it is given, so that tests can drive it with a fake clock. An arm
+defines one call and how it is timed; the sampler decides which arm runs next, and when to stop.
 """
 
 import gc
@@ -20,7 +20,7 @@ from selab.records.types import ABBABlock, Flag, Order, Run, Statistic, Status
 
 Clock = Callable[[], float]
 LOOKS = frozenset(base << doublings for base in (10, 14) for doublings in range(20))
-"""Numbers of quads after which the width may be looked at: 10, 14, 20, 28, 40, 56, 80, 112, 160 …"""
+"""Numbers of ABBA blocks after which the width may be looked at: 10, 14, 20, 28, 40, 56, 80, 112, 160 …"""
 _STEADY = 0.01
 _LEAST_BELOW_THRESHOLD = 2
 _WINDOW_ROUNDS = 2
@@ -29,40 +29,46 @@ _RECHECK = 1.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """k calls, in seconds per call: the fastest, the median and the mean of them."""
+    """k calls, in seconds per call: the fastest, the median and the mean of them.
 
-    floor_s: float
-    typical_s: float
+    In an `ABBABlock` these are `floor`, `typical` and `mean`, as in the JSON of a record.
+    """
+
+    min_s: float
+    median_s: float
     mean_s: float
 
     @classmethod
     def of_calls(cls, calls_s: Sequence[float]) -> "Sample":
-        """From the time of each call."""
-        return cls(floor_s=min(calls_s), typical_s=stats.median(calls_s), mean_s=stats.mean(calls_s))
+        """Summarise the times of single calls."""
+        return cls(min_s=min(calls_s), median_s=stats.median(calls_s), mean_s=stats.mean(calls_s))
 
     @classmethod
     def of_window(cls, window_s: float, calls: int) -> "Sample":
-        """From one time around all calls: their mean, which stands for all three."""
+        """Summarise one time around all calls: their mean is used for all three statistics."""
         each = window_s / calls
-        return cls(floor_s=each, typical_s=each, mean_s=each)
+        return cls(min_s=each, median_s=each, mean_s=each)
 
 
 class Arm(Protocol):
-    """One of the things to compare. It times itself, and may do so by several methods over the same calls."""
+    """One of the things to compare. It times itself, possibly by several methods over the same calls."""
 
-    def settle(self) -> float:
-        """One call, finished when this returns; its seconds, which warm-up reads and settling ignores."""
+    def warm_call(self) -> float:
+        """Make one call, finished when this returns, and return its seconds.
+
+        Warm-up reads the time; after a change of arms it is ignored.
+        """
 
     def sample(self, calls: int) -> Mapping[str, Sample]:
-        """`calls` calls in a row, finished when this returns; method name → their sample."""
+        """Make `calls` calls in a row, finished when this returns, and return method name → their sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WallArm:
-    """An arm whose every call is timed on its own by a host clock.
+    """An arm whose calls are each timed by a host clock.
 
     Attributes:
-        call: what is timed; what it returns is dropped.
+        call: the timed function; its result is dropped.
         clock: seconds, monotone.
         synchronize: waits until the call's work is done; part of the time.
         method: the name of this way of timing.
@@ -73,8 +79,8 @@ class WallArm:
     synchronize: Callable[[], object] | None = None
     method: str = "wall"
 
-    def settle(self) -> float:
-        """One call; its seconds."""
+    def warm_call(self) -> float:
+        """Make one call and return its seconds."""
         start = self.clock()
         self.call()
         if self.synchronize is not None:
@@ -82,13 +88,13 @@ class WallArm:
         return self.clock() - start
 
     def sample(self, calls: int) -> dict[str, Sample]:
-        """`calls` calls in a row, each timed."""
-        return {self.method: Sample.of_calls([self.settle() for _ in range(calls)])}
+        """Make `calls` calls in a row, each timed."""
+        return {self.method: Sample.of_calls([self.warm_call() for _ in range(calls)])}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long to warm up, what a sample is, and when to stop.
+    """The warm-up, the size of a sample, and when to stop.
 
     Attributes:
         method: of the arms' methods, the one whose width decides when to stop.
@@ -97,7 +103,7 @@ class Plan:
         warmup_least_calls: … and this many calls of the two arms together.
         warmup_most_s: give up waiting for a steady state after this long.
         sample_s: about how long one sample lasts.
-        single_call_s: from here on a sample is one call, and no settle calls are made.
+        single_call_s: from here on a sample is one call, and no warm calls are made.
         target_half_width: stop when half the interval of ln(variant / baseline) is this narrow.
         budget_s: seconds of sampling, warm-up not counted, after which to stop: as soon as there are enough pairs for
             an interval, and after `most_overrun` budgets in any case.
@@ -116,41 +122,45 @@ class Plan:
 
     @classmethod
     def for_cpu(cls, *, quick: bool = False) -> "Plan":
-        """Wall time, headline `floor`."""
+        """Return the plan of wall time on a CPU; the headline is the fastest call (`floor`)."""
         return cls().quick_request() if quick else cls()
 
     @classmethod
     def for_gpu(cls, *, method: str = "eager_wall", quick: bool = False) -> "Plan":
-        """Longer warm-up and samples, headline `typical`."""
+        """Return the plan of a GPU: longer warm-up and samples; the headline is the median call (`typical`)."""
         plan = cls(method=method, statistic="typical", warmup_least_s=3.0, sample_s=0.020)
         return plan.quick_request() if quick else plan
 
     def quick_request(self) -> "Plan":
-        """±1 % within 15 s."""
+        """Return the same plan that stops at ±1 % or after 15 s."""
         return replace(self, target_half_width=0.01, budget_s=15.0)
 
     def for_control(self) -> "Plan":
-        """±0.5 % within half the time, even where the measurement itself is content with ±1 %.
+        """Return the plan of the A/A control: ±0.5 % within half the time, even where the measurement stops at ±1 %.
 
-        The control's half-width is part of the floor that a difference must exceed: with ±1 % in it, a true difference
-        of 2 % would go unsaid in one of four measurements.
+        The control's half-width is part of the noise floor that a difference must exceed. With ±1 % in it, a true
+        difference of 2 % would be missed in one of four measurements.
         """
         return replace(self, target_half_width=min(self.target_half_width, 0.005), budget_s=self.budget_s / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Discarded:
-    """The quad that just ended must not count: the sampler discards it whole and runs it again."""
+    """The ABBA block that just ended must not count: the sampler discards it and runs it again."""
 
     reason: str
 
 
+WatchBlocks = Callable[[], Sequence[Flag] | Discarded]
+"""Called after every ABBA block: what to flag, or that the block must be discarded and run again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a measurement stands after a quad.
+    """The state of a measurement after an ABBA block.
 
     Attributes:
-        quads: those that count.
+        quads: number of ABBA blocks that count.
         half_width: of the headline at the last look; None before the first.
         elapsed_s: since sampling began.
         budget_s: the plan's.
@@ -164,12 +174,12 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
-    """How the warm-up went.
+    """The result of a warm-up.
 
     Attributes:
         calls: of all arms together, the first ones included.
         calls_s: of each arm, its median call in the last window.
-        steady: whether the last two equal windows agreed within 1 %.
+        steady: True if the last two equal windows agreed within 1 %.
     """
 
     calls: int
@@ -177,28 +187,23 @@ class WarmUp:
     calls_s: tuple[float, ...]
     steady: bool
 
-    @property
-    def call_s(self) -> float:
-        """Mean of the arms' median calls."""
-        return stats.mean(self.calls_s)
-
 
 def warm_up(arms: Sequence[Arm], plan: Plan, clock: Clock) -> WarmUp:
-    """One call each, then A, B, A, B … until the last third of the rounds is as fast as the third before it.
+    """Call each arm once, then alternate A, B, A, B … until the last third of the rounds is as fast as the one before.
 
     The plan's durations are those of two arms; more arms have as much more time.
 
-    Thirds, because a window of fixed length is either too short to have a steady median or longer than a warm-up.
+    Thirds are used because a window of fixed length is either too short for a steady median or longer than the warm-up.
     They are compared at growing intervals, which keeps the sorting off the machine's caches.
     """
     count, share = len(arms), len(arms) / 2
     start = clock()
     for arm in arms:
-        arm.settle()
+        arm.warm_call()
     rounds: list[tuple[float, ...]] = []
     next_check_s = plan.warmup_least_s * share
     while True:
-        rounds.append(tuple(arm.settle() for arm in arms))
+        rounds.append(tuple(arm.warm_call() for arm in arms))
         elapsed = clock() - start
         over = elapsed >= plan.warmup_most_s * share
         if not over and (elapsed < next_check_s or 2 * len(rounds) < plan.warmup_least_calls):
@@ -217,7 +222,7 @@ def _window(rounds: Sequence[tuple[float, ...]]) -> int:
 
 
 def is_steady(rounds: Sequence[tuple[float, ...]]) -> bool:
-    """Whether the median rounds of the last two thirds of a warm-up differ by less than 1 %.
+    """Return True if the median rounds of the last two thirds of a warm-up differ by less than 1 %.
 
     Args:
         rounds: seconds of one call of each arm.
@@ -231,7 +236,7 @@ def is_steady(rounds: Sequence[tuple[float, ...]]) -> bool:
 
 
 def calls_per_sample(call_s: float, plan: Plan) -> int:
-    """k: one call from 50 ms on; below that about `sample_s` worth of calls and at least two.
+    """Return k: one call from 50 ms on; below that about `sample_s` worth of calls and at least two.
 
     Raises:
         SelabError: a call took no time by this clock.
@@ -244,84 +249,84 @@ def calls_per_sample(call_s: float, plan: Plan) -> int:
 
 
 def orders(seed: int) -> Iterator[Order]:
-    """ABBA or BAAB, for ever, by a coin that the seed decides."""
+    """Yield ABBA or BAAB without end, by a coin that the seed decides."""
     coin = Random(seed)
     while True:
         yield "ABBA" if coin.getrandbits(1) else "BAAB"
 
 
 class _Sampler:
-    """Takes quads, and remembers which arm ran last so that a change of arm is followed by a settle call."""
+    """Takes ABBA blocks of two arms; a change of arm is followed by a warm call where calls are short."""
 
-    def __init__(self, baseline: Arm, variant: Arm, *, calls: int, settles: bool) -> None:
+    def __init__(self, baseline: Arm, variant: Arm, *, calls: int, warm_calls: bool) -> None:
         self._arms = {"A": baseline, "B": variant}
         self._calls = calls
-        self._settles = settles
+        self._warm_calls = warm_calls
         self._last = ""
 
     def leave(self) -> None:
-        """Others run before the next quad: it begins with a change of arm."""
+        """Note that other arms run before the next block, so that it begins with a change of arm."""
         self._last = ""
 
-    def quad(self, order: Order) -> dict[str, ABBABlock]:
-        """Four samples in this order, by each of the arms' methods."""
+    def block(self, order: Order) -> dict[str, ABBABlock]:
+        """Take four samples in this order, by each of the arms' methods."""
         samples = [self._sample(letter) for letter in order]
         methods = samples[0].keys()
         for letter, sample in zip(order, samples, strict=True):
             if sample.keys() != methods:
                 raise ValueError(f"arm {letter} samples {sorted(sample)}, another sample has {sorted(methods)}")
-        return {method: _quad(order, [sample[method] for sample in samples], method) for method in methods}
+        return {method: _block(order, [sample[method] for sample in samples], method) for method in methods}
 
     def _sample(self, letter: str) -> Mapping[str, Sample]:
         arm = self._arms[letter]
-        if self._settles and letter != self._last:
-            arm.settle()
+        if self._warm_calls and letter != self._last:
+            arm.warm_call()
         self._last = letter
         return arm.sample(self._calls)
 
 
-def _quad(order: Order, samples: Sequence[Sample], method: str) -> ABBABlock:
+def _block(order: Order, samples: Sequence[Sample], method: str) -> ABBABlock:
     for sample in samples:
-        if not 0 < sample.floor_s < math.inf:
-            raise SelabError(f"{method}: a call took {sample.floor_s!r} s by this clock; a finer clock is needed")
+        if not 0 < sample.min_s < math.inf:
+            raise SelabError(f"{method}: a call took {sample.min_s!r} s by this clock; a finer clock is needed")
     return ABBABlock(
         order=order,
-        floor=_four([sample.floor_s for sample in samples]),
-        typical=_four([sample.typical_s for sample in samples]),
+        floor=_four([sample.min_s for sample in samples]),
+        typical=_four([sample.median_s for sample in samples]),
         mean=_four([sample.mean_s for sample in samples]),
     )
 
 
 def _four(samples_s: Sequence[float]) -> tuple[float, float, float, float]:
-    """To a tenth of a nanosecond: clocks tick in nanoseconds, and the digits behind are the binary fraction's."""
+    """Round to a tenth of a nanosecond: clocks tick in nanoseconds, so further digits mean nothing."""
     first, second, third, fourth = (round(sample, 10) for sample in samples_s)
     return first, second, third, fourth
 
 
 class _Collected:
-    """The quads that count, by method, and what was noticed while they were taken."""
+    """The ABBA blocks that count, by method, and the flags noticed while they were taken."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._quads: dict[str, list[ABBABlock]] = {}
+        self._blocks: dict[str, list[ABBABlock]] = {}
         self._noticed: dict[str, tuple[str, int]] = {}
         self._taken = 0
         self.kept = 0
 
-    def add(self, quad: Mapping[str, ABBABlock], seen: Sequence[Flag] | Discarded) -> bool:
-        """Takes a quad in, or only notes that it was void; whether it counts."""
+    def add(self, block: Mapping[str, ABBABlock], seen: Sequence[Flag] | Discarded) -> bool:
+        """Keep a block, or only note that it was discarded; return whether it counts."""
         self._taken += 1
-        for method in quad:
-            self._quads.setdefault(method, [])
-        if self._plan.method not in self._quads:
-            raise ValueError(f"the plan's headline is {self._plan.method!r}, the arms sample {sorted(self._quads)}")
+        for method in block:
+            self._blocks.setdefault(method, [])
+        if self._plan.method not in self._blocks:
+            raise ValueError(f"the plan's headline is {self._plan.method!r}, the arms sample {sorted(self._blocks)}")
         discarded = isinstance(seen, Discarded)
         for noticed in [flag("voided", reason=seen.reason)] if isinstance(seen, Discarded) else seen:
             self._note(noticed.name, noticed.detail)
         if discarded:
             return False
-        for method, one in quad.items():
-            self._quads[method].append(one)
+        for method, one in block.items():
+            self._blocks[method].append(one)
         self.kept += 1
         return True
 
@@ -330,11 +335,11 @@ class _Collected:
         self._noticed[name] = (first, times + 1)
 
     def half_width(self) -> float | None:
-        """Of the headline, over the quads so far."""
-        return estimate.half_width(self._quads[self._plan.method], self._plan.statistic)
+        """Return the half-width of the headline over the blocks so far."""
+        return estimate.half_width(self._blocks[self._plan.method], self._plan.statistic)
 
     def runs(self, warm: WarmUp, *, calls: int, seed: int, status: Status, elapsed_s: float) -> dict[str, Run]:
-        """Method name → its run; flags say at how many quads they were seen."""
+        """Return method name → its run; flags say at how many blocks they were seen."""
         flags = tuple(
             Flag(name=name, detail=f"{detail} (at {times} of {self._taken} ABBA blocks)")
             for name, (detail, times) in self._noticed.items()
@@ -348,16 +353,16 @@ class _Collected:
                 steady=warm.steady,
                 status=status,
                 elapsed_s=elapsed_s,
-                quads=tuple(quads),
+                quads=tuple(blocks),
                 flags=flags,
             )
-            for method, quads in self._quads.items()
+            for method, blocks in self._blocks.items()
         }
 
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Keeps the garbage collector from running, and restores it however the block is left."""
+    """Disable the garbage collector for the body, and restore it on any exit."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -367,88 +372,33 @@ def gc_disabled() -> Iterator[None]:
             gc.enable()
 
 
-def _is_spent(plan: Plan, elapsed_s: float, quads: int) -> bool:
-    """A slow network overruns the budget until it has an interval: what was spent so far would be worth nothing."""
-    enough = 2 * quads >= estimate.MIN_PAIRS
+def _is_spent(plan: Plan, elapsed_s: float, blocks: int) -> bool:
+    """Return True when the budget is spent; a slow network overruns it until it has enough pairs for an interval."""
+    enough = 2 * blocks >= estimate.MIN_PAIRS
     return elapsed_s >= plan.budget_s * (1.0 if enough else plan.most_overrun)
 
 
-def measure(
-    baseline: Arm,
-    variant: Arm,
-    plan: Plan,
-    *,
-    clock: Clock = time.perf_counter,
-    seed: int = 0,
-    progress: Callable[[Progress], object] | None = None,
-    between_quads: Callable[[], Sequence[Flag] | Discarded] | None = None,
-) -> dict[str, Run]:
-    """Warm-up, then quads until the headline's interval is narrow enough or the budget is spent.
-
-    The width is looked at after 10, 14, 20, 28, 40 … quads and nowhere else, and nothing but the width stops: neither
-    the ratio nor its distance from one. A spent budget stops at the end of the quad, once there are 20 pairs.
-
-    Args:
-        baseline: arm A.
-        variant: arm B.
-        plan: durations, headline and target.
-        clock: seconds, monotone; times the warm-up and the budget.
-        seed: decides the order of each quad.
-        progress: called after every quad.
-        between_quads: called after every quad: what to flag, or that the quad is void. A void quad is discarded whole
-            and run again in the same order.
-
-    Returns:
-        Method name → its run. All methods have the same quads and the headline's status.
-
-    Raises:
-        SelabError: a call took no time by the arm's clock.
-        ValueError: the arms' methods differ, or the plan's headline is none of them.
-    """
-    with gc_disabled():
-        warm = warm_up((baseline, variant), plan, clock)
-        calls = calls_per_sample(warm.call_s, plan)
-        sampler = _Sampler(baseline, variant, calls=calls, settles=warm.call_s < plan.single_call_s)
-        collected = _Collected(plan)
-        coin = orders(seed)
-        order = next(coin)
-        width: float | None = None
-        status: Status | None = None
-        start = clock()
-        while status is None:
-            quad = sampler.quad(order)
-            if collected.add(quad, between_quads() if between_quads is not None else ()):
-                order = next(coin)
-                if collected.kept in LOOKS:
-                    width = collected.half_width()
-                    status = "converged" if width is not None and width <= plan.target_half_width else None
-            elapsed = clock() - start
-            if status is None and _is_spent(plan, elapsed, collected.kept):
-                status = "budget"
-            if progress is not None:
-                progress(Progress(quads=collected.kept, half_width=width, elapsed_s=elapsed, budget_s=plan.budget_s))
-    return collected.runs(warm, calls=calls, seed=seed, status=status, elapsed_s=elapsed)
-
-
 class _Pair:
-    """One of the pairs that are measured together: its quads, their time, and how narrow its interval is."""
+    """One of the measured pairs: its ABBA blocks, their time, and the width of its interval."""
 
-    def __init__(self, baseline: tuple[Arm, float], variant: tuple[Arm, float], plan: Plan) -> None:
-        """Each arm with the seconds of one of its calls."""
+    def __init__(self, baseline: tuple[Arm, float], variant: tuple[Arm, float], plan: Plan, *, alone: bool) -> None:
+        """Take each arm with the seconds of one of its calls; `alone` if no other pair runs between its blocks."""
         call_s = stats.mean([baseline[1], variant[1]])
         self.calls = calls_per_sample(call_s, plan)
         self.collected = _Collected(plan)
         self.elapsed_s = 0.0
         self.width: float | None = None
         self._target = plan.target_half_width
-        self._sampler = _Sampler(baseline[0], variant[0], calls=self.calls, settles=call_s < plan.single_call_s)
+        self._alone = alone
+        self._sampler = _Sampler(baseline[0], variant[0], calls=self.calls, warm_calls=call_s < plan.single_call_s)
 
-    def quad(self, order: Order, clock: Clock, between: Callable[[], Sequence[Flag] | Discarded] | None) -> bool:
-        """Takes one; whether it counts."""
+    def block(self, order: Order, clock: Clock, watch: WatchBlocks | None) -> bool:
+        """Take one ABBA block; return whether it counts."""
         start = clock()
-        self._sampler.leave()
-        quad = self._sampler.quad(order)
-        counts = self.collected.add(quad, between() if between is not None else ())
+        if not self._alone:
+            self._sampler.leave()
+        block = self._sampler.block(order)
+        counts = self.collected.add(block, watch() if watch is not None else ())
         self.elapsed_s += clock() - start
         if counts and self.collected.kept in LOOKS:
             self.width = self.collected.half_width()
@@ -459,6 +409,50 @@ class _Pair:
         return "converged" if self.width is not None and self.width <= self._target else "budget"
 
 
+def measure(
+    baseline: Arm,
+    variant: Arm,
+    plan: Plan,
+    *,
+    clock: Clock = time.perf_counter,
+    seed: int = 0,
+    progress: Callable[[Progress], object] | None = None,
+    between_blocks: WatchBlocks | None = None,
+) -> dict[str, Run]:
+    """Measure one pair of arms: warm-up, then ABBA blocks until its interval is narrow enough or the budget is spent.
+
+    The A/A control is this with `plan.for_control()`, a second instance of the baseline as the variant, and another
+    seed.
+
+    Args:
+        baseline: arm A.
+        variant: arm B.
+        plan: durations, headline and target.
+        clock: as in `measure_together`.
+        seed: decides the order within each block.
+        progress: called after every block.
+        between_blocks: as in `measure_together`.
+
+    Returns:
+        Method name → its run. All methods have the same blocks and the headline's status.
+
+    Raises:
+        SelabError: a call took no time by the arm's clock.
+        ValueError: the arms' methods differ, or the plan's headline is none of them.
+    """
+    pair = ("baseline", "variant")
+    runs = measure_together(
+        dict(zip(pair, (baseline, variant), strict=True)),
+        [pair],
+        plan,
+        clock=clock,
+        seed=seed,
+        progress=progress,
+        between_blocks=between_blocks,
+    )
+    return runs[pair]
+
+
 def measure_together(
     arms: Mapping[str, Arm],
     pairs: Sequence[tuple[str, str]],
@@ -467,30 +461,33 @@ def measure_together(
     clock: Clock = time.perf_counter,
     seed: int = 0,
     progress: Callable[[Progress], object] | None = None,
-    between_quads: Callable[[], Sequence[Flag] | Discarded] | None = None,
+    between_blocks: WatchBlocks | None = None,
 ) -> dict[tuple[str, str], dict[str, Run]]:
-    """Several pairs of arms in one run: warm-up of all arms in turn, then rounds in which every pair has one quad.
+    """Measure pairs of arms in one run: warm-up of all arms in turn, then rounds with one ABBA block of every pair.
 
-    What the machine does in the meantime befalls all pairs alike, so that their ratios can be held against each other.
-    In each round the order of the pairs is drawn anew, and within a pair the order of the quad. The widths are looked
-    at after 10, 14, 20, 28, 40 … rounds; the run ends when every interval was narrow enough at the last look, or when
-    the budget is spent, which is the plan's for each of the pairs. Pairs that are narrow enough go on until then.
+    Machine noise affects all pairs equally, so that their ratios can be compared. In each round the order of the pairs
+    is drawn anew, and within a pair the order of the block. The widths are looked at after 10, 14, 20, 28, 40 … rounds
+    and at no other time. The run ends when every interval was narrow enough at the last look, or when the budget is
+    spent and there are 20 pairs of samples; pairs that are narrow enough go on until then. Neither a ratio nor its
+    distance from one can end a run.
 
     Args:
         arms: by their names; all of them are warmed up.
         pairs: of names, the baseline first.
         plan: durations, headline and target; its budget is that of one pair.
-        clock: as in `measure`.
-        seed: decides the order of the pairs, and that of each quad.
-        progress: called after every quad; its quads are those that every pair has, its width the widest.
-        between_quads: as in `measure`; a void quad is run again in the same order before its round ends.
+        clock: seconds, monotone; times the warm-up and the budget.
+        seed: decides the order of the pairs, and that of each block.
+        progress: called after every block; its count is that of the pair with the fewest, its width the widest.
+        between_blocks: called after every block: what to flag, or that the block is discarded. A discarded block is run
+            again in the same order before its round ends.
 
     Returns:
-        Pair → method name → its run; its time is that of its own quads.
+        Pair → method name → its run; its time is that of its own blocks.
 
     Raises:
         SelabError: a call took no time by the arm's clock.
-        ValueError: there is no pair, a pair names no arm, or as `measure`.
+        ValueError: there is no pair, a pair names no arm, the arms' methods differ, or the plan's headline is none of
+            them.
     """
     unknown = {name for pair in pairs for name in pair} - set(arms)
     if unknown or not pairs:
@@ -501,14 +498,14 @@ def measure_together(
     with gc_disabled():
         warm = warm_up(list(arms.values()), plan, clock)
         timed = {name: (arms[name], warm.calls_s[names.index(name)]) for name in names}
-        running = {pair: _Pair(timed[pair[0]], timed[pair[1]], plan) for pair in pairs}
+        running = {pair: _Pair(timed[pair[0]], timed[pair[1]], plan, alone=len(pairs) == 1) for pair in pairs}
         due: list[tuple[tuple[str, str], Order]] = []
         start = clock()
         while True:
             if not due:
                 due = [(pair, next(coin)) for pair in draw.sample(list(pairs), len(pairs))]
             pair, order = due.pop(0)
-            if not running[pair].quad(order, clock, between_quads):
+            if not running[pair].block(order, clock, between_blocks):
                 due.append((pair, order))
             elapsed = clock() - start
             kept = min(one.collected.kept for one in running.values())
@@ -525,39 +522,7 @@ def measure_together(
 
 
 def _widest(pairs: Iterable[_Pair]) -> float | None:
-    """Of all of them at the last look; None before the first."""
+    """Return the widest half-width at the last look; None before the first."""
     widths = [one.width for one in pairs]
     known = [width for width in widths if width is not None]
     return max(known) if len(known) == len(widths) else None
-
-
-def measure_control(
-    baseline: Arm,
-    again: Arm,
-    plan: Plan,
-    *,
-    clock: Clock = time.perf_counter,
-    seed: int = 0,
-    progress: Callable[[Progress], object] | None = None,
-    between_quads: Callable[[], Sequence[Flag] | Discarded] | None = None,
-) -> dict[str, Run]:
-    """The baseline against a second instance of itself, under `plan.for_control()`: all it shows is the machine.
-
-    Args:
-        baseline: arm A.
-        again: a second instance of the same network, as arm B; never the same object.
-        plan: the measurement's own.
-        clock: as in `measure`.
-        seed: as in `measure`; another one than the measurement's.
-        progress: as in `measure`.
-        between_quads: as in `measure`.
-    """
-    return measure(
-        baseline,
-        again,
-        plan.for_control(),
-        clock=clock,
-        seed=seed,
-        progress=progress,
-        between_quads=between_quads,
-    )

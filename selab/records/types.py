@@ -23,11 +23,12 @@ Order = Literal["ABBA", "BAAB"]
 Statistic = Literal["floor", "typical", "mean"]
 Status = Literal["converged", "budget"]
 VerdictKind = Literal["slower", "faster", "equal", "undecided", "no_result"]
+TORCH = "torch"
 _T = TypeVar("_T")
 
 
 class Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A value that travels between rooms: immutable, keyword-only, strict about what it is read from."""
+    """Base class for immutable, keyword-only, strictly validated values."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost
@@ -241,12 +242,13 @@ class Memory(Frozen, frozen=True, kw_only=True):
 
 
 # ------------------------------------------------------------------------------------------------- circumstances, whole
-class Workload(Frozen, frozen=True, kw_only=True):
-    """What was asked of the networks; records of different workloads never share a column.
+class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
+    """The conditions of a measurement; records of different workloads never share a column.
 
     Attributes:
-        fused: whether both networks went through `selab.fuse`.
-        held_heap: whether the C library kept freed memory, so that buffers are not given back and taken again.
+        fused: True if both networks went through `selab.fuse`.
+        held_heap: True if the C library kept freed memory, so that buffers are not returned and requested again.
+        runtime: the runtime that ran the networks; omitted from JSON for `torch`, as in records that precede it.
     """
 
     batch: int
@@ -256,19 +258,27 @@ class Workload(Frozen, frozen=True, kw_only=True):
     memory_format: MemoryFormat
     mode: Mode
     threads: int
-    compiled: bool = False
-    fused: bool = False
-    held_heap: bool = False
+    # Of a struct with omit_defaults only `runtime` may be omitted: a default from a factory is always written.
+    compiled: bool = msgspec.field(default_factory=bool)
+    fused: bool = msgspec.field(default_factory=bool)
+    held_heap: bool = msgspec.field(default_factory=bool)
+    runtime: str = TORCH
+
+    def __post_init__(self) -> None:
+        # msgspec recognises a default by identity, and a name read from a file or an option is another object.
+        if self.runtime == TORCH:
+            msgspec.structs.force_setattr(self, "runtime", TORCH)
 
     @property
     def slug(self) -> str:
-        """A name for files: only what differs from the default workload is spelled out."""
+        """Return a name for files: only values that differ from the default workload are spelled out."""
         channels, height, width = self.input_chw
         size = f"{height}" if height == width else f"{height}x{width}"
         parts = [self.device, f"b{self.batch}", f"c{channels}" if channels != 3 else "", size, self.dtype]
         parts += ["nhwc" if self.memory_format == "channels_last" else ""]
         parts += [self.mode if self.mode != "auto" else "", "compiled" if self.compiled else ""]
         parts += ["fused" if self.fused else "", "held" if self.held_heap else ""]
+        parts += [self.runtime if self.runtime != TORCH else ""]
         parts += [f"t{self.threads}" if self.device == "cpu" else ""]
         return "-".join(part for part in parts if part)
 

@@ -7,6 +7,7 @@ import torch
 
 from selab.bench import arms, interleaved, latency
 from selab.bench.arms import EventArm, GraphArm
+from selab.bench.backends import torch as torch_backend
 from selab.bench.latency import measure_phase, networks
 from selab.bench.sampler import Plan
 from selab.errors import ModelError, OutOfMemoryError
@@ -54,9 +55,9 @@ def test_wall_and_events_come_from_the_same_calls():
     samples = arm.sample(10)
     assert gpu.calls == 10
     # The host queues the first call in 10 µs, then the device is busy for 10 x 100 µs.
-    assert samples["eager_wall"].typical_s == pytest.approx((10e-6 + 10 * 100e-6) / 10)
-    assert samples["eager_event"].floor_s == pytest.approx(100e-6, rel=0.11)
-    assert arm.settle() == pytest.approx(110e-6)
+    assert samples["eager_wall"].median_s == pytest.approx((10e-6 + 10 * 100e-6) / 10)
+    assert samples["eager_event"].min_s == pytest.approx(100e-6, rel=0.11)
+    assert arm.warm_call() == pytest.approx(110e-6)
 
 
 def test_a_cold_cache_has_no_wall_time():
@@ -72,7 +73,7 @@ def test_a_cold_cache_has_no_wall_time():
 def test_graph_replays():
     gpu = FakeGpu()
     sample = GraphArm(replay=gpu.call, clock=gpu.clock, synchronize=gpu.synchronize).sample(5)["graph"]
-    assert sample.typical_s == sample.floor_s == pytest.approx((10e-6 + 5 * 100e-6) / 5)
+    assert sample.median_s == sample.min_s == pytest.approx((10e-6 + 5 * 100e-6) / 5)
 
 
 class FakeMonitor:
@@ -131,7 +132,7 @@ def test_the_whole_gpu_path_on_a_fake_device(monkeypatch, workload):
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: gpu.event())
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
-    monkeypatch.setattr(latency, "GpuMonitor", lambda: FakeMonitor(None))
+    monkeypatch.setattr(torch_backend, "GpuMonitor", lambda: FakeMonitor(None))
     monkeypatch.setattr(arms, "phase_call", lambda prepared, phase, capture=False: gpu.call)
     monkeypatch.setattr(arms, "captured", lambda call: call)
     cuda = workload(device="cuda")
@@ -142,7 +143,7 @@ def test_the_whole_gpu_path_on_a_fake_device(monkeypatch, workload):
     assert all(len(raw.run.quads) >= 10 and len(raw.controls) == 2 for raw in found.values())
     assert "unwatched" in {flag.name for flag in found["graph"].run.flags}
     assert set(measure_phase(nets, "backward", plan, clock=gpu.clock)) == {"eager_wall", "eager_event"}
-    monkeypatch.setattr(latency, "l2_flush", lambda: lambda: None)
+    monkeypatch.setattr(torch_backend, "l2_flush", lambda: lambda: None)
     assert set(measure_phase(nets, "forward", plan, clock=gpu.clock, cold=True)) == {"eager_event"}
 
 
@@ -167,10 +168,10 @@ def test_several_networks_on_a_fake_device(phase, compiled, methods, net, worklo
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: gpu.event())
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
-    monkeypatch.setattr(interleaved, "GpuMonitor", lambda: FakeMonitor(None))
-    monkeypatch.setattr(interleaved, "prepare", lambda model, work, seed: SimpleNamespace(workload=work))
-    monkeypatch.setattr(interleaved, "check_output", lambda prepared, name: None)
-    monkeypatch.setattr(interleaved, "saved_for_backward", lambda prepared: 7)
+    monkeypatch.setattr(torch_backend, "GpuMonitor", lambda: FakeMonitor(None))
+    monkeypatch.setattr(torch_backend, "prepare", lambda model, work, seed: SimpleNamespace(workload=work))
+    monkeypatch.setattr(torch_backend, "check_output", lambda prepared, name: None)
+    monkeypatch.setattr(torch_backend, "saved_for_backward", lambda prepared: 7)
     monkeypatch.setattr(arms, "phase_call", lambda prepared, phase, capture=False: gpu.call)
     monkeypatch.setattr(arms, "captured", captured)
     networks = dict.fromkeys(("baseline", "again", "other"), net)

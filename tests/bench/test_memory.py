@@ -1,7 +1,8 @@
 import torch
 from torch import nn
 
-from selab.bench.memory import memory, saved_for_backward
+from selab.bench.backends.torch_memory import saved_for_backward
+from selab.bench.memory import memory
 from selab.bench.runner import prepare
 
 

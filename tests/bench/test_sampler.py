@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from selab.bench import sampler
-from selab.bench.sampler import LOOKS, Discarded, Plan, Sample, WallArm, measure, measure_control, measure_together
+from selab.bench.sampler import LOOKS, Discarded, Plan, Sample, WallArm, measure, measure_together
 from selab.errors import SelabError
 from selab.records import estimate, verdict
 from selab.records import flags as records_flags
@@ -36,7 +36,7 @@ class FakeArm:
     def __init__(self, clock, call_s, name, diary, methods=("wall",)):
         self.clock, self.call_s, self.name, self.diary, self.methods = clock, call_s, name, diary, methods
 
-    def settle(self):
+    def warm_call(self):
         self.diary.append((self.name, "settle"))
         self.clock.spend(self.call_s)
         return self.call_s
@@ -81,16 +81,16 @@ def test_wall_arm_times_each_call_with_its_synchronization():
         clock=clock,
         synchronize=lambda: clock.spend(0.010),
     )
-    assert arm.settle() == pytest.approx(0.015)
+    assert arm.warm_call() == pytest.approx(0.015)
     sample = arm.sample(3)["wall"]
-    assert sample.floor_s == pytest.approx(0.011)
-    assert sample.typical_s == pytest.approx(0.012)
+    assert sample.min_s == pytest.approx(0.011)
+    assert sample.median_s == pytest.approx(0.012)
     assert sample.mean_s == pytest.approx(0.012)
     assert clock.now == pytest.approx(4 * 0.010 + 0.011)
 
 
 def test_a_window_has_one_figure_for_all_statistics():
-    assert Sample.of_window(0.6, 3) == Sample(floor_s=0.6 / 3, typical_s=0.6 / 3, mean_s=0.6 / 3)
+    assert Sample.of_window(0.6, 3) == Sample(min_s=0.6 / 3, median_s=0.6 / 3, mean_s=0.6 / 3)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_steady_arms_warm_up_for_the_least_time_and_alternate():
     warm = sampler.warm_up((a, b), Plan(), clock)
     assert warm.steady
     assert 1.0 <= warm.elapsed_s < 1.0 + 3 * 0.008
-    assert warm.call_s == pytest.approx(0.004)
+    assert warm.calls_s == pytest.approx((0.004, 0.004))
     assert warm.calls == len(diary)
     assert diary == [("A", "settle"), ("B", "settle")] * (warm.calls // 2)
 
@@ -306,14 +306,6 @@ def test_plans():
     assert (control.target_half_width, control.budget_s, control.method) == (0.005, 7.5, "graph")
 
 
-def test_the_control_is_the_same_measurement_under_its_own_plan():
-    clock, _, a, b = fake_arms()
-    other_clock, _, other_a, other_b = fake_arms()
-    plan = Plan.for_cpu(quick=True)
-    one = measure_control(a, b, plan, clock=clock, seed=3)
-    assert one == measure(other_a, other_b, plan.for_control(), clock=other_clock, seed=3)
-
-
 # -------------------------------------------------------------------------------------------------------- many methods
 
 
@@ -357,10 +349,10 @@ def test_arms_with_different_methods_are_refused():
 # ------------------------------------------------------------------------------------------ flags, voids, interruptions
 
 
-def test_flags_between_quads_are_kept_once_and_counted():
+def test_flags_between_blocks_are_kept_once_and_counted():
     clock, _, a, b = fake_arms()
     answers = iter([[], [Flag(name="throttled", detail="84 °C")], [Flag(name="throttled", detail="85 °C")]] + [[]] * 7)
-    run = measure(a, b, Plan(), clock=clock, between_quads=lambda: next(answers))["wall"]
+    run = measure(a, b, Plan(), clock=clock, between_blocks=lambda: next(answers))["wall"]
     assert run.flags == (Flag(name="throttled", detail="84 °C (at 2 of 10 ABBA blocks)"),)
     assert len(run.quads) == 10
 
@@ -368,7 +360,7 @@ def test_flags_between_quads_are_kept_once_and_counted():
 def test_a_void_quad_is_discarded_whole_and_run_again_in_the_same_order():
     clock, diary, a, b = fake_arms()
     answers = iter([[], Discarded(reason="hardware slowdown"), Discarded(reason="hardware slowdown")] + [[]] * 9)
-    run = measure(a, b, Plan(), clock=clock, seed=5, between_quads=lambda: next(answers))["wall"]
+    run = measure(a, b, Plan(), clock=clock, seed=5, between_blocks=lambda: next(answers))["wall"]
     coin = sampler.orders(5)
     order = [next(coin) for _ in range(10)]
     assert [quad.order for quad in run.quads] == order
@@ -381,7 +373,7 @@ def test_a_void_quad_is_discarded_whole_and_run_again_in_the_same_order():
 
 def test_a_machine_that_voids_every_quad_ends_with_the_budget():
     clock, _, a, b = fake_arms(0.5, 1.0)
-    run = measure(a, b, Plan(budget_s=10.0), clock=clock, between_quads=lambda: Discarded(reason="hot"))["wall"]
+    run = measure(a, b, Plan(budget_s=10.0), clock=clock, between_blocks=lambda: Discarded(reason="hot"))["wall"]
     assert (run.status, run.quads) == ("budget", ())
     assert summarised([run], [run]).verdict_kind == "no_result"
 
@@ -426,11 +418,11 @@ def test_interruptions_pass_through_and_restore_the_collector(collector, stop, a
     assert gc.isenabled()
 
 
-def test_an_exception_between_quads_restores_the_collector(collector):
+def test_an_exception_between_blocks_restores_the_collector(collector):
     gc.enable()
     clock, _, a, b = fake_arms()
     with pytest.raises(KeyError):
-        measure(a, b, Plan(), clock=clock, between_quads=lambda: {}["nothing"])
+        measure(a, b, Plan(), clock=clock, between_blocks=lambda: {}["nothing"])
     assert gc.isenabled()
 
 
@@ -455,12 +447,12 @@ def summarised(runs, controls, target=0.005):
 def test_swapped_arms_give_the_reciprocal(call_s, seed):
     class EvenlySettling(WallArm):
         # A quad's outer arm settles twice and its inner arm once: settling must not use up an arm's own noise.
-        def settle(self):
+        def warm_call(self):
             self.clock.spend(call_s)
             return call_s
 
         def sample(self, calls):
-            return {"wall": Sample.of_calls([super(EvenlySettling, self).settle() for _ in range(calls)])}
+            return {"wall": Sample.of_calls([super(EvenlySettling, self).warm_call() for _ in range(calls)])}
 
     def estimated(swapped):
         clock = FakeClock()
@@ -576,10 +568,10 @@ def trial(weather, number):
     seed = 1000 * WEATHERS.index(weather) + number
     machine = Machine(kind, seed, sigma)
     baseline, again, variant = (machine.arm(seconds) for seconds in (call_s, call_s, call_s * ratio))
-    before = measure_control(baseline, again, plan, clock=machine, seed=3 * seed)["wall"]
+    before = measure(baseline, again, plan.for_control(), clock=machine, seed=3 * seed)["wall"]
     machine.step_at = machine.now + machine.draw.uniform(0, 6)
     run = measure(baseline, variant, plan, clock=machine, seed=3 * seed + 1)["wall"]
-    after = measure_control(baseline, again, plan, clock=machine, seed=3 * seed + 2)["wall"]
+    after = measure(baseline, again, plan.for_control(), clock=machine, seed=3 * seed + 2)["wall"]
     return Trial(weather=weather, ratio=ratio, latency=summarised([run], [before, after], plan.target_half_width))
 
 
@@ -788,7 +780,7 @@ def test_a_void_quad_of_several_pairs_is_run_again_within_its_round():
     clock, diary = FakeClock(), []
     arms = {name: FakeArm(clock, 0.060, name, diary) for name in TRUE}
     answers = iter([(), Discarded(reason="hot")] + [()] * 100)
-    found = measure_together(arms, TOGETHER, Plan(), clock=clock, between_quads=lambda: next(answers))
+    found = measure_together(arms, TOGETHER, Plan(), clock=clock, between_blocks=lambda: next(answers))
     assert {len(runs["wall"].quads) for runs in found.values()} == {10}
     flags = [flag.name for runs in found.values() for flag in runs["wall"].flags]
     assert flags == ["voided"]
@@ -798,7 +790,7 @@ def test_a_machine_that_voids_everything_ends_with_the_budget_of_all():
     clock, diary = FakeClock(), []
     arms = {name: FakeArm(clock, 0.5, name, diary) for name in TRUE}
     found = measure_together(
-        arms, TOGETHER, Plan(budget_s=10.0), clock=clock, between_quads=lambda: Discarded(reason="hot")
+        arms, TOGETHER, Plan(budget_s=10.0), clock=clock, between_blocks=lambda: Discarded(reason="hot")
     )
     assert all(runs["wall"].quads == () for runs in found.values())
 

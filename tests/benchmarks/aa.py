@@ -15,7 +15,7 @@ import torch
 
 from selab.bench.machine import contention_flags, machine, read_cpu, threads_and_affinity
 from selab.bench.runner import phase_call, prepare
-from selab.bench.sampler import Plan, WallArm, measure, measure_control
+from selab.bench.sampler import Plan, WallArm, measure
 from selab.experiments.job import Request, resolve
 from selab.models.build import build
 from selab.models.catalog import find
@@ -72,7 +72,7 @@ def main() -> None:
 
         slowed = []
         for seed in range(options.trials // 2):
-            control = measure_control(*arms, plan, seed=100 + seed)["wall"]
+            control = measure(*arms, plan.for_control(), seed=100 + seed)["wall"]
             run = measure(arms[0], WallArm(call=slower), plan, seed=seed)["wall"]
             slowed.append((run, control))
 

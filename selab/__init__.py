@@ -1,18 +1,84 @@
-"""What channel attention costs and what it buys: insert SE blocks, count them, measure them, make them cheap."""
+"""Measure what channel attention costs: insert SE blocks, count them, time them, and make them faster.
 
+The names below are imported when they are first used; `import selab` alone loads no torch.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from selab._version import __version__
+
 if TYPE_CHECKING:
+    from selab.api import build, compare_records, count, load, measure, profile
+    from selab.attention.base import Attention
+    from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttention, GatherExcite
+    from selab.attention.gates import convert_gates
+    from selab.attention.insert import insert_se, remove_se
+    from selab.attention.se import SqueezeExcitation
+    from selab.errors import (
+        DeviceError,
+        InsertionError,
+        ModelError,
+        OutOfMemoryError,
+        RecordError,
+        SelabError,
+        SpecError,
+        UnknownNameError,
+    )
     from selab.fusion.fuse import fuse
 
+_HOMES = {
+    "selab.api": "build compare_records count load measure profile",
+    "selab.attention.base": "Attention",
+    "selab.attention.blocks": "CBAM ECA ESE SCSE SSE CoordinateAttention GatherExcite",
+    "selab.attention.gates": "convert_gates",
+    "selab.attention.insert": "insert_se remove_se",
+    "selab.attention.se": "SqueezeExcitation",
+    "selab.errors": "DeviceError InsertionError ModelError OutOfMemoryError RecordError SelabError SpecError "
+    "UnknownNameError",
+    "selab.fusion.fuse": "fuse",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = ["__version__", "fuse"]
+__all__ = [
+    "CBAM",
+    "ECA",
+    "ESE",
+    "SCSE",
+    "SSE",
+    "Attention",
+    "CoordinateAttention",
+    "DeviceError",
+    "GatherExcite",
+    "InsertionError",
+    "ModelError",
+    "OutOfMemoryError",
+    "RecordError",
+    "SelabError",
+    "SpecError",
+    "SqueezeExcitation",
+    "UnknownNameError",
+    "__version__",
+    "build",
+    "compare_records",
+    "convert_gates",
+    "count",
+    "fuse",
+    "insert_se",
+    "load",
+    "measure",
+    "profile",
+    "remove_se",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`selab.fuse`, without loading torch for those who do not use it."""
-    if name == "fuse":
-        from selab.fusion.fuse import fuse
-
-        return fuse
+    """Import a public name when it is first used, without loading torch for those who do not use it."""
+    if name in _HOME_OF:
+        found = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,7 +14,7 @@ What is done, wherever it applies:
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -31,6 +31,7 @@ from selab.kernels.deferred_bn import DeferredNorm, defer, recall
 from selab.kernels.dispatch import Impl, has_hooks, norm_of
 from selab.kernels.residual import ADD_RELU, FUSED_ACTIVATIONS, FusedActivation, FusedJoin, formula_of
 from selab.meta import first_line, passages
+from selab.records.display import Displayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,8 @@ class FusedBlock:
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fusion:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Fusion(Displayed):
     """What `fuse` did.
 
     Attributes:
@@ -73,7 +74,15 @@ class Fusion:
     norms: int = 0
     in_place_reason: str = ""
 
-    def __str__(self) -> str:
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of the columns of `rows`."""
+        return tuple(field.name for field in fields(FusedBlock))
+
+    def rows(self) -> list[tuple[object, ...]]:
+        """Return one row for each block."""
+        return [tuple(getattr(one, name) for name in self.columns()) for one in self.blocks]
+
+    def summary(self) -> str:
         """What was fused, and what was not and why: `16 joins in one pass, 16 blocks in place`."""
         counts = (
             (self.joins, "joins in one pass"),
@@ -102,6 +111,14 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
 
     Raises:
         ModelError: `model` is no network, or `input_nchw` no shape of images.
+
+    Example:
+        >>> from torch import nn
+        >>> import selab
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), selab.SqueezeExcitation(16, 4)).eval()
+        >>> fusion = selab.fuse(net, input_nchw=(1, 3, 8, 8))
+        >>> [(one.path, one.reason) for one in fusion.blocks]
+        [('1', '')]
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"selab.fuse: {type(model).__name__} is no network; give it a torch.nn.Module")

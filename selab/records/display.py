@@ -37,11 +37,7 @@ class Displayed:
         Raises:
             SelabError: pandas is not installed.
         """
-        try:
-            pandas: Any = import_module("pandas")
-        except ImportError:
-            raise SelabError("to_dataframe needs pandas; pip install pandas, or use to_dict()") from None
-        return pandas.DataFrame(self.rows(), columns=list(self.columns()))
+        return _pandas().DataFrame(self.rows(), columns=list(self.columns()))
 
     def __repr__(self) -> str:
         return self.summary()
@@ -63,6 +59,43 @@ class Displayed:
             "<tr>" + "".join(f"<td>{escape(shown(cell))}</td>" for cell in row) + "</tr>" for row in self.rows()
         )
         return f"<p>{escape(self.summary())}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+class DisplayedValues(Displayed):
+    """Mixin for a result that is one set of values; a class says its `summary` and `values`."""
+
+    __slots__ = ()
+
+    def values(self) -> dict[str, Any]:
+        """Return quantity → value, in base units."""
+        raise NotImplementedError
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of the columns of `rows`."""
+        return "quantity", "value"
+
+    def rows(self) -> list[tuple[object, ...]]:
+        """Return one row for each quantity."""
+        return list(self.values().items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return quantity → value."""
+        return self.values()
+
+    def to_dataframe(self) -> Any:
+        """Return one row as a pandas.DataFrame, with a column for each quantity.
+
+        Raises:
+            SelabError: pandas is not installed.
+        """
+        return _pandas().DataFrame([self.values()])
+
+
+def _pandas() -> Any:
+    try:
+        return import_module("pandas")
+    except ImportError:
+        raise SelabError("to_dataframe needs pandas; pip install pandas, or use to_dict()") from None
 
 
 def shown(value: object) -> str:

@@ -12,6 +12,7 @@ import msgspec
 
 from selab import units
 from selab.errors import RecordError
+from selab.records.display import DisplayedValues
 
 SCHEMA = "selab.profile/1"
 Device = Literal["cpu", "cuda"]
@@ -102,7 +103,7 @@ class Counter(Frozen, frozen=True, kw_only=True):
     error: str = ""
 
 
-class Cost(Frozen, frozen=True, kw_only=True):
+class Cost(DisplayedValues, Frozen, frozen=True, kw_only=True):
     """What a network costs, counted: nothing here was timed.
 
     Attributes:
@@ -131,6 +132,26 @@ class Cost(Frozen, frozen=True, kw_only=True):
     by_module: dict[str, OperatorCost]
     unknown: dict[str, int]
     counters: dict[str, Counter] = {}
+
+    def summary(self) -> str:
+        """Return parameters, MACs, FLOPs and bytes in one line."""
+        macs = f"{units.count(self.macs.paper)} MACs"
+        line = f"{units.count(self.params)} parameters, {macs}, {units.count(self.flops)} FLOPs"
+        unknown = f"; not counted: {', '.join(self.unknown)}" if self.unknown else ""
+        return f"{line}, {units.size(self.bytes)} moved (forward pass){unknown}"
+
+    def values(self) -> dict[str, Any]:
+        """Return the totals; `macs` by each of the conventions."""
+        return {
+            "params": self.params,
+            "buffer_elements": self.buffer_elements,
+            **{f"macs_{name}": getattr(self.macs, name) for name in Macs.__struct_fields__},
+            **{f"macs_backward_{name}": getattr(self.macs_backward, name) for name in Macs.__struct_fields__},
+            "flops": self.flops,
+            "flops_backward": self.flops_backward,
+            "bytes": self.bytes,
+            "activations": self.activations,
+        }
 
 
 # ------------------------------------------------------------------------------------------------------------- latency
@@ -187,7 +208,7 @@ class Estimate(Frozen, frozen=True, kw_only=True):
     processes: int
 
 
-class Latency(Frozen, frozen=True, kw_only=True):
+class Latency(DisplayedValues, Frozen, frozen=True, kw_only=True):
     """One phase under one method, measured against the baseline.
 
     Attributes:
@@ -222,6 +243,21 @@ class Latency(Frozen, frozen=True, kw_only=True):
     runs: tuple[Run, ...] = ()
     controls: tuple[Run, ...] = ()
     error: str = ""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the ratio; None where there is none."""
+        return None if self.ratio_low is None or self.ratio_high is None else (self.ratio_low, self.ratio_high)
+
+    def summary(self) -> str:
+        """Return the phase and its verdict in one line."""
+        return f"{PHASE_NAMES[self.phase]}: {self.verdict}"
+
+    def values(self) -> dict[str, Any]:
+        """Return the figures, without the raw samples."""
+        raw = ("runs", "controls", "flags")
+        kept = {name: getattr(self, name) for name in self.__struct_fields__ if name not in raw}
+        return {**kept, "flags": ", ".join(dict.fromkeys(flag.name for flag in self.flags))}
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

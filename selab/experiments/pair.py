@@ -1,0 +1,74 @@
+"""Measure one phase of any two modules against each other, in this process."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from selab.bench.latency import measure_phase, networks
+from selab.bench.runner import mode_of
+from selab.bench.sampler import Plan
+from selab.records import verdict
+from selab.records.types import Latency, Phase, Workload
+
+
+def plan_for(workload: Workload, *, quick: bool, budget_s: float | None) -> Plan:
+    """Return how long to measure.
+
+    Args:
+        workload: its device decides the method.
+        quick: stop at ±1 %, after 15 s at most.
+        budget_s: seconds of sampling; the warm-up and each sample shrink with it, so that a budget of less than a
+            second is possible for a small network.
+    """
+    plan = Plan.for_gpu(quick=quick) if workload.device == "cuda" else Plan.for_cpu(quick=quick)
+    if budget_s is None:
+        return plan
+    return replace(
+        plan,
+        budget_s=budget_s,
+        warmup_least_s=min(plan.warmup_least_s, budget_s / 5),
+        warmup_most_s=min(plan.warmup_most_s, budget_s),
+        sample_s=min(plan.sample_s, budget_s / 100),
+    )
+
+
+def measure_pair(
+    model: nn.Module,
+    baseline: nn.Module,
+    workload: Workload,
+    plan: Plan,
+    *,
+    phase: Phase = "forward",
+    seed: int = 0,
+    names: tuple[str, str] = ("baseline", "model"),
+) -> Latency:
+    """Measure a module against another: control, comparison, control.
+
+    Args:
+        model: the variant; left as it is.
+        baseline: what it is compared with; left as it is.
+        workload: of both.
+        plan: durations, target and budget.
+        phase: what one call is.
+        seed: of the input, and of the order of the samples.
+        names: of baseline and model, for messages.
+
+    Raises:
+        DeviceError: the device is not there.
+        ModelError: a network fails, or its output is not finite.
+        OutOfMemoryError: the workload does not fit.
+    """
+    with networks(baseline, model, workload, seed=seed, names=names) as nets:
+        raws = measure_phase(nets, phase, plan, seed=seed)
+    headline = "wall" if workload.device == "cpu" else "eager_wall"
+    raw = raws[headline]
+    return verdict.summarise(
+        phase=phase,
+        method=headline,
+        statistic=plan.statistic,
+        threads=workload.threads,
+        mode=mode_of(phase, workload),
+        runs=[raw.run],
+        controls=list(raw.controls),
+        target_half_width=plan.target_half_width,
+    )

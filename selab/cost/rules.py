@@ -1,5 +1,6 @@
 """How many multiply-accumulates and FLOPs one call of an operator takes."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -8,6 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from selab.errors import SpecError
+from selab.meta import first_line
 
 META = torch.device("meta")
 
@@ -260,6 +264,7 @@ def _named(names: str, rule: Callable[[str], Rule]) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = {
+    # The full name of an operator, without its overload → its rule; `register_rule` adds to it.
     # Convolutions and matrix products.
     "aten::convolution": Rule(
         name="convolution", work=_convolution_work, makes=_convolved, role="convolution", operands=(0, 1)
@@ -347,9 +352,100 @@ _FREE = {
     )
 }
 
-
 VIEW = Rule(name="view", work=_nothing, linear=True)
+# Operator → rule, for those that were met.
 FOUND: dict[Any, Rule] = {}
+
+
+def register_rule(
+    operator: str,
+    work: Callable[[Sequence[Any], Tensor], Work],
+    *,
+    name: str = "",
+    role: Literal["", "convolution", "reduction", "product"] = "",
+    operands: tuple[int, ...] = (),
+    linear: bool = False,
+    affine: int | None = None,
+    replace: bool = False,
+) -> None:
+    """Add a rule for an operator that selab does not count, such as one of your own library.
+
+    Such operators are listed in `Cost.unknown` with zero cost. The output's shape comes from the operator's own meta
+    (fake) kernel, which must exist.
+
+    Args:
+        operator: `library::name` without an overload, such as `aten::relu` or `torchvision::deform_conv2d`.
+        work: called with the operator's positional arguments (tensors are on the meta device) and its first output.
+            Returns the arithmetic of one call as `Work`: `macs` for products of convolutions and matrices, `other` and
+            `other_flops` for everything else. It must not read values, only shapes.
+        name: the row in tables; by default the operator's name.
+        role: `reduction` and `product` mark the squeeze and the scale of an SE block.
+        operands: positions of the two factors of a convolution or a matrix product. Each one that needs a gradient
+            costs the forward's MACs in the backward pass.
+        linear: whether the gradient passes through without arithmetic, as for an addition or a copy.
+        affine: position of a normalisation's scale, if its shift follows it.
+        replace: whether an existing rule may be replaced. That changes every count from then on.
+
+    Raises:
+        SpecError: a malformed name, an operator that has a rule, or a rule that cannot be called. A rule that returns
+            something else than `Work` of whole numbers raises SpecError when a network is counted.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import selab
+        >>> from selab.cost import Work, register_rule
+        >>> @torch.library.custom_op("doc_example::square", mutates_args=())
+        ... def square(x: torch.Tensor) -> torch.Tensor:
+        ...     return x * x
+        >>> @square.register_fake
+        ... def _(x):
+        ...     return torch.empty_like(x)
+        >>> class Net(nn.Module):
+        ...     def forward(self, x):
+        ...         return square(x)
+        >>> selab.count(Net(), (1, 3, 4, 4)).unknown
+        {'doc_example.square': 1}
+        >>> register_rule("doc_example::square", lambda args, out: Work(other=out.numel(), other_flops=out.numel()))
+        >>> selab.count(Net(), (1, 3, 4, 4)).macs.all
+        48
+    """
+    place = f"register_rule {operator!r}"
+    if not isinstance(operator, str) or not re.fullmatch(r"\w+::\w+", operator):
+        raise SpecError(f"{place}: expected library::name without an overload, such as aten::relu")
+    if not callable(work):
+        raise SpecError(f"{place}: the rule is a {type(work).__name__}; expected a function (args, out) -> Work")
+    if (operator in RULES or operator in _FREE) and not replace:
+        known = RULES.get(operator, VIEW).name
+        raise SpecError(f"{place}: is counted already, as {known!r}; give replace=True to count it by another rule")
+    RULES[operator] = Rule(
+        name=name or operator.partition("::")[2],
+        work=_checked(operator, work),
+        role=role,
+        operands=operands,
+        linear=linear,
+        affine=affine,
+    )
+    FOUND.clear()
+
+
+def _checked(operator: str, work: Callable[[Sequence[Any], Tensor], Work]) -> Callable[[Sequence[Any], Tensor], Work]:
+    """Return a rule that refuses to return nonsense."""
+
+    def rule(args: Sequence[Any], out: Tensor) -> Work:
+        place = f"the counting rule of {operator}"
+        try:
+            found = work(args, out)
+        except Exception as error:
+            raise SpecError(f"{place} fails: {type(error).__name__}: {first_line(error)}") from error
+        if not isinstance(found, Work):
+            raise SpecError(f"{place} returned {found!r}; expected selab.cost.Work(macs, other, other_flops)")
+        for field, value in found._asdict().items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise SpecError(f"{place} returned {field}={value!r}; expected a whole number, 0 or more")
+        return found
+
+    return rule
 
 
 def rule_of(func: Any) -> Rule | None:

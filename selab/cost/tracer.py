@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selab.attention.base import Attention
 from selab.attention.se import GatedJoin
 from selab.cost.rules import FOUND, META, VIEW, Rule, Work, rule_of
-from selab.errors import ModelError, nearest
+from selab.errors import ModelError, SpecError, nearest
 from selab.meta import evaluating, first_line, meta_twin
 from selab.records.types import Frozen
 
@@ -563,6 +563,9 @@ def trace(
         with _undisturbed(model, training), _hooked(tracer), tracer.functions or nullcontext(), tracer:
             model(*args, **kwargs)
             tracer.reveal_hidden()
+    except SpecError:
+        # A counting rule of the user's own; the input is not to blame.
+        raise
     except Exception as error:
         given = ", ".join(str(tuple(x.shape)) for x in _tensors_in(args, kwargs))
         raise ModelError(

@@ -162,7 +162,7 @@ def compared_small_cnn():
     from selab.bench.machine import machine
     from selab.models.catalog import find
     from selab.training.recipe import find_recipe
-    from selab.training.record import Accuracy, AccuracyRecord, DataSpec, Epoch, Options, Outcome, Seed
+    from selab.training.record import Accuracy, AccuracyRecord, DataSpec, Epoch, Options, Seed, SeedOutcome
 
     def outcome(percent):
         right = round(100 * percent)
@@ -181,7 +181,7 @@ def compared_small_cnn():
             )
             for number in (1, 2, 3)
         )
-        return Outcome(test=test, seconds=60.0, images_per_s=600.0, epochs=epochs)
+        return SeedOutcome(test=test, seconds=60.0, images_per_s=600.0, epochs=epochs)
 
     def make(base, variant, **changes):
         networks = find("se_small_cnn"), find("small_cnn")

@@ -187,7 +187,7 @@ class _Lines(Following):
             return
         finished = state.last is not None and state.last.epoch == state.epoch
         if finished or self._clock() - self._said_s >= _LINE_S:
-            self.say(f"{label}: {_training_words(state)}")
+            self.say(f"{label}: {state.words}")
 
     def say(self, text: str) -> None:
         self._said_s = self._clock()
@@ -211,7 +211,7 @@ class _Display(Following):
                 self._task,
                 total=state.epochs * state.steps,
                 completed=(state.epoch - 1) * state.steps + state.step,
-                description=_short_words(state),
+                description=state.short_words,
                 visible=True,
             )
             self._bar.refresh()
@@ -221,26 +221,6 @@ class _Display(Following):
         self._bar.update(self._task, visible=False)
         self._bar.refresh()
         self._console.print(plain(text), highlight=False, soft_wrap=True)
-
-
-def _training_words(state: "TrainingProgress") -> str:
-    """How far a training is."""
-    left = "" if state.eta_s is None else f", {state.eta_s / 60:.0f} min left"
-    last = "" if state.last is None else f"; test top-1 {state.last.test_top1_pct:.2f} %"
-    return (
-        f"epoch {state.epoch} of {state.epochs}, step {state.step} of {state.steps}, loss {state.loss:.4f}, "
-        f"top-1 {state.top1_pct:.1f} %, {state.images_per_s:,.0f} images/s{left}{last}"
-    )
-
-
-def _short_words(state: "TrainingProgress") -> str:
-    """The same beside a bar."""
-    left = "" if state.eta_s is None else f"{state.eta_s / 60:.0f} min left  "
-    last = "" if state.last is None else f", test {state.last.test_top1_pct:.1f} %"
-    return (
-        f"epoch {state.epoch}/{state.epochs}  {state.images_per_s:,.0f} images/s  {left}"
-        f"loss {state.loss:.2f}  top-1 {state.top1_pct:.1f} %{last}"
-    )
 
 
 def measuring_words(state: "Progress") -> str:

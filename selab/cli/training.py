@@ -75,7 +75,7 @@ def train(
     out: Annotated[Path, typer.Option(help="The run goes to OUT/runs/….")] = Path("results"),
     json_to: Json = None,
 ) -> None:
-    """Train one network after a recipe; stopped at any moment, the same command goes on. It runs under torchrun too."""
+    """Train one network with a recipe. Ctrl-C saves everything; the same command resumes. Runs under torchrun too."""
     variant = find(arch)
     from selab.experiments import compare as experiments_compare
     from selab.training.augment import check_seed
@@ -215,7 +215,7 @@ def compare(
     ] = True,
     json_to: Json = None,
 ) -> None:
-    """Train networks with SE and without from several seeds: what it costs beside what it buys, with intervals."""
+    """Train networks with and without SE from several seeds; compare accuracy and cost, with intervals."""
     for one in archs:
         find(one)
     from selab.experiments import compare as experiments_compare
@@ -224,32 +224,31 @@ def compare(
     from selab.training.record import read_accuracy_record
 
     pairs = [(None, archs[0])] if len(archs) == 1 else [(archs[0], one) for one in dict.fromkeys(archs[1:])]
-    bases = [experiments_compare.pair(variant, baseline)[1] for baseline, variant in pairs]
-    chosen = _recipe_of(recipe, bases[0], data)
+    networks = [experiments_compare.pair(variant, baseline) for baseline, variant in pairs]
+    chosen = _recipe_of(recipe, networks[0][1], data)
     options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
     group = join(options.device)
     group.on_first(lambda: check_outputs(json_to))
     images = _open_data(data, data_dir, download, workers, classes_file, chosen.image)
     plans = [
-        experiments_compare.Plan(
-            arch=variant,
+        experiments_compare.ComparisonPlan(
+            variant=variant,
             baseline=baseline,
             recipe=chosen,
             options=options,
             seeds=tuple(range(seeds)),
             command=shlex.join(["selab", *sys.argv[1:]]),
         )
-        for baseline, variant in pairs
+        for variant, baseline in networks
     ]
     comparisons = [experiments_compare.Comparison(plan, images, out=out) for plan in plans]
     with redirect_stdout(sys.stderr):
         left = experiments_compare.left_of(comparisons, replace=replace)
     for finished in comparisons:
         if finished not in left:
-            print_note(f"{finished.path}: is finished already; more --seeds extend it, --replace makes it anew")
+            print_note(f"{finished.path}: already finished; more --seeds extend it, --replace trains again")
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        for growing in left:
-            growing.run(report, report.say)
+        experiments_compare.run_all(left, report, report.say)
     # Nothing else may run on the machine while networks are timed.
     leave()
     if not group.first:

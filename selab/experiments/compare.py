@@ -1,10 +1,11 @@
-"""Trains a variant and its baseline from several seeds, one training after the other; what is finished stays."""
+"""Train a variant and its baseline from several seeds, one training after the other; finished ones are kept."""
 
+import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from torch import nn
@@ -33,8 +34,8 @@ from selab.training.record import (
     AccuracyRecord,
     DataSpec,
     Options,
-    Outcome,
     Seed,
+    SeedOutcome,
     accuracy_path,
     read_accuracy_record,
     read_accuracy_records,
@@ -46,23 +47,24 @@ from selab.training.train import DivergedError, Training, train
 
 Report = Callable[[str, TrainingProgress | None], object]
 Say = Callable[[str], object]
+Arm = Literal["baseline", "variant"]
+ARMS: tuple[Arm, ...] = ("baseline", "variant")
 
-# What two comparisons must have in common to be one; the rest of a record tells how it came about.
+# Two records with these in common are of one comparison.
 _DECIDING = ("facts_hash", "baseline_facts_hash", "data", "recipe", "options")
 
 
-class Plan(Frozen, frozen=True, kw_only=True):
-    """What is compared, on what, and how often.
+class ComparisonPlan(Frozen, frozen=True, kw_only=True):
+    """Which networks are compared, how they are trained, and how often.
 
     Attributes:
-        baseline: None for the variant's own.
-        recipe: as it is named; the options may change its epochs and its batch.
+        recipe: as named; the options may change its epochs and its batch.
         seeds: trained one after the other, each for both networks.
         command: the command line that asks for the same again.
     """
 
-    arch: str
-    baseline: str | None
+    variant: Variant
+    baseline: Variant
     recipe: Recipe
     options: Options
     seeds: tuple[int, ...]
@@ -70,7 +72,7 @@ class Plan(Frozen, frozen=True, kw_only=True):
 
 
 def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
-    """The variant and what it is compared with, its own baseline if none is named.
+    """Look up a variant and what it is compared with: its own baseline, if none is named.
 
     Raises:
         SpecError: there is no baseline.
@@ -86,10 +88,10 @@ def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
 
 
 def folder_of(variant: Variant, data: Data, recipe: Recipe, options: Options, seed: int, *, out: Path) -> Path:
-    """Where one training keeps its files, on whatever machine it goes on: `OUT/runs/<name>.<key>`.
+    """Return where one training keeps its files, on whatever machine it resumes: `OUT/runs/<name>.<key>`.
 
-    What decides its result is in the key: another network, recipe, data set or option has another folder, another
-    number of threads has not.
+    The key depends on what decides the result: another network, recipe, data set or option has another folder; another
+    number of threads has the same.
     """
     config = run_config(variant, data, recipe, seed=seed, options=options)
     name = file_name(f"{variant.name}.{data.name}.{recipe.name}")
@@ -97,15 +99,15 @@ def folder_of(variant: Variant, data: Data, recipe: Recipe, options: Options, se
 
 
 def fitted(variant: Variant, data: Data | DataSpec) -> Variant:
-    """The variant for these images: their classes and their size."""
+    """Return the variant with the number of classes and the input size of these images."""
     return msgspec.structs.replace(variant, num_classes=data.num_classes, input_chw=data.input_chw)
 
 
 def loaded(variant: Variant, data: Data, weights: Path) -> nn.Module:
-    """A variant with trained weights, for these images; what is not of this network is refused and nothing loaded.
+    """Return a variant with trained weights, for these images. Weights of another network are refused as a whole.
 
     Raises:
-        SelabError: as `selab.build.build` and `selab.weights.load`.
+        SelabError: as `selab.models.build.build` and `selab.models.checkpoint.load`.
     """
     fitting = fitted(variant, data)
     model = build(fitting).model
@@ -114,23 +116,28 @@ def loaded(variant: Variant, data: Data, weights: Path) -> nn.Module:
 
 
 class Comparison:
-    """A comparison while it grows; `record()` gives what there is at any moment.
+    """A comparison while it is trained; `record()` returns what is finished at any moment.
 
-    Started by `torchrun`, each process has one, takes over and runs; files are those of rank 0, and what it reads in
-    them is known to all, so that all train the same.
+    Under `torchrun` each process has one and calls `take_over` and `run`. Rank 0 reads and writes the files and tells
+    the others, so that all train the same.
+
+    Args:
+        plan: what to compare.
+        data: what to train and test on.
+        out: the folder of all results.
 
     Attributes:
-        group: the processes; everything but `take_over` and `run` is for the first one alone.
-        exists: whether a complete record has all that was asked for; `take_over` finds out.
+        group: the processes; all other methods are for the first one alone.
+        exists: whether a complete record has everything that was asked for; set by `take_over`.
     """
 
-    def __init__(self, plan: Plan, data: Data, *, out: Path) -> None:
+    def __init__(self, plan: ComparisonPlan, data: Data, *, out: Path) -> None:
         self.plan = plan
         self.data = data
         self.group = join(plan.options.device)
         self.facts = msgspec.convert(data, DataSpec, from_attributes=True)
         self.out = out
-        self.variant, self.baseline = pair(plan.arch, plan.baseline)
+        self.variant, self.baseline = plan.variant, plan.baseline
         self.own = catalog.baseline_of(self.variant) == self.baseline
         self.recipe = adapted(plan.recipe, epochs=plan.options.epochs, batch=plan.options.batch)
         self.machine = machine(plan.options.device)
@@ -139,7 +146,7 @@ class Comparison:
 
     @property
     def path(self) -> Path:
-        """Where its record goes."""
+        """Path of its record."""
         return accuracy_path(
             self.out,
             machine=self.machine.name,
@@ -150,15 +157,18 @@ class Comparison:
         )
 
     def take_over(self, *, replace: bool = False) -> int:
-        """Takes what is finished of the same comparison; returns how many seeds that is.
+        """Take over the finished seeds of the same comparison.
 
-        It stands in the record, which more seeds than it has extend, and in the partial one that an interruption left.
+        They are in the record, which further seeds extend, and in the partial record of an interruption.
 
         Args:
-            replace: the record is made anew; what is in the partial one and in the trainings' folders is taken over.
+            replace: ignore the record; still take over the partial one and the trainings' folders.
+
+        Returns:
+            How many seeds are finished.
 
         Raises:
-            RecordError: a record is there and is of something else, or it cannot be written.
+            RecordError: the record is of something else, or cannot be written.
         """
         self.seeds, self.exists = self.group.on_first(lambda: self._with_finished(replace=replace))
         return self._finished
@@ -168,7 +178,7 @@ class Comparison:
         return sum(one.settled for one in self.seeds.values())
 
     def _with_finished(self, *, replace: bool) -> tuple[dict[int, Seed], bool]:
-        """The seeds with what the records have of them, and whether the complete one has all that was asked for."""
+        """Return the seeds with what the records have of them, and whether the complete one has all."""
         check_writable(self.path, replace=True)
         seeds = {seed: Seed(seed=seed) for seed in self.plan.seeds}
         if self.path.exists() and not replace:
@@ -184,48 +194,60 @@ class Comparison:
         return seeds, False
 
     def _seeds_in(self, path: Path, what: str, then: str) -> dict[int, Seed]:
-        """The seeds of a record, which must be of this comparison."""
+        """Return the seeds of a record of this comparison."""
         found = read_accuracy_record(path)
         for key, there, here in differences(found, self.record()):
             if key.partition(".")[0] in _DECIDING:
                 raise RecordError(f"{path}: {what} whose {key} is {there}, not {here}; {then}")
         return {seed.seed: seed for seed in found.seeds}
 
-    def run(self, report: Report, say: Say = lambda _: None) -> None:
-        """Trains what is not trained yet; after each training the record is on disk.
+    def run(self, report: Report, say: Say = lambda _: None, schedule: "Schedule | None" = None) -> None:
+        """Train what is left; the record is on disk after each training.
 
-        A training that diverges is a result too: it is noted, and the others go on.
+        A training that diverges is a result too: it is recorded, and the next one begins.
 
         Args:
-            report: told which training begins, and how far it is.
-            say: told in one line what is finished already, where a training goes on, and that one has diverged.
+            report: called when a training begins, and with its progress.
+            say: called with one line for what is already finished, where a training resumes, and divergence.
+            schedule: of all comparisons that are run; None for this one alone.
 
         Raises:
-            SelabError: as `selab.accuracy.train.train`; what is finished is in the partial record.
+            SelabError: as `selab.training.train.train`; finished trainings are in the partial record.
         """
         if self._finished:
-            say(f"{self.variant.name}: {self._finished} of {len(self.seeds)} seeds are finished already")
-        for seed in self.plan.seeds:
-            for arm, variant in (("baseline", self.baseline), ("variant", self.variant)):
-                if getattr(self.seeds[seed], arm) is not None or getattr(self.seeds[seed], f"{arm}_diverged"):
-                    continue
-                label = f"seed {seed}, {variant.name}"
-                report(label, None)
-                found: dict[str, Any]
-                try:
-                    found = {arm: _outcome(self._train(variant, seed, label, report, say))}
-                except DivergedError as error:
-                    say(f"seed {seed}, {error}")
-                    found = {f"{arm}_diverged": str(error)}
-                self.seeds[seed] = msgspec.structs.replace(self.seeds[seed], **found)
-                self._save()
-        # What was begun with more seeds may have left all of these, and nothing to train.
+            say(f"{self.variant.name}: {self._finished} of {len(self.seeds)} seeds already finished")
+        schedule = schedule or Schedule([self])
+        for seed, arm in self.left():
+            variant = self.baseline if arm == "baseline" else self.variant
+            schedule.begin(variant, seed)
+            label = f"training {schedule.number} of {schedule.count} (seed {seed}, {variant.name})"
+            report(label, None)
+            found: dict[str, Any]
+            try:
+                found = {arm: _outcome(self._train(variant, seed, label, report, say, schedule))}
+            except DivergedError as error:
+                say(f"{label}: {error}")
+                found = {f"{arm}_diverged": str(error)}
+            self.seeds[seed] = msgspec.structs.replace(self.seeds[seed], **found)
+            self._save()
+        # Nothing is left to train where an earlier run with more seeds has finished these.
         self._save()
+
+    def left(self) -> list[tuple[int, Arm]]:
+        """Return the trainings that are left, in order: seed, and which of the two networks."""
+        return [
+            (seed, arm)
+            for seed in self.plan.seeds
+            for arm in ARMS
+            if getattr(self.seeds[seed], arm) is None and not getattr(self.seeds[seed], f"{arm}_diverged")
+        ]
 
     def _save(self) -> None:
         self.group.on_first(lambda: save_accuracy_record(self.record(), self.path))
 
-    def _train(self, variant: Variant, seed: int, label: str, report: Report, say: Say) -> Training:
+    def _train(
+        self, variant: Variant, seed: int, label: str, report: Report, say: Say, schedule: "Schedule"
+    ) -> Training:
         plan = self.plan
         return train(
             variant,
@@ -234,14 +256,14 @@ class Comparison:
             seed=seed,
             folder=folder_of(variant, self.data, plan.recipe, plan.options, seed, out=self.out),
             options=plan.options,
-            report=lambda state: report(label, state),
+            report=lambda state: report(label, schedule.timed(state)),
             say=lambda text: say(f"{label}: {text}"),
         )
 
     def measure(self, report: Callable[[str, Any], object]) -> None:
-        """Times what `requests_of` asks for and no record has yet, or only one of other facts or another torch.
+        """Measure the latencies of `requests_of`, each into a record of its own.
 
-        Each goes to a record of its own.
+        A record of the same facts and the same torch is kept.
 
         Raises:
             SelabError: a network cannot be timed, or a record that lies there cannot be read.
@@ -255,7 +277,7 @@ class Comparison:
                 save(profile.record(), profile.path(self.out))
 
     def record(self) -> AccuracyRecord:
-        """What has been trained so far."""
+        """Return the record of what has been trained so far."""
         plan = self.plan
         seeds = tuple(self.seeds.values())
         return AccuracyRecord(
@@ -279,11 +301,11 @@ class Comparison:
 
 
 def left_of(comparisons: Sequence[Comparison], *, replace: bool) -> list[Comparison]:
-    """Takes over what is finished of each, and returns those of which something is left to train.
+    """Take over what is finished of each comparison; return those with something left to train.
 
     Raises:
         RecordError: as `Comparison.take_over`.
-        ModelError: a network is none for these images; it is found out before the first one is trained.
+        ModelError: a network does not fit these images; checked before the first training.
     """
     for one in comparisons:
         one.take_over(replace=replace)
@@ -293,8 +315,76 @@ def left_of(comparisons: Sequence[Comparison], *, replace: bool) -> list[Compari
     return left
 
 
-def _outcome(done: Training) -> Outcome:
-    return Outcome(
+def run_all(comparisons: Sequence[Comparison], report: Report, say: Say = lambda _: None) -> None:
+    """Run comparisons one after the other; say beforehand how many trainings and epochs that is.
+
+    Args:
+        comparisons: those of `left_of`.
+        report: as in `Comparison.run`; its states have the time that all trainings take.
+        say: as in `Comparison.run`.
+
+    Raises:
+        SelabError: as in `Comparison.run`.
+    """
+    schedule = Schedule(comparisons)
+    if schedule.count:
+        trainings = "1 training" if schedule.count == 1 else f"{schedule.count} trainings"
+        epochs = comparisons[0].recipe.epochs
+        say(
+            f"{trainings} × {epochs} epoch{'s' if epochs > 1 else ''} on {comparisons[0].facts.title}; "
+            "Ctrl-C saves everything, the same command resumes"
+        )
+    for one in comparisons:
+        one.run(report, say, schedule)
+
+
+class Schedule:
+    """The trainings that are left of some comparisons, counted once each: they may share a baseline.
+
+    Args:
+        comparisons: in the order in which they are run.
+
+    Attributes:
+        number: of the running training, from 1.
+        count: of all trainings.
+    """
+
+    def __init__(self, comparisons: Sequence[Comparison]) -> None:
+        wanted = [(getattr(one, arm), seed, one.recipe.epochs) for one in comparisons for seed, arm in one.left()]
+        self._epochs = {_key(variant, seed): epochs for variant, seed, epochs in wanted}
+        self._order = list(self._epochs)
+        self._epoch_s: dict[str, float] = {}
+        self._waiting = set(self._order)
+        self.count, self.number = len(self._order), 0
+        self._running = ""
+
+    def begin(self, variant: Variant, seed: int) -> None:
+        """Note which training begins."""
+        key = _key(variant, seed)
+        self.number = self._order.index(key) + 1
+        self._waiting.discard(key)
+        self._running = variant.name
+
+    def timed(self, state: TrainingProgress) -> TrainingProgress:
+        """Return a state with the time until all trainings are finished, once an epoch of one has been timed.
+
+        Networks without a finished epoch are taken to need as long as the running one.
+        """
+        if state.epoch_s is not None:
+            self._epoch_s[self._running] = state.epoch_s
+        own = self._epoch_s.get(self._running)
+        if state.eta_s is None or own is None or not self._waiting:
+            return state
+        later = math.fsum(self._epochs[key] * self._epoch_s.get(key[0], own) for key in self._waiting)
+        return msgspec.structs.replace(state, total_eta_s=state.eta_s + later)
+
+
+def _key(variant: Variant, seed: int) -> tuple[str, str, int]:
+    return variant.name, variant.facts_hash, seed
+
+
+def _outcome(done: Training) -> SeedOutcome:
+    return SeedOutcome(
         test=done.test,
         seconds=done.seconds,
         images_per_s=median(epoch.images_per_s for epoch in done.epochs),
@@ -303,11 +393,11 @@ def _outcome(done: Training) -> Outcome:
     )
 
 
-# ------------------------------------------------------------------------------------- what accuracies are read beside
+# --------------------------------------------------------------------------------------------------- costs and times
 def requests_of(record: AccuracyRecord) -> dict[Phase, Request]:
-    """What is measured beside a comparison: one image forward, and one batch forward and backward, as it was trained.
+    """Return what is measured for a comparison: one image forward; one training batch forward and backward.
 
-    The latter is missing under automatic mixed precision, which a profile has not.
+    The latter is missing under automatic mixed precision, which a profile does not offer.
     """
     options = record.options
     size = record.data.input_chw
@@ -336,13 +426,13 @@ def requests_of(record: AccuracyRecord) -> dict[Phase, Request]:
 
 
 def _holds_today(profile: Record, here: Machine) -> bool:
-    """Whether a profile's times are those that measuring again would give."""
+    """Return whether a profile is complete, not stale, and measured with this torch."""
     torches = {one.libraries.get("torch") for one in (profile.machine, here)}
     return profile.complete and not is_stale(profile) and len(torches) == 1
 
 
 def compared(record: AccuracyRecord, folder: Path) -> Compared:
-    """A comparison's record with its costs, and with the profiles of both networks that this machine's folder has."""
+    """Return a comparison's record with its costs and with the profiles in this machine's folder."""
     variant, baseline = variants_of(record)
     if variant is None or baseline is None:
         return Compared(record=record)
@@ -359,13 +449,13 @@ def compared(record: AccuracyRecord, folder: Path) -> Compared:
 
 
 def read_compared(folder: Path) -> list[Compared]:
-    """Every finished comparison in a machine's folder; none where it holds none.
+    """Return every finished comparison in a machine's folder.
 
     Raises:
         RecordError: no such folder, the folder above those of machines, or a record that cannot be trusted.
     """
     if not folder.is_dir():
-        raise RecordError(f"{folder}: is no folder; name that of one machine's records")
+        raise RecordError(f"{folder}: is no folder; name the folder of one machine's records")
     below = sorted(path.parent.name for path in folder.glob(f"*/{FOLDER}") if path.is_dir())
     if below and not (folder / FOLDER).is_dir():
         raise RecordError(f"{folder}: holds no comparisons; there are some in its folders {', '.join(below)}")

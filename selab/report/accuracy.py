@@ -10,7 +10,7 @@ from selab.models.provenance import variants_of
 from selab.records.types import PHASE_NAMES, Cost, Latency
 from selab.records.verdict import change_words
 from selab.report.table import Table
-from selab.training.record import AccuracyRecord, Outcome, Seed
+from selab.training.record import AccuracyRecord, Seed, SeedOutcome
 from selab.training.verdict import PairedDifference, compare_verdict
 from selab.units import NONE
 
@@ -263,7 +263,7 @@ def _level_row(label: str, one: PairedDifference) -> tuple[str, ...]:
 
 
 def _trained_row(
-    label: str, record: AccuracyRecord, value: Callable[[Outcome], float], show: Callable[[float], str]
+    label: str, record: AccuracyRecord, value: Callable[[SeedOutcome], float], show: Callable[[float], str]
 ) -> tuple[str, ...]:
     """Means over the seeds, without a difference: the machine may have been busier with one than with the other."""
     found = [

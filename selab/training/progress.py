@@ -32,5 +32,38 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
     last: Epoch | None
     total_eta_s: float | None = None
 
+    @property
+    def words(self) -> str:
+        """`epoch 2 of 4, step 3 of 78, loss 1.2500, top-1 45.0 %, 900 images/s, 2 min left`, for a line of a log."""
+        last = "" if self.last is None else f"; test top-1 {self.last.test_top1_pct:.2f} %"
+        left = f", {self.left}" if self.left else ""
+        return (
+            f"epoch {self.epoch} of {self.epochs}, step {self.step} of {self.steps}, loss {self.loss:.4f}, "
+            f"top-1 {self.top1_pct:.1f} %, {self.images_per_s:,.0f} images/s{left}{last}"
+        )
+
+    @property
+    def short_words(self) -> str:
+        """`epoch 2/4  900 images/s  2 min left  loss 1.25  top-1 45.0 %`, for beside a bar."""
+        last = "" if self.last is None else f", test {self.last.test_top1_pct:.1f} %"
+        left = f"{self.left}  " if self.left else ""
+        return (
+            f"epoch {self.epoch}/{self.epochs}  {self.images_per_s:,.0f} images/s  {left}"
+            f"loss {self.loss:.2f}  top-1 {self.top1_pct:.1f} %{last}"
+        )
+
+    @property
+    def left(self) -> str:
+        """`2 min left`, `2 min left (1 h 37 min in all)` among several trainings; empty while unknown."""
+        if self.eta_s is None:
+            return ""
+        in_all = "" if self.total_eta_s is None else f" ({_duration(self.total_eta_s)} in all)"
+        return f"{_duration(self.eta_s)} left{in_all}"
+
 
 Report = Callable[[TrainingProgress], object]
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

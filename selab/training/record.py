@@ -132,7 +132,7 @@ class DataSpec(Frozen, frozen=True, kw_only=True):
     test_size: int
 
 
-class Outcome(Frozen, frozen=True, kw_only=True):
+class SeedOutcome(Frozen, frozen=True, kw_only=True):
     """One network trained once: what it was worth at the end, what it took, and how it got there.
 
     Attributes:
@@ -160,13 +160,13 @@ class Seed(Frozen, frozen=True, kw_only=True):
     """
 
     seed: int
-    baseline: Outcome | None = None
-    variant: Outcome | None = None
+    baseline: SeedOutcome | None = None
+    variant: SeedOutcome | None = None
     baseline_diverged: str = ""
     variant_diverged: str = ""
 
     @property
-    def pair(self) -> tuple[Outcome, Outcome] | None:
+    def pair(self) -> tuple[SeedOutcome, SeedOutcome] | None:
         """Baseline and variant, if both came to their end: only such seeds are compared."""
         return None if self.baseline is None or self.variant is None else (self.baseline, self.variant)
 
@@ -286,7 +286,7 @@ def _impossible(record: AccuracyRecord) -> Iterator[str]:
                 yield from (f"{where}.{wrong}" for wrong in _mistaken(outcome, record.data))
 
 
-def _mistaken(outcome: Outcome, data: DataSpec) -> Iterator[str]:
+def _mistaken(outcome: SeedOutcome, data: DataSpec) -> Iterator[str]:
     for name, value in (("seconds", outcome.seconds), ("images_per_s", outcome.images_per_s)):
         if not 0 < value < math.inf:
             yield f"{name}: is {value!r}, no positive number"

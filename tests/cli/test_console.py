@@ -57,14 +57,14 @@ def test_a_log_has_a_line_per_epoch_and_otherwise_one_a_minute():
             (150.0, so_far(2, 9, finished=1)),
         ):
             report("seed 0, [net]", state)
-        report.say("seed 1, [net]: goes on from epoch 2 in runs/net")
+        report.say("seed 1, [net]: resuming at epoch 2: runs/net")
     words = "loss 1.2500, top-1 45.0 %, 1,234 images/s, 2 min left"
     assert written.getvalue().splitlines() == [
         "seed 0, [net] …",
         f"seed 0, [net]: epoch 1 of 3, step 5 of 10, {words}",
         f"seed 0, [net]: epoch 1 of 3, step 10 of 10, {words}; test top-1 61.00 %",
         f"seed 0, [net]: epoch 2 of 3, step 9 of 10, {words}; test top-1 61.00 %",
-        "seed 1, [net]: goes on from epoch 2 in runs/net",
+        "seed 1, [net]: resuming at epoch 2: runs/net",
     ]
 
 

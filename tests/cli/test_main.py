@@ -60,7 +60,11 @@ def program(*words, **options):
 def one_line(error):
     """A user's mistake: one line, no traceback."""
     assert "Traceback" not in error
-    progress = [line for line in error.splitlines() if line.endswith("…") or line.startswith("running code from ")]
+    progress = [
+        line
+        for line in error.splitlines()
+        if line.endswith(("…", "the same command resumes")) or line.startswith("running code from ")
+    ]
     lines = [line for line in error.splitlines() if line and line not in progress]
     assert len(lines) == 1, error
     assert lines[0].startswith("error: ")
@@ -736,7 +740,7 @@ class TestAccuracy:
         status, again, error = selab("compare", *names, *common)
         assert status == 0
         assert again == out
-        assert f"{paths[0]}: is finished already; more --seeds extend it" in " ".join(error.split())
+        assert f"{paths[0]}: already finished; more --seeds extend it" in " ".join(error.split())
 
     def test_a_network_for_other_images_is_found_out_before_training(self, selab, tmp_path):
         (tmp_path / "nets.py").write_text(

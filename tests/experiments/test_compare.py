@@ -8,10 +8,12 @@ import pytest
 
 from selab.errors import RecordError, SelabError, SpecError
 from selab.experiments import compare
+from selab.experiments.job import resolve
 from selab.models import catalog
 from selab.records.store import partial_path, read_record, save
 from selab.report import accuracy
 from selab.training.data import synthetic_set
+from selab.training.progress import TrainingProgress
 from selab.training.recipe import find_recipe
 from selab.training.record import Accuracy, Epoch, Options, read_accuracy_record
 from selab.training.train import DivergedError, TrainingError
@@ -37,9 +39,9 @@ class StopError(SelabError):
 
 
 def small_plan(**changes):
-    plain = compare.Plan(
-        arch="se_small_cnn",
-        baseline="small_cnn",
+    plain = compare.ComparisonPlan(
+        variant=catalog.find("se_small_cnn"),
+        baseline=catalog.find("small_cnn"),
         recipe=find_recipe("cifar_short"),
         options=Options(epochs=1, batch=64, threads=1),
         seeds=(0, 1),
@@ -68,7 +70,7 @@ def test_a_comparison_that_is_stopped_goes_on(data, tmp_path):
     assert again.take_over() == 1
     labels = []
     again.run(lambda label, state: labels.append(label) if state is None else None)
-    assert labels == ["seed 1, small_cnn", "seed 1, se_small_cnn"]
+    assert labels == ["training 1 of 2 (seed 1, small_cnn)", "training 2 of 2 (seed 1, se_small_cnn)"]
     record = read_accuracy_record(again.path)
     assert record.complete
     assert not partial_path(again.path).exists()
@@ -126,7 +128,9 @@ def test_a_training_that_diverges_is_a_result_and_the_others_go_on(data, tmp_pat
     growing = compare.Comparison(small_plan(seeds=(0, 1, 2)), data, out=tmp_path)
     growing.run(quiet, told.append)
     assert pretended == [(name, seed) for seed in (0, 1, 2) for name in ("small_cnn", "se_small_cnn")]
-    assert any(label.startswith("seed 0, small_cnn, epoch 1 of 1, step 3") for label in told)
+    assert any(
+        label.startswith("training 1 of 6 (seed 0, small_cnn): small_cnn, epoch 1 of 1, step 3") for label in told
+    )
     record = read_accuracy_record(growing.path)
     assert record.complete
     assert record.seeds[0].baseline is None
@@ -143,7 +147,7 @@ def test_what_has_diverged_is_not_trained_again(data, tmp_path, pretended):
     growing = compare.Comparison(small_plan(), data, out=tmp_path)
 
     def stop_at_second_seed(label, state):
-        if label == "seed 1, small_cnn":
+        if "seed 1, small_cnn" in label:
             raise StopError("enough")
 
     with pytest.raises(StopError):
@@ -172,7 +176,7 @@ def test_more_seeds_extend_a_record(data, tmp_path, pretended):
     growing = compare.Comparison(small_plan(seeds=(0, 1, 2), command="second"), data, out=tmp_path)
     (left,) = compare.left_of([growing], replace=False)
     left.run(quiet, said.append)
-    assert said == ["se_small_cnn: 2 of 3 seeds are finished already"]
+    assert said == ["se_small_cnn: 2 of 3 seeds already finished"]
     assert pretended == [("small_cnn", 2), ("se_small_cnn", 2)]
     record = read_accuracy_record(growing.path)
     assert record.complete
@@ -183,7 +187,7 @@ def test_more_seeds_extend_a_record(data, tmp_path, pretended):
 
 def test_an_extension_that_is_stopped_goes_on(data, tmp_path, pretended):
     def stop_at_last(label, _):
-        if label == "seed 2, small_cnn":
+        if "seed 2, small_cnn" in label:
             raise StopError("enough")
 
     finished(data, tmp_path, seeds=(0,))
@@ -229,7 +233,7 @@ def test_a_record_of_another_request_is_not_extended(data, tmp_path, pretended, 
 
 def test_of_several_comparisons_those_that_are_finished_are_passed_over(data, tmp_path, pretended):
     finished(data, tmp_path)
-    plans = [small_plan(), small_plan(arch="se_small_cnn+reduction=8")]
+    plans = [small_plan(), small_plan(variant=catalog.find("se_small_cnn+reduction=8"))]
     both = [compare.Comparison(plan, data, out=tmp_path) for plan in plans]
     assert compare.left_of(both, replace=False) == both[1:]
     assert compare.left_of(both, replace=True) == both
@@ -249,7 +253,8 @@ def test_networks_are_timed_again_where_facts_or_torch_have_changed(data, root, 
     growing = compare.Comparison(small_plan(options=Options(epochs=1, threads=1, amp="bf16")), data, out=tmp_path)
     there = read_record(root / "profiles" / "intel-xeon-2c" / "se_small_cnn.cpu-b1-32-fp32-t1.json")
     fresh = msgspec.structs.replace(there, machine=growing.machine)
-    path = tmp_path / "profile.json"
+    (request,) = compare.requests_of(growing.record()).values()
+    path = resolve(request).path(tmp_path, growing.machine.name)
 
     class Timed:
         times = 0
@@ -322,10 +327,10 @@ def test_a_training_of_many_sites_has_a_folder(data, tmp_path):
 
 
 def test_going_on_is_said(data, tmp_path):
-    """In one line, with the epoch and the folder; and that a training is finished already."""
+    """In one line, with the epoch and the folder; and that a training is already finished."""
 
     def stop_in_second(label, state):
-        if state is not None and (state.epoch, label) == (2, "seed 0, se_small_cnn"):
+        if state is not None and (state.epoch, label) == (2, "training 2 of 2 (seed 0, se_small_cnn)"):
             raise StopError("enough")
 
     plan = msgspec.structs.replace(small_plan(), seeds=(0,), options=Options(epochs=2, batch=128, threads=1))
@@ -342,6 +347,50 @@ def test_going_on_is_said(data, tmp_path):
         for name in ("small_cnn", "se_small_cnn")
     }
     assert said == [
-        f"seed 0, small_cnn: already finished: {folders['small_cnn']}",
-        f"seed 0, se_small_cnn: resuming at epoch 2: {folders['se_small_cnn']}",
+        f"training 1 of 2 (seed 0, small_cnn): already finished: {folders['small_cnn']}",
+        f"training 2 of 2 (seed 0, se_small_cnn): resuming at epoch 2: {folders['se_small_cnn']}",
     ]
+
+
+def test_how_long_it_takes_is_said_beforehand(data, tmp_path, pretended):
+    plans = [small_plan(seeds=(0, 1, 2)), small_plan(variant=catalog.find("se_small_cnn+reduction=8"))]
+    both = [compare.Comparison(plan, data, out=tmp_path) for plan in plans]
+    labels, said = [], []
+    compare.run_all(compare.left_of(both, replace=False), lambda label, state: labels.append(label), said.append)
+    # Three seeds of three networks: the second comparison has two seeds, and its baseline is that of the first.
+    assert said == ["8 trainings × 1 epoch on synthetic; Ctrl-C saves everything, the same command resumes"]
+    assert labels[0] == "training 1 of 8 (seed 0, small_cnn)"
+    assert labels[5] == "training 6 of 8 (seed 2, se_small_cnn)"
+    assert labels[6:] == [
+        "training 1 of 8 (seed 0, small_cnn)",
+        "training 7 of 8 (seed 0, se_small_cnn+reduction=8)",
+        "training 3 of 8 (seed 1, small_cnn)",
+        "training 8 of 8 (seed 1, se_small_cnn+reduction=8)",
+    ]
+    said.clear()
+    compare.run_all(compare.left_of(both, replace=False), quiet, said.append)
+    assert said == []
+
+
+def test_the_time_of_all_trainings_is_told_after_an_epoch(data, tmp_path):
+    plan = small_plan(options=Options(epochs=4, batch=64, threads=1))
+    schedule = compare.Schedule([compare.Comparison(plan, data, out=tmp_path)])
+    state = TrainingProgress(
+        epoch=1, epochs=4, step=2, steps=4, images_per_s=1.0, eta_s=35.0, loss=1.0, top1_pct=1.0, last=None
+    )
+    schedule.begin(plan.baseline, 0)
+    assert schedule.timed(state).total_eta_s is None
+    finished = msgspec.structs.replace(state, epoch_s=10.0, eta_s=30.0)
+    # This one's 30 s, and three trainings of 4 epochs; the variant is taken to be as fast.
+    assert schedule.timed(finished).total_eta_s == 30 + 3 * 4 * 10
+    schedule.begin(plan.variant, 0)
+    # Its first epoch is not finished: the time of its own epochs is still unknown.
+    assert schedule.timed(state).total_eta_s is None
+    slower = msgspec.structs.replace(finished, epoch_s=20.0, eta_s=60.0)
+    assert schedule.timed(slower).total_eta_s == 60 + 4 * 10 + 4 * 20
+    schedule.begin(plan.baseline, 1)
+    assert schedule.timed(finished).total_eta_s == 30 + 4 * 20
+    schedule.begin(plan.variant, 1)
+    assert schedule.timed(slower).total_eta_s is None, "the last one has its own time"
+    assert schedule.timed(slower).left == "1 min left"
+    assert msgspec.structs.replace(slower, total_eta_s=5820.0).left == "1 min left (1 h 37 min in all)"

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from selab.errors import SelabError
-from selab.experiments.compare import Comparison, Plan
+from selab.experiments.compare import Comparison, ComparisonPlan
+from selab.models import catalog
 from selab.models.spec import read_family
 from selab.training.data import ImageSet, synthetic_set
 from selab.training.distributed import Group, join, lost_another
@@ -289,9 +290,11 @@ def test_one_of_two_speaks_for_a_training(selab_in_two, family, tmp_path):
 
 def test_one_of_two_compares(selab_in_two, family, tmp_path):
     """What the first process has on disk decides for both; rank 1 finds nothing of it."""
-    plan = Plan(
-        arch=f"{family}:se_plain",
-        baseline=f"{family}:plain",
+    names = (f"{family}:plain", f"{family}:se_plain")
+    baseline, variant = map(catalog.find, names)
+    plan = ComparisonPlan(
+        variant=variant,
+        baseline=baseline,
         recipe=find_recipe("cifar_short"),
         options=Options(epochs=1, batch=1000, threads=1),
         seeds=(0, 1),
@@ -300,7 +303,7 @@ def test_one_of_two_compares(selab_in_two, family, tmp_path):
     stopped = Comparison(plan, synthetic_set(), out=tmp_path / "0" / "results")
 
     def stop(label, _):
-        if label.startswith("seed 1"):
+        if "seed 1" in label:
             raise SelabError("enough")
 
     with pytest.raises(SelabError, match="enough"):
@@ -309,10 +312,15 @@ def test_one_of_two_compares(selab_in_two, family, tmp_path):
     shutil.rmtree(tmp_path / "0" / "results" / "runs")
 
     words = ["--recipe", "cifar_short", "--seeds", 2, "--json", "record.json"]
-    done = selab_in_two("compare", plan.baseline, plan.arch, *words)
+    done = selab_in_two("compare", *names, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("record: ") == 1
-    for line in ("1 of 2 seeds are finished already", "seed 1, plain …", "seed 1, se_plain …", "timed by rank 0 …"):
+    for line in (
+        "1 of 2 seeds already finished",
+        "training 1 of 2 (seed 1, plain) …",
+        "training 2 of 2 (seed 1, se_plain) …",
+        "timed by rank 0 …",
+    ):
         assert done.stderr.count(line) == 1, line
     assert "seed 0, " not in done.stderr
     assert "timed by rank 1" not in done.stderr

@@ -14,8 +14,8 @@ from selab.training.record import (
     DataSpec,
     Epoch,
     Options,
-    Outcome,
     Seed,
+    SeedOutcome,
     accuracy_path,
     read_accuracy_record,
     save_accuracy_record,
@@ -44,7 +44,7 @@ def outcome(top1_correct=9000, **fields):
     }
     changed = {**known, **{name: value for name, value in fields.items() if name in known}}
     test = {**plain, **{name: value for name, value in fields.items() if name not in known}}
-    return Outcome(test=Accuracy(**test), **changed)
+    return SeedOutcome(test=Accuracy(**test), **changed)
 
 
 def record_of(*seeds, complete=True, classes=10, **fields):

@@ -5,13 +5,13 @@ import pytest
 
 from selab.records.types import Machine
 from selab.training.recipe import recipes
-from selab.training.record import Accuracy, AccuracyRecord, DataSpec, Options, Outcome, Seed
+from selab.training.record import Accuracy, AccuracyRecord, DataSpec, Options, Seed, SeedOutcome
 from selab.training.verdict import compare_verdict, judge
 
 
 def outcome(top1_correct, top5_correct=9900, loss=0.3):
     test = Accuracy(images=10_000, top1_correct=top1_correct, top5_correct=top5_correct, loss=loss)
-    return Outcome(test=test, seconds=45.0, images_per_s=2500.0, epochs=())
+    return SeedOutcome(test=test, seconds=45.0, images_per_s=2500.0, epochs=())
 
 
 def record_of(baseline, variant, *, complete=True, **fields):

@@ -47,9 +47,9 @@ def group(name: str) -> tuple[str, ...]:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Install the project and run every test; arguments after -- go to pytest."""
+    """Install the project and run every test on two processes; arguments after -- go to pytest (`-n 0`: in one)."""
     session.install("-e", ".", *group("test"))
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "2", *session.posargs)
 
 
 @nox.session
@@ -78,16 +78,45 @@ def interop(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build the wheel, install it into this clean environment, leave the checkout, and use it there."""
+    """Build sdist and wheel, check metadata and stable ABI, install each into a clean environment, and use it there."""
     session.install(*group("build"))
     built = Path(session.create_tmp()) / "dist"
     shutil.rmtree(built, ignore_errors=True)
-    session.run("python", "-m", "build", "--wheel", "--outdir", str(built), ".")
+    # The wheel is built from the unpacked sdist, which proves that the sdist is complete.
+    session.run("python", "-m", "build", "--outdir", str(built), ".")
+    (sdist,) = built.glob("*.tar.gz")
+    (binary,) = built.glob("*-cp311-abi3-*.whl")
+    session.run("twine", "check", "--strict", str(sdist), str(binary))
+    session.run("abi3audit", "--strict", "--summary", str(binary))
     session.run("pip", "uninstall", "--yes", "selab", silent=True)
-    session.install(*map(str, built.glob("*.whl")))
+    session.install(str(binary))
+    use_installed(session)
+    # The dependencies are there from the wheel: the sdist has to bring only itself.
+    session.install("--force-reinstall", "--no-deps", str(sdist))
+    use_installed(session)
+
+
+def use_installed(session: nox.Session) -> None:
+    """Leave the checkout and use the installed package, its native code included."""
     with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
         session.run("selab", "archs")
-        session.run("selab", "count", "--arch", "se_mobilenet")
+        session.run("selab", "count", "--arch", "se_mobilenet", "--json", "cost.json")
+        check = "from selab.kernels.cpu import native_reason; assert not native_reason(), native_reason()"
+        session.run("python", "-c", check)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/; broken links and anchors are errors; arguments after -- go to mkdocs."""
+    session.install(*group("docs"))
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def notebooks(session: nox.Session) -> None:
+    """Run the notebooks of docs/ from start to end."""
+    session.install("-e", ".", *group("notebooks"))
+    session.run("pytest", "--nbmake", "--nbmake-timeout", "300", "docs", *session.posargs)
 
 
 # What the tax is measured on: arguments of `selab tax`, on a CPU and with a GPU; and networks with SE of their own.

@@ -2,7 +2,6 @@
 
 import re
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
 import msgspec
@@ -11,6 +10,7 @@ from selab.attention.config import changed
 from selab.errors import SpecError, UnknownNameError, nearest
 from selab.models import external
 from selab.models.spec import Variant, parse_family, read_family
+from selab.records.toml import read_package
 
 
 @cache
@@ -20,15 +20,7 @@ def installed() -> dict[str, Variant]:
     Raises:
         SpecError: a file is malformed, or a name is used by two families.
     """
-    found: dict[str, Variant] = {}
-    for entry in sorted(files("selab.archs").iterdir(), key=lambda entry: entry.name):
-        if not entry.name.endswith(".toml"):
-            continue
-        for name, variant in parse_family(entry.read_text(encoding="utf-8"), origin=f"archs/{entry.name}").items():
-            if name in found:
-                raise SpecError(f"{variant.origin}: variants.{name}: the name is taken by {found[name].origin}")
-            found[name] = variant
-    return found
+    return read_package("selab.archs", parse_family, header="variants")
 
 
 def find(word: str, *, option: str = "--arch") -> Variant:

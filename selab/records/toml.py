@@ -2,15 +2,18 @@
 
 import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Protocol, TypeVar, get_args
 
 import msgspec
 
 from selab.errors import SpecError
 
 _T = TypeVar("_T", bound=msgspec.Struct)
+_Value = TypeVar("_Value")
+_Value_co = TypeVar("_Value_co", covariant=True)
 
 
 def read_tables(path: Path, header: str) -> dict[str, object]:
@@ -25,6 +28,41 @@ def read_tables(path: Path, header: str) -> dict[str, object]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SpecError(f"{path}: cannot be read: {reason}") from None
     return parse_tables(text, header, origin=str(path))
+
+
+def read_package(package: str, parse: "Parse[_Value]", *, header: str) -> dict[str, _Value]:
+    """Read every TOML file of a package, in alphabetical order.
+
+    Args:
+        package: the package's name; messages call its files by the last part of it, `archs/resnet.toml`.
+        parse: reads one file's text; returns its values by name.
+        header: what the tables of a file are called, for messages.
+
+    Returns:
+        The values of all files, by name.
+
+    Raises:
+        SpecError: a file is malformed, or two files use one name.
+    """
+    found: dict[str, _Value] = {}
+    places: dict[str, str] = {}
+    for entry in sorted(files(package).iterdir(), key=lambda entry: entry.name):
+        if not entry.name.endswith(".toml"):
+            continue
+        origin = f"{package.rpartition('.')[2]}/{entry.name}"
+        for name, value in parse(entry.read_text(encoding="utf-8"), origin=origin).items():
+            if name in found:
+                raise SpecError(f"{origin}: {header}.{name}: the name is taken by {places[name]}")
+            found[name], places[name] = value, origin
+    return found
+
+
+class Parse(Protocol[_Value_co]):
+    """A function that reads the text of a TOML file; `origin` is the file's name, for messages."""
+
+    def __call__(self, text: str, *, origin: str) -> Mapping[str, _Value_co]:
+        """Return the values of a text by name."""
+        ...
 
 
 def parse_tables(text: str, header: str, *, origin: str) -> dict[str, object]:

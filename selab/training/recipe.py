@@ -1,7 +1,7 @@
-"""Training recipes: the frozen facts, read strictly from TOML, and the learning rate that they mean.
+"""Training recipes: read strictly from TOML, and the learning rate schedules they define.
 
-A recipe says what a paper or a repository says about training, with its source. What it is applied to (network, data,
-seed, device) is no part of it.
+A recipe states what a paper or a repository says about training, with its source. The network, the data, the seed and
+the device are not part of it.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterator
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from selab.errors import SpecError, UnknownNameError, nearest
-from selab.records.toml import converted, parse_tables, read_tables
+from selab.records.toml import converted, parse_tables, read_package, read_tables
 from selab.records.types import Frozen
 
 Optimizer = Literal["sgd", "rmsprop"]
@@ -32,7 +31,7 @@ _Pixels = Annotated[int, Meta(ge=0)]
 
 
 class ImageRecipe(Frozen, frozen=True, kw_only=True):
-    """What is done to an image: random crop, mirror, rotation, jitter in training; resize and centre crop in tests.
+    """How an image is prepared: random crop, mirror, rotation, jitter in training; resize and centre crop in tests.
 
     By default all that the authors' release of the SENets names. The paper's own text (Sec. 5) names crop and mirror
     alone, and 299 crops of images resized to 352 for the Inception-ResNets; the release and timm evaluate SENet-154 at
@@ -150,27 +149,27 @@ class Recipe(Frozen, frozen=True, kw_only=True):
     image: ImageRecipe | None = None
 
     def suits(self, *, in_memory: bool) -> bool:
-        """Whether it says what is done to the images of such data: in memory, or in a folder."""
+        """Return whether its augmentation is for such data: in memory, or in a folder."""
         augments = bool(self.crop_pad or self.flip or self.cutout)
         return (self.image is None or augments) if in_memory else not augments
 
 
-# Fields that tell about a recipe and change nothing in a training.
+# Fields that describe a recipe and change nothing in a training.
 TELLING = ("name", "title", "source", "where", "note", "families")
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Twelve hex digits over what decides a training; names, sources and notes do not enter."""
+    """Return twelve hex digits over the fields that decide a training, without names, sources and notes."""
     facts = {key: value for key, value in msgspec.to_builtins(recipe).items() if key not in TELLING}
     return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:12]
 
 
 def lr_at(recipe: Recipe, epoch_fraction: float) -> float:
-    """The learning rate at a moment of the training.
+    """Return the learning rate at a moment of the training.
 
     Args:
-        recipe: the facts.
-        epoch_fraction: epochs since the beginning; 1.5 in the middle of the second one.
+        recipe: the schedule.
+        epoch_fraction: epochs since the start; 1.5 is the middle of the second one.
     """
     if epoch_fraction < recipe.warmup_epochs:
         rising = recipe.warmup == "linear"
@@ -189,11 +188,10 @@ def lr_at(recipe: Recipe, epoch_fraction: float) -> float:
 
 
 def adapted(recipe: Recipe, *, epochs: int | None = None, batch: int | None = None) -> Recipe:
-    """The recipe for another budget: the same schedule in fewer or more epochs, or another batch.
+    """Return the recipe for another budget: its schedule in fewer or more epochs, or another batch.
 
-    Milestones keep their share of the whole; the warm-up shrinks with it and never grows. The learning rate stays: a
-    batch that only has to fit into memory is better split (`accumulate`), and one that is meant to be another deserves
-    a recipe of its own.
+    Milestones keep their share of the whole; the warm-up shrinks with it and never grows. The learning rate stays. A
+    batch that does not fit into memory is better split (`accumulate`); a different batch deserves a recipe of its own.
 
     Raises:
         SpecError: fewer than one epoch, or an empty batch.
@@ -215,25 +213,16 @@ def adapted(recipe: Recipe, *, epochs: int | None = None, batch: int | None = No
 # ------------------------------------------------------------------------------------------------------------- reading
 @cache
 def recipes() -> dict[str, Recipe]:
-    """All recipes in `selab.training.recipes`, by name, files in alphabetical order and each in its own order.
+    """Return all recipes in `selab.training.recipes` by name, files in alphabetical order.
 
     Raises:
-        SpecError: a file is malformed, or a name is used by two files.
+        SpecError: a file is malformed, or two files use one name.
     """
-    found: dict[str, Recipe] = {}
-    for entry in sorted(files("selab.training.recipes").iterdir(), key=lambda entry: entry.name):
-        if not entry.name.endswith(".toml"):
-            continue
-        origin = f"recipes/{entry.name}"
-        for name, recipe in parse_recipes(entry.read_text(encoding="utf-8"), origin=origin).items():
-            if name in found:
-                raise SpecError(f"{origin}: recipes.{name}: the name is taken by another file")
-            found[name] = recipe
-    return found
+    return read_package("selab.training.recipes", parse_recipes, header="recipes")
 
 
 def find_recipe(word: str, *, option: str = "--recipe") -> Recipe:
-    """A recipe by its name, or from a user's own file as `path/to/file.toml[:NAME]`.
+    """Look up a recipe by its name, or in a user's own file as `path/to/file.toml[:NAME]`.
 
     Args:
         word: what the user wrote.
@@ -256,14 +245,14 @@ def find_recipe(word: str, *, option: str = "--recipe") -> Recipe:
 
 
 def default_recipe(family: str, *, in_memory: bool) -> Recipe:
-    """The recipe for who names none: one that names the family, else a general one for such data."""
+    """Return the recipe that a family uses by default, else the general one for such data."""
     suiting = [recipe for recipe in recipes().values() if recipe.suits(in_memory=in_memory)]
     general = recipes()["cifar_short" if in_memory else "imagenet_senet"]
     return next((recipe for recipe in suiting if family in recipe.families), general)
 
 
 def check_suits(recipe: Recipe, data: str, *, in_memory: bool) -> None:
-    """Refuses a recipe whose augmentation is for the other kind of data.
+    """Check that a recipe's augmentation is for this kind of data.
 
     Args:
         recipe: the facts.
@@ -271,13 +260,13 @@ def check_suits(recipe: Recipe, data: str, *, in_memory: bool) -> None:
         in_memory: whether the data lie in memory; else in a folder of images.
 
     Raises:
-        SpecError: the message names the recipes that there are for such data.
+        SpecError: it is for the other kind; the message names the recipes for this one.
     """
     if recipe.suits(in_memory=in_memory):
         return
     kind, other = ("images in memory", "image folders") if in_memory else ("image folders", "images in memory")
     fitting = ", ".join(name for name, one in recipes().items() if one.suits(in_memory=in_memory))
-    raise SpecError(f"--recipe {recipe.name}: is for {other}; for {kind}, such as {data}, take one of {fitting}")
+    raise SpecError(f"--recipe {recipe.name}: is for {other}; for {kind}, such as {data}, use one of {fitting}")
 
 
 def _of_file(path: Path) -> dict[str, Recipe]:
@@ -285,7 +274,7 @@ def _of_file(path: Path) -> dict[str, Recipe]:
 
 
 def parse_recipes(text: str, *, origin: str) -> dict[str, Recipe]:
-    """Reads a TOML of `[recipes.NAME]` tables.
+    """Read a TOML of `[recipes.NAME]` tables.
 
     Args:
         text: the file's content.
@@ -307,7 +296,7 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
         if not math.isfinite(value):
             raise SpecError(f"{place}.{key}: {value}: must be finite")
     if not recipe.source.strip() or not recipe.where.strip():
-        raise SpecError(f"{place}: source and where must say where the recipe stands")
+        raise SpecError(f"{place}: source and where must say where the recipe is from")
     if list(recipe.milestones) != sorted(set(recipe.milestones)) or max(recipe.milestones, default=0) >= recipe.epochs:
         raise SpecError(
             f"{place}.milestones: {list(recipe.milestones)}: must rise, and end before epoch {recipe.epochs}"
@@ -320,7 +309,7 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
 
 
 def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in dictionaries and lists, with its path."""
+    """Yield every number in dictionaries and lists, with its path."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _numbers(inner, f"{key}.{name}" if key else name)
@@ -332,12 +321,12 @@ def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def read_image_recipe(path: Path) -> ImageRecipe | None:
-    """What was done to the images that the weights in a file were trained on; None where the file does not say so.
+    """Return how the images were prepared that a file's weights were trained on; None if the file does not say.
 
     Raises:
-        WeightsError: the file cannot be read, or says what cannot be.
+        WeightsError: the file cannot be read, or its metadata is malformed.
     """
-    # Late: recipes are read without torch.
+    # Imported late: recipes are read without torch.
     from selab.models.checkpoint import WeightsError, line, read_metadata
 
     told = read_metadata(path).get("image")

@@ -710,11 +710,11 @@ class TestAccuracy:
             (["eval", "--arch", "small_cnn", "--weights", "none.pth", "--data", "synthetic"], "none.pth"),
             (
                 ["train", "--arch", "small_cnn", "--data", "imagenet", "--recipe", "cifar_short", "--data-dir", "none"],
-                "--recipe cifar_short: is for images in memory; for image folders, such as imagenet, take one of",
+                "--recipe cifar_short: is for images in memory; for image folders, such as imagenet, use one of",
             ),
             (
                 ["compare", "se_small_cnn", "--recipe", "imagenet_senet", "--data-dir", "none"],
-                "--recipe imagenet_senet: is for image folders; for images in memory, such as cifar10, take one of",
+                "--recipe imagenet_senet: is for image folders; for images in memory, such as cifar10, use one of",
             ),
         ],
     )

@@ -156,7 +156,7 @@ def test_the_hash_is_of_what_decides_a_training():
         ("milestones = [4, 8]", "milestones = [8, 4]", "must rise, and end before epoch 10"),
         ("milestones = [4, 8]", "milestones = [4, 10]", "must rise, and end before epoch 10"),
         ("epochs = 10", "epochs = 10\nwarmup_epochs = 10", "warmup_epochs: 10: must be fewer than the 10 epochs"),
-        ('where = "Sec. 1"', 'where = " "', "source and where must say where the recipe stands"),
+        ('where = "Sec. 1"', 'where = " "', "source and where must say where the recipe is from"),
         ("rotation_deg = 0", "rotation_deg = 200", "recipes.toy.image: rotation_deg: 200.0; must be 0 to 180"),
         ("rotation_deg = 0", "rotate = 1", "recipes.toy.image.rotate: unknown key; allowed: train_size, scale"),
     ],
@@ -200,7 +200,7 @@ def test_a_recipe_is_for_images_in_memory_or_in_folders():
         r"of imagenet_senet, imagenet_senet_299, imagenet_senet_270, imagenet_release$",
     ):
         check_suits(find_recipe("cifar_short"), "imagenet", in_memory=False)
-    with pytest.raises(SpecError, match=r"--recipe imagenet_senet: is for image folders; .* take one of cifar_res"):
+    with pytest.raises(SpecError, match=r"--recipe imagenet_senet: is for image folders; .* use one of cifar_res"):
         check_suits(find_recipe("imagenet_senet"), "cifar10", in_memory=True)
     # One that asks for nothing is for both.
     for in_memory in (True, False):

@@ -11,6 +11,7 @@ from selab.cli.checks import check, diff
 from selab.cli.console import print_error
 from selab.cli.measure import profile, roofline, show_machine, tax, timeline
 from selab.cli.networks import archs, count, show, sites
+from selab.cli.new import new_app
 from selab.cli.render import plot, schema, table
 from selab.cli.sweep import sweep
 from selab.cli.training import compare, evaluate, train
@@ -77,6 +78,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., object]]] = {
 for _group, _members in _COMMANDS.items():
     for _name, _command in _members.items():
         app.command(_name, rich_help_panel=_group)(_command)
+app.add_typer(new_app, name="new", rich_help_panel="Networks")
 app.add_typer(weights_app, name="weights", rich_help_panel="Networks")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from selab.attention.config import ExternalConfig, Init, SiteConfig
 from selab.attention.insert import insert_se
 from selab.attention.se import SqueezeExcitation
-from selab.attention.user_code import beside
+from selab.attention.user_code import beside, imported
 from selab.errors import InsertionError, ModelError, SelabError, SpecError
 from selab.meta import first_line
 from selab.models import external
@@ -62,6 +62,8 @@ def build(
         ModelError: the network fails on the input of its facts.
     """
     builder = _builder(variant)
+    if not callable(builder):
+        raise SpecError(f"{variant.origin}: builder: {variant.builder!r} is not callable; name a function or a class")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -108,6 +110,14 @@ def _builder(variant: Variant):  # type: ignore[no-untyped-def]
     if variant.builder in external.BUILDERS:
         return external.BUILDERS[variant.builder]
     module_name, _, attribute = variant.builder.partition(":")
+    beside_it = Path(variant.file).resolve().parent / f"{module_name}.py" if variant.file else None
+    if beside_it is not None and beside_it.is_file():
+        # Loaded by its path: two folders may have modules of one name.
+        try:
+            with imported(f"{beside_it}:{attribute}") as found:
+                return found
+        except SpecError as error:
+            raise SpecError(f"{variant.origin}: builder: {variant.builder!r} cannot be imported: {error}") from error
     with _import_beside(variant):
         try:
             return getattr(importlib.import_module(module_name), attribute)

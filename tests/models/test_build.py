@@ -73,7 +73,7 @@ def test_a_user_s_module_beside_the_toml(tmp_path):
         (
             CODE,
             {"toy_family:build": "toy_family:make"},
-            "cannot be imported: module 'toy_family' has no attribute 'make'",
+            "cannot be imported: .*toy_family.py:make: there is no such name in it; known: build",
         ),
         (CODE.replace("num_classes):", "classes):"), {}, "refuses its arguments"),
         ("def build(num_classes):\n    return 3\n", {}, "returns no torch.nn.Module"),

@@ -196,7 +196,7 @@ def test_a_family_exists_and_has_one_default_for_each_kind_of_data():
 def test_a_recipe_is_for_images_in_memory_or_in_folders():
     with pytest.raises(
         SpecError,
-        match=r"--recipe cifar_short: is for images in memory; for image folders, such as imagenet, take one "
+        match=r"--recipe cifar_short: is for images in memory; for image folders, such as imagenet, use one "
         r"of imagenet_senet, imagenet_senet_299, imagenet_senet_270, imagenet_release$",
     ):
         check_suits(find_recipe("cifar_short"), "imagenet", in_memory=False)

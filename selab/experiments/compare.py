@@ -30,7 +30,6 @@ from selab.training.evaluate import check_network
 from selab.training.progress import TrainingProgress
 from selab.training.recipe import Recipe, adapted
 from selab.training.record import (
-    FOLDER,
     AccuracyRecord,
     DataSpec,
     Options,
@@ -454,9 +453,4 @@ def read_compared(folder: Path) -> list[Compared]:
     Raises:
         RecordError: no such folder, the folder above those of machines, or a record that cannot be trusted.
     """
-    if not folder.is_dir():
-        raise RecordError(f"{folder}: is no folder; name the folder of one machine's records")
-    below = sorted(path.parent.name for path in folder.glob(f"*/{FOLDER}") if path.is_dir())
-    if below and not (folder / FOLDER).is_dir():
-        raise RecordError(f"{folder}: holds no comparisons; there are some in its folders {', '.join(below)}")
     return [compared(record, folder) for record in read_accuracy_records(folder)]

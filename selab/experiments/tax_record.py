@@ -13,7 +13,7 @@ import msgspec
 from selab.bench.devices import copy_bandwidth
 from selab.errors import RecordError
 from selab.models.provenance import is_bare
-from selab.records.store import file_name, read_text, write_atomically
+from selab.records.store import Store, read_text, write_atomically
 from selab.records.types import Dtype, Frozen, Insertion, Latency, Machine, Phase, Run, Workload, decoded, lined_json
 from selab.records.verdict import check
 
@@ -125,9 +125,8 @@ def words_of(name: str) -> str:
 
 
 def tax_path(out: Path, *, machine: str, arch: str, against: str | None, workload: str, phase: Phase) -> Path:
-    """`OUT/<machine>/tax/<arch>[-vs-<baseline>].<workload>.<phase>.json`; `against` is a baseline not its own."""
-    other = "" if against is None else f"-vs-{against}"
-    return out / machine / FOLDER / f"{file_name(arch + other)}.{workload}.{phase}.json"
+    """Return `OUT/<machine>/tax/<arch>[-vs-<baseline>].<workload>.<phase>.json`; as `Store.path`."""
+    return TAXES.path(out, machine=machine, arch=arch, against=against, parts=[workload, phase])
 
 
 def save_tax_record(record: TaxRecord, path: Path) -> None:
@@ -159,19 +158,16 @@ def read_tax_record(path: Path) -> TaxRecord:
 
 
 def read_tax_records(folder: Path) -> list[TaxRecord]:
-    """Every record in a machine's folder, in the order of their names; none where it holds none.
+    """Return every record in a machine's folder, in the order of their names; empty if there is none.
 
     Raises:
-        RecordError: no such folder, the folder above those of machines, or a record that cannot be trusted.
+        RecordError: no such folder, the folder above those of machines, or a record that fails its check.
     """
-    if not folder.is_dir():
-        raise RecordError(f"{folder}: is no folder; name that of one machine's records")
-    below = sorted(path.parent.name for path in folder.glob(f"*/{FOLDER}") if path.is_dir())
-    if below and not (folder / FOLDER).is_dir():
-        raise RecordError(
-            f"{folder}: holds no records of `selab tax`; there are some in its folders {', '.join(below)}"
-        )
-    return [read_tax_record(path) for path in sorted((folder / FOLDER).glob("*.json"))]
+    return TAXES.read_folder(folder, required=False)
+
+
+TAXES = Store(folder=FOLDER, title="records of `selab tax`", command="selab tax", read=read_tax_record)
+"""The comparisons of implementations on disk."""
 
 
 def controls_of(pairs: tuple[TaxPair, ...], method: str) -> tuple[Run, ...]:

@@ -1,13 +1,18 @@
-"""Records on disk: where they go, written whole or not at all, read back and held against their own samples."""
+"""Records on disk: their paths, atomic writing, and reading with a check against their own samples.
+
+There are three families of records, each with a `Store`: profiles, comparisons of trained networks, and comparisons of
+implementations. All of a machine lie in its folder.
+"""
 
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -17,21 +22,99 @@ from selab.records.types import Latency, Record, from_json, to_json
 from selab.records.verdict import check
 
 _NAME_BYTES = 120
+_NO_MACHINES = ("accuracy", "tax", "acceptance", "timeline")
+_PARTIAL, _FAILED = ".partial.json", ".failed.json"
 _K = TypeVar("_K", bound=str)
+_R = TypeVar("_R")
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Store(Generic[_R]):
+    """One family of records on disk.
+
+    Attributes:
+        folder: below a machine's folder; empty for the machine's folder itself.
+        title: the records in messages, as a plural: `comparisons`.
+        command: makes a record.
+        read: reads one file.
+    """
+
+    folder: str
+    title: str
+    command: str
+    read: Callable[[Path], _R]
+
+    def path(self, out: Path, *, machine: str, arch: str, against: str | None, parts: Sequence[str]) -> Path:
+        """Return `OUT/<machine>/[<folder>/]<arch>[-vs-<baseline>].<part>.<part>.json`.
+
+        Args:
+            out: the folder of all machines.
+            machine: its name.
+            arch: the variant.
+            against: the baseline; None if it is the variant's own.
+            parts: what else distinguishes the record: the workload, the phase, the data, the recipe.
+        """
+        name = file_name(arch if against is None else f"{arch}-vs-{against}")
+        return out / machine / self.folder / ".".join([name, *parts, "json"])
+
+    def files(self, folder: Path, *, partial: bool = False) -> list[Path]:
+        """Return the files of a machine's complete records in the order of their names.
+
+        Args:
+            folder: the machine's.
+            partial: include what an interruption left, where there is no complete record of the same name.
+        """
+        found = sorted((folder / self.folder).glob("*.json"))
+        complete = [path for path in found if not path.name.endswith((_PARTIAL, _FAILED))]
+        left = [path for path in found if path.name.endswith(_PARTIAL)] if partial else []
+        return sorted([*complete, *(path for path in left if path not in map(partial_path, complete))])
+
+    def read_folder(self, folder: Path, *, partial: bool = False, required: bool = True) -> list[_R]:
+        """Return the records of one machine, in the order of their files' names.
+
+        Args:
+            folder: the machine's.
+            partial: as in `files`.
+            required: raise where there is none; otherwise only where the folders below hold some.
+
+        Raises:
+            RecordError: no such folder, no record in it, or one that fails its check.
+        """
+        if not folder.is_dir():
+            raise RecordError(f"{folder}: not a folder; name the folder of one machine's records")
+        paths = self.files(folder, partial=partial)
+        others = [each for each in folder.iterdir() if each.is_dir() and each.name not in _NO_MACHINES]
+        below = [] if paths else sorted(each.name for each in others if self.files(each))
+        if below:
+            raise RecordError(f"{folder}: contains no {self.title}; its subfolders do: {', '.join(below)}")
+        if required and not paths:
+            raise RecordError(f"{folder}: contains no {self.title}; make some with `{self.command}`")
+        return [self.read(path) for path in paths]
+
+    def read_folders(self, folders: Iterable[Path], *, partial: bool = False, required: bool = True) -> list[_R]:
+        """Return the records of several machines, folder by folder; a folder that is named twice is read once.
+
+        Raises:
+            RecordError: as `read_folder`.
+        """
+        chosen = {folder.resolve(): folder for folder in folders}
+        return [
+            record
+            for folder in chosen.values()
+            for record in self.read_folder(folder, partial=partial, required=required)
+        ]
+
+
 def record_path(out: Path, *, machine: str, arch: str, against: str | None, workload: str) -> Path:
-    """`OUT/<machine>/<arch>[-vs-<baseline>].<workload>.json`; the baseline is named if it is not the variant's own."""
-    other = "" if against is None else f"-vs-{against}"
-    return out / machine / f"{file_name(arch + other)}.{workload}.json"
+    """Return `OUT/<machine>/<arch>[-vs-<baseline>].<workload>.json`, the path of a profile."""
+    return PROFILES.path(out, machine=machine, arch=arch, against=against, parts=[workload])
 
 
 def file_name(arch: str) -> str:
-    """An architecture's name as the name of a file: `timm:resnet50+sites=layer*.*.bn3` has no place in one.
+    """Return an architecture's name as a file name: `timm:resnet50+sites=layer*.*.bn3` contains reserved characters.
 
-    Of a long name, as of one with a site for each block, the beginning stays, and a hash of all of it; file systems
-    take 255 bytes, and what follows the name needs its share.
+    A long name is cut and ends in a hash of the whole; file systems allow 255 bytes, and the suffix needs its share.
     """
     name = re.sub(r"[^\w.+=,-]", "-", arch).lstrip("-.")
     if len(name.encode()) <= _NAME_BYTES:
@@ -41,23 +124,23 @@ def file_name(arch: str) -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """Where an interrupted profile is kept."""
-    return path.with_suffix(".partial.json")
+    """Return the path of an interrupted record."""
+    return path.with_suffix(_PARTIAL)
 
 
 def failed_path(path: Path) -> Path:
-    """Where it is kept that a record could not be made."""
-    return path.with_suffix(".failed.json")
+    """Return the path of the note that a record could not be made."""
+    return path.with_suffix(_FAILED)
 
 
 def check_writable(path: Path, *, replace: bool) -> None:
-    """Finds out beforehand whether a file can be written; creates nothing.
+    """Check beforehand that a file can be written; create nothing.
 
     Raises:
         RecordError: it exists and may not be replaced, or its folder cannot be written.
     """
     if path.is_dir():
-        raise RecordError(f"{path}: cannot be written: is a folder; name a file in it")
+        raise RecordError(f"{path}: is a folder; name a file in it")
     if path.exists() and not replace:
         raise RecordError(f"{path}: exists; give --replace to write over it, or name another folder with --out")
     existing = next(parent for parent in path.absolute().parents if parent.exists())
@@ -69,7 +152,7 @@ def check_writable(path: Path, *, replace: bool) -> None:
 
 
 def save(record: Record, path: Path) -> None:
-    """Writes a record; a complete one takes the place of what an interruption left.
+    """Write a record; a complete one replaces what an interruption left.
 
     Raises:
         RecordError: the folder cannot be written.
@@ -81,7 +164,7 @@ def save(record: Record, path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside the target and renames, so that a reader sees the old file or the new one.
+    """Write to a temporary file in the same folder and rename it: a reader sees the old file or the new one.
 
     Raises:
         RecordError: the folder cannot be written, or is full.
@@ -94,7 +177,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a file beside the target to write to, which takes the target's place at the end.
+    """Yield a temporary file in the same folder, which replaces the target at the end.
 
     Raises:
         RecordError: the folder cannot be written, or is full.
@@ -118,7 +201,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def read_text(path: Path) -> str:
-    """A text file's content.
+    """Return a text file's content.
 
     Raises:
         RecordError: it cannot be read.
@@ -130,29 +213,24 @@ def read_text(path: Path) -> str:
         raise RecordError(f"{path}: cannot be read: {reason}") from None
 
 
-def read_records(folder: Path) -> list[Record]:
-    """All records in a machine's folder, each checked as by `read_record`; interrupted and failed ones are left out.
+def read_records(folder: Path, *, partial: bool = False) -> list[Record]:
+    """Return all profiles in a machine's folder, each checked as by `read_record`.
+
+    Args:
+        folder: the machine's.
+        partial: include interrupted ones, where there is no complete profile of the same name.
 
     Raises:
-        RecordError: no such folder, no record in it, or one that cannot be trusted.
+        RecordError: no such folder, no record in it, or one that fails its check.
     """
-    if not folder.is_dir():
-        raise RecordError(f"{folder}: is no folder; name the folder of one machine's records")
-    paths = [
-        path for path in sorted(folder.glob("*.json")) if not path.name.endswith((".partial.json", ".failed.json"))
-    ]
-    if not paths:
-        below = sorted({path.parent.name for path in folder.glob("*/*.json")})
-        hint = f"; there are some in its folders {', '.join(below)}" if below else "; measure with `selab profile`"
-        raise RecordError(f"{folder}: holds no records{hint}")
-    return [read_record(path) for path in paths]
+    return PROFILES.read_folder(folder, partial=partial)
 
 
 def read_record(path: Path) -> Record:
-    """One record; its latencies are computed again from its raw samples, and their words written anew.
+    """Return one profile, complete or partial; its latencies and their words are computed again from its raw samples.
 
     Raises:
-        RecordError: the file is no record, or its figures are not those of its samples; names the file and the field.
+        RecordError: the file is not a record, or its figures disagree with its samples; names the file and the field.
     """
     record = from_json(read_text(path).encode(), where=str(path))
     try:
@@ -167,10 +245,10 @@ def read_record(path: Path) -> Record:
 
 
 def read_acceptance(folder: Path) -> Acceptance:
-    """What the nox sessions that time selab itself left in a machine's folder; nothing where they were not run.
+    """Return the results of the nox sessions that time selab itself; empty where they were not run.
 
     Raises:
-        RecordError: a file is not what it should be.
+        RecordError: a file is malformed.
     """
 
     def read(name: str, kind: type[_T]) -> _T | None:
@@ -200,3 +278,8 @@ def _checked(latencies: Mapping[_K, Latency]) -> dict[_K, Latency]:
 
 def _checked_methods(methods: Mapping[str, Latency]) -> dict[str, Latency]:
     return {method: check(latency) for method, latency in methods.items()}
+
+
+PROFILES = Store(folder="", title="profiles", command="selab profile", read=read_record)
+"""What `selab profile` writes; the other stores are `selab.training.record.ACCURACIES` and
+`selab.experiments.tax_record.TAXES`."""

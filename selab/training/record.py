@@ -16,7 +16,7 @@ import msgspec
 
 from selab.errors import RecordError
 from selab.records import stats
-from selab.records.store import file_name, partial_path, read_text, write_atomically
+from selab.records.store import Store, file_name, partial_path, read_text, write_atomically
 from selab.records.types import Device, Frozen, Machine, decoded
 from selab.training.recipe import Recipe
 
@@ -304,9 +304,8 @@ def _mistaken(outcome: SeedOutcome, data: DataSpec) -> Iterator[str]:
 
 # --------------------------------------------------------------------------------------------------------------- files
 def accuracy_path(out: Path, *, machine: str, arch: str, against: str | None, data: str, recipe: str) -> Path:
-    """`OUT/<machine>/accuracy/<arch>[-vs-<baseline>].<data>.<recipe>.json`; `against` is a baseline not its own."""
-    other = "" if against is None else f"-vs-{against}"
-    return out / machine / FOLDER / f"{file_name(arch + other)}.{file_name(data)}.{file_name(recipe)}.json"
+    """Return `OUT/<machine>/accuracy/<arch>[-vs-<baseline>].<data>.<recipe>.json`; as `Store.path`."""
+    return ACCURACIES.path(out, machine=machine, arch=arch, against=against, parts=[file_name(data), file_name(recipe)])
 
 
 def save_accuracy_record(record: AccuracyRecord, path: Path) -> Path:
@@ -331,19 +330,22 @@ def save_accuracy_record(record: AccuracyRecord, path: Path) -> Path:
 
 
 def read_accuracy_records(folder: Path) -> list[AccuracyRecord]:
-    """Every complete record in a machine's folder, in the order of their names; none where it holds none.
+    """Return every complete comparison in a machine's folder, in the order of their names; empty if there is none.
 
     Raises:
-        RecordError: as `read_accuracy_record`.
+        RecordError: no such folder, the folder above those of machines, or as `read_accuracy_record`.
     """
-    paths = sorted((folder / FOLDER).glob("*.json"))
-    return [read_accuracy_record(path) for path in paths if not path.name.endswith(".partial.json")]
+    return ACCURACIES.read_folder(folder, required=False)
 
 
 def read_accuracy_record(path: Path) -> AccuracyRecord:
-    """One record, complete or partial.
+    """Return one record, complete or partial.
 
     Raises:
-        RecordError: the file cannot be read, is no such record, or holds counts that cannot be; names file and field.
+        RecordError: the file cannot be read, is not such a record, or contains impossible counts; names file and field.
     """
     return from_json(read_text(path).encode(), where=str(path))
+
+
+ACCURACIES = Store(folder=FOLDER, title="comparisons", command="selab compare", read=read_accuracy_record)
+"""The comparisons of trained networks on disk."""

@@ -344,7 +344,7 @@ class TestMistakes:
             (["count", "--arch", "none.toml"], "none.toml: cannot be read: No such file"),
             (["table", "papper-2"], "no such table; did you mean paper-2"),
             (["table", "latency"], "no records"),
-            (["table", "latency", "--profiles", "/no/such"], "is no folder"),
+            (["table", "latency", "--profiles", "/no/such"], "not a folder"),
             (["show", "resnet_50"], "show resnet_50: no such architecture; did you mean resnet50"),
             (["profile", "--arch", "se_mobilenet", "--baseline", "small_cn"], "--baseline small_cn: no such"),
             (["count", "--arch", "se_small_cnn", "--resolution", "64"], "give the shape that the network expects"),
@@ -770,7 +770,7 @@ class TestAccuracy:
     def test_the_file_of_the_result_is_tried_before_anything_is_done(self, selab, tmp_path, words):
         status, _, error = selab(*words, "--data-dir", tmp_path, "--no-download", "--json", tmp_path)
         assert status == 1
-        assert f"{tmp_path}: cannot be written: is a folder; name a file in it" in one_line(error)
+        assert f"{tmp_path}: is a folder; name a file in it" in one_line(error)
 
     def test_interrupted_while_the_networks_are_timed(self, selab, tmp_path, monkeypatch, compared_small_cnn):
         from selab.experiments.compare import Comparison

@@ -96,13 +96,13 @@ def test_a_machine_s_folder(record, tmp_path):
         path = tax_path(tmp_path, machine="", arch=arch, against=None, workload=record.workload.slug, phase="forward")
         save_tax_record(msgspec.structs.replace(record, arch=arch), path)
     assert [one.arch for one in read_tax_records(tmp_path)] == ["a", "b"]
-    with pytest.raises(RecordError, match="is no folder"):
+    with pytest.raises(RecordError, match="not a folder"):
         read_tax_records(tmp_path / "nothing")
 
 
 def test_the_folder_above_those_of_machines(record, tmp_path):
     save_tax_record(record, tmp_path / "here" / "tax" / "one.json")
-    with pytest.raises(RecordError, match="in its folders here"):
+    with pytest.raises(RecordError, match="its subfolders do: here"):
         read_tax_records(tmp_path)
 
 

@@ -184,9 +184,9 @@ def test_why_a_time_has_no_result_is_told(compared_small_cnn):
 def test_a_folder_that_holds_none_is_told_from_one_that_is_not_there(compared_small_cnn, tmp_path):
     folder = tmp_path / "here"
     written(compared_small_cnn(BASE, BETTER), folder)
-    with pytest.raises(RecordError, match="nowhere: is no folder"):
+    with pytest.raises(RecordError, match="nowhere: not a folder"):
         compare.read_compared(tmp_path / "nowhere")
-    with pytest.raises(RecordError, match="holds no comparisons; there are some in its folders here"):
+    with pytest.raises(RecordError, match="contains no comparisons; its subfolders do: here"):
         compare.read_compared(tmp_path)
     (tmp_path / "empty").mkdir()
     assert compare.read_compared(tmp_path / "empty") == []
@@ -204,4 +204,4 @@ def test_the_shell_shows_the_table_of_a_folder(selab, compared_small_cnn, tmp_pa
     written(compared_small_cnn(BASE, BETTER), tmp_path / "there")
     status, _, err = selab("table", "accuracy", "--profiles", tmp_path)
     assert status == 1
-    assert "holds no comparisons" in err
+    assert "contains no comparisons" in err

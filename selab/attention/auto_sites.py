@@ -135,7 +135,7 @@ def trace_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> Ends:
         ModelError: the forward pass fails with this input.
     """
     twin = meta_twin(model)
-    trace = _Trace(twin)
+    trace = _DataflowTrace(twin)
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     try:
         with evaluating(twin), torch.no_grad():
@@ -148,7 +148,7 @@ def trace_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> Ends:
     return _Finder(trace).ends()
 
 
-class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the values of one forward pass."""
 
     def __init__(self, twin: nn.Module) -> None:
@@ -242,7 +242,7 @@ class _Addition:
 class _Finder:
     """Reads ends off a trace."""
 
-    def __init__(self, trace: _Trace) -> None:
+    def __init__(self, trace: _DataflowTrace) -> None:
         self.values = trace.values
         self.modules: Mapping[str, nn.Module] = dict(trace.twin.named_modules())
         self.calls = trace.calls

@@ -21,7 +21,7 @@ from selab.bench.devices import copy_bandwidth
 from selab.bench.machine import threads_and_affinity
 from selab.bench.runner import DTYPES, prepare, translated_errors
 from selab.cost.rules import is_counted
-from selab.cost.tracer import Operation, trace
+from selab.cost.tracer import Operation, op_trace
 from selab.errors import ModelError
 from selab.records.types import Dtype, Workload
 
@@ -217,7 +217,9 @@ def roofline(
     Raises:
         ModelError: the network fails, or runs other operators here than on the meta device.
     """
-    traced = trace(model, (workload.batch, *workload.input_chw), dtype=DTYPES[workload.dtype], se_blocks=tuple(native))
+    traced = op_trace(
+        model, (workload.batch, *workload.input_chw), dtype=DTYPES[workload.dtype], se_blocks=tuple(native)
+    )
     if not measured:
         return Roofline(peaks=peaks, points=_points(traced.operations, peaks, None), whole_s=None)
     plain = prepare(model, workload)

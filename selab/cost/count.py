@@ -34,7 +34,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import nn
 
-from selab.cost.tracer import Example, Operation, Stage, Trace, as_written, trace
+from selab.cost.tracer import Example, Operation, OpTrace, Stage, as_written, op_trace
 from selab.records.types import Cost, Macs, OperatorCost, SECost, StageCost
 
 """Operator → rule. A custom operator is counted by adding its rule under its full name, `library::name`."""
@@ -63,10 +63,10 @@ def count(
     Raises:
         ModelError: the forward pass fails, or `se_blocks` names no module.
     """
-    return cost_of(model, trace(model, example, dtype=dtype, training=training, se_blocks=se_blocks))
+    return cost_of(model, op_trace(model, example, dtype=dtype, training=training, se_blocks=se_blocks))
 
 
-def cost_of(model: nn.Module, traced: Trace) -> Cost:
+def cost_of(model: nn.Module, traced: OpTrace) -> Cost:
     """The cost of a network from the trace of its forward pass."""
     model = as_written(model)
     operations = traced.operations
@@ -121,7 +121,7 @@ def _sizes(model: nn.Module) -> tuple[int, int]:
     return sum(params.values()), sum(buffers.values())
 
 
-def _se_cost(model: nn.Module, traced: Trace) -> SECost:
+def _se_cost(model: nn.Module, traced: OpTrace) -> SECost:
     params = {id(p): p for path in traced.se_blocks for p in model.get_submodule(path).parameters()}
     inside = [o for o in traced.operations if o.stage]
 

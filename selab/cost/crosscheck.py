@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from selab.cost.tracer import Example, ModuleCall, Operation, Trace, as_written, meta_arguments, trace
+from selab.cost.tracer import Example, ModuleCall, Operation, OpTrace, as_written, meta_arguments, op_trace
 from selab.errors import ModelError
 from selab.meta import first_line, meta_twin
 from selab.records.types import Counter, Difference
@@ -35,7 +35,7 @@ _GATES = {"sigmoid", "hardsigmoid", "tanh", "relu", "hardtanh", "clamp"}
 
 
 def compare(
-    model: nn.Module, example: Example, *, dtype: torch.dtype | None = None, traced: Trace | None = None
+    model: nn.Module, example: Example, *, dtype: torch.dtype | None = None, traced: OpTrace | None = None
 ) -> dict[str, Counter]:
     """The counters `fvcore`, `thop`, `torch` and `torch_backward` beside ours, for one pass in eval mode.
 
@@ -51,7 +51,7 @@ def compare(
         ModelError: the model's own forward pass fails.
     """
     model = as_written(model)
-    traced = traced or trace(model, example, dtype=dtype, details=True)
+    traced = traced or op_trace(model, example, dtype=dtype, details=True)
     return {
         "fvcore": fvcore_counter(model, example, traced),
         "thop": thop_counter(model, example, traced),
@@ -60,7 +60,7 @@ def compare(
     }
 
 
-def fvcore_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
+def fvcore_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
     """What fvcore's FlopCountAnalysis says: its "flops" are MACs, and BatchNorm and adaptive pooling are among them.
 
     Args:
@@ -86,7 +86,7 @@ def fvcore_counter(model: nn.Module, example: Example, traced: Trace) -> Counter
     return _counter("fvcore", "macs", _ours(traced), differences, lambda: run(*_twin(model, example)))
 
 
-def thop_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
+def thop_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
     """What thop's profile says: MACs of the module types that it knows, BatchNorm among them; functions are zero.
 
     Its rules for recurrent layers are not explained and stay in the remainder.
@@ -115,7 +115,7 @@ def thop_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
     return _counter("thop", "macs", _ours(traced), predicted, lambda: run(*_twin(model, example)))
 
 
-def torch_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
+def torch_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
     """What torch's FlopCounterMode says of a forward pass: two FLOPs per MAC of convolutions and matrix products.
 
     Args:
@@ -133,7 +133,7 @@ def torch_counter(model: nn.Module, example: Example, traced: Trace) -> Counter:
     return _counter("torch", "flops", 2 * _ours(traced), differences, lambda: run(*_twin_and_keywords(model, example)))
 
 
-def torch_counter_backward(model: nn.Module, example: Example, traced: Trace) -> Counter:
+def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
     """What torch's FlopCounterMode says of forward and backward of the sum of the outputs.
 
     torch 2.13 counts the weight gradient of a grouped convolution `groups` times.
@@ -326,7 +326,7 @@ def _general_convolution(
 
 
 # ---------------------------------------------------------------------------------------------- predicting their totals
-def _ours(traced: Trace) -> int:
+def _ours(traced: OpTrace) -> int:
     return sum(o.macs for o in traced.operations)
 
 
@@ -334,7 +334,7 @@ def _amounts(amounts: Mapping[str, int]) -> list[Difference]:
     return [Difference(cause=cause, amount=amount) for cause, amount in amounts.items() if amount]
 
 
-def _se_note(traced: Trace, *, squeeze_counted: bool = False) -> list[Difference]:
+def _se_note(traced: OpTrace, *, squeeze_counted: bool = False) -> list[Difference]:
     """What a counter leaves out of an SE block, as differences of amount zero: it is in our `all`, not in `ours`."""
     inside = [o for o in traced.operations if o.stage]
     parts = [] if squeeze_counted else sorted({f"squeeze by {o.name}" for o in inside if o.stage == "squeeze"})
@@ -343,7 +343,7 @@ def _se_note(traced: Trace, *, squeeze_counted: bool = False) -> list[Difference
     return [Difference(cause=f"SE {part}, not counted", amount=0) for part in parts]
 
 
-def _fvcore_differences(traced: Trace) -> list[Difference]:
+def _fvcore_differences(traced: OpTrace) -> list[Difference]:
     """Source: fvcore 0.1.5 `nn/flop_count.py` and `nn/jit_handles.py`."""
     amounts: Tally[str] = Tally()
     squeezes_counted = True
@@ -397,7 +397,7 @@ def _thop_rules() -> Mapping[type[nn.Module], object]:
     return rules
 
 
-def _thop_differences(model: nn.Module, traced: Trace) -> list[Difference]:
+def _thop_differences(model: nn.Module, traced: OpTrace) -> list[Difference]:
     """Source: thop 0.1.1 `profile.py` and `vision/basic_hooks.py`."""
     known = _thop_rules()
     hooked, summed = _thop_visits(model, known)
@@ -497,7 +497,7 @@ def _thop_cause(module: nn.Module, theirs: int, ours: int, is_squeeze: bool) -> 
     return f"{title}, {theirs} MACs instead of {ours}" if ours else f"{title}, by a rule of its own"
 
 
-def _torch_uncounted(traced: Trace) -> dict[str, int]:
+def _torch_uncounted(traced: OpTrace) -> dict[str, int]:
     """Operators with arithmetic that FlopCounterMode passes over."""
     return dict(
         Tally(
@@ -508,7 +508,7 @@ def _torch_uncounted(traced: Trace) -> dict[str, int]:
     )
 
 
-def _torch_missing(traced: Trace, *, backward: bool) -> list[Difference]:
+def _torch_missing(traced: OpTrace, *, backward: bool) -> list[Difference]:
     amounts: Tally[str] = Tally()
     for o in traced.operations:
         if o.macs and o.operator not in _TORCH_PRODUCTS:

@@ -92,7 +92,7 @@ class ModuleCall:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trace:
+class OpTrace:
     """All operators of one forward pass, in order; views and memory that nobody wrote are left out.
 
     Attributes:
@@ -531,7 +531,7 @@ def _on_meta(value: Any) -> Any:
     return type(value)(_on_meta(item) for item in value) if type(value) in (list, tuple) else value
 
 
-def trace(
+def op_trace(
     model: nn.Module,
     example: Example,
     *,
@@ -539,7 +539,7 @@ def trace(
     training: bool = False,
     se_blocks: Collection[str] = (),
     details: bool = False,
-) -> Trace:
+) -> OpTrace:
     """Every operator of one forward pass with its cost; no kernel runs and the model stays as it was.
 
     Args:
@@ -572,7 +572,7 @@ def trace(
             f"{type(model).__name__}: counting fails in {tracer.where} with an input of shape {given}: "
             f"{first_line(error)}; pass the input that the network expects"
         ) from error
-    return Trace(
+    return OpTrace(
         operations=tuple(tracer.operations),
         calls=dict(tracer.calls),
         module_calls=tuple(tracer.module_calls),

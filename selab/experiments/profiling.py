@@ -18,7 +18,7 @@ from selab.bench.memory import memory
 from selab.bench.runner import DTYPES, check_device, mode_of
 from selab.cost.count import cost_of, count
 from selab.cost.crosscheck import compare
-from selab.cost.tracer import trace
+from selab.cost.tracer import op_trace
 from selab.errors import ModelError, RecordError
 from selab.experiments.job import Job, Request, resolve
 from selab.experiments.workers import Failed, Report, build_pair, raw_runs, raw_runs_of_children
@@ -187,7 +187,7 @@ def _counted(
     dtype = DTYPES[workload.dtype]
     model = built.model
     try:
-        traced = trace(model, shape, dtype=dtype, se_blocks=built.native, details=counters)
+        traced = op_trace(model, shape, dtype=dtype, se_blocks=built.native, details=counters)
     except ModelError as error:
         raise ModelError(f"{variant.place}: {error}") from error
     cost = cost_of(model, traced)

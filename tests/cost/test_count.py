@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.cost.count import count
 from selab.cost.rules import RULES, Rule, Work
-from selab.cost.tracer import trace
+from selab.cost.tracer import op_trace
 from selab.errors import ModelError
 from selab.models.build import build
 from selab.models.catalog import find
@@ -157,7 +157,7 @@ def test_batch_norm_computes_statistics_in_train_mode() -> None:
     ],
 )
 def test_shapes_are_those_of_the_real_pass(module: nn.Module) -> None:
-    calls = trace(module, (2, 4, 11, 11), details=True).module_calls
+    calls = op_trace(module, (2, 4, 11, 11), details=True).module_calls
     assert calls[-1].output_shape == tuple(module(torch.randn(2, 4, 11, 11)).shape)
 
 
@@ -624,7 +624,7 @@ def test_a_failing_model_is_named_with_the_place() -> None:
 @pytest.mark.parametrize("batch", [10**17, 10**20])
 def test_an_input_that_no_tensor_can_hold_is_told_in_one_line(batch: int) -> None:
     with pytest.raises(ModelError, match=rf"^no input of shape \({batch}, 3, 8, 8\): too large; pass"):
-        trace(nn.Conv2d(3, 4, 1), (batch, 3, 8, 8))
+        op_trace(nn.Conv2d(3, 4, 1), (batch, 3, 8, 8))
 
 
 def test_values_cannot_steer_the_forward_pass() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from selab.attention.config import BLOCKS
 from selab.cost.crosscheck import compare, fvcore_counter, thop_counter
-from selab.cost.tracer import trace
+from selab.cost.tracer import op_trace
 from selab.errors import ModelError
 from selab.models.build import build
 from selab.models.catalog import find
@@ -84,7 +84,7 @@ def test_the_rules_of_the_three() -> None:
     area, channels = 36, 8
     ours = 3 * channels * 9 * area + 2 * channels * 2
     model = small_network()
-    traced = trace(model, (1, 3, 6, 6), se_blocks=["3"], details=True)
+    traced = op_trace(model, (1, 3, 6, 6), se_blocks=["3"], details=True)
     counters = compare(model, (1, 3, 6, 6), traced=traced)
     assert_explained(counters)
 
@@ -284,7 +284,7 @@ def test_a_counter_that_fails_says_so_in_one_line() -> None:
 def test_a_counter_that_cannot_be_imported(counter: Any, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, module, None)
     model = nn.Linear(3, 5)
-    result = counter(model, (2, 3), trace(model, (2, 3), details=True))
+    result = counter(model, (2, 3), op_trace(model, (2, 3), details=True))
     assert result.total is None
     assert module in result.error
 

@@ -153,9 +153,10 @@ class SqueezeExcitation(CachedDispatch, Attention):
             raise InsertionError(f"squeeze_channels {width}: must be at least 1")
         self.squeeze_channels = width
         self.squeeze = Squeeze(squeeze)
-        self.fc1 = nn.Linear(channels, width, bias=bias)
+        linear = PositionLinear if squeeze == "none" else nn.Linear
+        self.fc1 = linear(channels, width, bias=bias)
         self.activation = ACTIVATIONS[activation](inplace=True)
-        self.fc2 = nn.Linear(width, channels, bias=bias)
+        self.fc2 = linear(width, channels, bias=bias)
         self.gate = GATES[gate]()
         affine = _IDENTITY_AFFINE.get(gate) if init == "identity" else None
         self.register_buffer("gate_affine", None if affine is None else torch.tensor(affine))
@@ -319,16 +320,23 @@ class SqueezeExcitation(CachedDispatch, Attention):
         return f"{self.channels} → {self.squeeze_channels}"
 
 
-def _layer(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A fully connected layer on (N, C), or at every position of (N, C, H, W)."""
-    if x.dim() == 2:
+class PositionLinear(nn.Linear):
+    """A fully connected layer over the channels at every position, computed as a 1x1 convolution.
+
+    Shapes: (N, C, H, W) to (N, C', H, W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', H, W)."""
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+def _layer(x: Tensor, layer: nn.Module) -> Tensor:
+    """Call a layer on (N, C), or at every position of (N, C, H, W)."""
+    if x.dim() == 2 or isinstance(layer, PositionLinear):
         out: Tensor = layer(x)
         return out
-    # Hooks on all modules, as a counter's, see the operation itself.
-    own_hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    if type(layer) is nn.Linear and _is_plain(layer) and not own_hooks:
-        return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
-    # Somebody else's layer, or one that is watched, has to be called, with the channels last.
+    # Somebody else's layer, which takes the channels last.
     moved: Tensor = layer(x.movedim(1, -1)).movedim(-1, 1)
     return moved
 

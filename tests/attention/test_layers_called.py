@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from selab.attention.blocks import CBAM, ESE, SCSE
-from selab.attention.se import SqueezeExcitation
+from selab.attention.se import PositionLinear, SqueezeExcitation
 
 BLOCKS = [
     lambda: SqueezeExcitation(16, 4),
@@ -47,7 +47,8 @@ class LowRank(nn.Module):
         self.up = nn.Linear(2, layer.out_features, bias=False)
 
     def forward(self, x):
-        return self.layer(x) + self.up(self.down(x))
+        out = self.layer(x.movedim(-1, 1)).movedim(1, -1) if isinstance(self.layer, PositionLinear) else self.layer(x)
+        return out + self.up(self.down(x))
 
 
 def test_dynamic_quantisation(block, x):
@@ -55,7 +56,8 @@ def test_dynamic_quantisation(block, x):
         # torch 2.13 deprecates quantised tensors; who still uses them must not meet an error of ours.
         warnings.simplefilter("ignore")
         quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(block), {nn.Linear})
-        assert any("quantized" in type(one).__module__ for one in quantised.modules())
+        changed = any("quantized" in type(one).__module__ for one in quantised.modules())
+        assert changed == any(type(one) is nn.Linear for one in block.modules())
         with torch.inference_mode():
             torch.testing.assert_close(quantised(x), block(x), atol=0.05, rtol=0.05)
 
@@ -76,7 +78,7 @@ def test_a_wrapped_layer_is_called(block, x):
 def test_a_hook_sees_every_layer(block, x):
     seen = []
     for path, layer in linears(block).items():
-        layer.register_forward_hook(lambda _module, _args, out, path=path: seen.append((path, out.shape[-1])))
+        layer.register_forward_hook(lambda _module, _args, out, path=path: seen.append((path, out.shape)))
     block(x)
     assert {path for path, _ in seen} == linears(block).keys()
 
@@ -100,9 +102,16 @@ def test_weight_norm(block, x):
     torch.testing.assert_close(block(x), plain)
 
 
+def zeros(x, layer):
+    """Of the shape that a layer returns, whose channels come last or, at every position, second."""
+    shape = list(x.shape)
+    shape[1] = layer.out_features
+    return x.new_zeros(shape)
+
+
 def test_a_forward_of_its_own(block, x):
     for layer in linears(block).values():
-        layer.forward = lambda x, layer=layer: x.new_zeros(*x.shape[:-1], layer.out_features)
+        layer.forward = lambda x, layer=layer: zeros(x, layer)
     reference = copy.deepcopy(block)
     for layer in linears(reference).values():
         del layer.forward

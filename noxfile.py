@@ -150,7 +150,7 @@ def has_gpu(session: nox.Session) -> bool:
 def report(session: nox.Session, folder: str) -> None:
     """Render a machine's README from its records."""
     records = ["--profiles", folder] if any(Path(folder).glob("*.json")) else []
-    session.run("selab", "table", "report", *records, "--out", f"{folder}/README.md")
+    session.run("selab", "table", "report", *records, "--out", f"{folder}/README.md", "--replace")
 
 
 @nox.session
@@ -185,17 +185,17 @@ def readme(session: nox.Session) -> None:
     for trained in dict.fromkeys(one for one in linked if (Path(one) / "accuracy").is_dir()):
         session.run("selab", "table", "accuracy", "--profiles", trained, "--into", "README.md")
         axes = ("--x", "latency", "--y", "top1_error_trained")
-        session.run("selab", "plot", "accuracy", *axes, "--profiles", trained, "--out", "docs/bought.svg")
+        session.run("selab", "plot", "accuracy", *axes, "--profiles", trained, "--out", "docs/bought.svg", "--replace")
     taxed = re.search(r"\.\./(profiles/[^/)]+)", Path("docs/se-tax.md").read_text(encoding="utf-8"))
     if taxed is not None:
         session.run("selab", "table", "tax", "--profiles", taxed[1], "--into", "docs/se-tax.md")
         record = f"{taxed[1]}/tax/se_resnet50.cpu-b1-224-fp32-held-t1.forward.json"
-        session.run("selab", "plot", "tax", "--record", record, "--out", "docs/tax.svg")
+        session.run("selab", "plot", "tax", "--record", record, "--out", "docs/tax.svg", "--replace")
     for name in ("added", "mobile", "paper-2"):
         session.run("selab", "table", name, "--profiles", folder, "--into", "README.md")
-    session.run("selab", "plot", "added", "--profiles", folder, "--out", "docs/added.svg")
+    session.run("selab", "plot", "added", "--profiles", folder, "--out", "docs/added.svg", "--replace")
     arches = [word for name in DRAWN for word in ("--arch", name)]
-    session.run("selab", "plot", "accuracy", *arches, "--out", "docs/accuracy.svg")
+    session.run("selab", "plot", "accuracy", *arches, "--out", "docs/accuracy.svg", "--replace")
 
 
 @nox.session
@@ -203,7 +203,7 @@ def cost_tables(session: nox.Session) -> None:
     """Count the whole zoo and write every cost table under docs/tables; fails if that changes the committed ones."""
     session.install("-e", ".")
     before = {path.name: path.read_bytes() for path in TABLES.glob("*")}
-    session.run("selab", "table", "all", "--out", str(TABLES))
+    session.run("selab", "table", "all", "--out", str(TABLES), "--replace")
     after = {path.name: path.read_bytes() for path in TABLES.glob("*")}
     changed = sorted(name for name in before | after if before.get(name) != after.get(name))
     if changed:

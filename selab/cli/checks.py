@@ -4,50 +4,70 @@ import dataclasses
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from selab.cli.console import (
+    announce_sites,
     check_outputs,
-    find,
+    finds_sites,
     open_console,
-    print_parts,
+    print_tables,
     reporting,
+    resolve_job,
     write_json,
 )
-from selab.cli.options import (
-    Json,
-)
+from selab.cli.options import OUTPUT, TIME, WHAT, Format, Json, Processes, WorkloadOptions, with_options
 from selab.errors import SelabError
+from selab.experiments.job import Job, Request
 
 
+@with_options
 def check(
-    file: Annotated[Path, typer.Argument(help="A TOML of tables budgets.NAME.")] = Path("budgets.toml"),
+    options: WorkloadOptions,
+    file: Annotated[Path, typer.Argument(help="A TOML file with a table budgets.NAME for each budget.")] = Path(
+        "budgets.toml"
+    ),
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Check only this budget; repeat it for several.")
+        list[str] | None,
+        typer.Option("--only", rich_help_panel=WHAT, metavar="NAME", help="Check only this budget. Repeatable."),
     ] = None,
     thorough: Annotated[
         bool,
-        typer.Option("--thorough", help="Measure to ±0.5 % or for 60 s, as `profile` does, instead of ±1 % or 15 s."),
+        typer.Option("--thorough", rich_help_panel=TIME, help="Stop at ±0.5 % or after 60 s, not ±1 % or 15 s."),
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Fresh processes per measured ratio.")] = 1,
+    processes: Processes = 1,
     json_to: Json = None,
+    look: Format = "rich",
 ) -> None:
-    """Hold networks against their budgets; ends with status 1 if one is exceeded."""
+    """Check networks against budgets; status 1 if one is exceeded.
+
+    Options of the workload replace the keys of that name in every budget that is checked. A budget's limits choose
+    the phases, so --phase is refused.
+    """
+    options.reject("is chosen by the limits of a budget, such as latency_ratio_forward_backward", "phase")
     from selab.experiments import budget as experiments_budget
-    from selab.report import checks
 
     check_outputs(json_to)
-    budgets = experiments_budget.read_budgets(file, only=only or ())
-    for one in budgets.values():
-        find(one.arch)
+    changes = experiments_budget.changes_of(options.fields_of_request(), se=options.se, insert=options.insert or ())
+    budgets = experiments_budget.read_budgets(file, only=only or (), changes=changes)
+    from selab.experiments.profiling import sites_of
+    from selab.report import checks
+
+    def resolve(request: Request) -> Job:
+        job = resolve_job(request)
+        if finds_sites(job.variant):
+            announce_sites(job.variant, sites_of(job))
+        return job
+
+    how: dict[str, Any] = {"quick": not thorough, "processes": processes, "resolve": resolve}
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        findings = list(experiments_budget.check(budgets, report, quick=not thorough, processes=processes))
+        findings = list(experiments_budget.check(budgets, report, **how))
     if json_to is not None:
         write_json([dataclasses.asdict(one) for one in findings], json_to)
     if str(json_to) != "-":
-        print_parts(checks.check_table(findings))
+        print_tables([checks.check_table(findings)], look)
     over = [one for one in findings if one.state == "over"]
     if over:
         names = ", ".join(f"{one.name}.{one.limit}" for one in over)
@@ -56,27 +76,27 @@ def check(
 
 def diff(
     before: Annotated[Path, typer.Argument(help="A record of `selab profile` or `selab count --out`.")],
-    after: Annotated[Path, typer.Argument(help="Another of equal workload, machine and baseline.")],
+    after: Annotated[Path, typer.Argument(help="Another, of the same workload, machine and baseline.")],
     strict: Annotated[
-        bool, typer.Option("--strict", help="End with status 1 if the second costs more or is shown to be slower.")
+        bool,
+        typer.Option("--strict", rich_help_panel=OUTPUT, help="Exit with 1 if the second costs more or is slower."),
     ] = False,
     json_to: Json = None,
+    look: Format = "rich",
 ) -> None:
-    """Compare two records: what changed in cost, and whether the ratio to the baseline did."""
+    """Compare two records: changes of cost and of the ratio."""
     from selab.experiments import diff as experiments_diff
     from selab.records import store
     from selab.report import checks
 
+    check_outputs(json_to)
     records = [store.read_record(path) for path in (before, after)]
     experiments_diff.check_comparable(*records, names=(str(before), str(after)))
+    worse = experiments_diff.grew(*records)
     if json_to is not None:
         changes = [dataclasses.asdict(one) for one in experiments_diff.ratio_changes(*records)]
-        write_json(
-            {"before": str(before), "after": str(after), "worse": experiments_diff.grew(*records), "ratios": changes},
-            json_to,
-        )
+        write_json({"before": str(before), "after": str(after), "worse": worse, "ratios": changes}, json_to)
     if str(json_to) != "-":
-        print_parts(checks.diff_table(*records))
-    worse = experiments_diff.grew(*records)
+        print_tables([checks.diff_table(*records)], look)
     if strict and worse:
         raise SelabError(f"{after}: worse than {before}: {', '.join(worse)}")

@@ -1,79 +1,146 @@
-"""What the commands say: tables and errors, progress, and JSON; each to its stream."""
+"""What the commands print: tables, errors, progress and JSON, each to its stream."""
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selab import units
+from selab.errors import SelabError
 from selab.models import catalog, external
+from selab.records.estimate import MIN_PAIRS
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
     from selab.bench.sampler import Progress
+    from selab.cli.options import Look
+    from selab.experiments.job import Job, Request
     from selab.models.spec import Variant
+    from selab.records.types import Cost, Insertion
+    from selab.report.table import Table
     from selab.training.progress import TrainingProgress
 
 
-# Where no terminal shows how far a training is, a line at most so often, beside those of finished epochs.
+# Seconds between two lines of a training's progress where there is no terminal; each epoch has a line of its own.
 _LINE_S = 60.0
+# Blocks with a narrower squeeze are remarked upon, and so many found sites are named.
+_NARROW, _NAMED_SITES = 8, 3
+
+
+class StoppedError(SelabError):
+    """A command was interrupted; the message says where the results so far are."""
 
 
 def print_error(message: str) -> None:
-    """One line on standard error."""
-    open_console(stderr=True).print(f"[bold red]error:[/] {plain(message)}", highlight=False, soft_wrap=True)
+    """Print one line on standard error."""
+    open_console(stderr=True).print(f"[bold red]error:[/] {escape_markup(message)}", highlight=False, soft_wrap=True)
 
 
 def is_rank_zero() -> bool:
-    """Whether this process says what all of a job's processes know: torchrun's first one, or the only one."""
+    """Return whether this process speaks for all of a job: torchrun's first one, or the only one."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def print_note(text: str) -> None:
-    """One line on standard error, of one of a job's processes."""
+    """Print one line on standard error, from one of a job's processes."""
     if is_rank_zero():
-        open_console(stderr=True).print(plain(text), highlight=False, soft_wrap=True)
+        open_console(stderr=True).print(escape_markup(text), highlight=False, soft_wrap=True)
 
 
 def open_console(*, stderr: bool = False) -> "Console":
-    """Where to print; rich is imported only here."""
+    """Return a console; rich is imported only here."""
     from rich.console import Console
 
-    # A name between colons, as of a file's callable, is no emoji.
+    # A name between colons, as in path/to/file.py:net:, is not an emoji.
     return Console(stderr=stderr, emoji=False)
 
 
-def plain(text: str) -> str:
-    """Text whose brackets are no markup."""
+def escape_markup(text: str) -> str:
+    """Return text whose brackets are not markup."""
     from rich.markup import escape
 
     return escape(text)
 
 
-def find(word: str, *, option: str = "--arch") -> "Variant":
-    """A variant; says so if that runs a user's code."""
-    variant = catalog.find(word, option=option)
+def find(name: str, *, option: str = "--arch") -> "Variant":
+    """Look up a variant; print a note if building it runs a user's code."""
+    variant = catalog.find(name, option=option)
     code = external.runs_code_of(variant)
     if code is not None:
         print_note(f"running code from {code}")
     return variant
 
 
+def resolve_job(request: "Request") -> "Job":
+    """Look up a request's networks; print a note for each whose building runs a user's code."""
+    from selab.experiments.job import resolve
+
+    job = resolve(request)
+    for variant in (job.variant, job.baseline if request.baseline else None):
+        code = None if variant is None else external.runs_code_of(variant)
+        if code is not None:
+            print_note(f"running code from {code}")
+    return job
+
+
+def finds_sites(variant: "Variant") -> bool:
+    """Return whether a variant's sites are found by tracing, as with `--insert auto`."""
+    sites = () if variant.se is None else variant.se.sites
+    return "auto" in ([sites] if isinstance(sites, str) else sites)
+
+
+def announce_sites(variant: "Variant", insertions: "Sequence[Insertion]") -> None:
+    """Print which sites `--insert auto` found: how many, and the first of them; nothing for sites that were named."""
+    if not insertions or not finds_sites(variant):
+        return
+    first = ", ".join(one.path for one in insertions[:_NAMED_SITES])
+    more = ", …" if len(insertions) > _NAMED_SITES else ""
+    plural = "s" if len(insertions) > 1 else ""
+    print_note(f"auto: {len(insertions)} site{plural} found: {first}{more}; `selab sites` shows them in the network")
+
+
+def print_insertion_notes(variant: "Variant", insertions: "Sequence[Insertion]", base_params: int) -> None:
+    """Print what is unusual about blocks that `--se` or `--insert` put in: a narrow squeeze, or doubled parameters.
+
+    Args:
+        variant: of the network; one of the catalog, unchanged, gets no note.
+        insertions: its blocks.
+        base_params: parameters without the blocks; 0 where they are not known.
+    """
+    if "+" not in variant.name:
+        return
+    narrow = [one.squeeze_channels for one in insertions if (one.squeeze_channels or _NARROW) < _NARROW]
+    if narrow:
+        print_note(
+            f"note: {len(narrow)} of {len(insertions)} blocks squeeze to fewer than {_NARROW} channels, the "
+            f"narrowest to {min(one for one in narrow if one)}; give --se divisor={_NARROW}, or a smaller reduction"
+        )
+    added = sum(one.params for one in insertions)
+    if added > base_params > 0:
+        share = units.percent(added / base_params, decimals=0)
+        print_note(f"note: the blocks more than double the network: {share} parameters; fewer sites cost less")
+
+
+def params_of(cost: "Cost | None") -> int:
+    """Return the parameters of a cost; 0 where there is none."""
+    return 0 if cost is None else cost.params
+
+
 def builtins(value: object) -> Any:
-    """A record as dictionaries and lists."""
+    """Return a record as dictionaries and lists."""
     import msgspec
 
     return msgspec.to_builtins(value)
 
 
 def print_parts(*parts: object) -> None:
-    """Tables and texts on standard output, an empty line between them."""
+    """Print tables and texts on standard output, an empty line between them."""
     console = open_console()
     for index, part in enumerate(parts):
         if index:
@@ -81,8 +148,26 @@ def print_parts(*parts: object) -> None:
         console.print(part, highlight=False)
 
 
+def print_tables(tables: "Sequence[Table]", look: "Look" = "rich", *texts: str) -> None:
+    """Print tables on standard output in a format.
+
+    Args:
+        tables: in their order.
+        look: `rich` for a terminal, or text for another program.
+        texts: what stands below the tables on a terminal.
+    """
+    if look == "rich":
+        print_parts(*tables)
+        for text in texts:
+            open_console().print(f"\n{escape_markup(text)}", highlight=False, soft_wrap=True)
+        return
+    from selab.report.table import render
+
+    sys.stdout.write(render(tables, look))
+
+
 def check_outputs(*paths: Path | None) -> None:
-    """Before anything is measured: whether files that are asked for can be written; they may exist, and `-` may.
+    """Find out whether files can be written, before anything is measured; they may exist, and `-` may.
 
     Raises:
         RecordError: one cannot be written.
@@ -95,7 +180,7 @@ def check_outputs(*paths: Path | None) -> None:
 
 
 def write_json(value: object, to: Path) -> None:
-    """To a file, whole or not at all, or for `-` to standard output.
+    """Write to a file, whole or not at all, or for `-` to standard output.
 
     Raises:
         RecordError: it cannot be written.
@@ -111,17 +196,17 @@ def write_json(value: object, to: Path) -> None:
 
 @contextmanager
 def reporting(console: "Console") -> Iterator[Callable[[str, Any], None]]:
-    """Progress of measurements on standard error: a live line on a terminal, otherwise one line per stage.
+    """Show the progress of measurements on standard error: a live line on a terminal, otherwise one line per stage.
 
-    The live line is drawn only when it is told something, which is between samples: a thread that turned a spinner
-    would run beside what is measured.
+    The live line is drawn only on a report, which comes between samples: a thread that turned a spinner would disturb
+    the measurement.
     """
     seen: set[str] = set()
 
     def say(label: str, _state: "Progress | None") -> None:
         if label not in seen:
             seen.add(label)
-            console.print(f"{plain(label)} …", highlight=False)
+            console.print(f"{escape_markup(label)} …", highlight=False)
 
     if not console.is_terminal:
         yield say
@@ -138,23 +223,23 @@ def reporting(console: "Console") -> Iterator[Callable[[str, Any], None]]:
 
 
 class Following:
-    """What is said while networks are trained; this one says nothing, for another process of the job does."""
+    """The progress of trainings; this one prints nothing, because another process of the job does."""
 
     def __call__(self, label: str, state: "TrainingProgress | None") -> None:
-        """A training begins, or is so far."""
+        """Report that a training begins, or where it stands."""
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
 
 
 @contextmanager
 def following(console: "Console", *, clock: Callable[[], float] = time.monotonic) -> Iterator[Following]:
-    """Progress of trainings on standard error: a bar on a terminal, otherwise lines, as they are kept in a log.
+    """Show the progress of trainings on standard error: a bar on a terminal, otherwise lines for a log.
 
-    Both are drawn only when they are told something: a thread that redrew them would run beside what is trained.
+    Both are drawn only on a report: a thread that redrew them would disturb the training.
 
     Args:
-        console: where to.
+        console: where to print.
         clock: seconds since some moment.
     """
     if not is_rank_zero():
@@ -191,7 +276,7 @@ class _Lines(Following):
 
     def say(self, text: str) -> None:
         self._said_s = self._clock()
-        self._console.print(plain(text), highlight=False, soft_wrap=True)
+        self._console.print(escape_markup(text), highlight=False, soft_wrap=True)
 
 
 class _Display(Following):
@@ -217,13 +302,20 @@ class _Display(Following):
             self._bar.refresh()
 
     def say(self, text: str) -> None:
-        # What the bar shows is of what was before.
+        # The bar shows the training before.
         self._bar.update(self._task, visible=False)
         self._bar.refresh()
-        self._console.print(plain(text), highlight=False, soft_wrap=True)
+        self._console.print(escape_markup(text), highlight=False, soft_wrap=True)
 
 
 def measuring_words(state: "Progress") -> str:
-    """How far a measurement is."""
+    """Return how far a measurement is: `28 pairs, ±0.71 %, 3 of 15 s`.
+
+    Sampling goes on beyond the budget while there are too few pairs for an interval; the words say so.
+    """
+    pairs = 2 * state.quads
     width = "" if state.half_width is None else f", ±{units.share(state.half_width, decimals=2)}"
-    return f"{state.quads} quads{width}, {state.elapsed_s:.0f} of at most {state.budget_s:.0f} s"
+    if state.elapsed_s <= state.budget_s:
+        return f"{pairs} pairs{width}, {state.elapsed_s:.0f} of {state.budget_s:.0f} s"
+    needed = f" (budget {state.budget_s:.0f} s; {MIN_PAIRS} pairs are needed)" if pairs < MIN_PAIRS else ""
+    return f"{pairs} pairs{width}, {state.elapsed_s:.0f} s{needed}"

@@ -2,293 +2,406 @@
 
 import dataclasses
 import io
+import signal
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from selab.cli.console import (
+    StoppedError,
+    announce_sites,
     builtins,
     check_outputs,
-    find,
+    escape_markup,
     open_console,
-    plain,
-    print_parts,
+    params_of,
+    print_insertion_notes,
+    print_tables,
     reporting,
+    resolve_job,
     write_json,
 )
-from selab.cli.networks import tell_found_sites
 from selab.cli.options import (
+    OUTPUT,
+    TIME,
+    WHAT,
+    WORKLOAD,
     Arch,
-    ChannelsLast,
-    Compiled,
-    Device,
-    Dtype,
-    HoldHeap,
-    Input,
-    Insert,
+    Budget,
+    Format,
     Json,
-    Mode,
-    Phase,
-    Positive,
-    Se,
-    StepMode,
-    StepPhase,
-    input_chw,
-    network_address,
+    Look,
+    Out,
+    Processes,
+    Quick,
+    Replace,
+    Verbose,
+    WorkloadOptions,
+    with_options,
 )
 from selab.errors import SelabError
 from selab.models import catalog
+from selab.records.types import Device, Phase
 
 if TYPE_CHECKING:
+    from selab.experiments.job import Job
     from selab.experiments.profiling import Profile
     from selab.records.types import Record
 
+RESULTS = Path("results")
 
+
+@with_options
 def profile(
     arch: Arch,
-    se: Se = None,
-    insert: Insert = None,
-    baseline: Annotated[str | None, typer.Option(help="Compare with this instead of the variant's own.")] = None,
-    device: Device = Device.cpu,
-    batch: Positive = 1,
-    input_size: Input = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
-    dtype: Dtype = Dtype.fp32,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")] = False,
-    mode: Mode = Mode.auto,
-    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
-    fused: Annotated[bool, typer.Option("--fused", help="Both networks through selab.fuse: SE made cheap.")] = False,
-    hold_heap: HoldHeap = False,
-    phase: Annotated[list[Phase] | None, typer.Option(help="Measure only this; repeat it for several.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Stop at ±1 % or after 15 s of sampling, instead of ±0.5 % or 60 s.")
+    options: WorkloadOptions,
+    quick: Quick = False,
+    budget: Budget = None,
+    processes: Processes = 1,
+    cold: Annotated[
+        bool, typer.Option("--cold", rich_help_panel=TIME, help="On a GPU: flush the L2 cache before each call.")
     ] = False,
-    budget: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds of sampling for each phase; its two controls take half each.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; by default 1, and beside it a quick row on all cores.")
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Fresh processes per figure; 3 for what you publish.")] = 1,
-    cold: Annotated[bool, typer.Option("--cold", help="On a GPU: flush the L2 cache before each call.")] = False,
-    seed: int = 0,
-    out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/<arch>.<workload>.json.")] = Path(
-        "results"
-    ),
-    replace: Annotated[bool, typer.Option("--replace", help="Measure again where a record exists.")] = False,
+    out: Out = RESULTS,
+    replace: Replace = False,
     json_to: Json = None,
-    svg: Annotated[Path | None, typer.Option(help="Also draw what was shown as an SVG picture.")] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option("--svg", rich_help_panel=OUTPUT, metavar="FILE", help="Also draw the output as an SVG picture."),
+    ] = None,
+    look: Format = "rich",
+    verbose: Verbose = False,
 ) -> None:
-    """Count and measure a network against its baseline: cost, latency with its interval, memory."""
-    if cold and device is Device.cpu:
-        raise typer.BadParameter("flushes a GPU's cache; give --device cuda, or leave it away", param_hint="--cold")
+    """Measure a network against its baseline: cost, latency, memory."""
+    request = options.request(arch, quick=quick, budget_s=budget, processes=processes, cold=cold)
+    if cold and request.device == "cpu":
+        raise typer.BadParameter("flushes a GPU's cache; add --device cuda, or leave --cold out", param_hint="--cold")
     if svg is not None and svg.suffix.lower() != ".svg":
         raise typer.BadParameter(f"{svg}: a picture of the terminal ends in .svg", param_hint="--svg")
-    arch = network_address(arch, se, insert)
-    find(arch)
-    if baseline is not None:
-        find(baseline, option="--baseline")
+    job = resolve_job(request)
     from selab.experiments import profiling
-    from selab.experiments.job import Request, resolve
     from selab.records import store
 
-    options: dict[str, Any] = {"phases": tuple(one.value for one in phase)} if phase else {}
-    request = Request(
-        arch=arch,
-        baseline=baseline,
-        device=device.value,
-        batch=batch,
-        input_chw=input_chw(input_size),
-        resolution=resolution,
-        dtype=dtype.value,
-        memory_format="channels_last" if channels_last else "contiguous",
-        mode=mode.value,
-        compiled=compiled,
-        fused=fused,
-        held_heap=hold_heap,
-        threads=threads,
-        quick=quick,
-        budget_s=budget,
-        seed=seed,
-        processes=processes,
-        cold=cold,
-        **options,
-    )
-    growing = profiling.Profile(resolve(request))
+    growing = profiling.Profile(job)
     path = growing.path(out)
     store.check_writable(path, replace=replace)
     check_outputs(svg, json_to)
-    tell_found_sites(arch, growing.sites())
+    announce_sites(job.variant, profiling.sites_of(job))
+    shown = _Shown(path=path, json_to=json_to, svg=svg, look=look, verbose=verbose)
     try:
         with reporting(open_console(stderr=True)) as report:
             growing.run(report)
     except KeyboardInterrupt:
-        raise SelabError(f"interrupted; {_keep_partial(growing, path)}") from None
+        raise StoppedError(f"interrupted; {_keep_partial(growing, shown)}") from None
     except Exception:
         if growing.latency:
-            _keep_partial(growing, path)
+            store.save(growing.record(), store.partial_path(path))
         raise
     store.save(growing.record(), path)
-    _show_profile(store.read_record(path), path, json_to=json_to, svg=svg)
+    record = store.read_record(path)
+    print_insertion_notes(job.variant, record.insertions, params_of(record.baseline_cost))
+    _show_profile(record, shown)
 
 
-def _keep_partial(growing: "Profile", path: Path) -> str:
-    """Saves what there is of a profile that ended early; says what was done."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """Where a profile's record goes, and how it is shown."""
+
+    path: Path
+    json_to: Path | None
+    svg: Path | None
+    look: Look
+    verbose: bool
+
+
+def _keep_partial(growing: "Profile", shown: _Shown) -> str:
+    """Save and show what there is of an interrupted profile; return where it is."""
     from selab.records import store
 
-    if growing.cost is None:
-        return "nothing was measured yet, and nothing was written"
-    partial = store.partial_path(path)
-    store.save(growing.record(), partial)
+    with _uninterrupted():
+        if growing.cost is None:
+            return "nothing was measured yet, and nothing was written"
+        partial = store.partial_path(shown.path)
+        store.save(growing.record(), partial)
+        if str(shown.json_to) != "-":
+            _show_profile(store.read_record(partial), dataclasses.replace(shown, path=partial, json_to=None, svg=None))
     return f"what was measured until then is in {partial}"
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold a second Ctrl-C back while a record is written."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # signals are the main thread's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show_profile(record: "Record", shown: _Shown) -> None:
+    """Show the file that was written, not the memory: everyone who reads it sees the same."""
+    from rich.console import Console
+
+    from selab.records.store import write_atomically
+    from selab.records.types import to_json
+    from selab.report import profiles
+
+    alone = str(shown.json_to) == "-"
+    if alone:
+        sys.stdout.buffer.write(to_json(record))
+    elif shown.json_to is not None:
+        write_atomically(shown.json_to, to_json(record))
+    tables = [profiles.profile_table(record)]
+    if record.cost.se.blocks:
+        tables.append(profiles.stage_table(record.cost))
+    if shown.look != "rich" and not alone:
+        print_tables(tables, shown.look)
+    consoles = [] if alone or shown.look != "rich" else [open_console()]
+    if shown.svg is not None:
+        consoles.append(Console(record=True, width=88, file=io.StringIO(), force_terminal=True, emoji=False))
+    for console in consoles:
+        for table in tables:
+            console.print(table, highlight=False)
+            console.print()
+        for line in profiles.verdict_lines(record):
+            console.print(escape_markup(line), highlight=False, soft_wrap=False)
+        console.print(f"\nrecord: {escape_markup(str(shown.path))}", highlight=False, soft_wrap=True)
+    if shown.svg is not None:
+        write_atomically(shown.svg, consoles[-1].export_svg(title=record.command).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------- tax
+@with_options
+def tax(
+    arch: Arch,
+    options: WorkloadOptions,
+    impl: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--impl",
+            rich_help_panel=WHAT,
+            metavar="NAME",
+            help="reference, torchvision, timm or fast; without_squeeze, without_excitation or without_scale leave one "
+            "step out. Repeatable; all by default.",
+        ),
+    ] = None,
+    quick: Quick = False,
+    budget: Budget = None,
+    out: Out = RESULTS,
+    replace: Replace = False,
+    json_to: Json = None,
+    look: Format = "rich",
+) -> None:
+    """Measure the overhead of SE in several implementations against one baseline."""
+    options.reject("is what tax measures: compare --impl reference with --impl fast", "fused")
+    threads = None if options.device == "cuda" else 1
+    phases = (_step_phase(options),)
+    job = resolve_job(options.request(arch, quick=quick, budget_s=budget, threads=threads, phases=phases))
+    from selab.experiments import tax as experiments_tax
+    from selab.experiments import tax_record
+    from selab.records import store
+    from selab.report import tax as report_tax
+
+    implementations = experiments_tax.chosen_implementations(impl or ())
+    asked = experiments_tax.TaxRequest(request=job.request, implementations=implementations)
+    comparison = experiments_tax.Tax(asked)
+    path = comparison.path(out)
+    store.check_writable(path, replace=replace)
+    check_outputs(json_to)
+    announce_sites(job.variant, comparison.blocks)
+    try:
+        with reporting(open_console(stderr=True)) as report:
+            record = comparison.run(report)
+    except KeyboardInterrupt:
+        raise StoppedError("interrupted; a tax is measured in one run, and nothing was written") from None
+    tax_record.save_tax_record(record, path)
+    record = tax_record.read_tax_record(path)
+    if str(json_to) == "-":
+        sys.stdout.write(store.read_text(path))
+        return
+    if json_to is not None:
+        store.write_atomically(json_to, store.read_text(path).encode())
+    print_tables(report_tax.tax_tables(record), look, f"record: {path}")
+
+
+def _step_phase(options: WorkloadOptions) -> Phase:
+    """The one phase of a command that measures inference or a whole training step."""
+    phases = set(options.phase or ["forward"])
+    if phases == {"forward"}:
+        return "forward"
+    if phases == {"forward_backward"}:
+        return "forward_backward"
+    raise typer.BadParameter("takes one of forward and forward_backward here", param_hint="--phase")
+
+
+# ------------------------------------------------------------------------------------------------ timeline and roofline
+@with_options
 def timeline(
     arch: Arch,
-    se: Se = None,
-    insert: Insert = None,
-    device: Device = Device.cpu,
-    batch: Positive = 1,
-    input_size: Input = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
-    dtype: Dtype = Dtype.fp32,
-    channels_last: ChannelsLast = False,
-    mode: Annotated[StepMode, typer.Option(help="eval: inference; train: forward and backward.")] = StepMode.eval,
-    steps: Annotated[int, typer.Option(min=1, help="Recorded ones, after some that warm up.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    out: Annotated[Path, typer.Option(help="The trace goes to OUT/<machine>/timeline/….")] = Path("results"),
-    replace: Annotated[bool, typer.Option("--replace", help="Record again where a trace exists.")] = False,
+    options: WorkloadOptions,
+    steps: Annotated[
+        int,
+        typer.Option("--steps", rich_help_panel=TIME, min=1, metavar="N", help="Recorded steps, after a warm-up."),
+    ] = 5,
+    out: Out = RESULTS,
+    replace: Replace = False,
     json_to: Json = None,
+    look: Format = "rich",
 ) -> None:
-    """Record a few steps for TensorBoard and Perfetto, SE's stages as named ranges; show where the time goes."""
-    arch = network_address(arch, se, insert)
-    find(arch)
+    """Record a trace for TensorBoard and Perfetto; show where time goes."""
+    options.reject("has no part in a timeline: one network is recorded", "baseline")
+    phase = _step_phase(options)
+    if options.phase is None and options.mode == "train":
+        phase = "forward_backward"
+    if options.phase is None:
+        # The phase says it already: forward is inference, and both passes are a step of training.
+        options.mode = None
+    job = resolve_job(options.request(arch, threads=1, phases=(phase,)))
     from selab.bench.runner import check_device
     from selab.experiments import timeline as experiments_timeline
-    from selab.experiments.job import Request, resolve
+    from selab.experiments.profiling import sites_of
     from selab.records import store
     from selab.report import traces
 
-    check_device(device.value)
-    request = Request(
-        arch=arch,
-        device=device.value,
-        batch=batch,
-        input_chw=input_chw(input_size),
-        resolution=resolution,
-        dtype=dtype.value,
-        memory_format="channels_last" if channels_last else "contiguous",
-        threads=threads,
-    )
-    phase: Any = "forward" if mode is StepMode.eval else "forward_backward"
-    job = resolve(request)
+    check_device(job.workload.device)
     path = experiments_timeline.trace_path(job, phase, out)
     store.check_writable(path, replace=replace)
     check_outputs(json_to)
+    announce_sites(job.variant, sites_of(job))
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        report(f"recording {steps} step{'s' if steps > 1 else ''} of {arch}", None)
+        report(f"recording {steps} step{'s' if steps > 1 else ''} of {job.request.arch}", None)
         found = experiments_timeline.recorded(job, phase, steps=steps)
     experiments_timeline.write_trace(found, path, replace=replace)
     if json_to is not None:
         write_json({"trace": str(path), **dataclasses.asdict(found.timeline)}, json_to)
     if str(json_to) != "-":
-        print_parts(*traces.timeline_tables(arch, found.timeline))
-        typer.echo("\n".join(("", *traces.how_to_look(path))))
+        print_tables(traces.timeline_tables(job.request.arch, found.timeline), look)
+        typer.echo("\n".join(("", *traces.how_to_look(path))), err=look != "rich")
 
 
+@with_options
 def roofline(
-    arch: Annotated[str | None, typer.Option("--arch", help="As in `profile`.")] = None,
-    se: Se = None,
-    insert: Insert = None,
-    preset: Annotated[
-        str | None, typer.Option("--as", help="Predict for a device that is not here, from its published peaks.")
+    options: WorkloadOptions,
+    arch: Annotated[
+        str | None, typer.Option("--arch", rich_help_panel=WHAT, metavar="NAME", help="A network, as for `profile`.")
     ] = None,
-    device: Device = Device.cpu,
-    batch: Positive = 1,
-    input_size: Input = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
-    dtype: Dtype = Dtype.fp32,
-    channels_last: ChannelsLast = False,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    budget: Annotated[float, typer.Option(min=0.0, help="Seconds to repeat the pass for; at least five times.")] = 5.0,
     every: Annotated[
-        bool, typer.Option("--all", help="Hold every network here against its roof: what a prediction is worth.")
+        bool, typer.Option("--all", rich_help_panel=WHAT, help="All networks: how far each is from its roofline.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Also draw it, .svg or .png.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--as", rich_help_panel=WORKLOAD, metavar="DEVICE", help="Predict for another device."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            "--budget",
+            rich_help_panel=TIME,
+            min=0.0,
+            metavar="SECONDS",
+            show_default="5",
+            help="Seconds of repetition.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", rich_help_panel=OUTPUT, metavar="FILE", help="Also draw a picture to this file."),
+    ] = None,
+    replace: Replace = False,
     json_to: Json = None,
+    look: Format = "rich",
 ) -> None:
-    """Hold every operator against what this device could do at most; SE's operators apart."""
+    """Compare each operator with the limits of this device."""
     if every == (arch is not None):
         raise typer.BadParameter("name a network, or give --all", param_hint="--arch")
     if every:
-        beside: dict[str, object] = {"--as": preset, "--se": se, "--insert": insert, "--input": input_size}
-        beside |= {"--resolution": resolution, "--out": out, "--channels-last": channels_last}
-        beside |= {"--device": device is not Device.cpu, "--batch": batch != 1, "--dtype": dtype is not Dtype.fp32}
-        beside |= {"--threads": threads != 1, "--budget": budget != 5.0}
-        wrong = [option for option, value in beside.items() if value]
-        if wrong:
-            text = f"is one image in fp32 on one thread of the CPU; leave {', '.join(wrong)} away"
-            raise typer.BadParameter(text, param_hint="--all")
-        return _all_rooflines(json_to)
-    if preset is not None and out is not None:
-        raise typer.BadParameter("is a prediction, which has no picture; leave --out away", param_hint="--as")
-    from selab.bench import devices
-    from selab.bench.machine import machine
-    from selab.bench.roofline import measure_peaks
-    from selab.bench.runner import check_device
+        _check_alone(options, {"--as": preset, "--out": out, "--budget": budget, "--replace": replace})
+        return _all_rooflines(json_to, look)
+    _check_roofline(options, preset, out)
+    job = resolve_job(options.request(str(arch), threads=1, phases=("forward",)))
     from selab.experiments import roofline as experiments_roofline
-    from selab.experiments.job import Request, resolve
+    from selab.experiments.profiling import sites_of
+    from selab.records.store import check_writable
     from selab.report import traces
     from selab.report.figures import registry
-    from selab.report.figures import roofline as report_figures_roofline
+    from selab.report.figures import roofline as figure
 
     if out is not None:
         registry.check_file(out)
-    check_outputs(out, json_to)
-    name = network_address(str(arch), se, insert)
-    find(name)
-    request = Request(
-        arch=name,
-        device=device.value,
-        batch=batch,
-        input_chw=input_chw(input_size),
-        resolution=resolution,
-        dtype=dtype.value,
-        memory_format="channels_last" if channels_last else "contiguous",
-        threads=threads,
-    )
-    job = resolve(request)
-    workload = job.workload
+        check_writable(out, replace=replace)
+    check_outputs(json_to)
+    name, workload = job.request.arch, job.workload
+    announce_sites(job.variant, sites_of(job))
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        if preset is not None:
-            published = devices.find_device(preset, dtype.value)
-            peaks, place = experiments_roofline.published_peaks(published, dtype.value), published.title
-        else:
-            check_device(device.value)
-            here = machine(device.value)
-            place = here.gpu or f"{here.cpu}, {threads} thread{'s' if threads > 1 else ''}"
-            report("measuring the peaks", None)
-            peaks = measure_peaks(device.value, dtype.value, threads=threads)
+        peaks, place = _peaks(job, preset, report)
         report(f"timing {name}" if preset is None else f"counting {name}", None)
-        under = experiments_roofline.roofline_of(job, peaks, measured=preset is None, budget_s=budget)
+        seconds = 5.0 if budget is None else budget
+        under = experiments_roofline.roofline_of(job, peaks, measured=preset is None, budget_s=seconds)
     if out is not None:
-        registry.draw(report_figures_roofline.roof(under, arch=name, workload=workload, place=place), out)
+        registry.draw(figure.roof(under, arch=name, workload=workload, place=place), out)
     if json_to is not None:
         facts = dataclasses.asdict(under)
         facts |= {"arch": name, "place": place, "predicted": preset is not None, "workload": builtins(workload)}
         write_json(facts, json_to)
     if str(json_to) != "-":
-        print_parts(traces.roofline_table(under, arch=name, workload=workload, place=place))
-        if out is not None:
-            typer.echo(f"picture: {out}")
+        table = traces.roofline_table(under, arch=name, workload=workload, place=place)
+        print_tables([table], look, *([f"picture: {out}"] if out is not None else []))
     return None
 
 
-def _all_rooflines(json_to: Path | None) -> None:
-    """Every network here against its roof."""
+def _check_alone(options: WorkloadOptions, beside: dict[str, object]) -> None:
+    """Refuse options beside --all, whose workload is one for all networks."""
+    from selab.cli.options import option_of
+
+    given = [option_of(WorkloadOptions, name) for name in options.given()]
+    wrong = given + [option for option, value in beside.items() if value not in (None, False)]
+    if wrong:
+        text = f"is one image in fp32 on one thread of the CPU; leave {', '.join(wrong)} away"
+        raise typer.BadParameter(text, param_hint="--all")
+
+
+def _check_roofline(options: WorkloadOptions, preset: str | None, out: Path | None) -> None:
+    """Refuse what a roofline has no use for."""
+    options.reject("has no part in a roofline: one network is compared with the device", "baseline")
+    options.reject("hides the operators that a roofline is made of; leave it out", "compiled", "fused")
+    options.reject("is fixed: a roofline is of inference", "mode")
+    if options.phase not in (None, ["forward"]):
+        raise typer.BadParameter("is forward: a roofline is of inference", param_hint="--phase")
+    if preset is None:
+        return
+    options.reject("has no part in a prediction, where nothing runs", "device", "threads", "hold_heap", "seed")
+    if out is not None:
+        raise typer.BadParameter("is a prediction, which has no picture; leave --out away", param_hint="--as")
+
+
+def _peaks(job: "Job", preset: str | None, report: Any) -> Any:
+    """The peaks that operators are compared with, and the name of the place that has them."""
+    from selab.bench import devices
+    from selab.bench.machine import machine
+    from selab.bench.roofline import measure_peaks
+    from selab.bench.runner import check_device
+    from selab.experiments.roofline import published_peaks
+
+    workload = job.workload
+    if preset is not None:
+        published = devices.find_device(preset, workload.dtype)
+        return published_peaks(published, workload.dtype), published.title
+    check_device(workload.device)
+    here, threads = machine(workload.device), workload.threads
+    report("measuring the peaks", None)
+    peaks = measure_peaks(workload.device, workload.dtype, threads=threads)
+    return peaks, here.gpu or f"{here.cpu}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _all_rooflines(json_to: Path | None, look: Look) -> None:
+    """Compare every network here with its roofline."""
     from selab.bench.machine import machine
     from selab.bench.roofline import measure_peaks
     from selab.experiments import roofline as experiments_roofline
@@ -313,136 +426,27 @@ def _all_rooflines(json_to: Path | None) -> None:
     if json_to is not None:
         write_json(builtins(distances), json_to)
     if str(json_to) != "-":
-        print_parts(traces.distances_table(distances))
+        print_tables([traces.distances_table(distances)], look)
 
 
-def tax(
-    arch: Arch,
-    se: Se = None,
-    insert: Insert = None,
-    baseline: Annotated[str | None, typer.Option(help="Compare with this instead of the variant's own.")] = None,
-    impl: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="reference, torchvision, timm, fast; without_squeeze, without_excitation, without_scale for the "
-            "split; repeat it for several. By default all."
-        ),
-    ] = None,
-    phase: Annotated[StepPhase, typer.Option(help="What one call is.")] = StepPhase.forward,
-    device: Device = Device.cpu,
-    batch: Positive = 1,
-    input_size: Input = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
-    dtype: Dtype = Dtype.fp32,
-    channels_last: ChannelsLast = False,
-    compiled: Compiled = False,
-    hold_heap: HoldHeap = False,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Stop at ±1 % or after 15 s for each pair, instead of ±0.5 % or 60 s.")
-    ] = False,
-    budget: Annotated[float | None, typer.Option(min=0.1, help="Seconds of sampling for each pair.")] = None,
-    seed: int = 0,
-    out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/tax/….json.")] = Path("results"),
-    replace: Annotated[bool, typer.Option("--replace", help="Measure again where a record exists.")] = False,
+# ------------------------------------------------------------------------------------------------------------- machine
+def show_machine(
+    device: Annotated[
+        Device, typer.Option("--device", rich_help_panel=WHAT, metavar="NAME", help="cpu or cuda.")
+    ] = "cpu",
     json_to: Json = None,
+    look: Format = "rich",
 ) -> None:
-    """Measure SE as others write it and as it is fused, over one baseline in one run, beside the least it must cost."""
-    arch = network_address(arch, se, insert)
-    find(arch)
-    if baseline is not None:
-        find(baseline, option="--baseline")
-    from selab.experiments import tax as experiments_tax
-    from selab.experiments import tax_record
-    from selab.experiments.job import Request
-    from selab.records import store
-
-    asked = experiments_tax.TaxRequest(
-        request=Request(
-            arch=arch,
-            baseline=baseline,
-            device=device.value,
-            batch=batch,
-            input_chw=input_chw(input_size),
-            resolution=resolution,
-            dtype=dtype.value,
-            memory_format="channels_last" if channels_last else "contiguous",
-            compiled=compiled,
-            held_heap=hold_heap,
-            threads=threads,
-            quick=quick,
-            budget_s=budget,
-            seed=seed,
-            phases=(phase.value,),
-        ),
-        implementations=experiments_tax.chosen_implementations(impl or ()),
-    )
-    comparison = experiments_tax.Tax(asked)
-    path = comparison.path(out)
-    store.check_writable(path, replace=replace)
-    if json_to is not None and str(json_to) != "-":
-        store.check_writable(json_to, replace=True)
-    with reporting(open_console(stderr=True)) as report:
-        record = comparison.run(report)
-    tax_record.save_tax_record(record, path)
-    _show_tax(path, json_to=json_to)
-
-
-def _show_tax(path: Path, *, json_to: Path | None) -> None:
-    """From the file that was written, as a profile is shown."""
-    from selab.experiments import tax_record
-    from selab.records import store
-    from selab.report import tax as report_tax
-
-    record = tax_record.read_tax_record(path)
-    if str(json_to) == "-":
-        sys.stdout.write(store.read_text(path))
-        return
-    if json_to is not None:
-        store.write_atomically(json_to, store.read_text(path).encode())
-    print_parts(*report_tax.tax_tables(record))
-    open_console().print(f"\nrecord: {plain(str(path))}", highlight=False, soft_wrap=True)
-
-
-def show_machine(device: Device = Device.cpu, json_to: Json = None) -> None:
-    """Show what will be measured on, what is wrong with it for measuring, and what helps."""
+    """Check this machine: what disturbs measurements, and what helps."""
     from selab.bench.runner import check_device
     from selab.experiments import doctor
     from selab.report import checks
 
-    check_device(device.value)
-    found = doctor.look(device.value)
+    check_outputs(json_to)
+    check_device(device)
+    found = doctor.inspect(device)
     if json_to is not None:
         listed = [dataclasses.asdict(one) for one in doctor.problems(found)]
         around = dataclasses.asdict(found.surroundings)
         return write_json({"machine": builtins(found.machine), "surroundings": around, "problems": listed}, json_to)
-    return print_parts(*checks.machine_tables(found))
-
-
-def _show_profile(record: "Record", path: Path, *, json_to: Path | None, svg: Path | None) -> None:
-    """From the file that was written, not from memory: what is shown is what anyone else would read."""
-    from rich.console import Console
-
-    from selab.records.store import write_atomically
-    from selab.records.types import to_json
-    from selab.report.profiles import profile_table, stage_table, verdict_lines
-
-    alone = str(json_to) == "-"
-    if alone:
-        sys.stdout.buffer.write(to_json(record))
-    consoles = [Console(file=io.StringIO(), emoji=False) if alone else open_console()]
-    if svg is not None:
-        consoles.append(Console(record=True, width=88, file=io.StringIO(), force_terminal=True, emoji=False))
-    for console in consoles:
-        console.print(profile_table(record), highlight=False)
-        if record.cost.se.blocks:
-            console.print()
-            console.print(stage_table(record.cost), highlight=False)
-        console.print()
-        for line in verdict_lines(record):
-            console.print(plain(line), highlight=False, soft_wrap=False)
-        console.print(f"\nrecord: {plain(str(path))}", highlight=False, soft_wrap=True)
-    if svg is not None:
-        write_atomically(svg, consoles[1].export_svg(title=record.command).encode())
-    if json_to is not None and not alone:
-        write_atomically(json_to, to_json(record))
+    return print_tables(checks.machine_tables(found), look)

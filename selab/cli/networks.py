@@ -1,94 +1,112 @@
-"""Commands that look at networks: archs, show, sites, count."""
+"""Commands about networks: archs, show, sites, count."""
 
 import dataclasses
+import fnmatch
 import sys
 from contextlib import redirect_stdout
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from selab.cli.console import (
+    announce_sites,
     builtins,
+    check_outputs,
     find,
     open_console,
-    plain,
+    params_of,
+    print_insertion_notes,
     print_parts,
+    print_tables,
     reporting,
+    resolve_job,
     write_json,
 )
 from selab.cli.options import (
+    OUTPUT,
+    WHAT,
+    WORKLOAD,
     Arch,
     Archs,
-    Device,
-    Dtype,
+    ChannelsLast,
+    CountOptions,
+    Format,
     Input,
     Insert,
     Json,
-    Positive,
+    Look,
+    Replace,
     Se,
     input_chw,
-    network_address,
+    with_options,
 )
-from selab.errors import RecordError
+from selab.errors import RecordError, UnknownNameError, nearest
+from selab.experiments.job import network_address
 from selab.models import catalog
+from selab.records.types import Device, Dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from selab.models.spec import Variant
-    from selab.records.types import Insertion
+    from selab.records.types import Record
+    from selab.report.table import Table
+
+By = Literal["operator", "module"]
 
 
-class By(StrEnum):
-    """How to share a cost out."""
-
-    operator = "operator"
-    module = "module"
-
-
-def tell_found_sites(word: str, insertions: "Sequence[Insertion]") -> None:
-    """Nothing is guessed silently: where `--insert auto` put blocks is said before anything is said about them."""
-    if "sites=auto" not in word or not insertions:
-        return
-    listed = ", ".join(one.path for one in insertions)
-    open_console(stderr=True).print(
-        f"auto: {len(insertions)} site{'s' if len(insertions) > 1 else ''} found: {plain(listed)}; "
-        "`selab sites` shows them in the network",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def archs(json_to: Json = None) -> None:
+def archs(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as 'se_res*'.")] = "",
+    json_to: Json = None,
+    look: Format = "rich",
+) -> None:
     """List the architectures, each with its baseline."""
     from selab.models.spec import as_builtins
     from selab.report.table import Table
 
-    variants = catalog.installed()
+    check_outputs(json_to)
+    every = catalog.installed()
+    wanted = pattern if any(character in pattern for character in "*?[") else f"*{pattern}*"
+    variants = [one for name, one in every.items() if fnmatch.fnmatchcase(name, wanted)]
+    if not variants:
+        raise UnknownNameError(f"archs {pattern}: no such architecture{nearest(pattern, every)}")
     if json_to is not None:
-        return write_json([as_builtins(variant) for variant in variants.values()], json_to)
-    rows = tuple((one.name, one.baseline or "", one.title) for one in variants.values())
+        return write_json([as_builtins(variant) for variant in variants], json_to)
+    rows = tuple((one.name, one.baseline or "", one.title) for one in variants)
     columns = ("name", "baseline", "what it is")
-    return print_parts(Table(title="Architectures", columns=columns, rows=rows, words=frozenset(range(3))))
+    table = Table(title=f"Architectures ({len(rows)})", columns=columns, rows=rows, words=frozenset(range(3)))
+    return print_tables([table], look)
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="As --arch.")],
+    name: Annotated[str, typer.Argument(help="A network, as --arch of the other commands.")],
     runtime: Annotated[
-        bool, typer.Option("--runtime", help="Instead: how each SE block runs after selab.fuse, and why not faster.")
+        bool,
+        typer.Option("--runtime", rich_help_panel=WHAT, help="Show how each SE block runs after selab.fuse, and why."),
     ] = False,
-    device: Device = Device.cpu,
-    batch: Positive = 1,
-    dtype: Dtype = Dtype.fp32,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")] = False,
+    device: Annotated[
+        Device, typer.Option("--device", rich_help_panel=WORKLOAD, metavar="NAME", help="For --runtime: cpu or cuda.")
+    ] = "cpu",
+    batch: Annotated[
+        int, typer.Option("--batch", rich_help_panel=WORKLOAD, min=1, metavar="N", help="For --runtime: images.")
+    ] = 1,
+    dtype: Annotated[
+        Dtype,
+        typer.Option("--dtype", rich_help_panel=WORKLOAD, metavar="NAME", help="For --runtime: fp32, bf16, fp16."),
+    ] = "fp32",
+    channels_last: ChannelsLast = False,
     json_to: Json = None,
+    look: Format = "rich",
 ) -> None:
-    """Show one architecture: its facts, its SE sites and what others published about it."""
+    """Show one architecture: facts, SE sites, published numbers."""
+    check_outputs(json_to)
     variant = find(name, option="show")
     if runtime:
-        return _show_runtime(variant, device, batch, dtype, channels_last=channels_last, json_to=json_to)
+        return _show_runtime(variant, device, batch, dtype, channels_last=channels_last, json_to=json_to, look=look)
+    wrong = [device != "cpu" and "--device", batch != 1 and "--batch", dtype != "fp32" and "--dtype"]
+    for option in filter(None, [*wrong, channels_last and "--channels-last"]):
+        raise typer.BadParameter("is a workload of --runtime; give both or neither", param_hint=str(option))
     from selab.models.build import build
     from selab.models.spec import as_builtins
     from selab.report.networks import facts_table, published_table, sites_table
@@ -97,7 +115,8 @@ def show(
     if json_to is not None:
         return write_json({**as_builtins(variant), "insertions": [builtins(one) for one in insertions]}, json_to)
     published = [published_table(variant)] if variant.published else []
-    return print_parts(facts_table(variant), *([sites_table(insertions)] if insertions else []), *published)
+    sites = [sites_table(insertions)] if insertions else []
+    return print_tables([facts_table(variant), *sites, *published], look)
 
 
 def sites(
@@ -105,100 +124,132 @@ def sites(
     se: Se = None,
     insert: Insert = None,
     input_size: Input = None,
+    depth: Annotated[
+        int | None,
+        typer.Option("--depth", rich_help_panel=OUTPUT, min=1, metavar="N", help="Show so many levels of modules."),
+    ] = None,
     json_to: Json = None,
 ) -> None:
-    """Show a network's module tree and where blocks stand or could stand; its forward runs once, without arithmetic."""
-    variant = find(network_address(arch, se, insert))
+    """Show where attention blocks stand, or could stand, in the module tree."""
+    check_outputs(json_to)
+    size = input_chw(input_size)
+    variant = find(network_address(arch, se, insert or ()))
     from selab.attention.auto_sites import Ends, trace_ends
     from selab.attention.sites import declared_groups
     from selab.models.build import build
-    from selab.models.catalog import baseline_of
     from selab.report.tree import site_tree, sites_as_builtins
 
-    size = input_chw(input_size) or variant.input_chw
+    size = size or variant.input_chw
     shape = (1, *size)
     with redirect_stdout(sys.stderr):
-        network = build(baseline_of(variant) or variant, device="meta", input_chw=size).model
+        network = build(catalog.baseline_of(variant) or variant, device="meta", input_chw=size).model
         insertions = build(variant, device="meta", input_chw=size).insertions
         groups = declared_groups(network)
         found = trace_ends(network, shape) if not groups or "auto" in (insert or ()) else Ends(found=(), left_out=())
-        tree = site_tree(network, insertions, ends=found.found, groups=groups, input_nchw=shape)
+        tree = site_tree(network, insertions, ends=found.found, groups=groups, input_nchw=shape, depth=depth)
+    announce_sites(variant, insertions)
+    print_insertion_notes(variant, insertions, sum(one.numel() for one in network.parameters()))
     if json_to is not None:
         return write_json(
             sites_as_builtins(network, insertions, ends=found.found, groups=groups, input_nchw=shape), json_to
         )
     lines = [f"auto: {end.path}: {end.reason}" for end in found.found] + [f"left out: {one}" for one in found.left_out]
     legend = [f"[{', '.join(groups)}]: site groups (--insert NAME)"] if groups else []
-    legend += ["[auto]: a block's end, found by tracing (--insert auto)"] if found.found else []
-    legend += ["← what would stand there"] if insertions else []
-    return print_parts(tree, "\n".join(map(plain, (*legend, *lines))))
+    legend += ["[auto]: end of a block, found by tracing (--insert auto)"] if found.found else []
+    legend += ["←: the block that is inserted there"] if insertions else []
+    return print_parts(tree, escape_lines(*legend, *lines))
 
 
+def escape_lines(*lines: str) -> str:
+    """Return lines as one text for a terminal."""
+    from selab.cli.console import escape_markup
+
+    return "\n".join(map(escape_markup, lines))
+
+
+@with_options
 def count(
+    options: CountOptions,
     arch: Archs = (),  # type: ignore[assignment]
-    every: Annotated[bool, typer.Option("--all", help="All architectures.")] = False,
-    se: Se = None,
-    insert: Insert = None,
-    batch: Positive = 1,
-    input_size: Input = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input.")] = None,
-    by: Annotated[By | None, typer.Option(help="Share each network's cost out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write each record to OUT/<arch>.json and show the table.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Write over existing records.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", rich_help_panel=WHAT, help="All architectures of the catalog.")
+    ] = False,
+    by: Annotated[
+        By | None,
+        typer.Option("--by", rich_help_panel=OUTPUT, metavar="KIND", help="Break the cost down by operator or module."),
+    ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", rich_help_panel=OUTPUT, help="Explain each difference to fvcore, thop and torch."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", rich_help_panel=OUTPUT, metavar="FOLDER", help="Also write each record to FOLDER/NAME.json."
+        ),
+    ] = None,
+    replace: Replace = False,
     json_to: Json = None,
+    look: Format = "rich",
 ) -> None:
-    """Count parameters, MACs, FLOPs, bytes and activations; no kernel runs, so batch and resolution cost nothing."""
-    if every and (arch or se is not None or insert):
-        raise typer.BadParameter(
-            "counts the catalog as it is; leave --arch, --se and --insert away", param_hint="--all"
-        )
-    names = list(catalog.installed()) if every else [network_address(one, se, insert) for one in arch]
+    """Count parameters, MACs (the GFLOPs of papers), FLOPs and bytes; nothing runs."""
+    if every and (arch or options.se is not None or options.insert):
+        raise typer.BadParameter("cannot be combined with --arch, --se or --insert", param_hint="--all")
+    names = list(catalog.installed()) if every else list(arch)
     if not names:
         raise typer.BadParameter("name at least one network, or give --all", param_hint="--arch")
-    variants = [find(name) for name in names]
-    size = input_chw(input_size)
+    jobs = [resolve_job(options.request(name)) for name in names]
     from selab.experiments import profiling
     from selab.records import store
-    from selab.report import profiles as report_profiles
 
-    paths: dict[str, Path] = {}
+    check_outputs(json_to)
+    paths: list[Path] = []
     if out is not None:
-        paths = {name: out / f"{store.file_name(one.name)}.json" for name, one in zip(names, variants, strict=True)}
-    if len(set(paths.values())) < len(paths):
+        paths = [out / f"{store.file_name(job.variant.name)}.json" for job in jobs]
+    if len(set(paths)) < len(paths):
         raise RecordError(f"--out {out}: two of these networks have the same name; count them into two folders")
-    for path in paths.values():
+    for path in paths:
         store.check_writable(path, replace=replace)
-    counters = len(names) == 1 or bool(paths) or json_to is not None
     records = []
+    counters = explain or bool(paths) or json_to is not None
     with reporting(open_console(stderr=True)) as report:
-        for name in names:
-            report(f"counting {name}" if len(names) > 1 else "counting", None)
-            one = profiling.count_record(
-                name,
-                batch=batch,
-                input_chw=size,
-                resolution=resolution,
-                by_module=by is By.module,
-                counters=counters,
-            )
-            tell_found_sites(name, one.insertions)
+        for index, job in enumerate(jobs):
+            report(f"counting {job.request.arch}" if len(jobs) > 1 else "counting", None)
+            one = profiling.count_job(job, by_module=by == "module", counters=counters)
+            announce_sites(job.variant, one.insertions)
+            print_insertion_notes(job.variant, one.insertions, params_of(one.baseline_cost))
             records.append(one)
             if paths:
-                store.save(one, paths[name])
+                store.save(one, paths[index])
     if json_to is not None:
-        return write_json([builtins(one) for one in records] if len(records) > 1 else builtins(records[0]), json_to)
+        write_json([builtins(one) for one in records] if len(records) > 1 else builtins(records[0]), json_to)
+    if str(json_to) != "-":
+        print_tables(_count_tables(records, by, explain=explain), look)
+
+
+def _count_tables(records: "Sequence[Record]", by: By | None, *, explain: bool) -> "list[Table]":
+    """The tables of `count`: one for several networks; for one network its own, with the blocks by part."""
+    from selab.report import profiles
+
     if by is not None:
-        return print_parts(*(report_profiles.share_table(record, by.value) for record in records))
+        return [profiles.share_table(record, by) for record in records]
+    counters = [profiles.counters_table(record.cost) for record in records] if explain else []
     if len(records) > 1:
-        return print_parts(report_profiles.count_table(records))
+        return [profiles.count_table(records), *counters]
     cost = records[0].cost
-    stages = [report_profiles.stage_table(cost)] if cost.se.blocks else []
-    return print_parts(report_profiles.single_count_table(records[0]), *stages, report_profiles.counters_table(cost))
+    stages = [profiles.stage_table(cost)] if cost.se.blocks else []
+    return [profiles.single_count_table(records[0]), *stages, *counters]
 
 
-# -------------------------------------------------------------------------------------------------------------- output
 def _show_runtime(
-    variant: "Variant", device: Device, batch: int, dtype: Dtype, *, channels_last: bool, json_to: Path | None
+    variant: "Variant",
+    device: Device,
+    batch: int,
+    dtype: Dtype,
+    *,
+    channels_last: bool,
+    json_to: Path | None,
+    look: Look,
 ) -> None:
     import torch
 
@@ -207,12 +258,12 @@ def _show_runtime(
     from selab.models.build import build
     from selab.report.networks import runtime_table
 
-    check_device(device.value)
+    check_device(device)
     found = runtimes(
         build(variant).model,
         (batch, *variant.input_chw),
-        device=device.value,
-        dtype=DTYPES[dtype.value],
+        device=device,
+        dtype=DTYPES[dtype],
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
     if json_to is not None:
@@ -221,5 +272,5 @@ def _show_runtime(
         other = "its blocks are of another kind, which run as they are written" if variant.se else "has no SE block"
         return print_parts(f"{variant.name}: {other}; there is nothing that selab.fuse would run otherwise")
     layout = "channels last" if channels_last else "contiguous"
-    title = f"SE blocks of {variant.name} as they run: {device.value}, batch {batch}, {dtype.value}, {layout}"
-    return print_parts(runtime_table(found, title=title))
+    title = f"SE blocks of {variant.name} as they run: {device}, batch {batch}, {dtype}, {layout}"
+    return print_tables([runtime_table(found, title=title)], look)

@@ -1,162 +1,362 @@
-"""The options that commands share."""
+"""The options that commands share; a group of options is a dataclass, and `with_options` gives it to a command."""
 
-import re
-from collections.abc import Sequence
-from enum import StrEnum
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
+from selab.errors import SpecError
+from selab.experiments.job import Request, network_address, parse_input
+from selab.records.types import PHASES, Device, Dtype, MemoryFormat, Mode
 
-class Device(StrEnum):
-    """Where to run."""
+# The panels of every command's help.
+WHAT, WORKLOAD, TIME, OUTPUT = "What to measure", "Workload", "How long", "Output"
+TRAINING, DATA = "Training", "Data"
 
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    """fp32, or autocast to half precision."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
+Look = Literal["rich", "markdown", "csv", "latex", "json"]
+Amp = Literal["off", "bf16", "fp16"]
+DataName = Literal["cifar10", "cifar100", "synthetic", "imagenet", "folder"]
+_Command = TypeVar("_Command", bound=Callable[..., object])
 
 
-class Mode(StrEnum):
-    """auto: forward in eval (inference), the others in train."""
-
-    auto = "auto"
-    train = "train"
-    eval = "eval"
-
-
-class StepMode(StrEnum):
-    """What a step is."""
-
-    eval = "eval"
-    train = "train"
+# ------------------------------------------------------------------------------------------------------ single options
+def _phase(text: str) -> str:
+    if text not in PHASES:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(PHASES)}")
+    return text
 
 
-class Phase(StrEnum):
-    """What one call is."""
-
-    forward = "forward"
-    backward = "backward"
-    forward_backward = "forward_backward"
+def _option(name: str, panel: str, text: str, **more: Any) -> Any:
+    return typer.Option(*name.split(), rich_help_panel=panel, help=text, **more)
 
 
-class StepPhase(StrEnum):
-    """What one call is: inference, or a step's two passes."""
-
-    forward = "forward"
-    forward_backward = "forward_backward"
-
-
-class DataName(StrEnum):
-    """A data set."""
-
-    cifar10 = "cifar10"
-    cifar100 = "cifar100"
-    synthetic = "synthetic"
-    imagenet = "imagenet"
-    folder = "folder"
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether its images have one size and lie in memory; else they are files in a folder."""
-        return self not in (DataName.imagenet, DataName.folder)
-
-
-class Amp(StrEnum):
-    """Automatic mixed precision."""
-
-    off = "off"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-DataDir = Annotated[Path, typer.Option("--data-dir", help="Where the images lie, or are downloaded to.")]
-Download = Annotated[bool, typer.Option("--download/--no-download", help="Fetch a set that is not there.")]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        "--workers", min=0, help="Processes that decode an image folder's images; one per core, at most 8, by default."
-    ),
-]
-ClassesFile = Annotated[
-    Path | None,
-    typer.Option("--classes-file", help="The classes of an image folder, one a line, in the order of their numbers."),
-]
-RecipeName = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        help="How to train; a name, or path/to/file.toml[:NAME]. By default one for the network and the data.",
-    ),
-]
-ImageRecipeName = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe", help="Prepare an image folder's images as this recipe does, not as the weights were trained."
-    ),
-]
-Resize = Annotated[
-    int | None, typer.Option("--resize", min=1, help="An image folder's images: the shorter side, in pixels.")
-]
-Crop = Annotated[
-    int | None, typer.Option("--crop", min=1, help="An image folder's images: side of the centre crop, in pixels.")
-]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; its schedule shrinks with them.")]
-TrainBatch = Annotated[int | None, typer.Option(min=1, help="Images per step over all processes, not the recipe's.")]
-AmpOption = Annotated[Amp, typer.Option("--amp", help="Automatic mixed precision.")]
-ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="NHWC instead of NCHW.")]
-Compiled = Annotated[bool, typer.Option("--compile", help="Through torch.compile.")]
-HoldHeap = Annotated[
-    bool, typer.Option("--hold-heap", help="Keep freed memory (glibc), so that no page faults are measured.")
-]
-Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches per step; the batch stays the same.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write JSON to this file, or to - for standard output.")]
-Arch = Annotated[
-    str,
-    typer.Option(
-        "--arch",
-        help="A name from `selab archs`, path/to/family.toml[:variant], torchvision:NAME, timm:NAME, "
-        "path/to/file.py:callable or package.module:callable.",
-    ),
-]
-Archs = Annotated[list[str], typer.Option("--arch", help="As in `profile`; repeat it for several networks.")]
+ARCH_HELP = "A name of `selab archs`, torchvision:NAME, timm:NAME, FILE.toml[:NAME], or FILE.py:NAME."
+Arch = Annotated[str, _option("--arch", WHAT, ARCH_HELP, metavar="NAME")]
+Archs = Annotated[list[str], _option("--arch", WHAT, f"{ARCH_HELP} Repeatable.", metavar="NAME")]
 Se = Annotated[
     str | None,
-    typer.Option(
-        "--se", help="Put attention blocks in, or change them: KEY=VALUE,…, as reduction=8,stages=2-4 or block=eca."
-    ),
+    _option("--se", WHAT, "Insert or change attention blocks: reduction=8,stages=2-4 or block=eca.", metavar="K=V,…"),
 ]
 Insert = Annotated[
     list[str] | None,
-    typer.Option(
-        "--insert", help="Where: a site group, a pattern such as 'layer*.*.bn3', or auto; repeat it for several."
+    _option("--insert", WHAT, "Where: a site group, a pattern such as 'layer*.*.bn3', or auto.", metavar="SITES"),
+]
+Baseline = Annotated[
+    str | None, _option("--baseline", WHAT, "Compare with this network, not the variant's own.", metavar="NAME")
+]
+Batch = Annotated[int | None, _option("--batch", WORKLOAD, "Images.", min=1, metavar="N", show_default="1")]
+Input = Annotated[str | None, _option("--input", WORKLOAD, "Input shape, if not the network's own.", metavar="CxHxW")]
+Resolution = Annotated[
+    int | None, _option("--resolution", WORKLOAD, "Height and width of the input.", min=1, metavar="N")
+]
+ChannelsLast = Annotated[bool, _option("--channels-last", WORKLOAD, "Short for --memory-format channels_last (NHWC).")]
+PhaseNames = Annotated[
+    list[str] | None,
+    _option(
+        "--phase",
+        WORKLOAD,
+        "forward, backward or forward_backward. Repeatable.",
+        metavar="PHASE",
+        # typer knows no list of literals.
+        parser=_phase,
     ),
 ]
-Input = Annotated[str | None, typer.Option("--input", help="The input as CxHxW, if it is not the network's own.")]
-Positive = Annotated[int, typer.Option(min=1)]
+Seed = Annotated[int | None, _option("--seed", WORKLOAD, "Of weights and input.", metavar="N", show_default="0")]
+Quick = Annotated[bool, _option("--quick", TIME, "Stop at ±1 % or after 15 s of sampling, not ±0.5 % or 60 s.")]
+Budget = Annotated[
+    float | None, _option("--budget", TIME, "Seconds of sampling per phase.", min=0.1, metavar="SECONDS")
+]
+Processes = Annotated[
+    int, _option("--processes", TIME, "Fresh processes per ratio; 3 for what you publish.", min=1, metavar="N")
+]
+Out = Annotated[Path, _option("--out", OUTPUT, "Folder of the records.", metavar="FOLDER")]
+Replace = Annotated[bool, _option("--replace", OUTPUT, "Write over what exists.")]
+Format = Annotated[Look, _option("--format", OUTPUT, "rich, markdown, csv, latex or json.", metavar="FORMAT")]
+Json = Annotated[
+    Path | None, _option("--json", OUTPUT, "Write JSON to FILE, or to - for standard output.", metavar="FILE")
+]
+Verbose = Annotated[bool, _option("--verbose -v", OUTPUT, "Show every flag and remark.")]
 
 
-def network_address(arch: str, se: str | None, insert: Sequence[str] | None) -> str:
-    """One word for a network and the blocks in it, as `selab.catalog.find` reads it."""
-    changes = [*([] if se is None else [se]), *([f"sites={'+'.join(insert)}"] if insert else [])]
-    if not changes:
-        return arch
-    return arch + ("," if re.search(r"\+\w+\s*=", arch) else "+") + ",".join(changes)
+# ---------------------------------------------------------------------------------------------------- groups of options
+@dataclass(kw_only=True)
+class _BlockOptions:
+    """Which attention blocks a network gets."""
+
+    se: Se = None
+    insert: Insert = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, by the name of their field."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) not in (None, False, "")}
+
+    def reject(self, why: str, *names: str) -> None:
+        """Refuse options that mean nothing here.
+
+        Args:
+            why: what to tell the user, behind the option.
+            names: of fields.
+
+        Raises:
+            typer.BadParameter: one of them was given.
+        """
+        for name in names:
+            if name in self.given():
+                raise typer.BadParameter(why, param_hint=option_of(type(self), name))
+
+    def address(self, arch: str) -> str:
+        """Return the name of a network with the blocks of `--se` and `--insert`."""
+        return network_address(arch, self.se, self.insert or ())
+
+    def fields_of_request(self) -> dict[str, Any]:
+        """Return the fields of a `Request` that were given, in its own names.
+
+        Raises:
+            typer.BadParameter: options contradict each other, or the input is not CxHxW.
+        """
+        found = {name: value for name, value in self.given().items() if name not in ("se", "insert")}
+        if "input_size" in found and "resolution" in found:
+            raise typer.BadParameter("is in --input already; leave one of them out", param_hint="--resolution")
+        if "input_size" in found:
+            found["input_chw"] = input_chw(found.pop("input_size"))
+        return found
+
+    def request(self, arch: str, **own: Any) -> Request:
+        """Return the request of a command.
+
+        Args:
+            arch: the network, without the blocks of `--se` and `--insert`.
+            own: fields of the request; an option that was given takes their place.
+
+        Raises:
+            typer.BadParameter: as `fields_of_request`.
+        """
+        return Request(arch=self.address(arch), **{**own, **self.fields_of_request()})
+
+
+@dataclass(kw_only=True)
+class CountOptions(_BlockOptions):
+    """The options of a count."""
+
+    batch: Batch = None
+    input_size: Input = None
+    resolution: Resolution = None
+
+
+@dataclass(kw_only=True)
+class _NetworkOptions(_BlockOptions):
+    """What every measuring command takes; None where an option was not given."""
+
+    baseline: Baseline = None
+    device: Annotated[
+        Device | None, _option("--device", WORKLOAD, "cpu or cuda.", metavar="NAME", show_default="cpu")
+    ] = None
+    input_size: Input = None
+    channels_last: ChannelsLast = False
+    mode: Annotated[
+        Mode | None,
+        _option(
+            "--mode", WORKLOAD, "train or eval; auto: eval in forward, else train.", metavar="MODE", show_default="auto"
+        ),
+    ] = None
+    phase: PhaseNames = None
+    compiled: Annotated[bool, _option("--compile", WORKLOAD, "Run through torch.compile.")] = False
+    fused: Annotated[bool, _option("--fused", WORKLOAD, "Run both networks through selab.fuse.")] = False
+    hold_heap: Annotated[
+        bool, _option("--hold-heap", WORKLOAD, "Keep freed memory (glibc): no page faults are measured.")
+    ] = False
+    seed: Seed = None
+
+    def fields_of_request(self) -> dict[str, Any]:
+        """Return the fields of a `Request` that were given, in its own names.
+
+        Raises:
+            typer.BadParameter: options contradict each other, or the input is not CxHxW.
+        """
+        found = super().fields_of_request()
+        if self.hold_heap and self.device == "cuda":
+            raise typer.BadParameter("keeps the CPU's heap; leave it out with --device cuda", param_hint="--hold-heap")
+        if found.pop("channels_last", False) and found.setdefault("memory_format", "channels_last") != "channels_last":
+            raise typer.BadParameter("contradicts --memory-format; leave one of them out", param_hint="--channels-last")
+        if found.pop("hold_heap", False):
+            found["held_heap"] = True
+        if "phase" in found:
+            chosen = found.pop("phase")
+            found["phases"] = tuple(one for one in PHASES if one in chosen)
+        return found
+
+
+@dataclass(kw_only=True)
+class WorkloadOptions(_NetworkOptions):
+    """The options of one measurement."""
+
+    batch: Batch = None
+    resolution: Resolution = None
+    dtype: Annotated[
+        Dtype | None,
+        _option("--dtype", WORKLOAD, "fp32, or autocast to bf16 or fp16.", metavar="NAME", show_default="fp32"),
+    ] = None
+    memory_format: Annotated[
+        MemoryFormat | None,
+        _option("--memory-format", WORKLOAD, "contiguous or channels_last.", metavar="NAME", show_default="contiguous"),
+    ] = None
+    threads: Annotated[
+        int | None,
+        _option("--threads", WORKLOAD, "CPU threads.", min=1, metavar="N", show_default="1"),
+    ] = None
+
+
+_LIST = "Comma list. "
+
+
+@dataclass(kw_only=True)
+class GridOptions(_NetworkOptions):
+    """The options of a grid of measurements: several values of an option stand between commas."""
+
+    batch: Annotated[str, _option("--batch", WORKLOAD, f"{_LIST}Images.", metavar="N,…")] = "1"
+    resolution: Annotated[
+        str,
+        _option("--resolution", WORKLOAD, f"{_LIST}Height and width of the input.", metavar="N,…", show_default=False),
+    ] = ""
+    dtype: Annotated[str, _option("--dtype", WORKLOAD, f"{_LIST}fp32, bf16, fp16.", metavar="NAME,…")] = "fp32"
+    memory_format: Annotated[
+        str,
+        _option(
+            "--memory-format",
+            WORKLOAD,
+            f"{_LIST}contiguous, channels_last.",
+            metavar="NAME,…",
+            show_default="contiguous",
+        ),
+    ] = ""
+    threads: Annotated[str, _option("--threads", WORKLOAD, f"{_LIST}CPU threads.", metavar="N,…")] = "1"
+    reduction: Annotated[
+        str, _option("--reduction", WHAT, f"{_LIST}Reduction of the blocks.", metavar="N,…", show_default=False)
+    ] = ""
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Which images to train or test on."""
+
+    data: Annotated[
+        DataName,
+        _option("--data", DATA, "cifar10, cifar100, synthetic, imagenet or folder.", metavar="NAME"),
+    ] = "cifar10"
+    data_dir: Annotated[
+        Path, _option("--data-dir", DATA, "Where the images are, or are downloaded to.", metavar="FOLDER")
+    ] = Path("data")
+    download: Annotated[bool, _option("--download/--no-download", DATA, "Fetch a data set that is not there.")] = True
+    workers: Annotated[
+        int | None,
+        _option(
+            "--workers",
+            DATA,
+            "Processes that decode an image folder; by default one per core, at most 8.",
+            min=0,
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None
+    classes_file: Annotated[
+        Path | None,
+        _option("--classes-file", DATA, "Classes of an image folder, one a line, in order.", metavar="FILE"),
+    ] = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images have one size and lie in memory; else they are files in a folder."""
+        return self.data not in ("imagenet", "folder")
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """How to train."""
+
+    recipe: Annotated[
+        str | None,
+        _option(
+            "--recipe",
+            TRAINING,
+            "A name, or FILE.toml[:NAME]; by default one for the network and data.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None
+    epochs: Annotated[
+        int | None, _option("--epochs", TIME, "Instead of the recipe's; its schedule shrinks too.", min=1, metavar="N")
+    ] = None
+    batch: Annotated[
+        int | None,
+        _option("--batch", TRAINING, "Images per step, all processes together.", min=1, metavar="N"),
+    ] = None
+    device: Annotated[Device, _option("--device", TRAINING, "cpu or cuda.", metavar="NAME")] = "cpu"
+    amp: Annotated[Amp, _option("--amp", TRAINING, "Mixed precision: off, bf16 or fp16.", metavar="NAME")] = "off"
+    channels_last: Annotated[bool, _option("--channels-last", TRAINING, "Use the memory format NHWC.")] = False
+    compiled: Annotated[bool, _option("--compile", TRAINING, "Run through torch.compile.")] = False
+    accumulate: Annotated[
+        int, _option("--accumulate", TRAINING, "Micro-batches per step; the batch stays the same.", min=1, metavar="N")
+    ] = 1
+    threads: Annotated[
+        int | None, _option("--threads", TRAINING, "CPU threads; by default torch's own choice.", min=1, metavar="N")
+    ] = None
+
+
+def option_of(kind: type, name: str) -> str:
+    """Return the option that a field is set by: `compiled` → `--compile`."""
+    hint = get_type_hints(kind, include_extras=True)[name]
+    (info,) = (one for one in hint.__metadata__ if hasattr(one, "param_decls"))
+    # In an annotation, typer.Option takes its first name for the default.
+    return str(info.default)
+
+
+def with_options(command: _Command) -> _Command:
+    """Give a command the options of its dataclass parameters.
+
+    A parameter whose type is a dataclass becomes one option for each field; the command is called with an instance.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for one in inspect.signature(command).parameters.values():
+        if one.name in groups:
+            kind = groups[one.name]
+            types = get_type_hints(kind, include_extras=True)
+            parameters += [
+                inspect.Parameter(field.name, one.KEYWORD_ONLY, default=field.default, annotation=types[field.name])
+                for field in fields(kind)
+            ]
+        else:
+            parameters.append(one.replace(kind=one.KEYWORD_ONLY, annotation=hints[one.name]))
+
+    @wraps(command)
+    def call(**values: Any) -> object:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        return command(**values)
+
+    del call.__wrapped__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {one.name: one.annotation for one in parameters}
+    return call  # type: ignore[return-value]
 
 
 def input_chw(text: str | None) -> tuple[int, int, int] | None:
-    """Parse `CxHxW`."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    if found is None or 0 in map(int, found.groups()):
-        raise typer.BadParameter(f"{text!r} is not CxHxW; for example 3x224x224", param_hint="--input")
-    return int(found[1]), int(found[2]), int(found[3])
+    """Parse the value of `--input`.
+
+    Raises:
+        typer.BadParameter: it is not CxHxW.
+    """
+    try:
+        return None if text is None else parse_input(text)
+    except SpecError as error:
+        raise typer.BadParameter(str(error).removeprefix("--input: "), param_hint="--input") from None
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a command's help: one example a line."""
+    return "\n\n".join(("Examples:", *(f"$ {line}" for line in lines)))

@@ -1,95 +1,80 @@
 """Commands that render records: plot, table, schema."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from enum import StrEnum
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selab.cli.console import (
-    open_console,
-    print_parts,
-    reporting,
-    write_json,
-)
-from selab.cli.options import (
-    Archs,
-    Json,
-)
+from selab.cli.console import check_outputs, open_console, print_parts, reporting, write_json
+from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace
 from selab.models import catalog
 
 if TYPE_CHECKING:
-    from selab.experiments.compared import Compared
     from selab.records.types import Cost, Record
     from selab.report.figures.registry import Picture
     from selab.report.table import Table
 
-
-class TableFormat(StrEnum):
-    """The look of a table."""
-
-    rich = "rich"
-    markdown = "markdown"
-    csv = "csv"
-    latex = "latex"
-    json = "json"
-
-
-_ALL_TABLES = "all"
-_TABLE_HELP = (
-    "paper-2, paper-3, cifar, reduction, squeeze, excitation, stages, integration, mobile or zoo, which are counted; "
-    "added, latency, accuracy or tax, which are measured (--profiles); "
-    "report, a machine's page; all, every counted one as files."
+ALL_TABLES = "all"
+QUANTITIES = (
+    "Counted: params, macs, macs_all, flops, bytes, activations. Published: top1_error, top5_error. Measured "
+    "(--profiles): latency, latency_fwd_bwd, tax, saved_for_backward. Trained (--profiles): top1_error_trained, "
+    "top5_error_trained."
 )
+Profiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--profiles",
+        rich_help_panel=WHAT,
+        metavar="FOLDER",
+        help="Folder of records. Repeatable.",
+    ),
+]
 
 
 def plot(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="cost or accuracy (base → SE, with --x and --y), added (bars), or of one record (--record): curves "
-            "of a comparison's trainings, tax of implementations."
-        ),
-    ],
+    name: Annotated[str, typer.Argument(help="cost, accuracy, added, curves or tax.")],
     x: Annotated[
+        str | None, typer.Option("--x", rich_help_panel=WHAT, metavar="NAME", help="Quantity; macs by default.")
+    ] = None,
+    y: Annotated[
         str | None,
-        typer.Option(
-            help="params, macs, macs_all, flops, bytes, activations (counted); top1_error, top5_error (published); "
-            "latency, latency_fwd_bwd, tax, saved_for_backward (measured: --profiles); top1_error_trained, "
-            "top5_error_trained (of comparisons: --profiles). By default macs."
-        ),
+        typer.Option("--y", rich_help_panel=WHAT, metavar="NAME", help="Quantity; latency or top1_error by default."),
     ] = None,
-    y: Annotated[str | None, typer.Option(help="As --x; by default latency for cost, top1_error for accuracy.")] = None,
     arch: Archs = (),  # type: ignore[assignment]
-    profiles: Annotated[Path | None, typer.Option(help="A machine's folder of records.")] = None,
-    record: Annotated[Path | None, typer.Option(help="A record of `compare` for curves, of `tax` for tax.")] = None,
-    workload: Annotated[
-        str | None, typer.Option(help="Of several in the records this one, as in their files' names.")
+    profiles: Profiles = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", rich_help_panel=WHAT, metavar="FILE", help="For curves and tax: the one record."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The picture, .svg or .png; by default NAME.svg.")] = None,
+    workload: Annotated[
+        str | None,
+        typer.Option("--workload", rich_help_panel=WHAT, metavar="NAME", help="One of several, as in file names."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", rich_help_panel=OUTPUT, metavar="FILE", help="The picture; NAME.svg by default."),
+    ] = None,
+    replace: Replace = False,
     json_to: Json = None,
 ) -> None:
-    """Draw base → SE in the plane of two quantities, or what SE adds as bars; the picture says what it leaves out."""
+    """Draw what SE costs and buys, from counts and records."""
     from selab.records import store
-    from selab.report.figures import axes as report_figures_axes
     from selab.report.figures import registry, scatter
 
-    to = out or Path(f"{name}.svg")
-    registry.check_file(to)
-    if name in registry.OF_ONE_RECORD:
-        if record is None:
-            raise typer.BadParameter("name the comparison's record", param_hint="--record")
+    to = None if json_to is not None and out is None else out or Path(f"{name}.svg")
+    registry.check_file(out or Path(f"{name}.svg"))
+    if name in registry.OF_ONE_RECORD and record is None:
+        raise typer.BadParameter("name the comparison's record", param_hint="--record")
+    if to is not None:
+        store.check_writable(to, replace=replace)
+    check_outputs(json_to)
+    if record is not None and name in registry.OF_ONE_RECORD:
         return _show_picture(_picture_of(name, record), to, json_to)
     axes = registry.axes_of(name, x, y)
-    trained = axes is not None and report_figures_axes.TRAINED in [report_figures_axes.axis(one).origin for one in axes]
-    records = store.read_records(profiles) if profiles is not None and not trained else []
-    compared: Sequence[Compared] = ()
-    if trained and profiles is not None:
-        from selab.experiments.compare import read_compared
-
-        compared = read_compared(profiles)
+    records, compared = _measured(axes, profiles or ())
     needed = scatter.costs_needed(*axes, arch) if axes is not None else ()
     costs: dict[str, Cost] = {}
     if needed:
@@ -101,19 +86,34 @@ def plot(
     shown = registry.picture(
         name, x=x, y=y, records=records, costs=costs, archs=arch, workload=workload, compared=compared
     )
-    return _show_picture(shown, None if json_to is not None and out is None else to, json_to)
+    return _show_picture(shown, to, json_to)
+
+
+def _measured(axes: tuple[str, str] | None, profiles: Sequence[Path]) -> "tuple[list[Record], list[Any]]":
+    """The profiles that a picture needs, or the comparisons of accuracy, from all folders."""
+    from selab.records import store
+    from selab.report import pages
+    from selab.report.figures import axes as figure_axes
+
+    folders = [pages.machine_folder(one) for one in profiles]
+    trained = axes is not None and figure_axes.TRAINED in [figure_axes.axis(one).origin for one in axes]
+    if not trained:
+        return [record for folder in folders for record in store.read_records(folder)], []
+    from selab.experiments.compare import read_compared
+
+    return [], [one for folder in folders for one in read_compared(folder)]
 
 
 def _picture_of(name: str, record: Path) -> "Picture":
-    """Of one record, by the picture's name."""
+    """A picture of one record."""
     from selab.experiments.tax_record import read_tax_record
     from selab.report.figures import curves, registry
-    from selab.report.figures import tax as report_figures_tax
+    from selab.report.figures import tax as tax_figures
     from selab.training.record import read_accuracy_record
 
     if name == registry.CURVES:
         return curves.curves(read_accuracy_record(record))
-    return report_figures_tax.tax_bars(read_tax_record(record))
+    return tax_figures.tax_bars(read_tax_record(record))
 
 
 def _show_picture(shown: "Picture", to: Path | None, json_to: Path | None) -> None:
@@ -127,79 +127,120 @@ def _show_picture(shown: "Picture", to: Path | None, json_to: Path | None) -> No
 
 
 def table(
-    name: Annotated[str, typer.Argument(help=_TABLE_HELP)],
-    profiles: Annotated[
-        Path | None, typer.Option(help="A machine's folder of records, or the one above where there is no other.")
-    ] = None,
-    look: Annotated[TableFormat, typer.Option("--format", help="For standard output.")] = TableFormat.rich,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Counted: paper-2, paper-3, cifar, reduction, squeeze, excitation, stages, integration, mobile, zoo. "
+            "Measured (--profiles): added, latency, accuracy, tax. report: a machine's page. all: every counted one."
+        ),
+    ],
+    profiles: Profiles = None,
+    look: Format = "rich",
     out: Annotated[
         Path | None,
-        typer.Option(help="Write to this file instead, as Markdown or as --format says; for all, a folder."),
+        typer.Option(
+            "--out",
+            rich_help_panel=OUTPUT,
+            metavar="FILE",
+            help="Write to FILE, as Markdown or --format.",
+        ),
     ] = None,
-    into: Annotated[Path | None, typer.Option(help="Put it between '<!-- table NAME -->' marks in this file.")] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            "--into", rich_help_panel=OUTPUT, metavar="FILE", help="Put it between '<!-- table NAME -->' marks in FILE."
+        ),
+    ] = None,
+    replace: Replace = False,
     json_to: Json = None,
 ) -> None:
-    """Render a table again, from the records and the published numbers."""
+    """Print a table of counted, measured and published numbers."""
     if out is not None and into is not None:
         raise typer.BadParameter("give --out or --into, not both", param_hint="--into")
     from selab.records import store
     from selab.report import pages
 
-    if name == _ALL_TABLES:
-        return _write_tables(out)
+    check_outputs(json_to)
+    if name == ALL_TABLES:
+        return _write_tables(out, replace=replace)
     pages.check_name(name)
-    profiles = None if profiles is None else pages.machine_folder(profiles)
-    apart = (pages.ACCURACY, pages.TAX)
-    records = store.read_records(profiles) if profiles is not None and name not in apart else []
-    from selab.experiments.compare import read_compared
-    from selab.experiments.profiling import counted
-    from selab.experiments.tax_record import read_tax_records
-
-    compared = read_compared(profiles) if profiles is not None and name in (pages.ACCURACY, pages.REPORT) else []
-    taxes = read_tax_records(profiles) if profiles is not None and name in (pages.TAX, pages.REPORT) else []
-    grids = pages.named_tables(name, counted(pages.costs_needed(name)), records, compared, taxes)
-    if name == pages.REPORT and profiles is not None:
-        grids += pages.acceptance_tables(store.read_acceptance(profiles))
-    if json_to is not None or look is TableFormat.json:
-        return write_json([grid.as_builtins() for grid in grids], json_to or out or Path("-"))
-    if look is TableFormat.rich and out is None and into is None:
-        return print_parts(*grids)
-    text = _TEXT[look](name, grids, records)
+    if out is not None:
+        store.check_writable(out, replace=replace)
+    tables, records = _named_tables(name, profiles or ())
+    if json_to is not None or (look == "json" and into is None):
+        return write_json([one.as_builtins() for one in tables], json_to or out or Path("-"))
+    if look == "rich" and out is None and into is None:
+        return print_parts(*tables)
+    text = _text(name, tables, records, look)
     if into is not None:
         spliced = pages.spliced(store.read_text(into), name, text, where=str(into))
         store.write_atomically(into, spliced.encode())
     elif out is not None:
         store.write_atomically(out, text.encode())
     else:
-        typer.echo(text, nl=False)
+        sys.stdout.write(text)
     return None
 
 
-_TEXT: dict[TableFormat, Callable[..., str]] = {
-    TableFormat.csv: lambda _name, grids, _records: "".join(
-        grid.csv(first=index == 0 or grid.columns != grids[index - 1].columns) for index, grid in enumerate(grids)
-    ),
-    TableFormat.latex: lambda _name, grids, _records: "\n".join(grid.latex() for grid in grids),
-    TableFormat.markdown: lambda *parts: _markdown(*parts),
-    TableFormat.rich: lambda *parts: _markdown(*parts),
-}
+def _named_tables(name: str, profiles: Sequence[Path]) -> "tuple[list[Table], list[Record]]":
+    """A table by its name, and the profiles in it; of several machines one after the other, each with its name."""
+    from selab.experiments.profiling import counted
+    from selab.report import pages
+
+    needed = pages.costs_needed(name)
+    with reporting(open_console(stderr=True)) as report:
+        if len(needed) > _MANY:
+            report(f"counting {len(needed)} networks", None)
+        costs = counted(needed)
+    if not profiles:
+        return pages.named_tables(name, costs, []), []
+    folders = list(dict.fromkeys(pages.machine_folder(one) for one in profiles))
+    every, all_records = [], []
+    for folder in folders:
+        tables, records = _of_folder(name, folder, costs)
+        if len(folders) > 1:
+            tables = [dataclasses.replace(one, title=f"{one.title}, {folder.name}") for one in tables]
+        every += tables
+        all_records += records
+    return every, all_records
 
 
-def _markdown(name: str, grids: "Sequence[Table]", records: "Sequence[Record]") -> str:
+# Counting fewer networks takes no longer than reading about it.
+_MANY = 8
+
+
+def _of_folder(name: str, folder: Path, costs: "dict[str, Cost]") -> "tuple[list[Table], list[Record]]":
+    from selab.experiments.compare import read_compared
+    from selab.experiments.tax_record import read_tax_records
+    from selab.records import store
+    from selab.report import pages
+
+    records = store.read_records(folder) if name not in (pages.ACCURACY, pages.TAX) else []
+    compared = read_compared(folder) if name in (pages.ACCURACY, pages.REPORT) else []
+    taxes = read_tax_records(folder) if name in (pages.TAX, pages.REPORT) else []
+    tables = pages.named_tables(name, costs, records, compared, taxes)
+    if name == pages.REPORT:
+        tables += pages.acceptance_tables(store.read_acceptance(folder))
+    return tables, records
+
+
+def _text(name: str, tables: "Sequence[Table]", records: "Sequence[Record]", look: Look) -> str:
+    """Tables as text for a file; without a format, Markdown with what a page says above them."""
     from selab.report.pages import page
+    from selab.report.table import render
 
-    return page(name, grids, records)
+    return page(name, tables, records) if look in ("rich", "markdown") else render(tables, look)
 
 
-def _write_tables(out: Path | None) -> None:
-    """Every cost table as a file, counted in as many processes as pay."""
+def _write_tables(out: Path | None, *, replace: bool) -> None:
+    """Write every cost table as a file, counted in as many processes as pay."""
     if out is None:
         raise typer.BadParameter("the table 'all' is a folder of files; name it", param_hint="--out")
     from selab.experiments.profiling import counted
     from selab.records import store
     from selab.report import pages
 
-    store.check_writable(out / "README.md", replace=True)
+    store.check_writable(out / "README.md", replace=replace)
     for name, text in pages.cost_pages(counted(catalog.installed())).items():
         store.write_atomically(out / name, text.encode())
 
@@ -208,4 +249,5 @@ def schema(json_to: Json = None) -> None:
     """Print the JSON Schema of a record."""
     from selab.records.types import json_schema
 
+    check_outputs(json_to)
     write_json(json_schema(), json_to or Path("-"))

@@ -1,94 +1,86 @@
-"""The commands that train and evaluate; `selab.cli` gives them their names."""
+"""Commands about accuracy: train, eval, compare."""
 
 import hashlib
 import shlex
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from selab._version import __version__
 from selab.cli.console import (
+    StoppedError,
     builtins,
     check_outputs,
     find,
     following,
     open_console,
     print_note,
-    print_parts,
+    print_tables,
     reporting,
     write_json,
 )
+from selab.cli.measure import RESULTS
 from selab.cli.options import (
-    Accumulate,
+    DATA,
+    OUTPUT,
+    TIME,
+    TRAINING,
     Amp,
-    AmpOption,
     Arch,
-    ChannelsLast,
-    ClassesFile,
-    Compiled,
-    Crop,
-    DataDir,
-    DataName,
-    Device,
-    Download,
-    Epochs,
-    ImageRecipeName,
+    DataOptions,
+    Format,
     Json,
-    Positive,
-    RecipeName,
-    Resize,
-    Threads,
-    TrainBatch,
-    Workers,
+    Out,
+    TrainOptions,
+    with_options,
 )
 from selab.errors import SelabError
+from selab.records.types import Device
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from selab.cli.options import Look
     from selab.experiments.compare import Comparison
     from selab.models.spec import Variant
+    from selab.report.table import Table
     from selab.training.data import Data
     from selab.training.problems import Problems
     from selab.training.recipe import ImageRecipe, Recipe
-    from selab.training.record import AccuracyRecord, Options
+    from selab.training.record import Accuracy, AccuracyRecord, Options
 
 
+@with_options
 def train(
     arch: Arch,
-    data: DataName = DataName.cifar10,
-    data_dir: DataDir = Path("data"),
-    download: Download = True,
-    workers: Workers = None,
-    classes_file: ClassesFile = None,
-    recipe: RecipeName = None,
-    seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and dropout; 0 to 2^64 - 1.")] = 0,
-    epochs: Epochs = None,
-    batch: TrainBatch = None,
-    device: Device = Device.cpu,
-    amp: AmpOption = Amp.off,
-    channels_last: ChannelsLast = False,
-    compiled: Compiled = False,
-    accumulate: Accumulate = 1,
-    threads: Threads = None,
-    out: Annotated[Path, typer.Option(help="The run goes to OUT/runs/….")] = Path("results"),
+    data: DataOptions,
+    options: TrainOptions,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", rich_help_panel=TRAINING, metavar="N", help="Of weights, order, augmentation and dropout."
+        ),
+    ] = 0,
+    out: Out = RESULTS,
     json_to: Json = None,
 ) -> None:
-    """Train one network with a recipe. Ctrl-C saves everything; the same command resumes. Runs under torchrun too."""
+    """Train one network with a recipe; rerun to resume."""
     variant = find(arch)
     from selab.experiments import compare as experiments_compare
     from selab.training.augment import check_seed
     from selab.training.distributed import join
     from selab.training.train import train as train_one
 
-    chosen = _recipe_of(recipe, variant, data)
-    options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
+    chosen = _recipe_of(options.recipe, variant, data)
+    how = _options(options)
     check_seed(seed)
-    group = join(options.device)
+    group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
-    images = _open_data(data, data_dir, download, workers, classes_file, chosen.image)
-    folder = experiments_compare.folder_of(variant, images, chosen, options, seed, out=out)
+    images = _open_data(data, chosen.image)
+    folder = experiments_compare.folder_of(variant, images, chosen, how, seed, out=out)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         done = train_one(
             variant,
@@ -96,7 +88,7 @@ def train(
             chosen,
             seed=seed,
             folder=folder,
-            options=options,
+            options=how,
             report=lambda state: report(variant.name, state),
             say=lambda text: report.say(f"{variant.name}: {text}"),
         )
@@ -108,139 +100,167 @@ def train(
     typer.echo(f"{variant.name}: top-1 {done.test.top1_pct:.2f} % [{low:.2f}, {high:.2f}], loss {done.test.loss:.4f}")
     typer.echo(f"recipe: {chosen.name}")
     typer.echo(f"weights: {done.weights}")
-    _tell_problems(done.problems)
+    _print_problems(done.problems)
     return None
 
 
+@with_options
 def evaluate(
     arch: Arch,
-    weights: Annotated[Path, typer.Option(help="A .safetensors, .pt or .pth file of this network.")],
-    data: DataName = DataName.cifar10,
-    data_dir: DataDir = Path("data"),
-    download: Download = True,
-    workers: Workers = None,
-    classes_file: ClassesFile = None,
-    recipe: ImageRecipeName = None,
-    resize: Resize = None,
-    crop: Crop = None,
-    batch: Positive = 500,
-    device: Device = Device.cpu,
-    amp: AmpOption = Amp.off,
-    channels_last: ChannelsLast = False,
+    weights: Annotated[
+        Path,
+        typer.Option("--weights", rich_help_panel=TRAINING, metavar="FILE", help="A .safetensors, .pt or .pth file."),
+    ],
+    data: DataOptions,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", rich_help_panel=DATA, metavar="NAME", help="Prepare an image folder as this recipe does."
+        ),
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option("--resize", rich_help_panel=DATA, min=1, metavar="N", help="Shorter side of an image, in pixels."),
+    ] = None,
+    crop: Annotated[
+        int | None,
+        typer.Option("--crop", rich_help_panel=DATA, min=1, metavar="N", help="Side of the centre crop, in pixels."),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("--batch", rich_help_panel=TRAINING, min=1, metavar="N", help="Images per pass.")
+    ] = 500,
+    device: Annotated[
+        Device, typer.Option("--device", rich_help_panel=TRAINING, metavar="NAME", help="cpu or cuda.")
+    ] = "cpu",
+    amp: Annotated[
+        Amp,
+        typer.Option("--amp", rich_help_panel=TRAINING, metavar="NAME", help="Mixed precision: off, bf16 or fp16."),
+    ] = "off",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", rich_help_panel=TRAINING, help="Use the memory format NHWC.")
+    ] = False,
+    look: Format = "rich",
     json_to: Json = None,
 ) -> None:
-    """Top-1 and top-5 of trained weights on a data set's test images, with 95 % intervals."""
+    """Test trained weights: top-1 and top-5 with 95 % intervals."""
     variant = find(arch)
     from selab.experiments.compare import loaded
-    from selab.models.checkpoint import read_metadata
     from selab.training.evaluate import evaluate as evaluate_one
 
     check_outputs(json_to)
     prepared, whose = _preparation(data, weights, recipe, resize, crop)
-    images = _open_data(data, data_dir, download, workers, classes_file, prepared)
+    images = _open_data(data, prepared)
+    how: dict[str, Any] = {"device": device, "amp": amp, "channels_last": channels_last}
     with redirect_stdout(sys.stderr), reporting(open_console(stderr=True)) as report:
         report(f"evaluating {variant.name} on {images.title}", None)
-        model = loaded(variant, images, weights).to(device.value)
-        found = evaluate_one(
-            model, images, batch=batch, device=device.value, amp=amp.value, channels_last=channels_last
-        )
-    problems: Problems | None = getattr(images, "problems", None)
-    metadata = read_metadata(weights)
-    if metadata.get("data_sha256", images.sha256) != images.sha256:
-        print_note(f"{weights}: was trained on other images, {metadata.get('data', 'unnamed')}")
+        model = loaded(variant, images, weights).to(device)
+        found = evaluate_one(model, images, batch=batch, **how)
+    _compare_data(weights, images)
     if json_to is not None:
-        told = {
-            "selab": __version__,
-            "arch": variant.name,
-            "weights": str(weights),
-            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-            "device": device.value,
-            "amp": amp.value,
-            "channels_last": channels_last,
-            "data": images.title,
-            "data_sha256": images.sha256,
-            "prepared": builtins(prepared),
-            "prepared_by": whose,
-            **builtins(found),
-            "top1_interval_pct": found.top1_interval_pct,
-            "top5_interval_pct": found.top5_interval_pct,
-            "problems": builtins(problems),
-        }
-        return write_json(told, json_to)
-    low, high = found.top1_interval_pct
-    how = ", ".join(["" if amp is Amp.off else amp.value, "channels last" if channels_last else ""]).strip(", ")
-    typer.echo(f"{variant.name} on {images.title}, {found.images:,} images{f', {how}' if how else ''}")
+        facts = _tested(found, variant, images, weights) | how | {"prepared": builtins(prepared), "prepared_by": whose}
+        return write_json(facts, json_to)
+    if look != "rich":
+        return print_tables([_tested_table(found, variant, images)], look)
+    words = ", ".join(text for text in (amp if amp != "off" else "", "channels last" if channels_last else "") if text)
+    typer.echo(f"{variant.name} on {images.title}, {found.images:,} images{f', {words}' if words else ''}")
     if prepared is not None:
         typer.echo(f"images: {prepared.test_words} ({whose})")
-    typer.echo(f"top-1 {found.top1_pct:.2f} % [{low:.2f}, {high:.2f}]")
-    if found.top5_pct is not None and found.top5_interval_pct is not None:
-        low, high = found.top5_interval_pct
-        typer.echo(f"top-5 {found.top5_pct:.2f} % [{low:.2f}, {high:.2f}]")
+    for name, percent, (low, high) in _top_rows(found):
+        typer.echo(f"{name} {percent:.2f} % [{low:.2f}, {high:.2f}]")
     typer.echo(f"loss {found.loss:.4f}; intervals of 95 % (Wilson) over images")
-    _tell_problems(problems)
+    _print_problems(getattr(images, "problems", None))
     return None
 
 
+def _compare_data(weights: Path, images: "Data") -> None:
+    """Print a note if weights were trained on other images than they are tested on."""
+    from selab.models.checkpoint import read_metadata
+
+    metadata = read_metadata(weights)
+    if metadata.get("data_sha256", images.sha256) != images.sha256:
+        print_note(f"{weights}: was trained on other images, {metadata.get('data', 'unnamed')}")
+
+
+def _tested(found: "Accuracy", variant: "Variant", images: "Data", weights: Path) -> dict[str, object]:
+    """A test for `--json`."""
+    return {
+        "selab": __version__,
+        "arch": variant.name,
+        "weights": str(weights),
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "data": images.title,
+        "data_sha256": images.sha256,
+        **builtins(found),
+        "top1_interval_pct": found.top1_interval_pct,
+        "top5_interval_pct": found.top5_interval_pct,
+        "problems": builtins(getattr(images, "problems", None)),
+    }
+
+
+def _top_rows(found: "Accuracy") -> list[tuple[str, float, tuple[float, float]]]:
+    """Top-1 and top-5 with their intervals, in percent; no top-5 of few classes."""
+    rows = [("top-1", found.top1_pct, found.top1_interval_pct)]
+    if found.top5_pct is not None and found.top5_interval_pct is not None:
+        rows.append(("top-5", found.top5_pct, found.top5_interval_pct))
+    return rows
+
+
+def _tested_table(found: "Accuracy", variant: "Variant", images: "Data") -> "Table":
+    from selab.report.table import Table
+
+    rows = [(name, f"{value:.2f} %", f"[{low:.2f}, {high:.2f}]") for name, value, (low, high) in _top_rows(found)]
+    return Table(
+        title=f"{variant.name} on {images.title}, {found.images:,} images",
+        columns=("", "accuracy", "95 % interval"),
+        rows=(*rows, ("loss", f"{found.loss:.4f}", "")),
+        notes=("Wilson intervals over images.",),
+    )
+
+
+@with_options
 def compare(
-    archs: Annotated[list[str], typer.Argument(help="BASELINE VARIANT…, or a variant alone for its own baseline.")],
-    data: DataName = DataName.cifar10,
-    data_dir: DataDir = Path("data"),
-    download: Download = True,
-    workers: Workers = None,
-    classes_file: ClassesFile = None,
-    recipe: RecipeName = None,
+    archs: Annotated[
+        list[str], typer.Argument(help="BASELINE VARIANT…, or a variant alone for its own baseline.", metavar="NAME…")
+    ],
+    data: DataOptions,
+    options: TrainOptions,
     seeds: Annotated[
-        int, typer.Option(min=1, help="How many, from 0 on; more extend a record; 5 for what you publish.")
+        int,
+        typer.Option(
+            "--seeds", rich_help_panel=TIME, min=1, metavar="N", help="Trainings per network; more extend a record."
+        ),
     ] = 3,
-    epochs: Epochs = None,
-    batch: TrainBatch = None,
-    device: Device = Device.cpu,
-    amp: AmpOption = Amp.off,
-    channels_last: ChannelsLast = False,
-    compiled: Compiled = False,
-    accumulate: Accumulate = 1,
-    threads: Threads = None,
-    out: Annotated[Path, typer.Option(help="The record goes to OUT/<machine>/accuracy/…, runs to OUT/runs/….")] = Path(
-        "results"
-    ),
+    latency: Annotated[
+        bool,
+        typer.Option("--latency/--no-latency", rich_help_panel=TIME, help="Also time both networks, as `profile`."),
+    ] = True,
+    out: Out = RESULTS,
     replace: Annotated[
         bool,
         typer.Option(
-            "--replace",
-            help="Make the record anew. Finished trainings in OUT/runs are taken over; delete them to train again.",
+            "--replace", rich_help_panel=OUTPUT, help="Make the record anew; finished trainings in OUT/runs are kept."
         ),
     ] = False,
-    latency: Annotated[
-        bool, typer.Option("--latency/--no-latency", help="Also time both networks, as `profile --quick` does.")
-    ] = True,
     json_to: Json = None,
+    look: Format = "rich",
 ) -> None:
-    """Train networks with and without SE from several seeds; compare accuracy and cost, with intervals."""
+    """Train networks with SE and without, several seeds each (hours)."""
     for one in archs:
         find(one)
     from selab.experiments import compare as experiments_compare
-    from selab.report import accuracy
     from selab.training.distributed import join, leave
     from selab.training.record import read_accuracy_record
 
     pairs = [(None, archs[0])] if len(archs) == 1 else [(archs[0], one) for one in dict.fromkeys(archs[1:])]
     networks = [experiments_compare.pair(variant, baseline) for baseline, variant in pairs]
-    chosen = _recipe_of(recipe, networks[0][1], data)
-    options = _options(device, amp, channels_last, compiled, accumulate, epochs, batch, threads)
-    group = join(options.device)
+    chosen = _recipe_of(options.recipe, networks[0][1], data)
+    how = _options(options)
+    group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
-    images = _open_data(data, data_dir, download, workers, classes_file, chosen.image)
-    plans = [
-        experiments_compare.ComparisonPlan(
-            variant=variant,
-            baseline=baseline,
-            recipe=chosen,
-            options=options,
-            seeds=tuple(range(seeds)),
-            command=shlex.join(["selab", *sys.argv[1:]]),
-        )
-        for variant, baseline in networks
-    ]
+    images = _open_data(data, chosen.image)
+    common: dict[str, Any] = {"recipe": chosen, "options": how, "seeds": tuple(range(seeds))}
+    common["command"] = shlex.join(["selab", *sys.argv[1:]])
+    plans = [experiments_compare.ComparisonPlan(variant=one, baseline=base, **common) for one, base in networks]
     comparisons = [experiments_compare.Comparison(plan, images, out=out) for plan in plans]
     with redirect_stdout(sys.stderr):
         left = experiments_compare.left_of(comparisons, replace=replace)
@@ -256,19 +276,28 @@ def compare(
     records = [read_accuracy_record(one.path) for one in comparisons]
     if json_to is not None:
         _write_records(records, json_to)
-        if str(json_to) == "-":
-            return
+    if str(json_to) != "-":
+        _show_comparisons(comparisons, records, out, look, timed=latency)
+        _print_problems(getattr(images, "problems", None))
+
+
+def _show_comparisons(
+    comparisons: "Sequence[Comparison]", records: "Sequence[AccuracyRecord]", out: Path, look: "Look", *, timed: bool
+) -> None:
+    """Time each comparison's networks if asked, and print its tables."""
+    from selab.experiments.compare import compared
+    from selab.report import accuracy
+
     for growing, record in zip(comparisons, records, strict=True):
-        if latency:
+        if timed:
             _measure(growing)
-        beside = experiments_compare.compared(record, out / record.machine.name)
-        print_parts(accuracy.comparison_table(beside), accuracy.seeds_table(record))
-        typer.echo(f"record: {growing.path}")
-    _tell_problems(getattr(images, "problems", None))
+        beside = compared(record, out / record.machine.name)
+        print_tables([accuracy.comparison_table(beside), accuracy.seeds_table(record)], look)
+        typer.echo(f"record: {growing.path}", err=look != "rich")
 
 
 def _write_records(records: "list[AccuracyRecord]", to: Path) -> None:
-    """One record as it is on disk, several in a list."""
+    """Write one record as it is on disk, several in a list."""
     from selab.records.store import write_atomically
     from selab.training.record import to_json
 
@@ -285,58 +314,49 @@ def _measure(growing: "Comparison") -> None:
         with reporting(open_console(stderr=True)) as report:
             growing.measure(report)
     except KeyboardInterrupt:
-        raise SelabError(
+        raise StoppedError(
             f"interrupted; the comparison is in {growing.path}, times are missing: `selab table accuracy --profiles "
             f"{growing.path.parents[1]}` shows what there is"
         ) from None
 
 
-def _options(
-    device: Device,
-    amp: "Amp",
-    channels_last: bool,
-    compiled: bool,
-    accumulate: int,
-    epochs: int | None,
-    batch: int | None,
-    threads: int | None,
-) -> "Options":
+def _options(options: TrainOptions) -> "Options":
     from selab.bench.runner import check_device
     from selab.training.record import Options
 
-    check_device(device.value)
-    if amp is Amp.fp16 and device is Device.cpu:
+    check_device(options.device)
+    if options.amp == "fp16" and options.device == "cpu":
         raise SelabError("--amp fp16: is for --device cuda; on a CPU take bf16, or leave it away")
     return Options(
-        device=device.value,
-        amp=amp.value,
-        channels_last=channels_last,
-        compiled=compiled,
-        accumulate=accumulate,
-        epochs=epochs,
-        batch=batch,
-        threads=threads,
+        device=options.device,
+        amp=options.amp,
+        channels_last=options.channels_last,
+        compiled=options.compiled,
+        accumulate=options.accumulate,
+        epochs=options.epochs,
+        batch=options.batch,
+        threads=options.threads,
     )
 
 
-def _recipe_of(word: str | None, variant: "Variant", data: DataName) -> "Recipe":
-    """The recipe that was named, or the one for this network and data; it must be for such data."""
+def _recipe_of(name: str | None, variant: "Variant", data: DataOptions) -> "Recipe":
+    """The recipe of that name, or the one for this network and data; it must suit the data."""
     from selab.training.recipe import check_suits, default_recipe, find_recipe
 
-    if word is None:
+    if name is None:
         return default_recipe(variant.family, in_memory=data.in_memory)
-    chosen = find_recipe(word)
-    check_suits(chosen, data.value, in_memory=data.in_memory)
+    chosen = find_recipe(name)
+    check_suits(chosen, data.data, in_memory=data.in_memory)
     return chosen
 
 
 def _preparation(
-    data: DataName, weights: Path, recipe: str | None, resize: int | None, crop: int | None
+    data: DataOptions, weights: Path, recipe: str | None, resize: int | None, crop: int | None
 ) -> "tuple[ImageRecipe | None, str]":
-    """What is done to a folder's images, and who says so: the options, a recipe, the weights themselves, or nobody.
+    """How a folder's images are prepared, and who says so: the options, a recipe, the weights, or nobody.
 
     Raises:
-        SelabError: the data lie in memory and options say how to prepare them, or these contradict each other.
+        SelabError: the data lie in memory and options say how to prepare them, or the options contradict each other.
     """
     import msgspec
 
@@ -345,11 +365,11 @@ def _preparation(
     own, given = read_image_recipe(weights), [("--resize", resize), ("--crop", crop)]
     if data.in_memory:
         if any(value is not None for _, value in [("--recipe", recipe), *given]):
-            raise SelabError(f"--recipe, --resize and --crop: are for image folders; {data.value} needs none of them")
+            raise SelabError(f"--recipe, --resize and --crop: are for image folders; {data.data} needs none of them")
         return None, ""
     if recipe is not None:
         named = find_recipe(recipe)
-        check_suits(named, data.value, in_memory=False)
+        check_suits(named, data.data, in_memory=False)
         chosen, whose = named.image or ImageRecipe(), f"recipe {named.name}"
     else:
         chosen, whose = own or ImageRecipe(), "default" if own is None else "as trained"
@@ -360,28 +380,21 @@ def _preparation(
     return msgspec.structs.replace(chosen, test_resize=resize, test_crop=crop), whose
 
 
-def _open_data(
-    name: DataName,
-    folder: Path,
-    download: bool,
-    workers: int | None,
-    classes_file: Path | None,
-    image: "ImageRecipe | None",
-) -> "Data":
+def _open_data(options: DataOptions, image: "ImageRecipe | None") -> "Data":
     from selab.training.data import open_data
 
     return open_data(
-        name.value,
-        data_dir=folder,
-        download=download,
+        options.data,
+        data_dir=options.data_dir,
+        download=options.download,
         image=image,
-        workers=workers,
-        classes_file=classes_file,
+        workers=options.workers,
+        classes_file=options.classes_file,
         report=print_note,
     )
 
 
-def _tell_problems(problems: "Problems | None") -> None:
-    """What was peculiar among an image folder's images."""
+def _print_problems(problems: "Problems | None") -> None:
+    """Print what was unusual about an image folder's images."""
     if problems is not None:
         typer.echo(f"images read: {problems.words}")

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from selab.cli.console import print_parts, write_json
-from selab.cli.options import Json
+from selab.cli.console import check_outputs, print_tables, write_json
+from selab.cli.options import OUTPUT, WHAT, Format, Json, Replace, examples
 
 weights_app = typer.Typer(
     help="Convert trained weights of other libraries.",
@@ -15,30 +15,42 @@ weights_app = typer.Typer(
 )
 
 
-@weights_app.command("list")
-def weights_list(json_to: Json = None) -> None:
-    """List which networks of other libraries equal ours."""
+@weights_app.command("list", epilog=examples("selab weights list"))
+def weights_list(json_to: Json = None, look: Format = "rich") -> None:
+    """List the networks whose weights can be converted."""
     from selab.models import key_maps
     from selab.report.table import Table
 
+    check_outputs(json_to)
     rows = tuple((port.arch, port.source, port.model) for port in key_maps.PORTS)
     if json_to is not None:
         return write_json([{"arch": arch, "source": source, "model": model} for arch, source, model in rows], json_to)
-    columns = ("--arch", "--from", "called there")
-    grid = Table(title="Weights that can be converted", columns=columns, rows=rows, words=frozenset(range(3)))
-    return print_parts(grid)
+    columns = ("--arch", "--from", "name there")
+    table = Table(title="Weights that can be converted", columns=columns, rows=rows, words=frozenset(range(3)))
+    return print_tables([table], look)
 
 
-@weights_app.command("convert")
+@weights_app.command(
+    "convert",
+    epilog=examples("selab weights convert in.pth out.safetensors --from timm --arch mobilenet_v2"),
+)
 def weights_convert(
     source_path: Annotated[Path, typer.Argument(metavar="IN", help="A .safetensors, .pt or .pth file.")],
     target_path: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
-    source: Annotated[str, typer.Option("--from", help="timm, torchvision or cadene.")],
-    arch: Annotated[str, typer.Option("--arch", help="Ours; `selab weights list` has all.")],
-    replace: Annotated[bool, typer.Option("--replace", help="Write over an existing file.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show every tensor's way; write nothing.")] = False,
+    source: Annotated[
+        str, typer.Option("--from", rich_help_panel=WHAT, metavar="NAME", help="timm, torchvision or cadene.")
+    ],
+    arch: Annotated[
+        str,
+        typer.Option("--arch", rich_help_panel=WHAT, metavar="NAME", help="Name in selab; see `selab weights list`."),
+    ],
+    replace: Replace = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show how each tensor is mapped; write nothing."),
+    ] = False,
 ) -> None:
-    """Convert another library's weights into those of a network here that computes the same."""
+    """Convert a library's weights for the network here that computes the same."""
     from selab.models import checkpoint
     from selab.report.table import Table
 
@@ -49,7 +61,8 @@ def weights_convert(
             for step in done.renamed
         )
         columns = ("theirs", "ours", "shape")
-        print_parts(Table(title=f"{done.port.model} → {arch}", columns=columns, rows=rows, words=frozenset(range(3))))
+        words = frozenset(range(3))
+        print_tables([Table(title=f"{done.port.model} → {arch}", columns=columns, rows=rows, words=words)])
     verb = "would be read" if dry_run else "was read"
     started = f"; {len(done.filled)} counters of seen batches start at zero" if done.filled else ""
     typer.echo(f"{source_path} {verb} as {source}'s {done.port.model}: {len(done.renamed)} tensors{started}")

@@ -1,6 +1,6 @@
-"""Budgets for networks: limits on cost, memory and time beside a baseline, and what a network makes of them."""
+"""Budgets for networks: limits on cost, memory and time, and whether a network keeps them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,16 +8,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from selab import units
-from selab.bench.memory import memory
-from selab.bench.runner import check_device
 from selab.errors import SelabError, SpecError, UnknownNameError, nearest
-from selab.experiments.job import Request, resolve
-from selab.experiments.profiling import Profile, count_job
+from selab.experiments.job import Job, Request, network_address, parse_input, resolve
 from selab.models import catalog
-from selab.models.build import build
 from selab.records import verdict
 from selab.records.toml import converted, read_tables
-from selab.records.types import PHASE_NAMES, Cost, Device, Dtype, Frozen, Latency, Memory, MemoryFormat, Phase
+from selab.records.types import PHASE_NAMES, Cost, Device, Dtype, Frozen, Latency, Memory, MemoryFormat, Mode, Phase
 from selab.records.verdict import change_words
 from selab.units import NONE
 
@@ -28,11 +24,15 @@ State = Literal["within", "over", "not_decided", "no_result"]
 
 
 class Budget(Frozen, frozen=True, kw_only=True):
-    """What a network may cost; every limit is the most that is allowed, and those that are left out are not checked.
+    """What a network may cost. Every limit is a maximum; a limit that is left out is not checked.
 
     Attributes:
         arch: as `--arch`; the table's own name if it is left out.
-        baseline: what ratios are to; the variant's own if it is left out.
+        baseline: what ratios are to; the variant's own baseline if it is left out.
+        se: attention blocks to insert or change, as `--se`.
+        insert: where, as `--insert`.
+        input: the shape `CxHxW`, as `--input`; the network's own if it is left out.
+        resolution: height and width, instead of `input`.
         params: learnable parameters.
         macs: of a forward pass, by `macs_convention`.
         bytes: moved in a forward pass.
@@ -45,13 +45,20 @@ class Budget(Frozen, frozen=True, kw_only=True):
 
     arch: str = ""
     baseline: str | None = None
+    se: str | None = None
+    insert: str | tuple[str, ...] = ()
     batch: Natural = 1
+    input: str | None = None
     resolution: Natural | None = None
     device: Device = "cpu"
     dtype: Dtype = "fp32"
     memory_format: MemoryFormat = "contiguous"
+    mode: Mode = "auto"
     compiled: bool = False
+    fused: bool = False
+    hold_heap: bool = False
     threads: Natural | None = None
+    seed: int = 0
     macs_convention: Literal["conv_linear", "paper", "all"] = "conv_linear"
     params: Limit | None = None
     macs: Limit | None = None
@@ -62,6 +69,38 @@ class Budget(Frozen, frozen=True, kw_only=True):
     latency_ratio_forward_backward: Limit | None = None
     peak_memory: Limit | None = None
     peak_memory_forward_backward: Limit | None = None
+
+    @property
+    def address(self) -> str:
+        """The network with its blocks, as `--arch`."""
+        insert = (self.insert,) if isinstance(self.insert, str) else self.insert
+        return network_address(self.arch, self.se, insert)
+
+    def request(self, *, quick: bool = True, processes: int = 1) -> Request:
+        """Return what must be measured for the limits; no phase where no limit is a time.
+
+        Raises:
+            SpecError: `input` is not CxHxW.
+        """
+        return Request(
+            arch=self.address,
+            baseline=self.baseline,
+            device=self.device,
+            batch=self.batch,
+            input_chw=None if self.input is None else parse_input(self.input, option="input"),
+            resolution=self.resolution,
+            dtype=self.dtype,
+            memory_format=self.memory_format,
+            mode=self.mode,
+            compiled=self.compiled,
+            fused=self.fused,
+            held_heap=self.hold_heap,
+            threads=self.threads or 1,
+            seed=self.seed,
+            quick=quick,
+            processes=processes,
+            phases=tuple(phase for limit, phase in _PHASES.items() if getattr(self, limit) is not None),
+        )
 
 
 LIMITS = tuple(name for name in Budget.__struct_fields__ if Budget.__annotations__[name] == Limit | None)
@@ -74,13 +113,13 @@ _PEAKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One limit and what was found.
+    """One limit and the value that was found.
 
     Attributes:
         name: of the budget.
         limit: the key.
         found: the value; None where there is no result.
-        interval: of a measured ratio, what is not excluded at 95 %.
+        interval: of a measured ratio, at 95 %.
         state: a ratio is `over` only if its whole interval is, and `within` only if its whole interval is.
         text: the value in words.
     """
@@ -94,27 +133,53 @@ class Finding:
     text: str
 
 
-def read_budgets(path: Path, *, only: Sequence[str] = ()) -> dict[str, Budget]:
-    """The `[budgets.NAME]` tables of a file.
+def changes_of(fields: Mapping[str, Any], *, se: str | None, insert: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of a budget that options of the command line replace.
+
+    Args:
+        fields: of a request, as the options give them.
+        se: blocks to insert, if given.
+        insert: where, if given.
+    """
+    names = {"held_heap": "hold_heap", "input_chw": "input"}
+    found = {names.get(name, name): value for name, value in fields.items()}
+    if "input" in found:
+        found |= {"input": "x".join(map(str, found["input"])), "resolution": None}
+    elif "resolution" in found:
+        found["input"] = None
+    found |= {} if se is None else {"se": se}
+    return found | ({"insert": tuple(insert)} if insert else {})
+
+
+def read_budgets(
+    path: Path, *, only: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> dict[str, Budget]:
+    """Read the `[budgets.NAME]` tables of a file; nothing that needs torch is imported.
 
     Args:
         path: a TOML file.
         only: names; all of them if it is empty.
+        changes: keys that replace those of every budget, as from `changes_of`.
 
     Raises:
         SpecError: the file cannot be read, has an unknown key or a wrong value, or a budget without a limit.
-        UnknownNameError: a budget of `only` that is not in the file, or a network that is not to be had.
+        UnknownNameError: a budget of `only` that is not in the file, or a network that is not found.
     """
+    tables = read_tables(path, HEADER)
+    for name in only:
+        if name not in tables:
+            raise UnknownNameError(f"{path}: has no budget {name}{nearest(name, tables)}")
     found = {}
-    for name, table in read_tables(path, HEADER).items():
+    for name, table in tables.items():
         place = f"{path}: {HEADER}.{name}"
         budget = converted(table, Budget, place=place)
         if all(getattr(budget, limit) is None for limit in LIMITS):
             raise SpecError(f"{place}: limits nothing; give one of {', '.join(LIMITS)}")
-        found[name] = msgspec.structs.replace(budget, arch=budget.arch or name)
-    for name in only:
-        if name not in found:
-            raise UnknownNameError(f"{path}: has no budget {name}{nearest(name, found)}")
+        if budget.input is not None:
+            parse_input(budget.input, option=f"{place}.input")
+            if budget.resolution is not None:
+                raise SpecError(f"{place}.resolution: is in input already; leave one of them out")
+        found[name] = msgspec.structs.replace(budget, arch=budget.arch or name, **(changes or {}))
     chosen = {name: budget for name, budget in found.items() if not only or name in only}
     for name, budget in chosen.items():
         _check_networks(budget, place=f"{path}: {HEADER}.{name}")
@@ -122,7 +187,7 @@ def read_budgets(path: Path, *, only: Sequence[str] = ()) -> dict[str, Budget]:
 
 
 def _check_networks(budget: Budget, *, place: str) -> None:
-    variant = catalog.find(budget.arch, option=f"{place}.arch")
+    variant = catalog.find(budget.address, option=f"{place}.arch")
     if budget.baseline is not None:
         catalog.find(budget.baseline, option=f"{place}.baseline")
     ratios = [limit for limit in LIMITS if "ratio" in limit and getattr(budget, limit) is not None]
@@ -131,67 +196,57 @@ def _check_networks(budget: Budget, *, place: str) -> None:
 
 
 def check(
-    budgets: dict[str, Budget],
+    budgets: Mapping[str, Budget],
     report: Callable[[str, Any], object],
     *,
     quick: bool = True,
     processes: int = 1,
+    resolve: Callable[[Request], Job] = resolve,
 ) -> Iterator[Finding]:
-    """Counts all, so that mistakes are told at once; then measures where a budget asks for it, limit by limit.
+    """Count all networks, so that mistakes are found at once; then measure where a limit needs it, limit by limit.
+
+    Args:
+        budgets: by name.
+        report: called with the progress.
+        quick: whether to stop at ±1 % or after 15 s.
+        processes: fresh processes per ratio.
+        resolve: how to look up a budget's networks.
 
     Raises:
         SelabError: a network cannot be built or measured, or a device is not there; names the budget.
     """
+    from selab.bench.runner import check_device
+    from selab.experiments.workers import prefixed
+
+    jobs = {}
     for name, budget in budgets.items():
         report(f"{name}: counting", None)
         try:
-            _costs(budget)
+            jobs[name] = resolve(budget.request(quick=quick, processes=processes))
+            _costs(jobs[name])
             if any(getattr(budget, limit) is not None for limit in (*_PHASES, *_PEAKS)):
                 check_device(budget.device)
         except SelabError as error:
             raise SelabError(f"{HEADER}.{name}: {error}") from None
     for name, budget in budgets.items():
         report(name, None)
-        yield from _check_one(name, budget, _named(report, name), quick=quick, processes=processes)
+        yield from _check_one(name, budget, jobs[name], prefixed(report, name))
 
 
-def _named(report: Callable[[str, Any], object], name: str) -> Callable[[str, Any], object]:
-    return lambda label, state: report(f"{name}: {label}", state)
-
-
-def _request(budget: Budget, *, quick: bool, processes: int) -> Request:
-    phases = tuple(phase for limit, phase in _PHASES.items() if getattr(budget, limit) is not None)
-    return Request(
-        arch=budget.arch,
-        baseline=budget.baseline,
-        device=budget.device,
-        batch=budget.batch,
-        resolution=budget.resolution,
-        dtype=budget.dtype,
-        memory_format=budget.memory_format,
-        compiled=budget.compiled,
-        threads=budget.threads or 1,
-        quick=quick,
-        processes=processes,
-        phases=phases,
-    )
-
-
-def _check_one(
-    name: str, budget: Budget, report: Callable[[str, Any], object], *, quick: bool, processes: int
-) -> Iterator[Finding]:
-    job = resolve(_request(budget, quick=quick, processes=processes))
+def _check_one(name: str, budget: Budget, job: Job, report: Callable[[str, Any], object]) -> Iterator[Finding]:
     latency: dict[Phase, Latency] = {}
     used: Memory | None = None
     if job.request.phases:
+        from selab.experiments.profiling import Profile
+
         profile = Profile(job)
         profile.run(report)
         cost, base, latency, used = profile.cost, profile.baseline_cost, profile.latency, profile.memory
         assert cost is not None
     else:
-        cost, base = _costs(budget)
+        cost, base = _costs(job)
         if any(getattr(budget, limit) is not None for limit in _PEAKS):
-            used = memory(build(job.variant, input_chw=job.workload.input_chw).model, job.workload)
+            used = _memory(job)
     for limit in LIMITS:
         allowed = getattr(budget, limit)
         if allowed is None:
@@ -205,9 +260,19 @@ def _check_one(
             yield _cost_finding(name, limit, allowed, budget, cost, base)
 
 
-def _costs(budget: Budget) -> tuple[Cost, Cost | None]:
-    record = count_job(resolve(_request(budget, quick=True, processes=1)), counters=False)
+def _costs(job: Job) -> tuple[Cost, Cost | None]:
+    from selab.experiments.profiling import count_job
+
+    record = count_job(job, counters=False)
     return record.cost, record.baseline_cost
+
+
+def _memory(job: Job) -> Memory:
+    from selab.bench.memory import memory
+    from selab.models.build import build
+
+    built = build(job.variant, input_chw=job.workload.input_chw, seed=job.request.seed)
+    return memory(built.model, job.workload, seed=job.request.seed)
 
 
 def _cost_finding(name: str, limit: str, allowed: float, budget: Budget, cost: Cost, base: Cost | None) -> Finding:

@@ -1,4 +1,4 @@
-"""This machine as a place to measure on: what it is, what is wrong with it, and what to do about that."""
+"""Diagnose this machine: what disturbs measurements, and what helps."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _SLOW_CLOCK = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that makes measurements worse, and what helps."""
+    """A disturbance of measurements, and what helps."""
 
     what: str
     advice: str
@@ -31,7 +31,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A machine as it was found."""
+    """A machine and what it did while it was watched."""
 
     machine: Machine
     surroundings: Surroundings
@@ -42,11 +42,11 @@ class Snapshot:
     gpu_problem: str
 
 
-def look(device: Device = "cpu", *, sleep: Callable[[float], object] = time.sleep) -> Snapshot:
-    """Watches the machine for `WATCHED_S` seconds while this process does nothing.
+def inspect(device: Device = "cpu", *, sleep: Callable[[float], object] = time.sleep) -> Snapshot:
+    """Watch the machine for `WATCHED_S` seconds while this process does nothing.
 
     Args:
-        device: `cuda` looks at the first GPU too.
+        device: `cuda` inspects the first GPU too.
         sleep: how to wait.
     """
     monitor = GpuMonitor() if device == "cuda" else None
@@ -64,20 +64,20 @@ def look(device: Device = "cpu", *, sleep: Callable[[float], object] = time.slee
 
 
 def problems(found: Snapshot) -> list[Problem]:
-    """What is wrong with a machine for measuring, the worst first."""
+    """Return what disturbs measurements on a machine, the worst first."""
     return [*_busy(found), *_throttled(found), *_oversubscribed(found), *_hidden(found), *_gpu(found)]
 
 
 def _busy(found: Snapshot) -> list[Problem]:
     flags = contention_flags(found.before, found.after, threads=0, cores=found.machine.cores)
     advice = {
-        "neighbours": "stop them, or wait: see `top`; ratios survive a little of it, times do not",
-        "contention": "stop them, or wait: see `top`",
-        "stolen_time": "measure at another hour, or on a machine of your own",
+        "neighbours": "stop them, or wait (see `top`); ratios survive a little load, times do not",
+        "contention": "stop them, or wait (see `top`)",
+        "stolen_time": "measure at another time, or on a machine of your own",
     }
     what = {
-        "neighbours": "busy: other processes use {:.2f} of {} cores",
-        "contention": "busy: other processes use {:.2f} of {} cores",
+        "neighbours": "busy: other processes use {:.1f} of {} cores",
+        "contention": "busy: other processes use {:.1f} of {} cores",
     }
     return [
         Problem(
@@ -105,14 +105,14 @@ def _throttled(found: Snapshot) -> list[Problem]:
     if place.governor not in (None, "performance"):
         listed.append(
             Problem(
-                what=f"the clock's governor is {place.governor}: the processor speeds up and slows down as it likes",
+                what=f"the CPU governor is {place.governor}: the clock changes with the load",
                 advice="sudo cpupower frequency-set --governor performance",
             )
         )
     if place.quota_cores is not None and place.quota_cores < place.cores:
         listed.append(
             Problem(
-                what=f"the container may use {place.quota_cores:g} cores' worth of time, and stops when that is spent",
+                what=f"the container has a quota of {place.quota_cores:g} cores, and pauses when it is used up",
                 advice="give it whole cores: --cpuset-cpus instead of --cpus",
             )
         )
@@ -121,7 +121,7 @@ def _throttled(found: Snapshot) -> list[Problem]:
         listed.append(
             Problem(
                 what=f"the processor runs at {now:.0f} of {most:.0f} MHz: throttled, by heat or by its power limit",
-                advice="let it cool down, and look at `turbostat` or `sensors`",
+                advice="let it cool down; see `turbostat` or `sensors`",
             )
         )
     return listed
@@ -134,13 +134,13 @@ def _oversubscribed(found: Snapshot) -> list[Problem]:
             listed.append(
                 Problem(
                     what=f"{name} is {value} on {found.machine.cores} cores: threads wait for each other",
-                    advice=f"unset {name}; `--threads` says how many are used",
+                    advice=f"unset {name}; `--threads` sets the number",
                 )
             )
     if found.machine.cores == 1:
         listed.append(
             Problem(
-                what="one core: whatever else runs interrupts what is measured",
+                what="one core: every other program interrupts the measurement",
                 advice="give the machine or the container a second one",
             )
         )
@@ -153,15 +153,15 @@ def _hidden(found: Snapshot) -> list[Problem]:
     if around.smt:
         listed.append(
             Problem(
-                what="two hardware threads share each core: a neighbour there halves the speed unseen",
-                advice="leave the sibling of the measured core idle, or switch SMT off",
+                what="two hardware threads share each core: a busy sibling halves the speed, unseen",
+                advice="keep the sibling of the measured core idle, or switch SMT off",
             )
         )
     if around.virtual:
         listed.append(
             Problem(
-                what="a virtual machine: other guests share its caches and memory, and only stolen time is seen",
-                advice="trust ratios and their controls, not times; give --processes 3 for what you publish",
+                what="a virtual machine: other guests share its caches and memory; only stolen time is visible",
+                advice="rely on ratios, not times; use --processes 3 for what you publish",
             )
         )
     return listed
@@ -173,18 +173,16 @@ def _gpu(found: Snapshot) -> list[Problem]:
         listed.append(Problem(what=found.gpu_problem, advice="install the driver's NVML"))
     if found.gpu is not None and found.gpu.hard_throttle:
         listed.append(
-            Problem(what=f"the GPU is slowed down: {', '.join(found.gpu.hard_throttle)}", advice="let it cool down")
+            Problem(what=f"the GPU is throttled: {', '.join(found.gpu.hard_throttle)}", advice="let it cool down")
         )
     if found.gpu is not None and found.gpu.power_capped:
         listed.append(
             Problem(
-                what="the GPU is at its power limit: clocks follow the load",
+                what="the GPU is at its power limit: its clock follows the load",
                 advice="lock them for absolute times: sudo nvidia-smi --lock-gpu-clocks",
             )
         )
     others = found.gpu_facts.get("other processes", "0")
     if others.isdigit() and int(others) > 0:
-        listed.append(
-            Problem(what=f"{others} other processes use the GPU", advice="stop them: `nvidia-smi` lists them")
-        )
+        listed.append(Problem(what=f"{others} other processes use the GPU", advice="stop them (see `nvidia-smi`)"))
     return listed

@@ -1,6 +1,8 @@
 """What a user asks for, resolved once: the two networks, the workload, and how long to measure."""
 
+import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,3 +221,30 @@ def _workload_of(request: Request, variant: Variant) -> Workload:
 def _plan_of(request: Request) -> Plan:
     plan = Plan.for_gpu(quick=request.quick) if request.device == "cuda" else Plan.for_cpu(quick=request.quick)
     return plan if request.budget_s is None else replace(plan, budget_s=request.budget_s)
+
+
+# ------------------------------------------------------------------------------------------------ parts of an address
+def network_address(arch: str, se: str | None = None, insert: Sequence[str] = ()) -> str:
+    """Return one name for a network and the blocks that it gets, as `selab.models.catalog.find` reads it.
+
+    Args:
+        arch: the network.
+        se: changes of its attention blocks, KEY=VALUE,…
+        insert: site groups, patterns, or `auto`.
+    """
+    changes = [*([] if se is None else [se]), *([f"sites={'+'.join(insert)}"] if insert else [])]
+    if not changes:
+        return arch
+    return arch + ("," if re.search(r"\+\w+\s*=", arch) else "+") + ",".join(changes)
+
+
+def parse_input(text: str, *, option: str = "--input") -> tuple[int, int, int]:
+    """Parse `CxHxW`.
+
+    Raises:
+        SpecError: the text is not of this form.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if found is None or 0 in map(int, found.groups()):
+        raise SpecError(f"{option}: {text!r} is not CxHxW; for example 3x224x224")
+    return int(found[1]), int(found[2]), int(found[3])

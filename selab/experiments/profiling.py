@@ -29,6 +29,12 @@ from selab.records import verdict
 from selab.records.types import SCHEMA, Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
 
 
+def sites_of(job: Job) -> tuple[Insertion, ...]:
+    """Return the blocks that a job's variant gets; nothing is measured."""
+    with redirect_stdout(sys.stderr):
+        return build(job.variant, device="meta", input_chw=job.workload.input_chw).insertions
+
+
 class Profile:
     """A profile while it grows; `record()` returns what has been measured, also after an interruption.
 
@@ -55,10 +61,6 @@ class Profile:
     def path(self, out: Path) -> Path:
         """Return where its record goes, under this folder."""
         return self.job.path(out, self.machine.name)
-
-    def sites(self) -> tuple[Insertion, ...]:
-        """Return the blocks that the variant gets; nothing is measured."""
-        return build(self.variant, device="meta", input_chw=self.job.workload.input_chw).insertions
 
     @property
     def measures_all_cores(self) -> bool:

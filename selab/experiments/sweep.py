@@ -13,7 +13,7 @@ from selab.bench.machine import machine as this_machine
 from selab.errors import OutOfMemoryError, RecordError, SelabError
 from selab.experiments.job import Job, Request, job_of, resolve
 from selab.experiments.profiling import Profile, count_job
-from selab.experiments.workers import Report
+from selab.experiments.workers import Report, prefixed
 from selab.models.provenance import is_stale
 from selab.records import store
 from selab.records.types import Frozen, Machine, Record
@@ -295,12 +295,9 @@ def sweep(
     """
     cache = ResultCache(out, machine or this_machine(asked[0].workload.device), retry=retry)
     for number, job in enumerate(asked, start=1):
-        report(f"{number} of {len(asked)}: {cell_words(job)}", None)
-        yield _swept(cache, job, _of_cell(report, number, len(asked)), measure)
-
-
-def _of_cell(report: Report, number: int, total: int) -> Report:
-    return lambda label, state: report(f"{number} of {total}: {label}", state)
+        report_cell = prefixed(report, f"{number} of {len(asked)}")
+        report_cell(cell_words(job), None)
+        yield _swept(cache, job, report_cell, measure)
 
 
 def _swept(cache: ResultCache, job: Job, report: Report, measure: Measure) -> Outcome:

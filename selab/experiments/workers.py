@@ -22,6 +22,11 @@ from selab.records.types import Frozen, Phase
 Report = Callable[[str, Progress | None], object]
 
 
+def prefixed(report: Report, prefix: str) -> Report:
+    """Return a report of one part of a measurement: its labels begin with the part's name."""
+    return lambda label, state: report(f"{prefix}: {label}", state)
+
+
 class Failed(Frozen, frozen=True, kw_only=True):
     """A phase without a result: out of memory, or the network fails in it."""
 
@@ -75,7 +80,7 @@ def _of_phase(report: Report, phase: Phase, threads: str) -> Report:
     name = phase.replace("_", "+")
 
     def labelled(label: str, state: Progress | None) -> object:
-        return report((name if label == phase else f"{name} ({label})") + threads, state)
+        return report((name if label == phase else f"{name}, {label} run") + threads, state)
 
     return labelled
 
@@ -105,11 +110,7 @@ def raw_runs_of_children(job: Job, report: Report) -> Iterator[RawPhase | Failed
     processes = job.request.processes
     for number in range(processes):
         order = WorkerJob(job=job, quad_seed=job.request.seed + number)
-        yield from _child(order, _of_process(report, number + 1, processes))
-
-
-def _of_process(report: Report, number: int, processes: int) -> Report:
-    return lambda label, state: report(f"process {number} of {processes}: {label}", state)
+        yield from _child(order, prefixed(report, f"process {number + 1} of {processes}"))
 
 
 def _child(order: WorkerJob, report: Report) -> Iterator[RawPhase | Failed]:

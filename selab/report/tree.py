@@ -65,6 +65,7 @@ def site_tree(
     ends: Sequence[BlockEnd] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
     input_nchw: tuple[int, ...] | None = None,
+    depth: int | None = None,
 ) -> Tree:
     """The module tree, neighbours that look alike folded into one line.
 
@@ -74,13 +75,14 @@ def site_tree(
         ends: the block ends that tracing found; they are marked `auto`.
         groups: the site groups that the network declares, name → paths.
         input_nchw: the shape of an example input; without it no output shapes are shown.
+        depth: levels of modules to show; None for all of them.
 
     Raises:
         ModelError: the forward pass fails with this input.
     """
     root = _node("", model, type(model).__name__, _marks(model, insertions, ends, groups, input_nchw))
     tree = Tree(_line(root, root.name), guide_style="dim")
-    _hang(tree, root)
+    _hang(tree, root, depth)
     return tree
 
 
@@ -140,7 +142,9 @@ def _marks(
 # --------------------------------------------------------------------------------------------------------------- lines
 def _node(path: str, module: nn.Module, name: str, marks: _Marks) -> _Node:
     prefix = f"{path}." if path else ""
-    shape = _shape(marks.seen.get(path))
+    passage = marks.seen.get(path)
+    is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    shape = "(container)" if is_list and passage is not None and passage.calls == 0 else _shape(passage)
     return _Node(
         name=name,
         kind=_kind(module) if path else "",
@@ -184,12 +188,15 @@ def _inserted(one: Insertion, shape: str) -> str:
     return f"{one.block.upper()}{place} {width}{on}, {units.exact(one.params)} params"
 
 
-def _hang(tree: Tree, node: _Node) -> None:
+def _hang(tree: Tree, node: _Node, depth: int | None) -> None:
+    if depth == 0:
+        return
+    below = None if depth is None else depth - 1
     for run in _runs(node.children):
         first, last = run[0], run[-1]
         if all(one.looks() == first.looks() for one in run):
             name = first.name if first is last else f"{first.name} … {last.name} ({len(run)} times the same)"
-            _hang(tree.add(_line(first, name)), first)
+            _hang(tree.add(_line(first, name)), first, below)
         else:
             tree.add(_chain(run))
 

@@ -50,10 +50,10 @@ def test_each_thing_that_is_wrong_is_told_with_what_helps(quiet):
         return replace(quiet, surroundings=replace(QUIET, **changes))
 
     for found, words in (
-        (replace(quiet, after=reading(2, busy=3.0, own=0.2)), "other processes use 1.40 of 4 cores"),
+        (replace(quiet, after=reading(2, busy=3.0, own=0.2)), "other processes use 1.4 of 4 cores"),
         (replace(quiet, after=reading(2, stolen=1.0)), "the host took 0.50 cores away"),
         (place(governor="powersave"), "governor is powersave"),
-        (place(quota_cores=1.5), "1.5 cores' worth of time"),
+        (place(quota_cores=1.5), "quota of 1.5 cores"),
         (place(cores=1), "one core"),
         (around(clock_mhz=1500.0), "runs at 1500 of 3000 MHz"),
         (around(thread_variables={"OMP_NUM_THREADS": "16"}), "OMP_NUM_THREADS is 16 on 4 cores"),
@@ -83,7 +83,7 @@ def test_a_system_that_tells_nothing_is_shown_so(quiet):
 
 def test_the_machine_is_watched_for_as_long_as_it_says():
     waited = []
-    found = doctor.look(sleep=waited.append)
+    found = doctor.inspect(sleep=waited.append)
     assert waited == [doctor.WATCHED_S]
     assert found.machine.cores >= 1
 

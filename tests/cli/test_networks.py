@@ -1,0 +1,198 @@
+"""The commands about networks: archs, show, sites, count."""
+
+import json
+import re
+import shlex
+
+import msgspec
+import pytest
+
+from selab.records.types import Record
+
+
+class TestLooking:
+    def test_archs(self, selab):
+        status, out, _ = selab("archs")
+        assert status == 0
+        assert "se_mobilenet" in out
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_archs_as_json(self, selab):
+        found = json.loads(selab("archs", "--json", "-")[1])
+        assert {"name": "se_mobilenet", "baseline": "mobilenet"}.items() <= next(
+            one for one in found if one["name"] == "se_mobilenet"
+        ).items()
+
+    def test_show(self, selab):
+        _, out, _ = selab("show", "se_resnet50")
+        assert "stage2.0" in out
+        assert "3.87 GFLOPs" in out
+        assert "Table 2" in out
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_show_how_blocks_run(self, selab):
+        status, out, _ = selab("show", "se_resnet18", "--runtime")
+        assert status == 0
+        assert "SE blocks of se_resnet18 as they run: cpu, batch 1, fp32, contiguous" in out
+        assert len([line for line in out.splitlines() if "join, in place" in line]) == 8
+        status, out, _ = selab("show", "resnet18", "--runtime")
+        assert (status, out.strip()) == (
+            0,
+            "resnet18: has no SE block; there is nothing that selab.fuse would run otherwise",
+        )
+        _, out, _ = selab("show", "resnet18+block=eca", "--runtime")
+        assert "its blocks are of another kind" in " ".join(out.split())
+        _, out, _ = selab("show", "se_resnet18", "--runtime", "--dtype", "bf16")
+        assert "in place" not in out
+        _, out, _ = selab("show", "se_resnet50_max", "--runtime", "--json", "-")
+        assert {one["reason"] for one in json.loads(out)} == {"squeeze 'max' has the reference alone"}
+
+    def test_show_as_json(self, selab):
+        found = json.loads(selab("show", "se_resnet50", "--json", "-")[1])
+        assert len(found["insertions"]) == 16
+        assert found["se"]["bias"] is True
+
+    def test_schema_describes_a_record(self, selab):
+        schema = json.loads(selab("schema")[1])
+        assert "cost" in schema["$defs"]["Record"]["properties"]
+
+
+class TestCount:
+    def test_one(self, selab):
+        status, out, _ = selab("count", "--arch", "se_mobilenet", "--explain")
+        assert status == 0
+        for text in ("4.712 M", "571.9 M", "squeeze", "BatchNorm, 2 per element", "not explained"):
+            assert text in out
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_several(self, selab):
+        _, out, _ = selab("count", "--arch", "small_cnn", "--arch", "se_small_cnn")
+        assert "small_cnn" in out
+        assert "1.252 M" in out
+
+    @pytest.mark.parametrize("by", ["operator", "module"])
+    def test_shares_sum_to_the_whole(self, selab, by):
+        found = json.loads(selab("count", "--arch", "se_small_cnn", "--by", by, "--json", "-")[1])["cost"]
+        shares = found[f"by_{by}"].values()
+        assert sum(share["macs"] for share in shares) == found["macs"]["all"]
+        assert sum(share["bytes"] for share in shares) == found["bytes"]
+
+    def test_records(self, selab, tmp_path, one_line):
+        out = tmp_path / "cost"
+        assert selab("count", "--arch", "small_cnn", "--out", out)[0] == 0
+        found = msgspec.json.decode((out / "small_cnn.json").read_bytes(), type=Record)
+        assert found.kind == "count"
+        status, _, error = selab("count", "--arch", "small_cnn", "--out", out)
+        assert status == 1
+        assert "exists; give --replace" in one_line(error)
+
+    def test_no_network_named(self, selab):
+        status, _, error = selab("count")
+        assert status == 2
+        assert "--all" in error
+
+
+class TestChanges:
+    def test_blocks_of_one_line_are_counted_against_the_network_without(self, selab):
+        status, out, _ = selab("count", "--arch", "resnet18", "--se", "reduction=8,stages=2-3", "--json", "-")
+        record = json.loads(out)
+        assert status == 0
+        assert (record["arch"], record["baseline"]) == ("resnet18+reduction=8,stages=2-3", "resnet18")
+        extra = sum(2 * (2 * c * c // 8) + 2 * (c + c // 8) for c in (64, 128))
+        assert record["cost"]["params"] - record["baseline_cost"]["params"] == extra
+        assert [one["path"] for one in record["insertions"]] == ["stage2.0", "stage2.1", "stage3.0", "stage3.1"]
+
+    def test_the_command_in_the_record_asks_for_the_same(self, selab):
+        _, out, _ = selab("count", "--arch", "se_resnet18", "--se", "block=eca", "--json", "-")
+        first = json.loads(out)
+        _, again, _ = selab(*shlex.split(first["command"])[1:], "--json", "-")
+        assert json.loads(again)["cost"] == first["cost"]
+        assert first["insertions"][0]["block"] == "eca"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--se", "reduction=8,"], "--se reduction=8,: character 13: expected KEY=VALUE"),
+            (["--se", "redaction=8"], "redaction: unknown key; did you mean reduction"),
+            (["--se", "block=sea"], "block 'sea': no such block; did you mean se"),
+            (["--se", "stages=7"], "stages: 7: sites lie in stages 2, 3, 4, 5"),
+            (["--insert", "stage2..conv1"], "pattern 'stage2..conv1': character 8: a name is missing here"),
+            (["--insert", "stage2.***"], "character 8: [*][*] stands alone between dots"),
+            (["--insert", "stag2.0"], "matches no module of ResNet; site groups: residual; did you mean stage2.0"),
+        ],
+    )
+    def test_mistakes(self, selab, options, message, one_line):
+        status, _, error = selab("count", "--arch", "resnet18", *options)
+        assert status == 1
+        assert re.search(message, one_line(error)), error
+
+    def test_an_input_that_is_none(self, selab):
+        status, _, error = selab("count", "--arch", "resnet18", "--input", "3x224")
+        assert status == 2
+        assert "is not CxHxW" in " ".join(error.split())
+
+
+class TestAnybodysNetwork:
+    def test_a_file_s_network_is_counted_and_its_prints_are_not_ours(self, selab, network):
+        status, out, error = selab("count", "--arch", network, "--insert", "auto", "--input", "3x16x16", "--json", "-")
+        record = json.loads(out)
+        assert status == 0
+        assert f"running code from {network.rpartition(':')[0]}" in error
+        assert "auto: 1 site found: separable.2; `selab sites` shows them" in error
+        assert "this module was imported" in error
+        assert record["arch"] == f"{network}+sites=auto"
+        # 32 channels, reduction 16, with biases.
+        assert record["cost"]["params"] - record["baseline_cost"]["params"] == 2 * 32 * 2 + 32 + 2
+
+    def test_the_tree_shows_what_would_be_done_and_why(self, selab, network):
+        status, out, _ = selab("sites", "--arch", network, "--insert", "auto", "--input", "3x16x16")
+        assert status == 0
+        assert "← SE 32→2, 162 params" in out
+        assert "auto: separable.2: after the depthwise-separable block separable" in out
+
+    def test_the_tree_of_a_network_of_ours(self, selab):
+        status, out, _ = selab("sites", "--arch", "resnet18", "--json", "-")
+        sites = {one["path"]: one for one in json.loads(out)}
+        assert status == 0
+        assert sites["stage2.0"]["groups"] == ["residual"]
+
+    def test_without_a_site_nothing_is_guessed(self, selab, network, one_line):
+        status, _, error = selab("count", "--arch", network, "--se", "reduction=4")
+        assert status == 1
+        assert "sites: missing; name a site group or a pattern, or give --insert" in one_line(error)
+
+    def test_a_module_that_raises_shows_its_own_error(self, selab, tmp_path, one_line):
+        path = tmp_path / "broken.py"
+        path.write_text("weights = {}\nscale = weights['stem']\n")
+        status, _, error = selab("count", "--arch", f"{path}:Net")
+        assert status == 1
+        line = one_line(error)
+        assert "KeyError: 'stem'" in line
+        assert "broken.py, line 2" in line or "broken.py:2" in line, line
+
+
+class TestOptionsThatDoNothing:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["profile", "--arch", "se_small_cnn", "--cold"], "flushes a GPU's cache"),
+            (["profile", "--arch", "se_small_cnn", "--svg", "x.txt"], "ends in .svg"),
+            (["count", "--all", "--arch", "resnet50"], "cannot be combined with --arch"),
+        ],
+    )
+    def test_are_refused(self, selab, words, message):
+        status, _, error = selab(*words)
+        assert status == 2
+        assert message in " ".join(error.replace("│", " ").split())
+
+    def test_a_callable_s_name_is_no_emoji(self, selab, tmp_path, one_line):
+        path = tmp_path / "bad.py"
+        path.write_text("raise RuntimeError('no licence key')\n")
+        status, _, error = selab("count", "--arch", f"{path}:x")
+        assert status == 1
+        assert f"{path}:x" in one_line(error)
+
+    def test_an_error_of_changes_does_not_point_into_the_catalog_s_file(self, selab, one_line):
+        status, _, error = selab("count", "--arch", "resnet18", "--se", "reduction=1000")
+        assert status == 1
+        assert one_line(error).startswith("error: resnet18+reduction=1000: stage2.0")

@@ -1,0 +1,74 @@
+"""The commands that render records: table, plot."""
+
+import csv
+import json
+
+import pytest
+
+from selab.records import types
+
+
+class TestTables:
+    @pytest.mark.parametrize(
+        ("name", "expected"), [("paper-2", "3.87 GFLOPs"), ("paper-3", "572 MFLOPs"), ("mobile", "")]
+    )
+    def test_rendered_from_facts(self, selab, name, expected):
+        status, out, _ = selab("table", name, "--format", "markdown")
+        assert status == 0
+        assert expected in out
+        assert out.startswith("### ")
+
+    def test_a_tampered_record_is_refused(self, selab, toy, quick_plans, tmp_path, one_line):
+        words = ["profile", "--arch", f"{toy}:se_toy", "--phase", "forward", "--threads", 1, "--out", tmp_path / "r"]
+        assert selab(*words)[0] == 0
+        (path,) = (tmp_path / "r").rglob("*.json")
+        found = json.loads(path.read_text())
+        assert selab("table", "latency", "--profiles", path.parent)[0] == 0
+        found["latency"]["forward"]["baseline_s"] *= 0.9
+        path.write_text(json.dumps(found))
+        status, _, error = selab("table", "latency", "--profiles", path.parent)
+        assert status == 1
+        assert "baseline_s is stored as" in one_line(error)
+        found["schema"] = "selab.profile/0"
+        path.write_text(json.dumps(found))
+        assert types.SCHEMA in one_line(selab("table", "latency", "--profiles", path.parent)[2])
+
+
+class TestLooksOfTables:
+    def test_formats(self, selab):
+        texts = {look: selab("table", "reduction", "--format", look) for look in ("csv", "latex", "markdown", "json")}
+        assert all(status == 0 for status, _, _ in texts.values())
+        rows = list(csv.reader(texts["csv"][1].splitlines()))
+        assert rows[0][:3] == ["table", "name", "params printed"]
+        assert len(set(rows[0])) == len(rows[0])
+        assert [row[1] for row in rows[1:]][-1] == "resnet50"
+        assert "\\toprule" in texts["latex"][1]
+        assert "se\\_resnet50\\_r2 & 45.7M & 45.73 M & = &" in texts["latex"][1]
+        assert json.loads(texts["json"][1])[0]["rows"][0][0] == "se_resnet50_r2"
+
+    def test_all_needs_a_folder(self, selab):
+        status, _, error = selab("table", "all")
+        assert status == 2
+        assert "a folder of files; name it" in " ".join(error.replace("│", " ").split())
+
+
+class TestPlot:
+    def test_a_picture_is_written(self, selab, tmp_path):
+        path = tmp_path / "accuracy.svg"
+        status, out, _ = selab("plot", "accuracy", "--arch", "se_mobilenet", "--out", str(path))
+        assert (status, out) == (0, f"picture: {path}\n")
+        assert "se_mobilenet" in path.read_text()
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["cost"], "no records"),
+            (["accuracy", "--x", "mac"], "--x mac: no such quantity; did you mean macs"),
+            (["costs"], "plot costs: no such picture; did you mean cost"),
+            (["accuracy", "--out", "a.pdf"], ".pdf; a picture ends in .svg or .png"),
+        ],
+    )
+    def test_mistakes(self, selab, words, message, one_line):
+        status, _, error = selab("plot", *words)
+        assert status == 1
+        assert message in one_line(error)

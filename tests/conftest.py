@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from fake_runs import paired_run
 from torch import nn
 
 from selab.records.types import Workload
@@ -225,25 +226,10 @@ def taxed():
     from selab.bench.machine import machine
     from selab.experiments.tax_record import ALL, TaxPair, TaxRecord
     from selab.records import verdict
-    from selab.records.types import ABBABlock, Insertion, Run
+    from selab.records.types import Insertion
 
     def run(ratio):
-        quads = []
-        for index in range(20):
-            base = 1e-3 * (1 + 1e-4 * (index % 3))
-            other = ratio * base * (1 + 1e-3 * (index % 3 - 1))
-            four = (base, other, other, base)
-            quads.append(ABBABlock(order="ABBA", floor=four, typical=four, mean=four))
-        return Run(
-            calls_per_sample=1,
-            warmup_calls=12,
-            warmup_s=1.0,
-            seed=0,
-            steady=True,
-            status="converged",
-            elapsed_s=1.0,
-            quads=tuple(quads),
-        )
+        return paired_run(ratio, blocks=20, variant_wobble=1e-3, warmup_calls=12)
 
     def make(ratios, *, workload, phase="forward", failed=(), method="wall", **changes):
         control = run(1.0)

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from fake_runs import paired_run
 
 from selab.errors import SelabError, SpecError, UnknownNameError
 from selab.experiments import budget
 from selab.records import verdict
-from selab.records.types import ABBABlock, Run
 
 # small_cnn: 3->32 and 32->32 (3x3), 32->64 and 64->64 (3x3), 2304->512->10, with biases.
 SMALL_CNN = (27 + 1) * 32 + (288 + 1) * 32 + (288 + 1) * 64 + (576 + 1) * 64 + (2304 + 1) * 512 + 513 * 10
@@ -52,31 +52,14 @@ def test_memory_is_measured_where_it_is_limited(tmp_path):
 
 
 def latency(ratio, *, control=1.0):
-    def run(of):
-        quads = []
-        for index in range(10):
-            base, other = 1e-3 * (1 + 1e-4 * (index % 3)), of * 1e-3
-            four = (base, other, other, base)
-            quads.append(ABBABlock(order="ABBA", floor=four, typical=four, mean=four))
-        return Run(
-            calls_per_sample=1,
-            warmup_calls=10,
-            warmup_s=1.0,
-            seed=0,
-            steady=True,
-            status="converged",
-            elapsed_s=1.0,
-            quads=tuple(quads),
-        )
-
     return verdict.summarise(
         phase="forward",
         method="wall",
         statistic="floor",
         threads=1,
         mode="eval",
-        runs=[run(ratio)],
-        controls=[run(control)],
+        runs=[paired_run(ratio)],
+        controls=[paired_run(control)],
     )
 
 

@@ -4,32 +4,14 @@ import math
 
 import msgspec
 import pytest
+from fake_runs import paired_run
 
 from selab.errors import RecordError
 from selab.experiments import diff
 from selab.experiments.profiling import count_record
 from selab.records import verdict
 from selab.records.store import save
-from selab.records.types import ABBABlock, Run
 from selab.report import checks
-
-
-def run(ratio, *, wobble=1e-4):
-    quads = []
-    for index in range(10):
-        base, other = 1e-3 * (1 + wobble * (index % 3)), ratio * 1e-3
-        four = (base, other, other, base)
-        quads.append(ABBABlock(order="ABBA", floor=four, typical=four, mean=four))
-    return Run(
-        calls_per_sample=1,
-        warmup_calls=10,
-        warmup_s=1.0,
-        seed=0,
-        steady=True,
-        status="converged",
-        elapsed_s=1.0,
-        quads=tuple(quads),
-    )
 
 
 @pytest.fixture
@@ -43,8 +25,8 @@ def profiled():
             statistic="floor",
             threads=1,
             mode="eval",
-            runs=[run(ratio, wobble=wobble)],
-            controls=[run(control)],
+            runs=[paired_run(ratio, wobble=wobble)],
+            controls=[paired_run(control)],
         )
         return msgspec.structs.replace(counted, kind="profile", latency={"forward": latency}, **changes)
 

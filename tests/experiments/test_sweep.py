@@ -8,6 +8,7 @@ import sys
 
 import msgspec
 import pytest
+from fake_runs import paired_run
 
 from selab.bench.machine import machine
 from selab.cli.console import measuring_words
@@ -16,32 +17,13 @@ from selab.experiments import sweep
 from selab.experiments.job import Request, resolve
 from selab.experiments.profiling import Profile, count_record
 from selab.records import store, verdict
-from selab.records.types import PHASES, ABBABlock, Run, from_json
+from selab.records.types import PHASES, from_json
 from selab.report import sweep as report_sweep
 from selab.report.figures import base as report_figures_base
 from selab.report.figures import lines as report_figures_lines
 from selab.report.figures import registry
 
 ARCH = "se_resnet20_cifar"
-
-
-def run(ratio):
-    """Twenty pairs of 1 ms against `ratio` ms."""
-    quads = []
-    for index in range(10):
-        base, other = 1e-3 * (1 + 1e-4 * (index % 3)), ratio * 1e-3
-        four = (base, other, other, base)
-        quads.append(ABBABlock(order="ABBA", floor=four, typical=four, mean=four))
-    return Run(
-        calls_per_sample=1,
-        warmup_calls=10,
-        warmup_s=1.0,
-        seed=0,
-        steady=True,
-        status="converged",
-        elapsed_s=1.0,
-        quads=tuple(quads),
-    )
 
 
 @functools.cache
@@ -70,8 +52,8 @@ class Fake:
                 statistic="floor",
                 threads=1,
                 mode="eval",
-                runs=[] if phase in errors else [run(1.1)] * request.processes,
-                controls=[] if phase in errors else [run(1.0)],
+                runs=[] if phase in errors else [paired_run(1.1)] * request.processes,
+                controls=[] if phase in errors else [paired_run(1.0)],
                 target_half_width=job.plan.target_half_width,
                 error=errors.get(phase, ""),
             )
@@ -177,7 +159,7 @@ def without_result(record, **changes):
         threads=1,
         mode="eval",
         runs=[msgspec.structs.replace(old.runs[0], **changes)],
-        controls=[run(1.3)],
+        controls=[paired_run(1.3)],
         target_half_width=old.target_half_width,
     )
     assert latency.verdict_kind == "no_result"

@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from fake_runs import paired_run
 
 from selab.errors import RecordError
 from selab.experiments.profiling import count_record, warnings_of
@@ -9,27 +10,7 @@ from selab.models import provenance
 from selab.models.catalog import find
 from selab.models.spec import pair_hash
 from selab.records import verdict
-from selab.records.types import ABBABlock, Run
 from selab.report import pages, profiles, published
-
-
-def run(ratio):
-    """Twenty pairs of 1 ms against `ratio` ms with a little noise."""
-    quads = []
-    for index in range(10):
-        base, other = 1e-3 * (1 + 1e-4 * (index % 3)), ratio * 1e-3
-        four = (base, other, other, base)
-        quads.append(ABBABlock(order="ABBA", floor=four, typical=four, mean=four))
-    return Run(
-        calls_per_sample=1,
-        warmup_calls=10,
-        warmup_s=1.0,
-        seed=0,
-        steady=True,
-        status="converged",
-        elapsed_s=1.0,
-        quads=tuple(quads),
-    )
 
 
 def profiled(arch="se_mobilenet_0_25", *, ratio=1.1, baseline=None, **work):
@@ -40,8 +21,8 @@ def profiled(arch="se_mobilenet_0_25", *, ratio=1.1, baseline=None, **work):
         statistic="floor",
         threads=1,
         mode="eval",
-        runs=[run(ratio)],
-        controls=[run(1.0)],
+        runs=[paired_run(ratio)],
+        controls=[paired_run(1.0)],
     )
     changes = {"kind": "profile", "latency": {"forward": latency}}
     if baseline is not None:

@@ -8,37 +8,18 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from fake_runs import paired_run
 
 from selab.errors import RecordError, SelabError, UnknownNameError
 from selab.experiments.compare import Compared
 from selab.experiments.profiling import count_record, counted
 from selab.records import verdict
-from selab.records.types import ABBABlock, Run
 from selab.report.figures import axes, curves, registry, style
 from selab.report.figures import bars as report_figures_bars
 from selab.report.figures import base as report_figures_base
 from selab.report.figures import scatter as report_figures_scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def run(ratio, *, quads=10, wobble=1e-4):
-    """Twenty pairs of 1 ms against `ratio` ms; the baseline wobbles in three steps."""
-    made = []
-    for index in range(quads):
-        base, other = 1e-3 * (1 + wobble * (index % 3)), ratio * 1e-3
-        four = (base, other, other, base)
-        made.append(ABBABlock(order="ABBA", floor=four, typical=four, mean=four))
-    return Run(
-        calls_per_sample=1,
-        warmup_calls=10,
-        warmup_s=1.0,
-        seed=0,
-        steady=True,
-        status="converged",
-        elapsed_s=1.0,
-        quads=tuple(made),
-    )
 
 
 def latency(ratio=1.1, *, control=1.0, phase="forward"):
@@ -48,8 +29,8 @@ def latency(ratio=1.1, *, control=1.0, phase="forward"):
         statistic="floor",
         threads=1,
         mode="eval",
-        runs=[run(ratio)],
-        controls=[run(control)],
+        runs=[paired_run(ratio)],
+        controls=[paired_run(control)],
     )
 
 

@@ -76,6 +76,7 @@ def is_stale(record: Provenance) -> bool:
 
 
 def name_of(record: Provenance) -> str:
-    """As a table or a picture calls a record: with its baseline where that is not its own, and whether it is stale."""
+    """Return a record's name in tables: with a baseline that is not its own, whether it is partial, whether stale."""
     against = "" if is_own_baseline(record) else f" against {record.baseline}"
-    return record.arch + against + (" (stale)" if is_stale(record) else "")
+    partial = "" if getattr(record, "complete", True) else " (partial)"
+    return record.arch + against + partial + (" (stale)" if is_stale(record) else "")

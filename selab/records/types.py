@@ -318,6 +318,20 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
         parts += [f"t{self.threads}" if self.device == "cpu" else ""]
         return "-".join(part for part in parts if part)
 
+    def words(self, *, device: bool = True) -> list[str]:
+        """Return the workload in words, for titles: batch, input, dtype, then what differs from the default.
+
+        Args:
+            device: whether to name device and threads, at the end.
+        """
+        parts = [f"batch {self.batch}", "×".join(map(str, self.input_chw)), self.dtype]
+        parts += ["channels last" if self.memory_format == "channels_last" else ""]
+        parts += ["compiled" if self.compiled else "", "fused" if self.fused else ""]
+        parts += ["heap held" if self.held_heap else "", f"{self.mode} mode" if self.mode != "auto" else ""]
+        if device:
+            parts += [self.device, f"{self.threads} threads" if self.device == "cpu" and self.threads > 1 else ""]
+        return [part for part in parts if part]
+
 
 class Machine(Frozen, frozen=True, kw_only=True):
     """What was measured on; records of different machines never share a column.
@@ -470,7 +484,7 @@ PHASE_NAMES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "
 COST_ROWS: tuple[tuple[str, str, units.Format], ...] = (
     ("parameters", "params", units.count),
     ("MACs, conv+linear", "macs.conv_linear", units.count),
-    ("MACs, paper", "macs.paper", units.count),
+    ("MACs (paper's FLOPs)", "macs.paper", units.count),
     ("MACs, all operations", "macs.all", units.count),
     ("MACs backward, conv+linear", "macs_backward.conv_linear", units.count),
     ("bytes moved, forward", "bytes", units.size),

@@ -36,6 +36,9 @@ WIDEST_HALF_WIDTH = 0.05
 """A wider interval, or a control floor above it, is no result."""
 FIGURES = ("baseline_s", "variant_s", "ratio", "ratio_low", "ratio_high", "difference_s", "noise_floor")
 """The fields of a `Latency` that are computed from its raw runs, besides its flags and its verdict."""
+NOT_SIGNIFICANT = "n.s."
+TOO_NOISY = "too noisy"
+"""What tables and figures show for `undecided` and for `no_result`."""
 
 
 _CONTENTION = frozenset({"contention", "oversubscribed"})
@@ -336,10 +339,10 @@ def change_words(latency: Latency | None) -> str:
         return NONE
     left = not_excluded(latency)
     if left is None:
-        return "no result"
+        return TOO_NOISY
     decimals = units.decimals_for((latency.ratio_high - latency.ratio_low) / 2)
     low, high = (100 * bound for bound in left)
     change = units.percent(latency.ratio - 1, decimals=decimals)
     # Below the control floor the figure is the machine's own, so only what cannot be excluded is shown.
-    shown = "not shown" if latency.verdict_kind == "undecided" else change
+    shown = NOT_SIGNIFICANT if latency.verdict_kind == "undecided" else change
     return f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"

@@ -8,8 +8,9 @@ from selab.experiments.compared import Compared
 from selab.models import external
 from selab.models.provenance import variants_of
 from selab.records.types import PHASE_NAMES, Cost, Latency
-from selab.records.verdict import change_words
+from selab.records.verdict import NOT_SIGNIFICANT, change_words
 from selab.report.table import Table
+from selab.report.wording import verdict_sentence, words_note
 from selab.training.record import AccuracyRecord, Seed, SeedOutcome
 from selab.training.verdict import PairedDifference, compare_verdict
 from selab.units import NONE
@@ -21,7 +22,7 @@ def comparison_table(compared: Compared) -> Table:
     verdict = compare_verdict(record)
     rows = [
         _cost_row("parameters", compared, lambda cost: cost.params),
-        _cost_row("MACs, paper", compared, lambda cost: cost.macs.paper),
+        _cost_row("MACs (paper's FLOPs)", compared, lambda cost: cost.macs.paper),
         *_time_rows("forward, batch 1", compared.forward_latency),
         *_time_rows(f"forward+backward, batch {_batch(compared)}", compared.step_latency),
         _level_row("top-1 accuracy", verdict.top1),
@@ -43,7 +44,7 @@ def comparison_table(compared: Compared) -> Table:
         f"{len(record.seeds)} seeds; ± is one deviation over seeds, of a difference its 95 % interval. {place}."
     )
     notes.append("Trainings ran one after the other: their times are no paired measurement, the passes' times are one.")
-    notes += (*_other_classes([compared]), *_no_results([compared]), *record.warnings)
+    notes += (*words_note(rows), *_other_classes([compared]), *_no_results([compared]), *record.warnings)
     return Table(
         title=f"{record.arch} against {record.baseline} on {record.data.title}",
         columns=("", "base", "variant", "difference"),
@@ -84,13 +85,16 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
         for metric, one in (("top-1", verdict.top1), ("loss", verdict.loss))
         if one.difference.kind not in ("better", "worse")
     ]
+    bought_rows = tuple(_bought_row(one) for one in group)
+    cost_rows = tuple(_costs_row(one) for one in group)
     bought = Table(
         title=f"What SE buys on {data.title}",
         columns=("", "seeds", "base top-1", "top-1", "points", "loss"),
-        rows=tuple(_bought_row(one) for one in group),
+        rows=bought_rows,
         notes=(
             f"Trained: {'; '.join(trainings(records))}. {data.train_size:,} images to train on, {data.test_size:,} to "
             "test on; ± is one deviation over seeds, in brackets 95 % intervals of the difference, paired by seed.",
+            *words_note(bought_rows),
             *unresolved,
             *(f"{name}: {verdict.diverged}" for name, verdict in verdicts.items() if verdict.diverged),
             *(f"{name_of(record)}: {warning}" for record in records for warning in record.warnings),
@@ -101,11 +105,12 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
     costs = Table(
         title=f"What it costs there ({place})",
         columns=("", "params", "MACs", "forward", "forward+backward"),
-        rows=tuple(_costs_row(one) for one in group),
+        rows=cost_rows,
         notes=(
             "In brackets 95 % intervals. MACs by the convention `paper`; forward of one image on one thread, "
             f"forward+backward of one batch ({batches}) as trained.",
             *_other_classes(group),
+            *words_note(cost_rows),
             *_no_results(group),
         ),
     )
@@ -165,7 +170,7 @@ def _difference_words(one: PairedDifference) -> str:
     if found.half_width is None:
         return f"{found.mean:+.{decimals}f}"
     low, high = (found.mean + sign * found.half_width for sign in (-1, 1))
-    shown = "not shown" if found.kind == "not_shown" else f"{found.mean:+.{decimals}f}"
+    shown = NOT_SIGNIFICANT if found.kind == "not_shown" else f"{found.mean:+.{decimals}f}"
     return f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
@@ -207,7 +212,7 @@ def _other_classes(group: Sequence[Compared]) -> tuple[str, ...]:
 def _no_results(group: Sequence[Compared]) -> tuple[str, ...]:
     """Why a time has no result."""
     return tuple(
-        f"{one.record.arch}, {PHASE_NAMES[latency.phase]}: {latency.verdict}"
+        f"{one.record.arch}, {PHASE_NAMES[latency.phase]}: {verdict_sentence(latency)}"
         for one in group
         for latency in (one.forward_latency, one.step_latency)
         if latency is not None and latency.verdict_kind == "no_result"

@@ -14,9 +14,10 @@ from selab.records.types import (
     PHASE_NAMES,
     Record,
 )
-from selab.records.verdict import change_words
+from selab.records.verdict import NOT_SIGNIFICANT, TOO_NOISY, change_words
 from selab.report.profiles import workload_title
 from selab.report.table import Table
+from selab.report.wording import words_note
 from selab.units import NONE
 
 
@@ -78,7 +79,7 @@ _WORDS: dict[State, str] = {
     "within": "within",
     "over": "OVER",
     "not_decided": "not decided: the limit is inside the interval",
-    "no_result": "no result",
+    "no_result": TOO_NOISY,
 }
 
 
@@ -90,7 +91,7 @@ def check_table(findings: Sequence[Finding]) -> Table:
         title=f"Budgets: {over} of {len(findings)} limits exceeded",
         columns=("budget", "limit", "at most", "found", ""),
         rows=rows,
-        notes=("A measured ratio is over its limit only if the whole of its 95 % interval is.",),
+        notes=("A measured ratio is over its limit only if the whole of its 95 % interval is.", *words_note(rows)),
         words=frozenset({0, 1, 4}),
     )
 
@@ -114,7 +115,7 @@ def diff_table(before: Record, after: Record) -> Table:
         ]
     for one in ratio_changes(before, after):
         words = [change_words(record.latency[one.phase]) for record in (before, after)]
-        rows.append((f"{PHASE_NAMES[one.phase]}, beside the baseline", *words, _change(one)))
+        rows.append((f"{PHASE_NAMES[one.phase]}, against the baseline", *words, _change(one)))
     libraries = before.machine.libraries, after.machine.libraries
     notes = [one.text for one in ratio_changes(before, after)]
     notes += [
@@ -128,15 +129,15 @@ def diff_table(before: Record, after: Record) -> Table:
         title=f"{title} ({workload_title(before.workload)})",
         columns=("", "before", "after", "change"),
         rows=tuple(rows),
-        notes=tuple(notes),
+        notes=(*notes, *words_note(rows)),
     )
 
 
 def _change(one: RatioChange) -> str:
     if one.change is None or one.low is None or one.high is None:
-        return "no result"
+        return TOO_NOISY
     places = units.decimals_for((one.high - one.low) / 2)
-    shown = "not shown" if one.kind == "not_shown" else units.percent(one.change, decimals=places)
+    shown = NOT_SIGNIFICANT if one.kind == "not_shown" else units.percent(one.change, decimals=places)
     return f"{shown} [{100 * one.low:.{places}f}, {100 * one.high:.{places}f}]"
 
 

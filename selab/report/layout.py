@@ -90,6 +90,12 @@ def lines(found: Layout, *, bold_header: bool = False) -> Iterator[Text]:
             yield Text(line, overflow="fold")
 
 
+def paragraph(text: str, width: int) -> Iterator[Text]:
+    """Yield the lines of a note, wrapped between words; a number keeps its unit."""
+    for line in _wrapped(text, width, number=False):
+        yield Text(line, overflow="fold")
+
+
 def _row_lines(found: Layout, cells: Sequence[Sequence[str]], *, bottom: bool = False) -> Iterator[str]:
     """Yield the lines of one row; headers stand at the bottom of theirs."""
     height = max(map(len, cells))

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from selab import units
-from selab.errors import RecordError
-from selab.experiments.tax_record import TaxRecord
 from selab.models.provenance import is_own_baseline, name_of, variants_of
 from selab.models.spec import Variant
+from selab.records.flag_texts import causes
 from selab.records.types import (
     COST_ROWS,
     MEMORY_ROWS,
@@ -19,11 +18,13 @@ from selab.records.types import (
     Workload,
 )
 from selab.records.verdict import change_words
+from selab.report.machines import by_machine
 from selab.report.published import (
     points,
     published_pair,
 )
 from selab.report.table import Table
+from selab.report.wording import verdict_sentence, verdict_word, words_note
 from selab.units import NONE
 
 
@@ -54,15 +55,16 @@ def _cost_rows(cost: Cost, base: Cost | None, which: Sequence[tuple[str, str, un
 
 
 def _latency_row(latency: Latency, *, label: str) -> tuple[str, ...]:
+    word = verdict_word(latency)
     if latency.error or latency.baseline_s is None or latency.variant_s is None:
-        return (label, NONE, NONE, NONE, "no result")
+        return (label, NONE, NONE, NONE, word)
     base, variant = units.seconds(latency.baseline_s), units.seconds(latency.variant_s)
     if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None or latency.difference_s is None:
-        return (label, base, variant, NONE, "no result")
+        return (label, base, variant, NONE, word)
     half = (latency.ratio_high - latency.ratio_low) / 2
     change = units.percent(latency.ratio - 1, decimals=units.decimals_for(half))
-    shown = {"no_result": "no result", "undecided": "not shown", "equal": "equal"}.get(latency.verdict_kind, change)
     sign = "+" if latency.difference_s > 0 else ""
+    shown = change if word in ("slower", "faster") else word
     return (label, base, variant, f"{sign}{units.seconds(latency.difference_s, digits=3)}", shown)
 
 
@@ -100,13 +102,8 @@ def _published_rows(variant: Variant, baseline: Variant | None) -> list[tuple[st
 
 
 def workload_title(work: Workload) -> str:
-    """What a table's figures share: `batch 1, 3×224×224, fp32, cpu`."""
-    size = "×".join(map(str, work.input_chw))
-    parts = [f"batch {work.batch}", size, work.dtype, "channels last" if work.memory_format == "channels_last" else ""]
-    parts += ["compiled" if work.compiled else "", "fused" if work.fused else ""]
-    parts += ["heap held" if work.held_heap else "", f"{work.mode} mode" if work.mode != "auto" else "", work.device]
-    parts += [f"{work.threads} threads" if work.device == "cpu" and work.threads > 1 else ""]
-    return ", ".join(part for part in parts if part)
+    """Return what the figures of a table share: `batch 1, 3×224×224, fp32, cpu`."""
+    return ", ".join(work.words())
 
 
 def profile_table(record: Record) -> Table:
@@ -121,11 +118,12 @@ def profile_table(record: Record) -> Table:
         rows += _published_rows(variant, baseline)
         sources = {f"{one.source}, {one.where}" for one in variant.published if one.metric.startswith("top")}
         notes += [f"published: {'; '.join(sorted(sources))}"] if sources else []
+    partial = "" if record.complete else " (partial)"
     return Table(
-        title=f"{record.arch} against {record.baseline} ({workload_title(record.workload)})",
+        title=f"{record.arch} against {record.baseline} ({workload_title(record.workload)}){partial}",
         columns=("", "base", "variant", "difference", "change"),
         rows=tuple(rows),
-        notes=tuple(notes),
+        notes=(*notes, *words_note(rows)),
     )
 
 
@@ -147,41 +145,107 @@ def stage_table(cost: Cost) -> Table:
     return Table(title=title, columns=("", "MACs, all", "of network", "bytes", "of network"), rows=tuple(rows))
 
 
-def verdict_lines(record: Record) -> list[str]:
-    """One sentence per latency, and under it what the reader must know about it."""
-    lines = [f"warning: {warning}" for warning in record.warnings]
-    told: set[tuple[str, str]] = set()
-    for label, latency in _latencies(record):
-        lines.append(f"{label}: {latency.verdict}")
-        for flag in latency.flags:
-            if (flag.name, flag.detail) not in told:
-                lines.append(f"  flag {flag.name}: {flag.detail}")
-                told.add((flag.name, flag.detail))
-    for name, memory in ((record.arch, record.memory), (record.baseline, record.baseline_memory)):
-        if memory is not None and memory.error:
-            lines.append(f"memory of {name}: {memory.error}")
-    return lines
+def verdict_lines(record: Record, *, verbose: bool = False) -> list[str]:
+    """Return warnings, one sentence for each latency, and remarks; as short as can be, or everything.
+
+    Args:
+        record: of `selab profile`.
+        verbose: every reason and every flag; without it the first reason, and at most three remarks in all.
+    """
+    warnings = [f"warning: {warning}" for warning in record.warnings]
+    sentences = [phase_sentence(record, label, latency, verbose=verbose) for label, latency in _latencies(record)]
+    found = remarks(record)
+    if verbose:
+        flags = dict.fromkeys(
+            f"flag {flag.name}: {flag.detail}" for _, latency in _latencies(record) for flag in latency.flags
+        )
+        return [*warnings, *sentences, *found, *flags]
+    most = max(0, _MOST_REMARKS - len(warnings))
+    if len(found) > most:
+        rest = len(found) - most + 1
+        found = [*found[: max(0, most - 1)], f"{rest} more remark{'s' if rest > 1 else ''}: --verbose shows all."]
+    return [*warnings, *sentences, *found]
+
+
+_MOST_REMARKS = 3
+
+
+def phase_sentence(record: Record, label: str, latency: Latency, *, verbose: bool = False) -> str:
+    """Return what one latency says: `forward, 1 thr: slower by 9.3 % …; 11.6 → 10.6 samples/s`."""
+    said = verdict_sentence(latency)
+    if not verbose and latency.verdict_kind == "no_result":
+        said = said.split("; ")[0]
+    if latency.baseline_s and latency.variant_s:
+        said += f"; {samples_per_second(record.workload.batch, latency)} samples/s"
+    return f"{label}: {said}"
+
+
+def samples_per_second(batch: int, latency: Latency) -> str:
+    """Return `47.6 → 42.7`: images, or inputs of another kind, per second of base and variant."""
+    rates = (NONE if not seconds else f"{batch / seconds:,.4g}" for seconds in (latency.baseline_s, latency.variant_s))
+    return " → ".join(rates)
+
+
+def remarks(record: Record) -> list[str]:
+    """Return what a reader must know about the measurement, each cause once, the most important first."""
+    failed = [
+        f"memory of {name}: {memory.error}"
+        for name, memory in ((record.arch, record.memory), (record.baseline, record.baseline_memory))
+        if memory is not None and memory.error
+    ]
+    return [*failed, *causes(flag for _, latency in _latencies(record) for flag in latency.flags)]
+
+
+PAPER_FLOPS = "(paper's FLOPs): multiply-accumulates as arXiv 1709.01507 counts them, which it prints as FLOPs."
 
 
 def count_table(records: Sequence[Record]) -> Table:
-    """The table of `selab count` for several networks: one row each."""
+    """Return the table of `selab count` for several networks: of two their difference, of more one row each."""
+    if len(records) == 2:
+        return _difference_table(*records)
     rows = []
     for record in records:
         cost = record.cost
         figures = (cost.params, cost.macs.conv_linear, cost.macs.paper, cost.macs.all)
         rows.append((record.arch, *(units.count(figure) for figure in figures), units.size(cost.bytes)))
-    columns = ("", "params", "conv+linear", "paper", "all", "bytes")
     work = records[0].workload
-    return Table(title=f"Forward cost, MACs by convention (batch {work.batch})", columns=columns, rows=tuple(rows))
+    return Table(
+        title=f"Forward cost (batch {work.batch})",
+        columns=("", "params", "MACs, conv+linear", "MACs (paper's FLOPs)", "MACs, all", "bytes"),
+        rows=tuple(rows),
+        notes=(f"MACs {PAPER_FLOPS}", *_warnings(records)),
+        drop_first=(2, 4),
+    )
+
+
+def _warnings(records: Sequence[Record]) -> list[str]:
+    return [f"{record.arch}: {warning}" for record in records for warning in record.warnings]
+
+
+def _difference_table(first: Record, second: Record) -> Table:
+    """Return two networks side by side with their difference; a baseline stands before its variant."""
+    base, variant = (second, first) if second.arch == first.baseline else (first, second)
+    return Table(
+        title=f"{variant.arch} against {base.arch} ({workload_title(variant.workload)})",
+        columns=("", base.arch, variant.arch, "difference", "change"),
+        rows=tuple(_cost_rows(variant.cost, base.cost, (*COST_ROWS, *_MORE_COST_ROWS))),
+        notes=(f"MACs {PAPER_FLOPS}", *_warnings((base, variant))),
+    )
 
 
 def single_count_table(record: Record) -> Table:
-    """The table of `selab count` for one network, beside its baseline if it has one."""
+    """Return the table of `selab count` for one network, with its baseline if it has one."""
     cost, base = record.cost, record.baseline_cost
     rows = _cost_rows(cost, base, (*COST_ROWS, *_MORE_COST_ROWS))
-    against = f" against {record.baseline}" if record.baseline else ""
+    if base is None:
+        return Table(
+            title=f"{record.arch} ({workload_title(record.workload)})",
+            columns=("", "count"),
+            rows=tuple((label, variant) for label, _, variant, *_ in rows),
+            notes=record.warnings,
+        )
     return Table(
-        title=f"{record.arch}{against} ({workload_title(record.workload)})",
+        title=f"{record.arch} against {record.baseline} ({workload_title(record.workload)})",
         columns=("", "base", "variant", "difference", "change"),
         rows=tuple(rows),
         notes=record.warnings,
@@ -227,68 +291,78 @@ def counters_table(cost: Cost) -> Table:
 
 
 # --------------------------------------------------------------------------------------------- measured, many records
-def check_one_machine(records: Sequence[Record | TaxRecord], *, one_torch: bool = True) -> None:
-    """Raises RecordError where records do not share their circumstances: another machine, or another torch on it."""
-    places = {
-        (record.machine.name, record.machine.libraries.get("torch", "") if one_torch else "any") for record in records
-    }
-    if len(places) > 1:
-        listed = "; ".join(f"{name} with torch {version}" for name, version in sorted(places))
-        raise RecordError(f"records of different machines do not share a table: {listed}; name one machine's folder")
-
-
-def _by_workload(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """By the whole workload, whose title tells all of it."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(workload_title(record.workload), []).append(record)
-    return groups
+def _groups(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Return records by machine and workload, each group with what its figures share, in words."""
+    machines = by_machine(records)
+    found = []
+    for place, group in machines.items():
+        workloads: dict[str, list[Record]] = {}
+        for record in group:
+            workloads.setdefault(workload_title(record.workload), []).append(record)
+        found += [(f"{work}; {place}" if len(machines) > 1 else work, same) for work, same in workloads.items()]
+    return found
 
 
 def latency_tables(records: Sequence[Record]) -> list[Table]:
-    """One machine's ratios, variant over baseline with the 95 % interval: one table per workload and phase.
-
-    Raises:
-        RecordError: the records are of several machines.
-    """
-    check_one_machine(records)
-    grids = []
-    for work, group in _by_workload(records).items():
-        rows: dict[str, list[tuple[str, ...]]] = {}
+    """Return ratios, variant over baseline with the 95 % interval: one table per machine, workload and phase."""
+    tables = []
+    for work, group in _groups(records):
+        rows: dict[str, list[tuple[Record, Latency]]] = {}
         for record in group:
             for label, latency in _latencies(record):
-                rows.setdefault(label, []).append((name_of(record), *ratio_cells(latency)))
-        columns = ("", "base", "variant", "ratio", "95 % interval", "verdict")
-        grids += [
-            Table(title=f"{label} ({work})", columns=columns, rows=tuple(lines), words=frozenset({0, 5}))
-            for label, lines in rows.items()
-        ]
-    return grids
+                rows.setdefault(label, []).append((record, latency))
+        tables += [_latency_table(f"{label} ({work})", lines) for label, lines in rows.items()]
+    return tables
+
+
+def _latency_table(title: str, lines: Sequence[tuple[Record, Latency]]) -> Table:
+    rows = []
+    seen: dict[str, list[str]] = {}
+    failed = []
+    for record, latency in lines:
+        name = name_of(record)
+        base, variant, ratio, interval, verdict = ratio_cells(latency)
+        rate = NONE if latency.baseline_s is None else samples_per_second(record.workload.batch, latency)
+        rows.append((name, base, variant, rate, ratio, interval, verdict))
+        failed += [f"{name}: {verdict_sentence(latency)}"] if latency.error else []
+        for cause in causes(latency.flags):
+            seen.setdefault(cause, []).append(name)
+    notes = [
+        sentence if len(names) == len(lines) else f"{', '.join(names)}: {sentence}" for sentence, names in seen.items()
+    ]
+    return Table(
+        title=title,
+        columns=("", "base", "variant", "samples/s", "ratio", "95 % interval", "verdict"),
+        rows=tuple(rows),
+        notes=(*words_note(rows), *failed, *notes),
+        words=frozenset({0, 6}),
+        drop_first=(3, 1, 2),
+    )
 
 
 def added_tables(records: Sequence[Record]) -> list[Table]:
-    """What SE adds to each network, everything in percent of the baseline; one table per workload.
-
-    Raises:
-        RecordError: the records are of several machines.
-    """
-    check_one_machine(records)
-    machine = records[0].machine
+    """Return what SE adds to each network, in percent of the baseline; one table per machine and workload."""
     own = [record for record in records if is_own_baseline(record)]
     columns = ("", "params", "MACs", "bytes", "forward", "forward+backward", "saved for backward", "top-1 error")
-    return [
-        Table(
-            title=f"What SE adds ({work})",
-            columns=columns,
-            rows=tuple(_added_row(record) for record in sorted(group, key=lambda record: record.cost.macs.all)),
-            notes=(
-                f"Measured on {machine.gpu or machine.cpu}"
-                + (", one thread" if group[0].workload.threads == 1 and machine.gpu is None else "")
-                + ", 95 % intervals in brackets. MACs by the convention `paper`. Top-1 error as published, in points.",
-            ),
+    tables = []
+    for work, group in _groups(own):
+        machine = group[0].machine
+        rows = tuple(_added_row(record) for record in sorted(group, key=lambda record: record.cost.macs.all))
+        where = ", one thread" if group[0].workload.threads == 1 and machine.gpu is None else ""
+        tables.append(
+            Table(
+                title=f"What SE adds ({work})",
+                columns=columns,
+                rows=rows,
+                notes=(
+                    f"Measured on {machine.gpu or machine.cpu}{where}, 95 % intervals in brackets. "
+                    "MACs by the convention `paper`. Top-1 error as published, in points.",
+                    *words_note(rows),
+                ),
+                drop_first=(6, 7, 1),
+            )
         )
-        for work, group in _by_workload(own).items()
-    ]
+    return tables
 
 
 def _added_row(record: Record) -> tuple[str, ...]:
@@ -314,9 +388,8 @@ def _relative(ours: float | None, theirs: float | None) -> str:
 
 
 def ratio_cells(latency: Latency) -> tuple[str, str, str, str, str]:
-    """Both times, their ratio, its interval, and the verdict with its flags."""
-    flags = ", ".join(flag.name for flag in latency.flags)
-    verdict = latency.verdict + (f" (flags: {flags})" if flags else "")
+    """Return both times, their ratio, its interval, and the verdict in a word."""
+    verdict = verdict_word(latency)
     if latency.baseline_s is None or latency.variant_s is None:
         return (NONE, NONE, NONE, NONE, verdict)
     times = (units.seconds(latency.baseline_s), units.seconds(latency.variant_s))

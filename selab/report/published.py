@@ -12,7 +12,9 @@ from selab.models.provenance import is_own_baseline, variants_of
 from selab.models.spec import Metric, Published, Variant
 from selab.records.types import Cost, Record, Workload
 from selab.records.verdict import change_words
+from selab.report.machines import by_machine
 from selab.report.table import Table
+from selab.report.wording import words_note
 from selab.units import NONE
 
 
@@ -199,55 +201,118 @@ PAPER_TABLES: dict[str, tuple[PaperTable, ...]] = {
         ),
     ),
 }
-_HEADERS: dict[str, str] = {"macs": "MACs", "params": "params"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """The unit of a column of a table: what its header says, and how a figure and a printed number read in it."""
+
+    header: str
+    divisor: float
+
+    def shown(self, value: float) -> str:
+        """Return a counted figure with four digits: 3_866_007_552 → `3.866`."""
+        return format(value / self.divisor, "#.4g").rstrip(".") if self.divisor > 1 else units.count(value)
+
+    def printed(self, one: Published) -> str:
+        """Return a printed number without its unit: `3.87 GFLOPs` → `3.87`."""
+        found = re.match(r"[\d.,]+", one.printed)
+        return found[0] if found and self.divisor > 1 else one.printed
+
+
+def _unit(metric: Metric, values: Sequence[float], numbers: Sequence[Published]) -> _Unit:
+    """Return the unit of a metric's columns: that of the print, or of the smallest figure where nothing is printed."""
+    name = {"macs": "FLOPs", "params": "params"}[metric]
+    prefixes = {re.sub(r"[\d.,\s]+", "", one.printed)[:1] for one in numbers}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    if not numbers:
+        prefix = next((letter for factor, letter in ((1e9, "G"), (1e6, "M")) if min(values) >= factor), "")
+    if prefix not in ("G", "M"):
+        return _Unit(header=name, divisor=1)
+    header = f"{prefix}FLOPs" if metric == "macs" else f"params ({prefix})"
+    return _Unit(header=header, divisor=_PREFIX[prefix])
 
 
 def paper_table(table: PaperTable, costs: dict[str, Cost]) -> Table:
-    """A table of arXiv 1709.01507: published and counted side by side.
+    """Return a table of arXiv 1709.01507: published and counted side by side.
 
     Args:
         table: which.
         costs: by variant name, at batch 1.
     """
     known = catalog.installed()
-    rows, remarks = [], []
-    conventions: dict[str, None] = {}
-    equal = total = 0
-    for variant in (known[name] for name in table.rows):
-        cost = costs[variant.name]
-        here = {one.metric: one for one in variant.published if one.source == SENET and one.table == table.label}
-        cells = [variant.name]
-        for metric in ("params", "macs"):
-            one = here.get(metric)
-            if metric not in table.metrics:
-                cells.append(units.count(cost.params if metric == "params" else cost.macs.paper))
-                continue
-            if one is None:
-                cells += [NONE, units.count(cost.params if metric == "params" else cost.macs.paper), ""]
-                continue
-            value = _figure(cost, one)
-            mark = _mark(value, one)
-            conventions[convention(one)] = None
-            equal, total = equal + (mark == "="), total + 1
-            cells += [one.printed, units.count(value), mark]
-            remarks += [] if mark == "=" else [f"{variant.name}, {metric}: {one.note or 'cause unknown'}"]
-        cells += [points(here[m]) if m in here else NONE for m in ("top1_error_pct", "top5_error_pct")]
-        rows.append(tuple(cells))
-    headers = [
-        header
-        for metric in ("params", "macs")
-        for header in (
-            (f"{_HEADERS[metric]} printed", f"{_HEADERS[metric]} counted", f"{_HEADERS[metric]} met")
-            if metric in table.metrics
-            else (_HEADERS[metric],)
-        )
-    ]
-    closing = f"{equal} of {total} published cost numbers reproduced to the printed digit (=)."
-    notes = [closing if total else "This table prints no cost; parameters and MACs are counted."]
-    notes += [f"{name}: {_CONVENTIONS[name]}" for name in (conventions or {"params": None, "paper": None})]
-    columns = ("", *headers, "top-1 error", "top-5 error")
-    title = f"{SENET}, {table.label}: {table.about}"
-    return Table(title=title, columns=columns, rows=tuple(rows), notes=(*notes, *remarks))
+    variants = [known[name] for name in table.rows]
+    here = {
+        variant.name: {one.metric: one for one in variant.published if one.source == SENET and one.table == table.label}
+        for variant in variants
+    }
+    columns: list[str] = [""]
+    cells: list[list[str]] = [[variant.name] for variant in variants]
+    compared: list[tuple[Variant, Published, float]] = []
+    for metric in ("params", "macs"):
+        numbers = [here[variant.name].get(metric) if metric in table.metrics else None for variant in variants]
+        values = [
+            _plain_figure(costs[variant.name], metric) if one is None else _figure(costs[variant.name], one)
+            for variant, one in zip(variants, numbers, strict=True)
+        ]
+        printed = [one for one in numbers if one is not None]
+        unit = _unit(metric, values, printed)
+        if not printed:
+            columns.append(unit.header)
+            for line, value in zip(cells, values, strict=True):
+                line.append(unit.shown(value))
+            continue
+        columns += [f"{unit.header} printed", f"{unit.header} counted", f"{unit.header.split(' (')[0]} match"]
+        for variant, line, one, value in zip(variants, cells, numbers, values, strict=True):
+            both = ("", "") if one is None else (unit.printed(one), _mark(value, one))
+            line += [both[0] or NONE, unit.shown(value), both[1]]
+            compared += [] if one is None else [(variant, one, value)]
+    for variant, line in zip(variants, cells, strict=True):
+        line += [
+            points(here[variant.name][metric]) if metric in here[variant.name] else NONE
+            for metric in ("top1_error_pct", "top5_error_pct")
+        ]
+    names = dict.fromkeys(convention(one) for _, one, _ in compared) or {"params": None, "paper": None}
+    return Table(
+        title=f"{SENET}, {table.label}: {table.about}",
+        columns=(*columns, "top-1 error", "top-5 error"),
+        rows=tuple(map(tuple, cells)),
+        notes=(
+            _closing(compared),
+            *(f"{name}: {_CONVENTIONS[name]}" for name in names),
+            *_grouped((variant.name, one) for variant, one, value in compared if _mark(value, one) != "="),
+        ),
+        drop_first=(len(columns) + 1,),
+        label=f"senet-{table.number}",
+    )
+
+
+def _plain_figure(cost: Cost, metric: str) -> int:
+    return cost.params if metric == "params" else cost.macs.paper
+
+
+def _closing(compared: Sequence[tuple[Variant, Published, float]]) -> str:
+    """Return how many published numbers are counted equal to the printed digit, and how many nearly so."""
+    if not compared:
+        return "This table prints no cost; parameters and MACs are counted."
+    total = len(compared)
+    equal = sum(_mark(value, one) == "=" for _, one, value in compared)
+    near = sum(_mark(value, one) == "=" or is_near(value, one) for _, one, value in compared)
+    return f"{equal} of {total} published cost numbers equal to the printed digit (=), {near} of {total} within 0.3 %."
+
+
+def is_near(value: float, one: Published) -> bool:
+    """Return whether a count is within 0.3 % of a published number."""
+    return abs(value / one.value - 1) <= _NEAR
+
+
+def _grouped(found: Iterable[tuple[str, Published]]) -> list[str]:
+    """Return why numbers do not match: each cause once, after the networks that it holds for."""
+    causes: dict[tuple[str, str], list[str]] = {}
+    for name, one in found:
+        causes.setdefault((one.metric, one.note or "cause unknown"), []).append(name)
+    words = {"macs": "FLOPs"}
+    return [f"{', '.join(names)}, {words.get(metric, metric)}: {cause}" for (metric, cause), names in causes.items()]
 
 
 def paper_reproduced(tables: Iterable[PaperTable], costs: dict[str, Cost]) -> tuple[int, int]:
@@ -263,10 +328,12 @@ def paper_reproduced(tables: Iterable[PaperTable], costs: dict[str, Cost]) -> tu
     return sum(met), len(met)
 
 
+_NEAR = 0.003
 _CONVENTIONS = {
     "params": "learnable parameters",
     "params + BN buffers": "learnable parameters and the BN's buffers: running means and variances, one counter each",
-    "paper": "MACs of convolutions, fully connected layers and SE's pooling additions, which the paper prints as FLOPs",
+    "paper": "multiply-accumulates (MACs) of convolutions, fully connected layers and SE's pooling additions, which "
+    "the paper prints as FLOPs",
     "conv_linear": "MACs of convolutions and fully connected layers",
 }
 
@@ -285,9 +352,9 @@ def zoo_tables(costs: dict[str, Cost], names: Iterable[str] | None = None) -> li
     columns = (
         "",
         "params",
-        "conv+linear",
-        "paper",
-        "all",
+        "MACs, conv+linear",
+        "MACs (paper's FLOPs)",
+        "MACs, all",
         "bytes",
         "published params",
         "published MACs",
@@ -296,7 +363,7 @@ def zoo_tables(costs: dict[str, Cost], names: Iterable[str] | None = None) -> li
     grids = []
     for family, variants in families.items():
         equal, total = reproduced(variants, costs)
-        closing = [f"{equal} of {total} published cost numbers reproduced to the printed digit (=)."] if total else []
+        closing = [f"{equal} of {total} published cost numbers equal to the printed digit (=)."] if total else []
         used = {convention(one) for variant in variants for one in cost_numbers(variant)}
         closing += [f"{name}: {text}" for name, text in _CONVENTIONS.items() if name in used]
         size = "×".join(map(str, variants[0].input_chw))
@@ -306,6 +373,7 @@ def zoo_tables(costs: dict[str, Cost], names: Iterable[str] | None = None) -> li
                 columns=columns,
                 rows=tuple(_zoo_row(variant, costs[variant.name]) for variant in variants),
                 notes=(*closing, *differences(variants, costs)),
+                drop_first=(2, 4, 5),
             )
         )
     return grids
@@ -371,32 +439,43 @@ def mobile_names() -> list[str]:
 
 
 def mobile_table(costs: dict[str, Cost], records: Sequence[Record]) -> Table:
-    """The mobile networks: cost, measured ratio of a forward pass, and published error, base and SE in turn."""
-    measured = {record.arch: record for record in records if _is_plain(record)}
+    """Return the mobile networks, base and SE in turn: cost, measured change of a forward pass, published error.
+
+    Args:
+        costs: of `mobile_names()`, at batch 1.
+        records: those of the default workload are shown, each machine's in a column of its own.
+    """
+    machines = by_machine([record for record in records if _is_plain(record)])
+    measured = {place: {record.arch: record for record in group} for place, group in machines.items()}
     rows = []
     for one in (catalog.installed()[name] for name in mobile_names()):
-        cost, record = costs[one.name], measured.get(one.name)
-        forward = record.latency.get("forward") if record is not None else None
+        cost = costs[one.name]
         top1 = published(one, "top1_error_pct")
+        here = [group.get(one.name) for group in measured.values()] or [None]
         rows.append(
             (
                 one.name,
                 units.count(cost.params),
                 units.count(cost.macs.paper),
                 units.size(cost.bytes),
-                change_words(forward),
+                *(change_words(record.latency.get("forward") if record is not None else None) for record in here),
                 NONE if top1 is None else points(top1),
             )
         )
-    columns = ("", "params", "MACs, paper", "bytes", "forward", "top-1 error")
-    machines = {record.machine.gpu or record.machine.cpu for record in measured.values()}
+    several = len(machines) > 1
+    forward = [f"forward, {place}" for place in machines] if several else ["forward"]
     note = "forward: SE against base, batch 1, fp32"
-    note += (
-        f", on {', '.join(machines)}, 95 % intervals in brackets"
-        if machines
-        else ": no records were given (--profiles)"
+    if machines:
+        where = [group[0].machine.gpu or group[0].machine.cpu for group in machines.values()]
+        note += f", on {', '.join(dict.fromkeys(where))}, 95 % intervals in brackets"
+    else:
+        note += ": no records were given (--profiles)"
+    return Table(
+        title="Mobile networks",
+        columns=("", "params", "MACs (paper's FLOPs)", "bytes", *forward, "top-1 error"),
+        rows=tuple(rows),
+        notes=(f"{note}.", *words_note(rows)),
     )
-    return Table(title="Mobile networks", columns=columns, rows=tuple(rows), notes=(note,))
 
 
 def mobile_published_table(costs: dict[str, Cost]) -> Table:
@@ -407,7 +486,7 @@ def mobile_published_table(costs: dict[str, Cost]) -> Table:
         (one.name, *(marked_numbers(one, costs[one.name], metric) for metric in ("params", "macs"))) for one in variants
     )
     equal, total = reproduced(variants, costs)
-    closing = f"{equal} of {total} published cost numbers reproduced to the printed digit (=)."
+    closing = f"{equal} of {total} published cost numbers equal to the printed digit (=)."
     conventions = "Parameters are learnable ones. MACs are compared by `paper` where it says so, else by `conv+linear`."
     return Table(
         title="Published costs of the mobile networks",

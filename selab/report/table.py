@@ -45,9 +45,11 @@ class Table:
         found = layout.fit(self, options.max_width)
         yield Text(self.title, style="bold")
         yield from layout.lines(found, bold_header=True)
-        yield from map(Text, self.notes)
+        notes = list(self.notes)
         if found.left_out:
-            yield Text(f"Left out at this width: {', '.join(found.left_out)}; use a wider terminal or --format csv.")
+            notes.append(f"Left out at this width: {'; '.join(found.left_out)}. Use a wider terminal or --format csv.")
+        for note in notes:
+            yield from layout.paragraph(note, options.max_width)
 
     def markdown(self) -> str:
         """Return a Markdown table under a heading, its notes as paragraphs."""

@@ -18,10 +18,13 @@ from selab.experiments.tax_record import (
 )
 from selab.models.provenance import name_of
 from selab.records.estimate import estimate
+from selab.records.flag_texts import causes
 from selab.records.types import PHASE_NAMES, Latency
-from selab.records.verdict import change_words, no_result_reasons, not_excluded
-from selab.report.profiles import check_one_machine, workload_title
+from selab.records.verdict import NOT_SIGNIFICANT, TOO_NOISY, change_words, no_result_reasons, not_excluded
+from selab.report.machines import by_machine
+from selab.report.profiles import workload_title
 from selab.report.table import Table
+from selab.report.wording import FAILED, verdict_word, words_note
 from selab.units import NONE
 
 _TAX = (
@@ -73,9 +76,11 @@ def _tax_table(record: TaxRecord, method: str) -> Table:
             f"{_LEAST[record.phase != 'forward']} At the bandwidth of copies measured in this run.",
             *(f"{remark}." for remark in record.remarks),
             *_failures(record, method),
-            *_flag_notes([one.latency for one in shown]),
+            *words_note(rows),
+            *causes(flag for one in shown for flag in one.latency.flags),
         ),
         words=frozenset({0, 3, 4}),
+        drop_first=(4,),
     )
 
 
@@ -130,7 +135,7 @@ def _removed_words(record: TaxRecord, method: str) -> Iterator[str]:
         return
     low, high = interval
     decimals = units.decimals_for((high - low) / 2)
-    shown = units.share(share, decimals=decimals) if low > 0 or high < 0 else "not shown"
+    shown = units.share(share, decimals=decimals) if low > 0 or high < 0 else NOT_SIGNIFICANT
     yield (
         f"Of the reference's tax removed by fast: {shown} [{low * 100:.{decimals}f}, {high * 100:.{decimals}f}]; "
         "1 - (fast - 1) / (reference - 1) of the ratios, at least 95 %."
@@ -154,23 +159,13 @@ def _time(seconds: float | None) -> str:
 
 def _tax_cells(latency: Latency) -> tuple[str, str, str, str]:
     flags = ", ".join(flag.name for flag in latency.flags)
-    return _time(latency.variant_s), _change(latency), latency.verdict_kind.replace("_", " "), flags
+    return _time(latency.variant_s), _change(latency), verdict_word(latency), flags
 
 
 def _change(latency: Latency | None) -> str:
     if latency is not None and latency.error:
-        return "failed"
-    return "no result" if latency is not None and latency.ratio is None else change_words(latency)
-
-
-def _flag_notes(latencies: Sequence[Latency]) -> Iterator[str]:
-    """Each kind of flag once, with the detail of the first pair that has it."""
-    told: set[str] = set()
-    for latency in latencies:
-        for flag in latency.flags:
-            if flag.name not in told:
-                told.add(flag.name)
-                yield f"flag {flag.name}: {flag.detail}"
+        return FAILED
+    return TOO_NOISY if latency is not None and latency.ratio is None else change_words(latency)
 
 
 def _split_table(record: TaxRecord) -> Table | None:
@@ -227,10 +222,10 @@ def saving_words(record: TaxRecord, stage: str, method: str) -> str:
         return NONE
     found = saving(record, stage, method)
     if found is None:
-        return "no result"
+        return TOO_NOISY
     value, (low, high) = found
     decimals = units.decimals_for((high - low) / 2)
-    shown = "not shown" if value is None else units.share(value, decimals=decimals)
+    shown = NOT_SIGNIFICANT if value is None else units.share(value, decimals=decimals)
     return f"{shown} [{low * 100:.{decimals}f}, {high * 100:.{decimals}f}]"
 
 
@@ -247,19 +242,13 @@ def _saved_table(record: TaxRecord) -> Table | None:
 
 
 def summary_tables(records: Sequence[TaxRecord]) -> list[Table]:
-    """One machine's comparisons, a table for each workload, phase, method and torch: the implementations side by side.
-
-    Raises:
-        RecordError: the records are of several machines.
-    """
-    by_torch: dict[str, list[TaxRecord]] = {}
-    for record in records:
-        by_torch.setdefault(record.machine.libraries.get("torch", ""), []).append(record)
-    check_one_machine([group[0] for group in by_torch.values()], one_torch=False)
+    """Return one table per machine, torch, workload, phase and method: the implementations side by side."""
+    machines = by_machine(records)
+    several = len({record.machine.name for record in records}) > 1
     groups: dict[str, list[tuple[TaxRecord, str]]] = {}
-    for version, group in by_torch.items():
-        check_one_machine(group)
-        suffix = f", torch {version}" if len(by_torch) > 1 else ""
+    for place, group in machines.items():
+        where = place if several else f"torch {group[0].machine.libraries.get('torch', '')}"
+        suffix = f", {where}" if len(machines) > 1 else ""
         for record in group:
             for method in record.methods:
                 groups.setdefault(_title(record, method) + suffix, []).append((record, method))
@@ -281,22 +270,23 @@ def _summary_table(title: str, group: Sequence[tuple[TaxRecord, str]]) -> Table:
         rows=tuple(rows),
         notes=(
             f"{_TAX} Least: the bytes that SE must move, at the bandwidth of copies.",
+            *words_note(rows),
             *(f"{record.arch}, {note}" for record, method in group for note in _failures(record, method)),
         ),
     )
 
 
 def _failures(record: TaxRecord, method: str) -> Iterator[str]:
-    """Why there is no result: each reason once, after what it holds for."""
-    whys: dict[str, list[str]] = {}
+    """Yield why there is no result: each reason once, after the pairs that it holds for."""
+    whys: dict[tuple[str, str], list[str]] = {}
     for pair in record.pairs:
         if pair.latency.method == method and pair.latency.verdict_kind == "no_result":
             for why in no_result_reasons(pair.latency):
-                whys.setdefault(why, []).append(_pair_words(pair))
-    shared: dict[str, list[str]] = {}
-    for why, names in whys.items():
-        shared.setdefault(", ".join(names), []).append(why)
-    yield from (f"{names}: no result: {'; '.join(same)}" for names, same in shared.items())
+                whys.setdefault((verdict_word(pair.latency), why), []).append(_pair_words(pair))
+    shared: dict[tuple[str, str], list[str]] = {}
+    for (word, why), names in whys.items():
+        shared.setdefault((", ".join(names), word), []).append(why)
+    yield from (f"{names}: {word}: {'; '.join(same)}" for (names, word), same in shared.items())
 
 
 def _pair_words(pair: TaxPair) -> str:

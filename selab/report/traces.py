@@ -80,9 +80,8 @@ def roofline_table(found: Roofline, *, arch: str, workload: Workload, place: str
         columns = (*columns[:4], "predicted")
         rows = [row[:5] for row in rows]
     head = "predicted for" if predicted else "on"
-    size = "×".join(map(str, workload.input_chw))
     return Table(
-        title=f"{arch} {head} {place}: roofline of a forward pass (batch {workload.batch}, {size}, {workload.dtype})",
+        title=f"{arch} {head} {place}: roofline of a forward pass ({', '.join(workload.words(device=False))})",
         columns=columns,
         rows=tuple(rows),
         notes=tuple(notes),

@@ -331,7 +331,7 @@ class TestTax:
         words = ("--impl", "reference", "--impl", "timm", *QUICK, "--out", tmp_path / "out")
         status, shown, told = selab("tax", "--arch", f"{toy}:se_toy", *words)
         assert status == 0, told
-        assert "timm: no result: this style fails" in shown
+        assert "timm: failed: this style fails" in shown
         _, record = record_in(tmp_path / "out")
         assert record.latency("reference", method="wall").runs
         assert record.latency("timm", method="wall").error == "this style fails"

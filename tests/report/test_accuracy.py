@@ -50,7 +50,7 @@ def test_a_row_says_what_se_adds_and_what_it_changes(compared_small_cnn, tmp_pat
 
 def test_nothing_shown_is_said_so(compared_small_cnn):
     grid, costs = accuracy_tables([Compared(record=compared_small_cnn(BASE, ALIKE))])
-    assert cells(grid, "se_small_cnn")["points"].startswith("not shown [")
+    assert cells(grid, "se_small_cnn")["points"].startswith("n.s. [")
     assert cells(costs, "se_small_cnn")["params"] == "–"
     assert any("would be needed" in note for note in grid.notes)
 
@@ -174,11 +174,12 @@ def test_why_a_time_has_no_result_is_told(compared_small_cnn):
         variant_s=1.1,
         verdict_kind="no_result",
         verdict="no result: only 4 pairs",
+        error="",
         phase="forward",
     )
     one = Compared(record=compared_small_cnn(BASE, BETTER), forward=SimpleNamespace(latency={"forward": noisy}))
     for grid in (comparison_table(one), accuracy_tables([one])[1]):
-        assert "se_small_cnn, forward: no result: only 4 pairs" in grid.notes
+        assert "se_small_cnn, forward: too noisy: only 4 pairs" in grid.notes
 
 
 def test_a_folder_that_holds_none_is_told_from_one_that_is_not_there(compared_small_cnn, tmp_path):

@@ -12,7 +12,7 @@ from selab.models.spec import Variant
 from selab.records import verdict as records_verdict
 from selab.records.types import Cost, Phase, Record
 from selab.report.figures.axes import Axis
-from selab.report.profiles import check_one_machine
+from selab.report.machines import check_one_machine
 from selab.training.record import AccuracyRecord
 
 
@@ -179,11 +179,6 @@ def circumstance_parts(record: Record | TaxRecord) -> list[str]:
     parts = [machine.gpu or machine.cpu if work.device != "cpu" else machine.cpu]
     if work.device == "cpu":
         parts.append("one thread" if work.threads == 1 else f"{work.threads} threads")
-    parts += [work.dtype, f"batch {work.batch}", "×".join(map(str, work.input_chw))]
-    parts += ["channels last"] if work.memory_format == "channels_last" else []
-    parts += ["compiled"] if work.compiled else []
-    parts += ["fused"] if work.fused else []
-    parts += ["heap held"] if work.held_heap else []
-    parts += [f"{work.mode} mode"] if work.mode != "auto" else []
+    parts += work.words(device=False)
     parts += [f"torch {machine.libraries['torch']}"] if "torch" in machine.libraries else []
     return parts

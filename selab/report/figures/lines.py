@@ -10,7 +10,7 @@ from selab.records.types import Phase, Record
 from selab.report.figures.axes import AXES
 from selab.report.figures.base import BothValues, LeftOut, circumstance_parts, measured_values, reasons, recorded
 from selab.report.figures.style import COLOURS, FAINT, MARKERS, left_out_note, limits, new_figure
-from selab.report.profiles import check_one_machine
+from selab.report.machines import check_one_machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -238,7 +238,7 @@ def test_one_workload_per_picture(record):
     shown = report_figures_scatter.points("macs", "latency", records=[record, batch, half])
     assert [pair.name for pair in shown.pairs] == ["se_mobilenet", "se_mobilenet_0_5"]
     assert shown.left_out[0].why == "measured under cpu-b8-224-fp32-t1"
-    assert "one thread, fp32, batch 1, 3×224×224" in shown.circumstances
+    assert "one thread, batch 1, 3×224×224, fp32" in shown.circumstances
     other = report_figures_scatter.points("macs", "latency", records=[record, batch], workload="cpu-b8-224-fp32-t1")
     assert "batch 8" in other.circumstances
     with pytest.raises(RecordError, match=r"--workload cpu-b1-224-fp32-t1 \| cpu-b8-224-fp32-t1"):
@@ -318,7 +318,7 @@ def text_of(shown):
 def test_a_picture_says_what_it_shows(record, noisy):
     text = text_of(report_figures_scatter.points("macs", "latency", records=[record]))
     assert {"se_mobilenet", "base", "with SE", "time of a forward pass"} <= set(text)
-    assert any("fp32, batch 1" in line for line in text)
+    assert any("batch 1, 3×224×224, fp32" in line for line in text)
     assert any(line.endswith((" µs", " ms")) for line in text)
 
 

@@ -98,7 +98,7 @@ class TestProfile:
         options = ["--batch", 10**9, "--threads", 1, "--out", tmp_path / "r"]
         status, out, _ = selab("profile", "--arch", f"{toy}:se_toy", *options)
         assert status == 0
-        assert "no result: out of memory" in out
+        assert "failed: out of memory" in out
         assert "parameters" in out
         (path,) = (tmp_path / "r").rglob("*.json")
         found = json.loads(path.read_text())
@@ -121,7 +121,7 @@ class TestProfile:
         module.write_text(module.read_text().replace("nn.Linear(16 * 12 * 12", "nn.BatchNorm1d(16), nn.Linear(16"))
         status, out, error = selab("profile", "--arch", f"{toy}:se_toy", "--threads", 1, "--out", tmp_path / "r")
         assert status == 0, error
-        assert "backward, 1 thr: no result: backward in train mode fails: Expected more than 1 value" in " ".join(
+        assert "backward, 1 thr: failed: backward in train mode fails: Expected more than 1 value" in " ".join(
             out.split()
         )
         assert "memory of se_toy: a pass for the memory fails" in " ".join(out.split())

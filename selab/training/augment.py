@@ -1,7 +1,7 @@
-"""What a batch is made of and what is done to it: decided by counters, done to all of its images at once.
+"""Order and augmentation of batches: random numbers by counter, applied to all images of a batch at once.
 
-Order and decisions are words of a counter-based generator (Philox), read at (seed, epoch, number of the batch). So they
-follow from these alone: nothing has to be drawn before, and devices, ranks and releases of torch agree.
+Order and decisions are words of a counter-based generator (Philox) at (seed, epoch, batch number). They depend on these
+alone: nothing is drawn beforehand, and devices, ranks and releases of torch agree.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
 """
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from selab.errors import SelabError
 
-# What the words are for: the second half of the generator's key. (`synthetic` has 3 and more.)
+# Purposes of words: the second half of the generator's key. (`synthetic` uses 3 and more.)
 _ORDER, _DECISIONS = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to training images; nothing by default.
+    """Augmentation of training images; none by default.
 
     Attributes:
-        crop_pad: black pixels around the image, out of which it is cropped again at a random place.
+        crop_pad: black pixels added on each side before a random crop back to the image's size.
         flip: mirror half of the images.
-        cutout: side of a square hole at a random place, in pixels; its centre is in the image, its rim may not be.
+        cutout: side of a square hole at a random place, in pixels; its centre is inside, its edges may not be.
 
     Raises:
         SelabError: a size is negative.
@@ -47,19 +47,19 @@ class Augmentation:
 
 
 def order(size: int, *, seed: int, epoch: int) -> Tensor:
-    """A permutation of `size` images, (size,) int64: where an epoch's random words stand when they are sorted."""
+    """Return a permutation of `size` images, (size,) int64: the sorting order of an epoch's random words."""
     return torch.from_numpy(np.argsort(words(size, purpose=_ORDER, seed=seed, epoch=epoch), kind="stable"))
 
 
 def decide(
     augmentation: Augmentation, *, size: int, input_hw: tuple[int, int], seed: int, epoch: int, number: int
 ) -> Tensor:
-    """What is done to the images of global batch `number` of an epoch.
+    """Draw the augmentation of global batch `number` of an epoch.
 
-    All is decided, whether it is wanted or not: a network that trains with holes sees the crops of one without.
+    Everything is drawn, used or not: a network trained with cutout sees the same crops as one without.
 
     Args:
-        augmentation: how far a crop may lie off.
+        augmentation: how far a crop may be shifted.
         size: images of the global batch.
         input_hw: height and width of an image.
         seed: of the run.
@@ -77,12 +77,12 @@ def decide(
 
 
 def augment(images: Tensor, decided: Tensor, augmentation: Augmentation, *, mean: Tensor, std: Tensor) -> Tensor:
-    """normalise(flip(crop(x))) with a hole in it.
+    """Return cutout(normalise(flip(crop(x)))).
 
     Args:
         images: (N, C, H, W) uint8.
-        decided: (N, 5), a part of what `decide` returned, on the images' device.
-        augmentation: which of it is done.
+        decided: (N, 5), rows of what `decide` returned, on the images' device.
+        augmentation: which of it is applied.
         mean: see `normalise`.
         std: see `normalise`.
 
@@ -99,15 +99,15 @@ def augment(images: Tensor, decided: Tensor, augmentation: Augmentation, *, mean
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, *, pad: int) -> Tensor:
-    """x[n, :, top[n] : top[n] + H, left[n] : left[n] + W] of the images with `pad` black pixels around them.
+    """Return x[n, :, top[n] : top[n] + H, left[n] : left[n] + W] of images padded by `pad` black pixels.
 
     Shapes:
         images: (N, C, H, W); top, left: (N,), each from 0 to 2 pad; result: (N, C, H, W).
     """
     n, channels, height, width = images.shape
     padded = F.pad(images, (pad, pad, pad, pad))
-    # A view of the windows that begin at any pixel, of which one per image is taken: index_select copies whole rows,
-    # where an index of three tensors into such a view takes twice as long.
+    # A view of the windows at every pixel, of which index_select takes one per image: it copies whole rows, where
+    # indexing by three tensors takes twice as long.
     image, plane, line, pixel = padded.stride()
     last = (channels - 1) * plane + (height - 1) * line + (width - 1) * pixel
     windows = padded.as_strided((padded.numel() - last, channels, height, width), (pixel, plane, line, pixel))
@@ -115,19 +115,19 @@ def crop(images: Tensor, top: Tensor, left: Tensor, *, pad: int) -> Tensor:
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    """x[n, :, :, ::-1] where mirrored[n] is 1, else x[n].
+    """Return x[n, :, :, ::-1] where mirrored[n] is 1, else x[n].
 
     Shapes:
         images: (N, C, H, W); mirrored: (N,) of 0 and 1; result: (N, C, H, W).
     """
     n = len(images)
-    # Mirroring all and taking one of each two is faster than mirroring some: both are copies of whole stretches.
+    # Mirroring all and selecting is faster than mirroring some: both steps copy contiguous memory.
     both = torch.cat((images, images.flip(3)))
     return both.index_select(0, torch.arange(n, device=images.device) + n * mirrored)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std in float32.
+    """Return (x - mean) / std in float32.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -138,12 +138,12 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def cut(x: Tensor, row: Tensor, column: Tensor, *, side: int) -> Tensor:
-    """Zeros in rows [row - side // 2, row - side // 2 + side) and such columns; what sticks out of the image is lost.
+    """Zero a square: rows and columns from centre - side // 2, `side` of each, clipped at the image's edges.
 
     Shapes:
-        x: (N, C, H, W), is changed; row, column: (N,).
+        x: (N, C, H, W), changed in place; row, column: (N,).
 
-    Source: arXiv 1708.04552, Sec. 3.2; zero is the mean, for images are normalised before.
+    Source: arXiv 1708.04552, Sec. 3.2; zero is the mean of normalised images.
     """
 
     def covered(centre: Tensor, length: int) -> Tensor:
@@ -151,13 +151,13 @@ def cut(x: Tensor, row: Tensor, column: Tensor, *, side: int) -> Tensor:
         return ((distance >= 0) & (distance < side)).to(x.dtype)
 
     rows, columns = covered(row, x.shape[2]), covered(column, x.shape[3])
-    # Products of zeros and ones: combining masks and filling where they say so takes 4 times as long.
+    # Multiplying by zeros and ones: combining masks and filling takes 4 times as long.
     return x.mul_(1 - rows[:, None, :, None] * columns[:, None, None, :])
 
 
 # -------------------------------------------------------------------------------------------------------- random words
 def check_seed(seed: int) -> None:
-    """Finds out beforehand whether random words can be made from a seed.
+    """Check a seed.
 
     Raises:
         SelabError: the seed is negative, or has more than 64 bits.
@@ -167,7 +167,7 @@ def check_seed(seed: int) -> None:
 
 
 def words(size: int, *, purpose: int, seed: int, epoch: int = 0, number: int = 0) -> NDArray[np.uint64]:
-    """Random 64-bit words; those of another purpose, seed, epoch or batch have nothing to do with them.
+    """Return random 64-bit words, independent of those of another purpose, seed, epoch or batch.
 
     Raises:
         SelabError: as `check_seed`.
@@ -181,7 +181,7 @@ def words(size: int, *, purpose: int, seed: int, epoch: int = 0, number: int = 0
 
 
 def below(drawn: NDArray[np.uint64], choices: Sequence[int]) -> NDArray[np.int64]:
-    """Whole numbers from 0 to choices[i] - 1 in column i: the upper half of a word, as a fraction, of the choices.
+    """Map words to integers from 0 to choices[i] - 1 in column i: floor(upper half of the word / 2^32 * choices[i]).
 
     Shapes:
         drawn: (N, len(choices)); result: the same.

@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100 in the published binary layout: found, or downloaded; checked to the last label.
+"""CIFAR-10 and CIFAR-100 in the published binary layout: found or downloaded, and checked to the last label.
 
-The layout for Python is pickled, and a pickle can run any code when it is read; so it is never read.
+The Python layout is never read: it is pickled, and a pickle can run any code.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from selab.errors import SelabError
 from selab.records.store import write_atomically
-from selab.training.download import DownloadError, Progress, alone, digest, fetch, unpack, whole_folder
+from selab.training.download import DownloadError, DownloadProgress, alone, digest, fetch, unpack, whole_folder
 from selab.units import size
 
 Bytes = NDArray[np.uint8]
@@ -26,12 +26,12 @@ _REPORT_BYTES = 16 << 20
 
 
 class DataError(SelabError):
-    """A data set is not there, or not what it should be; the message names the folder or the file."""
+    """A data set is missing or malformed; the message names the folder or the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a set is published.
+    """The published layout of a set.
 
     Attributes:
         title: for tables.
@@ -61,17 +61,17 @@ class Layout:
 
     @property
     def archive(self) -> str:
-        """The archive's file name."""
+        """File name of the archive."""
         return self.url.rpartition("/")[2]
 
     @property
     def files(self) -> dict[str, int]:
-        """All files of images, in the official order."""
+        """All image files, in the official order, with how many images each holds."""
         return {**self.train, **self.test}
 
     @property
     def row_bytes(self) -> int:
-        """Labels and pixels of one image."""
+        """Bytes of one image with its labels."""
         return len(self.labels) + _PIXELS
 
 
@@ -108,7 +108,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     }
 )
 
-# Sets that are not the published ones and are known: the files' SHA-256 → what they are.
+# Known sets other than the published ones: SHA-256 of the files → what they are.
 _COPIES: Mapping[str, str] = MappingProxyType(
     {"08fb299e0e5391067909a4538e22e78002acad367066e87e777127d4237d9d00": "JPEG copy"}
 )
@@ -116,7 +116,7 @@ _COPIES: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar:
-    """A set that was read.
+    """A set in memory.
 
     Attributes:
         title: the layout's, and in brackets what it is if it is not the published set.
@@ -140,27 +140,27 @@ class Cifar:
 def open_cifar(
     layout: Layout, *, data_dir: Path, download: bool = True, report: Callable[[str], object] | None = None
 ) -> Cifar:
-    """Reads a set that lies in `data_dir`, in its official folder or in its archive there; else downloads it.
+    """Read a set from `data_dir`, its official folder or its archive there; otherwise download it.
 
-    A set counts as the published one if it was unpacked here from the archive of the published checksum: a marker
-    beside its files tells, and by what SHA-256 it can be told that they are still the same.
+    A set is official if it was unpacked from the archive of the published checksum and is unchanged since. A marker
+    file beside it holds both checksums.
 
     Args:
         layout: one of `LAYOUTS`.
         data_dir: the folder of the files, or the one that their official folder is or will be in.
         download: whether it may be downloaded.
-        report: is given a sentence now and then while it is.
+        report: called with a sentence now and then while it is downloaded.
 
     Raises:
-        DataError: the set is not there and cannot be had, or is not what it should be: a file is missing, has another
-            size, or a label that does not exist.
+        DataError: the set is missing and cannot be downloaded, or a file is missing, has another size or an impossible
+            label.
         DownloadError: the archive or its folder cannot be read, unpacked or written.
     """
     folder = _find(data_dir, layout)
     if folder is None:
         _check_can_be_had(data_dir, layout, download=download)
         with alone(data_dir):
-            # Another process may have brought it meanwhile.
+            # Another process may have downloaded it meanwhile.
             folder = _find(data_dir, layout) or _bring(data_dir, layout, report)
     return _read(folder, layout)
 
@@ -175,7 +175,7 @@ def _find(data_dir: Path, layout: Layout) -> Path | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------ bringing
+# ------------------------------------------------------------------------------------------------------------ unpacking
 def _check_can_be_had(data_dir: Path, layout: Layout, *, download: bool) -> None:
     folder_for_python, _, file = layout.pickled.partition("/")
     if (data_dir / file).is_file():
@@ -199,7 +199,7 @@ def _wanted(layout: Layout) -> str:
 
 
 def _bring(data_dir: Path, layout: Layout, report: Callable[[str], object] | None) -> Path:
-    """Unpacks the archive that lies in `data_dir`, or is downloaded to it and removed afterwards."""
+    """Unpack the archive in `data_dir`; download it first, and remove it afterwards, if it is missing."""
     archive, folder = data_dir / layout.archive, data_dir / layout.folder
     downloaded = not archive.exists()
     if downloaded:
@@ -222,13 +222,13 @@ def _bring(data_dir: Path, layout: Layout, report: Callable[[str], object] | Non
     return folder
 
 
-def _reporting(report: Callable[[str], object] | None) -> Callable[[Progress], object] | None:
-    """A sentence for every so many bytes and for the last."""
+def _reporting(report: Callable[[str], object] | None) -> Callable[[DownloadProgress], object] | None:
+    """Return a function that reports every 16 MiB and the last byte; None without a report."""
     if report is None:
         return None
     told = -1
 
-    def progress(now: Progress) -> None:
+    def progress(now: DownloadProgress) -> None:
         nonlocal told
         if now.done_bytes // _REPORT_BYTES > told or now.done_bytes == now.total_bytes:
             told = now.done_bytes // _REPORT_BYTES
@@ -271,7 +271,7 @@ def _read(folder: Path, layout: Layout) -> Cifar:
 
 
 def _rows(path: Path, count: int, layout: Layout) -> Bytes:
-    """A file's images with their labels before them, (count, row_bytes)."""
+    """Return a file's images, each after its labels: (count, row_bytes)."""
     try:
         found = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
@@ -295,12 +295,12 @@ def _again(path: Path, layout: Layout) -> str:
 
 
 def _marked(folder: Path) -> tuple[str, str] | None:
-    """The checksum of the archive that a folder was unpacked from, and the SHA-256 of its files then."""
+    """Return the checksum of the archive a folder was unpacked from, and the SHA-256 of its files at that time."""
     try:
         marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
         return str(marker["md5"]), str(marker["sha256"])
     except (OSError, ValueError, TypeError, KeyError):
-        return None  # a folder of someone else
+        return None  # not unpacked by this package
 
 
 def _sha256(folder: Path, layout: Layout) -> str:

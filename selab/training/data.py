@@ -1,7 +1,6 @@
-"""What a network is trained and tested on: batches that follow from (seed, epoch, number) alone.
+"""Data sets: batches that depend on (seed, epoch, number) alone.
 
-A set in memory lies as bytes on the device that wants its batches, moved there once; crops, mirrors and holes are made
-of whole batches there.
+A set in memory is moved to the device once, as bytes. Crops, flips and cutout are applied there to whole batches.
 """
 
 import hashlib
@@ -29,17 +28,17 @@ class Data(Protocol):
 
     @property
     def name(self) -> str:
-        """What it was opened as."""
+        """Name it was opened by."""
         ...
 
     @property
     def title(self) -> str:
-        """For tables."""
+        """Title for tables."""
         ...
 
     @property
     def sha256(self) -> str:
-        """Identity: over what the images are read or made from."""
+        """Identity: hash over the files or the generated images."""
         ...
 
     @property
@@ -49,22 +48,22 @@ class Data(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Labels are smaller than this."""
+        """Number of classes."""
         ...
 
     @property
     def input_chw(self) -> tuple[int, int, int]:
-        """Shape of an image."""
+        """Channels, height and width of an image."""
         ...
 
     @property
     def train_size(self) -> int:
-        """Training images."""
+        """Number of training images."""
         ...
 
     @property
     def test_size(self) -> int:
-        """Test images."""
+        """Number of test images."""
         ...
 
     def train_batches(
@@ -78,7 +77,7 @@ class Data(Protocol):
         Args:
             plan: which batches, and which part of each.
             device: where the batches are wanted.
-            augmentation: what is done to the images.
+            augmentation: applied to the images.
 
         Yields:
             Images (N, C, H, W) float32, normalised; labels (N,) int64.
@@ -112,7 +111,7 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True)
 class _Moved:
-    """What of a set lies on one device."""
+    """The tensors of a set on one device."""
 
     train: _Part
     test: _Part
@@ -129,13 +128,13 @@ class ImageSet:
         title: for tables.
         sha256: identity.
         official: whether it is the published set.
-        num_classes: labels are smaller than this.
+        num_classes: labels are below it.
         train_images: (N, C, H, W) uint8.
         train_labels: (N,).
         test_images: (M, C, H, W) uint8.
         test_labels: (M,).
-        mean: by channel, of 255; taken off.
-        std: by channel, of 255; divided by.
+        mean: by channel, in units of 1/255; subtracted.
+        std: by channel, in units of 1/255; divided by.
     """
 
     name: str
@@ -153,18 +152,18 @@ class ImageSet:
 
     @property
     def input_chw(self) -> tuple[int, int, int]:
-        """Shape of an image."""
+        """Channels, height and width of an image."""
         _, channels, height, width = self.train_images.shape
         return channels, height, width
 
     @property
     def train_size(self) -> int:
-        """Training images."""
+        """Number of training images."""
         return len(self.train_images)
 
     @property
     def test_size(self) -> int:
-        """Test images."""
+        """Number of test images."""
         return len(self.test_images)
 
     def train_batches(
@@ -182,7 +181,7 @@ class ImageSet:
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for number in range(plan.first, self.train_size // batch):
                 chosen = places[number * batch : (number + 1) * batch][part]
-                # Small and drawn on the CPU, so that all devices agree.
+                # Drawn on the CPU, so that all devices agree.
                 decided = decide(
                     augmentation,
                     size=batch,
@@ -191,7 +190,7 @@ class ImageSet:
                     epoch=plan.epoch,
                     number=number,
                 )[part]
-                if device.type == "cuda":  # from pinned memory the copy does not make the host wait for the device
+                if device.type == "cuda":  # a copy from pinned memory does not block the host
                     decided = decided.pin_memory()
                 decided = decided.to(device, non_blocking=True)
                 images = moved.train.images.index_select(0, chosen)
@@ -219,8 +218,8 @@ class ImageSet:
         return batches()
 
     def _on(self, device: torch.device) -> _Moved:
-        """The set on a device: its bytes are moved there once."""
-        # `cuda` is another name of the current GPU.
+        """Return the set on a device; its bytes are moved once."""
+        # `cuda` stands for the current GPU.
         place = torch.empty(0, device=device).device
         if place not in self._moved:
             self._moved[place] = _Moved(
@@ -242,20 +241,20 @@ def open_data(
     classes_file: Path | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Data:
-    """Finds a data set, or downloads it.
+    """Open a data set; download it if it is missing.
 
     Args:
         name: one of `NAMES`. `folder` is any folder of images, `imagenet` one with ImageNet's classes.
-        data_dir: where it lies, or is downloaded to; `synthetic` needs none.
+        data_dir: its folder, or where to download it to; not used for `synthetic`.
         download: whether it may be downloaded; image folders never are.
-        image: what is done to an image folder's images, as a recipe says.
-        workers: processes that decode an image folder's images; None for the usual number.
-        classes_file: names of an image folder's classes, one a line, in the order of their numbers.
-        report: is given sentences: how far the download is, what was found.
+        image: how a recipe prepares the images of a folder.
+        workers: processes that decode the images of a folder; None for the default number.
+        classes_file: names of a folder's classes, one a line, in the order of their numbers.
+        report: called with sentences: progress of the download, what was found.
 
     Raises:
         UnknownNameError: no such name.
-        SelabError: it is not there and cannot be had, or is damaged.
+        SelabError: it is missing and cannot be downloaded, or is damaged.
     """
     if classes_file is not None and name in (*LAYOUTS, "synthetic"):
         raise SelabError(f"--classes-file {classes_file}: is for image folders; {name} numbers its classes itself")
@@ -274,7 +273,7 @@ def open_data(
 
 
 def synthetic_set(*, train_size: int = 10_000, test_size: int = 2_000, seed: int = 0) -> ImageSet:
-    """Ten classes of 32 x 32 pixels that are made, not read; see `synthetic.make`.
+    """Return a generated set of ten classes of 32 x 32 pixels; see `synthetic.make`.
 
     Args:
         train_size: training images.

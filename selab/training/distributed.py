@@ -1,7 +1,7 @@
-"""The processes of one training: who this one is, and the few things that all of them must agree on.
+"""The processes of one training: the rank of this one, and what all of them must agree on.
 
-`torchrun` tells each process its rank; without it there is one. Processes on CPUs talk through gloo, those on GPUs
-through NCCL, and a process has the GPU of its rank on its machine.
+`torchrun` sets the rank of each process; without it there is one process. CPU processes communicate through gloo, GPU
+processes through NCCL. A process uses the GPU of its rank on its machine.
 """
 
 import atexit
@@ -19,16 +19,16 @@ from selab.records.types import Device
 
 _T = TypeVar("_T")
 PATIENCE_S = 600.0
-"""After so many seconds without a sign of the others, a process gives up; compiling and a first batch fit in."""
+"""Seconds without a sign of the others after which a process gives up; enough to compile and load a first batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """This process among the others.
+class ProcessGroup:
+    """The processes of a training, seen from this one.
 
     Attributes:
-        rank: its number; 0 writes and reports.
-        world: how many there are.
+        rank: of this process; 0 writes and reports.
+        world: how many processes there are.
         device: what it computes on.
     """
 
@@ -38,11 +38,11 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and reports."""
+        """Whether this process writes and reports."""
         return self.rank == 0
 
     def on_first(self, work: Callable[[], _T]) -> _T:
-        """Does something on rank 0; every rank gets its result, or its error."""
+        """Call a function on rank 0; return its result, or raise its error, on every rank."""
         if self.world == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -58,7 +58,7 @@ class Group:
         return result
 
     def rows(self, row: list[float]) -> list[list[float]]:
-        """Every rank's row of numbers, by rank; waits for all of them."""
+        """Return every rank's row of numbers, by rank; waits for all of them."""
         if self.world == 1:
             return [row]
         own = torch.tensor(row, dtype=torch.float64, device=self.device)
@@ -67,24 +67,24 @@ class Group:
         return [each.tolist() for each in gathered]
 
 
-def join(device: Device, *, patience_s: float = PATIENCE_S) -> Group:
-    """Finds the other processes of this job; without `torchrun` there are none.
+def join(device: Device, *, patience_s: float = PATIENCE_S) -> ProcessGroup:
+    """Join the other processes of this job; without `torchrun` there are none.
 
-    The group stays until the process ends, for a job's processes cannot find each other twice: torchrun's store still
-    holds what they said the first time. One that the caller has made is used.
+    The group stays until the process ends: torchrun's store keeps the first rendezvous, so that a second one fails. An
+    existing group is used.
 
     Args:
         device: `cpu`, or `cuda` for the GPU of this process.
-        patience_s: see `PATIENCE_S`; that of the first call counts.
+        patience_s: see `PATIENCE_S`; the first call's value counts.
 
     Raises:
-        DeviceError: there is no such device, or none for each process.
-        SelabError: the others did not come.
+        DeviceError: there is no such device, or not one for each process.
+        SelabError: the other processes cannot be found.
     """
     exists = dist.is_available() and dist.is_initialized()
     world = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return Group(rank=0, world=1, device=_own_device(device, None))
+        return ProcessGroup(rank=0, world=1, device=_own_device(device, None))
     rank = dist.get_rank() if exists else int(os.environ.get("RANK", "0"))
     own = _own_device(device, int(os.environ.get("LOCAL_RANK", rank)))
     on_gpu = own.type == "cuda"
@@ -103,11 +103,11 @@ def join(device: Device, *, patience_s: float = PATIENCE_S) -> Group:
                 "start all of them with torchrun"
             ) from None
         atexit.register(leave)
-    return Group(rank=rank, world=world, device=own)
+    return ProcessGroup(rank=rank, world=world, device=own)
 
 
 def leave() -> None:
-    """Ends the talk of the processes, which all of them do together; what one does then is its own affair."""
+    """Leave the process group; all processes do so together. Each goes on alone afterwards."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -127,11 +127,11 @@ def _own_device(device: Device, local_rank: int | None) -> torch.device:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, or was silent for too long."""
+    """Return whether an error means that another process is gone or has been silent for too long."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error)
-    # gloo reports what it met as a plain RuntimeError.
+    # gloo raises plain RuntimeErrors.
     return isinstance(error, RuntimeError) and any(
         word in text for word in ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
     )

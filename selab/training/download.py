@@ -1,6 +1,6 @@
-"""A published archive: fetched once, gone on with after an interruption, held against its checksum, unpacked whole.
+"""Download a published archive: resumable, checked against its checksum, unpacked whole or not at all.
 
-Nothing of an archive is trusted: of its members only the expected ones are written, as files of the expected size.
+Archives are not trusted: only expected members are written, as files of the expected size.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from selab.errors import SelabError
 
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
-# A member whose size is not known beforehand is a text of some lines.
+# Members of unknown size are short texts.
 _MOST_UNKNOWN = 1 << 20
 
 
 class DownloadError(SelabError):
-    """A file cannot be fetched, or is not the published one; the message names the address or the file."""
+    """A file cannot be downloaded, or is not the published one; the message names the address or the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class DownloadProgress:
     """How far a download is.
 
     Attributes:
-        file: the name of what is fetched.
-        done_bytes: how much of it is there, with what an earlier attempt left.
-        total_bytes: how much it will be; None if the server does not say.
+        file: name of the file.
+        done_bytes: downloaded so far, with what an earlier attempt left.
+        total_bytes: size of the file; None if the server does not say.
     """
 
     file: str
@@ -44,17 +44,17 @@ class Progress:
     total_bytes: int | None
 
 
-def fetch(url: str, path: Path, *, md5: str, progress: Callable[[Progress], object] | None = None) -> None:
-    """Downloads to `path.part` and renames it once its checksum is the published one.
+def fetch(url: str, path: Path, *, md5: str, progress: Callable[[DownloadProgress], object] | None = None) -> None:
+    """Download to `path.part` and rename it once its checksum matches.
 
-    What an earlier call left is gone on with, if the server can (HTTP Range); if the checksum fails then, all is
-    fetched again, once. After a broken connection the next one goes on, as long as each brings something.
+    An earlier call's part is continued, if the server supports HTTP Range; if the checksum then fails, the file is
+    downloaded again, once. A broken connection is retried as long as each attempt receives something.
 
     Args:
         url: where it is published.
-        path: the file to write; it is there whole, or not at all.
+        path: the file to write, whole or not at all.
         md5: the published checksum, hexadecimal.
-        progress: is called as the bytes come in.
+        progress: called as bytes arrive.
 
     Raises:
         DownloadError: the server cannot be reached, answers with an error, breaks off, or has another file; the file
@@ -138,9 +138,7 @@ def unpack(archive: Path, folder: Path, *, members: Mapping[str, int | None]) ->
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder beside `folder`; what the body put into its folder of that name is renamed to `folder`.
-
-    So the folder appears whole, or not at all.
+    """Yield a temporary folder; at the end its subfolder of the same name becomes `folder`, whole or not at all.
 
     Raises:
         DownloadError: the folder cannot be written.
@@ -162,7 +160,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Runs the body while no other process is in such a body for this folder, where the system has `flock`.
+    """Run the body while no other process does so for this folder, where the system has `flock`.
 
     Raises:
         DownloadError: the folder cannot be written.
@@ -190,8 +188,8 @@ class _BrokenOffError(Exception):
     """The connection failed or ended early; the message is the reason."""
 
 
-def _transfer(url: str, part: Path, *, file: str, progress: Callable[[Progress], object] | None) -> None:
-    """One request; returns once the server has nothing more to send."""
+def _transfer(url: str, part: Path, *, file: str, progress: Callable[[DownloadProgress], object] | None) -> None:
+    """Send one request; return once the server has nothing more to send."""
     had = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={had}-"} if had else {})
     try:
@@ -199,14 +197,14 @@ def _transfer(url: str, part: Path, *, file: str, progress: Callable[[Progress],
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and had:
-            return  # there is no more of it: the checksum tells whether it is all
+            return  # nothing is left: the checksum decides whether it is complete
         raise DownloadError(f"{url}: the server answers {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
         raise _BrokenOffError(_reason(error.reason)) from None
     except (OSError, http.client.HTTPException) as error:
         raise _BrokenOffError(_reason(error)) from None
     with response:
-        done = had if _goes_on(response, had) else 0
+        done = had if _continues(response, had) else 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length is not None and length.isdecimal() else None
         try:
@@ -216,15 +214,15 @@ def _transfer(url: str, part: Path, *, file: str, progress: Callable[[Progress],
                     target.write(chunk)
                     done += len(chunk)
                     if progress is not None:
-                        progress(Progress(file=file, done_bytes=done, total_bytes=total))
+                        progress(DownloadProgress(file=file, done_bytes=done, total_bytes=total))
         except OSError as error:
             raise DownloadError(f"{part}: cannot be written: {error.strerror}; name a folder that can") from None
     if total is not None and done < total:
         raise _BrokenOffError(f"after {done:,} of {total:,} bytes")
 
 
-def _goes_on(response: http.client.HTTPResponse, had: int) -> bool:
-    """Whether an answer is what comes after the first `had` bytes; a server without Range sends all of it again."""
+def _continues(response: http.client.HTTPResponse, had: int) -> bool:
+    """Return whether a response continues after `had` bytes; a server without Range sends the whole file again."""
     begins = response.headers.get("Content-Range", "").startswith(f"bytes {had}-")
     return response.status == http.HTTPStatus.PARTIAL_CONTENT and begins
 

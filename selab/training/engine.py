@@ -22,7 +22,7 @@ from selab.training.augment import Augmentation
 from selab.training.batches import BatchPlan
 from selab.training.curves import EpochCurves
 from selab.training.data import Data
-from selab.training.distributed import Group, lost_another
+from selab.training.distributed import ProcessGroup, lost_another
 from selab.training.evaluate import NotFiniteError, evaluate
 from selab.training.interrupt import StopRequest, stoppable
 from selab.training.optim import Average, draw_he, optimizer_of
@@ -68,7 +68,7 @@ class Engine:
         variant: Variant,
         data: Data,
         config: RunConfig,
-        group: Group,
+        group: ProcessGroup,
         folder: RunFolder,
         report: Report,
         clock: Callable[[], float],

@@ -1,4 +1,4 @@
-"""How often a network is right on the test images: counted over all of them, and over all processes."""
+"""Evaluate a network on all test images, over all processes."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ _AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NotFiniteError(ModelError):
-    """Logits are not finite, so that there is no loss either."""
+    """Logits are not finite, and so the loss is not either."""
 
 
 def evaluate(
@@ -38,31 +38,31 @@ def evaluate(
     channels_last: bool = False,
     report: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
-    """Counts right answers and averages the cross entropy over all test images; sums are float64.
+    """Count right answers and average the cross entropy over all test images; sums are float64.
 
-    Under `torch.distributed` every rank calls it and gets the same answer: each looks at its share of the images, with
-    rank 0's buffers, for batch norm's running statistics differ between ranks while they train.
+    Under `torch.distributed` every rank calls it and gets the same result. Each takes its share of the images, with
+    rank 0's buffers: batch norm's running statistics differ between ranks during training.
 
     Args:
-        model: on `device`. Modes, gradients and buffers are left as found, and nothing is drawn at random.
-        data: whose test images to take.
-        batch: images per pass, over all ranks; rounded up to a multiple of their number. The answer does not depend on
-            it, but for rounding.
+        model: on `device`. Modes, gradients and buffers are restored, and nothing is drawn at random.
+        data: the test images.
+        batch: images per pass, over all ranks; rounded up to a multiple of their number. Changes the result only by
+            rounding.
         device: where the images go.
         amp: what the forward pass computes in; the loss is computed in float64 from its logits.
         channels_last: the images' memory format.
         report: called after each batch with this rank's images so far, and the number of all test images.
 
     Returns:
-        `top5_correct` is None below six classes. `skipped` names what `data.problems`, which an image folder has, calls
-        corrupt or truncated: the first of them; `data.test_size - images` is how many there are.
+        `top5_correct` is None below six classes. `skipped` names the first corrupt and truncated images of an image
+        folder; `data.test_size - images` is how many there are.
 
     Raises:
         ModelError: the forward pass fails, or its output is not one logit per class and image.
         NotFiniteError: logits are not finite.
         OutOfMemoryError: the device does not hold a batch.
         DeviceError: the model is on another device.
-        SelabError: there are no test images, they cannot be read, or not each was given once.
+        SelabError: there are no test images, they cannot be read, or `test_batches` does not give each once.
     """
     device = torch.device(device)
     network = model.module if isinstance(model, DistributedDataParallel) else model
@@ -85,13 +85,13 @@ def evaluate(
                     report(counted.images, data.test_size)
         counted.note_unreadable(data)
     except SelabError as error:
-        # Other ranks wait for this one's counts, so they hear of its error before it is raised.
+        # Other ranks wait for this one's counts: they must receive its error before it is raised.
         problem = error
     return _accuracy(_of_all_ranks(counted, problem, world), data)
 
 
 class _Counted:
-    """Counts of this rank, kept on the device, so that no batch waits for them."""
+    """Counts of this rank, kept on the device so that batches do not wait for them."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -100,8 +100,8 @@ class _Counted:
         self.skipped: tuple[str, ...] = ()
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Takes float64 logits (n, classes) and labels (n,)."""
-        # Both from one ranking, so that equal logits cannot be right at first and missing among five.
+        """Add a batch: float64 logits (n, classes) and labels (n,)."""
+        # One ranking for both, so that tied logits cannot be right for top-1 and wrong for top-5.
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         sums = torch.stack(
             [
@@ -115,7 +115,7 @@ class _Counted:
         self.images += len(labels)
 
     def note_unreadable(self, data: "Data") -> None:
-        """Takes what an image folder could not decode; its training images may be among them."""
+        """Note the images that a folder could not decode, without training images."""
         problems: Any = getattr(data, "problems", None)
         if problems is not None:
             names = (*problems.corrupt.first, *problems.truncated.first)
@@ -162,7 +162,7 @@ def _check_device(network: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def _buffers_of_rank_zero(network: nn.Module, world: int) -> Iterator[None]:
-    """Lends rank 0's buffers to all ranks and gives every rank its own back."""
+    """Use rank 0's buffers on all ranks, then restore each rank's own."""
     if world == 1:
         yield
         return
@@ -178,14 +178,14 @@ def _buffers_of_rank_zero(network: nn.Module, world: int) -> Iterator[None]:
 
 
 def check_network(network: nn.Module, data: "Data") -> None:
-    """Finds out with one black image whether a network is a classifier for these images.
+    """Check with one black image that a network is a classifier for these images.
 
     Args:
-        network: on the CPU; left as it is.
-        data: its image size and its classes.
+        network: on the CPU; not changed.
+        data: the image size and the classes.
 
     Raises:
-        ModelError: its forward pass fails, or gives something else than a row of logits for each class.
+        ModelError: its forward pass fails, or does not return one logit per class.
         OutOfMemoryError: the pass does not fit.
     """
     was_training = network.training
@@ -216,14 +216,14 @@ def _logits(network: nn.Module, images: Tensor, data: "Data") -> Tensor:
         raise ModelError(f"{name}: its output is of {found}, not one row of logits per image; give a classifier")
     if logits.shape[1] != data.num_classes:
         raise ModelError(
-            f"{name}: tells {logits.shape[1]} classes apart, {data.title} has {data.num_classes}; "
+            f"{name}: has {logits.shape[1]} classes, {data.title} has {data.num_classes}; "
             f"build it with num_classes={data.num_classes}"
         )
     return logits
 
 
 def _of_all_ranks(counted: _Counted, problem: SelabError | None, world: int) -> list[_Totals]:
-    """Every rank's counts, by rank; the error of one is raised on all."""
+    """Return every rank's counts, by rank; raise one rank's error on all."""
     if world == 1:
         if problem is not None:
             raise problem

@@ -25,8 +25,8 @@ def by_class(labels: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-class Finding(NamedTuple):
-    """One file's peculiarity; `reason` is empty where it could be used all the same."""
+class ImageFinding(NamedTuple):
+    """An unusual file; `reason` says why it cannot be decoded, and is empty if it can."""
 
     kind: Kind
     file: str
@@ -34,18 +34,18 @@ class Finding(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """One image, (3, H, W) of bytes; None if it was left out. `fault` ends the run."""
+    """One image, (3, H, W) uint8, None if it was left out. A `fault` ends the run."""
 
     image: Tensor | None
     label: int
-    findings: tuple[Finding, ...]
+    findings: tuple[ImageFinding, ...]
     fault: str
 
 
 class _Batch(NamedTuple):
     images: Tensor
     labels: Tensor
-    findings: tuple[Finding, ...]
+    findings: tuple[ImageFinding, ...]
     fault: str
 
 
@@ -93,7 +93,7 @@ class ImageFiles(Dataset[Loaded]):
     def __getitem__(self, asked: tuple[int, int | None]) -> Loaded:
         index, seed = asked
         label = int(self.split.labels[index])
-        findings: list[Finding] = []
+        findings: list[ImageFinding] = []
         for candidate in [index] if seed is None else self._candidates(index, label, seed):
             file = os.fsdecode(bytes(self.split.files[candidate]))
             name = self.split.below + printable(file)
@@ -104,7 +104,7 @@ class ImageFiles(Dataset[Loaded]):
                 return Loaded(None, label, tuple(findings), f"{gone}; bring it back, or open the folder again")
             image, kind, reason = decode(content)
             if kind is not None:
-                findings.append(Finding(kind, name, reason))
+                findings.append(ImageFinding(kind, name, reason))
             if image is not None:
                 return Loaded(self.transform(image, seed), label, tuple(findings), "")
         count = len(self.members[label])
@@ -120,7 +120,7 @@ class ImageFiles(Dataset[Loaded]):
 
 
 def collated(loaded: list[Loaded]) -> _Batch:
-    """Collate images that could be decoded; findings and the first fault travel beside them."""
+    """Collate the decoded images, with all findings and the first fault."""
     kept = [(one.image, one.label) for one in loaded if one.image is not None]
     return _Batch(
         images=torch.stack([image for image, _ in kept]) if kept else torch.empty(0, dtype=torch.uint8),

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 
 from selab.training.batches import BatchPlan, check_share
 from selab.training.image_decode import (
-    Finding,
     ImageFiles,
+    ImageFinding,
     Loaded,
     by_class,
     collated,
@@ -42,10 +42,10 @@ _MOST_WORKERS = 8  # by default
 
 # --------------------------------------------------------------------------------------------------------------- order
 def epoch_order(labels: NDArray[np.int64], *, seed: int, epoch: int, balanced: bool) -> NDArray[np.int64]:
-    """The indices of an epoch's images in order: each once, or, balanced, each class equally often.
+    """Return the order of an epoch's images: each once, or, balanced, each class equally often.
 
-    Balanced sampling keeps two kinds of lists, of the classes and of each class's images: it takes the next class, and
-    that class's next image; a list that is used up is shuffled and begun again. An epoch is as long as otherwise.
+    Balanced sampling cycles through a shuffled list of the classes, and through a shuffled list of each class's images.
+    A used-up list is shuffled again. The length of an epoch is the same.
 
     Source: arXiv 1512.05830, "class-aware sampling".
     """
@@ -69,21 +69,21 @@ def epoch_order(labels: NDArray[np.int64], *, seed: int, epoch: int, balanced: b
 
 
 def share(total: int, *, batch: int, number: int, rank: int, world: int) -> range:
-    """The places within an epoch of one rank's part of the global batch `number`; the last batch may lack some."""
+    """Return the positions in an epoch of one rank's part of global batch `number`; the last batch may be smaller."""
     part = batch // world
     first = number * batch + rank * part
     return range(min(first, total), min(first + part, total))
 
 
 def _hashed(*what: object) -> int:
-    """A generator's seed, 63 bits, that depends on all of what is given and looks like no other's."""
+    """Return a 63-bit seed for a generator, hashed from all arguments."""
     digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
 class _InMemory(Protocol):
-    """The augmentation that sets in memory know, of which a folder, having a recipe of its own, takes none."""
+    """The augmentation of sets in memory; a folder accepts none, since its recipe has its own."""
 
     @property
     def crop_pad(self) -> int: ...
@@ -100,12 +100,12 @@ class ImageFolder:
         name: what it was opened as.
         title: for tables.
         sha256: identity, see `Listing`.
-        official: False: nothing is published that the files could be held against.
-        num_classes: how many classes are numbered, with images or without.
-        input_chw: of a training image; of a test image where there is no training set.
+        official: False, since there is no published checksum.
+        num_classes: numbered classes, with images or without.
+        input_chw: shape of a training image, or of a test image without a training set.
         train_size: images in `train`; 0 where there is none.
-        test_size: images in `val`, with those that cannot be decoded.
-        image: what is done to the images.
+        test_size: images in `val`, including those that cannot be decoded.
+        image: how images are prepared.
         classes: their names, by number.
     """
 
@@ -141,13 +141,13 @@ class ImageFolder:
 
     @property
     def problems(self) -> Problems:
-        """What was peculiar among the images that this process has taken so far."""
+        """Unusual images among those that this process has read so far."""
         return Problems(
             **{kind: Found(count=len(files), first=tuple(sorted(files)[:NAMED])) for kind, files in self._found.items()}
         )
 
     def share_problems(self) -> Problems:
-        """Tells all processes of a training what each of them has found; every one calls it."""
+        """Share the problems between all processes of a training, each of which calls this; return all of them."""
         if dist.is_available() and dist.is_initialized():
             told: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(told, self._found)
@@ -157,7 +157,7 @@ class ImageFolder:
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """The test images that this process had to leave out so far, by name."""
+        """Names of the test images that this process has left out so far."""
         return tuple(sorted(self._skipped))
 
     def train_batches(
@@ -170,14 +170,14 @@ class ImageFolder:
         Args:
             plan: which batches, and which part of each.
             device: where the batches are wanted.
-            augmentation: must ask for nothing: `image` says what is done.
+            augmentation: must be empty: `image` describes it.
 
         Yields:
             Images (N, 3, H, W), float32, normalised; labels (N,), int64.
 
         Raises:
-            FolderError: no training images, fewer than `batch`, or an impossible share; while running: a file is gone,
-                or a class has no image that can be decoded.
+            FolderError: no training images, fewer than `batch`, or an impossible share; while running: a file is
+                missing, or a class has no image that can be decoded.
         """
         if self._train is None:
             raise FolderError(f"{self._test.split.root}: there is no folder train beside it; evaluate, or add train")
@@ -205,13 +205,13 @@ class ImageFolder:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Return one rank's parts of the test images, in order; each image is in one part of one rank.
 
-        Images that cannot be decoded are left out, and named by `skipped`; a batch of which nothing is left is, too.
+        Images that cannot be decoded are left out and named by `skipped`; so are batches without any image left.
 
         Yields:
             Images (N, 3, H, W), float32, normalised; labels (N,), int64.
 
         Raises:
-            FolderError: an impossible share; while running: a file is gone.
+            FolderError: an impossible share; while running: a file is missing.
         """
         check_share(batch, rank, world, error=FolderError)
 
@@ -232,7 +232,7 @@ class ImageFolder:
             num_workers=self._workers,
             collate_fn=collated,
             pin_memory=device.type == "cuda",
-            # Otherwise it draws a seed for its workers from the generator that the training has.
+            # By default it would draw its workers' seed from the training's generator.
             generator=torch.Generator(),
         )
         loaded = iter(loader)
@@ -253,16 +253,16 @@ class ImageFolder:
             if len(batch.labels):
                 yield self._normalised(batch.images, device), batch.labels.to(device, non_blocking=True)
 
-    def _note(self, finding: Finding) -> None:
+    def _note(self, finding: ImageFinding) -> None:
         files = self._found[finding.kind]
         if finding.reason and finding.file not in files and len(files) < NAMED and self._report is not None:
             self._report(f"{finding.file}: cannot be decoded: {finding.reason}")
         files.add(finding.file)
 
     def _normalised(self, images: Tensor, device: torch.device) -> Tensor:
-        """(x / 255 - mean) / std, on the device, for bytes travel four times as fast."""
+        """Return (x / 255 - mean) / std, computed on the device: bytes are a quarter of the transfer."""
         x = images.to(device, non_blocking=True).to(torch.float32)
-        # A divisor on the device, for CUDA multiplies by the reciprocal of a Python number, which rounds differently.
+        # The divisor is a tensor: CUDA multiplies by the reciprocal of a Python number, which rounds differently.
         x.div_(torch.tensor(255.0, device=device))
         for values, apply in ((self.image.mean, x.sub_), (self.image.std, x.div_)):
             apply(torch.tensor(values, device=device).view(3, 1, 1))
@@ -278,16 +278,16 @@ def open_folder(
     classes_file: Path | None = None,
     report: Callable[[str], None] | None = None,
 ) -> ImageFolder:
-    """Opens a folder of images; what was concluded from what it holds is reported in sentences.
+    """Open a folder of images; report in sentences how it was interpreted.
 
     Args:
         data_dir: holds `train` and `val`, `val` alone, or class folders; see `find_images`.
         name: `imagenet` for ImageNet or a part of it, with its numbering; any other for any other folder.
-        image: what is done to the images; by default `ImageRecipe()`.
+        image: how images are prepared; by default `ImageRecipe()`.
         workers: processes that decode, at most one per core; 0 for none; None for `usual_workers()`. They change
-            nothing but the speed.
+            the speed only.
         classes_file: names of all classes, one a line, in the order of their numbers.
-        report: is given each sentence.
+        report: called with each sentence.
 
     Raises:
         FolderError: as `find_images`.
@@ -324,7 +324,7 @@ def _title(listing: Listing, data_dir: Path, name: str) -> str:
 
 
 def usual_workers() -> int:
-    """Processes that decode for this one: its share of the cores among those that torchrun started here, at most 8."""
+    """Return the default number of worker processes: this process's share of the machine's cores, at most 8."""
     return min(_MOST_WORKERS, max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

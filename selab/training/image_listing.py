@@ -27,7 +27,7 @@ _SAMPLED = 64  # files of a split whose content enters its identity
 
 
 class FolderError(SelabError):
-    """A folder of images cannot be used, or changed while it was; the message names the file or folder."""
+    """A folder of images cannot be used, or changed during use; the message names the file or folder."""
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -37,9 +37,9 @@ class ImageSplit:
 
     Attributes:
         root: that folder.
-        below: how messages call it: `val/`, or nothing where it is the data's folder itself.
-        files: paths below `root`, sorted, as the file system's bytes: a million strings would be copied into each
-            worker by and by, an array is shared.
+        below: prefix of file names in messages: `val/`, or empty for the data's folder itself.
+        files: sorted paths below `root`, as the file system's bytes. Workers share an array, where a million strings
+            would be copied into each.
         labels: their classes' numbers.
     """
 
@@ -51,13 +51,13 @@ class ImageSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What a folder holds.
+    """The images and classes of a folder.
 
     Attributes:
-        classes: their names; a class's number is its place.
-        assumed: what was concluded from what was found, in sentences.
-        sha256: over the classes, all paths and sizes, and the content of 64 files per split, evenly spaced. (All of
-            ImageNet's content would take an hour to read.) A file of unchanged size may differ unnoticed.
+        classes: their names, by number.
+        assumed: sentences about how the folder was interpreted.
+        sha256: over the classes, all paths and sizes, and the content of 64 evenly spaced files per split: reading all
+            of ImageNet takes an hour. A changed file of unchanged size may go unnoticed.
     """
 
     classes: tuple[str, ...]
@@ -68,11 +68,11 @@ class Listing:
 
 
 def find_images(data_dir: Path, *, name: str, classes_file: Path | None = None) -> Listing:
-    """Lists a folder of images and numbers its classes.
+    """List a folder of images and number its classes.
 
     Args:
         data_dir: holds `train` and `val`, `val` alone, or class folders.
-        name: `imagenet` insists on ImageNet's numbering.
+        name: `imagenet` requires ImageNet's numbering.
         classes_file: names of classes, one a line, in the order of their numbers. Without it the numbers are those of
             the sorted folders; where all of these have names of ImageNet's classes, `imagenet_wnids.txt` or
             `classes.txt` in `data_dir` is taken.
@@ -132,7 +132,7 @@ def _class_folders(root: Path) -> list[str]:
 
 
 def _classes_of(file: Path) -> tuple[str, ...]:
-    """The classes that a file numbers, one a line."""
+    """Return the classes that a file lists, one a line."""
     classes = tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
     if not classes:
         raise FolderError(f"{file}: names no classes; expected one a line, in the order of their numbers")
@@ -204,7 +204,7 @@ def _split(
 
 
 def _images_below(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:
-    """Path and size of every image, however deep; links to folders are not followed, for they may lead in a circle."""
+    """Yield path and size of every image, however deep; links to folders are not followed: they may form a cycle."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = os.fsencode(entry.name)
@@ -218,5 +218,5 @@ def _images_below(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def printable(name: str) -> str:
-    """A file's name for messages and records: bytes that are not UTF-8 are written as escapes."""
+    """Return a file name for messages and records, with bytes that are not UTF-8 as escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

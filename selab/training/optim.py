@@ -1,4 +1,4 @@
-"""What a recipe says about weights: how they begin, how they move, and their moving average."""
+"""Optimizer, initial weights and moving average of a recipe."""
 
 import hashlib
 from collections.abc import Collection, Iterator
@@ -15,10 +15,10 @@ _KERAS_RHO, _KERAS_EPSILON = 0.9, 1e-7
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over a model's parameters; its learning rate is set before every step.
+    """Return the recipe's optimizer for a model's parameters; the learning rate is set before every step.
 
-    Weight decay is left out, where the recipe says so, for parameters of one dimension: biases, and the scales and
-    shifts of normalisation layers.
+    Where the recipe says so, one-dimensional parameters (biases, and scales and shifts of normalisation layers) have no
+    weight decay.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.decay_norm_and_bias:
@@ -42,21 +42,21 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
-        # One kernel for all parameters: four times as fast as the others on a CPU, and it asks a GPU nothing.
+        # One kernel for all parameters: four times as fast as the others on a CPU, without synchronising a GPU.
         fused=True,
     )
 
 
 def draw_he(model: nn.Module, *, seed: int, only: Collection[str]) -> None:
-    """Draws the weights of convolutions and fully connected layers from N(0, 2 / fan_in), and zeroes their biases.
+    """Draw the weights of convolutions and fully connected layers from N(0, 2 / fan_in); set their biases to 0.
 
-    Each layer has a generator of its own, made from the seed and the layer's name, so that networks which share a layer
-    share its values, whatever else they have.
+    Each layer has its own generator, seeded from the seed and the layer's name. Networks that share a layer therefore
+    share its values, whatever other layers they have.
 
     Args:
         model: on the CPU.
-        seed: of all of it.
-        only: keys of the state dict; other layers keep what they have.
+        seed: of all layers.
+        only: keys of the state dict; other layers keep their values.
 
     Source: He et al. 2015, arXiv 1502.01852, eq. 10.
     """
@@ -84,17 +84,17 @@ class Average:
         self.state = {key: value.clone() for key, value in self._live.items()}
 
     def update(self) -> None:
-        """Takes the weights as they are now."""
+        """Add the present weights to the average."""
         torch._foreach_lerp_(list(self.state.values()), list(self._live.values()), 1 - self._decay)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Goes on from an average that was saved."""
+        """Load a saved average."""
         for key, value in self.state.items():
             value.copy_(state[key])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Lends the model its average, for testing and saving."""
+        """Replace the weights by their average inside the body, for testing and saving."""
         kept = {key: value.clone() for key, value in self._live.items()}
         for key, value in self._live.items():
             value.copy_(self.state[key])

@@ -1,27 +1,26 @@
-"""What was peculiar among the images that were read; needs no library of images, so that results can hold it."""
+"""Unusual and unreadable images of a folder; imports no image library, so that results can hold them."""
 
 from selab.records.types import Frozen
 
 NAMED = 5
-"""Files of a kind that are named."""
+"""How many files of a kind are named."""
 
 
 class Found(Frozen, frozen=True, kw_only=True):
-    """How many files have one peculiarity, and the first of them by name, below the data's folder."""
+    """How many files are of one kind, and the first of them by name, relative to the data's folder."""
 
     count: int = 0
     first: tuple[str, ...] = ()
 
 
 class Problems(Frozen, frozen=True, kw_only=True):
-    """What was peculiar among the images that have been read so far; each file counts once.
+    """Unusual images among those read so far; each file counts once.
 
     Attributes:
-        corrupt: cannot be decoded. In evaluation such an image is left out, in training another one of its class
-            stands in its place.
+        corrupt: cannot be decoded. Evaluation leaves such an image out, training replaces it by another of its class.
         truncated: ends too early; treated like a corrupt one.
         grey: has one channel; converted.
-        cmyk: is in print colours; converted.
+        cmyk: has CMYK colours; converted.
         other: has a palette, an alpha channel or another colour space; converted.
     """
 
@@ -33,7 +32,7 @@ class Problems(Frozen, frozen=True, kw_only=True):
 
     @property
     def unreadable(self) -> int:
-        """How many files could not be used."""
+        """Number of files that could not be used."""
         return self.corrupt.count + self.truncated.count
 
     @property

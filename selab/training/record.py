@@ -1,7 +1,7 @@
-"""The frozen types of an accuracy comparison, and their way to and from a file.
+"""Types of an accuracy comparison, and how they are read and written.
 
-Counts of right answers, seed by seed, are the fact. Means, deviations, paired differences and words are computed from
-them by `selab.accuracy_verdict` and stand nowhere else, so that they cannot disagree. Units are in the names; shares
+Records hold the counts of right answers of each seed. Means, deviations, paired differences and sentences are computed
+from them by `selab.training.verdict` and stored nowhere, so that they cannot disagree. Units are in the names; shares
 are percent (`_pct`).
 """
 
@@ -22,20 +22,20 @@ from selab.training.recipe import Recipe
 
 SCHEMA = "selab.accuracy/1"
 FOLDER = "accuracy"
-"""Where a machine's comparisons lie, beside its profiles."""
+"""Folder of a machine's comparisons, beside its profiles."""
 TOP5_CLASSES = 6
-"""From so many classes on, the right one may be missing among five: below, top-5 says nothing."""
+"""Fewest classes for which top-5 accuracy means anything."""
 Amp = Literal["off", "bf16", "fp16"]
 
 
 class Accuracy(Frozen, frozen=True, kw_only=True):
-    """How often a network is right on a set of images.
+    """Accuracy of a network on a set of images.
 
     Attributes:
-        images: those that were looked at.
+        images: how many were evaluated.
         top5_correct: images whose class is among the five greatest logits; None below six classes.
         loss: mean cross entropy in nats, without label smoothing.
-        skipped: the first of the images that could not be read, by name; they are in no other figure.
+        skipped: names of the first images that could not be read; they enter no other figure.
     """
 
     images: int
@@ -56,13 +56,13 @@ class Accuracy(Frozen, frozen=True, kw_only=True):
 
     @property
     def top1_interval_pct(self) -> tuple[float, float]:
-        """What `top1_pct` may be on other images of the same kind, at 95 %. It knows nothing of other seeds."""
+        """95 % interval of `top1_pct` over images of the same kind (Wilson); does not cover other seeds."""
         low, high = stats.wilson(self.top1_correct, self.images)
         return 100 * low, 100 * high
 
     @property
     def top5_interval_pct(self) -> tuple[float, float] | None:
-        """The same of `top5_pct`."""
+        """95 % interval of `top5_pct`; None below six classes."""
         if self.top5_correct is None:
             return None
         low, high = stats.wilson(self.top5_correct, self.images)
@@ -70,12 +70,12 @@ class Accuracy(Frozen, frozen=True, kw_only=True):
 
 
 class Epoch(Frozen, frozen=True, kw_only=True):
-    """One pass over the training images and what the network was worth after it.
+    """One pass over the training images, and the test after it.
 
     Attributes:
         epoch: counted from 1.
         lr: the learning rate of its last step.
-        train_loss: mean over its training images, as they were augmented and while the network was changing.
+        train_loss: mean over the augmented training images, while the network was changing.
         test_top5_pct: None below six classes.
         seconds: of training, without the evaluation.
     """
@@ -92,7 +92,7 @@ class Epoch(Frozen, frozen=True, kw_only=True):
 
 
 class Options(Frozen, frozen=True, kw_only=True):
-    """How a recipe was run: what may change the figures a little, or the recipe on purpose.
+    """Options of a training: changes of the recipe, and what may change the figures slightly.
 
     Attributes:
         accumulate: micro-batches per step; the recipe's batch stays the same.
@@ -114,11 +114,11 @@ class Options(Frozen, frozen=True, kw_only=True):
 
 
 class DataSpec(Frozen, frozen=True, kw_only=True):
-    """Which images: records of different ones never share a column.
+    """A data set; records of different ones never share a column.
 
     Attributes:
         title: for tables.
-        sha256: over the files' bytes, or over the facts that images were generated from.
+        sha256: over the bytes of the files or of the generated images.
         official: whether these are the published files.
     """
 
@@ -133,13 +133,13 @@ class DataSpec(Frozen, frozen=True, kw_only=True):
 
 
 class SeedOutcome(Frozen, frozen=True, kw_only=True):
-    """One network trained once: what it was worth at the end, what it took, and how it got there.
+    """The result of training one network once.
 
     Attributes:
-        test: of the weights that were kept, on all test images.
+        test: of the saved weights, on all test images.
         seconds: of the whole training, evaluations included.
-        images_per_s: training images over the time that they took, the median of the epochs.
-        torch: its version at the end; empty where it was not noted.
+        images_per_s: training images per second, the median over epochs.
+        torch: its version at the end; empty if unknown.
     """
 
     test: Accuracy
@@ -150,12 +150,12 @@ class SeedOutcome(Frozen, frozen=True, kw_only=True):
 
 
 class Seed(Frozen, frozen=True, kw_only=True):
-    """Both networks trained from the same seed: the same order of images, the same augmentation.
+    """Both networks trained from one seed: the same order of images, the same augmentation.
 
     Attributes:
-        baseline: None while it is not finished, and where it has diverged.
+        baseline: None while unfinished, and if it diverged.
         variant: the same.
-        baseline_diverged: what was said when its training diverged, which is a result; empty where it did not.
+        baseline_diverged: the message if its training diverged, else empty.
         variant_diverged: the same.
     """
 
@@ -167,26 +167,26 @@ class Seed(Frozen, frozen=True, kw_only=True):
 
     @property
     def pair(self) -> tuple[SeedOutcome, SeedOutcome] | None:
-        """Baseline and variant, if both came to their end: only such seeds are compared."""
+        """Baseline and variant if both are finished, else None; only such seeds are compared."""
         return None if self.baseline is None or self.variant is None else (self.baseline, self.variant)
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is left to train: each network came to its end, or diverged."""
+        """Whether nothing is left to train: each network is finished or diverged."""
         return bool((self.baseline or self.baseline_diverged) and (self.variant or self.variant_diverged))
 
 
 class AccuracyRecord(Frozen, frozen=True, kw_only=True):
-    """A variant and its baseline, trained alike from several seeds on one machine.
+    """A variant and its baseline, trained in the same way from several seeds on one machine.
 
     Attributes:
         arch: what `--arch` finds again.
-        origin: the TOML that the variant stands in, if it is a user's own; empty for those that are installed.
-        facts_hash: of the variant's facts; another one than today's means that the record is stale.
+        origin: the TOML of the variant, if it is a user's own; empty for installed ones.
+        facts_hash: of the variant; the record is stale if today's differs.
         command: the command line that asks for the same again.
-        complete: whether every seed that was asked for is finished for both networks, or diverged.
-        recipe: all of it, for recipes change.
-        warnings: what a reader of these accuracies must know, as `warnings_of` finds it.
+        complete: whether both networks of every requested seed are finished or diverged.
+        recipe: in full, since recipes change.
+        warnings: see `warnings_of`.
     """
 
     schema: str = SCHEMA
@@ -210,13 +210,10 @@ class AccuracyRecord(Frozen, frozen=True, kw_only=True):
 
 
 def warnings_of(seeds: Iterable[Seed], data: DataSpec) -> tuple[str, ...]:
-    """What a reader of these accuracies must know: images that are in none of them, and trainings that were not alike.
-
-    What has diverged stands with its seed.
-    """
+    """Return what a reader must know: unread test images, and trainings under different versions of torch."""
     done = [(seed.seed, outcome) for seed in seeds for outcome in (seed.baseline, seed.variant) if outcome]
     warnings = []
-    for test in [outcome.test for _, outcome in done][:1]:  # all have looked at the same images
+    for test in [outcome.test for _, outcome in done][:1]:  # all were tested on the same images
         if test.images < data.test_size:
             names = f" ({', '.join(test.skipped)})" if test.skipped else ""
             warnings.append(
@@ -239,21 +236,21 @@ _FLAT = re.compile(rb'\{\s*("\w+": (?:null|-?[\d.eE+-]+)(?:,\s*"\w+": (?:null|-?
 
 
 def to_json(record: AccuracyRecord) -> bytes:
-    """A record as indented UTF-8 JSON; an epoch stays on one line, so that a history can be read."""
+    """Return a record as indented UTF-8 JSON, with one line per epoch."""
     indented = msgspec.json.format(msgspec.json.encode(record), indent=1)
     return _FLAT.sub(lambda found: b"{" + b" ".join(found.group(1).split()) + b"}", indented) + b"\n"
 
 
 def from_json(raw: bytes, *, where: str) -> AccuracyRecord:
-    """Reads a record strictly, and holds it against itself.
+    """Read a record strictly, and check that it is consistent.
 
     Args:
         raw: UTF-8 JSON.
         where: the file's name, for the message.
 
     Raises:
-        RecordError: not JSON, another schema, an unknown or missing field, or counts that cannot be; names the file and
-            the field.
+        RecordError: not JSON, another schema, an unknown or missing field, or impossible counts; names the file and the
+            field.
     """
     record = decoded(raw, AccuracyRecord, schema=SCHEMA, where=where, again="compare again")
     for wrong in _impossible(record):
@@ -262,7 +259,7 @@ def from_json(raw: bytes, *, where: str) -> AccuracyRecord:
 
 
 def _impossible(record: AccuracyRecord) -> Iterator[str]:
-    """What cannot be, each as the field and the reason."""
+    """Yield what is inconsistent: field and reason."""
     numbers = [each.seed for each in record.seeds]
     if len(set(numbers)) < len(numbers):
         yield f"seeds: {numbers} name one twice"
@@ -309,15 +306,15 @@ def accuracy_path(out: Path, *, machine: str, arch: str, against: str | None, da
 
 
 def save_accuracy_record(record: AccuracyRecord, path: Path) -> Path:
-    """Writes a record whole or not at all: a complete one to `path`, a partial one beside it, as `partial_path` says.
+    """Write a record whole or not at all: a complete one to `path`, a partial one to `partial_path(path)`.
 
-    A complete record takes the place of what an interruption left; a partial one never that of a complete one.
+    A complete record replaces a partial one, never the other way round.
 
     Returns:
-        Where it was written.
+        Path of the file.
 
     Raises:
-        RecordError: the folder cannot be written, or the record could not be read again.
+        RecordError: the folder cannot be written, or the record is inconsistent.
     """
     raw = to_json(record)
     from_json(raw, where=str(path))

@@ -1,11 +1,11 @@
-"""One training on disk: what was asked, how far it came, and what came out; every file whole or not at all.
+"""One training on disk: the request, the progress, the result. Every file is written whole or not at all.
 
 run.json             the request; a folder belongs to one request
-checkpoint.pt        everything that the training goes on from
+checkpoint.pt        the state that a training resumes from
 epochs.jsonl         one line per epoch
-tensorboard/         the same as curves; both are written anew from the checkpoint when a training goes on
+tensorboard/         the same as curves; both are rewritten from the checkpoint when a training resumes
 weights.safetensors  the weights at the end
-training.json        the result; written last, and so the sign that the training is finished
+training.json        the result; written last, so its presence means that the training is finished
 """
 
 import hashlib
@@ -32,29 +32,29 @@ from selab.training.recipe import TELLING, Recipe, adapted
 from selab.training.record import Accuracy, DataSpec, Epoch, Options
 
 _CHECKPOINT_SCHEMA = "selab.checkpoint/1"
-# These change how long a training takes, or stand in the adapted recipe: another value is no other request.
+# These change how long a training takes, or are part of the adapted recipe: they do not make another request.
 _NEUTRAL_OPTIONS = ("epochs", "batch", "threads", "checkpoint_s")
 _T = TypeVar("_T")
 
 
 class TrainingError(SelabError):
-    """A training cannot start or go on; the message says where it stood and what is left of it."""
+    """A training cannot start or continue; the message says how far it was and what is saved."""
 
 
 class TrainingStoppedError(TrainingError):
-    """A training was interrupted and has saved what it had; the same call goes on from there."""
+    """A training was interrupted after saving; the same call resumes it."""
 
 
 class DivergedError(TrainingError):
-    """A training has diverged: a result of the recipe on this network, which the same call would bring again."""
+    """A training has diverged: a result of the recipe on this network, which the same call would repeat."""
 
 
 class RunConfig(Frozen, frozen=True, kw_only=True):
     """Everything that decides a training's result.
 
     Attributes:
-        facts_hash: of the variant as it was named; the data's classes and image size are put in when it is built.
-        recipe: as it is run, with the epochs and the batch of the options.
+        facts_hash: of the variant as named; the data's classes and image size are set when it is built.
+        recipe: as run, with the epochs and the batch of the options.
     """
 
     arch: str
@@ -66,7 +66,7 @@ class RunConfig(Frozen, frozen=True, kw_only=True):
 
 
 def run_config(variant: Variant, data: Data, recipe: Recipe, *, seed: int, options: Options) -> RunConfig:
-    """What a training is asked for, with the epochs and the batch of the options."""
+    """Return the request of a training, with the epochs and the batch of the options."""
     return RunConfig(
         arch=variant.name,
         facts_hash=variant.facts_hash,
@@ -82,18 +82,17 @@ class Training(Frozen, frozen=True, kw_only=True):
 
     Attributes:
         arch: the variant's name.
-        facts_hash: of the variant as it was named.
-        recipe: as it was run, with the epochs and the batch of the options.
+        facts_hash: of the variant as named.
+        recipe: as run, with the epochs and the batch of the options.
         data_title: for tables.
         data_sha256: which images.
-        epochs: one after the other.
-        test: of the weights that were kept, on all test images.
-        seconds: of the whole training, evaluations included and interruptions left out.
+        epochs: in order.
+        test: of the saved weights, on all test images.
+        seconds: of the whole training, with evaluations, without interruptions.
         weights: the path of the safetensors file.
         world: processes at the end.
         torch: its version at the end.
-        problems: what was peculiar among the images that were read since the training last went on; None for images in
-            memory.
+        problems: unusual images among those read since the training last resumed; None for images in memory.
     """
 
     arch: str
@@ -115,15 +114,15 @@ class Training(Frozen, frozen=True, kw_only=True):
 
 
 class Checkpoint(Frozen, frozen=True, kw_only=True):
-    """How far a training came, but for its tensors.
+    """The progress of a training, without its tensors.
 
     Attributes:
-        epoch: the one that goes on, from 0.
-        step: of that epoch's steps, how many are done.
+        epoch: the running one, from 0.
+        step: finished steps of that epoch.
         sums: of that epoch, by rank: its share of the losses, and its right answers.
-        epoch_s: seconds of training that the epoch took so far.
+        epoch_s: seconds of training in that epoch so far.
         seconds: of the whole training.
-        epochs: those that are finished.
+        epochs: the finished ones.
         test: the last evaluation.
     """
 
@@ -148,40 +147,40 @@ class RunFolder:
         self._epochs = path / "epochs.jsonl"
 
     def training(self) -> Training | None:
-        """The result, if the training is finished.
+        """Return the result if the training is finished, else None.
 
         Raises:
-            TrainingError: the file is broken, or the weights are gone.
+            TrainingError: the file is broken, or the weights are missing.
         """
         if not self._training.exists():
             return None
         training = _decoded(self._training, Training)
         if not self.weights.exists():
-            raise TrainingError(f"{self.weights}: is gone; put it back, or delete {self._training} to train again")
+            raise TrainingError(f"{self.weights}: is missing; restore it, or delete {self._training} to train again")
         return msgspec.structs.replace(training, weights=str(self.weights))
 
     def finish(self, training: Training, state: Mapping[str, Tensor], metadata: dict[str, str]) -> Training:
-        """Writes the weights and then the result.
+        """Write the weights, then the result.
 
         Raises:
             RecordError: the folder cannot be written.
         """
         tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
         write_atomically(self.weights, safetensors.torch.save(tensors, metadata))
-        # A name alone, for folders are moved; reading it puts the folder before it.
+        # The file name alone, since folders are moved; `training` prepends the folder.
         moved = msgspec.structs.replace(training, weights=self.weights.name)
         write_atomically(self._training, _json(moved))
         return training
 
     def save(self, checkpoint: Checkpoint, tensors: dict[str, Any]) -> None:
-        """Writes a checkpoint in the place of the last one.
+        """Replace the last checkpoint.
 
         Args:
-            checkpoint: how far the training came.
+            checkpoint: the progress.
             tensors: its tensors, in dictionaries and lists.
 
         Raises:
-            RecordError: the folder cannot be written, or is full; the last checkpoint is as it was.
+            RecordError: the folder cannot be written, or is full; the last checkpoint is unchanged.
         """
         content = io.BytesIO()
         facts = msgspec.json.encode(checkpoint).decode()
@@ -189,7 +188,7 @@ class RunFolder:
         write_atomically(self._checkpoint, content.getvalue())
 
     def load(self) -> tuple[Checkpoint, dict[str, Any]] | None:
-        """The last checkpoint and its tensors, on the CPU; None if there is none. Nothing but tensors is unpickled.
+        """Return the last checkpoint and its tensors, on the CPU; None if there is none. Only tensors are unpickled.
 
         Raises:
             TrainingError: the file is broken, or another version's.
@@ -202,14 +201,14 @@ class RunFolder:
                 raise ValueError(f"its schema is {loaded['schema']!r}, this version reads {_CHECKPOINT_SCHEMA!r}")
             return msgspec.json.decode(loaded["facts"], type=Checkpoint), loaded["tensors"]
         except Exception as error:
-            # Whatever is wrong with the file, and however its reader says so.
+            # The reader raises many kinds of errors for broken files.
             raise TrainingError(
                 f"{self._checkpoint}: cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__}); "
-                "restore it, or delete it to begin anew"
+                "restore it, or delete it to start over"
             ) from None
 
     def write_epochs(self, epochs: tuple[Epoch, ...]) -> None:
-        """Writes `epochs.jsonl`, a line per epoch.
+        """Write `epochs.jsonl`, one line per epoch.
 
         Raises:
             RecordError: the folder cannot be written.
@@ -219,20 +218,20 @@ class RunFolder:
 
 @contextmanager
 def opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
-    """Makes a folder for a request, or finds it again, and keeps other processes out of it.
+    """Create or reopen the folder of a request, and lock it against other processes.
 
     Raises:
-        TrainingError: the folder holds another request's training, or another process is at work in it.
+        TrainingError: the folder holds another request's training, or another process is using it.
         RecordError: it cannot be written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"{path}: cannot be made: {error.strerror}; name another folder") from None
+        raise TrainingError(f"{path}: cannot be created: {error.strerror}; name another folder") from None
     with _held(path):
         _claim(path, config)
         for left in path.glob(".*.*"):
-            # A process that was killed while it wrote leaves what `write_atomically` had begun.
+            # A process killed while writing leaves the temporary files of `write_atomically`.
             if left.name.startswith((".checkpoint.pt.", ".epochs.jsonl.", ".weights.safetensors.", ".training.json.")):
                 left.unlink(missing_ok=True)
         yield RunFolder(path)
@@ -248,12 +247,12 @@ def _claim(path: Path, config: RunConfig) -> None:
             )
         return
     if (path / "checkpoint.pt").exists() or (path / "training.json").exists():
-        raise TrainingError(f"{file}: is gone, so what was trained here cannot be told; name another folder")
+        raise TrainingError(f"{file}: is missing, so the request of this training is unknown; name another folder")
     write_atomically(file, _json(config))
 
 
 def differences(there: Frozen, here: Frozen) -> Iterator[tuple[str, object, object]]:
-    """The fields of two requests, or of two records, that decide a result and differ: (path, there, here)."""
+    """Yield the result-deciding fields in which two requests or records differ: (path, there, here)."""
     theirs, ours = _deciding(there), _deciding(here)
     for key in sorted(theirs | ours):
         if theirs.get(key) != ours.get(key):
@@ -261,12 +260,12 @@ def differences(there: Frozen, here: Frozen) -> Iterator[tuple[str, object, obje
 
 
 def request_key(config: RunConfig) -> str:
-    """Eight hex digits over what decides a training's result, so that another request has another folder."""
+    """Return eight hex digits over the result-deciding fields, so that another request has another folder."""
     return hashlib.sha256(msgspec.json.encode(_deciding(config), order="sorted")).hexdigest()[:8]
 
 
 def _deciding(value: Frozen) -> dict[str, object]:
-    """What decides a result, by path; names and titles, and options that only take longer, are left out."""
+    """Return the result-deciding fields by path, without names, titles and options that only change the speed."""
     skipped = {f"recipe.{key}" for key in TELLING} | {f"options.{key}" for key in _NEUTRAL_OPTIONS} | {"data.title"}
     return {key: inner for key, inner in _flat(msgspec.to_builtins(value)).items() if key not in skipped}
 
@@ -277,14 +276,14 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
         if isinstance(inner, dict):
             flat |= _flat(inner, f"{prefix}{key}.")
         else:
-            # A tuple that has been through JSON is a list.
+            # JSON turns tuples into lists.
             flat[prefix + key] = list(inner) if isinstance(inner, tuple) else inner
     return flat
 
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Locks a folder; the kernel lets go of it however the process ends."""
+    """Lock a folder; the kernel releases the lock however the process ends."""
     try:
         import fcntl
     except ImportError:  # no such locks on this system
@@ -318,5 +317,5 @@ def _json(value: Frozen) -> bytes:
 
 
 def versions() -> dict[str, str]:
-    """Of what trained: torch and this package."""
+    """Return the versions of torch and this package."""
     return {"torch": str(torch.__version__), "selab": __version__}

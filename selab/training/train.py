@@ -15,7 +15,7 @@ import torch
 from selab.models.spec import Variant
 from selab.training.augment import check_seed
 from selab.training.data import Data
-from selab.training.distributed import PATIENCE_S, Group, join
+from selab.training.distributed import PATIENCE_S, ProcessGroup, join
 from selab.training.engine import Engine
 from selab.training.progress import Report, TrainingProgress
 from selab.training.recipe import Recipe
@@ -109,7 +109,7 @@ def train(
             return engine.run()
 
 
-def _check(config: RunConfig, group: Group) -> None:
+def _check(config: RunConfig, group: ProcessGroup) -> None:
     recipe, options, data = config.recipe, config.options, config.data
     if not data.train_size:
         raise TrainingError(f"{data.title}: holds no training images; put them into a folder named train beside val")

@@ -1,8 +1,8 @@
-"""From finished seeds to what may be said: levels, paired differences with their intervals, and one sentence each.
+"""Verdicts of a comparison: levels, paired differences with intervals, and one sentence each.
 
-Everything here is a pure function of an `AccuracyRecord`. Seeds are the unit: two networks trained from one seed see
-the same images in the same order, so that what the seed does to both of them drops out of their difference. The
-interval is over seeds; that another test set might tell another story is not in it.
+Everything here is a pure function of an `AccuracyRecord`. Differences are paired by seed: two networks of one seed see
+the same images in the same order, so that the seed's common effect cancels. The interval is over seeds. It does not
+cover the choice of the test set.
 """
 
 import math
@@ -17,17 +17,17 @@ from selab.training.record import Accuracy, AccuracyRecord
 Metric = Literal["top1", "top5", "loss"]
 DifferenceKind = Literal["better", "worse", "not_shown", "no_spread", "one_seed", "no_seeds"]
 LEAST_SEEDS = 3
-"""Two seeds have an interval, but one of 12.7 standard errors: three are the fewest to recommend."""
+"""Fewest seeds to recommend: with two, the interval is 12.7 standard errors wide."""
 _UNITS: dict[Metric, str] = {"top1": " points", "top5": " points of top-5", "loss": " in loss"}
 _PLAIN_DECIMALS: dict[Metric, int] = {"top1": 2, "top5": 2, "loss": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """What one network reached: mean and sample deviation over seeds, in percent or, of the loss, in nats.
+    """Mean and sample deviation of one network over seeds, in percent or, for the loss, in nats.
 
     Attributes:
-        deviation: how far single seeds lie from the mean, not how well the mean is known; None for one seed.
+        deviation: spread of single seeds, not the uncertainty of the mean; None for one seed.
         shown: `93.21 ± 0.15 %`, the mean and this deviation.
     """
 
@@ -43,14 +43,14 @@ class Level:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Variant minus baseline over the seeds, in points (percent minus percent) or, of the loss, in nats.
+class AccuracyDifference:
+    """Variant minus baseline over the seeds, in percentage points or, for the loss, in nats.
 
     Attributes:
-        kind: `better` and `worse` have an interval that leaves zero out; `no_spread` is the same in every seed.
+        kind: `better` and `worse` have an interval without zero; `no_spread`: every seed has the same difference.
         half_width: of Student's 95 % interval around the mean; None for fewer than two seeds.
-        seeds_needed: where nothing is shown, roughly how many seeds would show a difference of this size; at most
-            `stats.MOST_SEEDS`, which stands for so many or more; None where no number would.
+        seeds_needed: where no difference is shown, roughly how many seeds would show one of this size; at most
+            `stats.MOST_SEEDS`, which means that many or more; None where no number would.
     """
 
     kind: DifferenceKind
@@ -63,17 +63,17 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """One metric of both networks, over the seeds that both have finished; the levels are None where there is none."""
+    """One metric of both networks over the seeds that both have finished; levels are None without such a seed."""
 
     metric: Metric
     baseline: Level | None
     variant: Level | None
-    difference: Difference
+    difference: AccuracyDifference
 
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyVerdict:
-    """What a record says. The headline is `top1`.
+    """The verdict of a record. The headline is `top1`.
 
     Attributes:
         top5: None below six classes.
@@ -87,14 +87,14 @@ class AccuracyVerdict:
 
 
 def compare_verdict(record: AccuracyRecord) -> AccuracyVerdict:
-    """Compares the two networks of a record over the seeds that both have finished."""
+    """Compare the two networks of a record over the seeds that both have finished."""
     pairs = [(each.pair[0].test, each.pair[1].test) for each in record.seeds if each.pair]
     has_top5 = bool(pairs) and all(test.top5_correct is not None for pair in pairs for test in pair)
 
     def compared(metric: Metric) -> PairedDifference:
         baseline = [_value(metric, left) for left, _ in pairs]
         variant = [_value(metric, right) for _, right in pairs]
-        # As fractions, so that equal differences of counts are equal whatever they are the difference of.
+        # As fractions: differences of equal counts are then exactly equal.
         differences = [float(right - left) for left, right in zip(baseline, variant, strict=True)]
         return PairedDifference(
             metric=metric,
@@ -111,14 +111,14 @@ def compare_verdict(record: AccuracyRecord) -> AccuracyVerdict:
     )
 
 
-def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: bool = True) -> Difference:
-    """What paired differences show: better, worse, or nothing yet, with the interval and the number of seeds.
+def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: bool = True) -> AccuracyDifference:
+    """Judge paired differences: better, worse, or not shown, with the interval and the number of seeds.
 
     Args:
         arch: the variant's name, for the words.
-        metric: of shares more is better, of the loss less.
+        metric: higher is better, except for the loss.
         differences: variant minus baseline, one per seed.
-        complete: whether these are all the seeds that were asked for; it only enters the words.
+        complete: whether these are all the requested seeds; changes the words only.
     """
     seeds = len(differences)
     unfinished = "" if complete else ", unfinished"
@@ -147,11 +147,11 @@ def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: 
             needed = stats.seeds_needed(differences)
             text = f"no difference shown with {_seeds(seeds)}{unfinished} "
             text += f"({mean:+z.{places}f} ± {half:.{places}f}{_UNITS[metric]}){_needed(needed)}"
-    return Difference(kind=kind, mean=mean, half_width=half, seeds=seeds, seeds_needed=needed, text=text)
+    return AccuracyDifference(kind=kind, mean=mean, half_width=half, seeds=seeds, seeds_needed=needed, text=text)
 
 
 def _value(metric: Metric, test: Accuracy) -> Fraction:
-    """Percent, or the loss in nats, exactly."""
+    """Return percent, or the loss in nats, exactly."""
     if metric == "loss":
         return Fraction(test.loss)
     correct = test.top1_correct if metric == "top1" else test.top5_correct
@@ -164,7 +164,7 @@ def _level(metric: Metric, values: Sequence[Fraction]) -> Level | None:
     if not values:
         return None
     plain = [float(value) for value in values]
-    # The mean of equal floats may be off by its last bit; their deviation is zero all the same.
+    # The mean of equal floats may be off by its last bit; their deviation must be zero.
     mean = plain[0] if len(set(plain)) == 1 else stats.mean(plain)
     deviation = None if len(plain) == 1 else 0.0 if len(set(plain)) == 1 else stats.sample_deviation(plain)
     places = _decimals(deviation) if deviation else _PLAIN_DECIMALS[metric]
@@ -199,5 +199,5 @@ def _needed(seeds: int | None) -> str:
 
 
 def _decimals(width: float) -> int:
-    """One beyond the width's first digit, as `units.decimals_for` has it of a fraction; six at most, for losses."""
+    """Return the decimals up to one digit after the width's first, as `units.decimals_for`; at most six."""
     return min(6, max(0, 1 - math.floor(math.log10(width))))

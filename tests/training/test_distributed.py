@@ -19,7 +19,7 @@ from selab.experiments.compare import Comparison, ComparisonPlan
 from selab.models import catalog
 from selab.models.spec import read_family
 from selab.training.data import ImageSet, synthetic_set
-from selab.training.distributed import Group, join, lost_another
+from selab.training.distributed import ProcessGroup, join, lost_another
 from selab.training.recipe import Recipe, find_recipe
 from selab.training.record import read_accuracy_record
 from selab.training.train import Options, TrainingError, train
@@ -332,7 +332,7 @@ def test_one_of_two_compares(selab_in_two, family, tmp_path):
 
 
 def test_a_batch_that_two_cannot_share(monkeypatch, family, tmp_path):
-    three = Group(rank=0, world=3, device=torch.device("cpu"))
+    three = ProcessGroup(rank=0, world=3, device=torch.device("cpu"))
     monkeypatch.setattr("selab.training.train.join", lambda *_, **__: three)
     with pytest.raises(TrainingError, match="a batch of 16 cannot be divided among 3 processes"):
         train(

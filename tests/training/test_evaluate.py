@@ -179,7 +179,7 @@ def test_logits_that_are_not_finite_are_no_accuracy(fault):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda images: torch.zeros(len(images), 10), "Known: tells 10 classes apart, numbered has 8; build it with"),
+        (lambda images: torch.zeros(len(images), 10), "Known: has 10 classes, numbered has 8; build it with"),
         (lambda images: torch.zeros(len(images), 8, 1), r"its output is of shape \(11, 8, 1\), not one row of logits"),
         (lambda images: (images,), "its output is of type tuple, not one row"),
         (lambda images: images @ torch.zeros(3, 3), r"Known: forward fails on images of shape \(11, 1, 1, 1\): "),

@@ -711,7 +711,7 @@ def test_files_that_are_broken_or_gone(run, tmp_path):
     whole = (folder / "checkpoint.pt").read_bytes()
     (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        TrainingError, match=r"checkpoint\.pt: cannot be read .*; restore it, or delete it to begin anew"
+        TrainingError, match=r"checkpoint\.pt: cannot be read .*; restore it, or delete it to start over"
     ):
         run()
     (folder / "checkpoint.pt").write_bytes(whole)
@@ -720,12 +720,12 @@ def test_files_that_are_broken_or_gone(run, tmp_path):
     with pytest.raises(TrainingError, match=r"run\.json: .*missing required field .*; restore it, or name another"):
         run()
     (folder / "run.json").unlink()
-    with pytest.raises(TrainingError, match=r"run\.json: is gone, so what was trained here cannot be told"):
+    with pytest.raises(TrainingError, match=r"run\.json: is missing, so the request of this training is unknown"):
         run()
     (folder / "run.json").write_text(asked)
     finished = run()
     Path(finished.weights).unlink()
-    with pytest.raises(TrainingError, match=r"weights\.safetensors: is gone; put it back, or delete .*training\.json"):
+    with pytest.raises(TrainingError, match=r"weights\.safetensors: is missing; restore it, or delete .*training\.json"):
         run()
     (folder / "training.json").unlink()
     assert run().test == finished.test
@@ -746,7 +746,7 @@ def test_one_process_at_a_time(run, tmp_path):
 
 def test_a_folder_that_cannot_be_made(run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match=r"file/run: cannot be made: Not a directory; name another folder"):
+    with pytest.raises(TrainingError, match=r"file/run: cannot be created: Not a directory; name another folder"):
         run(folder="file/run")
 
 

@@ -1,43 +1,49 @@
-"""What can go wrong through no fault of the program: each message says where, what, what is allowed, what is next."""
+"""Errors that a user can mend. A message is one line: where, what, what is allowed, and the next step."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class SelabError(Exception):
-    """A user's mistake or a machine's limit; the command line prints it in one line and exits 1."""
+    """Base class: a user's mistake or a machine's limit. The command line prints its line and exits with status 1."""
 
 
 class SpecError(SelabError):
-    """A TOML of facts is malformed; the message names the file and the key."""
+    """A configuration is malformed: a TOML, a line of `--se`, a registration. The message names the key."""
 
 
 class UnknownNameError(SelabError):
-    """A name that nothing has; the message lists the nearest ones."""
+    """A name is unknown; the message lists the nearest known names."""
 
 
 class InsertionError(SelabError):
-    """An SE block cannot stand where it was asked to; the message names the module."""
+    """A block cannot be inserted at a site; the message names the module."""
 
 
 class ModelError(SelabError):
-    """A model failed to run, or its output is not finite."""
+    """A network fails to run, or its output is not finite."""
 
 
 class DeviceError(SelabError):
-    """The device that was asked for is not there."""
+    """The requested device does not exist."""
 
 
 class OutOfMemoryError(SelabError):
-    """The device's memory does not hold the workload."""
+    """The workload does not fit into the device's memory."""
 
 
 class RecordError(SelabError):
-    """A record cannot be read, written, or joined with another."""
+    """A record cannot be read, written or compared with another."""
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
-    """Ends an error message: `; did you mean a, b?`, or the first of what there is where nothing is near."""
+    """Return the end of an error message: `; did you mean a, b?`, or `; known: a, b, …` if no name is similar.
+
+    Args:
+        name: what was given.
+        known: the names that exist.
+        most: suggest at most this many.
+    """
     names = sorted(known)
     close = get_close_matches(name.lower(), names, n=most, cutoff=0.5)
     if close:

@@ -1,4 +1,4 @@
-"""One forward pass without arithmetic: what shapes a network's modules see, and how often each of them runs."""
+"""Run a network on the meta device: the shapes at its modules, and how often each module runs, without arithmetic."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,9 +15,9 @@ from selab.errors import ModelError
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
-    """A deep copy whose tensors are on the meta device: same structure, hooks and flags, no memory, no values.
+    """Return a deep copy whose tensors are on the meta device: same structure, hooks and flags, no memory, no values.
 
-    Ties between tensors are kept. Neither the copy nor running it touches the model.
+    Shared tensors stay shared. Neither making the copy nor running it changes the model.
     """
     memo: dict[int, object] = {}
     for module in model.modules():
@@ -32,7 +32,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode and gives every module its own mode back at the end."""
+    """Put a model into eval mode; restore the mode of every module at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -44,9 +44,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class Passage:
-    """What went through a module in one forward pass: shapes of its first input and of its output, and its calls.
+    """The calls of a module in one forward pass, and the shapes of its first input and of its output.
 
-    A value that is not a tensor has no shape and is None here; its kind then names its type.
+    The shape of a value that is not a tensor is None; its kind is the name of its type.
+
+    Attributes:
+        calls: how often the module ran.
+        input_shape: of the first positional argument of the last call.
+        output_shape: of the last call.
+        input_kind: type of that argument.
+        output_kind: type of the output.
     """
 
     calls: int = 0
@@ -57,11 +64,11 @@ class Passage:
 
 
 def passages(model: nn.Module, paths: Iterable[str], input_nchw: tuple[int, ...]) -> Mapping[str, Passage]:
-    """Runs the model once on the meta device and reports what went through the modules at these paths.
+    """Run the model once on the meta device; return the shapes and calls of the modules at these paths.
 
     Args:
-        model: left as it is, whatever device it is on.
-        paths: module paths, as of `named_modules`.
+        model: on any device; not changed.
+        paths: module paths, as in `named_modules`.
         input_nchw: the shape of the example input, (N, C, H, W).
 
     Raises:
@@ -84,7 +91,7 @@ def passages(model: nn.Module, paths: Iterable[str], input_nchw: tuple[int, ...]
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Batch norm returns an empty map of its input's shape: on meta, torch 2.13 spells it out in Python, slowly."""
+    """Let batch norm return an empty tensor of its input's shape: its meta kernel in torch 2.13 is slow Python."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -107,6 +114,6 @@ def _recorder(passage: Passage):  # type: ignore[no-untyped-def]
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's message as one line, or its type where it has none."""
+    """Return the first line of an exception's message, or the name of its type if it has none."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__

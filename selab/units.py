@@ -1,4 +1,4 @@
-"""The only place where seconds, bytes and counts become text.
+"""Write seconds, bytes and counts as text; all rounding happens here.
 
 Decimal prefixes throughout: 1 M = 10^6, 1 MB = 10^6 bytes. (Tables that use 2^20 for M circulate; they differ by 5 %.)
 """
@@ -25,22 +25,22 @@ def _scaled(value: float, digits: int, unit: str) -> str:
 
 
 def count(value: float, *, digits: int = 4) -> str:
-    """4711720 → `4.712 M`."""
+    """Return a count with a decimal prefix: 4711720 → `4.712 M`."""
     return _scaled(value, digits, "")
 
 
 def exact(value: int) -> str:
-    """4711720 → `4,711,720`."""
+    """Return all digits: 4711720 → `4,711,720`."""
     return f"{value:,}"
 
 
 def size(value: float, *, digits: int = 4) -> str:
-    """66232320 → `66.23 MB`."""
+    """Return bytes with a decimal prefix: 66232320 → `66.23 MB`."""
     return _scaled(value, digits, "B")
 
 
 def seconds(value: float, *, digits: int = 4) -> str:
-    """0.02451 → `24.51 ms`."""
+    """Return a time in s, ms, µs or ns: 0.02451 → `24.51 ms`."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if abs(value) >= factor:
             return f"{_significant(value / factor, digits)} {unit}"
@@ -48,17 +48,20 @@ def seconds(value: float, *, digits: int = 4) -> str:
 
 
 def percent(fraction: float, *, decimals: int = 2) -> str:
-    """0.1061 → `+10.61 %`; the sign is always there, for this is a difference."""
+    """Return a difference in percent, always with its sign: 0.1061 → `+10.61 %`."""
     return f"{fraction * 100:+.{decimals}f} %"
 
 
 def share(fraction: float, *, decimals: int = 1) -> str:
-    """0.15 → `15.0 %`; no sign, for this is a part or a width."""
+    """Return a part or a width in percent, without a sign: 0.15 → `15.0 %`."""
     return f"{fraction * 100:.{decimals}f} %"
 
 
 def decimals_for(half_width: float) -> int:
-    """How many decimals a percentage deserves whose 95 % half-width is this fraction: one beyond its first digit."""
+    """Return how many decimals to show of a percentage whose 95 % half-width is this fraction.
+
+    One digit beyond the first digit of the half-width, at most three decimals.
+    """
     if not half_width or not math.isfinite(half_width):
         return 1
     return min(3, max(0, 1 - math.floor(math.log10(half_width * 100))))

@@ -133,7 +133,7 @@ def test_families_of_one_folder_and_of_two(folder):
         ),
         ("nett:make", r"mine.toml: builder: 'nett:make' cannot be imported: No module named 'nett'; it is looked up"),
         ("net:NUMBER", r"mine.toml: builder: 'net:NUMBER' is not callable"),
-        ("net:none", r"mine.toml: builder: net:none returns no torch.nn.Module"),
+        ("net:none", r"mine.toml: builder: net:none does not return a torch.nn.Module"),
     ],
 )
 def test_a_toml_that_names_a_missing_builder(folder, builder, message):

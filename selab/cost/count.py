@@ -1,11 +1,14 @@
-"""What a network costs, counted: one forward pass in which no kernel runs.
+"""Count a network: parameters, MACs, FLOPs and bytes of one forward pass in which no kernel runs.
 
-The model runs its own `forward` on an input of the meta device while its parameters stay where they are. Every aten
-operator is intercepted before its kernel: its output is an empty meta tensor of the right shape, its cost follows from
-the shapes by the rules of `RULES`, and the weights are looked at for their shapes alone. So there is no copy of the
-model, no arithmetic and no memory, whatever the batch and the resolution.
+"FLOPs" is not a well-defined quantity: papers and tools differ in what they count. These are the conventions of selab,
+and every total names its convention.
 
-What one operator costs, in words:
+The model runs its own `forward` on a meta input, while its parameters stay where they are. Every aten operator is
+intercepted before its kernel. Its output is an empty meta tensor of the right shape, and its cost follows from the
+shapes by the rules in `selab.cost.RULES`. Of the weights only the shapes are read. So the model is not copied, and
+neither arithmetic nor memory is needed, whatever the batch and the resolution.
+
+The cost of one operator:
 
 * **conv_linear**: one MAC per multiplication of a convolution, a fully connected layer or a matrix product; biases are
   not counted. `paper` adds the additions of SE's global average pooling, nothing else.
@@ -17,14 +20,14 @@ What one operator costs, in words:
   and its like, otherwise the same as `all`.
 * **bytes**: compulsory traffic: distinct inputs read once (parameters included, expanded dimensions once), output
   written once. Views move nothing. Indices, masks and statistics that an operator returns beside its result are left
-  out, for inference does not need them.
-* **activations**: output elements of the convolutions (Radosavovic et al., arXiv 2003.13678), and of those alone: a
-  squeeze-and-excitation of 1x1 convolutions has some, the same of fully connected layers has none.
+  out, because inference does not need them.
+* **activations**: output elements of the convolutions (Radosavovic et al., arXiv 2003.13678). Other operators
+  have none: an SE block of 1x1 convolutions has some, the same block of fully connected layers has none.
 
 The backward pass is derived from the forward's: each operand of a convolution or a matrix product that needs a gradient
 (the input of the first layer does not, nor does a frozen weight) costs the forward's MACs once, however many groups
 there are. Any other operator costs its forward's arithmetic once per input that needs a gradient, a normalisation's
-scale and shift one per element each; additions, views and copies hand the gradient on for nothing. `paper` adds one per
+scale and shift one per element each; additions, views and copies pass the gradient on at no cost. `paper` adds one per
 squeezed element, the mean's gradient spread back.
 """
 
@@ -37,8 +40,6 @@ from torch import nn
 from selab.cost.tracer import Example, Operation, OpTrace, Stage, as_written, op_trace
 from selab.records.types import Cost, Macs, OperatorCost, SECost, StageCost
 
-"""Operator → rule. A custom operator is counted by adding its rule under its full name, `library::name`."""
-
 
 def count(
     model: nn.Module,
@@ -48,17 +49,17 @@ def count(
     training: bool = False,
     se_blocks: Collection[str] = (),
 ) -> Cost:
-    """What one forward pass of a network costs, and what its backward pass would; see the module's rules.
+    """Count one forward pass of a network, and the backward pass that belongs to it.
 
-    In `by_operator` and `by_module`, MACs are those of the convention `all`.
+    The module's docstring states the conventions. MACs in `by_operator` and `by_module` follow the convention `all`.
 
     Args:
-        model: any module on any device, the meta device included; left as it was.
+        model: any module on any device, the meta device included; not changed.
         example: an input's shape such as (N, C, H, W), a tensor, a tuple of positional or a mapping of keyword
             arguments.
         dtype: of all floating-point tensors when bytes are counted; their own where None.
         training: count the forward pass in train mode instead of eval mode.
-        se_blocks: paths of modules that are SE blocks besides those of `selab.se`.
+        se_blocks: paths of modules to count as SE blocks, besides those of selab.
 
     Raises:
         ModelError: the forward pass fails, or `se_blocks` names no module.
@@ -67,7 +68,7 @@ def count(
 
 
 def cost_of(model: nn.Module, traced: OpTrace) -> Cost:
-    """The cost of a network from the trace of its forward pass."""
+    """Return the cost of a network from the operators of its forward pass."""
     model = as_written(model)
     operations = traced.operations
     by_module = _grouped(operations, lambda operation: operation.path)
@@ -108,7 +109,7 @@ def _macs_backward(operations: Sequence[Operation]) -> Macs:
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:
-    """Elements of parameters and of persistent buffers, shared ones once."""
+    """Return the elements of parameters and of persistent buffers; shared tensors count once."""
     params: dict[int, int] = {}
     buffers: dict[int, int] = {}
     for module in model.modules():

@@ -1,9 +1,9 @@
-"""What other counters say of the same network, and why: fvcore, thop and torch, each explained to the unit.
+"""Compare with other counters (fvcore, thop, torch) and explain every difference.
 
-Every counter runs through its public interface on a copy of the model on the meta device, so that nothing of theirs
-stays behind and no arithmetic is done. Each difference is predicted from our own trace and the rule that the counter's
-source states, never from its total, so that the remainder is a check of both sides:
-`total = ours + sum(differences) + remainder`. A difference of amount zero is a part of SE that it does not count.
+Each counter runs through its public interface on a meta copy of the model, so it leaves nothing behind and computes
+nothing. Each difference is predicted from the recorded operators and the rule in the counter's source, never from its
+total. So the remainder checks both sides: `total = ours + sum(differences) + remainder`. A difference of zero names a
+part of SE that the counter leaves out.
 """
 
 import io
@@ -37,15 +37,15 @@ _GATES = {"sigmoid", "hardsigmoid", "tanh", "relu", "hardtanh", "clamp"}
 def compare(
     model: nn.Module, example: Example, *, dtype: torch.dtype | None = None, traced: OpTrace | None = None
 ) -> dict[str, Counter]:
-    """The counters `fvcore`, `thop`, `torch` and `torch_backward` beside ours, for one pass in eval mode.
+    """Run the counters `fvcore`, `thop`, `torch` and `torch_backward` for one pass in eval mode.
 
-    A counter that fails says so in `error`; the others stand.
+    A counter that fails has its reason in `error`; the others are not affected.
 
     Args:
-        model: left as it was.
-        example: an input's shape or an example, as for `counts.count`.
-        dtype: as for `counts.count`; no MAC depends on it.
-        traced: a trace of the same pass with `details`, if there is one already.
+        model: not changed.
+        example: an input's shape or an example, as for `selab.cost.count.count`.
+        dtype: as for `count`; no MAC depends on it.
+        traced: the operators of the same pass with `details`, if they were recorded already.
 
     Raises:
         ModelError: the model's own forward pass fails.
@@ -61,12 +61,12 @@ def compare(
 
 
 def fvcore_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
-    """What fvcore's FlopCountAnalysis says: its "flops" are MACs, and BatchNorm and adaptive pooling are among them.
+    """Run fvcore's FlopCountAnalysis. Its "flops" are MACs, and include BatchNorm and adaptive pooling.
 
     Args:
-        model: left as it was.
-        example: as for `counts.count`.
-        traced: of the same pass in eval mode, with `details`.
+        model: not changed.
+        example: as for `selab.cost.count.count`.
+        traced: operators of the same pass in eval mode, with `details`.
     """
 
     def run(twin: nn.Module, args: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
@@ -87,14 +87,14 @@ def fvcore_counter(model: nn.Module, example: Example, traced: OpTrace) -> Count
 
 
 def thop_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
-    """What thop's profile says: MACs of the module types that it knows, BatchNorm among them; functions are zero.
+    """Run thop's profile. It counts MACs of the module types it knows, including BatchNorm; functions are zero.
 
-    Its rules for recurrent layers are not explained and stay in the remainder.
+    Its rules for recurrent layers are not predicted and stay in the remainder.
 
     Args:
-        model: left as it was.
-        example: as for `counts.count`.
-        traced: of the same pass in eval mode, with `details`.
+        model: not changed.
+        example: as for `selab.cost.count.count`.
+        traced: operators of the same pass in eval mode, with `details`.
     """
 
     def run(twin: nn.Module, args: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
@@ -116,12 +116,12 @@ def thop_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter
 
 
 def torch_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
-    """What torch's FlopCounterMode says of a forward pass: two FLOPs per MAC of convolutions and matrix products.
+    """Run torch's FlopCounterMode on a forward pass. It counts two FLOPs per MAC of convolutions and matrix products.
 
     Args:
-        model: left as it was.
-        example: as for `counts.count`.
-        traced: of the same pass in eval mode.
+        model: not changed.
+        example: as for `selab.cost.count.count`.
+        traced: operators of the same pass in eval mode.
     """
 
     def run(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
@@ -134,14 +134,14 @@ def torch_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counte
 
 
 def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
-    """What torch's FlopCounterMode says of forward and backward of the sum of the outputs.
+    """Run torch's FlopCounterMode on forward and backward of the sum of the outputs.
 
     torch 2.13 counts the weight gradient of a grouped convolution `groups` times.
 
     Args:
-        model: left as it was.
-        example: as for `counts.count`.
-        traced: of the same pass in eval mode.
+        model: not changed.
+        example: as for `selab.cost.count.count`.
+        traced: operators of the same pass in eval mode.
     """
 
     def run(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
@@ -178,7 +178,7 @@ def _counter(
     *,
     direction: Any = "forward",
 ) -> Counter:
-    """Runs another counter and sets it beside ours; whatever it raises becomes its `error`."""
+    """Run another counter and explain its total; an exception becomes its `error`."""
     installed = ""
     try:
         installed = version(name)
@@ -205,7 +205,7 @@ def _counter(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Swallows what a counter prints and warns of: thop 0.1.1 imports distutils, fvcore 0.1.5 uses torch.jit."""
+    """Suppress output and warnings of a counter: thop 0.1.1 imports distutils, fvcore 0.1.5 uses torch.jit."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -224,10 +224,10 @@ def _twin(model: nn.Module, example: Example) -> tuple[nn.Module, tuple[Any, ...
 
 
 class _MetaBeside(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets `torch.jit` trace a model on the meta device: kernels run in a thread of their own, outside of the trace.
+    """Let `torch.jit` trace a model on the meta device: run the kernels in another thread, outside of the trace.
 
-    In torch 2.13 most meta kernels are Python, and under a trace the sizes that they calculate with would be traced
-    tensors. The state of a trace belongs to its thread.
+    Most meta kernels of torch 2.13 are Python; inside a trace, their sizes would become traced tensors. Tracing state
+    is per thread.
     """
 
     def __init__(self, beside: ThreadPoolExecutor) -> None:
@@ -250,10 +250,9 @@ class _MetaBeside(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _TraceableConvolutions(TorchFunctionMode):
-    """Calls `torch._convolution` for a convolution.
+    """Call `torch._convolution` for a convolution, the operator that fvcore counts.
 
-    That is the operator that fvcore counts. A trace finds it below the public ones on a real device, but on the meta
-    device of torch 2.13 nothing is below them.
+    On a real device a trace finds it below the public operators; on the meta device of torch 2.13 it does not.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -335,7 +334,7 @@ def _amounts(amounts: Mapping[str, int]) -> list[Difference]:
 
 
 def _se_note(traced: OpTrace, *, squeeze_counted: bool = False) -> list[Difference]:
-    """What a counter leaves out of an SE block, as differences of amount zero: it is in our `all`, not in `ours`."""
+    """Return the parts of an SE block that a counter leaves out; `ours` has none of them either, so they are zero."""
     inside = [o for o in traced.operations if o.stage]
     parts = [] if squeeze_counted else sorted({f"squeeze by {o.name}" for o in inside if o.stage == "squeeze"})
     parts += sorted({f"gate by {o.name}" for o in inside if o.stage == "excitation" and o.name in _GATES - {"relu"}})
@@ -344,7 +343,7 @@ def _se_note(traced: OpTrace, *, squeeze_counted: bool = False) -> list[Differen
 
 
 def _fvcore_differences(traced: OpTrace) -> list[Difference]:
-    """Source: fvcore 0.1.5 `nn/flop_count.py` and `nn/jit_handles.py`."""
+    """Predict fvcore's differences. Source: fvcore 0.1.5 `nn/flop_count.py` and `nn/jit_handles.py`."""
     amounts: Tally[str] = Tally()
     squeezes_counted = True
     attending = {o.path for o in traced.operations if o.operator == "aten::_safe_softmax"}
@@ -357,7 +356,7 @@ def _fvcore_differences(traced: OpTrace) -> list[Difference]:
 
 
 def _fvcore_difference(o: Operation, attends: bool) -> tuple[str, int]:
-    """Its price of one operator minus ours in conv_linear, and the cause.
+    """Return fvcore's count of one operator minus ours in conv_linear, and the cause.
 
     Args:
         o: the operator call.
@@ -398,7 +397,7 @@ def _thop_rules() -> Mapping[type[nn.Module], object]:
 
 
 def _thop_differences(model: nn.Module, traced: OpTrace) -> list[Difference]:
-    """Source: thop 0.1.1 `profile.py` and `vision/basic_hooks.py`."""
+    """Predict thop's differences. Source: thop 0.1.1 `profile.py` and `vision/basic_hooks.py`."""
     known = _thop_rules()
     hooked, summed = _thop_visits(model, known)
     squeezes = {o.path for o in traced.operations if o.stage == "squeeze"}
@@ -434,7 +433,7 @@ def _thop_differences(model: nn.Module, traced: OpTrace) -> list[Difference]:
 
 
 def _thop_visits(model: nn.Module, known: Mapping[type[nn.Module], object]) -> tuple[Tally[int], Tally[int]]:
-    """How often thop hooks each module (once per parent) and how often it adds what the hooks found, by identity."""
+    """Return how often thop hooks each module (once per parent), and how often it adds its result, by identity."""
     hooked: Tally[int] = Tally()
     summed: Tally[int] = Tally()
 
@@ -457,7 +456,7 @@ def _thop_visits(model: nn.Module, known: Mapping[type[nn.Module], object]) -> t
 
 
 def _thop_price(module: nn.Module, call: ModuleCall) -> int:
-    """What thop adds for one call of a module of a type that it knows."""
+    """Return what thop adds for one call of a module of a known type."""
     given, made = call.input_shape or (), call.output_shape or ()
     match module:
         case nn.modules.conv._ConvNd():
@@ -498,7 +497,7 @@ def _thop_cause(module: nn.Module, theirs: int, ours: int, is_squeeze: bool) -> 
 
 
 def _torch_uncounted(traced: OpTrace) -> dict[str, int]:
-    """Operators with arithmetic that FlopCounterMode passes over."""
+    """Return the operators with arithmetic that FlopCounterMode does not count."""
     return dict(
         Tally(
             o.name

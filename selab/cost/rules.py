@@ -1,4 +1,8 @@
-"""How many multiply-accumulates and FLOPs one call of an operator takes."""
+"""Counting rules: the multiply-accumulates and FLOPs of one call of each operator.
+
+A rule sees shapes only. It returns the arithmetic as `Work`; bytes and the backward pass follow from the shapes and
+from the attributes of the rule. `register_rule` adds rules for operators of other libraries.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -36,14 +40,14 @@ class Rule:
     """How one operator is counted.
 
     Attributes:
-        name: the operator in a table.
-        work: (arguments, output) → its arithmetic.
-        makes: arguments → its empty output, where this is much cheaper than the operator's own meta kernel; None from
-            it hands the call to that kernel, which also has the better error message.
-        role: `reduction` and `product` are what an SE block's squeeze and scale are made of.
+        name: the row in tables.
+        work: (arguments, output) → arithmetic of one call.
+        makes: arguments → the empty output, where this is much cheaper than the operator's meta kernel. If it returns
+            None, that kernel is called; it also has the better error message.
+        role: `reduction` and `product` mark the squeeze and the scale of an SE block.
         operands: positions of the factors of a convolution or matrix product.
-        linear: the gradient passes through without arithmetic.
-        affine: position of a normalisation's scale; its shift stands behind it.
+        linear: whether the gradient passes through without arithmetic.
+        affine: position of a normalisation's scale; its shift follows it.
     """
 
     name: str
@@ -69,7 +73,7 @@ def _nothing(_args: Sequence[Any], _out: Tensor) -> Work:
 
 
 def _convolution_work(args: Sequence[Any], out: Tensor) -> Work:
-    """Every weight meets every output position; where transposed, every input position."""
+    """One MAC per weight and output position; if transposed, per weight and input position."""
     x, weight, transposed = args[0], args[1], args[6]
     positions = x if transposed else out
     return Work(positions.numel() // positions.shape[1] * weight.numel())
@@ -108,13 +112,13 @@ def _adaptive_work(args: Sequence[Any], out: Tensor) -> Work:
 
 # ------------------------------------------------------------------------------------------------ shapes of the outputs
 def _each(value: int | Sequence[int], dims: int) -> Sequence[int]:
-    """A number per dimension, from a list that may hold one for all."""
+    """Return one number per dimension; a single number holds for all."""
     values = [value] if isinstance(value, int) else value
     return values if len(values) == dims else [values[0]] * dims
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An empty meta tensor in the dimension order of another one, so that a model's views find what they expect."""
+    """Return an empty meta tensor in the dimension order of another one, so that views of it are valid."""
     if like.is_contiguous() or like.dim() != len(shape):
         return torch.empty(shape, dtype=like.dtype, device=META)
     strides = [0] * len(shape)
@@ -259,7 +263,7 @@ def _converted(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------ the table
 def _named(names: str, rule: Callable[[str], Rule]) -> dict[str, Rule]:
-    """One rule for several aten operators, each with its own name in a table, and for their in-place forms."""
+    """Return one rule for several aten operators and their in-place forms, each under its own name."""
     return {f"aten::{name}{place}": rule(name.strip("_")) for name in names.split() for place in ("", "_")}
 
 
@@ -343,7 +347,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-# These touch no data: views of every kind, memory that nobody wrote yet, and reading a single weight.
+# These touch no data: views, uninitialised memory, and reading a single weight.
 _FREE = {
     f"aten::{name}"
     for name in (
@@ -458,5 +462,5 @@ def rule_of(func: Any) -> Rule | None:
 
 
 def is_counted(func: Any) -> bool:
-    """Whether a call of this operator is an `Operation` of a trace: not a view, nor memory that nobody wrote."""
+    """Return whether a call of this operator is an `Operation`: neither a view nor uninitialised memory."""
     return rule_of(func) is not VIEW

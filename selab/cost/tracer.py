@@ -1,4 +1,4 @@
-"""Record the operators that a forward and backward pass runs, on the meta device."""
+"""Record the operators of a forward pass on the meta device, with their costs."""
 
 import random
 import sys
@@ -28,25 +28,25 @@ Stage = Literal["", "squeeze", "excitation", "scale"]
 
 
 class Operation(Frozen, frozen=True, kw_only=True):
-    """One operator call of the forward pass, and what it costs.
+    """One operator call of the forward pass with its cost.
 
     Attributes:
-        name: the operator in a table.
-        operator: its full name, `aten::convolution`.
+        name: the row in tables.
+        operator: the full name, `aten::convolution`.
         path: the module that called it.
-        function: the outermost public function that called it; empty unless the trace was asked for `details`.
-        stage: the part of an SE block that it is; empty outside of one.
-        block: the path of that SE block; None outside of one.
-        known: whether there is a rule for it; without one all its costs are zero.
+        function: the outermost public function that called it; empty without `details`.
+        stage: its part of an SE block; empty outside of SE blocks.
+        block: the path of that SE block; None outside of SE blocks.
+        known: whether there is a rule for it; without one all costs are zero.
         input_numel: elements of its first input.
         output_numel: elements of its first output.
         macs: of convolutions and matrix products.
         other: all other arithmetic, in fused multiply-adds.
         other_flops: the same in floating-point operations.
         bytes: inputs read once, output written once.
-        stage_macs: of its MACs (`all`), those that the SE block adds to the network; less than all of them only where
-            one operator scales and does the network's own addition as well.
-        stage_bytes: the same of its bytes.
+        stage_macs: the MACs (`all`) that the SE block adds to the network; fewer than all of the operator's only if it
+            also does the network's own addition.
+        stage_bytes: the bytes that the SE block adds.
         groups: of a convolution, otherwise 1.
         training: a normalisation that computes its own statistics.
         affine: a normalisation with scale and shift.
@@ -84,7 +84,7 @@ class Operation(Frozen, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleCall:
-    """One call of a module: the shapes of its first input and of its output, None where that is no tensor."""
+    """One call of a module: the shapes of its first input and of its output, None if that is not a tensor."""
 
     path: str
     input_shape: tuple[int, ...] | None
@@ -93,11 +93,11 @@ class ModuleCall:
 
 @dataclass(frozen=True, kw_only=True)
 class OpTrace:
-    """All operators of one forward pass, in order; views and memory that nobody wrote are left out.
+    """All operators of one forward pass, in order, without views and uninitialised memory.
 
     Attributes:
         calls: how often each module ran.
-        module_calls: empty unless the trace was asked for `details`.
+        module_calls: empty without `details`.
         se_blocks: paths of the SE blocks.
     """
 
@@ -112,7 +112,7 @@ class _Place:
     """A module in the network: its path, and the SE block that its operators belong to.
 
     Attributes:
-        gates: calling this module hands the block its map.
+        gates: its first argument is the block's feature map.
         joins: it also does work of the network itself, such as a residual addition.
     """
 
@@ -123,7 +123,7 @@ class _Place:
 
 
 def _tensors_in(values: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The distinct tensors among arguments and in their lists."""
+    """Return the distinct tensors among arguments and in lists among them."""
     found: dict[int, Tensor] = {}
     for value in (*values, *kwargs.values()) if kwargs else values:
         if isinstance(value, Tensor):
@@ -136,7 +136,7 @@ def _tensors_in(values: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor
 
 
 def _numel(x: Tensor) -> int:
-    """Elements in memory: a dimension that `expand` made is there once."""
+    """Return the elements in memory; an expanded dimension counts once."""
     count = x.numel()
     if count and not x.is_contiguous():
         for size, stride in zip(x.shape, x.stride(), strict=True):
@@ -146,7 +146,7 @@ def _numel(x: Tensor) -> int:
 
 
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stands between a model and the kernels: shapes go through, arithmetic does not."""
+    """Intercept every operator of a model: compute shapes, skip the arithmetic."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype | None, se_blocks: Collection[str], details: bool):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -157,7 +157,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._itemsize = None if dtype is None else dtype.itemsize
         self.places = _places(model, se_blocks)
         self._stack: list[tuple[nn.Module, _Place]] = [(model, _Place(path=""))]
-        # The map of each SE block: the shape that its scale has and that its squeeze reads.
+        # The feature map of each SE block: the shape that its squeeze reads and its scale writes.
         self._maps: dict[str, torch.Size] = {}
         # Tensors on a real device that the forward pass itself made: constants. All other real ones are the model's,
         # which must not be written. Kept alive, for they are known by their identity.
@@ -186,7 +186,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if id(module) not in self.places:
             return
-        # A model that catches an exception leaves the modules below it without a word.
+        # A model that catches an exception leaves the modules below without their hooks being called.
         while self._stack.pop()[0] is not module:
             pass
         if self.functions is not None:
@@ -201,7 +201,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def where(self) -> str:
-        """The module that is running, for a message."""
+        """Return the module that is running, for messages."""
         module, place = self._stack[-1]
         return f"{place.path} ({type(module).__name__})" if place.path else f"its own forward ({type(module).__name__})"
 
@@ -233,12 +233,12 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _drop_copy_of_autograd(self, func: Any, args: Any) -> None:
-        """Forgets a copy that an operator in place follows on its source: autograd keeps it, inference makes none."""
+        """Drop a copy if an in-place operator on its source follows: autograd keeps the copy, inference makes none."""
         if self._copied is not None and func._schema.is_mutable and args[0] is self._copied:
             self.operations.pop()
 
     def _make(self, func: Any, rule: Rule | None, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """The empty output of an operator; the model's own tensors are never written."""
+        """Return the empty output of an operator; the model's own tensors are never written."""
         in_place = func._schema.is_mutable and func._schema.name.endswith("_")
         if rule is not None and in_place and len(tensors) == 1:
             return args[0]
@@ -306,7 +306,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _stage(
         self, place: _Place, rule: Rule, work: Work, tensors: list[Tensor], out: Tensor, moved: int
     ) -> tuple[Stage, int, int]:
-        """Which part of an SE block an operator is, and what of its MACs and bytes SE adds to the network."""
+        """Return the operator's part of an SE block, and the MACs and bytes that SE adds to the network by it."""
         if place.block is None:
             return "", 0, 0
         macs = work.macs + work.other
@@ -329,10 +329,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # Gradients.
 
     def reveal_hidden(self) -> None:
-        """Finds, at the end, which operators without gradients were the inside of a `torch.autograd.Function`.
+        """Find the operators that ran inside a `torch.autograd.Function`, and add their backward costs.
 
-        Such a function runs with gradients switched off and marks its results afterwards, so an operator of its inside
-        lies between an input that needs a gradient and a result that has one. Under `torch.no_grad` no result has one.
+        Such a function runs without gradients and marks its results afterwards. So its operators lie between an input
+        that needs a gradient and a result that has one. Under `torch.no_grad` no result has one.
         """
         if not any(x.requires_grad for *_, outs in self._hidden for x in outs):
             return
@@ -353,7 +353,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Functions(TorchFunctionMode):
-    """Remembers which public function is running, the outermost."""
+    """Keep the name of the outermost public function that is running."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -361,15 +361,15 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before, name = self.current, getattr(func, "__name__", str(func))
-        # fvcore 0.1.5 does not know convolutions whose padding is a word.
-        self.current = f"{name}, padding by name" if "conv" in name and _has_word(args, kwargs) else name
+        # fvcore 0.1.5 does not know convolutions with named padding.
+        self.current = f"{name}, padding by name" if "conv" in name and _has_text(args, kwargs) else name
         try:
             return func(*args, **(kwargs or {}))
         finally:
             self.current = before
 
 
-def _has_word(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+def _has_text(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
     return any(isinstance(value, str) for value in (*args, *(kwargs or {}).values()))
 
 
@@ -380,7 +380,7 @@ def _needs_gradient(x: Tensor) -> bool:
 def _gradients(
     rule: Rule, work: Work, args: Any, tensors: list[Tensor], out: Tensor, needs: Callable[[Tensor], bool]
 ) -> dict[str, Any]:
-    """The fields of an operation that tell its backward pass; none where no input needs a gradient."""
+    """Return the fields of an operation's backward pass; empty if no input needs a gradient."""
     needing = sum(needs(x) for x in tensors)
     if not needing or not out.dtype.is_floating_point:
         return {}
@@ -449,7 +449,7 @@ def _places(model: nn.Module, se_blocks: Collection[str]) -> dict[int, _Place]:
 
 @contextmanager
 def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
-    """The surroundings of a count: gradients on, so that autograd tells which tensors need one; states given back."""
+    """Run a count with gradients on, so that autograd marks tensors; restore modes and random states at the end."""
     python_state = random.getstate()
     with (
         _eager(),
@@ -468,19 +468,19 @@ def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Lets compiled modules run as they were written; a model can hold one only if torch._dynamo is there."""
+    """Let compiled modules run eagerly; a model can hold one only if torch._dynamo is loaded."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        # torch 2.13 warns that hooks on all modules see torch.compile's wrapper twice; ours do not mind.
+        # torch 2.13 warns that hooks on all modules see torch.compile's wrapper twice, which is harmless here.
         warnings.filterwarnings("ignore", message=".*when there are global hooks on modules", category=UserWarning)
         yield
 
 
 @contextmanager
 def _hooked(tracer: _Tracer) -> Iterator[None]:
-    """Hooks on all modules at once, so that none of the model's own is touched."""
+    """Hook all modules globally; the model's own hooks are not changed."""
     before = register_module_forward_pre_hook(tracer.enter)
     try:
         after = register_module_forward_hook(tracer.leave)
@@ -493,18 +493,18 @@ def _hooked(tracer: _Tracer) -> Iterator[None]:
 
 
 def as_written(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped; any other module itself."""
+    """Return the module that `torch.compile` wrapped; any other module as it is."""
     written = getattr(model, "_orig_mod", model)
     return written if isinstance(written, nn.Module) else model
 
 
 def meta_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments on the meta device.
+    """Return positional and keyword arguments on the meta device.
 
     Args:
-        model: its first floating-point parameter gives the dtype where the example is a shape.
+        model: its first floating-point parameter gives the dtype if the example is a shape.
         example: a shape such as (N, C, H, W); a tensor; positional arguments in a tuple or list; keyword arguments in a
-            mapping. Tensors in them are looked at for shape and dtype alone.
+            mapping. Only shapes and dtypes of tensors are read.
 
     Raises:
         ModelError: no tensor has this shape.
@@ -540,15 +540,15 @@ def op_trace(
     se_blocks: Collection[str] = (),
     details: bool = False,
 ) -> OpTrace:
-    """Every operator of one forward pass with its cost; no kernel runs and the model stays as it was.
+    """Record every operator of one forward pass with its cost; no kernel runs and the model is not changed.
 
     Args:
         model: any module on any device, the meta device included.
         example: an input's shape or an example, as for `meta_arguments`.
-        dtype: of all floating-point tensors when bytes are counted; their own where None.
-        training: count the forward pass in train mode instead of eval mode.
-        se_blocks: paths of modules that are SE blocks besides those of `selab.se`.
-        details: record module calls and function names too, which explaining other counters needs.
+        dtype: of all floating-point tensors when bytes are counted; None for their own.
+        training: count in train mode instead of eval mode.
+        se_blocks: paths of modules to count as SE blocks, besides those of selab.
+        details: also record module calls and function names, which explaining other counters needs.
 
     Raises:
         ModelError: the forward pass fails; names the module in which it did.

@@ -1,4 +1,4 @@
-"""Variant → model: import the builder that the facts name, call it, insert SE as they say."""
+"""Build a variant: import its builder, call it, insert the blocks of its configuration."""
 
 import importlib
 import sys
@@ -24,10 +24,10 @@ from selab.records.types import Insertion
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A network and the attention blocks that were put into it.
+    """A network and the attention blocks that were inserted.
 
     Attributes:
-        native: paths of SE blocks that a network from elsewhere brought with it.
+        native: paths of the SE blocks that an external network has of its own.
     """
 
     model: nn.Module
@@ -43,23 +43,23 @@ def build(
     input_chw: tuple[int, int, int] | None = None,
     init: Init | None = None,
 ) -> Built:
-    """Builds a variant, in train mode.
+    """Build a variant, in train mode.
 
-    A variant and its baseline of one seed share the initial values of all their common layers: the network is drawn
-    first, the SE blocks after it. The caller's random state is left as it was. The SE blocks run their reference
+    A variant and its baseline of one seed share the initial values of all common layers, because the blocks are
+    initialised after the network. The caller's random state is not changed. The SE blocks run their reference
     implementation; `selab.fuse` makes them fast.
 
     Args:
-        variant: the facts.
+        variant: what to build.
         seed: of the initial weights.
-        device: where the parameters are made; `meta` makes none.
-        input_chw: the input, if it is not that of the facts.
+        device: where the parameters are made; `meta` allocates none.
+        input_chw: the input, if it is not the variant's own.
         init: of the SE blocks, if it is not that of the configuration.
 
     Raises:
         SpecError: the builder cannot be imported, or refuses its arguments.
-        InsertionError: the facts ask for SE where it cannot stand.
-        ModelError: the network fails on the input of its facts.
+        InsertionError: a block cannot be inserted at its site.
+        ModelError: the network fails on this input.
     """
     builder = _builder(variant)
     if not callable(builder):
@@ -77,7 +77,7 @@ def build(
                 f"{dict(variant.arguments)}: {first_line(error)}"
             ) from error
         if not isinstance(model, nn.Module):
-            raise SpecError(f"{variant.origin}: builder: {variant.builder} returns no torch.nn.Module")
+            raise SpecError(f"{variant.origin}: builder: {variant.builder} does not return a torch.nn.Module")
         native = external.se_blocks(model)
         if variant.se is None:
             return Built(model=model, native=native)
@@ -100,7 +100,7 @@ def _config(variant: Variant, init: Init | None) -> SiteConfig:
 
 
 def _run_as_written(model: nn.Module) -> None:
-    """What is measured is the block operation by operation, as the field writes it, unless `fuse` is asked for."""
+    """Let SE blocks run operation by operation, as other libraries do; `fuse` changes that on request."""
     for module in model.modules():
         if isinstance(module, SqueezeExcitation):
             module.impl = "reference"
@@ -133,7 +133,7 @@ def _builder(variant: Variant):  # type: ignore[no-untyped-def]
 
 @contextmanager
 def _import_beside(variant: Variant) -> Iterator[None]:
-    """A family's own TOML may name a module that lies beside it."""
+    """Let a family's TOML name a module beside it."""
     if not variant.file:
         yield
         return

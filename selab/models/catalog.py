@@ -1,4 +1,4 @@
-"""Word → variant: the families that are installed, a user's own TOML, anybody's network, and any of them changed."""
+"""Find a variant by its name: installed families, a TOML of your own, external networks, and changes of all these."""
 
 import re
 from functools import cache
@@ -15,7 +15,7 @@ from selab.records.toml import read_package
 
 @cache
 def installed() -> dict[str, Variant]:
-    """All variants of `selab.archs`, by name, families in alphabetical order and each in its file's order.
+    """Return all variants of `selab.archs` by name: families in alphabetical order, each in the order of its file.
 
     Raises:
         SpecError: a file is malformed, or a name is used by two families.
@@ -23,39 +23,39 @@ def installed() -> dict[str, Variant]:
     return read_package("selab.archs", parse_family, header="variants")
 
 
-def find(word: str, *, option: str = "--arch") -> Variant:
-    """A variant by what a user calls it.
+def find(name: str, *, option: str = "--arch") -> Variant:
+    """Return the variant of a name, as `--arch` takes it.
 
-    The word is a catalog name, `path/to/family.toml[:variant]`, `torchvision:NAME`, `timm:NAME`, `path/to/file.py:name`
-    or `package.module:name`; and behind any of these `+KEY=VALUE,…` puts attention blocks into it, or changes those
-    that it has: `resnet50+reduction=8,stages=2-4` (the grammar is that of `selab.spec.changed`).
+    A name is one of the catalog, `path/to/family.toml[:variant]`, `torchvision:NAME`, `timm:NAME`,
+    `path/to/file.py:name` or `package.module:name`. `+KEY=VALUE,…` after any of these inserts attention blocks, or
+    changes those of the variant: `resnet50+reduction=8,stages=2-4` (grammar: `selab.attention.config.changed`).
 
     Args:
-        word: what the user wrote.
-        option: where it was given, for the message.
+        name: as the user gave it.
+        option: where it was given, for messages.
 
     Raises:
-        UnknownNameError: nothing has this name; the message lists the nearest ones.
-        SpecError: the file is malformed, or has several variants and none was named; a change that is not of the
-            grammar, or that names no site where the network declares none.
+        UnknownNameError: no such name; the message lists the nearest ones.
+        SpecError: the file is malformed, or has several variants and none was named; a change does not follow the
+            grammar, or names no site although the network declares none.
     """
-    split = re.fullmatch(r"(.+?)\+(\w*|\w+\s*=.*|,.*)", word)
+    split = re.fullmatch(r"(.+?)\+(\w*|\w+\s*=.*|,.*)", name)
     if split is not None:
         return _changed(find(split[1], option=option), split[2])
-    file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", word)
+    file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", name)
     if file is not None:
         return _from_file(Path(file[1]), file[2])
     known = installed()
-    if word in known:
-        return known[word]
-    others = external.find(word, option=option)
+    if name in known:
+        return known[name]
+    others = external.find(name, option=option)
     if others is None:
-        raise UnknownNameError(f"{option} {word}: no such architecture{nearest(word, known)} (`selab archs` lists all)")
+        raise UnknownNameError(f"{option} {name}: no such architecture{nearest(name, known)} (`selab archs` lists all)")
     return others
 
 
 def baseline_of(variant: Variant) -> Variant | None:
-    """The variant that this one is compared with; None for a baseline itself."""
+    """Return the variant that this one is compared with; None for a baseline itself."""
     if variant.baseline is None:
         return None
     return _family_of(variant)[variant.baseline] if variant.file else find(variant.baseline)
@@ -66,7 +66,7 @@ def _family_of(variant: Variant) -> dict[str, Variant]:
 
 
 def _changed(variant: Variant, text: str) -> Variant:
-    """A variant with other attention blocks; the one with SE lends what a baseline does not say."""
+    """Return a variant with other attention blocks; a baseline takes missing keys from its variant with SE."""
     start = variant.se
     if start is None:
         same = [one for one in _family_of(variant).values() if one.baseline == variant.name and one.se is not None]

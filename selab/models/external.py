@@ -1,8 +1,8 @@
-"""Networks from elsewhere: torchvision's, timm's, and a user's own Python.
+"""External networks: from torchvision, from timm, and from a user's own Python.
 
-A word becomes a variant whose builder is a function of this file. The libraries are imported when they are asked for
-and nothing is downloaded: weights are random. A user's code runs when the network is built, not before; what it prints
-goes to standard error, for standard output is ours.
+A name becomes a variant whose builder is a function of this file. Libraries are imported on demand. Nothing is
+downloaded: weights are random. A user's code runs when the network is built, not before, and its prints go to standard
+error.
 """
 
 import copy
@@ -31,10 +31,10 @@ _TORCHVISION_INPUTS = {"inception_v3": (3, 299, 299)}
 _AUXILIARY = {"aux_logits": False, "init_weights": True}
 _TORCHVISION_ARGUMENTS: dict[str, dict[str, bool]] = {"googlenet": _AUXILIARY, "inception_v3": _AUXILIARY}
 
-# What callables have given, as long as it lives.
-_given: "WeakSet[nn.Module]" = WeakSet()
+# Networks that callables have returned, while they live.
+_returned: "WeakSet[nn.Module]" = WeakSet()
 
-# Class name → where the libraries define it. A block with a library's name from elsewhere may be anything.
+# Class name → the modules that define it. A class of the same name from elsewhere may compute anything.
 _TIMM = ("timm.layers.", "timm.models.")
 _SE_CLASSES: dict[str, tuple[str, ...]] = {
     "SEModule": (*_TIMM, "pretrainedmodels.models.senet"),
@@ -57,54 +57,54 @@ _SE_CLASSES: dict[str, tuple[str, ...]] = {
 _BUILDER_PREFIX = "selab.foreign:"
 
 
-def find(word: str, *, option: str = "--arch") -> Variant | None:
-    """A variant by `torchvision:NAME`, `timm:NAME`, `path/to/file.py:callable` or `package.module:callable`.
+def find(name: str, *, option: str = "--arch") -> Variant | None:
+    """Return the variant of `torchvision:NAME`, `timm:NAME`, `path/to/file.py:callable` or `package.module:callable`.
 
     Args:
-        word: what the user wrote; it becomes the variant's name.
-        option: where it was given, for the message.
+        name: as the user gave it; it becomes the variant's name.
+        option: where it was given, for messages.
 
     Returns:
-        None if the word is of no such form.
+        None if the name has none of these forms.
 
     Raises:
         UnknownNameError: the library has no such network; the message lists the nearest ones.
-        SpecError: the library is not installed or fails on import; there is no such file, or nothing in it was named.
+        SpecError: the library is not installed or fails on import; there is no such file, or no name in it was given.
     """
-    library, _, name = word.partition(":")
+    library, _, model = name.partition(":")
     if library in ("torchvision", "timm"):
-        where = f"{option} {word}"
-        return _torchvision_variant(name, word, where) if library == "torchvision" else _timm_variant(name, word, where)
-    file = re.fullmatch(r"(.+\.py)(?::([\w.]*))?", word)
+        find_in = _torchvision_variant if library == "torchvision" else _timm_variant
+        return find_in(model, name, f"{option} {name}")
+    file = re.fullmatch(r"(.+\.py)(?::([\w.]*))?", name)
     if file is not None:
         path, attribute = file[1], file[2]
         if not attribute:
-            raise SpecError(f"{option} {word}: name the function, class or network in it: {path}:NAME")
+            raise SpecError(f"{option} {name}: name the function, class or network in it: {path}:NAME")
         if not Path(path).is_file():
-            raise SpecError(f"{option} {word}: there is no file {path}")
+            raise SpecError(f"{option} {name}: there is no file {path}")
         return _variant(
-            word,
+            name,
             family="file",
             title=f"{attribute} of {path}",
             source=path,
             builder="from_file",
             arguments={"path": path, "attribute": attribute},
         )
-    if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[\w.]+", word):
-        module = word.partition(":")[0]
+    if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:[\w.]+", name):
+        module = name.partition(":")[0]
         return _variant(
-            word,
+            name,
             family="module",
-            title=word,
+            title=name,
             source=f"Python module {module}",
             builder="from_module",
-            arguments={"target": word},
+            arguments={"target": name},
         )
     return None
 
 
 def runs_code_of(variant: Variant) -> str | None:
-    """The file or module of a user whose code building this variant runs; None if it is ours or a library's."""
+    """Return the user's file or module whose code runs when this variant is built; None for selab's and a library's."""
     if variant.builder in BUILDERS:
         own = BUILDERS[variant.builder]
         if own is from_file:
@@ -115,10 +115,10 @@ def runs_code_of(variant: Variant) -> str | None:
 
 
 def se_blocks(model: "nn.Module") -> tuple[str, ...]:
-    """Paths of the SE blocks (and their kin) that a network of a well-known library brings with it.
+    """Return the paths of the SE blocks (and related blocks) that a library's network has of its own.
 
-    A block is known by its class's name and module, so that no library has to be there. A block inside another one
-    belongs to it.
+    A block is recognised by its class's name and module, so no library needs to be installed. A block inside another
+    block belongs to that block.
     """
     found: list[str] = []
     for path, module in model.named_modules():
@@ -133,51 +133,51 @@ def _is_se_class(kind: type) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------- libraries
 def torchvision_model(*, num_classes: int, name: str) -> "nn.Module":
-    """A classification network of torchvision with random weights."""
+    """Return a classification network of torchvision with random weights."""
     models = _library("torchvision", f"torchvision:{name}").models
     arguments = _TORCHVISION_ARGUMENTS.get(name, {})
     return _make(lambda: models.get_model(name, weights=None, num_classes=num_classes, **arguments))
 
 
 def timm_model(*, num_classes: int, name: str) -> "nn.Module":
-    """A network of timm with random weights."""
+    """Return a network of timm with random weights."""
     timm = _library("timm", f"timm:{name}")
     return _make(lambda: timm.create_model(name, pretrained=False, num_classes=num_classes))
 
 
-def _torchvision_variant(name: str, word: str, where: str) -> Variant:
+def _torchvision_variant(model: str, name: str, where: str) -> Variant:
     library = _library("torchvision", where)
     # Detection, segmentation and video have other inputs, or outputs that are no logits.
     known = library.models.list_models(module=library.models)
-    if name not in known:
-        raise UnknownNameError(f"{where}: torchvision has no such classification network{nearest(name, known)}")
+    if model not in known:
+        raise UnknownNameError(f"{where}: torchvision has no such classification network{nearest(model, known)}")
     return _variant(
-        word,
+        name,
         family="torchvision",
-        title=f"{name} of torchvision",
+        title=f"{model} of torchvision",
         source=f"torchvision {library.__version__}",
         builder="torchvision_model",
-        arguments={"name": name},
-        input_chw=_TORCHVISION_INPUTS.get(name, _INPUT_CHW),
+        arguments={"name": model},
+        input_chw=_TORCHVISION_INPUTS.get(model, _INPUT_CHW),
     )
 
 
-def _timm_variant(name: str, word: str, where: str) -> Variant:
+def _timm_variant(model: str, name: str, where: str) -> Variant:
     library = _library("timm", where)
-    architecture, _, tag = name.partition(".")
+    architecture, _, tag = model.partition(".")
     known = library.list_models()
     if architecture not in known:
         raise UnknownNameError(f"{where}: timm has no such network{nearest(architecture, known)}")
-    if tag and name not in (tags := library.list_pretrained(f"{architecture}.*")):
-        raise UnknownNameError(f"{where}: timm knows no weights {tag!r} of {architecture}{nearest(name, tags)}")
-    config = library.get_pretrained_cfg(name)
+    if tag and model not in (tags := library.list_pretrained(f"{architecture}.*")):
+        raise UnknownNameError(f"{where}: timm knows no weights {tag!r} of {architecture}{nearest(model, tags)}")
+    config = library.get_pretrained_cfg(model)
     return _variant(
-        word,
+        name,
         family="timm",
-        title=f"{name} of timm",
+        title=f"{model} of timm",
         source=f"timm {library.__version__}",
         builder="timm_model",
-        arguments={"name": name},
+        arguments={"name": model},
         input_chw=tuple(config.input_size),
         num_classes=config.num_classes,
     )
@@ -198,7 +198,7 @@ def _library(name: str, where: str) -> Any:
 
 
 def _variant(
-    word: str,
+    name: str,
     *,
     family: str,
     title: str,
@@ -209,7 +209,7 @@ def _variant(
     num_classes: int = _NUM_CLASSES,
 ) -> Variant:
     return Variant(
-        name=word,
+        name=name,
         family=family,
         title=title,
         source=source,
@@ -257,8 +257,8 @@ def from_module(*, num_classes: int, target: str) -> "nn.Module":
         return _network(found, num_classes, where=target)
 
 
-# A variant's hash covers the name of its builder, and records are held against that hash. So these names stay as they
-# were in the first records, whatever this module is called.
+# A variant's hash covers the name of its builder, and records keep that hash. So these names stay as they were in the
+# first records, whatever this module is called.
 BUILDERS: dict[str, Callable[..., "nn.Module"]] = {
     f"{_BUILDER_PREFIX}{builder.__name__}": builder
     for builder in (torchvision_model, timm_model, from_file, from_module)
@@ -273,16 +273,16 @@ def _network(target: Any, num_classes: int, *, where: str) -> "nn.Module":
         return copy.deepcopy(target).to(torch.get_default_device())
     if not callable(target):
         raise SpecError(
-            f"{where}: is {_kind(target)}; name a function or class that gives an nn.Module, or an nn.Module"
+            f"{where}: is {_kind(target)}; name a function or class that returns an nn.Module, or an nn.Module"
         )
     arguments = _arguments(target, num_classes, where)
     made = _make(lambda: target(**arguments))
     if not isinstance(made, nn.Module):
-        raise SpecError(f"{where}: gives {_kind(made)}, not an nn.Module")
-    if made in _given:
-        # Blocks that are put into the one would stand in the other, and a baseline would be its own variant.
-        raise SpecError(f"{where}: gives the same network again; make a new one in each call")
-    _given.add(made)
+        raise SpecError(f"{where}: returns {_kind(made)}, not an nn.Module")
+    if made in _returned:
+        # Blocks inserted into one would be in the other too, and a baseline would be its own variant.
+        raise SpecError(f"{where}: returns the same network again; make a new one in each call")
+    _returned.add(made)
     return made
 
 
@@ -291,11 +291,11 @@ def _kind(value: object) -> str:
 
 
 def _arguments(target: Callable[..., object], num_classes: int, where: str) -> dict[str, int]:
-    """`num_classes` if the callable has an argument of this name; refuses one that cannot do without others."""
+    """Return `num_classes` if the callable has a parameter of this name; refuse other required parameters."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except ValueError:
-        # Something of C without a signature: calling it tells.
+        # A callable written in C, without a signature; calling it shows what it needs.
         return {}
     named = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
     needed = [
@@ -314,10 +314,10 @@ def _arguments(target: Callable[..., object], num_classes: int, where: str) -> d
 
 
 def _make(constructor: "Callable[[], nn.Module]") -> "nn.Module":
-    """Calls a constructor on the current device.
+    """Call a constructor on the current device.
 
-    One that reads values (torchvision's RegNets take `.item()` of a tensor) cannot run on the meta device: it runs on
-    the CPU, and the network is moved.
+    A constructor that reads values (torchvision's RegNets call `.item()`) cannot run on the meta device. It runs on the
+    CPU, and the network is moved.
     """
     import torch
     from torch import nn

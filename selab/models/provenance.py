@@ -1,4 +1,4 @@
-"""Which variant and baseline a record was made from, and whether they changed since."""
+"""Find the networks that a record was made from, and whether they changed since."""
 
 from typing import Protocol
 
@@ -8,7 +8,7 @@ from selab.models.spec import Variant, pair_hash
 
 
 class Provenance(Protocol):
-    """What every kind of record says about the two networks it was made from."""
+    """The fields of every kind of record that name its two networks."""
 
     @property
     def arch(self) -> str:
@@ -42,14 +42,14 @@ def is_bare(record: Provenance) -> bool:
 
 
 def address(name: str, origin: str) -> str:
-    """What `--arch` finds a record's network by: its name, and the TOML that it stands in if it is a user's own."""
+    """Return what `--arch` takes for a record's network: its name, after its TOML if it is a user's own."""
     return f"{origin}:{name}" if origin else name
 
 
 def variants_of(record: Provenance) -> tuple[Variant | None, Variant | None]:
-    """The facts of a record's two networks as they are today; None where they are not to be had any more."""
+    """Return today's variants of a record's two networks; None for one that does not exist any more."""
 
-    def facts(name: str | None, file: str) -> Variant | None:
+    def variant_of(name: str | None, file: str) -> Variant | None:
         if name is None:
             return None
         try:
@@ -58,7 +58,7 @@ def variants_of(record: Provenance) -> tuple[Variant | None, Variant | None]:
             return None
 
     baseline = None if is_bare(record) else record.baseline
-    return facts(record.arch, record.origin), facts(baseline, record.baseline_origin)
+    return variant_of(record.arch, record.origin), variant_of(baseline, record.baseline_origin)
 
 
 def is_own_baseline(record: Provenance) -> bool:
@@ -70,7 +70,7 @@ def is_own_baseline(record: Provenance) -> bool:
 
 
 def is_stale(record: Provenance) -> bool:
-    """Whether the catalog's facts have changed since the record was made."""
+    """Return whether the configuration of the networks has changed since the record was made."""
     variant, baseline = variants_of(record)
     return variant is not None and pair_hash(variant, baseline) != record.facts_hash
 

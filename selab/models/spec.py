@@ -1,7 +1,7 @@
-"""The frozen types of an architecture's facts, read strictly from TOML.
+"""Configuration of networks, read strictly from TOML.
 
-A family's file names its builder and its variants; a variant says where SE stands in it and what others published
-about it. Geometry is Python's business (builder arguments), so no key here changes the meaning of another.
+A family's file names its builder and its variants. A variant states where its attention blocks go and which numbers
+were published for it. Geometry belongs to the builder's arguments, so no key changes the meaning of another.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 else:
     _Se = Any
 
-# Keys that came after the first records: they enter a variant's hash only where they say something, so that a record
-# stays as fresh as the network that it is about.
+# Keys that are younger than the first records. They enter a variant's hash only if they differ from their default, so
+# that records of unchanged networks do not turn stale.
 _LATER_KEYS = {"block": "se", "activation": "relu", "stages": (), "init": "he"}
 
 
 class Published(Frozen, frozen=True, kw_only=True):
-    """One number that others published, with its source; `printed` is the text as it stands there."""
+    """One published number with its source; `printed` is the text in the source."""
 
     metric: Metric
     value: float
@@ -44,12 +44,12 @@ class Published(Frozen, frozen=True, kw_only=True):
 
     @property
     def table(self) -> str:
-        """The place up to its first comma, `Table 10` of `Table 10, ratio 4`: numbers of one table have one recipe."""
+        """The place up to its first comma, `Table 10` of `Table 10, ratio 4`; numbers of one table share a recipe."""
         return self.where.partition(",")[0]
 
 
 class _VariantTable(Frozen, frozen=True, kw_only=True):
-    """A `[variants.NAME]` table as it stands in the file."""
+    """A `[variants.NAME]` table of the file."""
 
     title: str
     baseline: str | None = None
@@ -60,7 +60,7 @@ class _VariantTable(Frozen, frozen=True, kw_only=True):
 
 
 class _FamilyTable(Frozen, frozen=True, kw_only=True):
-    """The file's top level, its variants apart."""
+    """The file's top level, without its variants."""
 
     family: str
     source: str
@@ -70,13 +70,14 @@ class _FamilyTable(Frozen, frozen=True, kw_only=True):
 
 
 class Variant(Frozen, frozen=True, kw_only=True):
-    """One network, with or without SE, and everything that is known about it.
+    """One network with or without attention blocks: its builder, its configuration and its published numbers.
 
     Attributes:
         builder: `package.module:callable`, called with `num_classes` and `arguments`.
         baseline: the variant that this one is compared with; None for a baseline.
-        origin: the file that says so, for messages.
-        file: its path if it is a user's own; empty for the families that are installed.
+        se: configuration of its blocks; None for none.
+        origin: its file, for messages.
+        file: the path of a user's own TOML; empty for installed families.
     """
 
     name: str
@@ -102,13 +103,13 @@ class Variant(Frozen, frozen=True, kw_only=True):
 
     @property
     def place(self) -> str:
-        """Where a message says that it stands."""
+        """The place of the variant in messages."""
         in_file = self.origin.endswith(".toml") and "+" not in self.name
         return f"{self.origin}: variants.{self.name}" if in_file else self.name
 
     @property
     def facts_hash(self) -> str:
-        """Twelve hex digits over what decides the network; titles, notes and published numbers do not enter."""
+        """Twelve hex digits over what determines the network; titles, notes and published numbers do not enter."""
         se = None if self.se is None else as_keys(self.se)
         if se is not None:
             se = {key: value for key, value in se.items() if key not in _LATER_KEYS or value != _LATER_KEYS[key]}
@@ -117,21 +118,21 @@ class Variant(Frozen, frozen=True, kw_only=True):
 
 
 def pair_hash(variant: Variant, baseline: Variant | None) -> str:
-    """Of both networks' facts: a record whose hash differs from today's is stale."""
+    """Return the hash of both networks; a record with another one is stale."""
     return variant.facts_hash + ("" if baseline is None else f"-{baseline.facts_hash}")
 
 
 def parse_family(text: str, *, origin: str, file: str = "") -> dict[str, Variant]:
-    """Reads a family's TOML.
+    """Return the variants of a family's TOML by name.
 
     Args:
         text: the file's content.
         origin: the file's name, for messages.
-        file: its path, if it is a user's own.
+        file: its path, for a user's own TOML.
 
     Raises:
-        SpecError: malformed TOML, unknown key, wrong type, missing source, or a baseline that is not there; the message
-            names the file and the key.
+        SpecError: malformed TOML, unknown key, wrong type, missing source, or a baseline that does not exist. The
+            message names the file and the key.
     """
     try:
         data = tomllib.loads(text)
@@ -160,7 +161,7 @@ def _variant(
             f"{origin}: {key}.baseline: no variant {facts.baseline!r} here{nearest(facts.baseline, tables)}"
         )
     if facts.se is not None and facts.baseline is None:
-        raise SpecError(f"{origin}: {key}.baseline: missing; a variant with SE names the one it is compared with")
+        raise SpecError(f"{origin}: {key}.baseline: missing; a variant with SE names the variant it is compared with")
     for index, published in enumerate(facts.published):
         if not published.source.strip() or not published.where.strip():
             raise SpecError(f"{origin}: {key}.published[{index}]: source and where must say where the number stands")
@@ -183,7 +184,7 @@ def _variant(
 
 
 def read_family(path: Path) -> dict[str, Variant]:
-    """Reads a family's TOML from a file.
+    """Return the variants of a TOML file by name.
 
     Raises:
         SpecError: as `parse_family`, or the file cannot be read.
@@ -197,6 +198,6 @@ def read_family(path: Path) -> dict[str, Variant]:
 
 
 def as_builtins(variant: Variant) -> dict[str, Any]:
-    """A variant as plain dictionaries and lists, for `--json`."""
+    """Return a variant as plain dictionaries and lists, for `--json`."""
     se = None if variant.se is None else as_keys(variant.se)
     return {**msgspec.to_builtins(variant), "se": se, "facts_hash": variant.facts_hash}

@@ -76,7 +76,7 @@ def test_a_user_s_module_beside_the_toml(tmp_path):
             "cannot be imported: .*toy_family.py:make: there is no such name in it; known: build",
         ),
         (CODE.replace("num_classes):", "classes):"), {}, "refuses its arguments"),
-        ("def build(num_classes):\n    return 3\n", {}, "returns no torch.nn.Module"),
+        ("def build(num_classes):\n    return 3\n", {}, "does not return a torch.nn.Module"),
     ],
 )
 def test_a_builder_that_cannot_build(tmp_path, code, changes, message):

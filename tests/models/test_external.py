@@ -171,7 +171,7 @@ class TestMistakes:
         [
             ("smal", "networks.py:smal: there is no such name in it; did you mean small"),
             ("needs", "needs width, depth; write a function without arguments, or a family.toml"),
-            ("nothing", "gives None, not an nn.Module"),
+            ("nothing", "returns None, not an nn.Module"),
             ("number", "is a value of type int; name a function or class"),
         ],
     )
@@ -211,7 +211,7 @@ class TestMistakes:
 
     def test_the_same_network_twice(self, file):
         network("networks.py:same")
-        with pytest.raises(SpecError, match="gives the same network again; make a new one in each call"):
+        with pytest.raises(SpecError, match="returns the same network again; make a new one in each call"):
             network("networks.py:same")
 
     @pytest.mark.parametrize("library", ["torchvision", "timm"])

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,14 +12,14 @@ from torch import nn
 from selab.bench.arms import Watch
 from selab.bench.backends import Backend, Timing, backend, check_phase
 from selab.bench.machine import available_cores
+from selab.bench.progress import Report
 from selab.bench.runner import mode_of
-from selab.bench.sampler import Arm, Clock, Plan, Progress, measure_together
+from selab.bench.sampler import Arm, Clock, Plan, measure_together
 from selab.errors import SelabError
 from selab.records.types import Phase, Run, Workload
 
 Pair = tuple[str, str]
 Make = Callable[[], nn.Module]
-Report = Callable[[str, Progress | None], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def measure_networks(
                 timing.plan(plan),
                 clock=clock,
                 seed=seed,
-                progress=_labelled(report, f"{phase.replace('_', '+')}, {len(arms)} networks, {timing.methods[0]}"),
+                progress=partial(report, f"{phase.replace('_', '+')}, {len(arms)} networks, {timing.methods[0]}"),
                 between_blocks=None if timing.watch is None else timing.watch(),
             )
             for (method, pair), run in watch.flagged(_by_method(runs, arms, timing)).items():
@@ -94,10 +95,6 @@ def measure_networks(
         if phase != "forward":
             found.saved_for_backward.update(_saved(runtime, ready))
     return found
-
-
-def _labelled(report: Report, label: str) -> Callable[[Progress], object]:
-    return lambda state: report(label, state)
 
 
 def _prepared(

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,8 +12,9 @@ from torch import nn
 from selab.bench.arms import Watch
 from selab.bench.backends import Timing, backend, check_phase
 from selab.bench.machine import available_cores
+from selab.bench.progress import Progress
 from selab.bench.runner import mode_of
-from selab.bench.sampler import Arm, Clock, Plan, Progress, measure
+from selab.bench.sampler import Arm, Clock, Plan, measure
 from selab.records.types import Frozen, Phase, Run, Workload
 
 ProgressOf = Callable[[str, Progress], object]
@@ -141,7 +143,7 @@ def _measured(
             plan,
             clock=clock,
             seed=seed,
-            progress=_labelled(progress, label),
+            progress=None if progress is None else partial(progress, label),
             between_blocks=between,
         )
         return watch.flagged(runs, extra=timing.flags(baseline, other) if other is not again else ())
@@ -155,7 +157,3 @@ def _measured(
         method: RawPhase(phase=phase, method=method, run=run, controls=(before[method], after[method]))
         for method, run in runs.items()
     }
-
-
-def _labelled(progress: ProgressOf | None, label: str) -> Callable[[Progress], object] | None:
-    return None if progress is None else lambda state: progress(label, state)

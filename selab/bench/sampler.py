@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
 
+from selab.bench.progress import Progress
 from selab.errors import SelabError
 from selab.records import estimate, stats
 from selab.records.flag_texts import flag
@@ -153,23 +154,6 @@ class Discarded:
 
 WatchBlocks = Callable[[], Sequence[Flag] | Discarded]
 """Called after every ABBA block: what to flag, or that the block must be discarded and run again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """The state of a measurement after an ABBA block.
-
-    Attributes:
-        quads: number of ABBA blocks that count.
-        half_width: of the headline at the last look; None before the first.
-        elapsed_s: since sampling began.
-        budget_s: the plan's.
-    """
-
-    quads: int
-    half_width: float | None
-    elapsed_s: float
-    budget_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -511,7 +495,7 @@ def measure_together(
             kept = min(one.collected.kept for one in running.values())
             if progress is not None:
                 width = _widest(running.values())
-                progress(Progress(quads=kept, half_width=width, elapsed_s=elapsed, budget_s=budget.budget_s))
+                progress(Progress(blocks=kept, half_width=width, elapsed_s=elapsed, budget_s=budget.budget_s))
             narrow = not due and all(one.status == "converged" for one in running.values())
             if narrow or _is_spent(budget, elapsed, kept):
                 break

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-    from selab.bench.sampler import Progress
+    from selab.bench.progress import Progress
     from selab.cli.options import Look
     from selab.experiments.job import Job, Request
     from selab.models.spec import Variant
@@ -313,7 +313,7 @@ def measuring_words(state: "Progress") -> str:
 
     Sampling goes on beyond the budget while there are too few pairs for an interval; the words say so.
     """
-    pairs = 2 * state.quads
+    pairs = 2 * state.blocks
     width = "" if state.half_width is None else f", ±{units.share(state.half_width, decimals=2)}"
     if state.elapsed_s <= state.budget_s:
         return f"{pairs} pairs{width}, {state.elapsed_s:.0f} of {state.budget_s:.0f} s"

@@ -41,9 +41,9 @@ from selab.experiments.job import network_address
 from selab.records.types import Dtype, MemoryFormat
 
 if TYPE_CHECKING:
+    from selab.bench.progress import Report
     from selab.experiments.job import Job, Request
     from selab.experiments.sweep import Outcome
-    from selab.experiments.workers import Report
 
 
 @with_options

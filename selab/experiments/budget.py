@@ -215,8 +215,8 @@ def check(
     Raises:
         SelabError: a network cannot be built or measured, or a device is not there; names the budget.
     """
+    from selab.bench.progress import prefixed
     from selab.bench.runner import check_device
-    from selab.experiments.workers import prefixed
 
     jobs = {}
     for name, budget in budgets.items():

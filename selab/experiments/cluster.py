@@ -15,10 +15,10 @@ import msgspec
 
 from selab.bench.machine import available_cores
 from selab.bench.machine import machine as this_machine
+from selab.bench.progress import Report
 from selab.errors import OutOfMemoryError, SelabError
 from selab.experiments.job import Job
 from selab.experiments.sweep import Outcome, ResultCache, cell_words, measure
-from selab.experiments.workers import Report
 from selab.meta import first_line
 from selab.records.types import Device, Frozen, Machine, from_json, to_json
 

@@ -15,13 +15,14 @@ from selab._version import __version__
 from selab.bench.latency import RawPhase
 from selab.bench.machine import available_cores, machine
 from selab.bench.memory import memory
+from selab.bench.progress import Report
 from selab.bench.runner import DTYPES, check_device, mode_of
 from selab.cost.count import cost_of, count
 from selab.cost.crosscheck import compare
 from selab.cost.tracer import op_trace
 from selab.errors import ModelError, RecordError
 from selab.experiments.job import Job, Request, resolve
-from selab.experiments.workers import Failed, Report, build_pair, raw_runs, raw_runs_of_children
+from selab.experiments.workers import Failed, build_pair, raw_runs, raw_runs_of_children
 from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.spec import Variant, pair_hash

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import msgspec
 
 from selab.bench.machine import machine as this_machine
+from selab.bench.progress import Report, prefixed
 from selab.errors import OutOfMemoryError, RecordError, SelabError
 from selab.experiments.job import Job, Request, job_of, resolve
 from selab.experiments.profiling import Profile, count_job
-from selab.experiments.workers import Report, prefixed
 from selab.models.provenance import is_stale
 from selab.records import store
 from selab.records.types import Frozen, Machine, Record

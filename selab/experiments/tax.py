@@ -16,6 +16,7 @@ from selab.attention.se import SqueezeExcitation
 from selab.bench.interleaved import Pair, Together, measure_networks
 from selab.bench.machine import machine
 from selab.bench.profiler import STAGES, WHOLE, record_steps
+from selab.bench.progress import Report
 from selab.bench.roofline import measure_peaks
 from selab.bench.runner import DTYPES, check_device, mode_of
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
@@ -37,7 +38,6 @@ from selab.experiments.tax_record import (
     tax_path,
     words_of,
 )
-from selab.experiments.workers import Report
 from selab.fusion.external import external_blocks, external_insertions, remove_external_blocks
 from selab.fusion.fuse import fuse
 from selab.models import catalog

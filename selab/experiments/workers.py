@@ -6,25 +6,18 @@ JSON object per line, progress and raw runs, to its standard output.
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 
 import msgspec
 from torch import nn
 
 from selab.bench.latency import RawPhase, measure_phase, networks
-from selab.bench.sampler import Progress
+from selab.bench.progress import Progress, Report, prefixed
 from selab.errors import ModelError, OutOfMemoryError, SelabError
 from selab.experiments.job import Job
 from selab.models.build import Built, build
 from selab.records.types import Frozen, Phase
-
-Report = Callable[[str, Progress | None], object]
-
-
-def prefixed(report: Report, prefix: str) -> Report:
-    """Return a report of one part of a measurement: its labels begin with the part's name."""
-    return lambda label, state: report(f"{prefix}: {label}", state)
 
 
 class Failed(Frozen, frozen=True, kw_only=True):
@@ -89,7 +82,7 @@ class _Line(Frozen, frozen=True, kw_only=True):
     """One line of a child process: progress, a result, or an error."""
 
     label: str = ""
-    quads: int = 0
+    blocks: int = 0
     half_width: float | None = None
     elapsed_s: float = 0.0
     budget_s: float = 0.0
@@ -141,7 +134,7 @@ def _child(order: WorkerJob, report: Report) -> Iterator[RawPhase | Failed]:
 def _progress(line: _Line) -> Progress | None:
     if not line.budget_s:
         return None
-    return Progress(quads=line.quads, half_width=line.half_width, elapsed_s=line.elapsed_s, budget_s=line.budget_s)
+    return Progress(blocks=line.blocks, half_width=line.half_width, elapsed_s=line.elapsed_s, budget_s=line.budget_s)
 
 
 def worker_main() -> None:
@@ -157,7 +150,7 @@ def worker_main() -> None:
             write(_Line(label=label))
         else:
             width, elapsed = state.half_width, state.elapsed_s
-            write(_Line(label=label, quads=state.quads, half_width=width, elapsed_s=elapsed, budget_s=state.budget_s))
+            write(_Line(label=label, blocks=state.blocks, half_width=width, elapsed_s=elapsed, budget_s=state.budget_s))
 
     try:
         order = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerJob)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from selab import units
 from selab.attention.config import SEConfig
+from selab.bench.progress import Report
 from selab.errors import SelabError
 from selab.experiments.job import Job
 from selab.experiments.sweep import Outcome, cell_words, is_of_memory, resolution_of
-from selab.experiments.workers import Report
 from selab.records import store
 from selab.records.types import PHASE_NAMES, Latency, Machine
 from selab.records.verdict import change_words

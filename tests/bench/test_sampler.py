@@ -290,7 +290,7 @@ def test_progress_reports_every_quad():
     clock, _, a, b = fake_arms(0.5, 1.0)
     seen = []
     run = measure(a, b, Plan(), clock=clock, progress=seen.append)["wall"]
-    assert [each.quads for each in seen] == list(range(1, 11))
+    assert [each.blocks for each in seen] == list(range(1, 11))
     assert [each.half_width for each in seen] == [None] * 9 + [pytest.approx(0.0, abs=1e-12)]
     assert seen[-1].elapsed_s == run.elapsed_s
     assert {each.budget_s for each in seen} == {60.0}

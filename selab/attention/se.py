@@ -11,8 +11,8 @@ from selab.attention.config import Init
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
 from selab.kernels.cpu import BlockParams
-from selab.kernels.deferred_bn import consume, materialize, materialize_unsupported, pending_norm
-from selab.kernels.dispatch import IMPLS, CachedDispatch, Impl, cached_call, choose, has_hooks, run
+from selab.kernels.deferred_bn import materialize, pending_norm, run_block, supported
+from selab.kernels.dispatch import IMPLS, CachedDispatch, Impl, choose, has_hooks, holds_weights
 from selab.kernels.residual import ADD_RELU, FusedJoin, formula_of
 
 GATES: dict[str, type[nn.Module]] = {
@@ -226,19 +226,19 @@ class SqueezeExcitation(CachedDispatch, Attention):
     def fused(
         self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None, relu_out: bool = False
     ) -> Tensor | None:
-        """The block, and if there is a shortcut the join behind it, by anything but the reference; None for that.
+        """Run the block, and with a shortcut the join after it, in fewer passes; return None if only the reference can.
 
         Args:
             x: (N, C, H, W).
             shortcut: (N, C, H, W), added to the scaled map.
-            join: the module that adds it, whose work is done here.
-            relu_out: whether the sum is rectified.
+            join: the module whose addition is part of this call.
+            relu_out: whether a ReLU follows the addition.
 
         Returns:
             (N, C, H, W).
 
         Raises:
-            ModelError: an implementation that was asked for cannot run here.
+            ModelError: the implementation that `impl` names cannot run here.
         """
         if self.impl == "reference":
             return None
@@ -247,39 +247,22 @@ class SqueezeExcitation(CachedDispatch, Attention):
         if reason:
             self._check_reference_allowed(reason)
             return None
-        formula = self._params(relu_out=relu_out)
-        x = materialize_unsupported(x)
-        impl, reason = choose(self.impl, x, shortcut, formula)
+        params = self._params(relu_out=relu_out)
+        x = supported(x)
+        impl, reason = choose(self.impl, x, shortcut, params)
         if impl == "reference":
             self._check_reference_allowed(reason)
             return None
-        if impl != "native" or torch.is_grad_enabled():
-            return run(impl, materialize(x), shortcut, formula, can_overwrite=self.may_overwrite())
-        owners, layers = (self,) if join is None else (self, join), (self.fc1, self.fc2)
-        overwrite, watched = self.may_overwrite(), (self, *self.producers)
-        decided = cached_call(
-            x, shortcut, formula, owners, layers=layers, watched=watched, norm=pending_norm(x), can_overwrite=overwrite
-        )
-        self.__dict__["_cached_call"] = (join, decided)
-        return run(impl, x, shortcut, formula, can_overwrite=overwrite, norm=consume(x))
-
-    def replay(self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None) -> Tensor | None:
-        """What `fused` did natively the last time with this join; None if it did not, or anything has changed since."""
-        # By hand, as everything on this way: in a network an attribute of a module costs as much as a row of the map.
-        decided = self.__dict__.get("_cached_call")
-        if decided is None or decided[0] is not join or torch.compiler.is_compiling():
-            return None
-        out: Tensor | None = decided[1](x, shortcut)
-        return out
+        return run_block(self, impl, x, shortcut, params, layers=(self.fc1, self.fc2), join=join)
 
     def runtime(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Impl, str]:
-        """Which implementation these tensors would take now, and why not a faster one (empty if there is none).
+        """Return the implementation that these tensors would take now, and the reason against a faster one (or empty).
 
         Args:
             x: (N, C, H, W).
             shortcut: as in `fused`.
         """
-        reason = "asked for" if self.impl == "reference" else self.refuses()
+        reason = "requested" if self.impl == "reference" else self.refuses()
         return ("reference", reason) if reason else choose(self.impl, x, shortcut, self._params())
 
     def _check_reference_allowed(self, reason: str) -> None:
@@ -294,17 +277,18 @@ class SqueezeExcitation(CachedDispatch, Attention):
         """
         squeeze, _, gate = self.kinds
         if squeeze != "avg":
-            return f"squeeze {squeeze!r} has the reference alone"
+            return f"unsupported squeeze: {squeeze}"
         if gate not in cpu.GATES:
-            return f"gate {gate!r} has the reference alone"
+            return f"unsupported gate: {gate}"
         parts: Any = self._modules
-        for part, kind in zip(parts.values(), self._plain, strict=True):
+        for (name, part), kind in zip(parts.items(), self._plain, strict=True):
             if type(part) is not kind:
-                return f"{type(part).__name__} stands in the block"
+                return f"unsupported {name}: {type(part).__name__}"
         if "excite" in self.__dict__ or has_hooks(*parts.values()):
-            return "a hook looks into the block"
-        if not (_is_plain(parts["fc1"]) and _is_plain(parts["fc2"])):
-            return "the weight of a layer is computed, as by pruning"
+            return "a hook is registered on one of its layers"
+        for name in ("fc1", "fc2"):
+            if not holds_weights(parts[name]):
+                return f"unsupported {name}: its weight is computed, as by pruning"
         return ""
 
     def _params(self, *, relu_out: bool = False) -> BlockParams:
@@ -339,11 +323,6 @@ def _layer(x: Tensor, layer: nn.Module) -> Tensor:
     # Somebody else's layer, which takes the channels last.
     moved: Tensor = layer(x.movedim(1, -1)).movedim(-1, 1)
     return moved
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer computes with parameters of its own and by the forward of its class."""
-    return "weight" in layer._parameters and "bias" in layer._parameters and "forward" not in layer.__dict__
 
 
 class GatedJoin(nn.Module):

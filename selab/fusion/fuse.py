@@ -1,14 +1,15 @@
-"""Makes a network's SE blocks cheap, in place, with their weights and the checkpoint's keys kept.
+"""Fuse a network's SE blocks and what surrounds them, in place; weights and checkpoint keys stay.
 
-What is done, wherever it applies:
+Wherever it applies:
 
 * `SqueezeExcitation` takes its fastest implementation (`impl="auto"`);
-* a ReLU right before a block in an `nn.Sequential` becomes part of the block, which then reads the map once less;
-* a residual join, relu(branch + shortcut), is one pass, with a block in it or without;
-* in inference on a CPU, a BatchNorm is part of the pass behind it (a block's, a join's or an activation's) where a
-  trace proves that nobody else reads its output; one with an activation of its own (timm's) is one pass;
-* SE modules of torchvision and timm compute as ours do, under their own class, parameters and keys;
-* in inference, a block's output takes its input's place where a trace proves that nobody reads the input again.
+* an in-place ReLU right before a block in an `nn.Sequential` becomes part of the block, which saves one read of the
+  feature map;
+* a residual join, relu(branch + shortcut), becomes one pass, with or without a block in it;
+* at inference on a CPU, a BatchNorm becomes part of the pass that consumes its output (a block, join or activation) if
+  a trace shows that nothing else reads that output; a BatchNorm with its own activation (timm's) becomes one pass;
+* SE modules of torchvision and timm get the same implementations, under their own class, parameters and keys;
+* at inference, a block's output reuses its input's memory if a trace shows that nothing reads the input again.
 """
 
 import copy
@@ -24,28 +25,29 @@ from torch import nn
 
 from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.errors import ModelError, SelabError
-from selab.fusion.external import Fast, external_params, fast_class, library_class
-from selab.fusion.liveness import Seen, traced
+from selab.fusion.external import FusedExternal, external_params, hooked, is_external
+from selab.fusion.liveness import Liveness, analyze
 from selab.kernels import cpu
-from selab.kernels.deferred_bn import DeferredNorm, defer, recall
+from selab.kernels.deferred_bn import DeferredNorm, defer, undefer
 from selab.kernels.dispatch import Impl, has_hooks, norm_of
-from selab.kernels.residual import ADD_RELU, FUSED_ACTIVATIONS, FusedActivation, FusedJoin, formula_of
+from selab.kernels.residual import ACTIVATIONS, ADD_RELU, FusedActivation, FusedJoin, formula_of
+from selab.kernels.swap import library_of, swap
 from selab.meta import first_line, passages
 from selab.records.display import Displayed
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedBlock:
-    """One block as it will run.
+    """One SE block after `fuse`.
 
     Attributes:
         kind: its class's name.
         joined: whether scale, addition and ReLU are one pass.
         absorbed: whether the ReLU before it is part of it.
-        normalising: whether the BatchNorm before it, or before that ReLU, is part of it in inference, and the
-            activation that the BatchNorm may have.
-        in_place: whether its output takes its input's place in inference.
-        reason: why it stays as it was; empty if it does not.
+        normalising: whether the BatchNorm before it, or before that ReLU, is part of it at inference, and the
+            activation of that BatchNorm, if any.
+        in_place: whether its output reuses its input's memory at inference.
+        reason: why it was left unchanged; empty if it was fused.
     """
 
     path: str
@@ -59,14 +61,13 @@ class FusedBlock:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Fusion(Displayed):
-    """What `fuse` did.
+    """What `fuse` changed.
 
     Attributes:
-        blocks: in the order of the network.
+        blocks: every SE block, in the order of the network.
         joins: residual joins without a block that are one pass now.
-        norms: BatchNorms that are one pass with what is behind them in inference, a block or anything else.
-        in_place_reason: why no output takes its input's place, and no BatchNorm is part of the pass behind it; empty if
-            that could be looked into.
+        norms: BatchNorms that at inference are part of another pass, or one pass with their activation.
+        in_place_reason: why no memory is reused and no BatchNorm is folded; empty if the trace succeeded.
     """
 
     blocks: tuple[FusedBlock, ...]
@@ -83,34 +84,48 @@ class Fusion(Displayed):
         return [tuple(getattr(one, name) for name in self.columns()) for one in self.blocks]
 
     def summary(self) -> str:
-        """What was fused, and what was not and why: `16 joins in one pass, 16 blocks in place`."""
-        counts = (
-            (self.joins, "joins in one pass"),
-            (self.norms, "BatchNorms in one pass with what is behind them"),
-            (sum(one.joined for one in self.blocks), "blocks in one pass with their join"),
-            (sum(one.absorbed for one in self.blocks), "blocks with the ReLU before them"),
-            (sum(one.in_place for one in self.blocks), "blocks in place"),
-        )
-        words = [f"{count} {what}" for count, what in counts if count] or ["nothing to fuse"]
+        """Return what was fused, then what was not and why: `fused 8 SE blocks (8 with their join) and 16 joins`."""
+        fused = [one for one in self.blocks if not one.reason]
+        objects = []
+        if fused:
+            ways = (
+                (sum(one.joined for one in fused), "with their join"),
+                (sum(one.absorbed for one in fused), "with the ReLU before them"),
+                (sum(one.in_place for one in fused), "in place"),
+            )
+            # A number is given only where it differs from that of the blocks.
+            shown = [way if count == len(fused) else f"{count} {way}" for count, way in ways if count]
+            objects.append(_counted(len(fused), "SE block") + (f" ({', '.join(shown)})" if shown else ""))
+        if self.joins:
+            objects.append(_counted(self.joins, "residual join"))
+        done = [f"fused {' and '.join(objects)}"] if objects else []
+        if self.norms:
+            done.append(f"folded {_counted(self.norms, 'BatchNorm')}")
         left = Counter(one.reason for one in self.blocks if one.reason)
-        kept = [f"{count} blocks as they were: {reason}" for reason, count in left.items()]
-        return "; ".join([", ".join(words), *kept, *([self.in_place_reason] if self.in_place_reason else [])])
+        kept = [f"left {_counted(count, 'SE block')} unchanged: {reason}" for reason, count in left.items()]
+        sentence = (" and " if len(objects) < 2 else ", ").join(done) or "nothing to fuse"
+        return "; ".join([sentence, *kept, *([self.in_place_reason] if self.in_place_reason else [])])
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), blocks: bool = True) -> Fusion:
-    """Makes the SE blocks of a network cheap, in place: the same mathematics, parameters and checkpoint keys.
+    """Fuse the SE blocks of a network, in place: the same mathematics, parameters and checkpoint keys.
 
     Args:
-        model: with blocks of selab, torchvision (`torchvision.ops.SqueezeExcitation`) or timm (`SEModule`,
-            `SqueezeExcite`), or with none.
-        input_nchw: (N, C, H, W) of an example input, to see on the meta device which maps are read once only.
-        blocks: whether the blocks are made fast; without, only what stands around them, as in a network without SE.
+        model: a network with blocks of selab, torchvision (`torchvision.ops.SqueezeExcitation`) or timm (`SEModule`,
+            `SqueezeExcite`), or without any.
+        input_nchw: the shape of an example input, (N, C, H, W); a pass over it on the meta device shows which feature
+            maps are read only once.
+        blocks: whether to fuse the blocks; otherwise only what surrounds them, as in a network without SE.
 
     Returns:
-        What was done, and what was not and why; as a string in a sentence.
+        What was fused, and what was not and why; `str()` gives a sentence.
 
     Raises:
-        ModelError: `model` is no network, or `input_nchw` no shape of images.
+        ModelError: `model` is not a torch.nn.Module, or `input_nchw` is not four positive integers.
 
     Example:
         >>> from torch import nn
@@ -121,39 +136,43 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
         [('1', '')]
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"selab.fuse: {type(model).__name__} is no network; give it a torch.nn.Module")
+        raise ModelError(f"selab.fuse: expected a torch.nn.Module, got {type(model).__name__}")
     if not (isinstance(input_nchw, (tuple, list)) and len(input_nchw) == 4 and all(_is_size(n) for n in input_nchw)):
-        raise ModelError(f"selab.fuse: input_nchw {input_nchw!r}: four sizes (N, C, H, W), such as (1, 3, 224, 224)")
+        raise ModelError(
+            f"selab.fuse: input_nchw {input_nchw!r}: expected four sizes (N, C, H, W), such as (1, 3, 224, 224)"
+        )
     absorbed = _absorb(model) if blocks else set()
     joins = _join(model, blocks)
     changed = [_fused(path, module, absorbed) for path, module in _blocks(model)] if blocks else []
     reason = ""
     try:
-        seen = traced(model, input_nchw, norms=_norms, readers=partial(_readers, blocks=blocks))
+        seen = analyze(model, input_nchw, norms=_norms, consumers=partial(_consumers, blocks=blocks))
     except (SelabError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:
-        seen = Seen(owning=set(), reader={}, alone={}, producers={})
-        reason = f"no pass over an input of shape {input_nchw} on the meta device: {first_line(error)}"
-    # What an earlier call has found may hold no longer; an in-place ReLU that a block took in has shown it for good.
+        seen = Liveness(overwritable=set(), consumer={}, exclusive={}, producers={})
+        reason = f"the network fails on the meta device with an input of shape {input_nchw}: {first_line(error)}"
+    # An earlier call may have found otherwise. An in-place ReLU that a block has absorbed is proof for good.
     producers = {path: tuple(map(model.get_submodule, sorted(paths))) for path, paths in seen.producers.items()}
-    for path, reader in _readers(model, blocks):
-        if hasattr(reader, "can_overwrite"):
-            owner: Any = reader
+    for path, consumer in _consumers(model, blocks):
+        if hasattr(consumer, "can_overwrite"):
+            fused: Any = consumer
             join = _enclosing(model, path)
-            owner.can_overwrite = path in seen.owning or bool(getattr(owner, "relu_in", False))
-            owner.producers = (*producers.get(path, ()), *(() if join is None else (join,)))
-    left = {norm: reader for norm, reader in seen.reader.items() if _deferred(model, norm, reader, producers[norm])}
-    alone = {
+            fused.can_overwrite = path in seen.overwritable or bool(getattr(fused, "relu_in", False))
+            fused.producers = (*producers.get(path, ()), *(() if join is None else (join,)))
+    deferred = {
+        norm: consumer for norm, consumer in seen.consumer.items() if _defer(model, norm, consumer, producers[norm])
+    }
+    with_activation = {
         norm
-        for norm, owns in seen.alone.items()
-        if norm not in left and _with_its_activation(model, norm, producers[norm], owns)
+        for norm, exclusive in seen.exclusive.items()
+        if norm not in deferred and _defer_to_itself(model, norm, producers[norm], exclusive)
     }
     for path, norm in _norms(model):
-        if isinstance(norm, DeferredNorm) and path not in left and path not in alone:
-            recall(norm)
+        if isinstance(norm, DeferredNorm) and path not in deferred and path not in with_activation:
+            undefer(norm)
     return Fusion(
-        blocks=tuple(_described(model, one, set(left.values())) for one in changed),
+        blocks=tuple(_described(model, one, set(deferred.values())) for one in changed),
         joins=joins,
-        norms=len(left) + len(alone),
+        norms=len(deferred) + len(with_activation),
         in_place_reason=reason,
     )
 
@@ -162,67 +181,66 @@ def _is_size(number: object) -> bool:
     return isinstance(number, int) and number > 0
 
 
-def _described(model: nn.Module, one: FusedBlock, readers: set[str]) -> FusedBlock:
-    """With what the pass of its block comprises, if it has a fast one."""
+def _described(model: nn.Module, one: FusedBlock, consumers: set[str]) -> FusedBlock:
+    """Add what a fused block's pass includes."""
     if one.reason:
         return one
     join = _enclosing(model, one.path)
-    joined = join is not None and join.edge == "branch" and bool(formula_of(_plain_inner(join)))
-    owns = bool(getattr(model.get_submodule(one.path), "can_overwrite", False))
-    return replace(one, joined=joined, in_place=owns, normalising=one.path in readers)
+    joined = join is not None and join.edge == "branch" and bool(formula_of(_unwrapped(join)))
+    in_place = bool(getattr(model.get_submodule(one.path), "can_overwrite", False))
+    return replace(one, joined=joined, in_place=in_place, normalising=one.path in consumers)
 
 
 def _enclosing(model: nn.Module, path: str) -> GatedJoin | None:
-    """The join whose block or inner join this is."""
+    """Return the join that holds this block or inner join."""
     parent = model.get_submodule(path.rpartition(".")[0])
     return parent if isinstance(parent, GatedJoin) else None
 
 
-def _plain_inner(join: GatedJoin) -> nn.Module:
+def _unwrapped(join: GatedJoin) -> nn.Module:
     inner: Any = join.inner
     return inner.inner if isinstance(inner, FusedJoin) else inner
 
 
-def _deferred(model: nn.Module, path: str, reader_path: str, producers: tuple[nn.Module, ...]) -> bool:
-    """Leaves a BatchNorm's work to the one who reads its output.
+def _defer(model: nn.Module, path: str, consumer_path: str, producers: tuple[nn.Module, ...]) -> bool:
+    """Defer a BatchNorm to the consumer of its output.
 
     Returns:
-        False if somebody looks at one of them, or the reader cannot do it.
+        False if a hook is registered on one of them, or the consumer cannot take it.
     """
-    norm, reader, join = model.get_submodule(path), model.get_submodule(reader_path), _enclosing(model, reader_path)
-    behind = (reader, *(() if join is None else (join,)))
-    if not isinstance(norm, nn.BatchNorm2d) or has_hooks(norm, *norm.children(), *behind, *producers):
+    norm, consumer = model.get_submodule(path), model.get_submodule(consumer_path)
+    join = _enclosing(model, consumer_path)
+    consumers = (consumer, *(() if join is None else (join,)))
+    if not isinstance(norm, nn.BatchNorm2d) or has_hooks(norm, *norm.children(), *consumers, *producers):
         return False
-    does = norm_of(norm)
-    if does is None or not _takes(reader, does.activation):
+    statistics = norm_of(norm)
+    if statistics is None or not _supports(consumer, statistics.activation):
         return False
-    defer(norm, behind, producers=producers)
-    if type(reader) in FUSED_ACTIVATIONS:
-        fast: Any = reader
-        fast.__class__ = FUSED_ACTIVATIONS[type(reader)]
-        fast.can_overwrite = True
+    defer(norm, consumers, producers=producers)
+    if type(consumer) in ACTIVATIONS:
+        swap(consumer, FusedActivation)
+        activation: Any = consumer
+        activation.can_overwrite = True
     return True
 
 
-def _takes(reader: nn.Module, activation: str) -> bool:
-    """Whether a pass can begin with a BatchNorm that has this activation."""
+def _supports(consumer: nn.Module, activation: str) -> bool:
+    """Return whether a consumer's pass can begin with a BatchNorm that has this activation."""
     if not activation:
         return True
-    return (
-        isinstance(reader, (SqueezeExcitation, Fast)) and activation in cpu.PRE_ACTIVATIONS and not _rectifies(reader)
-    )
-
-
-def _rectifies(block: nn.Module) -> bool:
-    return isinstance(block, SqueezeExcitation) and block.relu_in
-
-
-def _with_its_activation(model: nn.Module, path: str, producers: tuple[nn.Module, ...], can_overwrite: bool) -> bool:
-    """Makes a BatchNorm that has an activation one pass with it; False if it has none, or somebody looks at it."""
-    norm = model.get_submodule(path)
-    if not isinstance(norm, nn.BatchNorm2d) or not _is_of_timm(norm) or has_hooks(norm, *norm.children(), *producers):
+    if isinstance(consumer, SqueezeExcitation) and consumer.relu_in:
         return False
-    defer(norm, (), producers=producers, can_overwrite=can_overwrite)
+    return isinstance(consumer, (SqueezeExcitation, FusedExternal)) and activation in cpu.PRE_ACTIVATIONS
+
+
+def _defer_to_itself(model: nn.Module, path: str, producers: tuple[nn.Module, ...], exclusive: bool) -> bool:
+    """Make a BatchNorm and its own activation one pass; return False if it has none or a hook is registered."""
+    norm = model.get_submodule(path)
+    if not isinstance(norm, nn.BatchNorm2d) or not _has_activation(norm):
+        return False
+    if has_hooks(norm, *norm.children(), *producers):
+        return False
+    defer(norm, (), producers=producers, can_overwrite=exclusive)
     return True
 
 
@@ -231,9 +249,9 @@ class Runtime:
     """How one block of a network would run.
 
     Attributes:
-        map_nchw: the shape of its input.
-        impl: the implementation that is taken.
-        reason: why not a faster one; empty if there is none.
+        map_nchw: the shape of its input, (N, C, H, W).
+        impl: its implementation.
+        reason: why it is not a faster one; empty if there is none.
     """
 
     block: FusedBlock
@@ -250,14 +268,14 @@ def runtimes(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> tuple[Runtime, ...]:
-    """Which implementation each block would take after `fuse`, for maps of this kind.
+    """Return the implementation that each block would take after `fuse`.
 
     Args:
-        model: left as it is.
-        input_nchw: of the network, (N, C, H, W).
+        model: not changed.
+        input_nchw: the shape of the network's input, (N, C, H, W).
         device: where it would run.
-        dtype: of the maps.
-        memory_format: of the maps.
+        dtype: of the feature maps.
+        memory_format: of the feature maps.
 
     Raises:
         ModelError: the network fails on this input.
@@ -279,7 +297,7 @@ def runtimes(
 
 
 def _absorb(model: nn.Module) -> set[nn.Module]:
-    """Moves in-place ReLUs into the blocks right behind them; gives these blocks."""
+    """Move in-place ReLUs into the blocks right after them; return these blocks."""
     found: set[nn.Module] = set()
     for parent in model.modules():
         if not isinstance(parent, nn.Sequential) or type(parent).forward is not nn.Sequential.forward:
@@ -288,10 +306,10 @@ def _absorb(model: nn.Module) -> set[nn.Module]:
         for (name, before), (_, block) in pairwise(children):
             if not isinstance(block, SqueezeExcitation) or block.kinds[0] != "avg" or block.kinds[2] not in cpu.GATES:
                 continue
-            # One that writes over its input has shown that nobody else needs it.
+            # A ReLU that overwrites its input is proof that nothing else needs it.
             if type(before) is nn.ReLU and before.inplace and not has_hooks(before, block):
                 if name.isdecimal():
-                    # A place in a row, which others may be counted from.
+                    # Later children are addressed by their number.
                     parent._modules[name] = nn.Identity()
                 else:
                     del parent._modules[name]
@@ -301,7 +319,7 @@ def _absorb(model: nn.Module) -> set[nn.Module]:
 
 
 def _join(model: nn.Module, blocks: bool) -> int:
-    """Makes joins one pass; counts those that no block makes one with its own."""
+    """Make residual joins one pass; return the number of those that are not part of a block's pass."""
     joins = 0
     for parent in list(model.modules()):
         if isinstance(parent, FusedJoin):
@@ -315,45 +333,44 @@ def _join(model: nn.Module, blocks: bool) -> int:
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
-        if isinstance(module, SqueezeExcitation) or library_class(module) is not None:
+        if isinstance(module, SqueezeExcitation) or is_external(module):
             yield path, module
 
 
 def _fused(path: str, module: nn.Module, absorbed: set[nn.Module]) -> FusedBlock:
+    """Fuse one block, in place."""
     kind = type(module).__name__
     if isinstance(module, SqueezeExcitation):
         module.impl = "auto"
-        reason = module.refuses()
-        return FusedBlock(path=path, kind=kind, absorbed=module in absorbed, reason=reason)
-    base = library_class(module)
-    assert base is not None
-    formula = external_params(module, base)
-    if isinstance(formula, str):
-        return FusedBlock(path=path, kind=kind, reason=formula)
-    fast: Any = module
-    fast.__class__ = fast_class(base)
-    fast.can_overwrite = False
-    return FusedBlock(path=path, kind=kind)
+        return FusedBlock(path=path, kind=kind, absorbed=module in absorbed, reason=module.refuses())
+    params = external_params(module)
+    if isinstance(params, str):
+        return FusedBlock(path=path, kind=kind, reason=params)
+    swap(module, FusedExternal)
+    block: Any = module
+    block.can_overwrite = False
+    # Hooks are looked at in every call: without them the block is fast from then on.
+    return FusedBlock(path=path, kind=kind, reason=hooked(module))
 
 
 # ------------------------------------------------------------------------------------------------- what can be one pass
 def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """BatchNorms whose work may be left to others, by their class and statistics."""
+    """Yield the BatchNorms that can be deferred, by their class and statistics."""
     for path, module in model.named_modules():
-        known = type(module) is nn.BatchNorm2d or isinstance(module, DeferredNorm) or _is_of_timm(module)
+        known = type(module) is nn.BatchNorm2d or isinstance(module, DeferredNorm) or _has_activation(module)
         if known and isinstance(module, nn.BatchNorm2d) and norm_of(module) is not None:
             yield path, module
 
 
-def _is_of_timm(module: nn.Module) -> bool:
-    """Whether it is timm's BatchNorm with an activation, and nothing is dropped between the two."""
-    kind: Any = module.library if isinstance(module, DeferredNorm) else type(module)
+def _has_activation(module: nn.Module) -> bool:
+    """Return whether it is timm's BatchNorm with an activation, and without dropout between the two."""
+    kind = library_of(module)
     named = (kind.__module__, kind.__name__) == ("timm.layers.norm_act", "BatchNormAct2d")
     return named and type(module._modules.get("drop")) is nn.Identity
 
 
-def _readers(model: nn.Module, blocks: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Those who can do a BatchNorm's work, or take the place of what they read."""
+def _consumers(model: nn.Module, blocks: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that can apply a deferred BatchNorm or overwrite their input."""
     there = dict(_blocks(model))
     closed = [*there, *(path for path, _ in _norms(model))]
     for path, module in model.named_modules():
@@ -362,5 +379,5 @@ def _readers(model: nn.Module, blocks: bool) -> Iterator[tuple[str, nn.Module]]:
                 yield path, module
         elif any(path.startswith(f"{one}.") for one in closed):
             continue
-        elif isinstance(module, (FusedJoin, FusedActivation)) or type(module) in FUSED_ACTIVATIONS:
+        elif isinstance(module, (FusedJoin, FusedActivation)) or type(module) in ACTIVATIONS:
             yield path, module

@@ -1,4 +1,4 @@
-"""What a trace on the meta device shows of a network's maps: who reads them, and whether anybody does so again."""
+"""Liveness analysis on the meta device: which modules read each feature map, and whether it is read again."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -17,166 +17,171 @@ from selab.meta import meta_twin
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What a trace of inference shows.
+class Liveness:
+    """What one pass at inference shows; modules are given by their paths.
 
     Attributes:
-        owning: paths of blocks and joins whose (first) input nobody reads after them.
-        reader: path of a BatchNorm → that of the one block, join or activation that reads its output; where nobody
-            reads the BatchNorm's input either.
-        alone: path of a BatchNorm → whether nobody else reads its input.
-        producers: path of a BatchNorm → those of the modules that return its input or its output; path of a reader → of
-            those that return what it reads.
+        overwritable: blocks and joins whose first input nothing reads after them.
+        consumer: BatchNorm → the only block, join or activation that reads its output, if nothing else reads its input.
+        exclusive: BatchNorm → whether nothing else reads its input.
+        producers: BatchNorm → the modules that return its input or its output; block, join or activation → those that
+            return its input.
     """
 
-    owning: set[str]
-    reader: dict[str, str]
-    alone: dict[str, bool]
+    overwritable: set[str]
+    consumer: dict[str, str]
+    exclusive: dict[str, bool]
     producers: dict[str, set[str]]
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches storages: which of them are read while they are watched."""
+    """Record which watched storages are read."""
 
-    def __init__(self, taken: set[int]) -> None:
+    def __init__(self, permanent: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.again: set[str] = set()
-        self._taken = taken
+        self.read: set[str] = set()
+        self._permanent = permanent
         self._watched: dict[int, str] = {}
-        # A storage that is gone leaves its address to another one.
+        # Keeps storages alive: the address of a freed one may be given to another.
         self._alive: list[Any] = []
         self._outlasting: list[tuple[StorageWeakRef, str]] = []
 
     def watch(self, name: str, x: Tensor) -> None:
-        """From now on a read of x's memory counts."""
+        """Count reads of x's memory from now on."""
         storage = x.untyped_storage()
         self._alive.append(storage)
         self._outlasting.append((StorageWeakRef(storage), name))  # type: ignore[no-untyped-call]
-        if storage._cdata in self._taken or storage._cdata in self._watched:
-            self.again.add(name)
+        if storage._cdata in self._permanent or storage._cdata in self._watched:
+            self.read.add(name)
         self._watched[storage._cdata] = name
 
     def forget(self, x: Tensor) -> None:
-        """From now on it does not."""
+        """Stop counting reads of x's memory."""
         self._watched.pop(x.untyped_storage()._cdata, None)
 
-    def look(self, values: object) -> None:
-        """Notes the watched memory among these."""
+    def note(self, values: object) -> None:
+        """Record reads of these values."""
         for leaf in tree_leaves(values):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in self._watched:
-                self.again.add(self._watched[leaf.untyped_storage()._cdata])
+                self.read.add(self._watched[leaf.untyped_storage()._cdata])
 
     def end(self) -> None:
-        """Notes the memory that somebody keeps, and may read later."""
+        """Count memory that is still referenced, and may be read later, as read."""
         self._alive.clear()
-        self.again.update(name for kept, name in self._outlasting if not kept.expired())  # type: ignore[no-untyped-call]
+        self.read.update(name for kept, name in self._outlasting if not kept.expired())  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.look((args, kwargs))
+        self.note((args, kwargs))
         out = func(*args, **(kwargs or {}))
         self._alive.extend(leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
 
 
-class _Trace:
-    """Hooks that follow maps through BatchNorms and those who read them (blocks, joins, activations)."""
+class DataflowTrace:
+    """Hooks that follow feature maps through BatchNorms and their consumers (blocks, joins, activations)."""
 
     def __init__(self, reads: _Reads) -> None:
         self.reads = reads
-        self.owners: set[str] = set()
+        self.can_overwrite: set[str] = set()
         self.calls: Counter[str] = Counter()
-        self.readers: dict[str, list[str]] = {}
+        self.consumers: dict[str, list[str]] = {}
         self.producers: dict[str, set[str]] = {}
         self._normalised: list[tuple[Tensor, str]] = []
-        self._given: list[tuple[Tensor, str]] = []
+        self._produced: list[tuple[Tensor, str]] = []
 
     def after_norm(self, path: str, args: tuple[Any, ...], out: Tensor) -> None:
-        """Watches what came in and what goes out."""
+        """Watch a BatchNorm's input and output."""
         self.calls[path] += 1
-        self.producers.setdefault(path, set()).update(producer for given, producer in self._given if given is args[0])
+        self._note_producers(path, args)
         self.reads.watch(f"input of {path}", args[0])
         self.reads.watch(f"output of {path}", out)
         self._normalised.append((out, path))
-        self.readers.setdefault(path, [])
+        self.consumers.setdefault(path, [])
 
-    def before_reader(self, path: str, args: tuple[Any, ...]) -> None:
-        """Notes whose output it reads; what is read until it returns is its own business."""
-        given_by = (producer for given, producer in self._given if args and given is args[0])
-        self.producers.setdefault(path, set()).update(given_by)
+    def before_consumer(self, path: str, args: tuple[Any, ...]) -> None:
+        """Record whose output a consumer reads; its own reads do not count."""
+        self._note_producers(path, args)
         for out, norm in self._normalised:
             if args and args[0] is out:
-                self.readers[norm].append(path)
-                self.reads.look(args[1:])
+                self.consumers[norm].append(path)
+                self.reads.note(args[1:])
                 self.reads.forget(out)
 
-    def after_reader(self, path: str, args: tuple[Any, ...]) -> None:
-        """Watches what it has read."""
+    def after_consumer(self, path: str, args: tuple[Any, ...]) -> None:
+        """Watch a consumer's input."""
         self.calls[path] += 1
         self.reads.watch(path, args[0])
 
     def after_any(self, path: str, out: object) -> None:
-        """Notes who gives out which map."""
+        """Record the module that returned a feature map."""
         if isinstance(out, Tensor):
-            self._given.append((out, path))
+            self._produced.append((out, path))
             for normalised, norm in self._normalised:
                 if normalised is out and norm != path:
                     self.producers[norm].add(path)
 
-    def seen(self) -> Seen:
-        """What all this shows, after which nothing more is followed."""
-        self._given.clear()
+    def _note_producers(self, path: str, args: tuple[Any, ...]) -> None:
+        found = {producer for produced, producer in self._produced if args and produced is args[0]}
+        self.producers.setdefault(path, set()).update(found)
+
+    def result(self) -> Liveness:
+        """End the trace and return what it showed."""
+        self._produced.clear()
         self._normalised.clear()
         self.reads.end()
-        again = self.reads.again
-        reader = {}
-        for norm, paths in self.readers.items():
-            untouched = not again & {f"input of {norm}", f"output of {norm}", *paths}
-            if untouched and len(paths) == 1 and self.calls[norm] == self.calls[paths[0]] == 1:
-                reader[norm] = paths[0]
-        alone = {norm: f"input of {norm}" not in again for norm in self.readers}
-        return Seen(
-            owning=(self.owners & set(self.calls)) - again, reader=reader, alone=alone, producers=self.producers
+        read = self.reads.read
+        consumer = {}
+        for norm, paths in self.consumers.items():
+            unread = not read & {f"input of {norm}", f"output of {norm}", *paths}
+            if unread and len(paths) == 1 and self.calls[norm] == self.calls[paths[0]] == 1:
+                consumer[norm] = paths[0]
+        return Liveness(
+            overwritable=(self.can_overwrite & set(self.calls)) - read,
+            consumer=consumer,
+            exclusive={norm: f"input of {norm}" not in read for norm in self.consumers},
+            producers=self.producers,
         )
 
 
 Named = Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]
 
 
-def traced(model: nn.Module, input_nchw: tuple[int, ...], *, norms: Named, readers: Named) -> Seen:
-    """Runs a copy of the network on the meta device, in inference.
+def analyze(model: nn.Module, input_nchw: tuple[int, ...], *, norms: Named, consumers: Named) -> Liveness:
+    """Run a copy of the network on the meta device, at inference.
 
     Args:
-        model: left as it is.
-        input_nchw: (N, C, H, W) of the example.
-        norms: (path, module) of the BatchNorms in a network whose work might be left to others.
-        readers: of those who might do it, or take the place of what they read; these have an attribute `can_overwrite`.
+        model: not changed.
+        input_nchw: the shape of the example, (N, C, H, W).
+        norms: yields (path, module) of the BatchNorms that might be deferred.
+        consumers: yields (path, module) of the modules that might apply them, or overwrite what they read; the latter
+            have an attribute `can_overwrite`.
 
     Raises:
         Whatever the network raises.
     """
     twin = meta_twin(model).eval()
     example = torch.empty(input_nchw, device="meta", dtype=next((p.dtype for p in twin.parameters()), torch.float32))
-    kept = (*twin.parameters(), *twin.buffers(), example)
-    trace = _Trace(_Reads({tensor.untyped_storage()._cdata for tensor in kept}))
+    permanent = (*twin.parameters(), *twin.buffers(), example)
+    trace = DataflowTrace(_Reads({tensor.untyped_storage()._cdata for tensor in permanent}))
     with ExitStack() as stack:
         for path, module in twin.named_modules():
-            given = partial(trace.after_any, path)
-            stack.callback(module.register_forward_hook(lambda _, _args, out, given=given: given(out)).remove)
+            note = partial(trace.after_any, path)
+            stack.callback(module.register_forward_hook(lambda _, _args, out, note=note: note(out)).remove)
         for path, module in norms(twin):
             after = partial(trace.after_norm, path)
             stack.callback(module.register_forward_hook(lambda _, args, out, after=after: after(args, out)).remove)
-        for path, module in readers(twin):
+        for path, module in consumers(twin):
             if hasattr(module, "can_overwrite"):
-                trace.owners.add(path)
+                trace.can_overwrite.add(path)
             if hasattr(module, "inplace"):
-                # In place, whoever reads its output would seem to read its input.
+                # In place, a reader of its output would seem to read its input.
                 activation: Any = module
                 activation.inplace = False
-            before, after = partial(trace.before_reader, path), partial(trace.after_reader, path)
+            before, after = partial(trace.before_consumer, path), partial(trace.after_consumer, path)
             stack.callback(module.register_forward_pre_hook(lambda _, args, before=before: before(args)).remove)
             stack.callback(module.register_forward_hook(lambda _, args, _out, after=after: after(args)).remove)
         with torch.no_grad(), trace.reads:
-            trace.reads.look(twin(example))
-    return trace.seen()
+            trace.reads.note(twin(example))
+    return trace.result()

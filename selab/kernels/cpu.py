@@ -357,7 +357,7 @@ def squeezed(m: Tensor) -> Tensor:
 _EXACT = (torch.float32, torch.float64)
 
 
-def expressed(y: Tensor, shortcut: Tensor | None, params: BlockParams) -> Tensor:
+def compilable(y: Tensor, shortcut: Tensor | None, params: BlockParams) -> Tensor:
     """The block as a compiler should see it: (N, C, H, W), the shortcut alike or None → (N, C, H, W).
 
     For few images the two layers are products and sums, which a compiler puts into one loop with the activation and

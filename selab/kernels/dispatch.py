@@ -1,4 +1,4 @@
-"""Which implementation of an SE block runs for a map, and why not a faster one."""
+"""Choose the implementation of an SE block for a feature map, and give the reason against a faster one."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,27 +14,27 @@ IMPLS: tuple[Impl, ...] = ("auto", "reference", "torch", "native", "operator")
 
 
 def choose(impl: Impl, x: Tensor, shortcut: Tensor | None, params: BlockParams) -> tuple[Impl, str]:
-    """What runs where `impl` is asked for, and why not a faster one (empty if there is none).
+    """Return the implementation that runs, and the reason against a faster one (empty if there is none).
 
     Args:
-        impl: `auto`, or one in particular; then `reference` with a reason says that it cannot run.
+        impl: `auto`, or the one requested; if that one cannot run, the answer is `reference` and the reason.
         x: (N, C, H, W).
-        shortcut: of the join behind the block, or None.
+        shortcut: the summand of the residual join after the block, (N, C, H, W), or None.
         params: of the block.
     """
     if impl == "reference":
-        return "reference", "asked for"
+        return "reference", "requested"
     compiling = torch.compiler.is_compiling()
     reason = "" if compiling else needs_reference(x)
     if reason:
         return "reference", reason
     if compiling and x.is_cpu and impl in ("auto", "torch"):
-        return "torch", "the compiler makes the loops"
+        return "torch", "the compiler generates the loops"
     if compiling or not x.is_cpu or impl == "operator":
         reason = _operator_refuses(x, shortcut, params)
         return ("reference", reason) if reason else ("operator", "")
     if impl == "torch":
-        return "torch", "asked for"
+        return "torch", "requested"
     reason = cpu.native_refuses(x, shortcut, params)
     if reason and impl == "native":
         return "reference", reason
@@ -50,21 +50,24 @@ def run(
     can_overwrite: bool,
     norm: Norm | None = None,
 ) -> Tensor:
-    """The block by an implementation that `choose` named, the reference excepted: (N, C, H, W) → (N, C, H, W).
+    """Run a block by the implementation that `choose` returned, except for the reference.
 
     Args:
         impl: `torch`, `native` or `operator`.
         x: (N, C, H, W).
-        shortcut: of the join behind the block, or None.
+        shortcut: the summand of the residual join after the block, (N, C, H, W), or None.
         params: of the block.
-        can_overwrite: whether the output may take x's place where no gradient is recorded.
-        norm: what x waits for, where `native` runs without gradients.
+        can_overwrite: whether the output may reuse x's memory where no gradient is recorded.
+        norm: the deferred BatchNorm of x; only with `native`, without gradients.
+
+    Returns:
+        (N, C, H, W).
     """
     if impl == "operator":
         out: Tensor = torch.ops.selab.gated(x, shortcut, *params[:10])[0]
         return out
     if torch.compiler.is_compiling():
-        return cpu.expressed(x, shortcut, params)
+        return cpu.compilable(x, shortcut, params)
     native = impl == "native"
     if records_gradients(x, shortcut, *params[:4]):
         joined: Tensor = cpu.Gated.apply(x, shortcut, *params[:4], params, native)  # type: ignore[no-untyped-call]
@@ -72,40 +75,46 @@ def run(
     return cpu.infer(x, shortcut, params, native=native, in_place=can_overwrite, norm=norm)
 
 
+# ------------------------------------------------------------------------------------------------ cached decisions
 CachedCall = Callable[[Tensor, Tensor | None], Tensor | None]
 
 
 class CachedDispatch:
-    """A module that keeps in `_cached_call` what it did the last time (`repeat`), until one of its attributes changes.
+    """A module that caches its last native call and replays it until one of its attributes changes.
 
     Attributes:
-        can_overwrite: whether nobody else needs the input, so that the output may take its place in inference.
-        producers: the modules that return the input, or are given it with it: their hooks may have kept it.
+        can_overwrite: whether no other module needs the input, so that the output may reuse its memory at inference.
+        producers: the modules that return the input or receive it first; their hooks may have kept it.
     """
 
     can_overwrite: bool
     producers: tuple[nn.Module, ...] = ()
 
     def may_overwrite(self) -> bool:
-        """Whether the output may take the input's place now."""
+        """Return whether the output may reuse the input's memory now."""
         this: Any = self
         return self.can_overwrite and not has_hooks(this, *self.producers)
 
-    def replay(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | None:
-        """What was done natively the last time, for this map; None if nothing was, or anything has changed since."""
-        decided = self.__dict__.get("_cached_call")
-        if decided is None or torch.compiler.is_compiling():
+    def remember(self, call: CachedCall, *, join: nn.Module | None = None) -> None:
+        """Cache a call; `join` is the module whose work it includes."""
+        self.__dict__["_cached_call"] = (join, call)
+
+    def replay(self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None) -> Tensor | None:
+        """Return the output of the cached call; None without one, or if anything has changed since."""
+        # Written out, as everything on this path: between two convolutions every attribute of a module is a cache miss.
+        cached = self.__dict__.get("_cached_call")
+        if cached is None or cached[0] is not join or torch.compiler.is_compiling():
             return None
-        out: Tensor | None = decided(x, shortcut)
+        out: Tensor | None = cached[1](x, shortcut)
         return out
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Forgets what was decided before the change."""
+        """Discard the cached call with every change."""
         self.__dict__.pop("_cached_call", None)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was decided: a copy has weights of its own."""
+        """Leave the cached call out: a copy has weights of its own."""
         return {name: value for name, value in self.__dict__.items() if name != "_cached_call"}
 
 
@@ -118,25 +127,25 @@ def cached_call(
     layers: tuple[nn.Module, ...] = (),
     watched: tuple[nn.Module, ...] = (),
     norm: nn.BatchNorm2d | None = None,
-    waiting: bool = True,
+    deferred: bool = True,
     can_overwrite: bool,
 ) -> CachedCall:
-    """The native pass in inference once more, for maps like these: what has not changed is not decided again.
+    """Return a function that repeats the native call at inference until an input property changes.
 
-    Between two convolutions a cache has forgotten the interpreter's data, and every object that a decision looks at
-    costs about as much as a row of the map. The function returns None as soon as anything is not as it was; then
-    `choose` decides anew.
+    It skips the decision: between two convolutions the interpreter's data have left the cache, and every object that a
+    decision looks at costs about as much as a row of the feature map. It returns None as soon as anything differs.
 
     Args:
-        x: (N, C, H, W), that the native code has just been chosen for.
-        shortcut: likewise, or None.
-        params: of the block, or the activation of a pass without one, of `cpu.POST_ACTIVATIONS`.
+        x: (N, C, H, W), for which the native code was chosen.
+        shortcut: (N, C, H, W) or None.
+        params: of the block, or the activation of a pass without one, one of `cpu.POST_ACTIVATIONS`.
         owners: modules whose children must stay the same and have no hooks.
         layers: the two modules that hold the block's weights.
-        watched: modules that must not have hooks themselves.
-        norm: the BatchNorm that x waits for, or None.
-        waiting: whether x waits for it; without, it is the BatchNorm itself that computes, its activation with it.
-        can_overwrite: whether the output may take x's place.
+        watched: modules that must have no hooks themselves.
+        norm: the BatchNorm to apply first, or None.
+        deferred: whether x must be marked with `norm`; otherwise the call is the BatchNorm's own, and `params` is its
+            activation.
+        can_overwrite: whether the output may reuse x's memory.
     """
     if norm is not None:
         owners = (*owners, norm)
@@ -147,55 +156,32 @@ def cached_call(
         weights += [_tensor_in(norm._parameters, name) for name in ("weight", "bias")]
         weights += [_tensor_in(norm._buffers, name) for name in ("running_mean", "running_var")]
     statistics = None if norm is None else norm_of(norm)
-    if statistics is not None and not waiting:
+    if statistics is not None and not deferred:
         statistics = statistics._replace(activation="")
-    return _make_call(
+    return _new_call(
         x,
         owners,
         shape_bytes=cpu.native_shape(x, params, statistics),
         watched=watched,
         attributes=() if norm is None else ((norm.__dict__, "eps", norm.eps), (norm.__dict__, "training", False)),
         weights=tuple(weights),
-        norm=norm if waiting else None,
+        norm=norm if deferred else None,
         kind=None,
         joined=shortcut is not None,
         can_overwrite=can_overwrite,
     )
 
 
-def norm_of(module: nn.BatchNorm2d) -> Norm | None:
-    """What a BatchNorm computes in inference; None for one without statistics of its own, or an unknown activation.
-
-    One with an activation of its own, as timm's, has it as `act`.
-    """
-    held: dict[str, Any] = {**module._parameters, **module._buffers}
-    mean, var = held.get("running_mean"), held.get("running_var")
-    act = module._modules.get("act")
-    activation = "" if act is None else NORM_ACTIVATIONS.get(type(act))
-    if mean is None or var is None or activation is None or not held.keys() >= {"weight", "bias"}:
-        return None
-    return Norm(held["weight"], held["bias"], mean, var, module.eps, activation)
-
-
-NORM_ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.Identity: "",
-    nn.ReLU: "relu",
-    nn.Hardswish: "hardswish",
-    nn.SiLU: "silu",
-}
-"""Layers behind a BatchNorm that the native code can compute with it, as `cpu.POST_ACTIVATIONS` calls them."""
-
-
 def cached_deferral(x: Tensor, norm: nn.BatchNorm2d, watched: tuple[nn.Module, ...], kind: type[Tensor]) -> CachedCall:
-    """Marks maps like this one with the BatchNorm that they wait for, and returns them; None as in `repeat`.
+    """Return a function that marks feature maps like x with their deferred BatchNorm; see `cached_call`.
 
     Args:
         x: (N, C, H, W), without gradients.
         norm: in inference.
-        watched: modules that must not have hooks themselves.
-        kind: the class of a map that waits.
+        watched: modules that must have no hooks themselves.
+        kind: the class of a marked feature map.
     """
-    return _make_call(
+    return _new_call(
         x,
         (norm,),
         shape_bytes=b"",
@@ -209,13 +195,13 @@ def cached_deferral(x: Tensor, norm: nn.BatchNorm2d, watched: tuple[nn.Module, .
     )
 
 
-def _make_call(
+def _new_call(
     x: Tensor, owners: tuple[nn.Module, ...], *, watched: tuple[nn.Module, ...], **conditions: Any
 ) -> CachedCall:
     children = (module for owner in owners for module in owner._modules.values() if module is not None)
-    decision: CachedCall = cpu.native_call(
+    call: CachedCall = cpu.native_call(
         flags=_FLAGS,
-        hooks=(*_EVERYWHERE, *(hooks for module in (*children, *watched) for hooks in _hooks(module))),
+        hooks=(*_GLOBAL_HOOKS, *(hooks for module in (*children, *watched) for hooks in _hooks(module))),
         children=tuple((owner._modules, tuple(owner._modules.values())) for owner in owners),
         tensor=Tensor,
         dtype=torch.float32,
@@ -227,7 +213,7 @@ def _make_call(
         empty_like=torch.empty_like,
         **conditions,
     )
-    return decision
+    return call
 
 
 def _tensor_in(held: Mapping[str, Tensor | None], name: str) -> tuple[object, str, Tensor | None, int]:
@@ -235,8 +221,8 @@ def _tensor_in(held: Mapping[str, Tensor | None], name: str) -> tuple[object, st
     return held, name, found, 0 if found is None else found.numel()
 
 
-# Each says, by anything but zero or None, that operations do not run one by one, unobserved, in their own dtypes and
-# without gradients. Forward-mode gradients have a level instead.
+# Each returns anything but zero or None while operations are recorded, observed, transformed or cast. Forward-mode AD
+# has a level instead.
 _FLAGS = (
     torch.is_grad_enabled,
     torch._C._len_torch_dispatch_stack,
@@ -245,7 +231,31 @@ _FLAGS = (
     torch._C._is_any_autocast_enabled,
     torch._C._functorch.peek_interpreter_stack,
 )
-_EVERYWHERE = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+# ------------------------------------------------------------------------------------------- what a decision looks at
+NORM_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "",
+    nn.ReLU: "relu",
+    nn.Hardswish: "hardswish",
+    nn.SiLU: "silu",
+}
+"""Activations after a BatchNorm that the native code can compute with it, by their names in `cpu.POST_ACTIVATIONS`."""
+
+
+def norm_of(module: nn.BatchNorm2d) -> Norm | None:
+    """Return what a BatchNorm computes at inference; None without running statistics or with an unknown activation.
+
+    A BatchNorm with an activation of its own, as timm's, holds it as `act`.
+    """
+    held: dict[str, Any] = {**module._parameters, **module._buffers}
+    mean, var = held.get("running_mean"), held.get("running_var")
+    act = module._modules.get("act")
+    activation = "" if act is None else NORM_ACTIVATIONS.get(type(act))
+    if mean is None or var is None or activation is None or not held.keys() >= {"weight", "bias"}:
+        return None
+    return Norm(held["weight"], held["bias"], mean, var, module.eps, activation)
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
@@ -253,38 +263,45 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _operator_refuses(x: Tensor, shortcut: Tensor | None, params: BlockParams) -> str:
-    """Why the operator cannot run, or does not pay."""
-    # Loading it registers the operator, and only those load it who use it.
+    # Importing it registers the operator; only its users pay for that.
     from selab.kernels import ops
 
     reason = ops.gpu_reason() if x.is_cuda else ""
     return reason or ops.refuses(x, shortcut, *params[:6])
 
 
-def has_hooks(*parts: nn.Module) -> bool:
-    """Whether a hook waits for any of these modules to run."""
-    return any(_EVERYWHERE) or any(any(_hooks(part)) for part in parts)
+def has_hooks(*modules: nn.Module) -> bool:
+    """Return whether a hook is registered on any of these modules, or on all modules."""
+    return any(_GLOBAL_HOOKS) or any(any(_hooks(module)) for module in modules)
+
+
+def holds_weights(layer: nn.Module) -> bool:
+    """Return whether a layer's weight and bias are its own parameters, used by the forward of its class.
+
+    Pruning, weight norm and wrappers replace one of them; such a layer must be called.
+    """
+    return "weight" in layer._parameters and "bias" in layer._parameters and "forward" not in layer.__dict__
 
 
 def needs_reference(x: Tensor) -> str:
-    """Why a map can only be given to torch's own operations; empty for a plain one on a CPU or a GPU."""
+    """Return why only the separate torch operations can take a tensor; empty for a plain one on a CPU or a GPU."""
     if type(x) is not Tensor:
-        return f"the map is a {type(x).__name__}"
+        return f"the input is a {type(x).__name__}"
     if not (x.is_cpu or x.is_cuda):
-        return f"the map is on device {x.device.type!r}"
+        return f"unsupported device: {x.device.type}"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return "a mode looks at every operation"
+        return "a torch mode intercepts every operation"
     if torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "the network is being traced or transformed"
     if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode gradients are taken"
+        return "forward-mode AD is active"
     if x.is_cpu and torch.is_autocast_enabled("cpu"):
-        return "autocast chooses the dtypes"
+        return "autocast is active"
     if x.is_cpu and x.dtype not in (torch.float32, torch.float64):
-        return f"{str(x.dtype).removeprefix('torch.')} on a CPU has the reference alone"
+        return f"unsupported dtype on a CPU: {str(x.dtype).removeprefix('torch.')}"
     return ""
 
 
 def records_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with these."""
+    """Return whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)

@@ -1,12 +1,12 @@
-"""What stands behind a BatchNorm: the join of a residual block, or an activation, in one pass with it."""
+"""Residual joins and activations in one pass, together with a deferred BatchNorm before them."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selab.kernels import cpu
-from selab.kernels.deferred_bn import consume, materialize, materialize_unsupported, pending_norm
+from selab.kernels.deferred_bn import consume, materialize, pending_norm, supported
 from selab.kernels.dispatch import (
     NORM_ACTIVATIONS,
     CachedDispatch,
@@ -15,26 +15,29 @@ from selab.kernels.dispatch import (
     needs_reference,
     records_gradients,
 )
+from selab.kernels.swap import Swapped
 
 ADD_RELU = "relu(branch + shortcut)"
 FORMULAS = ("branch + shortcut", ADD_RELU)
-"""What a join may call itself, in an attribute `formula`, to be computed together with the block before it."""
+"""Values of a join's attribute `formula` with which it can be computed together with the block before it."""
+ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.SiLU, nn.Hardswish)
+"""Classes that `FusedActivation` can be put before."""
 
 
 def formula_of(join: nn.Module) -> str:
-    """What a join computes, one of `FORMULAS`; empty if it is another, or has another activation by now."""
+    """Return what a join computes, one of `FORMULAS`; empty if it declares another, or its activation is no ReLU."""
     formula = getattr(join, "formula", "")
     plain = all(type(child) is nn.ReLU for child in join.children())
     return formula if formula in FORMULAS and plain else ""
 
 
 class FusedJoin(CachedDispatch, nn.Module):
-    """relu(branch + shortcut) in one pass; anything but plain float maps goes through the join that it stands for.
+    """relu(branch + shortcut) in one pass; runs the wrapped join for anything but plain float tensors.
 
-    Shapes: two times (N, C, H, W) to (N, C, H, W).
+    Shapes: two inputs (N, C, H, W); output (N, C, H, W).
 
     Attributes:
-        can_overwrite: whether nobody else needs the branch, so that the output may take its place in inference.
+        can_overwrite: whether no other module needs the branch, so that the output may reuse its memory at inference.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -44,11 +47,11 @@ class FusedJoin(CachedDispatch, nn.Module):
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """(N, C, H, W) twice → (N, C, H, W)."""
-        repeated = self.replay(branch, shortcut)
-        if repeated is not None:
-            return repeated
+        replayed = self.replay(branch, shortcut)
+        if replayed is not None:
+            return replayed
         inner: Any = self._modules["inner"]
-        branch = materialize_unsupported(branch)
+        branch = supported(branch)
         observed = torch.compiler.is_compiling() or has_hooks(inner, *inner.children()) or formula_of(inner) != ADD_RELU
         if observed or needs_reference(branch):
             out: Tensor = inner(materialize(branch), shortcut)
@@ -63,69 +66,47 @@ class FusedJoin(CachedDispatch, nn.Module):
         return _activated(self, (self, inner), branch, shortcut, "relu")
 
 
-class FusedActivation(CachedDispatch):
-    """Stands before an activation's class: one pass with the BatchNorm that its map waits for; without one, itself.
+class FusedActivation(Swapped, CachedDispatch):
+    """An activation in one pass with the deferred BatchNorm of its input; without one, the activation alone.
 
-    Shapes: (N, C, H, W) to (N, C, H, W).
+    For `swap`, before one of `ACTIVATIONS`.
+
+    Shapes: input and output (N, C, H, W).
 
     Attributes:
-        library: the class that it is of otherwise.
-        can_overwrite: as in `FusedJoin`.
+        can_overwrite: see `FusedJoin`.
     """
 
-    library: ClassVar[type[nn.Module]]
-    can_overwrite: bool
+    can_overwrite = False
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        repeated: Tensor | None = self.replay(x)
-        if repeated is not None:
-            return repeated
-        x = materialize_unsupported(x)
+        replayed: Tensor | None = self.replay(x)
+        if replayed is not None:
+            return replayed
+        x = supported(x)
         if pending_norm(x) is None or cpu.activated_refuses(x, None):
             out: Tensor = self.library.forward(self, materialize(x))
             return out
         return _activated(self, (self,), x, None, NORM_ACTIVATIONS[self.library])
 
 
-class FusedReLU(FusedActivation, nn.ReLU):
-    """See `FusedActivation`."""
-
-    library = nn.ReLU
-
-
-class FusedSiLU(FusedActivation, nn.SiLU):
-    """See `FusedActivation`."""
-
-    library = nn.SiLU
-
-
-class FusedHardswish(FusedActivation, nn.Hardswish):
-    """See `FusedActivation`."""
-
-    library = nn.Hardswish
-
-
-FUSED_ACTIVATIONS: dict[type[nn.Module], type[FusedActivation]] = {
-    kind.library: kind for kind in (FusedReLU, FusedSiLU, FusedHardswish)
-}
-
-
 def _activated(
     module: FusedJoin | FusedActivation, owners: tuple[Any, ...], y: Tensor, shortcut: Tensor | None, activation: str
 ) -> Tensor:
-    """activation(norm(y) + shortcut) natively and without gradients; keeps the decision in the module."""
-    overwrite, norm = module.may_overwrite(), pending_norm(y)
+    """Run activation(norm(y) + shortcut) natively, without gradients, and cache the call in the module."""
+    overwrite = module.may_overwrite()
     if not torch.is_grad_enabled():
         watched: tuple[Any, ...] = (module, *module.producers)
-        module.__dict__["_cached_call"] = cached_call(
-            y, shortcut, activation, owners, watched=watched, norm=norm, can_overwrite=overwrite
+        norm = pending_norm(y)
+        module.remember(
+            cached_call(y, shortcut, activation, owners, watched=watched, norm=norm, can_overwrite=overwrite)
         )
     return cpu.activated(y, shortcut, consume(y), activation, in_place=overwrite)
 
 
 def _join_on_gpu(inner: nn.Module, branch: Tensor, shortcut: Tensor) -> Tensor:
-    # Loading it registers the operator, and only those load it who use it.
+    # Importing it registers the operator; only its users pay for that.
     from selab.kernels import ops
 
     refused = ops.refuses_join(branch, shortcut)

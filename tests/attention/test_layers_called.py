@@ -125,7 +125,7 @@ def test_a_forward_of_its_own(block, x):
 def test_an_implementation_that_was_asked_for_says_why_it_cannot_run(impl, x):
     block = SqueezeExcitation(16, 4, impl=impl)
     block.fc1 = LowRank(block.fc1)
-    with pytest.raises(Exception, match=f"impl '{impl}': LowRank stands in the block; use impl='auto'"):
+    with pytest.raises(Exception, match=f"impl '{impl}': unsupported fc1: LowRank; use impl='auto'"):
         block(x)
 
 

@@ -45,7 +45,7 @@ class TestLooking:
         _, out, _ = selab("show", "se_resnet18", "--runtime", "--dtype", "bf16")
         assert "in place" not in out
         _, out, _ = selab("show", "se_resnet50_max", "--runtime", "--json", "-")
-        assert {one["reason"] for one in json.loads(out)} == {"squeeze 'max' has the reference alone"}
+        assert {one["reason"] for one in json.loads(out)} == {"unsupported squeeze: max"}
 
     def test_show_as_json(self, selab):
         found = json.loads(selab("show", "se_resnet50", "--json", "-")[1])

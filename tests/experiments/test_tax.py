@@ -143,7 +143,7 @@ def test_what_stands_around_the_blocks_gets_the_same_care_in_all_networks():
         kinds = [type(module) for module in make().modules()]
         # A BatchNorm before a block that is not the fast one is read by that block.
         expected = {"plain": 0, "baseline": deferred, "again": deferred, "fast": deferred}.get(name, deferred - 9)
-        assert kinds.count(DeferredNorm) == expected, name
+        assert sum(issubclass(kind, DeferredNorm) for kind in kinds) == expected, name
         assert kinds.count(FusedJoin) == (0 if name == "plain" else joined), name
 
 
@@ -192,7 +192,7 @@ def test_a_block_without_a_fast_way_is_left_out_of_the_baseline_too_and_its_reas
     networks = tax._networks(tax.implementations)
     assert type(networks["baseline"]()[3]) is nn.Identity
     networks["fast"]()
-    assert "1 blocks as they were: its gate is Tanh" in tax._remarks["fast"]
+    assert "left 1 SE block unchanged: unsupported gate: Tanh" in tax._remarks["fast"]
     assert "1 run by" in tax._remarks["fast"]
 
 
@@ -257,7 +257,7 @@ class TestTax:
         assert all(pair.latency.runs and not pair.latency.error for pair in record.pairs)
         assert set(record.profiled.stages) == {"squeeze", "excitation", "scale"}
         assert record.saved_for_backward_bytes == {}
-        assert record.remarks[0] == "baseline: 2 BatchNorms in one pass with what is behind them"
+        assert record.remarks[0] == "baseline: folded 2 BatchNorms"
         assert "2 run by" in record.remarks[-1]
         assert f"{toy}:se_toy --threads 1 --budget 0.2 --phase forward" in record.command
 

@@ -44,7 +44,7 @@ def assert_same(model, fused, example):
 
 @pytest.mark.parametrize(("model", "what"), [(3, "int"), ("resnet18", "str"), (nn.ReLU, "type")])
 def test_what_is_no_network_is_told_in_one_line(model, what):
-    with pytest.raises(ModelError, match=rf"^selab\.fuse: {what} is no network; give it a torch\.nn\.Module$"):
+    with pytest.raises(ModelError, match=rf"^selab\.fuse: expected a torch\.nn\.Module, got {what}$"):
         fuse(model)
 
 
@@ -94,7 +94,7 @@ def test_what_was_done_is_told():
 def test_blocks_without_a_fast_way_stay_and_say_why():
     model = build(catalog.find("resnet18+squeeze=max"), input_chw=(3, 64, 64)).model.eval()
     fused = copy.deepcopy(model)
-    assert {one.reason for one in fuse(fused, input_nchw=SMALL).blocks} == {"squeeze 'max' has the reference alone"}
+    assert {one.reason for one in fuse(fused, input_nchw=SMALL).blocks} == {"unsupported squeeze: max"}
     assert_same(model, fused, torch.randn(SMALL))
 
 
@@ -182,7 +182,9 @@ def test_without_a_pass_on_the_meta_device_nothing_is_overwritten_and_the_reason
     model = built("se_resnet18").eval()
     fused = copy.deepcopy(model)
     fusion = fuse(fused, input_nchw=(1, 5, 64, 64))
-    assert fusion.in_place_reason.startswith("no pass over an input of shape (1, 5, 64, 64) on the meta device: ")
+    assert fusion.in_place_reason.startswith(
+        "the network fails on the meta device with an input of shape (1, 5, 64, 64): "
+    )
     assert not any(one.in_place for one in fusion.blocks)
     assert_same(model, fused, torch.randn(SMALL))
 
@@ -227,7 +229,7 @@ def test_how_each_block_would_run_is_known_without_running_it():
     assert [one.map_nchw for one in found][::2] == [(1, 64, 16, 16), (1, 128, 8, 8), (1, 256, 4, 4), (1, 512, 2, 2)]
     assert {one.impl for one in found} == {"torch" if cpu.native_reason() else "native"}
     halves = runtimes(model, SMALL, dtype=torch.bfloat16)
-    assert {(one.impl, one.reason) for one in halves} == {("reference", "bfloat16 on a CPU has the reference alone")}
+    assert {(one.impl, one.reason) for one in halves} == {("reference", "unsupported dtype on a CPU: bfloat16")}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(isinstance(module, FusedJoin) for module in model.modules())
 
@@ -479,15 +481,20 @@ def test_what_was_fused_is_told_and_what_was_not_and_why():
         FusedBlock(path="2", kind="SE", reason="its gate is Tanh"),
     )
     assert str(Fusion(blocks=blocks, joins=2, norms=3, in_place_reason="no pass")) == (
-        "2 joins in one pass, 3 BatchNorms in one pass with what is behind them, 1 blocks in one pass with their join, "
-        "1 blocks with the ReLU before them, 1 blocks in place; 1 blocks as they were: its gate is Tanh; no pass"
+        "fused 2 SE blocks (1 with their join, 1 with the ReLU before them, 1 in place) and 2 residual joins, folded 3 "
+        "BatchNorms; left 1 SE block unchanged: its gate is Tanh; no pass"
     )
     assert str(Fusion(blocks=(), joins=0)) == "nothing to fuse"
+    mobile = FusedBlock(path="0", kind="SE", in_place=True)
+    assert repr(Fusion(blocks=(mobile,) * 13, joins=0, norms=10)) == (
+        "fused 13 SE blocks (in place) and folded 10 BatchNorms"
+    )
+    assert str(Fusion(blocks=(mobile,), joins=1)) == "fused 1 SE block (in place) and 1 residual join"
 
 
 @pytest.mark.parametrize("shape", ["abc", (1, 3), (1, 3, 0, 8), (1, 3, 8.0, 8), 224])
 def test_what_is_no_shape_of_images_is_refused(shape):
-    with pytest.raises(ModelError, match=r"selab\.fuse: input_nchw .*: four sizes \(N, C, H, W\)"):
+    with pytest.raises(ModelError, match=r"selab\.fuse: input_nchw .*: expected four sizes \(N, C, H, W\)"):
         fuse(nn.Sequential(nn.Conv2d(3, 4, 1)), input_nchw=shape)
 
 

@@ -19,10 +19,11 @@ from selab.kernels.deferred_bn import (
     consume,
     defer,
     materialize,
-    materialize_unsupported,
     pending_norm,
+    supported,
 )
-from selab.kernels.residual import ADD_RELU, FusedReLU
+from selab.kernels.residual import ADD_RELU, FusedActivation
+from selab.kernels.swap import swap
 
 pytestmark = pytest.mark.skipif(bool(cpu.native_reason()), reason=cpu.native_reason() or "it is there")
 SIZE = (2, 3, 10, 9)
@@ -149,7 +150,8 @@ class TestWaiting:
     @pytest.mark.parametrize("changed", [lambda mean: mean.double(), lambda mean: mean[:4]], ids=["dtype", "channels"])
     def test_statistics_of_another_kind_are_torch_s_to_refuse(self, changed):
         norm, relu = deferred(), nn.ReLU()
-        norm.consumers, relu.__class__, relu.can_overwrite = (relu,), FusedReLU, True
+        swap(relu, FusedActivation)
+        norm.consumers, relu.can_overwrite = (relu,), True
         with torch.no_grad():
             relu(norm(torch.randn(2, 8, 3, 3)))
             handed = norm(torch.randn(2, 8, 3, 3))
@@ -166,7 +168,7 @@ class TestWaiting:
             norm.running_mean = norm.running_mean.clone()
             handed = norm(x)
             norm._buffers["running_mean"] = torch.stack([norm.running_mean, norm.running_var], 1)[:, 0]
-            found = materialize_unsupported(handed)
+            found = supported(handed)
         assert pending_norm(found) is None
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 

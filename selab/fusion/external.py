@@ -162,9 +162,9 @@ class FusedExternal(Swapped, CachedDispatch):
 
 def _choose(module: nn.Module, x: Tensor) -> tuple[Impl, str, BlockParams | None]:
     """Return the implementation, the reason against a faster one and, except for the reference, the parameters."""
-    params = hooked(module) or external_params(module)
-    if isinstance(params, str):
-        return "reference", params, None
+    params = external_params(module)
+    if isinstance(params, str) or hooked(module):
+        return "reference", params if isinstance(params, str) else hooked(module), None
     impl, reason = choose("auto", x, None, params)
     return impl, reason, None if impl == "reference" else params
 

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from selab.kernels import memory_format
 
 # As in native.c: a library that was built from older sources must not be called.
-_INTERFACE = 2
+_INTERFACE = 3
 
 
 def _load(name: str = "selab.kernels._native") -> tuple[Any, str]:

@@ -155,6 +155,10 @@ def cached_call(
     if norm is not None:
         weights += [_tensor_in(norm._parameters, name) for name in ("weight", "bias")]
         weights += [_tensor_in(norm._buffers, name) for name in ("running_mean", "running_var")]
+    # A layer with a forward of its own (...: none) must be called.
+    attributes: list[tuple[dict[str, Any], str, object]] = [(layer.__dict__, "forward", ...) for layer in layers]
+    if norm is not None:
+        attributes += [(norm.__dict__, "eps", norm.eps), (norm.__dict__, "training", False)]
     statistics = None if norm is None else norm_of(norm)
     if statistics is not None and not deferred:
         statistics = statistics._replace(activation="")
@@ -163,7 +167,7 @@ def cached_call(
         owners,
         shape_bytes=cpu.native_shape(x, params, statistics),
         watched=watched,
-        attributes=() if norm is None else ((norm.__dict__, "eps", norm.eps), (norm.__dict__, "training", False)),
+        attributes=tuple(attributes),
         weights=tuple(weights),
         norm=norm if deferred else None,
         kind=None,

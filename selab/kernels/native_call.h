@@ -127,7 +127,9 @@ static int is_unchanged(const CachedCall *d) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(d->held[ATTRIBUTES]); i++) {
         PyObject *one = PyTuple_GetItem(d->held[ATTRIBUTES], i);
         PyObject *now = PyDict_GetItemWithError(PyTuple_GetItem(one, 0), PyTuple_GetItem(one, 1));
-        if (now != PyTuple_GetItem(one, 2)) return PyErr_Occurred() ? -1 : 0;
+        PyObject *expected = PyTuple_GetItem(one, 2); /* `...`: there must be no such attribute */
+        if (now != (expected == Py_Ellipsis ? NULL : expected)) return PyErr_Occurred() ? -1 : 0;
+        if (!now && PyErr_Occurred()) return -1;
     }
     PyObject *threads = PyObject_CallNoArgs(d->held[COUNT]);
     if (!threads) return -1;

@@ -351,6 +351,17 @@ class TestChoice:
         assert torch.equal(cpu.add_relu(x, -2 * x), torch.relu(-x))
 
 
+def test_a_layer_that_gets_a_forward_of_its_own_is_called_from_then_on():
+    fast, x = block(4, "auto").eval(), torch.randn(1, 4, 3, 3)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_near(fast(x), in_double(fast)(x.double()), FORWARD)
+        fast.fc2.forward = lambda x: x.new_zeros(x.shape[0], 4)
+        torch.testing.assert_close(fast(x), x / 2)
+        del fast.fc2.forward
+        assert_near(fast(x), in_double(fast)(x.double()), FORWARD)
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [

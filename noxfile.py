@@ -13,6 +13,9 @@ nox.options.reuse_existing_virtualenvs = True
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 TABLES = Path("docs/tables")
+IMAGES = Path("docs/images")
+RESULTS = Path("docs/results.md")
+TAX_RESULTS = Path("docs/se-tax-results.md")
 # One SE variant of each kind that the SENet paper publishes an ImageNet error for.
 DRAWN = (
     "se_shufflenet",
@@ -178,24 +181,26 @@ def tax_foreign(session: nox.Session) -> None:
 
 @nox.session
 def readme(session: nox.Session) -> None:
-    """Render the tables and pictures in README.md again, from the records of the machine that it links to."""
+    """Render the tables and pictures of the docs and README.md again, from the records of the linked machines."""
     session.install("-e", ".")
-    linked = re.findall(r"\((profiles/[^)]+)\)", Path("README.md").read_text(encoding="utf-8"))
+    linked = re.findall(r"\(\.\./(profiles/[^)]+)\)", RESULTS.read_text(encoding="utf-8"))
     folder = linked[0] if linked else machine_folder(session)
     for trained in dict.fromkeys(one for one in linked if (Path(one) / "accuracy").is_dir()):
-        session.run("selab", "table", "accuracy", "--profiles", trained, "--into", "README.md")
+        session.run("selab", "table", "accuracy", "--profiles", trained, "--into", str(RESULTS))
         axes = ("--x", "latency", "--y", "top1_error_trained")
-        session.run("selab", "plot", "accuracy", *axes, "--profiles", trained, "--out", "docs/bought.svg", "--replace")
-    taxed = re.search(r"\.\./(profiles/[^/)]+)", Path("docs/se-tax.md").read_text(encoding="utf-8"))
+        session.run(
+            "selab", "plot", "accuracy", *axes, "--profiles", trained, "--out", f"{IMAGES}/bought.svg", "--replace"
+        )
+    taxed = re.search(r"\.\./(profiles/[^/)]+)", TAX_RESULTS.read_text(encoding="utf-8"))
     if taxed is not None:
-        session.run("selab", "table", "tax", "--profiles", taxed[1], "--into", "docs/se-tax.md")
+        session.run("selab", "table", "tax", "--profiles", taxed[1], "--into", str(TAX_RESULTS))
         record = f"{taxed[1]}/tax/se_resnet50.cpu-b1-224-fp32-held-t1.forward.json"
-        session.run("selab", "plot", "tax", "--record", record, "--out", "docs/tax.svg", "--replace")
+        session.run("selab", "plot", "tax", "--record", record, "--out", f"{IMAGES}/tax.svg", "--replace")
     for name in ("added", "mobile", "paper-2"):
-        session.run("selab", "table", name, "--profiles", folder, "--into", "README.md")
-    session.run("selab", "plot", "added", "--profiles", folder, "--out", "docs/added.svg", "--replace")
+        session.run("selab", "table", name, "--profiles", folder, "--into", str(RESULTS))
+    session.run("selab", "plot", "added", "--profiles", folder, "--out", f"{IMAGES}/added.svg", "--replace")
     arches = [word for name in DRAWN for word in ("--arch", name)]
-    session.run("selab", "plot", "accuracy", *arches, "--out", "docs/accuracy.svg", "--replace")
+    session.run("selab", "plot", "accuracy", *arches, "--out", f"{IMAGES}/accuracy.svg", "--replace")
 
 
 @nox.session

@@ -38,7 +38,7 @@ def build(name: str, *, seed: int = 0, se: str | None = None, init: Init | None 
         SpecError: a file is malformed, or its builder fails.
         InsertionError: a block cannot stand where it should.
 
-    Example:
+    Examples:
         >>> import selab
         >>> net = selab.build("se_small_cnn", se="reduction=8")
         >>> sum(isinstance(module, selab.SqueezeExcitation) for module in net.modules())
@@ -83,7 +83,7 @@ def count(
     Raises:
         ModelError: the forward pass fails, or no input was given for a module.
 
-    Example:
+    Examples:
         >>> import selab
         >>> cost = selab.count("se_resnet50")
         >>> cost.params, cost.macs.paper
@@ -151,7 +151,7 @@ def measure(
         ModelError: a network fails, or its output is not finite.
         OutOfMemoryError: the workload does not fit.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import selab
         >>> plain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
@@ -226,7 +226,7 @@ def profile(
         SpecError: no baseline, or an unknown option.
         ModelError: a network fails, or its output is not finite.
 
-    Example:
+    Examples:
         >>> import selab
         >>> record = selab.profile("se_small_cnn", phases=["forward"], budget=0.2, threads=1)
         >>> print(record)
@@ -270,7 +270,7 @@ def load(path: str | Path) -> RecordResult:
     Raises:
         RecordError: the file is not a record, or its figures are not those of its samples.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import selab
         >>> record = selab.profile("se_small_cnn", phases=["forward"], budget=0.2, threads=1)
@@ -296,7 +296,7 @@ def compare_records(before: RecordLike, after: RecordLike) -> RecordChanges:
     Raises:
         RecordError: the two cannot be compared; names the fields in which they differ.
 
-    Example:
+    Examples:
         >>> import selab
         >>> record = selab.profile("se_small_cnn", phases=["forward"], budget=0.2, threads=1)
         >>> selab.compare_records(record, record).worse

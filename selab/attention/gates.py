@@ -84,7 +84,7 @@ def convert_gates(model: nn.Module, gate: str) -> GateConversions:
     Raises:
         ModelError: `model` is not an nn.Module, or there is no such gate.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import selab
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), selab.SqueezeExcitation(16, 4))

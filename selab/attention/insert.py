@@ -82,7 +82,7 @@ def insert_se(
             once. The message names the module; the model is left as it was.
         ModelError: the forward pass fails with this input.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> import selab
@@ -138,7 +138,7 @@ def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int
     Raises:
         InsertionError: a pattern that matches no inserted block; nothing was removed then.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import selab
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))

@@ -51,7 +51,7 @@ def register_block(name: str, block: type[Attention], *, replace: bool = False) 
     Raises:
         SpecError: the name is taken or malformed, or the class is not usable; one line says why.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import selab
         >>> from selab.attention import Attention, register_block

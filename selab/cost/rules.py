@@ -394,7 +394,7 @@ def register_rule(
         SpecError: a malformed name, an operator that has a rule, or a rule that cannot be called. A rule that returns
             something else than `Work` of whole numbers raises SpecError when a network is counted.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> import selab

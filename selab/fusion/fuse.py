@@ -127,7 +127,7 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
     Raises:
         ModelError: `model` is not a torch.nn.Module, or `input_nchw` is not four positive integers.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import selab
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), selab.SqueezeExcitation(16, 4)).eval()

@@ -1,4 +1,4 @@
-"""The committed half that no machine changes: costs in profiles/, and the tables in README.md."""
+"""The committed half that no machine changes: costs in profiles/, and the tables in docs/."""
 
 import re
 
@@ -75,24 +75,24 @@ def test_cost_tables_are_those_of_today_s_counter(root):
     assert committed_pages == rendered
 
 
-def test_the_accuracies_in_the_readme_are_rendered(root):
-    text = (root / "README.md").read_text()
-    (folder,) = {one for one in re.findall(r"\((profiles/[^)]+)\)", text) if (root / one / "accuracy").is_dir()}
+def test_the_accuracies_in_the_docs_are_rendered(root):
+    text = (root / "docs" / "results.md").read_text()
+    (folder,) = {one for one in re.findall(r"\(\.\./(profiles/[^)]+)\)", text) if (root / one / "accuracy").is_dir()}
     grids = pages.named_tables("accuracy", {}, (), read_compared(root / folder))
-    assert pages.spliced(text, "accuracy", pages.page("accuracy", grids, ()), where="README.md") == text
+    assert pages.spliced(text, "accuracy", pages.page("accuracy", grids, ()), where="docs/results.md") == text
 
 
 def test_the_taxes_in_the_docs_are_rendered(root):
-    text = (root / "docs" / "se-tax.md").read_text()
+    text = (root / "docs" / "se-tax-results.md").read_text()
     folder = root / re.search(r"\.\./(profiles/[^/)]+)", text)[1]
     grids = pages.named_tables("tax", {}, (), taxes=read_tax_records(folder))
-    assert pages.spliced(text, "tax", pages.page("tax", grids, ()), where="docs/se-tax.md") == text
+    assert pages.spliced(text, "tax", pages.page("tax", grids, ()), where="docs/se-tax-results.md") == text
 
 
 @pytest.mark.parametrize("name", ["added", "mobile", "paper-2"])
-def test_tables_in_the_readme_are_rendered(root, name):
-    text = (root / "README.md").read_text()
-    folder = re.search(r"\((profiles/[^)]+)\)", text)[1]
+def test_tables_in_the_docs_are_rendered(root, name):
+    text = (root / "docs" / "results.md").read_text()
+    folder = re.search(r"\(\.\./(profiles/[^)]+)\)", text)[1]
     records = store.read_records(root / folder)
     body = pages.page(name, pages.named_tables(name, counted(pages.costs_needed(name)), records), records)
-    assert pages.spliced(text, name, body, where="README.md") == text
+    assert pages.spliced(text, name, body, where="docs/results.md") == text

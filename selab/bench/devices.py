@@ -29,7 +29,7 @@ class DeviceSpec(Frozen, frozen=True, kw_only=True):
 
 
 def devices() -> dict[str, DeviceSpec]:
-    """All of them, by name."""
+    """Return all declared devices by name."""
     with as_file(files("selab.bench") / "devices.toml") as path:
         return {
             name: converted(table, DeviceSpec, place=f"devices.toml: devices.{name}")
@@ -54,7 +54,7 @@ def find_device(name: str, dtype: Dtype, *, option: str = "--as") -> DeviceSpec:
 
 
 def copy_bandwidth(bandwidths: Sequence[tuple[int, float]], moved: int) -> float:
-    """Bytes per second of the largest copy that moves no more than this many bytes, or of the smallest one.
+    """Return the bytes per second of the largest copy that moves no more than `moved` bytes, or of the smallest copy.
 
     Args:
         bandwidths: (bytes moved, bytes per second) of copies, the smallest first.

@@ -1,8 +1,9 @@
-"""Where the time of a few passes goes: every operator as torch.profiler saw it, SE's stages as named ranges.
+"""Timeline of a few passes: every operator as torch.profiler records it, with SE's stages as named ranges.
 
 A range is named after its stage and its block, `se.squeeze blocks.0.se`. An operator belongs to a stage if it ran
-inside its range, or if it is the gradient of one that did (autograd gives both the same sequence number). Profiling
-itself costs time, more per operator than per byte: shares of a timeline say where to look, ratios how much it is.
+inside its range, or if it is the gradient of one that did: autograd gives both the same sequence number. Profiling
+costs time itself, more per operator than per byte. The shares of a timeline say where to look, a measured ratio how
+much it is.
 """
 
 from collections import defaultdict
@@ -24,7 +25,7 @@ from selab.records.types import Phase, Workload
 
 STAGES = ("squeeze", "excitation", "scale")
 WHOLE = "whole block"
-"""The stage of a block that is not split: another kind than SE, or somebody else's."""
+"""The stage of a block that is not split: of another kind than SE, or part of another library's network."""
 _RANGE = "se."
 _WARM_UP = 3
 
@@ -45,13 +46,13 @@ class OperatorTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """What a few steps were spent on.
+    """The time of a few steps, by operator and by stage.
 
     Attributes:
-        total_s: seconds of operators per step; what Python does between them is not in it.
+        total_s: seconds of operators per step; Python's time between them is not included.
         operators: the greatest first.
-        stages: seconds per step of each stage of the blocks, forward and backward, by its name.
-        blocks: how many blocks were seen.
+        stages: name → seconds per step of that stage of all blocks, forward and backward.
+        blocks: number of blocks.
     """
 
     steps: int
@@ -64,7 +65,7 @@ class Timeline:
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """A timeline, and the way to its trace.
+    """A timeline with its trace.
 
     Attributes:
         export: writes the trace to a file, as JSON for TensorBoard and Perfetto.
@@ -77,14 +78,14 @@ class Recorded:
 def record_steps(
     model: nn.Module, workload: Workload, phase: Phase, *, steps: int = 5, native: Iterable[str] = (), seed: int = 0
 ) -> Recorded:
-    """Runs a private copy of the model under the profiler, with shapes, memory and call stacks.
+    """Run a private copy of the model under the profiler, with shapes, memory and call stacks.
 
     Args:
-        model: left as it is.
+        model: left unchanged.
         workload: batch, input, device, dtype, memory format and threads.
-        phase: what a step is.
-        steps: recorded ones; others before them warm up.
-        native: paths of blocks that the network brings along.
+        phase: of one step.
+        steps: number of recorded steps, after a warm-up.
+        native: paths of blocks that are part of the network, not inserted.
         seed: of the input.
 
     Raises:
@@ -107,7 +108,7 @@ def record_steps(
                 record_shapes=True,
                 profile_memory=True,
                 with_stack=True,
-                # There is one cycle only; torch 2.12 warns otherwise that it forgets those before.
+                # There is one cycle only; otherwise torch 2.12 warns that events of earlier cycles are dropped.
                 acc_events=True,
                 # Without it the stacks stay empty (torch 2.11 to 2.13).
                 experimental_config=torch._C._profiler._ExperimentalConfig(verbose=True),
@@ -130,11 +131,11 @@ def _wait(workload: Workload) -> None:
 
 @contextmanager
 def named_ranges(network: nn.Module, native: Iterable[str] = ()) -> Iterator[int]:
-    """Marks the blocks of a network for the profiler while the body runs; gives how many there are.
+    """Mark the blocks of a network for the profiler during the body; yield their number.
 
     Args:
-        network: its modules get hooks, which are gone at the end.
-        native: paths of blocks that are no `Attention`.
+        network: its modules get hooks, which are removed at the end.
+        native: paths of blocks that are not an `Attention`.
     """
     others = set(native)
     blocks = {
@@ -164,7 +165,7 @@ def _mark(module: nn.Module, name: str, stack: ExitStack) -> None:
 
 
 def _mark_stages(block: SqueezeExcitation, path: str, stack: ExitStack) -> None:
-    """Squeeze is a child, excitation a method; the scale is what is left of forward after it."""
+    """Mark the three stages: squeeze is a child, excitation a method, the scale the rest of forward."""
     _mark(block.squeeze, f"{_RANGE}squeeze {path}", stack)
     excite = block.excite
     scaling: list[record_function] = []
@@ -186,7 +187,7 @@ def _mark_stages(block: SqueezeExcitation, path: str, stack: ExitStack) -> None:
 
 # ------------------------------------------------------------------------------------------------- events, summed up
 def _timeline(events: Iterable[Any], steps: int, phase: Phase, blocks: int, *, on_gpu: bool) -> Timeline:
-    # Python's own frames are in the trace, but are no operators.
+    # The trace also contains Python's frames, which are not operators.
     every = [one for one in events if not one.is_python_function and not one.name.startswith("ProfilerStep")]
     ranges = [one for one in every if one.name.startswith(_RANGE)]
     marks = {id(one) for one in ranges}

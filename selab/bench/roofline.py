@@ -1,9 +1,9 @@
-"""The least time that every operator of a forward pass could take on a device, beside the time that it takes.
+"""Roofline of a forward pass: the least time of every operator on a device, next to its measured time.
 
 The least time is that of its arithmetic at the device's peak, or of its bytes at the bandwidth of a copy, whichever is
 longer. Both peaks are measured in the same run: the arithmetic by matrix products, the bandwidth by copies of several
-sizes, since what fits into a cache moves faster. An operator is held against the bandwidth of the largest copy that is
-no larger than what it moves, so that the least time stays one.
+sizes, because data that fits into a cache moves faster. An operator is compared with the largest copy that moves no
+more bytes than it does, so that its least time stays a lower bound.
 
 Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model", CACM 52(4).
 """
@@ -35,12 +35,12 @@ _LEAST_PASSES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """What a device can do at most, in one dtype.
+    """The peak rates of a device in one dtype.
 
     Attributes:
         flops_per_s: of matrix products.
         bandwidths: (bytes moved, bytes per second) of copies, the smallest first.
-        source: that it was measured, or where it is published.
+        source: `measured in this run`, or the publication.
     """
 
     dtype: Dtype
@@ -49,12 +49,12 @@ class Peaks:
     source: str
 
     def bandwidth(self, moved: int) -> float:
-        """Bytes per second of the largest copy that moves no more than this many bytes, or of the smallest one."""
+        """Return the bytes per second of the largest copy that moves no more than `moved` bytes, or of the smallest."""
         return copy_bandwidth(self.bandwidths, moved)
 
     @property
     def memory_bandwidth(self) -> float:
-        """Of the largest copy, which fits into no cache."""
+        """Bytes per second of the largest copy, which exceeds every cache."""
         return self.bandwidths[-1][1]
 
 
@@ -63,11 +63,11 @@ class Point:
     """One operator call.
 
     Attributes:
-        path: the module that called it.
-        stage: the part of an SE block that it is; empty outside of one.
-        least_s: what it would take at the device's peaks.
-        measured_s: what it took, the least of several passes; None where the device is not here.
-        bound: what limits it.
+        path: of the module that called it.
+        stage: of an SE block; empty outside of one.
+        least_s: seconds at the device's peaks.
+        measured_s: least seconds of several passes; None if the device is not present.
+        bound: the limiting resource.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Point:
 
     @property
     def efficiency(self) -> float | None:
-        """Least over measured time: 1 at the roof."""
+        """Least over measured time: 1 on the roofline."""
         return None if not self.measured_s else self.least_s / self.measured_s
 
 
@@ -95,7 +95,7 @@ class Roofline:
     """All operators of a forward pass under the peaks of a device.
 
     Attributes:
-        whole_s: of the whole pass, run as usual; operators are timed one by one, with a clock between them.
+        whole_s: seconds of the whole pass, run as usual; the operators are timed one by one, with a clock between them.
     """
 
     peaks: Peaks
@@ -104,12 +104,12 @@ class Roofline:
 
     @property
     def least_s(self) -> float:
-        """Of all operators, one after the other."""
+        """Sum of the operators' least times, seconds."""
         return sum(point.least_s for point in self.points)
 
     @property
     def measured_s(self) -> float | None:
-        """Of all operators, one after the other."""
+        """Sum of the operators' measured times, seconds; None if one was not measured."""
         times = [point.measured_s for point in self.points]
         return None if None in times else sum(one for one in times if one is not None)
 
@@ -118,7 +118,7 @@ class Roofline:
 def measure_peaks(
     device: str, dtype: Dtype, *, threads: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> Peaks:
-    """What this device reaches: the best of several matrix products, and of copies of each size.
+    """Measure a device's peaks: the best of several matrix products, and of copies of each size.
 
     Args:
         device: `cpu` or `cuda`.
@@ -142,7 +142,7 @@ def _copy_rate(moved: int, device: str, dtype: Dtype, clock: Callable[[], float]
     elements = moved // 2 // DTYPES[dtype].itemsize
     source = torch.ones(elements, device=device, dtype=DTYPES[dtype])
     target = torch.empty_like(source)
-    # Small copies are repeated within a sample, so that the call's own time does not hide them.
+    # Small copies are repeated within a sample, so that the overhead of a call is small.
     times = max(1, 2**22 // moved)
 
     def copies() -> None:
@@ -203,7 +203,7 @@ def roofline(
     measured: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Roofline:
-    """Every operator of an inference pass: its least time under these peaks and, on this device, its own.
+    """Return the least time of every operator of an inference pass and, if the device is present, its measured time.
 
     Args:
         model: left as it is.
@@ -239,7 +239,7 @@ def roofline(
 def _operator_times(
     network: nn.Module, example: Tensor, device: str, budget_s: float, clock: Callable[[], float]
 ) -> tuple[list[str], list[float]]:
-    """The operators' names, and of each the least time over the passes."""
+    """Return the names of the operators, and the least time of each over the passes."""
     network(example)
     end = clock() + budget_s
     passes: list[_Timed] = []

@@ -1,4 +1,4 @@
-"""What one call is: a network on a device, in a dtype and a memory format, as closures to be run and timed."""
+"""PyTorch networks as closures to be timed: on a device, in a dtype and a memory format."""
 
 import copy
 from collections.abc import Callable
@@ -22,14 +22,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def mode_of(phase: Phase, workload: Workload) -> ResolvedMode:
-    """The mode a phase runs in: as asked, or by default `eval` for forward (inference) and `train` for the others."""
+    """Return the mode of a phase: the workload's, or by default `eval` for forward and `train` otherwise."""
     if workload.mode != "auto":
         return workload.mode
     return "eval" if phase == "forward" else "train"
 
 
 def check_device(device: str) -> None:
-    """Raises DeviceError, with the next step, where the device is not there."""
+    """Raise DeviceError, with the next step, if the device is not available."""
     if device == "cuda" and not torch.cuda.is_available():
         built = "this torch has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         raise DeviceError(
@@ -39,7 +39,7 @@ def check_device(device: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A private copy of a network where and how it will run, with its input.
+    """A private copy of a network, ready to run, with its input.
 
     Attributes:
         run: the network, compiled if asked; `network` is the module itself.
@@ -52,7 +52,7 @@ class Prepared:
     workload: Workload
 
     def autocast(self, *, capture: bool = False) -> AbstractContextManager[object]:
-        """Mixed precision as the workload says; a graph capture casts weights afresh, for a cache would outlive it."""
+        """Return the workload's autocast; a graph capture does not cache cast weights: the cache would outlive it."""
         if self.workload.dtype == "fp32":
             return nullcontext()
         dtype = DTYPES[self.workload.dtype]
@@ -60,7 +60,7 @@ class Prepared:
 
 
 def prepare(model: nn.Module, workload: Workload, *, seed: int = 0) -> Prepared:
-    """Copies the model to the device and makes its input; the model itself is not touched.
+    """Copy the model to the device and make its input; the model itself is left unchanged.
 
     Raises:
         DeviceError: no such device.
@@ -84,12 +84,12 @@ def prepare(model: nn.Module, workload: Workload, *, seed: int = 0) -> Prepared:
 
 
 def output_tensors(output: object) -> list[Tensor]:
-    """All floating-point tensors in an output, whatever container they stand in."""
+    """Return all floating-point tensors in an output, in any container."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def check_output(prepared: Prepared, name: str) -> None:
-    """Runs the network once in eval mode.
+    """Run the network once in eval mode.
 
     Raises:
         ModelError: it fails, returns no tensor, or returns a value that is not finite.
@@ -113,11 +113,11 @@ def _shape(prepared: Prepared) -> tuple[int, ...]:
 
 
 def phase_call(prepared: Prepared, phase: Phase, *, capture: bool = False) -> Call:
-    """One pass as a closure; the network is put into the phase's mode.
+    """Return one pass as a closure; the network is put into the phase's mode.
 
     * `forward` in eval mode is inference, without autograd; in train mode autograd records.
     * `backward` is the gradient of a fixed random cotangent with respect to all parameters, over a graph that is
-      built once and kept.
+      built once and retained.
     * `forward_backward` is both, one after the other. No gradient is accumulated, no weight moves.
     """
     mode = mode_of(phase, prepared.workload)
@@ -146,24 +146,24 @@ def phase_call(prepared: Prepared, phase: Phase, *, capture: bool = False) -> Ca
     def forward_backward() -> object:
         return torch.autograd.grad(output_tensors(forward()), parameters, cotangents, allow_unused=True)
 
-    # Only `backward` holds the graph of this first pass; it would otherwise stand in the way of a peak.
+    # Only `backward` keeps the graph of this first pass: otherwise it would count towards a peak.
     return backward if phase == "backward" else forward_backward
 
 
 class translated_errors(AbstractContextManager[None]):  # noqa: N801 - used like a function, as contextlib's own
-    """Turns what torch and a network raise into one line: OutOfMemoryError or ModelError.
+    """Turn exceptions of torch or a network into OutOfMemoryError or ModelError, with a message of one line.
 
-    On the CPU torch tells that memory is exhausted by a plain RuntimeError.
+    On the CPU torch reports exhausted memory as a plain RuntimeError.
 
     Args:
-        what: what was tried, for the message.
+        what: the attempted action, for the message.
     """
 
     def __init__(self, what: str = "this workload") -> None:
         self._what = what
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        """Translates what belongs here; everything else passes."""
+        """Translate a known exception; any other passes."""
         if error is None or isinstance(error, SelabError):
             return
         text = first_line(error)

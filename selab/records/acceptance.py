@@ -14,7 +14,7 @@ class LiveAcceptance(Frozen, frozen=True, kw_only=True):
         slower_by_calibration: by how much the second kind was slowed down, as timed apart.
         slower_detected: trials of `slower_trials` whose verdict was `slower`.
         same: ratio, low and high of each trial of the first kind.
-        slowed: of the second kind, with the control floor and the verdict.
+        slowed: of the second kind, with the noise floor and the verdict.
     """
 
     kind: Literal["aa"]
@@ -34,7 +34,7 @@ class LiveAcceptance(Frozen, frozen=True, kw_only=True):
 
 
 class CountingTime(Frozen, frozen=True, kw_only=True):
-    """How long other ways of counting a network take against ours at batch 1; by their names."""
+    """Latency of other counters against selab's at batch 1, by their names."""
 
     kind: Literal["counting"]
     arch: str
@@ -43,10 +43,10 @@ class CountingTime(Frozen, frozen=True, kw_only=True):
 
 
 class LoadingTime(Frozen, frozen=True, kw_only=True):
-    """How long torchvision's pipeline takes against ours, batches alone and whole training steps; by their names.
+    """Latency of torchvision's pipeline against selab's, by name: batches alone, and whole training steps.
 
     Attributes:
-        arch: what was trained.
+        arch: the trained network.
         images_per_call: of each comparison: a sample is the time of so many.
         torchvision: its version.
     """
@@ -63,7 +63,7 @@ class LoadingTime(Frozen, frozen=True, kw_only=True):
 
 
 class Distance(Frozen, frozen=True, kw_only=True):
-    """How much longer a network takes than its operators' least times together."""
+    """The time of a network and the sum of its operators' least times."""
 
     name: str
     least_s: float
@@ -76,7 +76,7 @@ class Distance(Frozen, frozen=True, kw_only=True):
 
 
 class RoofDistances(Frozen, frozen=True, kw_only=True):
-    """What a prediction by the roof alone is worth on a machine: every network's time over its least time.
+    """The accuracy of a prediction by the roofline alone: every network's time over its least time.
 
     Attributes:
         place: the processor and its threads.
@@ -95,7 +95,7 @@ class RoofDistances(Frozen, frozen=True, kw_only=True):
 
 
 class Acceptance(Frozen, frozen=True, kw_only=True):
-    """What was measured on a machine about the measuring, the counting and the loading themselves.
+    """Results of the measurements of selab itself on one machine.
 
     Attributes:
         live: by `nox -s aa`.

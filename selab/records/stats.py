@@ -12,7 +12,7 @@ MOST_SEEDS = 1000
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle value, or the mean of the middle two.
+    """Return the middle value, or the mean of the middle two.
 
     Raises:
         ValueError: no values.
@@ -25,7 +25,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """sum(x) / n, with exact summation.
+    """Return sum(x) / n, with exact summation.
 
     Raises:
         ValueError: no values.
@@ -36,7 +36,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def sample_deviation(values: Sequence[float]) -> float:
-    """sqrt(sum((x - mean)^2) / (n - 1)), in the values' unit.
+    """Return sqrt(sum((x - mean)^2) / (n - 1)), in the values' unit.
 
     Raises:
         ValueError: fewer than two values.
@@ -48,7 +48,7 @@ def sample_deviation(values: Sequence[float]) -> float:
 
 
 def robust_spread(values: Sequence[float]) -> float:
-    """1.4826 median(|x - median(x)|): a standard deviation that half of the values may be wrong without moving.
+    """Return 1.4826 median(|x - median(x)|), a deviation that is robust against up to half of the values.
 
     Source: Hampel, The influence curve and its role in robust estimation, JASA 69 (1974), section 5.
 
@@ -61,7 +61,7 @@ def robust_spread(values: Sequence[float]) -> float:
 
 @cache
 def median_rank(count: int, confidence: float = 0.95) -> int | None:
-    """The largest l for which [x_(l), x_(n+1-l)] holds the median with at least `confidence`, counted from 1.
+    """Return the largest l, from 1, for which [x_(l), x_(n+1-l)] covers the median with at least `confidence`.
 
     The interval misses on one side when fewer than l of n fair coins show heads; its coverage is therefore
     1 - 2 P(Binomial(n, 1/2) < l), whatever continuous distribution the values have.
@@ -82,7 +82,7 @@ def median_rank(count: int, confidence: float = 0.95) -> int | None:
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """Two order statistics that hold the median of what the values were drawn from.
+    """Return two order statistics that cover the median of the values' distribution.
 
     Args:
         values: independent draws; their order plays no part.
@@ -101,7 +101,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 
 def student_central(t: float, freedom: int) -> float:
-    """P(|T| <= t) for Student's T with a whole number of degrees of freedom, as a finite trigonometric sum.
+    """Return P(|T| <= t) for Student's T with a whole number of degrees of freedom, as a finite trigonometric sum.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions (1964), equations 26.7.3 and 26.7.4.
 
@@ -123,7 +123,7 @@ def student_central(t: float, freedom: int) -> float:
 
 @cache
 def student_quantile(freedom: int, central: float = 0.95) -> float:
-    """The t with P(|T| <= t) = `central`: 12.706 for one degree of freedom, towards 1.960 for many.
+    """Return the t with P(|T| <= t) = `central`: 12.706 for one degree of freedom, towards 1.960 for many.
 
     Args:
         freedom: degrees of freedom, a whole number from 1.
@@ -142,7 +142,7 @@ def student_quantile(freedom: int, central: float = 0.95) -> float:
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """(p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n): what shares a count of successes goes with.
+    """Return (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n), the interval of a share of successes.
 
     Unlike p ± z sqrt(p (1 - p) / n) it stays within [0, 1] and has a width at no and at all successes.
 
@@ -174,7 +174,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
 
 
 def paired_t_interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """Mean ± t s / sqrt(n) with n - 1 degrees of freedom: what holds the mean of normal differences.
+    """Return mean ± t s / sqrt(n) with n - 1 degrees of freedom, the interval of the mean of normal differences.
 
     Args:
         differences: one per pair, in any unit; pairs are independent of each other.
@@ -192,7 +192,7 @@ def paired_t_interval(differences: Sequence[float], confidence: float = 0.95) ->
 
 
 def seeds_needed(differences: Sequence[float], *, confidence: float = 0.95, power: float = 0.8) -> int | None:
-    """The least n >= 2 with n >= ((t_confidence + t_power) s / mean)², both quantiles at n - 1 degrees of freedom.
+    """Return the least n >= 2 with n >= ((t_confidence + t_power) s / mean)², both at n - 1 degrees of freedom.
 
     So many pairs let a two-sided t test show a difference of the observed mean, if the observed deviation is the true
     one. Both are estimates, and of a few pairs rough ones: the answer is an order of magnitude, not a promise.

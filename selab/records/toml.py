@@ -17,7 +17,7 @@ _Value_co = TypeVar("_Value_co", covariant=True)
 
 
 def read_tables(path: Path, header: str) -> dict[str, object]:
-    """The `[HEADER.NAME]` tables of a file, by name.
+    """Return the `[HEADER.NAME]` tables of a file, by name.
 
     Raises:
         SpecError: the file cannot be read, is no TOML, or holds something else.
@@ -66,7 +66,7 @@ class Parse(Protocol[_Value_co]):
 
 
 def parse_tables(text: str, header: str, *, origin: str) -> dict[str, object]:
-    """The same of a file's content.
+    """Return the `[HEADER.NAME]` tables of a file's content, by name.
 
     Args:
         text: TOML.
@@ -88,7 +88,7 @@ def parse_tables(text: str, header: str, *, origin: str) -> dict[str, object]:
 
 
 def converted(table: object, kind: type[_T], *, place: str, **given: object) -> _T:
-    """A table as a value of this type; its keys are the fields.
+    """Convert a table to a value of this type; its keys are the fields.
 
     Args:
         table: as TOML gives it.
@@ -150,7 +150,7 @@ def _keys(kind: type[msgspec.Struct]) -> tuple[str, ...]:
 
 
 def _choices(kind: type[msgspec.Struct], path: str, value: object) -> tuple[object, ...]:
-    """The allowed words of an enumerated key, or the allowed tags of a union of tables."""
+    """Return the allowed words of an enumerated key, or the allowed tags of a union of tables."""
     table, _, key = path.rpartition(".")
     owner = _type_at(kind, table, value)
     if key == owner.__struct_config__.tag_field:
@@ -161,7 +161,7 @@ def _choices(kind: type[msgspec.Struct], path: str, value: object) -> tuple[obje
 
 
 def _type_at(kind: type[msgspec.Struct], path: str, value: object) -> type[msgspec.Struct]:
-    """The type of the table that a path leads to: `image` of a recipe, `se` of a variant, by its tag."""
+    """Return the type of the table at a path: `image` of a recipe, `se` of a variant, by its tag."""
     for key, index in re.findall(r"([A-Za-z_]\w*)(?:\[(\d+)\])?", path):
         tables = _structs(_types(kind).get(key))
         value = value.get(key) if isinstance(value, dict) else None
@@ -180,7 +180,7 @@ def _types(kind: type[msgspec.Struct]) -> dict[str, object]:
 
 
 def _structs(kind: object) -> list[type[msgspec.Struct]]:
-    """The tables among a type and its arguments: of a union, a tuple, an optional value."""
+    """Return the tables among a type and its arguments: of a union, a tuple, an optional value."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return [kind]
     return [one for part in get_args(kind) for one in _structs(part)]

@@ -1,7 +1,7 @@
-"""The frozen types of a measurement, and their way to and from JSON.
+"""The frozen types of a measurement, and their conversion to and from JSON.
 
-Raw samples are the fact. What is computed from them (ratio, interval, verdict) stands beside them for other programs
-to read and is checked against them whenever a record is read. Base units at full precision: seconds (`_s`), bytes
+A record keeps raw samples. Values computed from them (ratio, interval, verdict) are stored as well, for other programs,
+and checked against the samples whenever a record is read. Base units at full precision: seconds (`_s`), bytes
 (`_bytes`), percent (`_pct`); rounding happens in `units` alone.
 """
 
@@ -55,7 +55,7 @@ class StageCost(Frozen, frozen=True, kw_only=True):
 
 
 class SECost(Frozen, frozen=True, kw_only=True):
-    """The forward cost of all SE blocks, by stage (squeeze, excitation, scale), and their parameters."""
+    """The forward cost of all SE blocks by stage (squeeze, excitation, scale), and their parameters."""
 
     blocks: int
     params: int
@@ -74,21 +74,21 @@ class OperatorCost(Frozen, frozen=True, kw_only=True):
 
 
 class Difference(Frozen, frozen=True, kw_only=True):
-    """Why another counter's total is not ours: the cause in words, and its amount in that counter's unit."""
+    """A difference between another counter's total and ours: the cause, and its amount in that counter's unit."""
 
     cause: str
     amount: int
 
 
 class Counter(Frozen, frozen=True, kw_only=True):
-    """Another counter beside ours: `total = ours (in its unit) + sum(differences) + remainder`.
+    """Another counter compared with ours: `total = ours (in its unit) + sum(differences) + remainder`.
 
     Attributes:
         unit: what its total counts, `macs` or `flops` (2 per MAC).
         total: as its public interface reports it; None where it failed.
         ours: our `conv_linear` figure in the same unit.
-        uncounted: operators that it met and does not count, with the number of calls.
-        error: why it failed, in one line; empty if it did not.
+        uncounted: operators that it does not count, with the number of calls.
+        error: the reason why it failed, in one line; empty if it did not.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Counter(Frozen, frozen=True, kw_only=True):
 
 
 class Cost(DisplayedValues, Frozen, frozen=True, kw_only=True):
-    """What a network costs, counted: nothing here was timed.
+    """The counted cost of a network; nothing in it was timed.
 
     Attributes:
         params: learnable parameters, shared ones once.
@@ -169,7 +169,7 @@ class ABBABlock(Frozen, frozen=True, kw_only=True):
 
 
 class Flag(Frozen, frozen=True, kw_only=True):
-    """Something about the measurement that a reader must know: it marks samples and never removes them."""
+    """A remark on the quality of a measurement: it marks samples and never removes them."""
 
     name: str
     detail: str
@@ -180,9 +180,9 @@ class Run(Frozen, frozen=True, kw_only=True):
 
     Attributes:
         calls_per_sample: the same k in both arms.
-        steady: whether the warm-up ended in two equal windows.
+        steady: True if the warm-up ended in two equal windows.
         status: `converged` if the interval reached the target width, `budget` if the time ran out first.
-        flags: what the sampler saw while it ran (steadiness, contention, throttling, allocator growth …).
+        flags: noted by the sampler while it ran: contention, throttling, allocator growth …
     """
 
     calls_per_sample: int
@@ -214,14 +214,14 @@ class Latency(DisplayedValues, Frozen, frozen=True, kw_only=True):
     Attributes:
         method: `wall` on the CPU; `eager_wall`, `eager_event` or `graph` on a GPU. Never mixed.
         statistic: the sample statistic of the headline, `floor` (CPU) or `typical` (GPU).
-        mode: whether the networks were in `train` or `eval` mode in this phase.
+        mode: of both networks in this phase.
         difference_s: the median of variant minus baseline over adjacent pairs, in seconds per call.
         noise_floor: the largest |ratio - 1| + half-width that a baseline showed against a second instance of itself.
-        verdict: what may be said, in words.
+        verdict: the conclusion in words.
         verdict_kind: the same for programs.
         runs: one per process, raw.
         controls: baseline against a second baseline, before and after each run, raw.
-        error: why there is no result, in one line (out of memory, say); empty if there is one.
+        error: the reason why there is no result, in one line; empty if there is one.
     """
 
     phase: Phase
@@ -262,7 +262,7 @@ class Latency(DisplayedValues, Frozen, frozen=True, kw_only=True):
 
 # -------------------------------------------------------------------------------------------------------------- memory
 class Memory(Frozen, frozen=True, kw_only=True):
-    """Peak memory of one phase and the bytes kept for backward; the method says what the peak is a peak of.
+    """Peak memory of one phase and the bytes kept for backward; `method` says how the peak is defined.
 
     Attributes:
         peak_forward_bytes: above what was allocated before the pass (weights and input not included).
@@ -334,7 +334,7 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Machine(Frozen, frozen=True, kw_only=True):
-    """What was measured on; records of different machines never share a column.
+    """The machine of a measurement; records of different machines never share a column.
 
     Attributes:
         name: a short name for folders, from the processor or the GPU.
@@ -379,14 +379,14 @@ class Record(Frozen, frozen=True, kw_only=True):
     """One profile: a variant and its baseline, counted and measured on one machine under one workload.
 
     Attributes:
-        arch: what `--arch` finds again, changes included: `resnet50+reduction=8`.
-        origin: the TOML that the variant stands in, if it is a user's own; empty for those that are installed.
+        arch: the name that `--arch` takes, with its changes: `resnet50+reduction=8`.
+        origin: the TOML of the variant if it is a user's own; empty for installed ones.
         baseline_origin: the same of the baseline.
-        facts_hash: of both networks' facts; another one than today's means that the record is stale.
-        command: the command line that asks for the same again.
-        complete: whether everything that was asked for is there.
+        facts_hash: of both networks' specifications; if today's hash differs, the record is stale.
+        command: the command line that measures the same again.
+        complete: False if an interruption left something out.
         latency: the headline; on a CPU one thread, or as many as were asked for.
-        latency_all_cores: on a CPU the row beside it, measured as with `--quick`.
+        latency_all_cores: on a CPU the second row, measured as with `--quick`.
         gpu_methods: on a GPU every method's figures, the headline's among them.
     """
 
@@ -419,18 +419,18 @@ _NUMBERS = re.compile(rb"\[\s*((?:-?\d[\d.eE+-]*,?\s*)+)\]")
 
 
 def to_json(record: Record) -> bytes:
-    """A record as UTF-8 JSON."""
+    """Return a record as UTF-8 JSON."""
     return lined_json(record)
 
 
 def lined_json(value: Frozen) -> bytes:
-    """Indented UTF-8 JSON; a list of numbers stays on one line, so that raw samples can be read."""
+    """Return indented UTF-8 JSON; a list of numbers stays on one line, so that raw samples can be read."""
     indented = msgspec.json.format(msgspec.json.encode(value), indent=1)
     return _NUMBERS.sub(lambda found: b"[" + b" ".join(found.group(1).split()) + b"]", indented) + b"\n"
 
 
 def from_json(raw: bytes, *, where: str) -> Record:
-    """Reads a record strictly.
+    """Read a record strictly.
 
     Args:
         raw: UTF-8 JSON.
@@ -443,14 +443,14 @@ def from_json(raw: bytes, *, where: str) -> Record:
 
 
 def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) -> _T:
-    """JSON as one of our records.
+    """Decode JSON as one of the record types.
 
     Args:
         raw: UTF-8 JSON.
         kind: the record's type.
-        schema: what its field `schema` must be.
+        schema: the required value of its field `schema`.
         where: the file's name, for the message.
-        again: how such a record is made, for the message.
+        again: how to make such a record, for the message.
 
     Raises:
         RecordError: as `from_json`.
@@ -461,7 +461,7 @@ def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) 
         raise RecordError(f"{where}: not a record: {error}; {again} or restore the file") from None
     found = head.get("schema") if isinstance(head, dict) else None
     if isinstance(found, str) and found.split("/")[0] != schema.split("/")[0]:
-        raise RecordError(f"{where}: is a record of another kind, {found!r}; what is read here is {schema!r}")
+        raise RecordError(f"{where}: is a record of another kind, {found!r}; expected {schema!r}")
     if found != schema:
         raise RecordError(f"{where}: schema is {found!r}, this version reads {schema!r}; {again}")
     try:
@@ -471,7 +471,7 @@ def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) 
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a record."""
+    """Return the JSON Schema (2020-12) of a record."""
     return msgspec.json.schema(Record)
 
 

@@ -1,6 +1,6 @@
-"""From raw samples to what may be said: ratio, interval, control floor, flags, and one sentence.
+"""From raw samples to a conclusion: ratio, interval, noise floor, flags, and one sentence.
 
-Everything here is a pure function of raw runs, so that a record can be recomputed by whoever reads it.
+Everything here is a pure function of raw runs, so that any reader can recompute a record.
 """
 
 import math
@@ -29,11 +29,10 @@ from selab.records.types import (
 )
 from selab.units import NONE
 
-"""Fewer pairs than this in a process give no interval."""
 EQUAL_BAND = 0.01
-"""`equal` means that the whole interval lies within 1 % of equality."""
+"""The verdict `equal` requires the whole interval within 1 % of equality."""
 WIDEST_HALF_WIDTH = 0.05
-"""A wider interval, or a control floor above it, is no result."""
+"""A wider interval, or a noise floor above it, gives no result."""
 FIGURES = ("baseline_s", "variant_s", "ratio", "ratio_low", "ratio_high", "difference_s", "noise_floor")
 """The fields of a `Latency` that are computed from its raw runs, besides its flags and its verdict."""
 NOT_SIGNIFICANT = "n.s."
@@ -47,27 +46,26 @@ _CONTENTION = frozenset({"contention", "oversubscribed"})
 # ------------------------------------------------------------------------------------------------------------- verdict
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What may be said, for a program (`kind`) and for a reader (`text`)."""
+    """The conclusion, for a program (`kind`) and for a reader (`text`)."""
 
     kind: VerdictKind
     text: str
 
 
 def no_result(reasons: Sequence[str]) -> Verdict:
-    """`no result: reason; reason`."""
+    """Return the verdict `no result: reason; reason`."""
     return Verdict(kind="no_result", text=f"no result: {'; '.join(reasons)}")
 
 
 def decide(found: Estimate, floor: float) -> Literal["slower", "faster", "equal", "undecided"]:
-    """The kind of a verdict, given that there is a result.
+    """Return the kind of a verdict, given that there is a result.
 
-    A difference that is resolved is said, however small: `slower` and `faster` come before `equal`. `equal` asks the
-    same of the control as of the interval, for a claim within 1 % means little on a machine whose baseline differs by
-    more from itself.
+    A resolved difference is reported, however small: `slower` and `faster` come before `equal`. `equal` requires the
+    noise floor within 1 % as well: otherwise the baseline differs by more from itself.
 
     Args:
         found: ratio and interval.
-        floor: the control floor.
+        floor: the noise floor.
     """
     excludes_one = found.ratio_low > 1 or found.ratio_high < 1
     if excludes_one and abs(found.ratio - 1) > floor:
@@ -78,14 +76,14 @@ def decide(found: Estimate, floor: float) -> Literal["slower", "faster", "equal"
 
 
 def sentence(found: Estimate, floor: float, difference_s: float) -> Verdict:
-    """The verdict in words: percent of the baseline's time, digits by the half-width, the difference in time beside it.
+    """Return the verdict in words: percent of the baseline's time, digits by the half-width, the difference in time.
 
-    Where the interval excludes equality but the control floor does not, what cannot be excluded reaches from the lower
-    to the upper end of both.
+    If the interval excludes equality but the noise floor does not, the range that cannot be excluded is the union of
+    both.
 
     Args:
         found: ratio and interval.
-        floor: the control floor.
+        floor: the noise floor.
         difference_s: variant - baseline, in seconds per call.
     """
     kind = decide(found, floor)
@@ -98,7 +96,7 @@ def sentence(found: Estimate, floor: float, difference_s: float) -> Verdict:
         places = units.decimals_for(half)
         inside = f"[{_percent(low, places, sign=True)}, {_percent(high, places, sign=True)}]"
         return Verdict(kind=kind, text=f"equal within 1 % {inside}, {difference}")
-    # Of a faster variant the gain is told: positive numbers, the smaller one first.
+    # A faster variant is reported by its gain: positive numbers, the smaller one first.
     change, least, most = (found.ratio - 1, low, high) if kind == "slower" else (1 - found.ratio, -high, -low)
     places = _decimals_that_show(half, least)
     bounds = f"[{_percent(least, places)}, {_percent(most, places)}]"
@@ -107,10 +105,10 @@ def sentence(found: Estimate, floor: float, difference_s: float) -> Verdict:
 
 
 def not_excluded(latency: Latency) -> tuple[float, float] | None:
-    """What a measured latency does not exclude, as fractions of the baseline's time; None where there is no result.
+    """Return the range of changes that a latency does not exclude, as fractions of the baseline's time.
 
-    Where the difference is not resolved it reaches from the lower to the upper end of interval and control floor, as in
-    the verdict's words.
+    If the difference is not resolved, this is the union of interval and noise floor, as in the verdict's words. None if
+    there is no result.
     """
     if latency.verdict_kind == "no_result" or latency.ratio_low is None or latency.ratio_high is None:
         return None
@@ -126,11 +124,11 @@ def _undecided(found: Estimate, floor: float) -> str:
     low, high = found.ratio_low - 1, found.ratio_high - 1
     note = ""
     if low > 0 or high < 0:
-        note = f"; {_percent(found.ratio - 1, places, sign=True)} % is within the control floor"
+        note = f"; {_percent(found.ratio - 1, places, sign=True)} % is within the noise floor"
         note += f" of {_percent(floor, places)} %"
         low, high = min(low, -floor), max(high, floor)
     elif _within_band(found):
-        note = f"; the control floor is {_percent(floor, places)} %"
+        note = f"; the noise floor is {_percent(floor, places)} %"
     times = [_signed_time(end * found.baseline_s, half * found.baseline_s) for end in (low, high)]
     ends = f"{units.percent(low, decimals=places)}..{units.percent(high, decimals=places)}"
     return f"no difference measured; cannot exclude {ends} ({times[0]}..{times[1]}){note}"
@@ -146,7 +144,7 @@ def _percent(fraction: float, decimals: int, *, sign: bool = False) -> str:
 
 
 def _decimals_that_show(half: float, least: float) -> int:
-    """Decimals by the half-width, and more where the end nearest to equality would read as equality."""
+    """Return decimals by the half-width, and more if the end nearest to equality would otherwise print as equality."""
     decimals = units.decimals_for(half)
     while decimals < 6 and float(_percent(least, decimals)) == 0:
         decimals += 1
@@ -154,7 +152,7 @@ def _decimals_that_show(half: float, least: float) -> int:
 
 
 def _signed_time(value_s: float, half_s: float) -> str:
-    """A difference in time, to one digit beyond the first of its half-width."""
+    """Return a difference in time, to one digit beyond the first of its half-width."""
     digits = 3
     if value_s and half_s:
         digits = max(1, math.floor(math.log10(abs(value_s))) - math.floor(math.log10(half_s)) + 2)
@@ -163,7 +161,7 @@ def _signed_time(value_s: float, half_s: float) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- summary
 def _estimated(runs: Sequence[Run], statistic: Statistic) -> tuple[Estimate | None, list[str]]:
-    """The estimate if there is one, and why it may not be quoted."""
+    """Return the estimate if there is one, and the reasons against quoting it."""
     try:
         found = estimate(runs, statistic)
     except InsufficientPairsError as short:
@@ -178,7 +176,7 @@ def _estimated(runs: Sequence[Run], statistic: Statistic) -> tuple[Estimate | No
 
 
 def _controlled(controls: Sequence[Run], statistic: Statistic) -> tuple[float | None, list[str]]:
-    """The control floor if there is one, and why the control fails."""
+    """Return the noise floor if there is one, and the reasons why the control fails."""
     try:
         floor = noise_floor(controls, statistic)
     except InsufficientPairsError as short:
@@ -191,7 +189,7 @@ def _controlled(controls: Sequence[Run], statistic: Statistic) -> tuple[float | 
 
 
 def _contended(runs: Sequence[Run], threads: int) -> list[str]:
-    """Several threads wait for the slowest of them, so a contended one decides the figure: that is no result."""
+    """Return a reason if several threads were contended: all wait for the slowest, so there is no result."""
     seen = {flag.name for run in runs for flag in run.flags} & _CONTENTION
     if threads == 1 or not seen:
         return []
@@ -201,7 +199,7 @@ def _contended(runs: Sequence[Run], threads: int) -> list[str]:
 def _judged(
     runs: Sequence[Run], controls: Sequence[Run], statistic: Statistic, threads: int, error: str
 ) -> tuple[Estimate | None, float | None, list[str]]:
-    """The estimate and the control floor, where there are such, and every reason against a result."""
+    """Return the estimate and the noise floor, where they exist, and every reason against a result."""
     if error and not runs and not controls:
         return None, None, [error]
     found, against = _estimated(runs, statistic)
@@ -210,7 +208,7 @@ def _judged(
 
 
 def no_result_reasons(latency: Latency) -> list[str]:
-    """Why there is no result, each reason by itself; none where there is one."""
+    """Return the reasons why there is no result; empty if there is one."""
     return _judged(latency.runs, latency.controls, latency.statistic, latency.threads, latency.error)[2]
 
 
@@ -226,23 +224,23 @@ def summarise(
     target_half_width: float = 0.005,
     error: str = "",
 ) -> Latency:
-    """Raw runs and controls → a `Latency` with every figure, flag and the verdict.
+    """Summarise raw runs and controls as a `Latency` with all figures, flags and the verdict.
 
     There is no result if a run has fewer than 20 pairs, if the half-width exceeds 5 %, if several threads were measured
     under contention, or if the control fails: none was taken, one has fewer than 20 pairs, or its floor exceeds 5 %.
-    What can be computed stands in the fields all the same (the medians of two arms from the first quad on, ratio and
-    interval from 20 pairs on), so that nothing is hidden; `verdict_kind` says whether it may be quoted.
+    Fields that can be computed are filled all the same: medians of both arms from the first ABBA block on, ratio and
+    interval from 20 pairs on. `verdict_kind` says whether they may be quoted.
 
     Args:
-        phase: what one call was.
-        method: how it was timed.
-        statistic: which value stands for a sample.
+        phase: of one call.
+        method: of timing.
+        statistic: the value that represents a sample.
         threads: CPU threads that the process used.
         mode: of both networks.
         runs: one per process.
         controls: baseline against a second baseline instance.
-        target_half_width: what the sampler aimed at; kept, not judged.
-        error: why nothing could be measured; it becomes the reason.
+        target_half_width: the sampler's target; stored, not judged.
+        error: the reason why nothing could be measured; it becomes the verdict's reason.
 
     Raises:
         RecordError: a sample is not a positive time.
@@ -283,7 +281,7 @@ def summarise(
 
 
 def recompute(latency: Latency) -> Latency:
-    """The same raw runs, everything else computed again."""
+    """Compute everything again from the raw runs."""
     return summarise(
         phase=latency.phase,
         method=latency.method,
@@ -298,10 +296,10 @@ def recompute(latency: Latency) -> Latency:
 
 
 def check(latency: Latency) -> Latency:
-    """Holds what a record states against its raw samples: figures to 1e-9, and which flags and verdict there are.
+    """Check a stored latency against its raw samples: figures to 1e-9, names of flags, and kind of verdict.
 
     Returns:
-        The same with its words written anew: how a verdict is worded may change, what it says may not.
+        The latency with its sentences recomputed: the wording may change between versions, the content may not.
 
     Raises:
         RecordError: a stored figure disagrees; the message names the field.

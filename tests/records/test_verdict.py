@@ -208,13 +208,13 @@ def test_kinds(interval, floor, kind):
             0.015,
             0.0011,
             "no difference measured; cannot exclude -1.50 %..+1.90 % (-1.50 ms..+1.90 ms); "
-            "+1.10 % is within the control floor of 1.50 %",
+            "+1.10 % is within the noise floor of 1.50 %",
         ),
         (
             (0.996, 1.001, 1.006),
             0.02,
             0.0001,
-            "no difference measured; cannot exclude -0.40 %..+0.60 % (-400 µs..+600 µs); the control floor is 2.00 %",
+            "no difference measured; cannot exclude -0.40 %..+0.60 % (-400 µs..+600 µs); the noise floor is 2.00 %",
         ),
     ],
 )

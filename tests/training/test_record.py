@@ -132,7 +132,7 @@ def test_an_accuracy_and_what_it_may_be():
         (b"[]", "x.json: schema is None"),
         (
             b'{"schema": "selab.profile/1"}',
-            "is a record of another kind, 'selab.profile/1'; what is read here is 'selab.accuracy/1'",
+            "is a record of another kind, 'selab.profile/1'; expected 'selab.accuracy/1'",
         ),
         (b'{"schema": "selab.accuracy/1", "kind": "accuracy"}', "x.json: Object missing required field"),
     ],

@@ -70,7 +70,7 @@ class TestPlot:
             (["cost"], "no records"),
             (["accuracy", "--x", "mac"], "--x mac: no such quantity; did you mean macs"),
             (["costs"], "plot costs: no such picture; did you mean cost"),
-            (["accuracy", "--out", "a.pdf"], ".pdf; a picture ends in .svg or .png"),
+            (["accuracy", "--out", "a.jpg"], ".jpg; a picture ends in .svg, .png or .pdf"),
         ],
     )
     def test_mistakes(self, selab, words, message, one_line):

@@ -1,5 +1,6 @@
 """Axes of figures: which quantity, its label and unit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,14 +29,14 @@ class Axis:
     logarithmic: bool = True
 
 
-_MACS = "multiply-accumulates of a forward pass"
+_MACS = "MACs of a forward pass"
 _TIME = "time of a forward pass"
 _ADDED = "time that SE adds to a forward pass (% of the base)"
 _SAVED = "memory kept for the backward pass"
 _ALL_AXES = (
     Axis("params", "counted", "params", "parameters", "parameters"),
-    Axis("macs", "counted", "macs.paper", "MACs", f"{_MACS} (convention: paper)"),
-    Axis("macs_all", "counted", "macs.all", "MACs", f"{_MACS} (convention: all operations)"),
+    Axis("macs", "counted", "macs.paper", "MACs", f"{_MACS} (paper's FLOPs)"),
+    Axis("macs_all", "counted", "macs.all", "MACs", f"{_MACS} (all operations)"),
     Axis("flops", "counted", "flops", "FLOPs", "floating-point operations of a forward pass"),
     Axis("bytes", "counted", "bytes", "bytes moved", "bytes moved in a forward pass", "B"),
     Axis("activations", "counted", "activations", "activations", "activations (elements of convolution outputs)"),
@@ -67,6 +68,21 @@ def axis(name: str, *, option: str = "axis") -> Axis:
     if name not in AXES:
         raise UnknownNameError(f"{option} {name}: no such quantity{nearest(name, AXES)}")
     return AXES[name]
+
+
+def tick_labels(unit: str, values: Sequence[float]) -> list[str]:
+    """Return ticks' labels; those with the same unit have the same number of decimals: `24.0 %` next to `23.5 %`."""
+    texts = [with_unit(unit, value).split(" ", 1) for value in values]
+    decimals: dict[str, int] = {}
+    for number, *suffix in texts:
+        key = "".join(suffix)
+        decimals[key] = max(decimals.get(key, 0), len(number.partition(".")[2]))
+    return [" ".join((_padded(number, decimals["".join(suffix)]), *suffix)) for number, *suffix in texts]
+
+
+def _padded(number: str, decimals: int) -> str:
+    whole, _, rest = number.partition(".")
+    return f"{whole}.{rest.ljust(decimals, '0')}" if decimals else number
 
 
 def with_unit(unit: str, value: float) -> str:

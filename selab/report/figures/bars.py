@@ -8,7 +8,8 @@ from selab import units
 from selab.errors import SelabError
 from selab.records import verdict as records_verdict
 from selab.records.types import Record
-from selab.report.figures.axes import with_unit
+from selab.records.verdict import NOT_SIGNIFICANT, TOO_NOISY
+from selab.report.figures.axes import tick_labels
 from selab.report.figures.base import LeftOut, chosen_records, circumstances_of, reasons, recorded
 from selab.report.figures.style import FAINT, FILLS, INK, NOT_RESOLVED, left_out_note, new_figure, ticks
 
@@ -98,7 +99,7 @@ def bars_figure(shown: Bars) -> "Figure":
         notes.append(NOT_RESOLVED)
     missing = sum(row.interval is None for row in shown.rows)
     if missing:
-        notes.append(f"No result, and no bar, for {missing} of {len(shown.rows)} times; their records say why.")
+        notes.append(f"{TOO_NOISY}: no bar for {missing} of {len(shown.rows)} times; their records say why.")
     notes += left_out_note(shown.left_out, len(shown.rows))
     handles = [Patch(facecolor=fill, edgecolor=FAINT, linewidth=0.5, label=name) for name, fill in FILLS.items()]
     left_in = 0.3 + 0.075 * max(len(row.name) for row in shown.rows)
@@ -122,7 +123,7 @@ def set_bars(axes: "Axes", ends: Sequence[float], names: Sequence[str]) -> None:
     axes.set_xlim(low - (0.06 * (high - low) if low < 0 else 0), high + 0.25 * (high - low))
     axes.set_ylim(len(names) - 0.45, -0.55)
     at = [value for value in ticks(*axes.get_xlim(), logarithmic=False) if value <= high]
-    axes.set_xticks(at, labels=[with_unit("%", value) for value in at])
+    axes.set_xticks(at, labels=tick_labels("%", at))
     axes.set_yticks(range(len(names)), labels=names)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
@@ -148,7 +149,7 @@ def draw_interval(
 ) -> None:
     """A measured bar; its interval is a line with whiskers over it."""
     if interval is None:
-        _write(axes, y, 0, "no result", color=FAINT, style="italic")
+        _write(axes, y, 0, TOO_NOISY, color=FAINT, style="italic")
         return
     low, high = interval
     decimals = units.decimals_for((high - low) / 2)
@@ -156,7 +157,7 @@ def draw_interval(
     if value is not None:
         draw_bar(axes, y, value, colour, told=False, height=height)
     axes.plot([low * 100, high * 100], [y, y], color=INK, linewidth=1.1, marker="|", markersize=5, zorder=4)
-    text = "not shown" if value is None else units.percent(value, decimals=decimals)
+    text = NOT_SIGNIFICANT if value is None else units.percent(value, decimals=decimals)
     _write(axes, y, max(0.0, high) * 100, f"{text} {brackets}")
 
 

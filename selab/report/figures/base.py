@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from selab.attention.config import ExternalConfig
 from selab.errors import RecordError, UnknownNameError, nearest
 from selab.experiments.tax_record import TaxRecord
 from selab.models import catalog
@@ -13,6 +14,7 @@ from selab.records import verdict as records_verdict
 from selab.records.types import Cost, Phase, Record
 from selab.report.figures.axes import Axis
 from selab.report.machines import check_one_machine
+from selab.report.wording import FAILED
 from selab.training.record import AccuracyRecord
 
 
@@ -64,6 +66,21 @@ def recorded(record: Record) -> Subject:
     )
 
 
+def block_of(variant: Variant | None) -> str:
+    """Return what kind of attention block a variant has: `SE`, `ECA`, `CBAM`, or a name of one's own."""
+    config = None if variant is None else variant.se
+    if config is None:
+        return "SE"
+    if isinstance(config, ExternalConfig):
+        return config.target.rpartition(":")[2]
+    tag = str(config.__struct_config__.tag)
+    return _BLOCKS.get(tag, tag.upper() if len(tag) <= _LONGEST_ACRONYM else tag.replace("_", " "))
+
+
+_BLOCKS = {"scse": "scSE", "sse": "sSE", "ese": "eSE"}
+_LONGEST_ACRONYM = 4
+
+
 def baseline_word(variant: Variant) -> str:
     """Return what `--arch` finds the baseline of a variant by."""
     return f"{variant.file}:{variant.baseline}" if variant.file else str(variant.baseline)
@@ -99,7 +116,7 @@ def measured_values(subject: Subject, which: Axis) -> BothValues | str:
         return f"{phase.replace('_', ' and ')} not measured"
     interval = records_verdict.not_excluded(latency)
     if interval is None or latency.baseline_s is None or latency.variant_s is None or latency.ratio is None:
-        return "no result"
+        return FAILED if latency.error else records_verdict.TOO_NOISY
     resolved = latency.verdict_kind != "undecided"
     if which.name == "tax":
         # Below the control floor the figure is the machine's own, and an interval has no place to point at.
@@ -107,7 +124,7 @@ def measured_values(subject: Subject, which: Axis) -> BothValues | str:
         return (
             BothValues(base=0.0, se=(latency.ratio - 1) * 100, interval=percents)
             if resolved
-            else "difference unresolved"
+            else records_verdict.NOT_SIGNIFICANT
         )
     low, high = (latency.baseline_s * (1 + bound) for bound in interval)
     return BothValues(base=latency.baseline_s, se=latency.variant_s, interval=(low, high), resolved=resolved)
@@ -120,7 +137,7 @@ def _saved(record: Record) -> BothValues | str:
 
 
 def reasons(left_out: Sequence[LeftOut], *, most: int | None = None) -> str:
-    """`no result (se_resnet18, se_vgg16); no record (se_mobilenet)`, of each at most so many names."""
+    """`too noisy (se_resnet18, se_vgg16); no record (se_mobilenet)`, of each at most so many names."""
     names: dict[str, list[str]] = {}
     for one in left_out:
         names.setdefault(one.why, []).append(one.name)

@@ -63,20 +63,25 @@ def picture(
     return points(*axes, records=records, costs=costs, archs=archs, workload=workload, compared=compared)
 
 
-ENDINGS = (".svg", ".png")
+ENDINGS = (".svg", ".png", ".pdf")
 
 
 _PNG_DPI = 200
 
 
 def check_file(path: Path) -> None:
-    """Raises SelabError for a file whose ending is not that of a picture."""
+    """Refuse a file whose ending is not that of a picture.
+
+    Raises:
+        SelabError: the message lists the endings.
+    """
     if path.suffix.lower() not in ENDINGS:
-        raise SelabError(f"--out {path}: {path.suffix or 'no ending'}; a picture ends in {' or '.join(ENDINGS)}")
+        allowed = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+        raise SelabError(f"--out {path}: {path.suffix or 'no ending'}; a picture ends in {allowed}")
 
 
 def draw(shown: Picture, path: Path) -> None:
-    """Writes a picture whole or not at all, as SVG or PNG by the file's ending.
+    """Write a picture whole or not at all, as SVG, PNG or PDF by the file's ending.
 
     Raises:
         SelabError: another ending.
@@ -87,7 +92,7 @@ def draw(shown: Picture, path: Path) -> None:
 
 
 def rendered(shown: Picture, ending: str) -> bytes:
-    """A picture as the bytes of an `.svg` or a `.png` file; no date and no user's style enter."""
+    """Return a picture as the bytes of a file with one of `ENDINGS`; no date and no user's style enter."""
     from matplotlib import style
 
     with style.context(["default", STYLE]):
@@ -108,6 +113,9 @@ def rendered(shown: Picture, ending: str) -> bytes:
         if ending == ".svg":
             metadata = {"Title": shown.title, "Date": None, "Creator": None}
             figure.savefig(file, format="svg", metadata=metadata)
+        elif ending == ".pdf":
+            undated = dict.fromkeys(("CreationDate", "Creator", "Producer"))
+            figure.savefig(file, format="pdf", metadata={"Title": shown.title, **undated})
         else:
             figure.savefig(file, format="png", dpi=_PNG_DPI, metadata={"Title": shown.title, "Software": None})
     return file.getvalue()

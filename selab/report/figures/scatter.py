@@ -4,6 +4,7 @@ A picture is data: `Scatter` and `Bars` say what stands where, and what was left
 """
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from selab.models.provenance import variants_of
 from selab.records.types import Cost, Record
 from selab.report.accuracy import name_of as comparison_name
 from selab.report.accuracy import not_published, trainings
-from selab.report.figures.axes import AXES, TRAINED, Axis, axis, with_unit
+from selab.report.figures.axes import AXES, TRAINED, Axis, axis, tick_labels
 from selab.report.figures.base import (
     BothValues,
     LeftOut,
     Subject,
     baseline_word,
+    block_of,
     chosen_records,
     circumstances_of,
     measured_values,
@@ -34,6 +36,7 @@ from selab.report.figures.style import (
     COLOURS,
     DISTANCES,
     FAINT,
+    INK,
     MARKERS,
     NOT_RESOLVED,
     UNRESOLVED,
@@ -73,6 +76,7 @@ class Pair:
     Attributes:
         x_interval: the 95 % interval of the SE point's value, where the axis has one.
         resolved: whether the measured difference is the networks' and not the machine's own.
+        block: the kind of attention block.
     """
 
     name: str
@@ -82,6 +86,7 @@ class Pair:
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
     resolved: bool = True
+    block: str = "SE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,11 +253,12 @@ def points(
             x_interval=on_x.interval,
             y_interval=on_y.interval,
             resolved=on_x.resolved and on_y.resolved,
+            block=block_of(subject.variant),
         )
         for subject, on_x, on_y in found
     )
     return Scatter(
-        title=f"{up.short[0].upper()}{up.short[1:]} against {across.short}: base and SE",
+        title=f"{up.short[0].upper()}{up.short[1:]} against {across.short}: base and with {_with(pairs)}",
         circumstances=circumstances,
         x=across,
         y=up,
@@ -332,7 +338,7 @@ def _natural(text: str) -> tuple[str, int]:
     return (word, int(number)) if number.isdigit() else (text, 0)
 
 
-_NOT_SHOWN = "Not resolved: no difference of accuracy is shown, or the base's time differs from itself as much."
+_NOT_SHOWN = "n.s.: not significant, no difference in accuracy, or the base's time differs from itself as much."
 # What the intervals along an axis are of, by its name or by who says it.
 _WHISKERS = {
     "tax": "",
@@ -345,7 +351,6 @@ def scatter_figure(shown: Scatter) -> "Figure":
     """Draw pairs of points, base → variant."""
     from matplotlib.lines import Line2D
 
-    families = list(dict.fromkeys(sorted(pair.family for pair in shown.pairs)))
     notes = []
     shown_intervals = (
         (shown.x, any(pair.x_interval for pair in shown.pairs)),
@@ -359,44 +364,90 @@ def scatter_figure(shown: Scatter) -> "Figure":
         notes.append(_NOT_SHOWN if trained else NOT_RESOLVED)
     notes += [f"{source}." for source in shown.sources]
     notes += left_out_note(shown.left_out, len(shown.pairs))
-    kinds = [("white", "base"), (FAINT, "with SE")]
-    kinds += [] if all(pair.resolved for pair in shown.pairs) else [(UNRESOLVED, "with SE, not shown")]
+    kinds = [("white", "base"), (FAINT, f"with {_with(shown.pairs)}")]
+    kinds += [] if all(pair.resolved for pair in shown.pairs) else [(UNRESOLVED, f"with {_with(shown.pairs)}, n.s.")]
     look: dict[str, Any] = {"linestyle": "", "markersize": 6}
     handles = [
         Line2D([], [], marker="o", markeredgecolor=FAINT, markerfacecolor=fill, label=text, **look)
         for fill, text in kinds
     ]
-    looks = {
-        family: (MARKERS[index % len(MARKERS)], COLOURS[index % len(COLOURS)]) for index, family in enumerate(families)
-    }
-    if len(families) > 1:
-        handles += [
-            Line2D([], [], marker=marker, color=colour, label=family, **look)
-            for family, (marker, colour) in looks.items()
-        ]
+    looks = _looks(shown.pairs)
+    handles += [
+        Line2D([], [], marker=marker, color=colour, label=label, **look)
+        for label, (marker, colour) in _legend(looks).items()
+    ]
     figure, axes = new_figure(
-        shown, plot_in=3.6 + 0.08 * max(0, len(shown.pairs) - 20), left_in=0.85, handles=handles, notes=notes
+        shown, plot_in=3.6 + 0.08 * max(0, len(shown.pairs) - 20), left_in=0.95, handles=handles, notes=notes
     )
     _set_axes(axes, shown)
     for pair in shown.pairs:
-        _draw_pair(axes, pair, *looks[pair.family])
-    _label(figure, axes, shown)
+        _draw_pair(axes, pair, *looks[pair.family, pair.block])
+    colours = {pair.name: looks[pair.family, pair.block][1] for pair in shown.pairs}
+    _label(figure, axes, shown, colours if len({pair.block for pair in shown.pairs}) > 1 else {})
     return figure
+
+
+def _with(pairs: Sequence[Pair]) -> str:
+    """Return the kind of block that all pairs share, or `a block`."""
+    kinds = {pair.block for pair in pairs}
+    return kinds.pop() if len(kinds) == 1 else "a block"
+
+
+_Look = tuple[str, str]
+
+
+def _looks(pairs: Sequence[Pair]) -> dict[tuple[str, str], _Look]:
+    """Return marker and colour by family and kind of block.
+
+    With one kind of block, families differ in both; with several, kinds differ in colour, and what is left, families or
+    kinds, in the marker.
+    """
+    families = sorted({pair.family for pair in pairs})
+    kinds = sorted({pair.block for pair in pairs}, key=lambda kind: (kind != "SE", kind))
+    found = {}
+    for family, kind in {(pair.family, pair.block) for pair in pairs}:
+        of_family, of_kind = families.index(family), kinds.index(kind)
+        marker = of_family if len(families) > 1 else of_kind
+        colour = of_kind if len(kinds) > 1 else of_family
+        found[family, kind] = (MARKERS[marker % len(MARKERS)], COLOURS[colour % len(COLOURS)])
+    return found
+
+
+def _legend(looks: dict[tuple[str, str], _Look]) -> dict[str, _Look]:
+    """Return what markers and colours mean, where there are several."""
+    families = sorted({family for family, _ in looks})
+    kinds = sorted({kind for _, kind in looks}, key=lambda kind: (kind != "SE", kind))
+    several_kinds, several_families = len(kinds) > 1, len(families) > 1
+    legend: dict[str, _Look] = {}
+    for family, kind in sorted(looks):
+        marker, colour = looks[family, kind]
+        if several_families:
+            legend.setdefault(family, (marker, FAINT if several_kinds else colour))
+    for kind in kinds if several_kinds else []:
+        marker, colour = next(look for (_, one), look in looks.items() if one == kind)
+        legend[kind] = ("s" if several_families else marker, colour)
+    return legend
 
 
 def _set_axes(axes: "Axes", shown: Scatter) -> None:
     for which, read in ((shown.x, "x"), (shown.y, "y")):
         values = [getattr(point, read) for pair in shown.pairs for point in (pair.base, pair.se)]
         values += [end for pair in shown.pairs for end in getattr(pair, f"{read}_interval") or ()]
-        low, high = limits(values, logarithmic=which.logarithmic)
+        low, high = limits(values, logarithmic=which.logarithmic, wide=True)
         at = ticks(low, high, logarithmic=which.logarithmic)
         if which.logarithmic:
             (axes.set_xscale if read == "x" else axes.set_yscale)("log")
         (axes.set_xlim if read == "x" else axes.set_ylim)(low, high)
         ruler = axes.xaxis if read == "x" else axes.yaxis
-        ruler.set_ticks(at, labels=[with_unit(which.unit, value) for value in at])
+        ruler.set_ticks(at, labels=tick_labels(which.unit, at))
         ruler.set_ticks([], minor=True)
-        (axes.set_xlabel if read == "x" else axes.set_ylabel)(which.label)
+        (axes.set_xlabel if read == "x" else axes.set_ylabel)(
+            which.label if read == "x" else textwrap.fill(which.label, _LABEL_CHARACTERS)
+        )
+
+
+# A longer label along the vertical axis would reach the legend.
+_LABEL_CHARACTERS = 44
 
 
 def _draw_pair(axes: "Axes", pair: Pair, marker: str, colour: str) -> None:
@@ -410,20 +461,23 @@ def _draw_pair(axes: "Axes", pair: Pair, marker: str, colour: str) -> None:
             "color": colour,
             "linewidth": 1.0,
             "shrinkA": 4,
-            "shrinkB": 4,
+            # Before a whisker, or its cap and the head would be one blot.
+            "shrinkB": 4 if pair.x_interval is None and pair.y_interval is None else 8,
             "mutation_scale": 8,
         }
         axes.annotate("", xy=se, xytext=base, arrowprops=arrow, zorder=3)
-    whiskers: dict[str, Any] = {"color": colour, "linewidth": 0.9, "zorder": 3, "marker": "|", "markersize": 4}
+    whiskers: dict[str, Any] = {"color": colour, "linewidth": 0.9, "zorder": 3, "marker": "|", "markersize": 6}
     if pair.x_interval is not None:
         axes.plot(pair.x_interval, [se[1]] * 2, **whiskers)
     if pair.y_interval is not None:
         axes.plot([se[0]] * 2, pair.y_interval, **{**whiskers, "marker": "_"})
     axes.plot(*([value] for value in base), markerfacecolor="white", **look)
+    # Above every base: blocks that cost next to nothing stand on theirs.
+    look["zorder"] = 5
     axes.plot(*([value] for value in se), markerfacecolor=colour if pair.resolved else UNRESOLVED, **look)
 
 
-def _label(figure: "Figure", axes: "Axes", shown: Scatter) -> None:
+def _label(figure: "Figure", axes: "Axes", shown: Scatter, colours: Mapping[str, str]) -> None:
     """The names, each beside its SE point; a thin line leads to one that had to go further away."""
     points_per_pixel = 72 / figure.dpi
     size = 8.0 if len(shown.pairs) <= 20 else 6.5
@@ -454,7 +508,15 @@ def _label(figure: "Figure", axes: "Axes", shown: Scatter) -> None:
         middle = ((box[0] + box[2]) / 2 - anchor[0], (box[1] + box[3]) / 2 - anchor[1])
         data = (pair.se.x, pair.se.y)
         axes.annotate(
-            pair.name, data, xytext=middle, textcoords="offset points", size=size, ha="center", va="center", zorder=5
+            pair.name,
+            data,
+            xytext=middle,
+            textcoords="offset points",
+            size=size,
+            color=colours.get(pair.name, INK),
+            ha="center",
+            va="center",
+            zorder=6,
         )
         if gap(box, anchor) > DISTANCES[1]:
             nearest_point = nearest_in(box, anchor)

@@ -1,4 +1,4 @@
-"""Data of a picture → SVG or PNG with matplotlib: axes, arrows, labels that keep out of each other's way.
+"""Data of a picture → SVG, PNG or PDF with matplotlib: axes, arrows, labels that keep out of each other's way.
 
 The same data gives the same bytes, in colour and readable in grey.
 """
@@ -39,14 +39,33 @@ def ticks(low: float, high: float, *, logarithmic: bool) -> list[float]:
     return [round(index * step, 12) for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def limits(values: Sequence[float], *, logarithmic: bool, around: float = 0.12) -> tuple[float, float]:
-    """The values with room around them; a single value stands in the middle."""
+_OCTAVE = math.log10(2)
+_LEAST_SPAN = 0.1
+
+
+def limits(
+    values: Sequence[float], *, logarithmic: bool, around: float = 0.12, wide: bool = False
+) -> tuple[float, float]:
+    """Return the values with room around them; a single value stands in the middle.
+
+    Args:
+        values: what is drawn along the axis.
+        logarithmic: whether equal ratios have equal lengths.
+        around: room at each end, a fraction of the values' span.
+        wide: show at least an octave (logarithmic) or ±10 % (linear), so that a small difference looks small.
+    """
     if logarithmic:
         low, high = limits([math.log10(value) for value in values], logarithmic=False, around=around)
+        if wide and high - low < _OCTAVE:
+            middle = (low + high) / 2
+            low, high = middle - _OCTAVE / 2, middle + _OCTAVE / 2
         return 10.0**low, 10.0**high
     low, high = min(values), max(values)
     room = around * (high - low) or max(abs(high), 1.0) * 0.1
-    return low - room, high + room
+    low, high = low - room, high + room
+    middle = (low + high) / 2
+    least = _LEAST_SPAN * abs(middle) if wide else 0.0
+    return min(low, middle - least), max(high, middle + least)
 
 
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
@@ -77,7 +96,7 @@ def placed(
             candidates = [_beside(anchor, size, way, far) for far in DISTANCES for way in _DIRECTIONS]
             costs = [
                 10 * sum(_overlap(candidate, other) for other in others)
-                + 3 * sum(_overlap(candidate, box) for box in taken)
+                + 8 * sum(_overlap(candidate, box) for box in taken)
                 + 30 * (size[0] * size[1] - _overlap(candidate, bounds))
                 + 0.4 * gap(candidate, anchor) ** 1.5
                 for candidate in candidates
@@ -140,12 +159,14 @@ STYLE = {
     # Text stays text, and names in the file come from its content: the same picture is the same file.
     "svg.fonttype": "none",
     "svg.hashsalt": "selab",
+    # TrueType: an editor finds letters, not outlines.
+    "pdf.fonttype": 42,
 }
 _WIDTH_IN, _RIGHT_IN = 7.2, 0.25
 _LINE_IN, _CAPTION_CHARACTERS = 0.155, 122
 
 
-NOT_RESOLVED = "Not resolved: the base differs from itself as much; the whiskers hold what cannot be excluded."
+NOT_RESOLVED = "n.s.: not significant, the base differs from itself as much; brackets hold what is not excluded."
 
 
 class Captioned(Protocol):

@@ -152,14 +152,14 @@ def test_tax_is_the_ratio_in_percent(record):
 def test_no_result_is_left_out_and_told(record, noisy):
     shown = report_figures_scatter.points("macs", "latency", records=[record, noisy])
     assert [pair.name for pair in shown.pairs] == ["se_mobilenet"]
-    assert shown.left_out == (report_figures_base.LeftOut(name="se_mobilenet_0_25", why="no result"),)
-    assert "Left out 1 of 2: no result (se_mobilenet_0_25)." in text_of(shown)
+    assert shown.left_out == (report_figures_base.LeftOut(name="se_mobilenet_0_25", why="too noisy"),)
+    assert "Left out 1 of 2: too noisy (se_mobilenet_0_25)." in text_of(shown)
 
 
 def test_what_is_not_resolved_is_marked(record, undecided):
     shown = report_figures_scatter.points("macs", "latency", records=[record, undecided])
     assert [pair.resolved for pair in shown.pairs] == [True, False]
-    assert "with SE, not shown" in text_of(shown)
+    assert "with SE, n.s." in text_of(shown)
     taxed = report_figures_scatter.points("macs", "tax", records=[record, undecided])
     assert [one.name for one in taxed.left_out] == ["se_mobilenet_0_5"]
 
@@ -226,8 +226,8 @@ def test_bars_show_what_the_table_shows(record, noisy, undecided):
     assert low == pytest.approx(-0.04, abs=3e-4)
     assert high == pytest.approx(0.04, abs=3e-4)
     written = text_of(shown)
-    assert {"no result", "+0.56 %", "added by SE (% of the base)"} <= set(written)
-    assert "No result, and no bar, for 1 of 3 times; their records say why." in written
+    assert {"too noisy", "+0.56 %", "added by SE (% of the base)"} <= set(written)
+    assert "too noisy: no bar for 1 of 3 times; their records say why." in written
 
 
 # -------------------------------------------------------------------------------------------------------- circumstances
@@ -290,15 +290,15 @@ def test_without_records_it_says_what_to_do(record):
 def test_nothing_to_draw_says_why(noisy):
     with pytest.raises(SelabError, match=r"no top-1 error published \(se_mobilenet_0_25\)"):
         report_figures_scatter.points("latency", "top1_error", records=[noisy])
-    with pytest.raises(SelabError, match=r"no result \(se_mobilenet_0_25\)"):
+    with pytest.raises(SelabError, match=r"too noisy \(se_mobilenet_0_25\)"):
         report_figures_scatter.points("latency", "macs", records=[noisy])
     with pytest.raises(SelabError, match=r"forward not measured \(se_mobilenet_0_25\)"):
         report_figures_bars.bars([msgspec.structs.replace(noisy, latency={})])
 
 
 def test_the_ending_decides(tmp_path, record):
-    with pytest.raises(SelabError, match=r"cost\.pdf: \.pdf; a picture ends in \.svg or \.png"):
-        registry.check_file(tmp_path / "cost.pdf")
+    with pytest.raises(SelabError, match=r"cost\.jpg: \.jpg; a picture ends in \.svg, \.png or \.pdf"):
+        registry.check_file(tmp_path / "cost.jpg")
     shown = registry.picture("cost", records=[record])
     registry.draw(shown, tmp_path / "a" / "cost.PNG")
     assert (tmp_path / "a" / "cost.PNG").read_bytes().startswith(b"\x89PNG")
@@ -384,6 +384,54 @@ def test_colours_hold_in_grey():
 )
 def test_ticks_are_round(low, high, logarithmic, expected):
     assert style.ticks(low, high, logarithmic=logarithmic) == pytest.approx(expected)
+
+
+def test_a_small_difference_looks_small():
+    """An axis shows at least an octave, or ±10 % of its middle."""
+    low, high = style.limits([3.858e9, 3.866e9], logarithmic=True, wide=True)
+    assert high / low == pytest.approx(2)
+    assert low < 3.858e9 < 3.866e9 < high
+    low, high = style.limits([24.0, 24.1], logarithmic=False, wide=True)
+    assert (low, high) == pytest.approx((24.05 * 0.9, 24.05 * 1.1))
+    assert style.limits([1.0, 100.0], logarithmic=True, wide=True) == style.limits([1.0, 100.0], logarithmic=True)
+
+
+def test_the_macs_of_se_resnet50_look_as_few_as_they_are():
+    shown = report_figures_scatter.points(
+        "macs", "top1_error", costs=counted(["resnet50", "se_resnet50"]), archs=["se_resnet50"]
+    )
+    drawn = report_figures_scatter.scatter_figure(shown).axes[0]
+    low, high = drawn.get_xlim()
+    assert high / low >= 2 - 1e-9
+    labels = [tick.get_text() for tick in drawn.get_yticklabels()]
+    assert len({len(label.partition(".")[2]) for label in labels}) == 1
+
+
+def test_ticks_of_a_unit_have_the_same_decimals():
+    assert axes.tick_labels("%", [23.5, 24.0, 24.5]) == ["23.5", "24.0", "24.5"]
+    assert axes.tick_labels("", [5e8, 1e9, 2e9]) == ["500 M", "1 G", "2 G"]
+    assert axes.tick_labels("", [3e9, 3.5e9]) == ["3.0 G", "3.5 G"]
+
+
+def test_blocks_of_different_kinds_differ_and_are_named():
+    archs = ["se_resnet18", "resnet18+block=eca,sites=residual", "resnet18+block=cbam,sites=residual"]
+    costs = counted(report_figures_scatter.costs_needed("params", "macs", archs))
+    shown = report_figures_scatter.points("params", "macs", costs=costs, archs=archs)
+    assert [pair.block for pair in shown.pairs] == ["SE", "ECA", "CBAM"]
+    looks = report_figures_scatter._looks(shown.pairs)
+    assert len({colour for _, colour in looks.values()}) == 3
+    assert len({marker for marker, _ in looks.values()}) == 3
+    written = set(text_of(shown))
+    assert {"SE", "ECA", "CBAM", "with a block"} <= written
+    assert "with SE" not in written
+
+
+def test_a_pdf_has_no_date(record):
+    shown = registry.picture("cost", records=[record])
+    found = registry.rendered(shown, ".pdf")
+    assert found.startswith(b"%PDF-")
+    assert b"CreationDate" not in found
+    assert found == registry.rendered(shown, ".pdf")
 
 
 @pytest.mark.parametrize(

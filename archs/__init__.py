@@ -1,1 +1,1 @@
-"""Networks in plain PyTorch, each family beside a TOML of its variants and what others published about them."""
+"""Networks in plain PyTorch: one file per family, and a TOML with its variants and their published numbers."""

@@ -1,4 +1,4 @@
-"""Four 3x3 convolutions and two dense layers for 32x32 images: the smallest network of the lab.
+"""Four 3x3 convolutions and two dense layers for 32x32 images: the smallest network here.
 
 Source: keras-team/keras, examples/cifar10_cnn.py (Keras 2).
 """

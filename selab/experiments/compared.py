@@ -1,4 +1,4 @@
-"""A finished comparison, joined with the costs and times of its two networks; no torch."""
+"""A finished comparison with the costs and latencies of its two networks; imports no torch."""
 
 from dataclasses import dataclass, field
 
@@ -8,11 +8,11 @@ from selab.training.record import AccuracyRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A comparison's record, and the costs that its accuracies are read beside.
+    """A comparison's record, and what its two networks cost.
 
     Attributes:
-        costs: of both networks, by name, for one image of the data's size; empty where a network is not to be had.
-        forward: the profile of one image's forward pass, variant against baseline; None where there is none.
+        costs: of both networks, by name, for one image of the data's size; empty if a network is not available.
+        forward: the profile of one image's forward pass, variant against baseline; None if there is none.
         step: the profile of one batch's forward and backward pass, as it was trained; None where there is none.
     """
 
@@ -23,12 +23,12 @@ class Compared:
 
     @property
     def forward_latency(self) -> Latency | None:
-        """Of one image."""
+        """Latency of one image, forward."""
         return _latency(self.forward, "forward")
 
     @property
     def step_latency(self) -> Latency | None:
-        """Of one batch, forward and backward."""
+        """Latency of one training batch, forward and backward."""
         return _latency(self.step, "forward_backward")
 
 

@@ -599,9 +599,9 @@ def test_synthetic_is_opened_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["folder", "imagenet"])
-def test_folders_are_opened_by_their_own_room(tmp_path, monkeypatch, name):
-    room = SimpleNamespace(open_folder=lambda data_dir, **asked: (data_dir, asked))
-    monkeypatch.setitem(sys.modules, "selab.training.image_folder", room)
+def test_folders_are_opened_by_their_own_module(tmp_path, monkeypatch, name):
+    module = SimpleNamespace(open_folder=lambda data_dir, **asked: (data_dir, asked))
+    monkeypatch.setitem(sys.modules, "selab.training.image_folder", module)
     image = ImageRecipe(train_size=160)
     asked = {"image": image, "workers": 3, "classes_file": tmp_path / "list.txt", "report": print}
     assert open_data(name, data_dir=tmp_path, **asked) == (tmp_path, {"name": name, **asked})

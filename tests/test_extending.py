@@ -88,7 +88,7 @@ def test_the_block_of_the_template_counts_itself_right(folder):
 
 def test_nothing_is_overwritten(folder):
     (folder / "mynet.py").write_text("mine")
-    with pytest.raises(SelabError, match=r"mynet.py: exists; give --replace"):
+    with pytest.raises(SelabError, match=r"mynet.py: exists; use --replace"):
         CliRunner().invoke(app, ["new", "family", "mynet"], catch_exceptions=False)
     assert not (folder / "mynet.toml").exists()
     assert (folder / "mynet.py").read_text() == "mine"

@@ -181,7 +181,7 @@ class Comparison:
         check_writable(self.path, replace=True)
         seeds = {seed: Seed(seed=seed) for seed in self.plan.seeds}
         if self.path.exists() and not replace:
-            then = "give --replace to write over it, or name another folder with --out"
+            then = "use --replace to overwrite it, or name another folder with --out"
             there = self._seeds_in(self.path, "exists: a comparison", then)
             if there.keys() >= seeds.keys():
                 return there, True

@@ -83,7 +83,7 @@ def _busy(found: Snapshot) -> list[Problem]:
         Problem(
             what=what[flag.name].format(other_programs(found), found.machine.cores)
             if flag.name in what
-            else flag.detail,
+            else flag.detail.partition(";")[0],
             advice=advice[flag.name],
         )
         for flag in flags

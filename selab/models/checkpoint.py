@@ -369,7 +369,7 @@ def _check_target(path: Path, source: Path, *, replace: bool) -> None:
     if path.exists() and source.exists() and path.samefile(source):
         raise WeightsError(f"{path}: is the input; name another file")
     if path.exists() and not replace:
-        raise WeightsError(f"{path}: exists; give --replace to write over it, or name another file")
+        raise WeightsError(f"{path}: exists; use --replace to overwrite it, or name another file")
 
 
 def _check_made_for(variant: Variant, fitted: Variant, metadata: Mapping[str, str], where: str) -> None:

@@ -53,13 +53,13 @@ FLAGS: Mapping[str, FlagText] = MappingProxyType(
         # Seen while sampling on a CPU.
         "contention": FlagText(
             cause="busy",
-            seen="other processes used {others:.2f} of {cores} cores during the measurement",
+            seen="other processes used {others:.1f} of {cores} cores during the measurement",
             means="they took time from the {threads} measured thread(s)",
             do="stop them and measure again",
         ),
         "neighbours": FlagText(
             cause="busy",
-            seen="other processes used {others:.2f} of {cores} cores, next to the {threads} measured",
+            seen="other processes used {others:.1f} of {cores} cores, next to the {threads} measured",
             means="they shared caches and memory bandwidth",
             do="stop them for exact times",
         ),

@@ -142,7 +142,7 @@ def check_writable(path: Path, *, replace: bool) -> None:
     if path.is_dir():
         raise RecordError(f"{path}: is a folder; name a file in it")
     if path.exists() and not replace:
-        raise RecordError(f"{path}: exists; give --replace to write over it, or name another folder with --out")
+        raise RecordError(f"{path}: exists; use --replace to overwrite it, or --out to name another folder")
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):

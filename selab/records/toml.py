@@ -1,4 +1,4 @@
-"""TOML files of facts: tables of one kind, read strictly, each mistake told with its place and what is allowed."""
+"""Read TOML files strictly: tables of one kind; a message names the place of a mistake and the allowed values."""
 
 import re
 import tomllib

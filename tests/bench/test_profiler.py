@@ -96,7 +96,7 @@ def test_a_trace_has_ranges_shapes_memory_and_stacks(trace):
 def test_a_trace_is_not_written_over(trace, tmp_path):
     job = resolve(Request(arch="se_small_cnn", threads=1))
     found = timeline.recorded(job, "forward", steps=1)
-    with pytest.raises(RecordError, match="exists; give --replace"):
+    with pytest.raises(RecordError, match="exists; use --replace"):
         timeline.write_trace(found, trace, replace=False)
     before = trace.read_bytes()
     timeline.write_trace(found, trace.parent / "other.pt.trace.json", replace=True)

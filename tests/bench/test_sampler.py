@@ -182,10 +182,10 @@ def test_warm_up_without_a_steady_state_ends_at_the_cap_and_is_flagged():
 # ----------------------------------------------------------------------------------------------- quads, settling, looks
 
 
-def test_order_of_the_quads_is_the_coin_of_the_seed():
+def test_order_of_the_blocks_is_the_coin_of_the_seed():
     def order_of(seed):
         clock, _, a, b = fake_arms()
-        return [quad.order for quad in measure(a, b, Plan(), clock=clock, seed=seed)["wall"].quads]
+        return [block.order for block in measure(a, b, Plan(), clock=clock, seed=seed)["wall"].quads]
 
     assert order_of(7) == order_of(7)
     assert order_of(7) != order_of(8)
@@ -199,9 +199,9 @@ def test_samples_stand_in_the_order_in_which_they_were_taken():
     clock, diary, a, b = fake_arms(0.004, 2.0)
     run = measure(a, b, Plan(), clock=clock)["wall"]
     seen = [name for name, what in sampling(diary, run.warmup_calls) if what != "settle"]
-    assert "".join(seen) == "".join(quad.order for quad in run.quads)
-    for quad in run.quads:
-        assert quad.floor == pytest.approx([{"A": 0.004, "B": 0.008}[letter] for letter in quad.order])
+    assert "".join(seen) == "".join(block.order for block in run.quads)
+    for block in run.quads:
+        assert block.floor == pytest.approx([{"A": 0.004, "B": 0.008}[letter] for letter in block.order])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -209,7 +209,7 @@ def test_one_settle_call_after_each_change_of_arm(seed):
     clock, diary, a, b = fake_arms(0.004)
     run = measure(a, b, Plan(), clock=clock, seed=seed)["wall"]
     expected, last = [], ""
-    for letter in "".join(quad.order for quad in run.quads):
+    for letter in "".join(block.order for block in run.quads):
         expected += [(letter, "settle")] if letter != last else []
         expected += [(letter, run.calls_per_sample)]
         last = letter
@@ -219,14 +219,14 @@ def test_one_settle_call_after_each_change_of_arm(seed):
 def test_no_settle_calls_where_a_call_is_long():
     clock, diary, a, b = fake_arms(0.060)
     run = measure(a, b, Plan(), clock=clock)["wall"]
-    assert sampling(diary, run.warmup_calls) == [(letter, 1) for quad in run.quads for letter in quad.order]
+    assert sampling(diary, run.warmup_calls) == [(letter, 1) for block in run.quads for letter in block.order]
 
 
 def test_looks_are_the_listed_ones():
     assert sorted(LOOKS)[:11] == [10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320]
 
 
-def test_the_width_is_computed_at_the_listed_quads_only(monkeypatch):
+def test_the_width_is_computed_at_the_listed_blocks_only(monkeypatch):
     looked = []
 
     def spy(quads, statistic):
@@ -265,7 +265,7 @@ def test_convergence_happens_at_a_look():
         assert estimate.half_width(run.quads, "floor") <= 0.005
 
 
-def test_budget_stops_at_the_end_of_the_quad():
+def test_budget_stops_at_the_end_of_the_blocks():
     clock, _, a, b = fake_arms(0.5, 1.0)
     run = measure(a, b, Plan(budget_s=35.0, target_half_width=-1.0), clock=clock)["wall"]
     assert run.status == "budget"
@@ -286,7 +286,7 @@ def test_a_budget_too_small_for_twenty_pairs_gives_no_result():
     assert summarised([run], [run]).verdict.startswith("no result: 14 pairs in 28 s, 20 are needed")
 
 
-def test_progress_reports_every_quad():
+def test_progress_reports_every_blocks():
     clock, _, a, b = fake_arms(0.5, 1.0)
     seen = []
     run = measure(a, b, Plan(), clock=clock, progress=seen.append)["wall"]
@@ -357,13 +357,13 @@ def test_flags_between_blocks_are_kept_once_and_counted():
     assert len(run.quads) == 10
 
 
-def test_a_void_quad_is_discarded_whole_and_run_again_in_the_same_order():
+def test_a_void_blocks_is_discarded_whole_and_run_again_in_the_same_order():
     clock, diary, a, b = fake_arms()
     answers = iter([[], Discarded(reason="hardware slowdown"), Discarded(reason="hardware slowdown")] + [[]] * 9)
     run = measure(a, b, Plan(), clock=clock, seed=5, between_blocks=lambda: next(answers))["wall"]
     coin = sampler.orders(5)
     order = [next(coin) for _ in range(10)]
-    assert [quad.order for quad in run.quads] == order
+    assert [block.order for block in run.quads] == order
     taken = "".join(name for name, what in sampling(diary, run.warmup_calls) if what != "settle")
     assert taken == order[0] + order[1] * 3 + "".join(order[2:])
     assert [flag.name for flag in run.flags] == ["voided"]
@@ -371,7 +371,7 @@ def test_a_void_quad_is_discarded_whole_and_run_again_in_the_same_order():
     assert run.flags[0].detail.endswith(" (at 2 of 12 ABBA blocks)")
 
 
-def test_a_machine_that_voids_every_quad_ends_with_the_budget():
+def test_a_machine_that_voids_every_blocks_ends_with_the_budget():
     clock, _, a, b = fake_arms(0.5, 1.0)
     run = measure(a, b, Plan(budget_s=10.0), clock=clock, between_blocks=lambda: Discarded(reason="hot"))["wall"]
     assert (run.status, run.quads) == ("budget", ())
@@ -446,7 +446,7 @@ def summarised(runs, controls, target=0.005):
 @pytest.mark.parametrize("seed", range(5))
 def test_swapped_arms_give_the_reciprocal(call_s, seed):
     class EvenlySettling(WallArm):
-        # A quad's outer arm settles twice and its inner arm once: settling must not use up an arm's own noise.
+        # A block's outer arm settles twice and its inner arm once: settling must not use up an arm's own noise.
         def warm_call(self):
             self.clock.spend(call_s)
             return call_s
@@ -694,7 +694,7 @@ def test_a_spike_of_one_arm_touches_its_own_pairs_only():
 
         arms["two"] = WallArm(call=call, clock=clock)
         found = measure_together(arms, TOGETHER, Plan(), clock=clock, seed=2)
-        return {pair: [quad.floor for quad in runs["wall"].quads] for pair, runs in found.items()}
+        return {pair: [block.floor for block in runs["wall"].quads] for pair, runs in found.items()}
 
     calm, disturbed = quads(False), quads(True)
     touched = [pair for pair in TOGETHER if calm[pair] != disturbed[pair]]
@@ -702,7 +702,7 @@ def test_a_spike_of_one_arm_touches_its_own_pairs_only():
     assert "two" in touched[0]
 
 
-def test_every_pair_has_one_quad_in_each_round_in_an_order_of_the_seed():
+def test_every_pair_has_one_blocks_in_each_round_in_an_order_of_the_seed():
     def rounds(seed):
         clock, diary = FakeClock(), []
         arms = {name: FakeArm(clock, 0.060, name, diary) for name in TRUE}
@@ -733,7 +733,7 @@ def test_the_warm_up_goes_over_all_arms_in_turn_and_a_sample_fits_its_pair():
     assert found["base", "slow"]["wall"].calls_per_sample == 1
 
 
-def test_a_quad_begins_with_a_settle_call_where_calls_are_short():
+def test_a_blocks_begins_with_a_settle_call_where_calls_are_short():
     clock, diary = FakeClock(), []
     arms = {name: FakeArm(clock, 0.004, name, diary) for name in TRUE}
     pairs = [("base", "again"), ("base", "one")]
@@ -776,7 +776,7 @@ def test_the_budget_is_that_of_each_pair_and_its_status_says_which_was_too_wide(
     assert total == pytest.approx(seen[-1].elapsed_s)
 
 
-def test_a_void_quad_of_several_pairs_is_run_again_within_its_round():
+def test_a_void_blocks_of_several_pairs_is_run_again_within_its_round():
     clock, diary = FakeClock(), []
     arms = {name: FakeArm(clock, 0.060, name, diary) for name in TRUE}
     answers = iter([(), Discarded(reason="hot")] + [()] * 100)

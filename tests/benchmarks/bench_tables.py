@@ -1,8 +1,8 @@
 """How long the cost of the whole zoo takes: fvcore and thop against ours, network by network, in one run.
 
 `python tests/benchmarks/bench_tables.py --out FILE` counts every variant of the catalog with each of the three. One
-network is one quad (ours, theirs, theirs, ours, or the other way round), so the ratio is the median over networks with
-its exact interval. Networks are built beforehand; ours and thop count on the meta device, fvcore on the CPU (torch 2.13
+network is one ABBA block (ours, theirs, theirs, ours, or reversed), so the ratio is the median over networks with its
+exact interval. Networks are built beforehand; ours and thop count on the meta device, fvcore on the CPU (torch 2.13
 loses the convolutions of its trace on meta). Prints the totals too, and this process's peak memory.
 """
 
@@ -32,7 +32,7 @@ from selab.records.types import ABBABlock, Latency, Order, Run
 Call = Callable[[], object]
 
 
-def quad(ours: Call, theirs: Call, order: Order) -> ABBABlock:
+def abba_block(ours: Call, theirs: Call, order: Order) -> ABBABlock:
     """Four calls, each timed alone: one network is counted once in its life, so nothing is repeated to warm up."""
     samples = []
     for arm in order:
@@ -102,7 +102,7 @@ def main() -> None:
                 for call in (ours, by_thop, by_fvcore):
                     call()
             for name, call in zip(quads, (ours, by_thop, by_fvcore), strict=True):
-                quads[name].append(quad(ours, call, coin.choice(("ABBA", "BAAB"))))
+                quads[name].append(abba_block(ours, call, coin.choice(("ABBA", "BAAB"))))
     elapsed = time.monotonic() - begin
     control = run_of(quads["ours again"], elapsed)
     found: dict[str, Latency] = {}

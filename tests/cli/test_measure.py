@@ -89,7 +89,7 @@ class TestProfile:
         before = path.read_bytes()
         status, _, error = selab(*words)
         assert status == 1
-        assert "exists; give --replace" in one_line(error)
+        assert "exists; use --replace" in one_line(error)
         assert path.read_bytes() == before
         assert selab(*words, "--replace")[0] == 0
         assert path.read_bytes() != before

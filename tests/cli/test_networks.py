@@ -84,7 +84,7 @@ class TestCount:
         assert found.kind == "count"
         status, _, error = selab("count", "--arch", "small_cnn", "--out", out)
         assert status == 1
-        assert "exists; give --replace" in one_line(error)
+        assert "exists; use --replace" in one_line(error)
 
     def test_no_network_named(self, selab):
         status, _, error = selab("count")

@@ -227,7 +227,7 @@ def test_nothing_is_left_of_a_record_that_has_the_seeds(data, tmp_path, pretende
 )
 def test_a_record_of_another_request_is_not_extended(data, tmp_path, pretended, changes, message):
     finished(data, tmp_path)
-    with pytest.raises(RecordError, match=f"exists: a comparison whose {message}; give --replace"):
+    with pytest.raises(RecordError, match=f"exists: a comparison whose {message}; use --replace"):
         finished(data, tmp_path, seeds=(0, 1, 2), **changes)
 
 

@@ -9,7 +9,7 @@ from selab.records import estimate, flags, stats, verdict
 from selab.records.types import ABBABlock, Estimate, Flag, Latency, Run
 
 
-def quad(order, *samples):
+def block(order, *samples):
     return ABBABlock(
         order=order, floor=samples, typical=tuple(2 * s for s in samples), mean=tuple(3 * s for s in samples)
     )
@@ -39,7 +39,7 @@ def simulated(ratio, *, seed, quads=10, noise=0.004, base=0.010, level=lambda pa
             here * (ratio if arm == "B" else 1.0) * (second if place % 2 else 1.0) * math.exp(draw.gauss(0, noise))
             for place, arm in enumerate(order)
         ]
-        taken.append(quad(order, *samples))
+        taken.append(block(order, *samples))
     return run_of(taken, **fields)
 
 
@@ -66,20 +66,20 @@ def estimated(low, ratio, high, baseline_s=0.1):
 
 
 def test_pairs_are_neighbours_with_the_baseline_first():
-    assert estimate.block_pairs(quad("ABBA", 1.0, 2.0, 3.0, 4.0), "floor") == ((1.0, 2.0), (4.0, 3.0))
-    assert estimate.block_pairs(quad("BAAB", 1.0, 2.0, 3.0, 4.0), "floor") == ((2.0, 1.0), (3.0, 4.0))
-    assert estimate.block_pairs(quad("BAAB", 1.0, 2.0, 3.0, 4.0), "mean") == ((6.0, 3.0), (9.0, 12.0))
+    assert estimate.block_pairs(block("ABBA", 1.0, 2.0, 3.0, 4.0), "floor") == ((1.0, 2.0), (4.0, 3.0))
+    assert estimate.block_pairs(block("BAAB", 1.0, 2.0, 3.0, 4.0), "floor") == ((2.0, 1.0), (3.0, 4.0))
+    assert estimate.block_pairs(block("BAAB", 1.0, 2.0, 3.0, 4.0), "mean") == ((6.0, 3.0), (9.0, 12.0))
 
 
 @pytest.mark.parametrize("sample", [0.0, -1.0, math.nan, math.inf])
 def test_a_sample_that_is_no_time_is_refused(sample):
     with pytest.raises(RecordError, match="positive times"):
-        estimate.block_pairs(quad("ABBA", 1.0, sample, 1.0, 1.0), "floor")
+        estimate.block_pairs(block("ABBA", 1.0, sample, 1.0, 1.0), "floor")
 
 
 def test_estimate_of_one_process_is_the_median_and_its_ranks():
-    # One pair of each quad has the ratio exp(i / 1000), the other exp(-i / 1000): 20 distinct log-ratios around 0.
-    quads = [quad("ABBA", 1.0, math.exp(i / 1000), math.exp(-i / 1000), 1.0) for i in range(1, 11)]
+    # One pair of each block has the ratio exp(i / 1000), the other exp(-i / 1000): 20 distinct log-ratios around 0.
+    quads = [block("ABBA", 1.0, math.exp(i / 1000), math.exp(-i / 1000), 1.0) for i in range(1, 11)]
     found = estimate.estimate([run_of(quads)], "floor")
     assert found.ratio == pytest.approx(1.0, abs=1e-15)
     # Ranks 6 and 15 of -10..-1, 1..10.
@@ -92,7 +92,7 @@ def test_estimate_of_one_process_is_the_median_and_its_ranks():
 
 
 def test_a_surer_estimate_has_wider_ranks():
-    run = run_of([quad("ABBA", 0.1, 0.1 * (1 + i / 1000), 0.1 * (1 + i / 1000), 0.1) for i in range(20)])
+    run = run_of([block("ABBA", 0.1, 0.1 * (1 + i / 1000), 0.1 * (1 + i / 1000), 0.1) for i in range(20)])
     logs = [estimate.log_ratio(*pair) for pair in estimate.pairs(run, "floor")]
     found = estimate.estimate([run], "floor", confidence=0.999)
     low, high = stats.median_interval(logs, 0.999)
@@ -101,10 +101,10 @@ def test_a_surer_estimate_has_wider_ranks():
     assert found.ratio_low < usual.ratio_low <= usual.ratio == found.ratio <= usual.ratio_high < found.ratio_high
 
 
-def test_slow_linear_drift_cancels_within_a_quad():
-    # Each sample is 1 % longer than the one before; the two pairs of a quad err in opposite directions.
+def test_slow_linear_drift_cancels_within_a_blocks():
+    # Each sample is 1 % longer than the one before; the two pairs of a block err in opposite directions.
     times = iter(0.01 * 1.01**i for i in range(40))
-    quads = [quad("ABBA", *(next(times) * (1.02 if arm == "B" else 1) for arm in "ABBA")) for _ in range(10)]
+    quads = [block("ABBA", *(next(times) * (1.02 if arm == "B" else 1) for arm in "ABBA")) for _ in range(10)]
     assert estimate.estimate([run_of(quads)], "floor").ratio == pytest.approx(1.02, rel=1e-9)
 
 
@@ -140,7 +140,7 @@ def test_too_few_pairs_give_no_estimate():
 def relabelled(run):
     other = {"ABBA": "BAAB", "BAAB": "ABBA"}
     return msgspec.structs.replace(
-        run, quads=tuple(msgspec.structs.replace(quad, order=other[quad.order]) for quad in run.quads)
+        run, quads=tuple(msgspec.structs.replace(block, order=other[block.order]) for block in run.quads)
     )
 
 

@@ -170,7 +170,7 @@ def _show_profile(record: "Record", shown: _Shown) -> None:
         for table in tables:
             console.print(table, highlight=False)
             console.print()
-        for line in profiles.verdict_lines(record):
+        for line in profiles.verdict_lines(record, verbose=shown.verbose):
             console.print(escape_markup(line), highlight=False, soft_wrap=False)
         console.print(f"\nrecord: {escape_markup(str(shown.path))}", highlight=False, soft_wrap=True)
     if shown.svg is not None:

@@ -107,16 +107,19 @@ def show(
     wrong = [device != "cpu" and "--device", batch != 1 and "--batch", dtype != "fp32" and "--dtype"]
     for option in filter(None, [*wrong, channels_last and "--channels-last"]):
         raise typer.BadParameter("is a workload of --runtime; give both or neither", param_hint=str(option))
+    from selab.cost.count import count
     from selab.models.build import build
     from selab.models.spec import as_builtins
     from selab.report.networks import facts_table, published_table, sites_table
 
-    insertions = build(variant, device="meta").insertions
+    built = build(variant, device="meta")
+    insertions = built.insertions
     if json_to is not None:
         return write_json({**as_builtins(variant), "insertions": [builtins(one) for one in insertions]}, json_to)
+    total = count(built.model, (1, *variant.input_chw))
     published = [published_table(variant)] if variant.published else []
     sites = [sites_table(insertions)] if insertions else []
-    return print_tables([facts_table(variant), *sites, *published], look)
+    return print_tables([facts_table(variant, total), *sites, *published], look)
 
 
 def sites(

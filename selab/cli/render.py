@@ -215,7 +215,7 @@ def _of_folder(name: str, folder: Path, costs: "dict[str, Cost]") -> "tuple[list
     from selab.records import store
     from selab.report import pages
 
-    records = store.read_records(folder) if name not in (pages.ACCURACY, pages.TAX) else []
+    records = store.read_records(folder, partial=True) if name not in (pages.ACCURACY, pages.TAX) else []
     compared = read_compared(folder) if name in (pages.ACCURACY, pages.REPORT) else []
     taxes = read_tax_records(folder) if name in (pages.TAX, pages.REPORT) else []
     tables = pages.named_tables(name, costs, records, compared, taxes)

@@ -7,7 +7,7 @@ from selab import units
 from selab.attention.config import SEConfig, SiteConfig, block_keys, block_name
 from selab.models import external
 from selab.models.spec import Variant
-from selab.records.types import Insertion
+from selab.records.types import Cost, Insertion
 from selab.report.table import Table
 from selab.units import NONE
 
@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from selab.fusion.fuse import Runtime
 
 
-def facts_table(variant: Variant) -> Table:
-    """What the catalog says about a variant."""
+def facts_table(variant: Variant, cost: Cost | None = None) -> Table:
+    """Return what the catalog says about a variant, and its total cost.
+
+    Args:
+        variant: of the catalog.
+        cost: of one input; without it there is no total.
+    """
     facts = {
         "title": variant.title,
         "family": f"{variant.family} ({variant.source})",
@@ -31,6 +36,9 @@ def facts_table(variant: Variant) -> Table:
         stages = f", stages {', '.join(map(str, variant.se.stages))} only" if variant.se.stages else ""
         facts["SE sites"] = f"{sites}, placement {variant.se.placement}{stages}"
         facts["SE block"] = block_words(variant.se)
+    if cost is not None:
+        total = f"{units.count(cost.params)} parameters, {units.count(cost.macs.paper)}FLOPs as the paper counts (MACs)"
+        facts["total"] = total
     facts |= {"note": variant.note} if variant.note else {}
     facts["facts from"] = f"{variant.origin} ({variant.facts_hash})"
     rows = tuple(facts.items())
@@ -38,7 +46,7 @@ def facts_table(variant: Variant) -> Table:
 
 
 def block_words(facts: SiteConfig) -> str:
-    """What kind of block stands at the sites, in words."""
+    """Return what kind of block stands at the sites, in words."""
     if isinstance(facts, SEConfig):
         return (
             f"reduction {facts.reduction} of the {facts.squeeze_from}'s channels, squeeze {facts.squeeze}, "
@@ -48,7 +56,7 @@ def block_words(facts: SiteConfig) -> str:
 
 
 def sites_table(insertions: Sequence[Insertion]) -> Table:
-    """Where SE stands in a network, and what each block costs."""
+    """Return where SE stands in a network, and what each block costs."""
     rows = tuple(
         (
             one.path,
@@ -64,7 +72,7 @@ def sites_table(insertions: Sequence[Insertion]) -> Table:
 
 
 def runtime_table(found: "Sequence[Runtime]", *, title: str) -> Table:
-    """How each block would run, and why not faster."""
+    """Return how each block would run, and why not faster."""
     rows = []
     for one in found:
         done = [
@@ -84,7 +92,7 @@ def runtime_table(found: "Sequence[Runtime]", *, title: str) -> Table:
 
 
 def published_table(variant: Variant) -> Table:
-    """What others published about a variant."""
+    """Return what others published about a variant."""
     rows = tuple(
         (one.metric, one.printed or f"{one.value:g}", one.dataset, f"{one.source}, {one.where}")
         for one in variant.published

@@ -16,12 +16,14 @@ from selab.errors import SelabError
 from selab.experiments.job import Job
 from selab.experiments.sweep import Outcome, cell_words, is_of_memory, resolution_of
 from selab.records import store
+from selab.records.flag_texts import causes
 from selab.records.types import PHASE_NAMES, Latency, Machine
 from selab.records.verdict import change_words
 from selab.report.figures import base as report_figures_base
 from selab.report.figures import lines as report_figures_lines
 from selab.report.figures import registry, scatter
 from selab.report.table import Table
+from selab.report.wording import words_note
 from selab.units import NONE
 
 if TYPE_CHECKING:
@@ -166,7 +168,6 @@ def _encoded(lines: Sequence[Row], path: Path) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------------------- shown
-_VERDICTS = {"undecided": "no difference measured", "no_result": "no result"}
 _AXES: Mapping[str, Callable[[Job], str]] = {
     "batch": lambda one: str(one.workload.batch),
     "resolution": lambda one: str(resolution_of(one)),
@@ -188,16 +189,28 @@ def sweep_tables(outcomes: Sequence[Outcome], asked: Sequence[Job]) -> list[Tabl
     phases = asked[0].request.phases
     columns = ("", *varying, *(["phase"] if len(phases) > 1 else []), "base", "change", "verdict")
     fixed += [] if len(phases) > 1 else [PHASE_NAMES[phases[0]]]
-    return [
-        Table(
-            title=f"What attention adds ({', '.join(fixed)}; {_place(group[0].machine)})",
-            columns=columns,
-            rows=tuple(line for one in group for line in _lines(one, varying)),
-            notes=(*_notes(group), "In brackets 95 % intervals, of the time against the base."),
-            words=frozenset({0, len(columns) - 1, *(index for index, name in enumerate(columns) if name == "phase")}),
+    tables = []
+    for group in by_machine(outcomes).values():
+        rows = tuple(line for one in group for line in _lines(one, varying))
+        latencies = [latency for one in group for _, latency in _by_phase(one) if latency is not None]
+        tables.append(
+            Table(
+                title=f"What attention adds ({', '.join(fixed)}; {_place(group[0].machine)})",
+                columns=columns,
+                rows=rows,
+                notes=(
+                    *_notes(group),
+                    "In brackets 95 % intervals, of the time against the base.",
+                    *words_note(rows),
+                    *causes(flag for latency in latencies for flag in latency.flags),
+                ),
+                words=frozenset(
+                    {0, len(columns) - 1, *(index for index, name in enumerate(columns) if name == "phase")}
+                ),
+                drop_first=(len(columns) - 3,),
+            )
         )
-        for group in by_machine(outcomes).values()
-    ]
+    return tables
 
 
 def _place(machine: Machine) -> str:
@@ -226,8 +239,8 @@ def _said(outcome: Outcome, latency: Latency | None) -> str:
     status = _status(outcome, latency)
     if latency is None or latency.error:
         return outcome.text if status == "skipped" else status
-    words = [_VERDICTS.get(latency.verdict_kind, latency.verdict_kind)]
-    words += [f"flags: {', '.join(flag.name for flag in latency.flags)}"] if latency.flags else []
+    # `n.s.` and `too noisy` stand in the column before this one.
+    words = [latency.verdict_kind] if latency.verdict_kind in ("slower", "faster", "equal") else []
     return "; ".join([*words, *(["taken over"] if status == "taken over" else [])])
 
 
@@ -249,7 +262,7 @@ def showing(
 
         def tell(outcome: Outcome) -> None:
             done.append(outcome)
-            said = "; ".join(" ".join(line[1:]) for line in _lines(outcome, ()))
+            said = "; ".join(" ".join(filter(None, line[1:])) for line in _lines(outcome, ()))
             console.print(
                 f"{len(done)}: {cell_words(outcome.job)}: {said}", highlight=False, soft_wrap=True, markup=False
             )

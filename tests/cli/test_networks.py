@@ -27,6 +27,7 @@ class TestLooking:
         _, out, _ = selab("show", "se_resnet50")
         assert "stage2.0" in out
         assert "3.87 GFLOPs" in out
+        assert "28.09 M parameters, 3.866 GFLOPs" in " ".join(out.split())
         assert "Table 2" in out
         assert max(map(len, out.splitlines())) <= 80
 

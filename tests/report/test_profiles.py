@@ -9,7 +9,10 @@ from selab.models import provenance
 from selab.models.catalog import find
 from selab.models.spec import pair_hash
 from selab.records import verdict
-from selab.report import pages, profiles, published
+from selab.records.flag_texts import CAUSES
+from selab.records.types import Flag
+from selab.report import pages, profiles, published, wording
+from selab.report.table import render
 
 
 def profiled(arch="se_mobilenet_0_25", *, ratio=1.1, baseline=None, **work):
@@ -107,3 +110,100 @@ def test_one_s_own_family_shows_its_own_published_numbers(toy):
 def test_a_report_without_measurements_shows_what_needs_none():
     costs = {name: count_record(name, batch=1, counters=False).cost for name in pages.costs_needed("report")}
     assert len(pages.named_tables("report", costs, [])) == 4
+
+
+# ------------------------------------------------------------------------------------------------------ what is printed
+def flagged(record, *names):
+    """The same with these flags on its latency."""
+    flags = tuple(Flag(name=name, detail=f"{name} was seen") for name in names)
+    latency = msgspec.structs.replace(record.latency["forward"], flags=flags)
+    return msgspec.structs.replace(record, latency={"forward": latency})
+
+
+def test_each_cause_is_said_once_and_at_most_three(record):
+    (_, remark) = profiles.verdict_lines(flagged(record, "contention", "neighbours", "dispersion", "outliers"))
+    assert remark == CAUSES["busy"]
+    causes = flagged(record, "contention", "drift", "page_faults", "order_effect", "unwatched")
+    sentence, *remarks = profiles.verdict_lines(causes)
+    assert sentence.startswith("forward, 1 thr: slower by ")
+    assert remarks == [CAUSES["busy"], CAUSES["unsteady"], "3 more remarks: --verbose shows all."]
+
+
+def test_verbose_says_everything(record):
+    lines = profiles.verdict_lines(flagged(record, "contention", "drift", "page_faults", "order_effect"), verbose=True)
+    assert lines[1:5] == [CAUSES[cause] for cause in ("busy", "unsteady", "allocator", "order")]
+    assert lines[5:] == [
+        f"flag {name}: {name} was seen" for name in ("contention", "drift", "page_faults", "order_effect")
+    ]
+
+
+def test_a_sentence_says_samples_per_second(record):
+    (line,) = profiles.verdict_lines(record)
+    # 1 / 1.0001 ms and 1 / 1.1 ms.
+    assert line.endswith("; 999.9 → 909.1 samples/s")
+
+
+def test_a_noisy_phase_says_its_first_reason(record):
+    noisy = msgspec.structs.replace(
+        record.latency["forward"],
+        verdict_kind="no_result",
+        verdict="no result: the interval is wide; quiet; control: no",
+    )
+    noisy = msgspec.structs.replace(record, latency={"forward": noisy})
+    (line,) = profiles.verdict_lines(noisy)
+    assert line.startswith("forward, 1 thr: too noisy: the interval is wide; 999.9")
+    assert "control: no" in profiles.verdict_lines(noisy, verbose=True)[0]
+    table = profiles.profile_table(noisy)
+    assert {row[0]: row[4] for row in table.rows}["forward, 1 thr"] == "too noisy"
+    assert table.notes[-1].startswith("too noisy: ")
+
+
+def test_words_are_explained_once_where_they_stand():
+    (note,) = wording.words_note([("a", "n.s. [-1.0, 2.0]"), ("b", "too noisy"), ("c", "n.s. [0.0, 1.0]")])
+    assert note.startswith("n.s.: not significant")
+    assert note.count("too noisy:") == 1
+    assert wording.words_note([("a", "+1.0 %")]) == ()
+
+
+def test_a_latency_row_is_short(record):
+    (table,) = profiles.latency_tables([flagged(record, "contention", "drift", "page_faults")])
+    assert table.rows[0][-1] == "slower"
+    text = render([table], "rich", width=80).splitlines()
+    assert len([line for line in text if "se_mobilenet_0_25" in line]) == 1
+    assert len(text) < 12
+
+
+def test_two_networks_in_count_have_a_difference():
+    base, se = (count_record(name, batch=1, counters=False) for name in ("mobilenet_0_25", "se_mobilenet_0_25"))
+    for records in ((base, se), (se, base)):
+        table = profiles.count_table(records)
+        assert table.columns == ("", "mobilenet_0_25", "se_mobilenet_0_25", "difference", "change")
+        rows = {row[0]: row[1:] for row in table.rows}
+        assert rows["parameters"] == ("470.1 k", "500.1 k", "+29.98 k", "+6.38 %")
+        assert "MACs (paper's FLOPs)" in rows
+    assert len(profiles.count_table([base, se, base]).rows) == 3
+
+
+def test_one_network_without_a_baseline_has_no_empty_columns():
+    table = profiles.single_count_table(count_record("mobilenet_0_25", batch=1, counters=False))
+    assert table.columns == ("", "count")
+    assert ("parameters", "470.1 k") in table.rows
+
+
+def test_a_partial_record_is_marked(record):
+    partial = msgspec.structs.replace(record, complete=False)
+    assert [row[0] for row in profiles.latency_tables([partial])[0].rows] == ["se_mobilenet_0_25 (partial)"]
+    assert profiles.profile_table(partial).title.endswith(" (partial)")
+
+
+def test_mobile_networks_of_several_machines_have_a_column_each():
+    costs = {name: count_record(name, batch=1, counters=False).cost for name in pages.costs_needed("mobile")}
+    one = profiled("se_mobilenet")
+    other = msgspec.structs.replace(one, machine=msgspec.structs.replace(one.machine, name="elsewhere"))
+    table = published.mobile_table(costs, [one, other])
+    assert [head.split(" with ")[0] for head in table.columns[4:6]] == [
+        f"forward, {one.machine.name}",
+        "forward, elsewhere",
+    ]
+    row = next(row for row in table.rows if row[0] == "se_mobilenet")
+    assert row[4] == row[5] == "+9.989 % [9.978, 10.000]"

@@ -42,6 +42,18 @@ TRAINED = (
 TRAINED_ON_CPU = (("small_cnn", "4", "5"), ("resnet20_cifar", "4", "3"))
 PAIRS = ("small_cnn", "mobilenet", "shufflenet", "resnet18", "resnet34", "resnet50", "vgg16", "resnet101", "resnet152")
 
+# The output of `selab profile --svg` for a record that exists.
+SHOWN = "profiles/amd-epyc-2c/sweep/se_resnet50.cpu-b1-224-fp32-t1.json"
+SHOW_PROFILE = """
+import sys
+from pathlib import Path
+from selab.cli.measure import _show_profile, _Shown
+from selab.records.store import read_record
+path, images = map(Path, sys.argv[1:])
+shown = _Shown(path=path, json_to=None, svg=images / "profile.svg", look="rich", verbose=False)
+_show_profile(read_record(path), shown)
+"""
+
 
 def group(name: str) -> tuple[str, ...]:
     """The requirements of one of pyproject.toml's dependency groups."""
@@ -198,6 +210,9 @@ def readme(session: nox.Session) -> None:
         session.run("selab", "plot", "tax", "--record", record, "--out", f"{IMAGES}/tax.svg", "--replace")
     for name in ("added", "mobile", "paper-2"):
         session.run("selab", "table", name, "--profiles", folder, "--into", str(RESULTS))
+    session.run(
+        "python", "-c", SHOW_PROFILE, "profiles/amd-epyc-2c/sweep/se_resnet50.cpu-b1-224-fp32-t1.json", str(IMAGES)
+    )
     session.run("selab", "plot", "added", "--profiles", folder, "--out", f"{IMAGES}/added.svg", "--replace")
     arches = [word for name in DRAWN for word in ("--arch", name)]
     session.run("selab", "plot", "accuracy", *arches, "--out", f"{IMAGES}/accuracy.svg", "--replace")

@@ -1,15 +1,15 @@
-"""Block ends by tracing: where channel attention stands in a network that declares nothing.
+"""Automatic site detection: find the ends of blocks in a network that declares no sites.
 
-The network runs once on the meta device. Every operation on a map is a *value* that knows its operands, and every
-module tells which value it returned; an operation in place makes a new value of the same tensor. Two kinds of end are
-found:
+The network runs once on the meta device. Every operation on a feature map yields a *value* with its operands, and every
+module records the value that it returned. An in-place operation yields a new value of the same tensor. Two kinds of
+ends are found:
 
-* the end of a residual branch: where two maps of one shape are added, the operand with more convolutions since both had
-  a common ancestor;
-* the end of a depthwise-separable block that is no part of such a branch: a depthwise convolution, a pointwise one, and
-  what follows elementwise, up to what reads the map next.
+* the end of a residual branch: of two feature maps that are added, the one with more convolutions since their common
+  ancestor;
+* the end of a depthwise-separable block outside of such branches: a depthwise convolution, a pointwise one, and the
+  elementwise operations after it, up to the next reader.
 
-The site is the outermost module that returns exactly this value, so that a block behind it gates this and nothing else.
+The site is the outermost module that returns exactly this value, so that a block there gates nothing else.
 """
 
 from collections import Counter
@@ -43,8 +43,8 @@ _ALSO_ELEMENTWISE = {
 }
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 _MAP_DIMS = 4
-# How many of the ends that were left out an error message tells.
-_TOLD = 3
+# How many of the ends that were left out an error message names.
+_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,11 @@ class BlockEnd:
 
 @dataclass(frozen=True, kw_only=True)
 class Ends:
-    """What tracing found, in the order of the network.
+    """The ends of blocks, in the order of the network.
 
     Attributes:
         found: modules that can be sites.
-        left_out: in words, the ends that cannot, each with its reason.
+        left_out: descriptions of ends that cannot be sites, with reasons.
     """
 
     found: tuple[BlockEnd, ...]
@@ -79,14 +79,14 @@ class _Return:
 
 @dataclass(eq=False, kw_only=True)
 class _Value:
-    """A tensor as one operation left it.
+    """A tensor after one operation.
 
     Attributes:
         module: the path of the innermost module that was running.
-        ancestors: a bit for each value that this one was computed from, its own among them.
-        elementwise: it has the shape of its operand, and each element (of a channel) is computed alone.
-        channels_first: whether the second dimension is the channels, as far as can be told.
-        depthwise: a convolution of one group per channel; `pointwise` of one pixel.
+        ancestors: a bit for each value that it was computed from, and its own.
+        elementwise: whether it has its operand's shape and each element (of a channel) is computed separately.
+        channels_first: whether the second dimension holds the channels, as far as is known.
+        depthwise: whether it is a convolution with one group per channel; `pointwise`, of size 1.
     """
 
     index: int
@@ -107,29 +107,29 @@ class _Value:
 
 
 def block_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> tuple[BlockEnd, ...]:
-    """The modules of a network after which its blocks end, in the order of the network.
+    """Return the modules at which the blocks of a network end, in the order of the network.
 
     Args:
-        model: left as it is, whatever device it is on.
+        model: on any device; not changed.
         input_nchw: the shape of an example input, (N, C, H, W).
 
     Raises:
-        InsertionError: there is none; the message says which were left out, and what to do.
+        InsertionError: there are none; the message says which were left out, and what to do.
         ModelError: the forward pass fails with this input.
     """
     ends = trace_ends(model, input_nchw)
     if not ends.found:
-        more = f" and {len(ends.left_out) - _TOLD} more" if len(ends.left_out) > _TOLD else ""
-        seen = f" (left out: {'; '.join(ends.left_out[:_TOLD])}{more})" if ends.left_out else ""
+        more = f" and {len(ends.left_out) - _SHOWN} more" if len(ends.left_out) > _SHOWN else ""
+        seen = f" (left out: {'; '.join(ends.left_out[:_SHOWN])}{more})" if ends.left_out else ""
         raise InsertionError(
-            f"{type(model).__name__}: tracing finds no block end, neither an addition of maps (N, C, H, W) "
+            f"{type(model).__name__}: tracing finds no block end, neither an addition of feature maps (N, C, H, W) "
             f"nor a depthwise-separable block{seen}; name modules: --insert PATTERN (`selab sites` lists them)"
         )
     return ends.found
 
 
 def trace_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> Ends:
-    """As `block_ends`, with the ends that were left out, and without an error where there is none.
+    """Return what `block_ends` finds and the ends that were left out; no error if there is none.
 
     Raises:
         ModelError: the forward pass fails with this input.
@@ -149,7 +149,7 @@ def trace_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> Ends:
 
 
 class _DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the values of one forward pass."""
+    """Record the values of one forward pass."""
 
     def __init__(self, twin: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -158,7 +158,7 @@ class _DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
         self._open: list[tuple[str, int]] = []
         self._now: dict[int, _Value] = {}
-        # A tensor that lives keeps its id to itself.
+        # While a tensor lives, no other has its id.
         self._kept: list[Tensor] = []
 
     def run(self, example: Tensor) -> None:
@@ -190,7 +190,7 @@ class _DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operands = {id(one): self._now[id(one)] for one in tree_leaves((args, kwargs)) if id(one) in self._now}
         result = func(*args, **kwargs)
         if operands:
-            # Behind a normalisation's map stand its statistics, behind a pooling's the indices.
+            # The first result is the feature map; statistics or indices follow.
             for tensor in tree_leaves(result[0] if isinstance(result, tuple) else result):
                 if isinstance(tensor, Tensor):
                     self._note(tensor, self._value(func, args, tensor, tuple(operands.values())))
@@ -232,7 +232,7 @@ class _DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True, kw_only=True)
 class _Addition:
-    """Where two maps meet: their sum, the branch's end, and a bit for each value of the branch alone."""
+    """An addition of two feature maps: the sum, the end of the branch, and a bit for each value of the branch only."""
 
     total: _Value
     branch: _Value
@@ -240,7 +240,7 @@ class _Addition:
 
 
 class _Finder:
-    """Reads ends off a trace."""
+    """Find block ends in the values of a pass."""
 
     def __init__(self, trace: _DataflowTrace) -> None:
         self.values = trace.values
@@ -279,12 +279,12 @@ class _Finder:
             if ahead == 0:
                 self.left_out[f"{place}: both sides have as many convolutions, so neither is the branch"] = None
             elif not branch.channels_first:
-                self.left_out[f"{place}: its maps are not (N, C, H, W)"] = None
+                self.left_out[f"{place}: its feature maps are not (N, C, H, W)"] = None
             else:
                 yield _Addition(total=value, branch=branch, inside=branch.ancestors & ~shortcut.ancestors)
 
     def _joins(self, value: _Value) -> bool:
-        """Whether a value is the sum of two maps of one shape, not the network's input, with convolutions between."""
+        """Return whether a value adds two feature maps of one shape, not the input, with convolutions between them."""
         if value.operation not in ("add", "add_") or len(value.operands) != 2 or len(value.shape) != _MAP_DIMS:
             return False
         one, other = value.operands
@@ -297,7 +297,7 @@ class _Finder:
 
     @staticmethod
     def _is_part_of(addition: _Addition, other: _Addition) -> bool:
-        """Whether an addition stands in the branch of another one of the same block."""
+        """Return whether an addition is inside the branch of another one of the same block."""
         return addition.total.module == other.total.module and bool(other.inside >> addition.total.index & 1)
 
     def _end_branch(self, addition: _Addition) -> None:
@@ -309,15 +309,13 @@ class _Finder:
                 block = _common(place, path.rpartition(".")[0])
                 return self._add(value, path, f"before the addition in {_named(block)}")
             value = self._trunk(value)
-        self.left_out[f"the addition in {_named(place)}: its branch ends in no module that runs once and is free"] = (
-            None
-        )
+        self.left_out[f"the addition in {_named(place)}: no single module to attach to at the end of its branch"] = None
         return None
 
     # ------------------------------------------------------------------------------------ depthwise-separable blocks
 
     def _depthwise_before(self, pointwise: _Value) -> _Value | None:
-        """The depthwise convolution whose map a pointwise one reads, through elementwise operations and gates."""
+        """Return the depthwise convolution before a pointwise one, across elementwise operations and gates."""
         value: _Value | None = pointwise.operands[0]
         while value is not None and not value.depthwise:
             value = self._trunk(value)
@@ -330,20 +328,20 @@ class _Finder:
         readers = chain[-1].readers
         block = _named(_common(depthwise.module, pointwise.module))
         if readers and all(self._joins(reader) for reader in readers):
-            # A shortcut that is made in this way is no block.
+            # A shortcut of this form is not a block.
             return None
         if any(reader.operation == "cat" for reader in readers):
-            self.left_out[f"the depthwise-separable block {block}: its map is concatenated with others"] = None
+            self.left_out[f"the depthwise-separable block {block}: its feature map is concatenated with others"] = None
             return None
         for value in reversed(chain):
             path = self._site(value, outside=depthwise.module)
             if path is not None:
                 return self._add(value, path, f"after the depthwise-separable block {block}")
-        self.left_out[f"the depthwise-separable block {block}: ends in no module that runs once and is free"] = None
+        self.left_out[f"the depthwise-separable block {block}: no single module to attach to"] = None
         return None
 
     def _following(self, value: _Value) -> _Value | None:
-        """The elementwise operation (or gate) that a map goes through next, if all its readers lead there."""
+        """Return the next elementwise operation (or gate) on a feature map, if all its readers lead there."""
         for reader in reversed(value.readers):
             if self._trunk(reader) is value and all(reader.comes_from(other) for other in value.readers):
                 return reader
@@ -352,9 +350,9 @@ class _Finder:
     # ------------------------------------------------------------------------------------------------------- of both
 
     def _trunk(self, value: _Value) -> _Value | None:
-        """The map that an elementwise operation changes: of a gate and what it gates, the latter.
+        """Return the feature map that an elementwise operation changes; of a gate and its operand, the operand.
 
-        None for an operation that is not elementwise, or joins two maps.
+        None for an operation that is not elementwise, or that adds two feature maps.
         """
         if not value.elementwise or self._joins(value):
             return None
@@ -362,13 +360,13 @@ class _Finder:
         return next((one for one in maps if all(other.comes_from(one) for other in maps)), None)
 
     def _site(self, value: _Value, *, outside: str | None = None) -> str | None:
-        """The outermost module that made a value, returned it before it was read, and can hold a block.
+        """Return the outermost module that computed a value, returned it before it was read, and can hold a block.
 
-        A module that only hands the value on (an Identity, a DropPath in eval mode) serves where no other made it.
+        A module that only passes the value on (Identity, DropPath in eval mode) is used if no other computed it.
 
         Args:
-            value: what it returns.
-            outside: the path of a convolution that the module should not hold, if another can be had.
+            value: its output.
+            outside: the path of a convolution that the module should not contain, if there is another module.
         """
         before = value.readers[0].index if value.readers else len(self.values)
         returns = [one for one in value.returned_by if one.path and one.ended <= before and self._is_free(one.path)]
@@ -379,7 +377,7 @@ class _Finder:
         return made[-1] if made else (handed[0] if handed else None)
 
     def _is_free(self, path: str) -> bool:
-        """Whether a block can be put there: the module runs once, and the block's name is not taken."""
+        """Return whether a module can hold a block: it runs once, and the block's name is not taken."""
         return self.calls[path] == 1 and path not in self.shared and not hasattr(self.modules[path], CHILD)
 
     def _add(self, value: _Value, path: str, reason: str) -> None:
@@ -391,7 +389,7 @@ class _Finder:
 
 
 def _shared(model: nn.Module) -> set[str]:
-    """Paths of the modules that stand at several places."""
+    """Return the paths of modules that have several paths."""
     homes: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         homes.setdefault(id(module), []).append(path)
@@ -403,7 +401,7 @@ def _holds(path: str, other: str) -> bool:
 
 
 def _common(*paths: str) -> str:
-    """The innermost module that holds all of these."""
+    """Return the innermost module that contains all of these."""
     names: Sequence[tuple[str, ...]] = [tuple(path.split(".")) for path in paths]
     kept = []
     for level in zip(*names, strict=False):

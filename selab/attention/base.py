@@ -11,19 +11,21 @@ from selab.errors import InsertionError
 
 
 class Attention(nn.Module, ABC):
-    """A block that gates a map: (N, C, H, W) → (N, C, H, W).
+    """Base class of attention blocks, which gate a feature map: (N, C, H, W) → (N, C, H, W).
+
+    A block of your own defines `forward` and `macs`; `selab.insert_se(block="path/to/file.py:Class")` inserts it.
 
     Attributes:
         channels: C.
-        squeeze_channels: the width of the bottleneck; None where there is none.
-        inserted: whether `selab.insert` put the block there, so that it may be taken out again.
+        squeeze_channels: the width of the bottleneck; None if there is none.
+        inserted: whether `insert_se` inserted the block, so that `remove_se` may remove it.
 
     Args:
         channels: C.
         init: `he` or `identity`.
 
     Raises:
-        InsertionError: channels under one, or another word for `init`.
+        InsertionError: channels below 1, or an unknown `init`.
     """
 
     inserted: bool = False
@@ -43,10 +45,10 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def macs(self, height: int, width: int) -> int:
-        """For one image in eval mode, by the convention `all` of `selab.measure.counts`."""
+        """Return the MACs of one image in eval mode, by the convention `all` of `selab.cost.count`."""
 
     def extra_repr(self) -> str:
-        """The widths, as printed by the module."""
+        """Return the widths, for printing."""
         return str(self.channels) + ("" if self.squeeze_channels is None else f" → {self.squeeze_channels}")
 
 
@@ -65,7 +67,7 @@ class Gate(nn.Module):
 
     @property
     def macs(self) -> int:
-        """Per element."""
+        """MACs per element."""
         return 1 if self.stretch is None else 2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ _Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 
 
 def initialise_layers(init: Init, *layers: _Layer, last: tuple[_Layer, ...]) -> None:
-    """He for all layers with zero biases; zero for those right before a gate where the block starts as the identity."""
+    """Initialise layers by He with zero biases; for `identity`, the layers right before a gate with zeros."""
     for layer in (*layers, *last):
         nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
         if layer.bias is not None:

@@ -1,12 +1,12 @@
-"""The blocks that Squeeze-and-Excitation is compared with, and the interface that they share with it.
+"""Attention blocks to compare Squeeze-and-Excitation with.
 
-Squeezes are plain reductions and not adaptive pooling, which gave NaN in half precision with channels last (pytorch
-issue 43992).
+Squeezes are plain reductions instead of adaptive pooling, which returned NaN in half precision with channels last
+(pytorch issue 43992).
 
-Each block with parameters can start as the identity, to the bit, and still learn: the layer before a gate starts at
-zero, and the gate is doubled, so that it is one there with its slope intact. The doubling is a buffer, so that a
-checkpoint cannot be read without it unnoticed. As with every layer that starts at zero, the first step moves that layer
-alone, and the ones before it follow from the second step on.
+Each block with parameters can start as the identity, bit for bit, and still learn. The layer before a gate starts at
+zero, and the gate is doubled, so that it is one there with a non-zero slope. The factor is a buffer, so that a
+checkpoint without it does not load unnoticed. As with every layer that starts at zero, the first step changes that
+layer only; the layers before it follow from the second step on.
 """
 
 import math
@@ -33,7 +33,7 @@ class ECA(Attention):
         init: `he` or `identity`.
 
     Raises:
-        InsertionError: a kernel size that is even or under one.
+        InsertionError: a kernel size that is even or below 1.
 
     Source: arXiv 1910.03151, eq. 9, eq. 12 (the size, with gamma 2 and b 1) and Fig. 3 (what is halfway goes up: 2048
     channels have 7). The 80 parameters of the paper's ResNet-50 would be 16 blocks of size 5; by this rule it has 86.
@@ -48,7 +48,7 @@ class ECA(Attention):
         initialise_layers(init, last=(self.conv,))
 
     def macs(self, height: int, width: int) -> int:
-        """Squeeze, convolution, gate, scale."""
+        """Return the MACs of squeeze, convolution, gate and scale."""
         return 2 * self.channels * height * width + (self.conv.kernel_size[0] + self.gate.macs) * self.channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class ECA(Attention):
 class CBAM(Attention):
     """y = x * sigmoid(mlp(mean(x)) + mlp(max(x))), then y * sigmoid(bn(conv([max(y), mean(y)]))).
 
-    The Convolutional Block Attention Module: a gate per channel from the map's mean and maximum over its positions, and
-    after it a gate per position from the maximum and mean over the channels.
+    The Convolutional Block Attention Module: a gate per channel from mean and maximum over the positions, then a
+    gate per position from maximum and mean over the channels.
 
     Shapes: input and output (N, C, H, W); between the two layers of the mlp (N, squeeze_channels); the convolution
     takes (N, 2, H, W) to (N, 1, H, W).
@@ -76,7 +76,7 @@ class CBAM(Attention):
         init: `he` or `identity`.
 
     Raises:
-        InsertionError: a reduction that is under one or larger than C, a kernel size that is even or under one.
+        InsertionError: a reduction below 1 or larger than C, a kernel size that is even or below 1.
 
     Source: arXiv 1807.06521, eq. 1-3 and Fig. 2. Batch normalisation (momentum 0.01) instead of a bias, the order of
     maximum and mean, and the biases of the mlp are those of the release, Jongchan/attention-module, MODELS/cbam.py.
@@ -96,7 +96,7 @@ class CBAM(Attention):
         nn.init.zeros_(self.bn.weight)
 
     def macs(self, height: int, width: int) -> int:
-        """Two squeezes, the mlp on each, their sum, gate, scale; two squeezes, convolution, norm, gate, scale."""
+        """Return the MACs of both gates: squeezes, mlp, gate, scale; squeezes, convolution, norm, gate, scale."""
         mlp = 2 * self.channels * self.squeeze_channels + self.squeeze_channels
         per_position = 6 * self.channels + self.conv.weight.numel() + 1 + self.gate.macs
         return 2 * mlp + (1 + self.gate.macs) * self.channels + per_position * height * width
@@ -125,7 +125,7 @@ class CoordinateAttention(Attention):
         init: `he` or `identity`.
 
     Raises:
-        InsertionError: a reduction under one.
+        InsertionError: a reduction below 1.
 
     Source: arXiv 2103.02907, eq. 4-9 and Fig. 2c. The least width of 8, the biases and the h-swish are those of the
     release, houqb/CoordAttention, coordatt.py.
@@ -146,7 +146,7 @@ class CoordinateAttention(Attention):
         initialise_layers(init, self.conv1, last=(self.conv_h, self.conv_w))
 
     def macs(self, height: int, width: int) -> int:
-        """Two squeezes and two scales; per row and per column a layer, norm, activation, a layer and a gate."""
+        """Return the MACs of two squeezes and scales, and of layers, norm, activation and gate per row and column."""
         per_line = 2 * (self.channels + 1) * self.squeeze_channels + self.gate.macs * self.channels
         return 4 * self.channels * height * width + per_line * (height + width)
 
@@ -181,7 +181,7 @@ class SSE(Attention):
         initialise_layers(init, last=(self.conv,))
 
     def macs(self, height: int, width: int) -> int:
-        """Convolution, gate, scale."""
+        """Return the MACs of convolution, gate and scale."""
         return (2 * self.channels + self.gate.macs) * height * width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class SCSE(Attention):
         init: `he` or `identity`.
 
     Raises:
-        InsertionError: a reduction that is under one or larger than C.
+        InsertionError: a reduction below 1 or larger than C.
 
     Source: arXiv 1803.02579, section 2.3, scSE: the sum of the two gated maps. The authors' release,
     ai-med/squeeze_and_excitation, takes the larger of the two, an alternative of their later paper, arXiv 1808.08127;
@@ -222,14 +222,14 @@ class SCSE(Attention):
         initialise_layers(init, self.fc1, last=(self.fc2, self.conv))
 
     def macs(self, height: int, width: int) -> int:
-        """Squeeze, two layers, activation, gate; convolution, gate; the sum of the gates, scale."""
+        """Return the MACs of squeeze, two layers, activation, gate; convolution, gate; sum of the gates, scale."""
         per_channel = 2 * self.channels * self.squeeze_channels + self.squeeze_channels + self.channels
         return per_channel + (4 * self.channels + 1) * height * width
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
         channel = self.fc2(F.relu(self.fc1(x.mean((2, 3))))).sigmoid()[:, :, None, None]
-        # The gates are added before they scale: half of the smallest number, twice, would be nothing.
+        # Add the gates before scaling: half of the smallest number, twice, would be zero.
         gate: Tensor = channel + self.conv(x).sigmoid()
         return x * gate
 
@@ -239,16 +239,16 @@ class GatherExcite(Attention):
 
     Shapes: input and output (N, C, H, W); gathered (N, C, ceil(H / extent), ceil(W / extent)), or (N, C, 1, 1).
 
-    There is nothing to initialise, and nothing that could start as the identity.
+    There are no parameters, so the block cannot start as the identity.
 
     Args:
         channels: C.
         extent: windows of 2 * extent - 1 positions at every extent-th position, padding left out of the mean; 0 gathers
-            the whole map.
-        init: `he` alone.
+            the whole feature map.
+        init: `he` only.
 
     Raises:
-        InsertionError: an extent under zero, or `init="identity"`.
+        InsertionError: an extent below 0, or `init="identity"`.
 
     Source: arXiv 1810.12348, section 2 (windows, resizing by nearest neighbour) and section 3.1 (the mean, and extents
     of 2, 4, 8 and global). Nearest neighbour only copies, so here the sigmoid goes first, over fewer positions.
@@ -261,11 +261,11 @@ class GatherExcite(Attention):
                 "init 'identity': gather_excite without parameters cannot start as the identity; use init 'he'"
             )
         if extent < 0:
-            raise InsertionError(f"extent {extent}: must be at least 1, or 0 for the whole map")
+            raise InsertionError(f"extent {extent}: must be at least 1, or 0 for the whole feature map")
         self.extent = extent
 
     def macs(self, height: int, width: int) -> int:
-        """Windows, gate, scale."""
+        """Return the MACs of windows, gate and scale."""
         if self.extent == 0:
             return (2 * height * width + 1) * self.channels
         gathered = -(-height // self.extent) * -(-width // self.extent)
@@ -280,7 +280,7 @@ class GatherExcite(Attention):
         return x * F.interpolate(gathered.sigmoid(), size=x.shape[2:], mode="nearest")
 
     def extra_repr(self) -> str:
-        """Channels and extent, as printed by the module."""
+        """Return channels and extent, for printing."""
         return f"{self.channels}, extent={self.extent}"
 
 
@@ -306,7 +306,7 @@ class ESE(Attention):
         initialise_layers(init, last=(self.fc,))
 
     def macs(self, height: int, width: int) -> int:
-        """Squeeze, layer, gate, scale."""
+        """Return the MACs of squeeze, layer, gate and scale."""
         return (self.channels + self.gate.macs + 2 * height * width) * self.channels
 
     def forward(self, x: Tensor) -> Tensor:

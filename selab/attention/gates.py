@@ -133,7 +133,7 @@ def _convert_se(block: SqueezeExcitation, gate: str) -> str:
     """Exchange the gate of one of our blocks; returns why not, or an empty string."""
     there: Any = block.gate
     if type(there) is not GATES[block.kinds[2]]:
-        return f"{type(there).__name__} stands in the block"
+        return f"unsupported gate: {type(there).__name__}"
     if block.gate_affine is not None and gate == "relu":
         return "a block that starts as the identity needs a bias of one for a ReLU gate"
     block.exchange_gate(gate)

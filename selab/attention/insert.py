@@ -1,11 +1,11 @@
-"""Pure surgery: put attention blocks into a network, say what was done, and undo it.
+"""Insert attention blocks into a network, and remove them.
 
-Every key of the baseline's checkpoint stays as it is; those of the blocks are the only new ones. A block is
-inserted by one of three moves, whichever keeps the keys:
+Every key of the baseline's checkpoint stays valid; only the keys of the blocks are new. A block is inserted in one of
+three ways, whichever keeps the keys:
 
-* a residual block's join is replaced by one that gates an edge (`GatedJoin`);
-* in an `nn.Sequential` the block becomes one more child, named `se`;
-* at any other module it becomes a child named `se` that a forward hook runs.
+* the join of a residual block is replaced by one that gates an edge (`GatedJoin`);
+* an `nn.Sequential` gets the block as one more child, named `se`;
+* any other module gets it as a child named `se`, which a forward hook runs.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -32,7 +32,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """One block before it exists."""
+    """A block to insert."""
 
     tap: Tap
     insertion: Insertion
@@ -199,7 +199,7 @@ def _remove(model: nn.Module, blocks: Collection[nn.Module]) -> None:
 
 
 def check_blocks_run(model: nn.Module, input_nchw: tuple[int, ...]) -> None:
-    """Proves that every SE block of a network runs exactly once in a forward pass.
+    """Check that every SE block of a network runs exactly once in a forward pass.
 
     Raises:
         InsertionError: names the first block that does not.
@@ -238,7 +238,11 @@ def _check_free(model: nn.Module, tap: Tap) -> None:
 def _insertion(tap: Tap, seen: Any, config: SiteConfig) -> Insertion:
     passage: Passage = seen[tap.module]
     if passage.calls != 1:
-        how = "does not run" if passage.calls == 0 else f"runs {passage.calls} times (a shared module)"
+        how = (
+            "does not run (a container, or unused)"
+            if passage.calls == 0
+            else f"runs {passage.calls} times (a shared module)"
+        )
         raise InsertionError(f"{tap.module}: {how} in a forward pass, so it cannot be a site; it must run exactly once")
     shape = passage.input_shape if tap.side == "input" else passage.output_shape
     if shape is None or len(shape) != 4:

@@ -1,4 +1,4 @@
-"""The Squeeze-and-Excitation block (Hu et al., arXiv 1709.01507), its variants, and its place in a residual join."""
+"""The Squeeze-and-Excitation block (Hu et al., arXiv 1709.01507), its variants, and residual joins with SE."""
 
 from typing import Any, Literal
 
@@ -29,22 +29,22 @@ _IDENTITY_AFFINE = {"sigmoid": (2.0, 0.0), "tanh": (1.0, 1.0), "hardsigmoid": (2
 
 
 def squeeze_width(channels: int, reduction: int, divisor: int = 1) -> int:
-    """The width between the two layers: `channels / reduction`, rounded to a multiple of `divisor`.
+    """Return the squeeze width: `channels / reduction`, rounded to a multiple of `divisor`.
 
-    Without a divisor it is rounded down. With one it is rounded to the nearest multiple, at least one, and one more
-    where that would lose over a tenth.
+    Without a divisor the width is rounded down. With one it is rounded to the nearest multiple, at least one. If that
+    would lose more than a tenth, it is rounded up.
 
     Source: the rounding by a divisor is that of MobileNetV3, Howard et al., arXiv 1905.02244.
 
     Raises:
-        InsertionError: an argument under one, or a reduction larger than the channels.
+        InsertionError: an argument below 1, or a reduction larger than the channels.
     """
     if min(channels, reduction, divisor) < 1:
         raise InsertionError(f"channels {channels}, reduction {reduction}, divisor {divisor}: each must be at least 1")
     if reduction > channels:
         raise InsertionError(
-            f"reduction {reduction} is larger than the {channels} channels, so nothing would be left of them; "
-            f"use at most {channels}"
+            f"reduction {reduction} is larger than the {channels} channels, so no squeeze channel "
+            f"would be left; use at most {channels}"
         )
     width = channels / reduction
     if divisor == 1:
@@ -54,9 +54,11 @@ def squeeze_width(channels: int, reduction: int, divisor: int = 1) -> int:
 
 
 class Squeeze(nn.Module):
-    """mean(x) or max(x) over height and width: (N, C, H, W) → (N, C); or x itself: (N, C, H, W) → (N, C, H, W).
+    """mean(x) or max(x) over height and width, or x itself.
 
-    The mean is a plain reduction and not adaptive pooling, which gave NaN in half precision with channels last
+    Shapes: (N, C, H, W) → (N, C); without a squeeze (N, C, H, W) → (N, C, H, W).
+
+    The mean is a plain reduction instead of adaptive pooling, which returned NaN in half precision with channels last
     (pytorch issue 43992).
 
     Source: arXiv 1709.01507, eq. 2 (mean), Table 11 (max) and Table 16 (none).
@@ -78,7 +80,7 @@ class Squeeze(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        """The kind, as printed by the module."""
+        """Return the kind, for printing."""
         return self.kind
 
 
@@ -88,35 +90,35 @@ class SqueezeExcitation(CachedDispatch, Attention):
     Shapes: input and output (N, C, H, W); squeezed (N, C); between the layers (N, squeeze_channels). With squeeze
     `none` there is a factor per position, and the same layers run as 1x1 convolutions over the map.
 
-    With `init="he"` the layers start as those of the paper. With `init="identity"` the block starts as the identity, to
-    the bit, and still learns: the second layer starts at zero and the gate is stretched so that its value there is one
-    with its slope intact (sigmoid and hardsigmoid doubled, range 0 to 2; tanh plus one, range 0 to 2; ReLU starts at a
-    bias of one). A sigmoid pushed to saturation would also return one, but its gradient would be zero. The stretch is
-    a buffer, `gate_affine`, so that a checkpoint cannot be read without it unnoticed. As with every layer that starts
-    at zero, the first step moves the second layer alone and the first layer follows from the second step on.
+    With `init="he"` the layers start as in the paper. With `init="identity"` the block starts as the identity, bit for
+    bit, and still learns. The second layer starts at zero, and the gate is rescaled so that it is one there with a
+    non-zero slope: sigmoid and hardsigmoid are doubled, tanh is shifted by one, all with the range 0 to 2; ReLU starts
+    with a bias of one. (A saturated sigmoid would return one too, but without a gradient.) The scale and offset are a
+    buffer, `gate_affine`, so that a checkpoint without them does not load unnoticed. As with every layer that starts at
+    zero, the first step changes the second layer only; the first layer follows from the second step on.
 
     Args:
         channels: C.
         reduction: C / squeeze_channels, before rounding.
-        squeeze: what stands for the map, its mean (`avg`), its maximum (`max`), or each of its positions (`none`).
+        squeeze: reduces the feature map by its mean (`avg`), by its maximum (`max`), or not at all (`none`).
         gate: `sigmoid`, `tanh`, `relu` or `hardsigmoid`.
         activation: between the layers, `relu` or `silu` (as in EfficientNet, arXiv 1905.11946).
         bias: whether the two layers have biases. The authors' released models have them, the paper's ablations do not.
         divisor: the squeeze width is rounded to a multiple of it.
-        squeeze_channels: the squeeze width itself, instead of reduction and divisor.
+        squeeze_channels: the squeeze width, instead of reduction and divisor.
         init: `he` or `identity`.
-        impl: how it is computed; parameters and their names are the same. `reference`: as written above, operation by
-            operation. `torch`: few torch operations. `native`: compiled code of the CPU. `operator`: one operator of
-            torch's, which is Triton's on a GPU. `auto`: the fastest of them that can run, or the reference where none
-            can; `runtime` says which, and why. The others raise ModelError where they cannot run.
+        impl: the implementation; parameters and their names are the same for all. `reference`: the formula above,
+            operation by operation. `torch`: few torch operations. `native`: compiled CPU code. `operator`: one custom
+            operator, a Triton kernel on a GPU. `auto`: the fastest that can run, else the reference; `runtime` says
+            which, and why. An implementation other than `auto` raises ModelError where it cannot run.
 
     Attributes:
-        relu_in: whether the block applies a ReLU to its input first, one that stood before it (see `selab.fuse`).
+        relu_in: whether the block applies a ReLU to its input first, one that `selab.fuse` took in.
         can_overwrite: whether nobody else needs the input, so that the output may take its place in inference.
-        kinds: of squeeze, activation and gate.
+        kinds: squeeze, activation and gate.
 
     Raises:
-        InsertionError: an argument out of its range; the message says what is allowed.
+        InsertionError: an argument out of range; the message says what is allowed.
 
     Source: arXiv 1709.01507, eq. 2 (squeeze), eq. 3 (excitation), eq. 4 (scale), Tables 10-12 and 16 (alternatives).
     """
@@ -164,7 +166,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
         self.relu_in = False
         self.can_overwrite = False
         self.kinds = (squeeze, activation, gate)
-        # The children's classes; another one in their place is somebody's own and must run.
+        # The classes of the children; a child of another class was replaced and must be called.
         self._plain = (Squeeze, nn.Linear, ACTIVATIONS[activation], nn.Linear, GATES[gate])
         self._initialise(init, gate)
 
@@ -179,10 +181,10 @@ class SqueezeExcitation(CachedDispatch, Attention):
                 nn.init.ones_(self.fc2.bias)
 
     def exchange_gate(self, gate: str) -> None:
-        """Put another gate in the place of this one; a block that starts as the identity gets its scale and offset.
+        """Replace the gate; a block that starts as the identity gets the new gate's scale and offset.
 
         Args:
-            gate: one of `GATES`; for a block that starts as the identity not `relu`, which needs another bias.
+            gate: one of `GATES`; not `relu` for a block that starts as the identity, because it needs another bias.
         """
         self.gate = GATES[gate]().train(self.training)
         kinds: Any = (*self.kinds[:2], gate)
@@ -192,7 +194,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
             self.gate_affine = self.gate_affine.new_tensor(_IDENTITY_AFFINE[gate])
 
     def macs(self, height: int, width: int) -> int:
-        """For one image, by the convention `all`: squeeze, two layers, activation, gate, scale."""
+        """Return the MACs of one image (convention `all`): squeeze, two layers, activation, gate, scale."""
         channels, hidden = self.channels, self.fc1.out_features
         layers = 2 * channels * hidden + hidden + channels
         layers += 0 if self.gate_affine is None else channels
@@ -202,7 +204,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
         return layers + 2 * self.channels * area
 
     def excite(self, squeezed: Tensor) -> Tensor:
-        """(N, C) → (N, C), or (N, C, H, W) → (N, C, H, W): the factor of each channel, eq. 3."""
+        """Return the factor of each channel (eq. 3): (N, C) → (N, C), or (N, C, H, W) → (N, C, H, W)."""
         hidden = self.activation(_layer(squeezed, self.fc1))
         factor: Tensor = self.gate(_layer(hidden, self.fc2))
         if self.gate_affine is not None:
@@ -300,7 +302,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
         return BlockParams(w1, b1, w2, b2, activation, gate, scale, offset, self.relu_in, relu_out)
 
     def extra_repr(self) -> str:
-        """The two widths, as printed by the module."""
+        """Return the two widths, for printing."""
         return f"{self.channels} → {self.squeeze_channels}"
 
 
@@ -320,7 +322,7 @@ def _layer(x: Tensor, layer: nn.Module) -> Tensor:
     if x.dim() == 2 or isinstance(layer, PositionLinear):
         out: Tensor = layer(x)
         return out
-    # Somebody else's layer, which takes the channels last.
+    # A layer that replaced ours takes the channels last.
     moved: Tensor = layer(x.movedim(1, -1)).movedim(-1, 1)
     return moved
 
@@ -356,7 +358,7 @@ class GatedJoin(nn.Module):
         return self.se(added) if self.edge == "output" else added
 
     def _in_one(self, branch: Tensor, shortcut: Tensor) -> Tensor | None:
-        """Scale, addition and ReLU as one; None where the join is another, or somebody looks at its parts."""
+        """Run scale, addition and ReLU in one pass; None if the join is another one, or its parts have hooks."""
         modules: Any = self._modules
         outer, se = modules["inner"], modules["se"]
         inner = outer.inner if type(outer) is FusedJoin else outer
@@ -376,5 +378,5 @@ class GatedJoin(nn.Module):
         return se.fused(branch, shortcut, join=inner, relu_out=formula == ADD_RELU)
 
     def extra_repr(self) -> str:
-        """The gated edge, as printed by the module."""
+        """Return the gated edge, for printing."""
         return f"edge={self.edge}"

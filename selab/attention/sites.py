@@ -1,8 +1,8 @@
-"""Where an SE block can stand in a network: site groups that it declares, module-path patterns, and taps.
+"""Sites of attention blocks: site groups that a network declares, module-path patterns, and taps.
 
-A *site* is a module. A *tap* is the tensor beside it that SE reads and scales: what a module returns, or what it is
-given. In a residual block (children `branch`, `shortcut` and a `join` without parameters, as the networks of
-`selab.archs` have) the placement decides which of the block's tensors it is; any other module is tapped itself.
+A *site* is a module. A *tap* is the tensor at the site that SE reads and scales: an output or an input of a module. In
+a residual block (children `branch`, `shortcut` and a `join` without parameters) the placement chooses one of the
+block's tensors. At any other module the tap is the module's own output or input.
 """
 
 import re
@@ -20,13 +20,13 @@ from selab.errors import InsertionError, nearest
 
 Side = Literal["input", "output"]
 
-# What an inserted block is called where it becomes a child of a module.
+# The name of an inserted block as a child of a module.
 CHILD = "se"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """One place for one SE block.
+    """The tensor that one block gates.
 
     Attributes:
         site: the path of the site.
@@ -44,13 +44,13 @@ class Tap:
 
 
 def declared_groups(model: nn.Module) -> dict[str, list[str]]:
-    """The site groups that a network declares through a method `site_groups`; empty for one that does not."""
+    """Return the site groups that a network declares by a method `site_groups`; empty without that method."""
     declare = getattr(model, "site_groups", None)
     return dict(declare()) if callable(declare) else {}
 
 
 def is_residual_block(module: nn.Module) -> bool:
-    """Whether a module keeps its branch, its shortcut and a join without parameters (SE's apart) as children."""
+    """Return whether a module has children branch, shortcut, and a join without parameters of its own."""
     children = dict(module.named_children())
     if not {"branch", "shortcut", "join"} <= children.keys():
         return False
@@ -59,7 +59,7 @@ def is_residual_block(module: nn.Module) -> bool:
 
 
 def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
-    """The paths that a site group or patterns stand for, in the order of the network.
+    """Return the paths that a site group or patterns match, in the order of the network.
 
     Args:
         model: any module.
@@ -80,7 +80,7 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
         _check_pattern(pattern)
     if not patterns:
         raise InsertionError(f"{type(model).__name__}: no site found: no pattern was given{_offer(groups)}")
-    # The root has an empty path and cannot be a site, for nothing holds it.
+    # The root has an empty path and no parent, so it cannot be a site.
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if path and not _in_se(model, path)]
     chosen: set[str] = set()
     for pattern in patterns:
@@ -88,7 +88,7 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
         if not matching:
             inside = [p for p, _ in model.named_modules(remove_duplicate=False) if p and matches(pattern, p)]
             if inside:
-                raise InsertionError(f"{inside[0]}: stands inside another SE block; choose a site outside of it")
+                raise InsertionError(f"{inside[0]}: is inside another SE block; choose a site outside of it")
             offer = _offer(groups) + _of_that_name(pattern, paths)
             raise InsertionError(f"pattern {pattern!r} matches no module of {type(model).__name__}{offer}")
         chosen.update(matching)
@@ -96,7 +96,7 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
 
 
 def _of_that_name(pattern: str, paths: Sequence[str]) -> str:
-    """Modules whose own name is what the pattern ends in, or those with the nearest paths."""
+    """Return similar paths, or modules whose own name matches the end of the pattern, for a message."""
     near = nearest(pattern, paths)
     if near.startswith("; did you mean"):
         return near
@@ -109,16 +109,16 @@ def _of_that_name(pattern: str, paths: Sequence[str]) -> str:
 
 
 def _check_pattern(pattern: str) -> None:
-    """Raises InsertionError, with the position, for text that can match no path."""
+    """Raise InsertionError, with the position, for text that cannot match any path."""
     position = 1
     for name in pattern.split("."):
         problem = ""
         if not name:
             problem = "a name is missing here"
         elif "**" in name and name != "**":
-            problem, position = "** stands alone between dots; * matches within a name", position + name.index("**")
+            problem, position = "** must be alone between dots; * matches within a name", position + name.index("**")
         elif (at := re.search(r"[^\w*?\[\]!+-]", name)) is not None:
-            problem, position = f"{at[0]!r} cannot stand in a module's path", position + at.start()
+            problem, position = f"{at[0]!r} cannot be part of a module's path", position + at.start()
         elif name.count("[") != name.count("]"):
             problem, position = "[ without ]", position + max(name.rfind("["), name.rfind("]"))
         if problem:
@@ -130,10 +130,10 @@ def _check_pattern(pattern: str) -> None:
 
 
 def in_stages(sites: Sequence[str], stages: Collection[int]) -> list[str]:
-    """Those of the sites that lie in modules named `stage<N>`.
+    """Return the sites below modules named `stage<N>`.
 
     Raises:
-        InsertionError: a stage that holds none of the sites; the message lists those that do.
+        InsertionError: a stage without any of the sites; the message lists the stages that have some.
     """
     of = {site: next((int(name[5:]) for name in site.split(".") if _STAGE.fullmatch(name)), None) for site in sites}
     there = sorted({stage for stage in of.values() if stage is not None})
@@ -165,7 +165,7 @@ def _match_names(patterns: list[str], names: list[str]) -> bool:
 
 
 def _in_se(model: nn.Module, path: str) -> bool:
-    """Whether a path is an SE block or leads into one."""
+    """Return whether a path is an SE block or inside of one."""
     module = model
     for name in path.split("."):
         module = module._modules[name]  # type: ignore[assignment]
@@ -175,10 +175,10 @@ def _in_se(model: nn.Module, path: str) -> bool:
 
 
 def tap_for(model: nn.Module, site: str, placement: Placement) -> Tap:
-    """Which tensor a placement means at a site.
+    """Return the tensor that a placement gates at a site.
 
     Raises:
-        InsertionError: the placement needs a residual block, or one that names its 3x3 convolution.
+        InsertionError: the placement needs a residual block, or a block that names its 3x3 convolution.
     """
     module = model.get_submodule(site)
     if is_residual_block(module):
@@ -186,7 +186,7 @@ def tap_for(model: nn.Module, site: str, placement: Placement) -> Tap:
     if placement in ("identity", "3x3"):
         raise InsertionError(
             f"{site}: placement {placement!r} needs a residual block (children branch, shortcut, join), and "
-            f"{type(module).__name__} is none; use 'standard' (its output) or 'pre' (its input), or a pattern that "
+            f"{type(module).__name__} is not one; use 'standard' (its output) or 'pre' (its input), or a pattern that "
             "names the module itself"
         )
     return Tap(site=site, module=site, side="input" if placement == "pre" else "output", block=site.rpartition(".")[0])
@@ -214,7 +214,7 @@ def _residual_tap(block: nn.Module, site: str, placement: Placement) -> Tap:
 
 
 def check_unshared(model: nn.Module, paths: Iterable[str]) -> None:
-    """Refuses sites that are one module under several paths: a block there would run for each of them.
+    """Refuse modules with several paths: a block there would run once for each path.
 
     Raises:
         InsertionError: names the module and its other path.
@@ -225,4 +225,4 @@ def check_unshared(model: nn.Module, paths: Iterable[str]) -> None:
     for path in paths:
         others = [other for other in homes[id(model.get_submodule(path))] if other != path]
         if others:
-            raise InsertionError(f"{path}: is shared with {others[0]}; give each its own module to gate them apart")
+            raise InsertionError(f"{path}: is shared with {others[0]}; use separate modules to gate them separately")

@@ -1,7 +1,7 @@
-"""Trained weights from elsewhere: read without trusting the file, renamed, checked to the last tensor, written.
+"""Convert trained weights of other libraries: read the file safely, rename and check every tensor, write the result.
 
-A file is untrusted: it is a safetensors file, or a pickle read by a loader that builds tensors and dictionaries only.
-What is written is a safetensors file of exactly the tensors of one variant, which says where they come from.
+The input is untrusted: a safetensors file, or a pickle read by a loader that builds tensors and dictionaries only. The
+output is a safetensors file with exactly the tensors of one variant, and metadata about their origin.
 """
 
 import hashlib
@@ -28,25 +28,25 @@ from selab.models.key_maps import Port, port_for, renamed
 from selab.models.spec import Variant
 from selab.records.store import write_atomically
 
-# Where training scripts put the state dict; the averaged weights are those that accuracies are told of.
+# Where training scripts put the state dict; published accuracies are of the averaged weights.
 _UNDER = ("state_dict_ema", "state_dict", "model")
 _COUNTER = "num_batches_tracked"
 
 
 class WeightsError(SelabError):
-    """A file of weights cannot be read or written, or is not one of this network; the message names the tensors."""
+    """A file of weights cannot be read or written, or does not fit the network; the message names the tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Renamed:
-    """One tensor's way.
+    """One tensor of a conversion.
 
     Attributes:
         theirs: its key in the input.
         ours: its key in the output.
         their_shape: its shape in the input.
         shape: its shape in the output.
-        folded: whether the output has no such tensor: a convolution's bias that is taken off the BN's running mean.
+        folded: whether it is a convolution's bias, subtracted from the BN's running mean and not in the output.
     """
 
     theirs: str
@@ -58,13 +58,13 @@ class Renamed:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What a conversion did, or would do.
+    """The result of a conversion, or of a dry run.
 
     Attributes:
         port: the declared pair of networks.
         renamed: every tensor of the input, in its order.
-        filled: counters of seen batches that the input does not have; they start at zero.
-        metadata: what the output says about itself.
+        filled: counters of seen batches that the input lacks; they start at zero.
+        metadata: of the output file.
     """
 
     port: Port
@@ -75,7 +75,7 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True)
 class _Input:
-    """A file's tensors and, of where they come from, what can be known."""
+    """The tensors of a file, and where in the file they were."""
 
     state: dict[str, Tensor]
     under: str
@@ -85,19 +85,19 @@ class _Input:
 def convert(
     source_path: Path, target_path: Path | None, *, source: str, arch: str, replace: bool = False
 ) -> Conversion:
-    """Converts the weights of a foreign network into those of the variant that computes the same.
+    """Convert the weights of an external network into those of the variant that computes the same function.
 
     Args:
         source_path: `.safetensors`, `.pt` or `.pth`.
-        target_path: the `.safetensors` file to write; None to find out what would be done.
+        target_path: the `.safetensors` file to write; None for a dry run.
         source: `timm`, `torchvision` or `cadene`.
-        arch: our variant.
-        replace: whether an existing file may be written over.
+        arch: selab's variant.
+        replace: whether an existing file may be replaced.
 
     Raises:
-        UnknownNameError: no such source or variant, or no network of the source is known to equal it.
-        WeightsError: the input cannot be read, is refused, or is not of that network; the output exists or cannot be
-            written. Nothing is written then.
+        UnknownNameError: no such source or variant, or no network of the source is known to be equal to it.
+        WeightsError: the input cannot be read, is refused, or does not fit that network; the output exists or cannot be
+            written. Then nothing is written.
     """
     variant = catalog.find(arch)
     port = port_for(source, arch)
@@ -129,19 +129,19 @@ def load(
     variant: Variant | None = None,
     fitted: Variant | None = None,
 ) -> None:
-    """Loads weights into a network, all or none; only counters of seen batches may be missing.
+    """Load weights into a network, all or none; only counters of seen batches may be missing.
 
     Args:
-        model: gets the values, on its own device and in its own precision.
+        model: keeps its device and precision.
         weights: a file, or a state dict.
-        variant: what the network was built from. A file of other facts is refused: its tensors may fit and mean
-            something else. A file that was trained here may be of images of another height and width.
-        fitted: the variant with the data's classes and image size, where the network was built from that; a file of
-            either is taken.
+        variant: what the network was built from. A file of another configuration is refused, because its tensors may
+            fit and mean something else. A file trained by selab may be of images of another height and width.
+        fitted: the variant with the data's classes and image size, if the network was built from that; a file of
+            either is accepted.
 
     Raises:
         WeightsError: the file cannot be read, or is refused; a tensor is missing, unexpected, or of another shape. The
-            model is left as it was.
+            model is not changed then.
     """
     where = str(weights) if isinstance(weights, Path) else "the state dict"
     if isinstance(weights, Path) and variant is not None:
@@ -162,7 +162,7 @@ def load(
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU, found where training scripts put it and freed of `module.`.
+    """Return the state dict of a file, on the CPU, without a prefix `module.`; it may be where training scripts put it.
 
     Raises:
         WeightsError: the file cannot be read, holds more than tensors, or no state dict.
@@ -171,7 +171,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says about itself: for ours, the keys of `Conversion.metadata`; empty for a pickle.
+    """Return the metadata of a safetensors file (for selab's, as `Conversion.metadata`); empty for a pickle.
 
     Raises:
         WeightsError: the file cannot be read.
@@ -183,7 +183,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: is broken or no safetensors file ({line(error)}); get it again") from None
+        raise WeightsError(f"{path}: is broken or not a safetensors file ({line(error)}); get it again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -205,7 +205,7 @@ def _read(path: Path) -> _Input:
     for key, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise WeightsError(
-                f"{path}: {key}: is no plain tensor (sparse, quantised or without data); save a dense one"
+                f"{path}: {key}: is not a plain tensor (sparse, quantised or without data); save a dense one"
             )
     return _Input(state=state, under=under, sha256=hashlib.sha256(content).hexdigest())
 
@@ -223,29 +223,31 @@ def _from_safetensors(path: Path, content: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(content)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: is broken or no safetensors file ({line(error)}); get it again") from None
+        raise WeightsError(f"{path}: is broken or not a safetensors file ({line(error)}); get it again") from None
 
 
 def _from_pickle(path: Path, content: bytes) -> object:
-    """Tensors, numbers, strings and containers; whatever else a pickle wants to build or call is refused."""
+    """Read tensors, numbers, strings and containers; refuse everything else that a pickle would build or call."""
     try:
         with warnings.catch_warnings():
-            # About the file's age and kind; what is wrong with it is told by the error.
+            # About the file's age and kind; errors say what is wrong with it.
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted is None:
             raise WeightsError(
-                f"{path}: is broken or no file of torch.save; get it again, or save a state dict"
+                f"{path}: is broken or not a file of torch.save; get it again, or save a state dict"
             ) from None
         raise WeightsError(
             f"{path}: is refused: it holds more than tensors ({wanted[1]}), and reading that could run any code; "
-            "where you trust it, save its state dict alone, best with safetensors.torch.save_file"
+            "if you trust it, save its state dict alone, best with safetensors.torch.save_file"
         ) from None
     except Exception:
-        # An untrusted file may fail the reader in any way; none of them is a fault of the program.
-        raise WeightsError(f"{path}: is broken or no file of torch.save; get it again, or save a state dict") from None
+        # An untrusted file may fail the reader in any way.
+        raise WeightsError(
+            f"{path}: is broken or not a file of torch.save; get it again, or save a state dict"
+        ) from None
 
 
 def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
@@ -257,7 +259,7 @@ def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
 
 
 def line(error: BaseException) -> str:
-    """The first sentence of an error."""
+    """Return the first sentence of an error."""
     return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
@@ -265,7 +267,7 @@ def line(error: BaseException) -> str:
 def _steps(
     state: Mapping[str, Tensor], port: Port, variant: Variant, expected: Mapping[str, Tensor], *, where: str
 ) -> tuple[Renamed, ...]:
-    """Every tensor's way; raises WeightsError unless each has a place that it fits and each place has a tensor."""
+    """Map every tensor; raise WeightsError unless input and output match one to one."""
     places = {**expected, **(_biases(expected) if port.folds_bias else {})}
     classifier = list(expected)[-1].rpartition(".")[0]
     steps: dict[str, Renamed] = {}
@@ -292,16 +294,14 @@ def _steps(
         )
     missing = [key for key in places if key not in steps and not _is_counter(key)]
     if unexpected or missing or shapes:
-        # What the file holds is told by its names; what it lacks has none there.
+        # Present tensors are listed by the file's names; missing ones have none there.
         listed = _listed(missing, unexpected, shapes, said=" (by our names)")
-        raise WeightsError(
-            f"{where}: is no state dict of {port.model} of {port.source}, which becomes {variant.name}: {listed}"
-        )
+        raise WeightsError(f"{where}: does not match {port.source}'s {port.model} (for {variant.name}): {listed}")
     return tuple(steps.values())
 
 
 def _biases(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of the biases that our convolutions do not have, each with the running mean that takes it in."""
+    """Return the keys of biases that selab's convolutions lack, each with the running mean that absorbs it."""
     return {_bias_of(key): value for key, value in expected.items() if key.endswith(".bn.running_mean")}
 
 
@@ -312,7 +312,7 @@ def _bias_of(mean: str) -> str:
 def _converted(
     state: Mapping[str, Tensor], steps: tuple[Renamed, ...], expected: Mapping[str, Tensor], *, where: str
 ) -> dict[str, Tensor]:
-    """The output's tensors in our order, each with memory of its own, as the format demands."""
+    """Return the output's tensors in order, each with memory of its own, as the format requires."""
     theirs = {step.ours: state[step.theirs].detach().reshape(step.shape) for step in steps}
     converted: dict[str, Tensor] = {}
     for key, place in expected.items():
@@ -329,7 +329,7 @@ def _converted(
 
 
 def _fits(theirs: Tensor, ours: Tensor) -> bool:
-    """Equal shapes, or a convolution over the whole map, (O, C, H, W), for a fully connected layer, (O, C * H * W)."""
+    """Return whether shapes are equal, or a convolution (O, C, H, W) is a fully connected layer (O, C * H * W)."""
     whole_map = theirs.dim() == 4 and ours.dim() == 2 and theirs.flatten(1).shape == ours.shape
     return _same_kind(theirs, ours) and (theirs.shape == ours.shape or whole_map)
 
@@ -339,7 +339,7 @@ def _same_kind(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _is_counter(key: str) -> bool:
-    """Of a BN: how many batches it has seen. Files from before torch 0.4.1 have none, and eval mode reads none."""
+    """Return whether a key is a BN's counter of batches. Files before torch 0.4.1 lack it, and eval mode ignores it."""
     return key.rpartition(".")[2] == _COUNTER
 
 
@@ -350,7 +350,7 @@ def _misfit(key: str, theirs: Tensor, ours: Tensor) -> str:
 
 
 def _listed(missing: list[str], unexpected: list[str], shapes: list[str], *, said: str = "") -> str:
-    """The first five of each kind of fault, and how many more there are; `said` is whose names the missing ones are."""
+    """Return the first five keys of each kind of mismatch; `said`: which side's names the missing keys use."""
     parts = []
     kinds = ((f"missing{said}", missing), ("unexpected", unexpected), ("wrong shape or type", shapes))
     for name, keys in kinds:
@@ -363,7 +363,7 @@ def _listed(missing: list[str], unexpected: list[str], shapes: list[str], *, sai
 # ------------------------------------------------------------------------------------------------------------- writing
 def _check_target(path: Path, source: Path, *, replace: bool) -> None:
     if path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: the output is a .safetensors file; name it so")
+        raise WeightsError(f"{path}: the output is a .safetensors file; give it that suffix")
     if path.is_dir():
         raise WeightsError(f"{path}: is a folder; name a file in it")
     if path.exists() and source.exists() and path.samefile(source):
@@ -378,19 +378,19 @@ def _check_made_for(variant: Variant, fitted: Variant, metadata: Mapping[str, st
         return
     name = metadata.get("arch", "another network")
     if "recipe_hash" not in metadata:
-        reason = f"{name} as its facts were then" if name == variant.name else name
+        reason = f"an earlier configuration of {name}" if name == variant.name else name
         raise WeightsError(f"{where}: was converted for {reason}, not for {variant.name}; convert it again")
     trained = _as_trained(variant, metadata)
     told = f"{where}: is of {name}" if trained is None else f"{where}: is of {name} with {_size(trained)}"
     if trained is None or trained.facts_hash != made_for:
-        other = "as its facts were then; train it again" if name == variant.name else f"not of {variant.name}"
+        other = "in an earlier configuration; train it again" if name == variant.name else f"not of {variant.name}"
         raise WeightsError(f"{told}, {other}")
     if (trained.num_classes, trained.input_chw[0]) != (fitted.num_classes, fitted.input_chw[0]):
         raise WeightsError(f"{told}; asked for are {_size(fitted)}: give the data that it was trained on")
 
 
 def _as_trained(variant: Variant, metadata: Mapping[str, str]) -> Variant | None:
-    """The variant with the classes and the image size that a file tells of; None where it tells none."""
+    """Return the variant with the classes and image size of a file's metadata; None if it has none."""
     told = re.fullmatch(r"(\d+) (\d+)x(\d+)x(\d+)", f"{metadata.get('num_classes')} {metadata.get('input_chw')}")
     if told is None:
         return None

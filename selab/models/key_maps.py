@@ -1,9 +1,8 @@
-"""Which foreign networks compute what ours do, and how their state dicts call the same tensors.
+"""Key maps: which external networks compute the same function as selab's, and how their state-dict keys map.
 
-Equal shapes are not equal functions: torchvision's ResNet-50 strides in the 3x3, Caffe's in the 1x1, and the tensors of
-one fit the other. So a pair of networks is declared here, once it is proved (tests/interop builds both and compares
-logits), and nothing else is converted. Pairs that fit in shape but compute something else are declared too, with the
-difference.
+Equal shapes do not mean equal functions. torchvision's ResNet-50 strides in the 3x3, Caffe's in the 1x1, and tensors of
+one fit the other. So only pairs that are declared here are converted. tests/interop builds both networks of each
+pair and compares their logits. Pairs that fit in shape but compute something else are declared with the difference.
 """
 
 import re
@@ -21,16 +20,16 @@ Rules = tuple[Rule, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """One network elsewhere beside one of ours.
+    """An external network and the equal one of selab.
 
     Attributes:
         source: `timm`, `torchvision` or `cadene` (pretrained-models.pytorch).
-        model: what it is called there.
-        arch: what it is called here.
-        rules: from their keys to ours.
-        folds_bias: their convolutions have biases in front of the BN and ours do not; a bias is taken off the BN's
-            running mean, which leaves the function in eval mode as it is.
-        unequal: why the two differ although every tensor fits; empty where they are equal.
+        model: its name in the source.
+        arch: its name in selab.
+        rules: from keys of the source to keys of selab.
+        folds_bias: whether only the source's convolutions have biases before the BN. A bias is then subtracted from the
+            BN's running mean, which keeps the function in eval mode.
+        unequal: why the two differ although every tensor fits; empty if they are equal.
     """
 
     source: str
@@ -42,18 +41,18 @@ class Port:
 
 
 def renamed(key: str, rules: Iterable[Rule]) -> str:
-    """Our name for one of their keys; one that no rule knows stays as it is, or is left half renamed."""
+    """Return selab's name of a key; a key that no rule matches stays as it is, or is only partly renamed."""
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def port_for(source: str, arch: str) -> Port:
-    """The declared pair of a source and one of our networks.
+    """Return the declared pair of a source and one of selab's networks.
 
     Raises:
-        UnknownNameError: no such source, nothing there equals this network, or what resembles it computes something
-            else; the message says what the source has, nearest names first.
+        UnknownNameError: no such source, the source has no equal network, or a similar one computes something else. The
+            message lists what the source has, nearest names first.
     """
     sources = sorted({port.source for port in PORTS})
     if source not in sources:
@@ -70,18 +69,18 @@ def port_for(source: str, arch: str) -> Port:
 
 # --------------------------------------------------------------------------------------------------------------- rules
 def _counted(pattern: str, replacement: str, pairs: Iterable[tuple[object, object]]) -> Rules:
-    """One rule for each (theirs, ours), put into the braces: for numbers that are counted differently."""
+    """Return one rule for each pair of numbers, (source, selab), filled into the braces."""
     return tuple((pattern.format(theirs), replacement.format(ours)) for theirs, ours in pairs)
 
 
 def _flat(blocks: tuple[int, ...], *, first: int = 0) -> tuple[tuple[int, str], ...]:
-    """Pairs of a block's place in one long list, which begins at `first`, and `stage.block` here."""
+    """Return pairs of a block's index in one list that starts at `first`, and `stage.block` in selab."""
     places = [f"{stage}.{block}" for stage, count in enumerate(blocks, start=1) for block in range(count)]
     return tuple(enumerate(places, start=first))
 
 
 def _vgg_places() -> tuple[tuple[int, str], ...]:
-    """Pairs of a convolution's index in VGG-16's list of layers and `block_convolution` here."""
+    """Return pairs of a convolution's index in VGG-16's list of layers, and `block_convolution` in selab."""
     names = [f"{block}_{conv}" for block, convs in enumerate((2, 2, 3, 3, 3), start=1) for conv in range(1, convs + 1)]
     # A convolution, its BN and its ReLU are three layers, and a pooling follows each block.
     layers = [3 + (name[0] != after[0]) for name, after in pairwise(names)]
@@ -166,7 +165,7 @@ _INVERTED_TORCHVISION: Rules = (
 
 
 def _inverted_torchvision(first: str) -> Rules:
-    """The rules of a block where stage `first` does not expand its channels."""
+    """Return the rules of a block whose stage `first` does not expand its channels."""
     return tuple((pattern.replace("{first}", first), replacement) for pattern, replacement in _INVERTED_TORCHVISION)
 
 
@@ -197,7 +196,7 @@ _EFFICIENTNET_TORCHVISION: Rules = (
 
 
 def _inverted_timm(*, first_stage: int, stages: int) -> Rules:
-    """Timm's MobileNets, MnasNets and EfficientNets; the block without an expansion counts its layers otherwise."""
+    """Return the rules of timm's MobileNets, MnasNets, EfficientNets; blocks without expansion have other numbers."""
     return (
         (r"^conv_stem\.", "stem.conv."),
         (r"^bn1\.", "stem.bn."),
@@ -338,7 +337,7 @@ _BN_INCEPTION: Rules = (
 def _ports(
     source: str, rules: Rules, *, folds_bias: bool = False, unequal: str = "", **models: str
 ) -> tuple[Port, ...]:
-    """Pairs `our_name="their_name"` with rules in common."""
+    """Return pairs `selab_name="source_name"` that share their rules."""
     return tuple(
         Port(source=source, model=model, arch=arch, rules=rules, folds_bias=folds_bias, unequal=unequal)
         for arch, model in models.items()

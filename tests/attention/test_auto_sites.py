@@ -188,7 +188,7 @@ class TestResidual:
         shared = Residual(conv(), nn.BatchNorm2d(8))
         ends = trace_ends(Stem(shared, shared, Basic()), NCHW)
         assert [end.path for end in ends.found] == ["blocks.2.bn2"]
-        assert ends.left_out == ("the addition in blocks.0: its branch ends in no module that runs once and is free",)
+        assert ends.left_out == ("the addition in blocks.0: no single module to attach to at the end of its branch",)
 
     def test_channels_last_maps_are_left_out(self):
         class Last(nn.Module):
@@ -202,7 +202,7 @@ class TestResidual:
 
         ends = trace_ends(Stem(Last()), NCHW)
         assert ends.found == ()
-        assert ends.left_out == ("the addition in blocks.0: its maps are not (N, C, H, W)",)
+        assert ends.left_out == ("the addition in blocks.0: its feature maps are not (N, C, H, W)",)
 
     def test_a_linear_layer_in_between_keeps_a_map_a_map(self):
         """As ConvNeXt: the channels go to the end for a linear layer, and come back."""
@@ -285,7 +285,9 @@ class TestDepthwiseSeparable:
             def forward(self, x):
                 return self.mix(torch.cat((x, self.branch(x)), 1))
 
-        with pytest.raises(InsertionError, match=r"Stem: tracing finds no block end.*blocks.0.branch: its map is conc"):
+        with pytest.raises(
+            InsertionError, match=r"Stem: tracing finds no block end.*blocks.0.branch: its feature map is conc"
+        ):
             block_ends(Stem(Both()), NCHW)
 
 

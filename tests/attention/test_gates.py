@@ -86,7 +86,7 @@ def test_what_cannot_be_converted_is_left():
     identity = SqueezeExcitation(8, 2, init="identity")
     done = convert_gates(nn.Sequential(own, identity), "relu")
     assert [one.reason for one in done] == [
-        "Softsign stands in the block",
+        "unsupported gate: Softsign",
         "a block that starts as the identity needs a bias of one for a ReLU gate",
     ]
     assert set(GATES) == {"sigmoid", "tanh", "relu", "hardsigmoid"}

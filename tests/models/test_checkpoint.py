@@ -288,7 +288,7 @@ class TestRefused:
         refused(
             tmp_path / "in.pth",
             [
-                "is no state dict of mobilenet_v3_small of torchvision",
+                "does not match torchvision's mobilenet_v3_small",
                 "missing (by our names): stem.conv.weight, ",
                 " more; unexpected: ",
             ],

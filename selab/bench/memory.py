@@ -1,18 +1,21 @@
 """Peak memory of a pass, measured in the workload's runtime."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from selab.bench.backends import backend
-from selab.records.types import Memory, Workload
+from selab.records.types import PHASES, Memory, Phase, Workload
 
 
-def memory(model: nn.Module, workload: Workload, *, seed: int = 0) -> Memory:
+def memory(model: nn.Module, workload: Workload, *, seed: int = 0, phases: Sequence[Phase] = PHASES) -> Memory:
     """Measure a model's memory on a private copy of it.
 
     Args:
         model: left unchanged.
         workload: batch, input, device, dtype, memory format and runtime.
         seed: of the input.
+        phases: `forward` for the peak of that pass; any other for what backward needs. The rest stays None.
 
     Returns:
         Peaks above the memory in use before the pass, in bytes, and the bytes saved for backward. On the CPU, scratch
@@ -23,4 +26,4 @@ def memory(model: nn.Module, workload: Workload, *, seed: int = 0) -> Memory:
         UnknownNameError: there is no such runtime.
         DeviceError: the runtime is not installed.
     """
-    return backend(workload.runtime).memory(model, workload, seed=seed)
+    return backend(workload.runtime).memory(model, workload, seed=seed, phases=phases)

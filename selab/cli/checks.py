@@ -18,7 +18,7 @@ from selab.cli.console import (
     resolve_job,
     write_json,
 )
-from selab.cli.options import OUTPUT, TIME, WHAT, Format, Json, Processes, WorkloadOptions, with_options
+from selab.cli.options import OUTPUT, TIME, WHAT, Format, Json, Processes, WorkloadOptions, option, with_options
 from selab.errors import SelabError
 from selab.experiments.job import Job, Request
 
@@ -31,11 +31,11 @@ def check(
     ),
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", rich_help_panel=WHAT, metavar="NAME", help="Check only this budget. Repeatable."),
+        option("--only", WHAT, "Check only this budget. Repeatable.", metavar="NAME"),
     ] = None,
     thorough: Annotated[
         bool,
-        typer.Option("--thorough", rich_help_panel=TIME, help="Stop at ±0.5 % or after 60 s, not ±1 % or 15 s."),
+        option("--thorough", TIME, "Stop at ±0.5 % or after 60 s, not ±1 % or 15 s."),
     ] = False,
     processes: Processes = 1,
     json_to: Json = None,
@@ -79,7 +79,7 @@ def diff(
     after: Annotated[Path, typer.Argument(help="Another, of the same workload, machine and baseline.")],
     strict: Annotated[
         bool,
-        typer.Option("--strict", rich_help_panel=OUTPUT, help="Exit with 1 if the second costs more or is slower."),
+        option("--strict", OUTPUT, "Exit with 1 if the second costs more or is slower."),
     ] = False,
     json_to: Json = None,
     look: Format = "rich",

@@ -41,6 +41,7 @@ from selab.cli.options import (
     Replace,
     Verbose,
     WorkloadOptions,
+    option,
     with_options,
 )
 from selab.errors import SelabError
@@ -62,15 +63,13 @@ def profile(
     quick: Quick = False,
     budget: Budget = None,
     processes: Processes = 1,
-    cold: Annotated[
-        bool, typer.Option("--cold", rich_help_panel=TIME, help="On a GPU: flush the L2 cache before each call.")
-    ] = False,
+    cold: Annotated[bool, option("--cold", TIME, "On a GPU: flush the L2 cache before each call.")] = False,
     out: Out = RESULTS,
     replace: Replace = False,
     json_to: Json = None,
     svg: Annotated[
         Path | None,
-        typer.Option("--svg", rich_help_panel=OUTPUT, metavar="FILE", help="Also draw the output as an SVG picture."),
+        option("--svg", OUTPUT, "Also draw the output as an SVG picture.", metavar="FILE"),
     ] = None,
     look: Format = "rich",
     verbose: Verbose = False,
@@ -184,12 +183,12 @@ def tax(
     options: WorkloadOptions,
     impl: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
             "--impl",
-            rich_help_panel=WHAT,
-            metavar="NAME",
-            help="reference, torchvision, timm or fast; without_squeeze, without_excitation or without_scale leave one "
+            WHAT,
+            "reference, torchvision, timm or fast; without_squeeze, without_excitation or without_scale leave one "
             "step out. Repeatable; all by default.",
+            metavar="NAME",
         ),
     ] = None,
     quick: Quick = False,
@@ -248,7 +247,7 @@ def timeline(
     options: WorkloadOptions,
     steps: Annotated[
         int,
-        typer.Option("--steps", rich_help_panel=TIME, min=1, metavar="N", help="Recorded steps, after a warm-up."),
+        option("--steps", TIME, "Recorded steps, after a warm-up.", min=1, metavar="N"),
     ] = 5,
     out: Out = RESULTS,
     replace: Replace = False,
@@ -289,30 +288,19 @@ def timeline(
 @with_options
 def roofline(
     options: WorkloadOptions,
-    arch: Annotated[
-        str | None, typer.Option("--arch", rich_help_panel=WHAT, metavar="NAME", help="A network, as for `profile`.")
-    ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", rich_help_panel=WHAT, help="All networks: how far each is from its roofline.")
-    ] = False,
+    arch: Annotated[str | None, option("--arch", WHAT, "A network, as for `profile`.", metavar="NAME")] = None,
+    every: Annotated[bool, option("--all", WHAT, "All networks: how far each is from its roofline.")] = False,
     preset: Annotated[
         str | None,
-        typer.Option("--as", rich_help_panel=WORKLOAD, metavar="DEVICE", help="Predict for another device."),
+        option("--as", WORKLOAD, "Predict for another device.", metavar="DEVICE"),
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(
-            "--budget",
-            rich_help_panel=TIME,
-            min=0.0,
-            metavar="SECONDS",
-            show_default="5",
-            help="Seconds of repetition.",
-        ),
+        option("--budget", TIME, "Seconds of repetition.", min=0.0, metavar="SECONDS", show_default="5"),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", rich_help_panel=OUTPUT, metavar="FILE", help="Also draw a picture to this file."),
+        option("--out", OUTPUT, "Also draw a picture to this file.", metavar="FILE"),
     ] = None,
     replace: Replace = False,
     json_to: Json = None,
@@ -431,9 +419,7 @@ def _all_rooflines(json_to: Path | None, look: Look) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- machine
 def show_machine(
-    device: Annotated[
-        Device, typer.Option("--device", rich_help_panel=WHAT, metavar="NAME", help="cpu or cuda.")
-    ] = "cpu",
+    device: Annotated[Device, option("--device", WHAT, "cpu or cuda.", metavar="NAME")] = "cpu",
     json_to: Json = None,
     look: Format = "rich",
 ) -> None:

@@ -39,6 +39,7 @@ from selab.cli.options import (
     Replace,
     Se,
     input_chw,
+    option,
     with_options,
 )
 from selab.errors import RecordError, UnknownNameError, nearest
@@ -83,17 +84,13 @@ def show(
     name: Annotated[str, typer.Argument(help="A network, as --arch of the other commands.")],
     runtime: Annotated[
         bool,
-        typer.Option("--runtime", rich_help_panel=WHAT, help="Show how each SE block runs after selab.fuse, and why."),
+        option("--runtime", WHAT, "Show how each SE block runs after selab.fuse, and why."),
     ] = False,
-    device: Annotated[
-        Device, typer.Option("--device", rich_help_panel=WORKLOAD, metavar="NAME", help="For --runtime: cpu or cuda.")
-    ] = "cpu",
-    batch: Annotated[
-        int, typer.Option("--batch", rich_help_panel=WORKLOAD, min=1, metavar="N", help="For --runtime: images.")
-    ] = 1,
+    device: Annotated[Device, option("--device", WORKLOAD, "For --runtime: cpu or cuda.", metavar="NAME")] = "cpu",
+    batch: Annotated[int, option("--batch", WORKLOAD, "For --runtime: images.", min=1, metavar="N")] = 1,
     dtype: Annotated[
         Dtype,
-        typer.Option("--dtype", rich_help_panel=WORKLOAD, metavar="NAME", help="For --runtime: fp32, bf16, fp16."),
+        option("--dtype", WORKLOAD, "For --runtime: fp32, bf16, fp16.", metavar="NAME"),
     ] = "fp32",
     channels_last: ChannelsLast = False,
     json_to: Json = None,
@@ -105,9 +102,9 @@ def show(
     if runtime:
         return _show_runtime(variant, device, batch, dtype, channels_last=channels_last, json_to=json_to, look=look)
     wrong = [device != "cpu" and "--device", batch != 1 and "--batch", dtype != "fp32" and "--dtype"]
-    for option in filter(None, [*wrong, channels_last and "--channels-last"]):
-        raise typer.BadParameter("is a workload of --runtime; give both or neither", param_hint=str(option))
-    from selab.cost.count import count
+    for given in filter(None, [*wrong, channels_last and "--channels-last"]):
+        raise typer.BadParameter("is a workload of --runtime; give both or neither", param_hint=str(given))
+    from selab.cost.count import count as count_cost
     from selab.models.build import build
     from selab.models.spec import as_builtins
     from selab.report.networks import facts_table, published_table, sites_table
@@ -116,7 +113,7 @@ def show(
     insertions = built.insertions
     if json_to is not None:
         return write_json({**as_builtins(variant), "insertions": [builtins(one) for one in insertions]}, json_to)
-    total = count(built.model, (1, *variant.input_chw))
+    total = count_cost(built.model, (1, *variant.input_chw))
     published = [published_table(variant)] if variant.published else []
     sites = [sites_table(insertions)] if insertions else []
     return print_tables([facts_table(variant, total), *sites, *published], look)
@@ -129,7 +126,7 @@ def sites(
     input_size: Input = None,
     depth: Annotated[
         int | None,
-        typer.Option("--depth", rich_help_panel=OUTPUT, min=1, metavar="N", help="Show so many levels of modules."),
+        option("--depth", OUTPUT, "Show so many levels of modules.", min=1, metavar="N"),
     ] = None,
     json_to: Json = None,
 ) -> None:
@@ -174,22 +171,18 @@ def escape_lines(*lines: str) -> str:
 def count(
     options: CountOptions,
     arch: Archs = (),  # type: ignore[assignment]
-    every: Annotated[
-        bool, typer.Option("--all", rich_help_panel=WHAT, help="All architectures of the catalog.")
-    ] = False,
+    every: Annotated[bool, option("--all", WHAT, "All architectures of the catalog.")] = False,
     by: Annotated[
         By | None,
-        typer.Option("--by", rich_help_panel=OUTPUT, metavar="KIND", help="Break the cost down by operator or module."),
+        option("--by", OUTPUT, "Break the cost down by operator or module.", metavar="KIND"),
     ] = None,
     explain: Annotated[
         bool,
-        typer.Option("--explain", rich_help_panel=OUTPUT, help="Explain each difference to fvcore, thop and torch."),
+        option("--explain", OUTPUT, "Explain each difference to fvcore, thop and torch."),
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", rich_help_panel=OUTPUT, metavar="FOLDER", help="Also write each record to FOLDER/NAME.json."
-        ),
+        option("--out", OUTPUT, "Also write each record to FOLDER/NAME.json.", metavar="FOLDER"),
     ] = None,
     replace: Replace = False,
     json_to: Json = None,

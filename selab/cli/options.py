@@ -30,33 +30,41 @@ def _phase(text: str) -> str:
     return text
 
 
-def _option(name: str, panel: str, text: str, **more: Any) -> Any:
-    return typer.Option(*name.split(), rich_help_panel=panel, help=text, **more)
+def option(names: str, panel: str, text: str, **more: Any) -> Any:
+    """Return a typer option.
+
+    Args:
+        names: its spellings, separated by spaces.
+        panel: of the help.
+        text: its help.
+        more: further arguments of `typer.Option`.
+    """
+    return typer.Option(*names.split(), rich_help_panel=panel, help=text, **more)
 
 
 ARCH_HELP = "A name of `selab archs`, torchvision:NAME, timm:NAME, FILE.toml[:NAME], or FILE.py:NAME."
-Arch = Annotated[str, _option("--arch", WHAT, ARCH_HELP, metavar="NAME")]
-Archs = Annotated[list[str], _option("--arch", WHAT, f"{ARCH_HELP} Repeatable.", metavar="NAME")]
+Arch = Annotated[str, option("--arch", WHAT, ARCH_HELP, metavar="NAME")]
+Archs = Annotated[list[str], option("--arch", WHAT, f"{ARCH_HELP} Repeatable.", metavar="NAME")]
 Se = Annotated[
     str | None,
-    _option("--se", WHAT, "Insert or change attention blocks: reduction=8,stages=2-4 or block=eca.", metavar="K=V,…"),
+    option("--se", WHAT, "Insert or change attention blocks: reduction=8,stages=2-4 or block=eca.", metavar="K=V,…"),
 ]
 Insert = Annotated[
     list[str] | None,
-    _option("--insert", WHAT, "Where: a site group, a pattern such as 'layer*.*.bn3', or auto.", metavar="SITES"),
+    option("--insert", WHAT, "Where: a site group, a pattern such as 'layer*.*.bn3', or auto.", metavar="SITES"),
 ]
 Baseline = Annotated[
-    str | None, _option("--baseline", WHAT, "Compare with this network, not the variant's own.", metavar="NAME")
+    str | None, option("--baseline", WHAT, "Compare with this network, not the variant's own.", metavar="NAME")
 ]
-Batch = Annotated[int | None, _option("--batch", WORKLOAD, "Images.", min=1, metavar="N", show_default="1")]
-Input = Annotated[str | None, _option("--input", WORKLOAD, "Input shape, if not the network's own.", metavar="CxHxW")]
+Batch = Annotated[int | None, option("--batch", WORKLOAD, "Images.", min=1, metavar="N", show_default="1")]
+Input = Annotated[str | None, option("--input", WORKLOAD, "Input shape, if not the network's own.", metavar="CxHxW")]
 Resolution = Annotated[
-    int | None, _option("--resolution", WORKLOAD, "Height and width of the input.", min=1, metavar="N")
+    int | None, option("--resolution", WORKLOAD, "Height and width of the input.", min=1, metavar="N")
 ]
-ChannelsLast = Annotated[bool, _option("--channels-last", WORKLOAD, "Short for --memory-format channels_last (NHWC).")]
+ChannelsLast = Annotated[bool, option("--channels-last", WORKLOAD, "Short for --memory-format channels_last (NHWC).")]
 PhaseNames = Annotated[
     list[str] | None,
-    _option(
+    option(
         "--phase",
         WORKLOAD,
         "forward, backward or forward_backward. Repeatable.",
@@ -65,21 +73,19 @@ PhaseNames = Annotated[
         parser=_phase,
     ),
 ]
-Seed = Annotated[int | None, _option("--seed", WORKLOAD, "Of weights and input.", metavar="N", show_default="0")]
-Quick = Annotated[bool, _option("--quick", TIME, "Stop at ±1 % or after 15 s of sampling, not ±0.5 % or 60 s.")]
-Budget = Annotated[
-    float | None, _option("--budget", TIME, "Seconds of sampling per phase.", min=0.1, metavar="SECONDS")
-]
+Seed = Annotated[int | None, option("--seed", WORKLOAD, "Of weights and input.", metavar="N", show_default="0")]
+Quick = Annotated[bool, option("--quick", TIME, "Stop at ±1 % or after 15 s of sampling, not ±0.5 % or 60 s.")]
+Budget = Annotated[float | None, option("--budget", TIME, "Seconds of sampling per phase.", min=0.1, metavar="SECONDS")]
 Processes = Annotated[
-    int, _option("--processes", TIME, "Fresh processes per ratio; 3 for what you publish.", min=1, metavar="N")
+    int, option("--processes", TIME, "Fresh processes per ratio; 3 for what you publish.", min=1, metavar="N")
 ]
-Out = Annotated[Path, _option("--out", OUTPUT, "Folder of the records.", metavar="FOLDER")]
-Replace = Annotated[bool, _option("--replace", OUTPUT, "Write over what exists.")]
-Format = Annotated[Look, _option("--format", OUTPUT, "rich, markdown, csv, latex or json.", metavar="FORMAT")]
+Out = Annotated[Path, option("--out", OUTPUT, "Folder of the records.", metavar="FOLDER")]
+Replace = Annotated[bool, option("--replace", OUTPUT, "Write over what exists.")]
+Format = Annotated[Look, option("--format", OUTPUT, "rich, markdown, csv, latex or json.", metavar="FORMAT")]
 Json = Annotated[
-    Path | None, _option("--json", OUTPUT, "Write JSON to FILE, or to - for standard output.", metavar="FILE")
+    Path | None, option("--json", OUTPUT, "Write JSON to FILE, or to - for standard output.", metavar="FILE")
 ]
-Verbose = Annotated[bool, _option("--verbose -v", OUTPUT, "Show every flag and remark.")]
+Verbose = Annotated[bool, option("--verbose -v", OUTPUT, "Show every flag and remark.")]
 
 
 # ---------------------------------------------------------------------------------------------------- groups of options
@@ -153,21 +159,21 @@ class _NetworkOptions(_BlockOptions):
 
     baseline: Baseline = None
     device: Annotated[
-        Device | None, _option("--device", WORKLOAD, "cpu or cuda.", metavar="NAME", show_default="cpu")
+        Device | None, option("--device", WORKLOAD, "cpu or cuda.", metavar="NAME", show_default="cpu")
     ] = None
     input_size: Input = None
     channels_last: ChannelsLast = False
     mode: Annotated[
         Mode | None,
-        _option(
+        option(
             "--mode", WORKLOAD, "train or eval; auto: eval in forward, else train.", metavar="MODE", show_default="auto"
         ),
     ] = None
     phase: PhaseNames = None
-    compiled: Annotated[bool, _option("--compile", WORKLOAD, "Run through torch.compile.")] = False
-    fused: Annotated[bool, _option("--fused", WORKLOAD, "Run both networks through selab.fuse.")] = False
+    compiled: Annotated[bool, option("--compile", WORKLOAD, "Run through torch.compile.")] = False
+    fused: Annotated[bool, option("--fused", WORKLOAD, "Run both networks through selab.fuse.")] = False
     hold_heap: Annotated[
-        bool, _option("--hold-heap", WORKLOAD, "Keep freed memory (glibc): no page faults are measured.")
+        bool, option("--hold-heap", WORKLOAD, "Keep freed memory (glibc): no page faults are measured.")
     ] = False
     seed: Seed = None
 
@@ -198,15 +204,15 @@ class WorkloadOptions(_NetworkOptions):
     resolution: Resolution = None
     dtype: Annotated[
         Dtype | None,
-        _option("--dtype", WORKLOAD, "fp32, or autocast to bf16 or fp16.", metavar="NAME", show_default="fp32"),
+        option("--dtype", WORKLOAD, "fp32, or autocast to bf16 or fp16.", metavar="NAME", show_default="fp32"),
     ] = None
     memory_format: Annotated[
         MemoryFormat | None,
-        _option("--memory-format", WORKLOAD, "contiguous or channels_last.", metavar="NAME", show_default="contiguous"),
+        option("--memory-format", WORKLOAD, "contiguous or channels_last.", metavar="NAME", show_default="contiguous"),
     ] = None
     threads: Annotated[
         int | None,
-        _option("--threads", WORKLOAD, "CPU threads.", min=1, metavar="N", show_default="1"),
+        option("--threads", WORKLOAD, "CPU threads.", min=1, metavar="N", show_default="1"),
     ] = None
 
 
@@ -217,15 +223,15 @@ _LIST = "Comma list. "
 class GridOptions(_NetworkOptions):
     """The options of a grid of measurements: several values of an option stand between commas."""
 
-    batch: Annotated[str, _option("--batch", WORKLOAD, f"{_LIST}Images.", metavar="N,…")] = "1"
+    batch: Annotated[str, option("--batch", WORKLOAD, f"{_LIST}Images.", metavar="N,…")] = "1"
     resolution: Annotated[
         str,
-        _option("--resolution", WORKLOAD, f"{_LIST}Height and width of the input.", metavar="N,…", show_default=False),
+        option("--resolution", WORKLOAD, f"{_LIST}Height and width of the input.", metavar="N,…", show_default=False),
     ] = ""
-    dtype: Annotated[str, _option("--dtype", WORKLOAD, f"{_LIST}fp32, bf16, fp16.", metavar="NAME,…")] = "fp32"
+    dtype: Annotated[str, option("--dtype", WORKLOAD, f"{_LIST}fp32, bf16, fp16.", metavar="NAME,…")] = "fp32"
     memory_format: Annotated[
         str,
-        _option(
+        option(
             "--memory-format",
             WORKLOAD,
             f"{_LIST}contiguous, channels_last.",
@@ -233,9 +239,9 @@ class GridOptions(_NetworkOptions):
             show_default="contiguous",
         ),
     ] = ""
-    threads: Annotated[str, _option("--threads", WORKLOAD, f"{_LIST}CPU threads.", metavar="N,…")] = "1"
+    threads: Annotated[str, option("--threads", WORKLOAD, f"{_LIST}CPU threads.", metavar="N,…")] = "1"
     reduction: Annotated[
-        str, _option("--reduction", WHAT, f"{_LIST}Reduction of the blocks.", metavar="N,…", show_default=False)
+        str, option("--reduction", WHAT, f"{_LIST}Reduction of the blocks.", metavar="N,…", show_default=False)
     ] = ""
 
 
@@ -245,15 +251,15 @@ class DataOptions:
 
     data: Annotated[
         DataName,
-        _option("--data", DATA, "cifar10, cifar100, synthetic, imagenet or folder.", metavar="NAME"),
+        option("--data", DATA, "cifar10, cifar100, synthetic, imagenet or folder.", metavar="NAME"),
     ] = "cifar10"
     data_dir: Annotated[
-        Path, _option("--data-dir", DATA, "Where the images are, or are downloaded to.", metavar="FOLDER")
+        Path, option("--data-dir", DATA, "Where the images are, or are downloaded to.", metavar="FOLDER")
     ] = Path("data")
-    download: Annotated[bool, _option("--download/--no-download", DATA, "Fetch a data set that is not there.")] = True
+    download: Annotated[bool, option("--download/--no-download", DATA, "Fetch a data set that is not there.")] = True
     workers: Annotated[
         int | None,
-        _option(
+        option(
             "--workers",
             DATA,
             "Processes that decode an image folder; by default one per core, at most 8.",
@@ -264,7 +270,7 @@ class DataOptions:
     ] = None
     classes_file: Annotated[
         Path | None,
-        _option("--classes-file", DATA, "Classes of an image folder, one a line, in order.", metavar="FILE"),
+        option("--classes-file", DATA, "Classes of an image folder, one a line, in order.", metavar="FILE"),
     ] = None
 
     @property
@@ -279,7 +285,7 @@ class TrainOptions:
 
     recipe: Annotated[
         str | None,
-        _option(
+        option(
             "--recipe",
             TRAINING,
             "A name, or FILE.toml[:NAME]; by default one for the network and data.",
@@ -288,21 +294,21 @@ class TrainOptions:
         ),
     ] = None
     epochs: Annotated[
-        int | None, _option("--epochs", TIME, "Instead of the recipe's; its schedule shrinks too.", min=1, metavar="N")
+        int | None, option("--epochs", TIME, "Instead of the recipe's; its schedule shrinks too.", min=1, metavar="N")
     ] = None
     batch: Annotated[
         int | None,
-        _option("--batch", TRAINING, "Images per step, all processes together.", min=1, metavar="N"),
+        option("--batch", TRAINING, "Images per step, all processes together.", min=1, metavar="N"),
     ] = None
-    device: Annotated[Device, _option("--device", TRAINING, "cpu or cuda.", metavar="NAME")] = "cpu"
-    amp: Annotated[Amp, _option("--amp", TRAINING, "Mixed precision: off, bf16 or fp16.", metavar="NAME")] = "off"
-    channels_last: Annotated[bool, _option("--channels-last", TRAINING, "Use the memory format NHWC.")] = False
-    compiled: Annotated[bool, _option("--compile", TRAINING, "Run through torch.compile.")] = False
+    device: Annotated[Device, option("--device", TRAINING, "cpu or cuda.", metavar="NAME")] = "cpu"
+    amp: Annotated[Amp, option("--amp", TRAINING, "Mixed precision: off, bf16 or fp16.", metavar="NAME")] = "off"
+    channels_last: Annotated[bool, option("--channels-last", TRAINING, "Use the memory format NHWC.")] = False
+    compiled: Annotated[bool, option("--compile", TRAINING, "Run through torch.compile.")] = False
     accumulate: Annotated[
-        int, _option("--accumulate", TRAINING, "Micro-batches per step; the batch stays the same.", min=1, metavar="N")
+        int, option("--accumulate", TRAINING, "Micro-batches per step; the batch stays the same.", min=1, metavar="N")
     ] = 1
     threads: Annotated[
-        int | None, _option("--threads", TRAINING, "CPU threads; by default torch's own choice.", min=1, metavar="N")
+        int | None, option("--threads", TRAINING, "CPU threads; by default torch's own choice.", min=1, metavar="N")
     ] = None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selab.cli.console import check_outputs, open_console, print_parts, reporting, write_json
-from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace
+from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace, option
 from selab.models import catalog
 
 if TYPE_CHECKING:
@@ -25,37 +25,30 @@ QUANTITIES = (
 )
 Profiles = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--profiles",
-        rich_help_panel=WHAT,
-        metavar="FOLDER",
-        help="Folder of records. Repeatable.",
-    ),
+    option("--profiles", WHAT, "Folder of records. Repeatable.", metavar="FOLDER"),
 ]
 
 
 def plot(
     name: Annotated[str, typer.Argument(help="cost, accuracy, added, curves or tax.")],
-    x: Annotated[
-        str | None, typer.Option("--x", rich_help_panel=WHAT, metavar="NAME", help="Quantity; macs by default.")
-    ] = None,
+    x: Annotated[str | None, option("--x", WHAT, "Quantity; macs by default.", metavar="NAME")] = None,
     y: Annotated[
         str | None,
-        typer.Option("--y", rich_help_panel=WHAT, metavar="NAME", help="Quantity; latency or top1_error by default."),
+        option("--y", WHAT, "Quantity; latency or top1_error by default.", metavar="NAME"),
     ] = None,
     arch: Archs = (),  # type: ignore[assignment]
     profiles: Profiles = None,
     record: Annotated[
         Path | None,
-        typer.Option("--record", rich_help_panel=WHAT, metavar="FILE", help="For curves and tax: the one record."),
+        option("--record", WHAT, "For curves and tax: the one record.", metavar="FILE"),
     ] = None,
     workload: Annotated[
         str | None,
-        typer.Option("--workload", rich_help_panel=WHAT, metavar="NAME", help="One of several, as in file names."),
+        option("--workload", WHAT, "One of several, as in file names.", metavar="NAME"),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", rich_help_panel=OUTPUT, metavar="FILE", help="The picture; NAME.svg by default."),
+        option("--out", OUTPUT, "The picture; NAME.svg by default.", metavar="FILE"),
     ] = None,
     replace: Replace = False,
     json_to: Json = None,
@@ -98,7 +91,7 @@ def _measured(axes: tuple[str, str] | None, profiles: Sequence[Path]) -> "tuple[
     folders = [pages.machine_folder(one) for one in profiles]
     trained = axes is not None and figure_axes.TRAINED in [figure_axes.axis(one).origin for one in axes]
     if not trained:
-        return [record for folder in folders for record in store.read_records(folder)], []
+        return [record for folder in folders for record in store.read_records(folder, partial=True)], []
     from selab.experiments.compare import read_compared
 
     return [], [one for folder in folders for one in read_compared(folder)]
@@ -138,18 +131,11 @@ def table(
     look: Format = "rich",
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            rich_help_panel=OUTPUT,
-            metavar="FILE",
-            help="Write to FILE, as Markdown or --format.",
-        ),
+        option("--out", OUTPUT, "Write to FILE, as Markdown or --format.", metavar="FILE"),
     ] = None,
     into: Annotated[
         Path | None,
-        typer.Option(
-            "--into", rich_help_panel=OUTPUT, metavar="FILE", help="Put it between '<!-- table NAME -->' marks in FILE."
-        ),
+        option("--into", OUTPUT, "Put it between '<!-- table NAME -->' marks in FILE.", metavar="FILE"),
     ] = None,
     replace: Replace = False,
     json_to: Json = None,

@@ -33,6 +33,7 @@ from selab.cli.options import (
     Json,
     Out,
     Processes,
+    option,
     option_of,
     with_options,
 )
@@ -50,34 +51,28 @@ if TYPE_CHECKING:
 def sweep(
     arch: Annotated[
         list[str],
-        typer.Option(
-            "--arch", rich_help_panel=WHAT, metavar="NAME,…", help="Networks, as for `profile`; comma list or repeated."
-        ),
+        option("--arch", WHAT, "Networks, as for `profile`; comma list or repeated.", metavar="NAME,…"),
     ],
     options: GridOptions,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick/--thorough", rich_help_panel=TIME, help="Stop at ±1 % or 15 s; thorough: at ±0.5 % or 60 s."
-        ),
+        option("--quick/--thorough", TIME, "Stop at ±1 % or 15 s; thorough: at ±0.5 % or 60 s."),
     ] = True,
     budget: Budget = None,
     processes: Processes = 1,
-    retry: Annotated[
-        bool, typer.Option("--retry", rich_help_panel=TIME, help="Retry cells without memory or result.")
-    ] = False,
+    retry: Annotated[bool, option("--retry", TIME, "Retry cells without memory or result.")] = False,
     ray: Annotated[
         str | None,
-        typer.Option("--ray", rich_help_panel=TIME, metavar="ADDRESS", help="Use a Ray cluster; auto, or local."),
+        option("--ray", TIME, "Use a Ray cluster; auto, or local.", metavar="ADDRESS"),
     ] = None,
     out: Out = RESULTS,
     table_to: Annotated[
         Path | None,
-        typer.Option("--table", rich_help_panel=OUTPUT, metavar="FILE", help="Also write rows: .csv, .json, .parquet."),
+        option("--table", OUTPUT, "Also write rows: .csv, .json, .parquet.", metavar="FILE"),
     ] = None,
     pictures: Annotated[
         Path | None,
-        typer.Option("--pictures", rich_help_panel=OUTPUT, metavar="FOLDER", help="Also draw time by batch and size."),
+        option("--pictures", OUTPUT, "Also draw time by batch and size.", metavar="FOLDER"),
     ] = None,
     json_to: Json = None,
     look: Format = "rich",

@@ -35,6 +35,7 @@ from selab.cli.options import (
     Json,
     Out,
     TrainOptions,
+    option,
     with_options,
 )
 from selab.errors import SelabError
@@ -60,9 +61,7 @@ def train(
     options: TrainOptions,
     seed: Annotated[
         int,
-        typer.Option(
-            "--seed", rich_help_panel=TRAINING, metavar="N", help="Of weights, order, augmentation and dropout."
-        ),
+        option("--seed", TRAINING, "Of weights, order, augmentation and dropout.", metavar="N"),
     ] = 0,
     out: Out = RESULTS,
     json_to: Json = None,
@@ -109,36 +108,28 @@ def evaluate(
     arch: Arch,
     weights: Annotated[
         Path,
-        typer.Option("--weights", rich_help_panel=TRAINING, metavar="FILE", help="A .safetensors, .pt or .pth file."),
+        option("--weights", TRAINING, "A .safetensors, .pt or .pth file.", metavar="FILE"),
     ],
     data: DataOptions,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe", rich_help_panel=DATA, metavar="NAME", help="Prepare an image folder as this recipe does."
-        ),
+        option("--recipe", DATA, "Prepare an image folder as this recipe does.", metavar="NAME"),
     ] = None,
     resize: Annotated[
         int | None,
-        typer.Option("--resize", rich_help_panel=DATA, min=1, metavar="N", help="Shorter side of an image, in pixels."),
+        option("--resize", DATA, "Shorter side of an image, in pixels.", min=1, metavar="N"),
     ] = None,
     crop: Annotated[
         int | None,
-        typer.Option("--crop", rich_help_panel=DATA, min=1, metavar="N", help="Side of the centre crop, in pixels."),
+        option("--crop", DATA, "Side of the centre crop, in pixels.", min=1, metavar="N"),
     ] = None,
-    batch: Annotated[
-        int, typer.Option("--batch", rich_help_panel=TRAINING, min=1, metavar="N", help="Images per pass.")
-    ] = 500,
-    device: Annotated[
-        Device, typer.Option("--device", rich_help_panel=TRAINING, metavar="NAME", help="cpu or cuda.")
-    ] = "cpu",
+    batch: Annotated[int, option("--batch", TRAINING, "Images per pass.", min=1, metavar="N")] = 500,
+    device: Annotated[Device, option("--device", TRAINING, "cpu or cuda.", metavar="NAME")] = "cpu",
     amp: Annotated[
         Amp,
-        typer.Option("--amp", rich_help_panel=TRAINING, metavar="NAME", help="Mixed precision: off, bf16 or fp16."),
+        option("--amp", TRAINING, "Mixed precision: off, bf16 or fp16.", metavar="NAME"),
     ] = "off",
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", rich_help_panel=TRAINING, help="Use the memory format NHWC.")
-    ] = False,
+    channels_last: Annotated[bool, option("--channels-last", TRAINING, "Use the memory format NHWC.")] = False,
     look: Format = "rich",
     json_to: Json = None,
 ) -> None:
@@ -226,20 +217,16 @@ def compare(
     options: TrainOptions,
     seeds: Annotated[
         int,
-        typer.Option(
-            "--seeds", rich_help_panel=TIME, min=1, metavar="N", help="Trainings per network; more extend a record."
-        ),
+        option("--seeds", TIME, "Trainings per network; more extend a record.", min=1, metavar="N"),
     ] = 3,
     latency: Annotated[
         bool,
-        typer.Option("--latency/--no-latency", rich_help_panel=TIME, help="Also time both networks, as `profile`."),
+        option("--latency/--no-latency", TIME, "Also time both networks, as `profile`."),
     ] = True,
     out: Out = RESULTS,
     replace: Annotated[
         bool,
-        typer.Option(
-            "--replace", rich_help_panel=OUTPUT, help="Make the record anew; finished trainings in OUT/runs are kept."
-        ),
+        option("--replace", OUTPUT, "Make the record anew; finished trainings in OUT/runs are kept."),
     ] = False,
     json_to: Json = None,
     look: Format = "rich",

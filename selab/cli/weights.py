@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from selab.cli.console import check_outputs, print_tables, write_json
-from selab.cli.options import OUTPUT, WHAT, Format, Json, Replace, examples
+from selab.cli.options import OUTPUT, WHAT, Format, Json, Replace, examples, option
 
 weights_app = typer.Typer(
     help="Convert trained weights of other libraries.",
@@ -37,17 +37,15 @@ def weights_list(json_to: Json = None, look: Format = "rich") -> None:
 def weights_convert(
     source_path: Annotated[Path, typer.Argument(metavar="IN", help="A .safetensors, .pt or .pth file.")],
     target_path: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
-    source: Annotated[
-        str, typer.Option("--from", rich_help_panel=WHAT, metavar="NAME", help="timm, torchvision or cadene.")
-    ],
+    source: Annotated[str, option("--from", WHAT, "timm, torchvision or cadene.", metavar="NAME")],
     arch: Annotated[
         str,
-        typer.Option("--arch", rich_help_panel=WHAT, metavar="NAME", help="Name in selab; see `selab weights list`."),
+        option("--arch", WHAT, "Name in selab; see `selab weights list`.", metavar="NAME"),
     ],
     replace: Replace = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show how each tensor is mapped; write nothing."),
+        option("--dry-run", OUTPUT, "Show how each tensor is mapped; write nothing."),
     ] = False,
 ) -> None:
     """Convert a library's weights for the network here that computes the same."""

@@ -105,6 +105,7 @@ class Budget(Frozen, frozen=True, kw_only=True):
 
 LIMITS = tuple(name for name in Budget.__struct_fields__ if Budget.__annotations__[name] == Limit | None)
 _PHASES: dict[str, Phase] = {"latency_ratio": "forward", "latency_ratio_forward_backward": "forward_backward"}
+_PEAK_PHASES: dict[str, Phase] = {"peak_memory": "forward", "peak_memory_forward_backward": "forward_backward"}
 _PEAKS = {
     "peak_memory": "peak_forward_bytes",
     "peak_memory_forward_backward": "peak_forward_backward_bytes",
@@ -245,8 +246,9 @@ def _check_one(name: str, budget: Budget, job: Job, report: Callable[[str, Any],
         assert cost is not None
     else:
         cost, base = _costs(job)
-        if any(getattr(budget, limit) is not None for limit in _PEAKS):
-            used = _memory(job)
+    peaks = tuple(phase for limit, phase in _PEAK_PHASES.items() if getattr(budget, limit) is not None)
+    if set(peaks) - set(job.request.phases):
+        used = _memory(job, peaks)
     for limit in LIMITS:
         allowed = getattr(budget, limit)
         if allowed is None:
@@ -267,12 +269,12 @@ def _costs(job: Job) -> tuple[Cost, Cost | None]:
     return record.cost, record.baseline_cost
 
 
-def _memory(job: Job) -> Memory:
+def _memory(job: Job, phases: Sequence[Phase]) -> Memory:
     from selab.bench.memory import memory
     from selab.models.build import build
 
     built = build(job.variant, input_chw=job.workload.input_chw, seed=job.request.seed)
-    return memory(built.model, job.workload, seed=job.request.seed)
+    return memory(built.model, job.workload, seed=job.request.seed, phases=phases)
 
 
 def _cost_finding(name: str, limit: str, allowed: float, budget: Budget, cost: Cost, base: Cost | None) -> Finding:

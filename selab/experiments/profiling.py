@@ -90,8 +90,9 @@ class Profile:
         self.baseline_cost = _counted(self.baseline, other, workload)
         self._time(variant, baseline, report)
         report("memory", None)
-        self.memory = memory(variant, workload, seed=seed)
-        self.baseline_memory = memory(baseline, workload, seed=seed)
+        phases = self.job.request.phases
+        self.memory = memory(variant, workload, seed=seed, phases=phases)
+        self.baseline_memory = memory(baseline, workload, seed=seed, phases=phases)
         self.complete = True
 
     def _time(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:

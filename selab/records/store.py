@@ -18,7 +18,7 @@ import msgspec
 
 from selab.errors import RecordError
 from selab.records.acceptance import Acceptance, CountingTime, LiveAcceptance, LoadingTime, RoofDistances
-from selab.records.types import Latency, Record, from_json, to_json
+from selab.records.types import PHASES, Latency, Memory, Phase, Record, from_json, to_json
 from selab.records.verdict import check
 
 _NAME_BYTES = 120
@@ -216,6 +216,8 @@ def read_text(path: Path) -> str:
 def read_records(folder: Path, *, partial: bool = False) -> list[Record]:
     """Return all profiles in a machine's folder, each checked as by `read_record`.
 
+    Profiles of single phases are joined: one network under one workload is one record, and each phase is the newest.
+
     Args:
         folder: the machine's.
         partial: include interrupted ones, where there is no complete profile of the same name.
@@ -223,7 +225,53 @@ def read_records(folder: Path, *, partial: bool = False) -> list[Record]:
     Raises:
         RecordError: no such folder, no record in it, or one that fails its check.
     """
-    return PROFILES.read_folder(folder, partial=partial)
+    return join_phases(PROFILES.read_folder(folder, partial=partial))
+
+
+def join_phases(records: Sequence[Record]) -> list[Record]:
+    """Join the records of single phases of one network, workload, machine and torch.
+
+    Returns:
+        One record for each, in the order of the first of them. It is the one with the most phases, with every phase
+        from the newest record that has it, and complete only if all of them are.
+    """
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for one in records:
+        place = (one.machine.name, one.machine.libraries.get("torch"))
+        networks = (one.arch, one.origin, one.baseline, one.baseline_origin, one.facts_hash)
+        groups.setdefault((one.kind, *place, *networks, one.workload), []).append(one)
+    return [group[0] if len(group) == 1 else _joined(group) for group in groups.values()]
+
+
+def _joined(records: Sequence[Record]) -> Record:
+    newest_last = sorted(records, key=lambda one: one.created)
+    largest = max(newest_last, key=lambda one: len(one.latency))
+    memories = [[getattr(one, name) for one in newest_last] for name in ("memory", "baseline_memory")]
+    return msgspec.structs.replace(
+        largest,
+        latency=_in_order([one.latency for one in newest_last]),
+        latency_all_cores=_in_order([one.latency_all_cores for one in newest_last]),
+        gpu_methods=_in_order([one.gpu_methods for one in newest_last]),
+        memory=_filled(largest.memory, memories[0]),
+        baseline_memory=_filled(largest.baseline_memory, memories[1]),
+        complete=all(one.complete for one in records),
+    )
+
+
+def _in_order(phases: Sequence[Mapping[Phase, _T]]) -> dict[Phase, _T]:
+    every = {phase: value for one in phases for phase, value in one.items()}
+    return {phase: every[phase] for phase in PHASES if phase in every}
+
+
+def _filled(memory: Memory | None, others: Sequence[Memory | None]) -> Memory | None:
+    """Memory with what it lacks from others, the newest first."""
+    for other in reversed(others):
+        if memory is None:
+            memory = other
+        elif other is not None:
+            missing = {name for name in Memory.__struct_fields__ if getattr(memory, name) is None}
+            memory = msgspec.structs.replace(memory, **{name: getattr(other, name) for name in missing})
+    return memory
 
 
 def read_record(path: Path) -> Record:

@@ -39,6 +39,15 @@ def test_peaks(workload):
     assert model.training
 
 
+def test_a_phase_that_is_not_asked_for_is_not_measured(workload):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    forward, backward = (memory(model, workload(), phases=phases) for phases in (["forward"], ["backward"]))
+    assert forward.peak_forward_bytes > 0
+    assert (forward.saved_for_backward_bytes, forward.peak_forward_backward_bytes) == (None, None)
+    assert backward.peak_forward_bytes is None
+    assert backward.saved_for_backward_bytes > 0
+
+
 def test_out_of_memory_is_told(workload):
     found = memory(nn.Conv2d(3, 4, 3), workload(batch=10**10))
     assert found.error.startswith("out of memory: ")

@@ -203,6 +203,10 @@ def test_measuring_another_phase_loses_nothing(tmp_path):
     assert list(outcome.record.latency) == ["backward"]
     kept = store.read_record(first.job.path(tmp_path, machine().name))
     assert (list(kept.latency), len(kept.latency["forward"].runs)) == (["forward"], 3)
+    # Readers see one record with both phases.
+    (joined,) = store.read_records(tmp_path / machine().name)
+    assert list(joined.latency) == ["forward", "backward"]
+    assert len(joined.latency["forward"].runs) == 3
 
 
 def test_measuring_again_is_no_less_thorough(tmp_path):

@@ -99,8 +99,8 @@ class Backend(Protocol[P]):
     def translated_errors(self, what: str) -> AbstractContextManager[None]:
         """Turn the runtime's exceptions in the body into ModelError or OutOfMemoryError; `what` begins the message."""
 
-    def memory(self, model: nn.Module, workload: Workload, *, seed: int) -> Memory:
-        """Measure the peak memory of each phase on a private copy; a failure is reported in `Memory.error`."""
+    def memory(self, model: nn.Module, workload: Workload, *, seed: int, phases: Sequence[Phase]) -> Memory:
+        """Measure the peak memory of these phases on a private copy; a failure is reported in `Memory.error`."""
 
     def saved_for_backward(self, prepared: P) -> int:
         """Return the bytes kept between the forward and the backward pass; called for phases with a backward pass."""

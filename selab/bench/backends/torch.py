@@ -1,6 +1,6 @@
 """PyTorch as a runtime: eager, compiled by torch.compile, or with `selab.fuse`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -70,9 +70,9 @@ class TorchBackend:
         """Turn what torch and a network raise into ModelError or OutOfMemoryError."""
         return translated_errors(what)
 
-    def memory(self, model: nn.Module, workload: Workload, *, seed: int) -> Memory:
+    def memory(self, model: nn.Module, workload: Workload, *, seed: int, phases: Sequence[Phase]) -> Memory:
         """Measure peaks by torch's profiler on a CPU, by its caching allocator on a GPU."""
-        return memory(model, workload, seed=seed)
+        return memory(model, workload, seed=seed, phases=phases)
 
     def saved_for_backward(self, prepared: Prepared) -> int:
         """Return the bytes of the storages that autograd keeps for backward, parameters not included."""

@@ -1,6 +1,7 @@
 """PyTorch's peak memory of a pass, and the bytes that autograd keeps between forward and backward."""
 
 import gc
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ CPU_METHOD = "peak of torch's CPU allocations, from torch.profiler's memory even
 CUDA_METHOD = "peak of torch's CUDA caching allocator (torch.cuda.max_memory_allocated)"
 
 
-def memory(model: nn.Module, workload: Workload, *, seed: int) -> Memory:
+def memory(model: nn.Module, workload: Workload, *, seed: int, phases: Sequence[Phase]) -> Memory:
     """Measure a model's memory on a private copy of it, as `selab.bench.memory.memory` describes."""
     method = CUDA_METHOD if workload.device == "cuda" else CPU_METHOD
     found: dict[str, int] = {}
@@ -24,9 +25,11 @@ def memory(model: nn.Module, workload: Workload, *, seed: int) -> Memory:
         try:
             prepared = prepare(model, workload, seed=seed)
             with translated_errors("a pass for the memory"):
-                found["peak_forward_bytes"] = _peak(prepared, "forward")
-                found["saved_for_backward_bytes"] = saved_for_backward(prepared)
-                found["peak_forward_backward_bytes"] = _peak(prepared, "forward_backward")
+                if "forward" in phases:
+                    found["peak_forward_bytes"] = _peak(prepared, "forward")
+                if set(phases) - {"forward"}:
+                    found["saved_for_backward_bytes"] = saved_for_backward(prepared)
+                    found["peak_forward_backward_bytes"] = _peak(prepared, "forward_backward")
         except SelabError as problem:
             error = str(problem)
     return Memory(method=method, error=error, **found)

@@ -71,10 +71,15 @@ def escape_markup(text: str) -> str:
 def find(name: str, *, option: str = "--arch") -> "Variant":
     """Look up a variant; print a note if building it runs a user's code."""
     variant = catalog.find(name, option=option)
+    announce_code(variant)
+    return variant
+
+
+def announce_code(variant: "Variant") -> None:
+    """Print a note if building a variant runs a user's code."""
     code = external.runs_code_of(variant)
     if code is not None:
         print_note(f"running code from {code}")
-    return variant
 
 
 def resolve_job(request: "Request") -> "Job":
@@ -82,10 +87,9 @@ def resolve_job(request: "Request") -> "Job":
     from selab.experiments.job import resolve
 
     job = resolve(request)
-    for variant in (job.variant, job.baseline if request.baseline else None):
-        code = None if variant is None else external.runs_code_of(variant)
-        if code is not None:
-            print_note(f"running code from {code}")
+    announce_code(job.variant)
+    if job.baseline is not None and request.baseline is not None:
+        announce_code(job.baseline)
     return job
 
 

@@ -186,6 +186,8 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
 for _group, _members in _COMMANDS.items():
     for _name, (_command, _epilog) in _members.items():
         app.command(_name, rich_help_panel=_group, epilog=_epilog)(_command)
+# What other tools call it.
+app.command("doctor", hidden=True, rich_help_panel="Inspect", epilog=examples("selab machine"))(show_machine)
 app.add_typer(new_app, name="new", rich_help_panel="Networks")
 app.add_typer(weights_app, name="weights", rich_help_panel="Networks")
 

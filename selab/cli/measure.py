@@ -87,7 +87,9 @@ def profile(
     growing = profiling.Profile(job)
     path = growing.path(out)
     store.check_writable(path, replace=replace)
-    check_outputs(svg, json_to)
+    if svg is not None:
+        store.check_writable(svg, replace=replace)
+    check_outputs(json_to)
     announce_sites(job.variant, profiling.sites_of(job))
     shown = _Shown(path=path, json_to=json_to, svg=svg, look=look, verbose=verbose)
     try:
@@ -296,7 +298,7 @@ def roofline(
     ] = None,
     budget: Annotated[
         float | None,
-        option("--budget", TIME, "Seconds of repetition.", min=0.0, metavar="SECONDS", show_default="5"),
+        option("--budget", TIME, "Seconds of repetition; 5 by default.", min=0.0, metavar="SECONDS"),
     ] = None,
     out: Annotated[
         Path | None,

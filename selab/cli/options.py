@@ -56,7 +56,7 @@ Insert = Annotated[
 Baseline = Annotated[
     str | None, option("--baseline", WHAT, "Compare with this network, not the variant's own.", metavar="NAME")
 ]
-Batch = Annotated[int | None, option("--batch", WORKLOAD, "Images.", min=1, metavar="N", show_default="1")]
+Batch = Annotated[int | None, option("--batch", WORKLOAD, "Images; 1 by default.", min=1, metavar="N")]
 Input = Annotated[str | None, option("--input", WORKLOAD, "Input shape, if not the network's own.", metavar="CxHxW")]
 Resolution = Annotated[
     int | None, option("--resolution", WORKLOAD, "Height and width of the input.", min=1, metavar="N")
@@ -73,7 +73,7 @@ PhaseNames = Annotated[
         parser=_phase,
     ),
 ]
-Seed = Annotated[int | None, option("--seed", WORKLOAD, "Of weights and input.", metavar="N", show_default="0")]
+Seed = Annotated[int | None, option("--seed", WORKLOAD, "Of weights and input; 0 by default.", metavar="N")]
 Quick = Annotated[bool, option("--quick", TIME, "Stop at ±1 % or after 15 s of sampling, not ±0.5 % or 60 s.")]
 Budget = Annotated[float | None, option("--budget", TIME, "Seconds of sampling per phase.", min=0.1, metavar="SECONDS")]
 Processes = Annotated[
@@ -158,16 +158,12 @@ class _NetworkOptions(_BlockOptions):
     """What every measuring command takes; None where an option was not given."""
 
     baseline: Baseline = None
-    device: Annotated[
-        Device | None, option("--device", WORKLOAD, "cpu or cuda.", metavar="NAME", show_default="cpu")
-    ] = None
+    device: Annotated[Device | None, option("--device", WORKLOAD, "cpu (default) or cuda.", metavar="NAME")] = None
     input_size: Input = None
     channels_last: ChannelsLast = False
     mode: Annotated[
         Mode | None,
-        option(
-            "--mode", WORKLOAD, "train or eval; auto: eval in forward, else train.", metavar="MODE", show_default="auto"
-        ),
+        option("--mode", WORKLOAD, "train, eval, or auto: eval in forward, else train.", metavar="MODE"),
     ] = None
     phase: PhaseNames = None
     compiled: Annotated[bool, option("--compile", WORKLOAD, "Run through torch.compile.")] = False
@@ -204,15 +200,15 @@ class WorkloadOptions(_NetworkOptions):
     resolution: Resolution = None
     dtype: Annotated[
         Dtype | None,
-        option("--dtype", WORKLOAD, "fp32, or autocast to bf16 or fp16.", metavar="NAME", show_default="fp32"),
+        option("--dtype", WORKLOAD, "fp32 (default), or autocast to bf16 or fp16.", metavar="NAME"),
     ] = None
     memory_format: Annotated[
         MemoryFormat | None,
-        option("--memory-format", WORKLOAD, "contiguous or channels_last.", metavar="NAME", show_default="contiguous"),
+        option("--memory-format", WORKLOAD, "contiguous (default) or channels_last.", metavar="NAME"),
     ] = None
     threads: Annotated[
         int | None,
-        option("--threads", WORKLOAD, "CPU threads.", min=1, metavar="N", show_default="1"),
+        option("--threads", WORKLOAD, "CPU threads; 1 by default, in `profile` all cores too.", min=1, metavar="N"),
     ] = None
 
 
@@ -236,7 +232,7 @@ class GridOptions(_NetworkOptions):
             WORKLOAD,
             f"{_LIST}contiguous, channels_last.",
             metavar="NAME,…",
-            show_default="contiguous",
+            show_default=False,
         ),
     ] = ""
     threads: Annotated[str, option("--threads", WORKLOAD, f"{_LIST}CPU threads.", metavar="N,…")] = "1"

@@ -11,10 +11,10 @@ import typer
 
 from selab.cli.console import (
     StoppedError,
+    announce_code,
     announce_sites,
     check_outputs,
     escape_markup,
-    find,
     finds_sites,
     measuring_words,
     open_console,
@@ -125,21 +125,19 @@ def _cells(arch: Sequence[str], options: GridOptions, own: dict[str, Any], wrong
     )
     if common.get("device") == "cuda":
         threads = []
+    formats = _listed(options.memory_format or "contiguous", get_args(MemoryFormat), "--memory-format", wrong)
     axes: dict[str, Any] = {
-        "dtype": _listed(options.dtype, get_args(Dtype), "--dtype", wrong),
-        "memory_format": _listed(
-            options.memory_format or "contiguous", get_args(MemoryFormat), "--memory-format", wrong
-        ),
+        # Where no value is right there is a cell all the same, so that wrong networks are found too.
+        "dtype": _listed(options.dtype, get_args(Dtype), "--dtype", wrong) or ["fp32"],
+        "memory_format": formats or ["contiguous"],
         "threads": threads or [None],
         "phases": ("forward",),
     }
-    yield from cells(
-        _addresses(arch, options, reductions, wrong), resolutions, batches or [1], **{**own, **axes, **common}
-    )
+    yield from cells(_addresses(arch, options, reductions), resolutions, batches or [1], **{**own, **axes, **common})
 
 
-def _addresses(arch: Sequence[str], options: GridOptions, reductions: Sequence[int], wrong: list[str]) -> list[str]:
-    """Every network of the grid by name; names that are not found are added to `wrong`."""
+def _addresses(arch: Sequence[str], options: GridOptions, reductions: Sequence[int]) -> list[str]:
+    """Every network of the grid by name, with its blocks."""
     # A comma before KEY= stands within a change: resnet50+reduction=8,stages=2-4.
     named = [name.strip() for listed in arch for name in re.split(r",(?!\s*\w+\s*=)", listed)]
     changes: list[str | None] = [f"reduction={one}" for one in reductions] or [None]
@@ -148,21 +146,16 @@ def _addresses(arch: Sequence[str], options: GridOptions, reductions: Sequence[i
     for name in named:
         for change in changes:
             both = ",".join(text for text in (options.se, change) if text) or None
-            address = network_address(name, both, insert)
-            try:
-                find(address)
-            except SelabError as error:
-                wrong.append(str(error))
-            else:
-                found.append(address)
+            found.append(network_address(name, both, insert))
     return list(dict.fromkeys(found))
 
 
 def _announce(jobs: "Sequence[Job]") -> None:
-    """Announce the sites that were found by tracing, once for each network."""
+    """Announce, once for each network, that a user's code runs, and which sites were found by tracing."""
     from selab.experiments.profiling import sites_of
 
     for job in {one.variant.name: one for one in jobs}.values():
+        announce_code(job.variant)
         if finds_sites(job.variant):
             announce_sites(job.variant, sites_of(job))
 

@@ -211,7 +211,8 @@ def _tested_table(found: "Accuracy", variant: "Variant", images: "Data") -> "Tab
 @with_options
 def compare(
     archs: Annotated[
-        list[str], typer.Argument(help="BASELINE VARIANT…, or a variant alone for its own baseline.", metavar="NAME…")
+        list[str],
+        typer.Argument(help="A baseline and its variants, or one variant for its own baseline.", metavar="NAME"),
     ],
     data: DataOptions,
     options: TrainOptions,

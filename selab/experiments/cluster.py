@@ -1,4 +1,4 @@
-"""A sweep on the machines of a Ray cluster, one paired measurement at a time on each; Ray is imported only if asked."""
+"""Run a sweep on a Ray cluster, one paired measurement at a time on each machine. Ray is imported only here."""
 
 import importlib
 import os
@@ -32,7 +32,7 @@ _STARTING_S = 300.0
 
 
 class Answer(Frozen, frozen=True, kw_only=True):
-    """What comes back for a cell: a record as JSON, or why there is none."""
+    """The answer of a worker for a cell: a record as JSON, or why there is none."""
 
     record: bytes = b""
     error: str = ""
@@ -40,10 +40,10 @@ class Answer(Frozen, frozen=True, kw_only=True):
 
 
 class Worker:
-    """What runs on a node, as a Ray actor: it measures one cell after the other."""
+    """A Ray actor on a node, which measures one cell after the other."""
 
     def machine(self, device: Device) -> bytes:
-        """The node as JSON of a `Machine`."""
+        """Return the node as JSON of a `Machine`."""
         return msgspec.json.encode(this_machine(device))
 
     def measure(self, job: bytes) -> bytes:
@@ -57,7 +57,7 @@ class Worker:
 
 
 def swept(asked: Sequence[Job], out: Path, report: Report, *, address: str, retry: bool = False) -> Iterator[Outcome]:
-    """Measures the whole grid on every kind of machine in the cluster, shared among those that are equal.
+    """Measure the whole grid on every kind of machine in the cluster, shared among equal machines.
 
     Args:
         asked: of `sweep.resolve_cells`.
@@ -67,8 +67,8 @@ def swept(asked: Sequence[Job], out: Path, report: Report, *, address: str, retr
         retry: as for `sweep.sweep`.
 
     Raises:
-        SelabError: Ray is not installed, the cluster is not to be reached, no node can measure, or its Python or torch
-            is not this one's.
+        SelabError: Ray is not installed, the cluster cannot be reached, no node can measure, or a node has another
+            Python or torch.
         RecordError: a record cannot be written.
     """
     with _connected(address, asked[0].workload.device) as ray:
@@ -82,7 +82,7 @@ def swept(asked: Sequence[Job], out: Path, report: Report, *, address: str, retr
 
 # ------------------------------------------------------------------------------------------------------------- cluster
 def _check_listens(address: str, hint: str) -> None:
-    """Ray itself would try for ten minutes to reach a port where nobody listens."""
+    """Fail at once where nobody listens; Ray itself would try for ten minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         return
@@ -119,7 +119,7 @@ def _connected(address: str, device: Device) -> Iterator[Any]:
 
 
 def _keep_to_this_machine(environment: Any) -> None:
-    """Before Ray is imported: it listens on the loopback address alone, asks for a token, and reports nothing.
+    """Make a local Ray listen on the loopback address alone, ask for a token, and report nothing.
 
     The token is in the environment of Ray's own processes; Ray would otherwise write one into the home folder.
     """
@@ -140,18 +140,18 @@ class _Seat:
 
 
 class _Cluster:
-    """The nodes that can measure, and a worker on each that holds all of its processors."""
+    """The nodes that can measure, with a worker on each that reserves all of its processors."""
 
     def __init__(self, ray: Any, address: str, device: Device) -> None:
         self.ray, self.address, self.device = ray, address, device
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Those that are alive and have what is measured on."""
+        """Return the nodes that are alive and have the device."""
         needed = "GPU" if self.device == "cuda" else "CPU"
         return [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get(needed, 0) >= 1]
 
     def seat(self, node: dict[str, Any]) -> _Seat:
-        """A new worker on a node."""
+        """Start a new worker on a node."""
         affinity = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
         options = {
             "num_cpus": node["Resources"].get("CPU", 0),
@@ -161,11 +161,11 @@ class _Cluster:
         return _Seat(node=node, worker=self.ray.remote(Worker).options(**options).remote())
 
     def again(self, lost: _Seat) -> list[_Seat]:
-        """A new worker where one has ended; none if its node has ended with it."""
+        """Start a new worker where one has ended; none if its node has ended too."""
         return [self.seat(node) for node in self.nodes() if node["NodeID"] == lost.node["NodeID"]]
 
     def seats(self) -> list[tuple[_Seat, Machine]]:
-        """Every node's worker and the machine that it says it is on.
+        """Return every node's worker and its machine.
 
         Raises:
             SelabError: there is none, one does not start, or one has another Python or torch.
@@ -181,8 +181,8 @@ class _Cluster:
         try:
             told = self.ray.get(seat.worker.machine.remote(self.device), timeout=_STARTING_S)
         except Exception as error:
-            hint = "install selab there as it is here, and end what holds its processors"
-            raise SelabError(f"{place}: gives no worker: {first_line(error)}; {hint}") from None
+            hint = "install the same selab there, and free its processors"
+            raise SelabError(f"{place}: starts no worker: {first_line(error)}; {hint}") from None
         there = msgspec.json.decode(told, type=Machine)
         ours, theirs = _versions(this_machine()), _versions(there)
         if ours != theirs:
@@ -195,7 +195,7 @@ class _Kind:
     """Equal machines, which share the grid.
 
     Attributes:
-        waiting: cells, each with how many workers it has ended.
+        waiting: cells, each with the number of workers that it has ended.
     """
 
     cache: ResultCache
@@ -208,7 +208,7 @@ def _versions(machine: Machine) -> str:
 
 
 def _kinds(seats: Sequence[tuple[_Seat, Machine]], out: Path, *, retry: bool) -> list[_Kind]:
-    """Groups equal machines.
+    """Group equal machines.
 
     Raises:
         SelabError: two that differ have the same name, so that their records would share a folder.
@@ -234,7 +234,7 @@ def _differing(one: Machine, other: Machine) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- cells
 @dataclass(frozen=True, kw_only=True)
 class _Running:
-    """A cell that is being measured, and how many workers it has ended."""
+    """A cell that is being measured, and the number of workers that it has ended."""
 
     kind: _Kind
     seat: _Seat
@@ -243,7 +243,7 @@ class _Running:
 
 
 def _shared(cluster: _Cluster, kinds: Sequence[_Kind], report: Report) -> Iterator[Outcome]:
-    """Hands cells to idle workers and takes what comes back, until nothing waits."""
+    """Give cells to idle workers and take their answers, until no cell waits."""
     running: dict[Any, _Running] = {}
     while True:
         for kind in kinds:
@@ -257,7 +257,7 @@ def _shared(cluster: _Cluster, kinds: Sequence[_Kind], report: Report) -> Iterat
 
 
 def _handed_out(kind: _Kind, running: dict[Any, _Running]) -> Iterator[Outcome]:
-    """Gives each idle worker a cell; those that need not be measured, or that nobody is left for, come out at once."""
+    """Give each idle worker a cell; yield cells that need no measurement, or for which no machine is left."""
     while kind.waiting and (kind.idle or not any(one.kind is kind for one in running.values())):
         job, ended = kind.waiting.popleft()
         try:
@@ -268,7 +268,7 @@ def _handed_out(kind: _Kind, running: dict[Any, _Running]) -> Iterator[Outcome]:
         if known is not None:
             yield known
         elif not kind.idle:
-            yield kind.cache.failed(job, f"no machine {kind.cache.machine.name} is left; add one and go on")
+            yield kind.cache.failed(job, f"no machine {kind.cache.machine.name} is left; add one and run again")
         else:
             seat = kind.idle.pop()
             done = seat.worker.measure.remote(msgspec.json.encode(wanted))
@@ -276,7 +276,7 @@ def _handed_out(kind: _Kind, running: dict[Any, _Running]) -> Iterator[Outcome]:
 
 
 def _taken(cluster: _Cluster, done: Any, one: _Running) -> Iterator[Outcome]:
-    """What became of a cell; nothing where its worker ended and another one is to try."""
+    """Yield the outcome of a cell; nothing where its worker ended and another worker shall try."""
     errors = importlib.import_module("ray.exceptions")
     cache, where = one.kind.cache, cell_words(one.job)
     try:

@@ -1,7 +1,7 @@
-"""Two records of equal workload and machine: what changed from the first to the second, and whether that is shown.
+"""Compare two records of equal workload and machine: costs, memory, and the ratio to the baseline.
 
-Ratios are compared, never times: each record has its own control and its own baseline beside it, so that what the
-machine did between the two measurements drops out of each ratio. Two absolute times were not measured side by side.
+Ratios are compared, never times. Each record has its own control and its own baseline, so that a change of the machine
+between the two measurements cancels in each ratio. Two absolute times were not measured side by side.
 """
 
 import math
@@ -21,10 +21,10 @@ _PLACE = ("name", "cpu", "cores", "gpu")
 
 @dataclass(frozen=True, kw_only=True)
 class RatioChange:
-    """How a phase's ratio (variant over baseline) changed: after over before, less one, with its 95 % interval.
+    """The change of a phase's ratio (variant over baseline): after over before, minus one, with its 95 % interval.
 
     Attributes:
-        change: 0.05 where the variant became 5 % slower beside its baseline; None where a record has no result.
+        change: 0.05 where the variant became 5 % slower than its baseline; None where a record has no result.
         text: one sentence.
     """
 
@@ -37,7 +37,7 @@ class RatioChange:
 
 
 def check_comparable(before: Record, after: Record, *, names: tuple[str, str]) -> None:
-    """Finds out whether two records may be held against each other.
+    """Check that two records can be compared.
 
     Args:
         before: the first.
@@ -45,12 +45,12 @@ def check_comparable(before: Record, after: Record, *, names: tuple[str, str]) -
         names: of their files, for the message.
 
     Raises:
-        RecordError: kind, workload, machine, or baseline are not the same; names the fields and both values.
+        RecordError: kind, workload, machine or baseline differ; names the fields and both values.
     """
     found = [*_differing(before, after)]
     if found:
         raise RecordError(
-            f"{names[0]} and {names[1]}: not of the same: {'; '.join(found)}; only records of equal workload, machine "
+            f"{names[0]} and {names[1]}: records differ in {'; '.join(found)}; only records of equal workload, machine "
             "and baseline are compared: measure one of them again"
         )
 
@@ -71,11 +71,11 @@ def _differing(before: Record, after: Record) -> Iterator[str]:
         ),
     ):
         if one != other:
-            yield f"{label} is {one!r} and {other!r}"
+            yield f"{label}: {one!r} and {other!r}"
 
 
 def _baseline_costs(before: Record, after: Record) -> Iterator[tuple[str, int, int]]:
-    """A network that was changed keeps its name; ratios to it would not be ratios to the same."""
+    """Compare the baselines' costs: a network that was changed keeps its name."""
     one, other = before.baseline_cost, after.baseline_cost
     if one is not None and other is not None and before.workload == after.workload:
         yield "baseline.params", one.params, other.params
@@ -87,7 +87,7 @@ def _both(name: str, one: object, other: object) -> tuple[object, object]:
 
 
 def ratio_changes(before: Record, after: Record) -> list[RatioChange]:
-    """Of every phase that both records have."""
+    """Return the change of every phase that both records have."""
     return [
         _ratio_change(phase, before.latency[phase], after.latency[phase])
         for phase in before.latency
@@ -96,7 +96,7 @@ def ratio_changes(before: Record, after: Record) -> list[RatioChange]:
 
 
 def _ratio_change(phase: Phase, before: Latency, after: Latency) -> RatioChange:
-    """The two intervals are of independent runs, so that their half-widths add in quadrature, in logarithms.
+    """Combine the intervals of two independent runs: their half-widths add in quadrature, in logarithms.
 
     Each is taken with its control floor where that is what limits it, as in its own verdict.
     """
@@ -126,6 +126,6 @@ def _ratio_change(phase: Phase, before: Latency, after: Latency) -> RatioChange:
 
 
 def grew(before: Record, after: Record) -> list[str]:
-    """What is worse in the second record, by name: a cost that is larger, a phase that is shown to be slower."""
+    """Return what is worse in the second record, by name: a larger cost, or a phase that is slower beyond doubt."""
     costs = [label for label, path, _ in COST_ROWS if attrgetter(path)(after.cost) > attrgetter(path)(before.cost)]
     return costs + [PHASE_NAMES[one.phase] for one in ratio_changes(before, after) if one.kind == "slower"]

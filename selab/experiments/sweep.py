@@ -47,13 +47,13 @@ class Outcome:
 
 # --------------------------------------------------------------------------------------------------------------- cells
 def cells(archs: Sequence[str], resolutions: Sequence[int], batches: Sequence[int], **axes: Any) -> list[Request]:
-    """Every combination, network by network; batches rise within resolutions, so that the largest cells come last.
+    """Return every combination, network by network. Batches rise within resolutions: the largest cells come last.
 
     Args:
         archs: networks, changes included.
         resolutions: height and width of the inputs; none for the networks' own.
         batches: images.
-        axes: further fields of a request; a list is gone through, anything else is the same in every cell.
+        axes: further fields of a request; a list is an axis, any other value is the same in every cell.
     """
     sizes: list[int | None] = [*sorted(set(resolutions))] or [None]
     lists = {name: list(dict.fromkeys(value)) for name, value in axes.items() if isinstance(value, list)}
@@ -119,7 +119,8 @@ def cell_words(job: Job) -> str:
     """Return what tells a cell from the others: `se_mobilenet, batch 8, 224, bf16, channels last`."""
     request = job.request
     parts = [request.arch, f"batch {request.batch}", f"{resolution_of(job)}", request.dtype]
-    return ", ".join([*parts, *(["channels last"] if request.memory_format == "channels_last" else [])])
+    parts += ["channels last"] if request.memory_format == "channels_last" else []
+    return ", ".join([*parts, *([f"{job.workload.threads} threads"] if job.workload.threads > 1 else [])])
 
 
 def resolution_of(job: Job) -> int:

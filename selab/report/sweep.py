@@ -39,6 +39,7 @@ COLUMNS = {
     "resolution": _WHOLE,
     "dtype": _TEXT,
     "memory_format": _TEXT,
+    "threads": _WHOLE,
     "reduction": _WHOLE,
     "phase": _TEXT,
     "status": _TEXT,
@@ -83,6 +84,7 @@ def _row(outcome: Outcome, latency: Latency | None, phase: str) -> Row:
         "resolution": resolution_of(outcome.job),
         "dtype": request.dtype,
         "memory_format": request.memory_format,
+        "threads": outcome.job.workload.threads,
         "reduction": variant.se.reduction if isinstance(variant.se, SEConfig) else None,
         "phase": phase,
         "status": _status(outcome, latency),
@@ -173,6 +175,7 @@ _AXES: Mapping[str, Callable[[Job], str]] = {
     "resolution": lambda one: str(resolution_of(one)),
     "dtype": lambda one: one.workload.dtype,
     "memory format": lambda one: one.workload.memory_format.replace("_", " "),
+    "threads": lambda one: str(one.workload.threads),
 }
 
 

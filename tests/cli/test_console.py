@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from selab.cli.console import following
+from selab.bench.progress import Progress
+from selab.cli.console import following, measuring_words
 from selab.training.progress import TrainingProgress
 from selab.training.train import Epoch
 
@@ -94,3 +95,20 @@ def test_one_of_a_job_s_processes_speaks(monkeypatch, terminal):
             report("net", so_far(1, 10, finished=1))
             report.say("goes on")
         assert (written.getvalue() != "") == (rank == "0")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (Progress(blocks=14, half_width=0.057, elapsed_s=3.2, budget_s=8.0), "28 pairs, ±5.70 %, 3 of 8 s"),
+        (Progress(blocks=4, half_width=None, elapsed_s=0.4, budget_s=8.0), "8 pairs, 0 of 8 s"),
+        # Sampling goes on beyond the budget while there are too few pairs: nothing is "24 of at most 8 s".
+        (
+            Progress(blocks=4, half_width=None, elapsed_s=24.0, budget_s=8.0),
+            "8 pairs, 24 s (budget 8 s; 20 pairs are needed)",
+        ),
+        (Progress(blocks=20, half_width=0.01, elapsed_s=24.0, budget_s=8.0), "40 pairs, ±1.00 %, 24 s"),
+    ],
+)
+def test_the_progress_of_a_measurement_is_true(state, words):
+    assert measuring_words(state) == words

@@ -94,6 +94,42 @@ class TestProfile:
         assert selab(*words, "--replace")[0] == 0
         assert path.read_bytes() != before
 
+    def test_a_record_of_one_phase_does_not_stand_in_the_way_of_a_whole_one(self, selab, toy, tmp_path):
+        words = ["profile", "--arch", f"{toy}:se_toy", "--threads", 1, "--out", tmp_path / "r"]
+        assert selab(*words, "--phase", "forward")[0] == 0
+        assert selab(*words)[0] == 0
+        names = sorted(path.name for path in (tmp_path / "r").rglob("*.json"))
+        assert names == ["se_toy.cpu-b1-16-fp32-t1.forward.json", "se_toy.cpu-b1-16-fp32-t1.json"]
+
+    def test_of_a_phase_that_is_not_measured_there_is_no_memory(self, selab, toy, tmp_path):
+        words = ["--phase", "forward", "--threads", 1, "--out", tmp_path / "r", "--json", "-"]
+        memory = json.loads(selab("profile", "--arch", f"{toy}:se_toy", *words)[1])["memory"]
+        assert memory["peak_forward_bytes"] > 0
+        assert memory["peak_forward_backward_bytes"] is None
+        assert memory["saved_for_backward_bytes"] is None
+
+    def test_progress_names_the_control_run(self, selab, toy, tmp_path):
+        words = ["--phase", "forward", "--threads", 1, "--out", tmp_path / "r"]
+        _, _, error = selab("profile", "--arch", f"{toy}:se_toy", *words)
+        assert "forward, control run, 1 thread …" in error
+
+    @pytest.mark.parametrize(("look", "start"), [("markdown", "### "), ("csv", "table,")])
+    def test_formats(self, selab, toy, tmp_path, look, start):
+        words = ["--phase", "forward", "--threads", 1, "--out", tmp_path / "r", "--format", look]
+        status, out, _ = selab("profile", "--arch", f"{toy}:se_toy", *words)
+        assert status == 0
+        assert out.startswith(start)
+        assert "record: " not in out
+
+    def test_a_picture_is_not_written_over(self, selab, toy, tmp_path):
+        picture = tmp_path / "out.svg"
+        picture.write_text("mine")
+        words = ["--phase", "forward", "--threads", 1, "--out", tmp_path / "r", "--svg", picture]
+        status, _, error = selab("profile", "--arch", f"{toy}:se_toy", *words)
+        assert status == 1
+        assert "exists; give --replace" in error
+        assert picture.read_text() == "mine"
+
     def test_out_of_memory_is_a_row(self, selab, toy, tmp_path):
         options = ["--batch", 10**9, "--threads", 1, "--out", tmp_path / "r"]
         status, out, _ = selab("profile", "--arch", f"{toy}:se_toy", *options)
@@ -152,6 +188,16 @@ class TestProfile:
         asked = set(found["command"].split()[4:])
         assert asked == set(map(str, words))
 
+    def test_an_interrupted_profile_shows_what_there_is(self, selab, toy, tmp_path):
+        _, out, error = selab("profile", "--arch", f"{toy}:slow", "--threads", 1, "--out", tmp_path / "r")
+        (path,) = (tmp_path / "r").rglob("*.partial.json")
+        assert out.startswith("slow against toy")
+        assert "parameters" in out
+        assert str(path) in error.splitlines()[-1]
+        # A table shows it too, until a whole record takes its place.
+        _, _, error = selab("table", "latency", "--profiles", path.parent)
+        assert "contains no" not in error
+
     def test_interrupted_in_process(self, selab, toy, tmp_path, one_line):
         status, _, error = selab("profile", "--arch", f"{toy}:slow", "--threads", 1, "--out", tmp_path / "r")
         assert status == 130
@@ -164,6 +210,18 @@ class TestProfile:
 
 
 class TestInterruption:
+    def test_sigterm_keeps_what_was_measured_and_has_its_own_status(self, toy, tmp_path):
+        words = ["profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r"]
+        command = [sys.executable, "-m", "selab", *map(str, words)]
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for line in running.stderr:
+            if line.startswith("forward"):
+                break
+        running.send_signal(signal.SIGTERM)
+        running.communicate(timeout=60)
+        assert running.returncode == 143
+        assert [path.name for path in (tmp_path / "r").rglob("*.json")] == ["se_toy.cpu-b1-16-fp32-t1.partial.json"]
+
     def test_control_c_in_a_shell(self, toy, tmp_path, one_line):
         words = ["profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r"]
         running = subprocess.Popen(

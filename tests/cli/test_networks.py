@@ -17,6 +17,28 @@ class TestLooking:
         assert "se_mobilenet" in out
         assert max(map(len, out.splitlines())) <= 80
 
+    def test_archs_by_a_part_of_their_name_or_a_pattern(self, selab):
+        names = [one["name"] for one in json.loads(selab("archs", "resnet20", "--json", "-")[1])]
+        assert {"resnet20_cifar", "se_resnet20_cifar"} < set(names)
+        assert all("resnet20" in name for name in names)
+        names = [one["name"] for one in json.loads(selab("archs", "se_small*", "--json", "-")[1])]
+        assert names
+        assert all(name.startswith("se_small") for name in names)
+        status, _, error = selab("archs", "resnt")
+        assert status == 1
+        assert "archs resnt: no such architecture" in error
+
+    def test_archs_does_not_break_names(self, selab):
+        names = [one["name"] for one in json.loads(selab("archs", "--json", "-")[1])]
+        shown = [line.split()[0] for line in selab("archs")[1].splitlines() if line.strip()]
+        assert set(names) <= set(shown)
+
+    @pytest.mark.parametrize("command", [["archs"], ["show", "se_small_cnn"], ["count", "--arch", "small_cnn"]])
+    def test_a_json_that_cannot_be_written_is_refused_first(self, selab, tmp_path, command):
+        status, out, error = selab(*command, "--json", tmp_path)
+        assert (status, out) == (1, "")
+        assert "is a folder; name a file in it" in error
+
     def test_archs_as_json(self, selab):
         found = json.loads(selab("archs", "--json", "-")[1])
         assert {"name": "se_mobilenet", "baseline": "mobilenet"}.items() <= next(
@@ -65,6 +87,27 @@ class TestCount:
         for text in ("4.712 M", "571.9 M", "squeeze", "BatchNorm, 2 per element", "not explained"):
             assert text in out
         assert max(map(len, out.splitlines())) <= 80
+
+    def test_other_counters_only_where_they_are_to_be_explained(self, selab):
+        _, out, _ = selab("count", "--arch", "small_cnn")
+        assert "Other counters" not in out
+        assert "fvcore" not in out
+        _, out, _ = selab("count", "--arch", "small_cnn", "--explain")
+        assert "fvcore" in out
+
+    def test_without_a_baseline_there_are_no_empty_columns(self, selab):
+        found = json.loads(selab("count", "--arch", "small_cnn", "--format", "json")[1])
+        for table in found:
+            for index, _ in enumerate(table["columns"]):
+                assert any(row[index] not in ("", "–") for row in table["rows"]), table["columns"]
+
+    @pytest.mark.parametrize(
+        ("look", "start"), [("markdown", "### "), ("csv", "table,"), ("latex", "%"), ("json", "[")]
+    )
+    def test_formats(self, selab, look, start):
+        status, out, _ = selab("count", "--arch", "se_small_cnn", "--format", look)
+        assert status == 0
+        assert out.startswith(start)
 
     def test_several(self, selab):
         _, out, _ = selab("count", "--arch", "small_cnn", "--arch", "se_small_cnn")
@@ -150,6 +193,57 @@ class TestAnybodysNetwork:
         assert status == 0
         assert "← SE 32→2, 162 params" in out
         assert "auto: separable.2: after the depthwise-separable block separable" in out
+
+    def test_many_sites_are_announced_in_one_short_line(self, selab):
+        _, _, error = selab("count", "--arch", "resnet50", "--insert", "auto", "--json", "-")
+        (line,) = [one for one in error.splitlines() if one.startswith("auto: ")]
+        assert line.startswith("auto: 16 sites found: ")
+        assert line.endswith(", …; `selab sites` shows them in the network")
+        assert len(line) < 160
+
+    @pytest.mark.parametrize(
+        ("se", "notes"),
+        [
+            ("reduction=64", ["note: 3 of 16 blocks squeeze to fewer than 8 channels, the narrowest to 4"]),
+            ("reduction=16,divisor=8", []),
+            ("reduction=1", ["note: the blocks more than double the network: "]),
+        ],
+    )
+    @pytest.mark.parametrize("command", [["count", "--json", "-"], ["sites", "--depth", 1]])
+    def test_unusual_insertions_are_remarked_upon(self, selab, se, notes, command):
+        status, _, error = selab(*command, "--arch", "resnet50", "--insert", "residual", "--se", se)
+        assert status == 0, error
+        found = [line for line in error.splitlines() if line.startswith("note: ")]
+        assert len(found) == len(notes)
+        assert all(line.startswith(note) for line, note in zip(found, notes, strict=True))
+
+    def test_a_network_of_the_catalog_gets_no_remark(self, selab):
+        _, _, error = selab("count", "--arch", "mobilenet_v3_small")
+        assert "note: " not in error
+
+    def test_the_depth_of_a_tree(self, selab):
+        _, out, _ = selab("sites", "--arch", "resnet18", "--depth", 1)
+        assert "stage2" in out
+        assert "BasicBlock" not in out
+        assert "BasicBlock" in selab("sites", "--arch", "resnet18", "--depth", 2)[1]
+
+    def test_a_list_of_modules_is_a_container(self, selab, tmp_path):
+        path = tmp_path / "listed.py"
+        path.write_text(
+            "from torch import nn\n"
+            "class Net(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.steps = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.ReLU()])\n"
+            "        self.unused = nn.Linear(4, 4)\n"
+            "    def forward(self, x):\n"
+            "        for step in self.steps:\n"
+            "            x = step(x)\n"
+            "        return x\n"
+        )
+        _, out, _ = selab("sites", "--arch", f"{path}:Net", "--input", "3x8x8")
+        assert "ModuleList  (container)" in out
+        assert re.search(r"unused .*does not run", out)
 
     def test_the_tree_of_a_network_of_ours(self, selab):
         status, out, _ = selab("sites", "--arch", "resnet18", "--json", "-")

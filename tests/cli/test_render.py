@@ -57,7 +57,64 @@ class TestLooksOfTables:
         assert "a folder of files; name it" in " ".join(error.replace("│", " ").split())
 
 
+class TestFolders:
+    @pytest.fixture
+    def folder(self, selab, toy, quick_plans, tmp_path):
+        words = ["--threads", 1, "--phase", "forward", "--out", tmp_path / "r"]
+        assert selab("profile", "--arch", f"{toy}:se_toy", *words)[0] == 0
+        (folder,) = (tmp_path / "r").iterdir()
+        return folder
+
+    def test_the_only_machine_below_a_folder_is_taken(self, selab, folder, tmp_path):
+        for words in (["table", "latency"], ["plot", "added", "--json", "-"]):
+            above, own = (selab(*words, "--profiles", one) for one in (folder.parent, folder))
+            assert above[:2] == own[:2]
+
+    def test_every_folder_that_is_named_is_shown(self, selab, folder, tmp_path):
+        other = tmp_path / "other"
+        other.mkdir()
+        for path in folder.glob("*.json"):
+            record = json.loads(path.read_text())
+            record["machine"]["name"] = "other"
+            (other / path.name).write_text(json.dumps(record))
+        words = ["--profiles", folder, "--profiles", other]
+        found = json.loads(selab("table", "latency", *words, "--format", "json")[1])
+        text = json.dumps(found)
+        assert text.count("se_toy") == 2
+        assert folder.name in text
+        assert "other" in text
+
+    def test_an_interrupted_record_is_shown_and_marked(self, selab, folder):
+        (path,) = folder.glob("*.json")
+        record = json.loads(path.read_text())
+        path.unlink()
+        record["complete"] = False
+        partial = path.with_suffix(".partial.json")
+        partial.write_text(json.dumps(record))
+        status, out, error = selab("table", "latency", "--profiles", folder)
+        assert status == 0, error
+        assert "se_toy (partial)" in out
+
+
 class TestPlot:
+    def test_a_picture_is_written_over_only_if_asked(self, selab, tmp_path):
+        path = tmp_path / "accuracy.svg"
+        path.write_text("mine")
+        words = ["plot", "accuracy", "--arch", "se_mobilenet", "--out", path]
+        status, _, error = selab(*words)
+        assert status == 1
+        assert f"{path}: exists; give --replace" in error
+        assert path.read_text() == "mine"
+        assert selab(*words, "--replace")[0] == 0
+        assert path.read_text() != "mine"
+
+    def test_a_table_s_file_too(self, selab, tmp_path):
+        path = tmp_path / "t.md"
+        words = ["table", "reduction", "--out", path]
+        assert selab(*words)[0] == 0
+        assert "exists; give --replace" in selab(*words)[2]
+        assert selab(*words, "--replace")[0] == 0
+
     def test_a_picture_is_written(self, selab, tmp_path):
         path = tmp_path / "accuracy.svg"
         status, out, _ = selab("plot", "accuracy", "--arch", "se_mobilenet", "--out", str(path))

@@ -1,6 +1,8 @@
 """What a budget allows, and what is over it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from fake_runs import paired_run
 
 from selab.errors import SelabError, SpecError, UnknownNameError
 from selab.experiments import budget
+from selab.experiments.job import Request
 from selab.records import verdict
 
 # small_cnn: 3->32 and 32->32 (3x3), 32->64 and 64->64 (3x3), 2304->512->10, with biases.
@@ -147,3 +150,98 @@ def test_a_user_s_own_network_has_a_budget(selab, toy, tmp_path):
     assert status == 1
     assert "running code from" in err
     assert "over budget: mine.params" in err
+
+
+def test_a_budget_says_all_of_its_workload(tmp_path):
+    text = """
+[budgets.mine]
+arch = "small_cnn"
+baseline = "small_cnn"
+se = "reduction=8"
+insert = ["conv1", "conv2"]
+input = "3x40x48"
+batch = 2
+dtype = "bf16"
+memory_format = "channels_last"
+mode = "train"
+compiled = true
+fused = true
+hold_heap = true
+threads = 2
+seed = 5
+latency_ratio_forward_backward = 2.0
+"""
+    path = tmp_path / "budgets.toml"
+    path.write_text(text)
+    one = budget.converted(budget.read_tables(path, "budgets")["mine"], budget.Budget, place="it")
+    assert one.request(quick=False, processes=3) == Request(
+        arch="small_cnn+reduction=8,sites=conv1+conv2",
+        baseline="small_cnn",
+        input_chw=(3, 40, 48),
+        batch=2,
+        dtype="bf16",
+        memory_format="channels_last",
+        mode="train",
+        compiled=True,
+        fused=True,
+        held_heap=True,
+        threads=2,
+        seed=5,
+        processes=3,
+        phases=("forward_backward",),
+    )
+
+
+def test_an_input_need_not_be_square(tmp_path):
+    text = '[budgets.resnet18]\nmacs = 1\ninput = "3x64x96"\n'
+    # Of the whole network, half as many as at 64x192 but for the classifier.
+    small, large = (
+        found(tmp_path, text.replace("64x96", size))["resnet18", "macs"].found for size in ("64x96", "64x192")
+    )
+    assert large - small == pytest.approx(small - 512 * 1000)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('input = "3x64"', "budgets.resnet18.input: '3x64' is not CxHxW"),
+        ('input = "3x64x64"\nresolution = 64', "budgets.resnet18.resolution: is in input already"),
+        ('insert = "stag2.0"', "stag2.0"),
+    ],
+)
+def test_an_input_or_a_site_that_cannot_be_is_told(tmp_path, line, words):
+    with pytest.raises(SelabError, match=words):
+        found(tmp_path, f"[budgets.resnet18]\nmacs = 1\n{line}\n")
+
+
+def test_options_replace_the_keys_of_every_budget(selab, tmp_path):
+    path = written(tmp_path, "[budgets.small_cnn]\nparams = 1\n[budgets.se_small_cnn]\nparams = 1\n")
+    before = json.loads(selab("check", path, "--json", "-")[1])
+    after = json.loads(selab("check", path, "--json", "-", "--se", "block=eca")[1])
+    assert [one["name"] for one in before] == [one["name"] for one in after]
+    # ECA has three or five weights for each block, SE thousands.
+    assert [0 < a["found"] - SMALL_CNN < 40 for a in after] == [True, True]
+    assert [b["found"] - SMALL_CNN > 40 for b in before] == [False, True]
+
+
+def test_an_unknown_name_is_refused_before_torch_is_loaded(tmp_path):
+    path = written(tmp_path, "[budgets.small_cnn]\nparams = 3\n")
+    code = f"""
+import sys
+from selab.cli.main import main
+sys.argv = ["selab", "check", {str(path)!r}, "--only", "large_cnn"]
+try:
+    main()
+except SystemExit as left:
+    assert left.code == 1
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "has no budget large_cnn" in done.stderr
+
+
+@pytest.mark.usefixtures("quick_plans")
+def test_a_peak_of_a_phase_that_is_not_timed_is_measured_too(tmp_path):
+    text = "[budgets.se_small_cnn]\nlatency_ratio = 1000\npeak_memory_forward_backward = 1\n"
+    assert found(tmp_path, text)["se_small_cnn", "peak_memory_forward_backward"].state == "over"

@@ -164,7 +164,7 @@ def test_without_an_equal_machine_the_rest_is_noted(use, tmp_path):
     assert [one.state for one in outcomes if one.machine == OTHER] == ["measured"] * 3
     lost = [one for one in outcomes if one.machine == HERE]
     assert [one.state for one in lost] == ["failed"] * 3
-    assert lost[0].text == f"no machine {HERE.name} is left; add one and go on"
+    assert lost[0].text == f"no machine {HERE.name} is left; add one and run again"
 
 
 def test_a_cell_that_ends_its_workers_is_given_up_and_the_others_go_on(use, tmp_path):

@@ -499,3 +499,52 @@ def test_an_interrupted_sweep_says_how_to_go_on(selab, tmp_path, monkeypatch):
 def test_a_request_of_a_sweep_is_that_of_profile():
     (request,) = grid(batches=(2,), resolutions=(16,))
     assert request == Request(arch=ARCH, batch=2, resolution=16, threads=1, quick=True, phases=("forward",))
+
+
+def test_a_grid_takes_every_option_of_a_profile(selab, tmp_path, monkeypatch):
+    fake = Fake()
+    monkeypatch.setattr(sweep, "sweep", functools.partial(sweep.sweep, measure=fake))
+    options = ["--hold-heap", "--fused", "--compile", "--mode", "train", "--seed", 3, "--channels-last"]
+    words = [
+        "--arch",
+        "small_cnn",
+        "--baseline",
+        "small_cnn",
+        "--se",
+        "block=eca",
+        "--threads",
+        "1,2",
+        "--dtype",
+        "bf16",
+    ]
+    status, out, error = selab("sweep", *words, *options, "--phase", "forward", "--out", tmp_path)
+    assert status == 0, error
+    asked = Request(
+        arch="small_cnn+block=eca",
+        baseline="small_cnn",
+        held_heap=True,
+        fused=True,
+        compiled=True,
+        mode="train",
+        seed=3,
+        memory_format="channels_last",
+        dtype="bf16",
+        quick=True,
+        threads=1,
+        phases=("forward",),
+    )
+    assert fake.asked == [asked, msgspec.structs.replace(asked, threads=2)]
+    # What varies has a column.
+    assert any("threads" in line.split() for line in out.splitlines()[1:4])
+
+
+def test_blocks_are_inserted_at_each_reduction(selab, tmp_path, monkeypatch):
+    fake = Fake()
+    monkeypatch.setattr(sweep, "sweep", functools.partial(sweep.sweep, measure=fake))
+    words = ["--arch", "mobilenet_cifar,resnet20_cifar", "--insert", "auto", "--se", "bias=no", "--reduction", "2,4"]
+    status, _, error = selab("sweep", *words, "--out", tmp_path)
+    assert status == 0, error
+    names = ["mobilenet_cifar", "resnet20_cifar"]
+    archs = [f"{name}+bias=no,reduction={one},sites=auto" for name in names for one in (2, 4)]
+    assert [one.arch for one in fake.asked] == archs
+    assert error.count("auto: ") == 4

@@ -126,7 +126,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
                 "selab profile --arch net.py:Net --insert auto --input 3x320x320",
             ),
         ),
-        "tax": (tax, examples("selab tax --arch se_resnet50", "selab tax --arch timm:seresnet50 --impl fast")),
+        "tax": (tax, examples("selab tax --arch se_resnet50", "selab tax --arch timm:seresnet50 --impl fused")),
         "sweep": (
             sweep,
             examples(

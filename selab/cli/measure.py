@@ -188,7 +188,7 @@ def tax(
         option(
             "--impl",
             WHAT,
-            "reference, torchvision, timm or fast; without_squeeze, without_excitation or without_scale leave one "
+            "reference, torchvision, timm or fused; without_squeeze, without_excitation or without_scale leave one "
             "step out. Repeatable; all by default.",
             metavar="NAME",
         ),
@@ -201,7 +201,7 @@ def tax(
     look: Format = "rich",
 ) -> None:
     """Measure the overhead of SE in several implementations against one baseline."""
-    options.reject("is what tax measures: compare --impl reference with --impl fast", "fused")
+    options.reject("is what tax measures: compare --impl reference with --impl fused", "fused")
     threads = None if options.device == "cuda" else 1
     phases = (_step_phase(options),)
     job = resolve_job(options.request(arch, quick=quick, budget_s=budget, threads=threads, phases=phases))

@@ -1,4 +1,4 @@
-"""What SE costs as others write it, as the reference does, and fused: built and measured in one run."""
+"""Measure the SE overhead of several implementations (torchvision, timm, reference, fused) in one run."""
 
 import sys
 from collections import Counter
@@ -27,7 +27,7 @@ from selab.experiments.tax_record import (
     ALL,
     BASELINE,
     BUILT_IN,
-    FAST,
+    FUSED,
     PLAIN,
     REFERENCE,
     SCHEMA,
@@ -48,15 +48,15 @@ from selab.records import verdict
 from selab.records.types import Frozen, Insertion, Phase, Workload
 
 _OTHERS = "other implementations"
-_NOT_COMPILED = "The scale is not left out: a compiler would remove what that network computes for nobody"
+_NOT_COMPILED = "without_scale was skipped: torch.compile would remove the unused squeeze and excitation"
 
 
 class TaxRequest(Frozen, frozen=True, kw_only=True):
-    """What `selab tax` is asked.
+    """The arguments of `selab tax`.
 
     Attributes:
-        request: networks and workload; its one phase is the one that is measured.
-        implementations: of `ALL`.
+        request: networks and workload, with exactly one phase.
+        implementations: a subset of `ALL`.
     """
 
     request: Request
@@ -64,47 +64,57 @@ class TaxRequest(Frozen, frozen=True, kw_only=True):
 
     @property
     def phase(self) -> Phase:
-        """What one call is."""
+        """Return what is timed as one call."""
         return self.request.phases[0]
 
     @property
     def command(self) -> str:
-        """The command line that asks for this."""
+        """Return the command line of this request."""
         words = self.request.command("tax")
-        chosen = "" if self.implementations == ALL else "".join(f" --impl {name}" for name in self.implementations)
-        return words + chosen
+        chosen = () if self.implementations == ALL else self.implementations
+        return words + "".join(f" --impl {_option(name)}" for name in chosen)
 
 
-def chosen_implementations(names: Sequence[str]) -> tuple[str, ...]:
-    """In the order of `ALL`, each once; all of them where none is named.
+def chosen_implementations(options: Sequence[str]) -> tuple[str, ...]:
+    """Return the implementations of `--impl` in the order of `ALL`, each once; all of them without any option.
+
+    Args:
+        options: names as in `ALL`, or `fused` for the fused one.
 
     Raises:
         UnknownNameError: there is no such implementation.
-        InsertionError: a stage is to be left out of a reference that is not measured.
+        InsertionError: a stage is left out of the reference, which is not measured itself.
     """
-    for name in names:
-        if name not in ALL:
-            raise UnknownNameError(f"--impl {name}: no such implementation{nearest(name, ALL)}")
+    known = {**{name: name for name in ALL}, **{_option(name): name for name in ALL}}
+    for option in options:
+        if option not in known:
+            raise UnknownNameError(f"--impl {option}: no such implementation{nearest(option, map(_option, ALL))}")
+    names = [known[option] for option in options]
     without = [name for name in names if name in WITHOUT.values()]
     if without and REFERENCE not in names:
-        raise InsertionError(f"--impl {without[0]}: is held against the reference; add --impl {REFERENCE}")
+        raise InsertionError(f"--impl {without[0]}: is compared with the reference; add --impl {REFERENCE}")
     return tuple(name for name in ALL if name in names) if names else ALL
+
+
+def _option(name: str) -> str:
+    """Return the value of `--impl` for an implementation's name in records."""
+    return words_of(name) if name == FUSED else name
 
 
 # ------------------------------------------------------------------------------------------------------------- running
 class Tax:
-    """One comparison of implementations: what is asked is checked on making it, and measured by `run`.
+    """One measurement of the SE overhead: the constructor validates the request, `run` measures.
 
-    A network that brings SE blocks of its own along is its own baseline, without them; ours stand over the network that
-    the facts or the request name.
+    A network with built-in SE blocks is compared with itself without them; any other, with the baseline of its catalog
+    entry or of the request.
 
     Attributes:
-        baseline: None for the network without the blocks that it brings along.
+        baseline: None for the network without its built-in blocks.
 
     Raises:
         SpecError: there is no baseline, or its input has another shape.
-        InsertionError: the network has no block, or one that others do not write; or it brings blocks along, and `fuse`
-            knows none of them, or there is no such implementation of them as was asked for.
+        InsertionError: the network has no SE block, or one of another kind; or its built-in blocks are unknown to
+            `fuse`, or do not have the requested implementation.
         ModelError: the network fails on its input.
     """
 
@@ -135,13 +145,13 @@ class Tax:
             _check_blocks(built, request.arch)
             if self.baseline is not None and self.baseline.se is not None:
                 raise InsertionError(
-                    f"--baseline {self.baseline.name}: has SE blocks itself; a tax is held against a network without "
-                    "them; compare these two with `selab profile`"
+                    f"--baseline {self.baseline.name}: has SE blocks itself; the overhead is measured against a "
+                    "network without them; compare these two with `selab profile`"
                 )
         self.machine = machine(request.device)
 
     def path(self, out: Path) -> Path:
-        """Where its record goes, under this folder."""
+        """Return the path of its record under this folder."""
         return tax_path(
             out,
             machine=self.machine.name,
@@ -152,12 +162,12 @@ class Tax:
         )
 
     def run(self, report: Report) -> TaxRecord:
-        """Measures copies, then all networks in one run, then what the profiler sees of the reference.
+        """Measure the bandwidth of copies, then all networks in one run, then profile the reference.
 
         Raises:
-            SelabError: the baseline fails. Another network's failure is told in its row.
+            SelabError: the baseline fails. The failure of another network is recorded in its pair.
         """
-        # What a user's network prints is no part of our output.
+        # The output of a user's network must not mix with ours.
         with redirect_stdout(sys.stderr):
             return self._run(report)
 
@@ -199,18 +209,18 @@ class Tax:
             },
             remarks=(
                 *([self._left_in] if self._left_in else []),
-                *(self._remarks[name] for name in (BASELINE, _OTHERS, FAST) if name in self._remarks),
+                *(self._remarks[name] for name in (BASELINE, _OTHERS, FUSED) if name in self._remarks),
                 *(() if measured == self.implementations else (_NOT_COMPILED,)),
             ),
         )
 
     def _implementations(self) -> tuple[str, ...]:
-        """Without the one that a compiler would not leave as it is."""
+        """Return the implementations without the one that a compiler would change."""
         left_out = {WITHOUT["scale"]} if self.workload.compiled else set()
         return tuple(name for name in self.implementations if name not in left_out)
 
     def _networks(self, implementations: Sequence[str]) -> dict[str, Callable[[], nn.Module]]:
-        """How each is made; all have the same seed, so that they share the weights of their common layers."""
+        """Return a function that builds each network; one seed gives all of them the same weights in common layers."""
 
         def made(variant: bool, change: Callable[[nn.Module], object] | None = None) -> Callable[[], nn.Module]:
             def make() -> nn.Module:
@@ -235,21 +245,21 @@ class Tax:
         return networks
 
     def _place(self, model: nn.Module) -> None:
-        """Where it will run and in its mode, for on both it may depend how it is fused."""
+        """Move a network to its device and set its mode; what can be fused may depend on both."""
         model.to(self.workload.device).train(mode_of(self.asked.phase, self.workload) == "train")
 
     def _fused(self, name: str, *, blocks: bool = True) -> Callable[[nn.Module], None]:
-        """Fuses a network, or what stands around its blocks, and notes what that did."""
+        """Return a function that fuses a network, or only what surrounds its blocks, and records what was fused."""
 
         def change(model: nn.Module) -> None:
             done = fuse(model, input_nchw=(self.workload.batch, *self.workload.input_chw), blocks=blocks)
             chosen = self._runtime_words(model) if blocks else []
-            self._remarks[name] = "; ".join([f"{name}: {done}", *chosen])
+            self._remarks[name] = "; ".join([f"{words_of(name)}: {done}", *chosen])
 
         return change
 
     def _runtime_words(self, model: nn.Module) -> list[str]:
-        """What each block's map would be given to; within torch.compile that is not known beforehand."""
+        """Return which implementations the blocks take; empty under torch.compile, where that is not known before."""
         if self.workload.compiled:
             return []
         found: Counter[tuple[str, str]] = Counter()
@@ -266,10 +276,10 @@ class Tax:
         ]
 
     def _choosing(self, model: nn.Module) -> list[tuple[Any, Insertion]]:
-        """Each block that chooses its implementation, and where it stands; none in a baseline."""
+        """Return each block that chooses its implementation, with its insertion; none in a baseline."""
         if self.baseline is None:
             there = external_blocks(model)
-            # One that is left as its library writes it has no choice.
+            # A block that was not fused has no choice.
             return [(there[one.path], one) for one in self.blocks if hasattr(there.get(one.path), "runtime")]
         blocks = [module for module in model.modules() if isinstance(module, SqueezeExcitation)]
         return list(zip(blocks, self.blocks, strict=True)) if len(blocks) == len(self.blocks) else []
@@ -286,9 +296,9 @@ class Tax:
         return StageTimes(total_s=timeline.total_s, stages={name: timeline.stages.get(name, 0.0) for name in names})
 
     def _change(self, name: str) -> Callable[[nn.Module], object]:
-        """What makes the implementation; around the blocks each gets what the baseline gets."""
-        if name == FAST:
-            return self._fused(FAST)
+        """Return a function that applies the implementation; around the blocks, all are fused as the baseline is."""
+        if name == FUSED:
+            return self._fused(FUSED)
 
         def change(model: nn.Module) -> None:
             if name != REFERENCE:
@@ -299,57 +309,57 @@ class Tax:
 
 
 def _check_any(built: Built, variant: Variant, arch: str) -> None:
-    """Raises InsertionError, with the command for a network that has SE, for one without any block."""
+    """Raise InsertionError for a network without SE blocks, with the command for one that has them."""
     if built.insertions or built.native:
         return
     others = [one.name for one in catalog.installed().values() if one.baseline == variant.name and one.se is not None]
     name = f"se_{variant.name}" if f"se_{variant.name}" in others else next(iter(others), "")
     step = f"--arch {name}" if name else f"--arch {arch} --insert auto"
     raise InsertionError(
-        f"--arch {arch}: has no SE blocks to measure the tax of; next: `selab tax {step}`, or put some in with --se or "
-        "--insert"
+        f"--arch {arch}: has no SE blocks to measure the overhead of; next: `selab tax {step}`, or insert some with "
+        "--se or --insert"
     )
 
 
 def _check_blocks(built: Built, arch: str) -> None:
     if built.native:
         raise InsertionError(
-            f"--arch {arch}: brings blocks of its own along, which are measured over the same network without them; "
-            "leave --baseline, --se and --insert away"
+            f"--arch {arch}: has built-in SE blocks, which are compared with the same network without them; "
+            "remove --baseline, --se and --insert"
         )
     kinds = [built.model.get_submodule(path) for path, module in built.model.named_modules() if is_plain(module)]
     if not kinds or len(kinds) < len(built.insertions):
         raise InsertionError(
-            f"--arch {arch}: has blocks of other kinds; what is compared is the paper's block as others write "
-            "it: with a mean as squeeze, as in se_resnet50, or put in with --insert"
+            f"--arch {arch}: has blocks of other kinds; only the paper's block can be compared: with a mean as "
+            "squeeze, as in se_resnet50, or inserted with --insert"
         )
 
 
 def _built_in_implementations(asked: TaxRequest) -> tuple[str, ...]:
-    """The implementations of blocks that a network brings along; both where all of ours are asked for, as by default.
+    """Return the implementations of built-in blocks; both of them by default.
 
     Raises:
-        InsertionError: another was named.
+        InsertionError: another one is requested.
     """
     others = [name for name in asked.implementations if name not in BUILT_IN]
     if others and asked.implementations != ALL:
         raise InsertionError(
-            f"--impl {others[0]}: --arch {asked.request.arch} brings blocks of its own along, which are measured as "
-            f"they are and fused: {' and '.join(f'--impl {name}' for name in BUILT_IN)}, or leave --impl away"
+            f"--impl {others[0]}: --arch {asked.request.arch} has built-in SE blocks, which are measured as "
+            f"they are and fused: {' and '.join(f'--impl {_option(name)}' for name in BUILT_IN)}, or no --impl"
         )
     return tuple(name for name in BUILT_IN if name in asked.implementations)
 
 
 def _built_in_blocks(built: Built, arch: str, workload: Workload) -> tuple[Insertion, ...]:
-    """The blocks that the baseline will lack.
+    """Return the built-in blocks that the baseline will lack.
 
     Raises:
-        InsertionError: there is none that `fuse` knows.
+        InsertionError: `fuse` knows none of them.
     """
     blocks = external_insertions(built.model, (1, *workload.input_chw))
     if not blocks:
         raise InsertionError(
-            f"--arch {arch}: brings blocks of its own along, none of them an SE block that selab.fuse knows "
+            f"--arch {arch}: none of its built-in blocks is an SE block that selab.fuse knows "
             f"({_kinds(built, built.native)}); count them with `selab count`, or name a network with torchvision's or "
             "timm's SE"
         )
@@ -357,24 +367,24 @@ def _built_in_blocks(built: Built, arch: str, workload: Workload) -> tuple[Inser
 
 
 def _left_in(built: Built) -> str:
-    """What the network brings along beside SE, in words; empty if there is nothing."""
+    """Return which built-in blocks are not SE, in words; empty if there are none."""
     known = external_blocks(built.model)
     others = [path for path in built.native if path not in known]
-    return f"in every network: {_kinds(built, others)}, which selab.fuse does not know" if others else ""
+    return f"unknown to selab.fuse and left in every network: {_kinds(built, others)}" if others else ""
 
 
 def _kinds(built: Built, paths: Sequence[str]) -> str:
-    """`16 EcaModule, 1 CbamModule`."""
+    """Return the classes and their numbers: `16 EcaModule, 1 CbamModule`."""
     found = Counter(type(built.model.get_submodule(path)).__name__ for path in paths)
     return ", ".join(f"{count} {name}" for name, count in found.items())
 
 
 def _pairs(implementations: Sequence[str]) -> list[Pair]:
-    """Over the baseline; a network with a stage left out over the reference, so that what it saves has an interval."""
+    """Return the pairs to time: each over the baseline, and those without a stage over the reference."""
     pairs = [(BASELINE, AGAIN), (BASELINE, PLAIN)]
     pairs += [(REFERENCE if name in WITHOUT.values() else BASELINE, name) for name in implementations]
-    both = {REFERENCE, FAST} <= set(implementations)
-    return [*pairs, *([(REFERENCE, FAST)] if both else [])]
+    both = {REFERENCE, FUSED} <= set(implementations)
+    return [*pairs, *([(REFERENCE, FUSED)] if both else [])]
 
 
 def _failed(found: Together, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The same SE block as others write it, and with one of its stages left out; for holding their costs side by side."""
+"""Reimplementations of the SE block: as torchvision and timm write it, and without one of its stages."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ class TorchvisionSE(nn.Module):
     Shapes: input and output (N, C, H, W); the scale (N, C, 1, 1).
 
     Args:
-        block: whose weights, activation and gate it takes; left as it is.
+        block: the source of weights, activation and gate; not changed.
 
     Source: torchvision.ops.SqueezeExcitation: which modules, in which order, and which factor comes first.
     """
@@ -41,7 +41,7 @@ class TimmSE(nn.Module):
     Shapes: input and output (N, C, H, W); the gate (N, C, 1, 1).
 
     Args:
-        block: whose weights, activation and gate it takes; left as it is.
+        block: the source of weights, activation and gate; not changed.
 
     Source: timm.layers.SEModule: which modules, in which order, and which factor comes first.
     """
@@ -61,7 +61,7 @@ class TimmSE(nn.Module):
 
 
 def _pointwise(layer: nn.Linear) -> nn.Conv2d:
-    """A fully connected layer as a 1x1 convolution of the same weights."""
+    """Return a 1x1 convolution with the weights of a fully connected layer."""
     weight = layer.weight
     conv = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Conv2d,
@@ -81,7 +81,7 @@ def _pointwise(layer: nn.Linear) -> nn.Conv2d:
 
 
 class _Ablation(nn.Module):
-    """A block with one of its stages left out; the others run the block's own code."""
+    """A block without one of its stages; the others run the block's own code."""
 
     def __init__(self, block: SqueezeExcitation) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _Ablation(nn.Module):
 
 
 class WithoutSqueeze(_Ablation):
-    """x * excite(v): the factors come from a fixed vector instead of the map's mean.
+    """x * excite(v): the factors come from a fixed vector instead of the feature map's mean.
 
     Shapes: input and output (N, C, H, W); v (C).
     """
@@ -111,8 +111,8 @@ class WithoutSqueeze(_Ablation):
 class WithoutExcitation(_Ablation):
     """x * gate(mean(x)): neither of the two layers, nor the activation between them.
 
-    The gate's function stays. Without it every block would square the map's scale, which would reach zero or infinity
-    within a few of them, and a processor is not as fast with such numbers.
+    The gate stays. Without it every block would square the scale of the feature map, which would underflow or overflow
+    within a few blocks; arithmetic on such numbers is slower.
 
     Shapes: input and output (N, C, H, W).
     """
@@ -124,9 +124,9 @@ class WithoutExcitation(_Ablation):
 
 
 class WithoutScale(_Ablation):
-    """x, after squeeze and excitation have run; in the backward pass a gradient of zeros goes back through both.
+    """x, after squeeze and excitation have run; the backward pass sends zero gradients through both.
 
-    A compiler removes what nobody reads, so this one is for eager mode.
+    For eager mode only: a compiler removes unused results.
 
     Shapes: input and output (N, C, H, W).
     """
@@ -138,7 +138,7 @@ class WithoutScale(_Ablation):
 
 
 class _Beside(torch.autograd.Function):
-    """x itself; the factors take part in the backward pass and in nothing else."""
+    """Return x; the factors take part only in the backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, factor: Tensor) -> Tensor:
@@ -158,38 +158,38 @@ REIMPLEMENTATIONS: dict[str, Callable[[SqueezeExcitation], nn.Module]] = {
     "without_excitation": WithoutExcitation,
     "without_scale": WithoutScale,
 }
-"""By their names: as others write the block, and with a stage left out."""
+"""Name → block class: as a library writes it, or without a stage."""
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is the paper's block: its squeeze a mean, its gate not stretched, no ReLU part of it."""
+    """Return whether a module is the paper's block: squeeze by the mean, no scaled gate, no absorbed ReLU."""
     if type(module) is not SqueezeExcitation:
         return False
     return module.squeeze.kind == "avg" and module.gate_affine is None and not module.relu_in
 
 
-def reimplement(model: nn.Module, style: str) -> int:
-    """Writes every plain SE block of a network in another way, in place: the same mathematics and the same weights.
+def reimplement(model: nn.Module, name: str) -> int:
+    """Replace every plain SE block of a network, in place, by another implementation with the same weights.
 
-    The styles whose names begin with `without` leave a stage out, and compute something else.
+    Those whose names begin with `without` leave out a stage, and compute something else.
 
     Args:
-        model: a copy that the caller made.
-        style: one of `REIMPLEMENTATIONS`.
+        model: a copy that the caller may change.
+        name: one of `REIMPLEMENTATIONS`.
 
     Returns:
-        How many blocks were replaced.
+        The number of replaced blocks.
 
     Raises:
-        InsertionError: no such style.
+        InsertionError: there is no such implementation.
     """
-    if style not in REIMPLEMENTATIONS:
-        raise InsertionError(f"style {style!r}: no such way to write the block{nearest(style, REIMPLEMENTATIONS)}")
+    if name not in REIMPLEMENTATIONS:
+        raise InsertionError(f"implementation {name!r}: there is no such one{nearest(name, REIMPLEMENTATIONS)}")
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
+        for attribute, child in list(parent._modules.items()):
             if isinstance(child, SqueezeExcitation) and is_plain(child):
                 if child not in made:
-                    made[child] = REIMPLEMENTATIONS[style](child).train(child.training)
-                parent._modules[name] = made[child]
+                    made[child] = REIMPLEMENTATIONS[name](child).train(child.training)
+                parent._modules[attribute] = made[child]
     return len(made)

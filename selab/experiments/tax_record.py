@@ -1,7 +1,7 @@
-"""The frozen types of a comparison of implementations of one block, and their way to and from a file.
+"""Records of the SE overhead of several implementations: types, reading and writing.
 
-Raw quads are the fact. What is computed from them stands beside them, and is held against them on reading, as in
-`selab.record`; the control's quads stand once, as those of the baseline against its second instance.
+A record keeps the raw samples and the values computed from them, which are checked on reading. The samples of the
+control run are stored once, as those of the baseline against its second instance.
 """
 
 from collections.abc import Iterator
@@ -19,29 +19,31 @@ from selab.records.verdict import check
 
 SCHEMA = "selab.tax/1"
 FOLDER = "tax"
-"""Where a machine's comparisons of implementations lie, beside its profiles."""
+"""Folder of these records, next to a machine's profiles."""
 BASELINE, AGAIN, PLAIN = "baseline", "again", "plain"
-"""The network without SE, fused, its second instance for the control, and the same as it was built, not fused."""
-REFERENCE, FAST = "reference", "fast"
-IMPLEMENTATIONS = (REFERENCE, "torchvision", "timm", FAST)
+"""The network without SE, fused; its second instance, for the control run; the same network as built, not fused."""
+# "fast" is the stored word; it is shown as "fused".
+REFERENCE, FUSED = "reference", "fast"
+IMPLEMENTATIONS = (REFERENCE, "torchvision", "timm", FUSED)
 WITHOUT = {"squeeze": "without_squeeze", "excitation": "without_excitation", "scale": "without_scale"}
-"""Stage → the reference with that stage left out."""
+"""Stage → the reference without that stage."""
 _WORDS = {
     AGAIN: "baseline again (control)",
     PLAIN: "baseline as it is built",
+    FUSED: "fused",
     **{name: f"reference without {stage}" for stage, name in WITHOUT.items()},
 }
 _ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
-BUILT_IN = (REFERENCE, FAST)
-"""Where the network brings blocks of its own along: as its library writes them, and fused."""
+BUILT_IN = (REFERENCE, FUSED)
+"""Implementations for a network with built-in SE blocks: as its library wrote them, and fused."""
 
 
 class TaxPair(Frozen, frozen=True, kw_only=True):
-    """Two networks of one interleaved run, by one method.
+    """Two networks of one interleaved run, timed by one method.
 
     Attributes:
-        latency: of the variant against the baseline; in a file its controls are left out.
+        latency: of the variant against the baseline; without its controls in a file.
     """
 
     baseline: str
@@ -50,11 +52,11 @@ class TaxPair(Frozen, frozen=True, kw_only=True):
 
 
 class StageTimes(Frozen, frozen=True, kw_only=True):
-    """What the profiler saw in a step of the reference; it costs time itself, more per operator than per byte.
+    """Profiled times of one step of the reference, in seconds; the profiler adds time to each operator.
 
     Attributes:
-        total_s: of all operators.
-        stages: of each stage of the blocks, or of whole blocks, where a network brings them along.
+        total_s: all operators.
+        stages: each stage of the SE blocks, or whole blocks for a network with built-in ones.
     """
 
     total_s: float
@@ -62,18 +64,18 @@ class StageTimes(Frozen, frozen=True, kw_only=True):
 
 
 class TaxRecord(Frozen, frozen=True, kw_only=True):
-    """Several implementations of the same SE blocks in one network, over the same baseline, measured in one run.
+    """The overhead of several implementations of the same SE blocks, over one baseline, measured in one run.
 
     Attributes:
-        arch: what `--arch` finds again, as in a profile's record.
-        phase: what one call is.
-        implementations: those that were asked for, stages left out among them.
-        blocks: where they stand; their maps and weights are what must move at least.
-        bandwidths: (bytes moved, bytes per second) of copies that were measured in the same run.
-        pairs: of every method.
-        profiled: None where it was not asked for, or torch.compile has no stages.
-        saved_for_backward_bytes: of each network, in training.
-        remarks: what was done to the networks, and what was left out, in words.
+        arch: the value of `--arch`, as in a profile.
+        phase: what is timed as one call.
+        implementations: the requested ones, including those without a stage.
+        blocks: the SE blocks; the bandwidth bound follows from their feature maps and weights.
+        bandwidths: (bytes moved, bytes per second) of copies, measured in the same run.
+        pairs: of every timing method.
+        profiled: None if it was not requested, or under torch.compile.
+        saved_for_backward_bytes: for each network, in training.
+        remarks: how the networks were changed, and what was skipped.
     """
 
     schema: str = SCHEMA
@@ -99,16 +101,16 @@ class TaxRecord(Frozen, frozen=True, kw_only=True):
 
     @property
     def bare(self) -> bool:
-        """Whether the baseline is the same network without the blocks that it brings along."""
+        """Return whether the baseline is the same network without its built-in SE blocks."""
         return is_bare(self)
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """How it was timed, the headline's way first."""
+        """Return the timing methods, the main one first."""
         return tuple(dict.fromkeys(pair.latency.method for pair in self.pairs))
 
     def latency(self, variant: str, *, over: str = BASELINE, method: str) -> Latency | None:
-        """Of a pair, or None where it was not measured."""
+        """Return the latency of one pair; None if it was not measured."""
         return next(
             (
                 pair.latency
@@ -120,7 +122,7 @@ class TaxRecord(Frozen, frozen=True, kw_only=True):
 
 
 def words_of(name: str) -> str:
-    """What tables and messages call a network, by its name in a record: `reference without squeeze`."""
+    """Return the name of a network in tables and messages, for its name in a record: `reference without squeeze`."""
     return _WORDS.get(name, name)
 
 
@@ -130,10 +132,10 @@ def tax_path(out: Path, *, machine: str, arch: str, against: str | None, workloa
 
 
 def save_tax_record(record: TaxRecord, path: Path) -> None:
-    """Writes a record whole or not at all.
+    """Write a record atomically.
 
     Raises:
-        RecordError: the folder cannot be written.
+        RecordError: the folder is not writable.
     """
     bare = tuple(
         msgspec.structs.replace(pair, latency=msgspec.structs.replace(pair.latency, controls=()))
@@ -143,10 +145,11 @@ def save_tax_record(record: TaxRecord, path: Path) -> None:
 
 
 def read_tax_record(path: Path) -> TaxRecord:
-    """One record; its latencies are computed again from its raw quads, and their words written anew.
+    """Read a record, and recompute its latencies from the raw samples.
 
     Raises:
-        RecordError: the file is no such record, or its figures are not those of its quads; names the file and field.
+        RecordError: the file is not such a record, or its values do not follow from its samples; the message names the
+            file and the field.
     """
     record = decoded(
         read_text(path).encode(), TaxRecord, schema=SCHEMA, where=str(path), again="measure again with `selab tax`"
@@ -171,7 +174,7 @@ TAXES = Store(folder=FOLDER, title="records of `selab tax`", command="selab tax"
 
 
 def controls_of(pairs: tuple[TaxPair, ...], method: str) -> tuple[Run, ...]:
-    """The baseline against its second instance."""
+    """Return the control runs: the baseline against its second instance."""
     return next((pair.latency.runs for pair in pairs if pair.variant == AGAIN and pair.latency.method == method), ())
 
 
@@ -179,7 +182,7 @@ def _checked(record: TaxRecord) -> Iterator[TaxPair]:
     for index, pair in enumerate(record.pairs):
         latency = pair.latency
         if latency.phase != record.phase:
-            raise RecordError(f"pairs[{index}]: is of {latency.phase}, the record of {record.phase}; restore the file")
+            raise RecordError(f"pairs[{index}]: phase {latency.phase} in a record of {record.phase}; restore the file")
         controls = () if latency.error else controls_of(record.pairs, latency.method)
         try:
             whole = check(msgspec.structs.replace(latency, controls=controls))
@@ -191,19 +194,19 @@ def _checked(record: TaxRecord) -> Iterator[TaxPair]:
 # ----------------------------------------------------------------------------------------------------------- the least
 @dataclass(frozen=True, kw_only=True)
 class Least:
-    """What SE must move beyond what the baseline moves anyway, and what that takes at the bandwidth of copies."""
+    """The bandwidth bound: bytes that SE must move in addition to the baseline, and their time in seconds."""
 
     bytes: int
     seconds: float
 
 
 def least(record: TaxRecord) -> Least:
-    """Of each block's map y and its layers' weights, at the bandwidth of copies of the same size.
+    """Return the bandwidth bound of each block's feature map y and weights, at the measured bandwidth of copies.
 
-    Inference: y once more, since its mean must be known before it can be scaled (scaling is part of the pass that joins
-    y with the shortcut), and the weights. Training: y once more in the forward pass; in the backward pass, beyond what
-    the baseline's join moves, y and the gradient dz behind the join read and dy written, since the gate's gradient must
-    be known before dy is; the weights read twice and their gradients written.
+    Inference: y is read once more, since scaling needs its mean first (scaling itself is part of the pass that adds the
+    shortcut), and the weights. Training: y once more in the forward pass. In the backward pass, in addition to the
+    baseline's traffic, y and the gradient dz after the join are read and dy is written, since dy needs the gate's
+    gradient first; the weights are read twice and their gradients written.
     """
     maps, weights = (1, 1) if record.phase == "forward" else (4, 3)
     moved, seconds = 0, 0.0

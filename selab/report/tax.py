@@ -7,7 +7,7 @@ from selab import units
 from selab.experiments.tax_record import (
     AGAIN,
     BASELINE,
-    FAST,
+    FUSED,
     IMPLEMENTATIONS,
     REFERENCE,
     WITHOUT,
@@ -85,33 +85,32 @@ def _tax_table(record: TaxRecord, method: str) -> Table:
 
 
 def _direct_words(record: TaxRecord, method: str) -> Iterator[str]:
-    """The fast one's time over the reference's, which is no tax and so no row; nothing where there is no result."""
-    latency = record.latency(FAST, over=REFERENCE, method=method)
+    """Yield the fused time over the reference's, which is no overhead and so no row; nothing without a result."""
+    latency = record.latency(FUSED, over=REFERENCE, method=method)
     if latency is not None and latency.verdict_kind != "no_result":
-        yield f"Time of fast over that of the reference: {change_words(latency)}, in the same run."
+        yield f"Time of fused over that of the reference: {change_words(latency)}, in the same run."
 
 
 def removed(record: TaxRecord, method: str) -> tuple[float, tuple[float, float] | None] | None:
-    """1 - (fast - 1) / (reference - 1): which share of the reference's tax the fast one does not have.
+    """Return the removed share of the reference overhead, 1 - (fused - 1) / (reference - 1), and its interval.
 
-    The interval is what both ratios leave open, each within 97.5 % by its own quads, so that both hold at once in 95 %
-    of all cases, however the two depend on each other. Where the fast one's difference to the baseline is not resolved,
-    its interval reaches to the control floor, as its own tax does.
+    Both ratios have intervals of 97.5 %, so that both hold at once with 95 %, however they depend on each other. If the
+    difference of the fused network to the baseline is not resolved, its interval extends to the noise floor.
 
     Returns:
-        None where the reference's tax is not shown to be above zero, or there is no result; the interval alone is None
-        where 97.5 % of the reference's does not exclude zero.
+        None if the reference overhead is not significant, or without a result; the interval alone is None if the 97.5 %
+        interval of the reference includes zero.
 
-    Source: the two intervals at once: Bonferroni's inequality.
+    Source: Bonferroni's inequality, for the two intervals.
     """
-    reference, fast = (record.latency(name, method=method) for name in (REFERENCE, FAST))
-    if reference is None or fast is None or reference.verdict_kind != "slower":
+    reference, fused = (record.latency(name, method=method) for name in (REFERENCE, FUSED))
+    if reference is None or fused is None or reference.verdict_kind != "slower":
         return None
-    left = not_excluded(fast)
-    if left is None or reference.ratio is None or fast.ratio is None:
+    left = not_excluded(fused)
+    if left is None or reference.ratio is None or fused.ratio is None:
         return None
-    whole, rest = (estimate(one.runs, one.statistic, confidence=0.975) for one in (reference, fast))
-    share = 1 - (fast.ratio - 1) / (reference.ratio - 1)
+    whole, rest = (estimate(one.runs, one.statistic, confidence=0.975) for one in (reference, fused))
+    share = 1 - (fused.ratio - 1) / (reference.ratio - 1)
     if whole.ratio_low <= 1:
         return share, None
     ends = (min(left[0], rest.ratio_low - 1), max(left[1], rest.ratio_high - 1))
@@ -120,25 +119,25 @@ def removed(record: TaxRecord, method: str) -> tuple[float, tuple[float, float] 
 
 
 def _removed_words(record: TaxRecord, method: str) -> Iterator[str]:
-    """What the fast one removes, in a sentence; nothing where one of the two has no result."""
-    latencies = [record.latency(name, method=method) for name in (REFERENCE, FAST)]
+    """Yield the share of the overhead that fusing removes, as a sentence; nothing without both results."""
+    latencies = [record.latency(name, method=method) for name in (REFERENCE, FUSED)]
     if any(one is None or one.verdict_kind == "no_result" for one in latencies):
         return
     found = removed(record, method)
     if found is None:
-        yield "Of the reference's tax removed by fast: not said, for that tax is not shown to be above zero."
+        yield "The share that fused removes is not given: the reference overhead is not significant."
         return
     share, interval = found
     if interval is None:
         shown = units.share(share, decimals=0)
-        yield f"Of the reference's tax removed by fast: {shown}, without an interval, for that tax is too near to zero."
+        yield f"fused removes {shown} of the reference overhead; no interval: that overhead is too close to zero."
         return
     low, high = interval
     decimals = units.decimals_for((high - low) / 2)
     shown = units.share(share, decimals=decimals) if low > 0 or high < 0 else NOT_SIGNIFICANT
     yield (
-        f"Of the reference's tax removed by fast: {shown} [{low * 100:.{decimals}f}, {high * 100:.{decimals}f}]; "
-        "1 - (fast - 1) / (reference - 1) of the ratios, at least 95 %."
+        f"fused removes {shown} [{low * 100:.{decimals}f}, {high * 100:.{decimals}f}] of the reference overhead: "
+        "1 - (fused - 1) / (reference - 1) of the ratios, at least 95 %."
     )
 
 
@@ -266,7 +265,7 @@ def _summary_table(title: str, group: Sequence[tuple[TaxRecord, str]]) -> Table:
         rows.append((name_of(record), _time(None if control is None else control.baseline_s), *cells, at_least))
     return Table(
         title=f"The SE tax ({title})",
-        columns=("", "baseline", *IMPLEMENTATIONS, "least"),
+        columns=("", "baseline", *map(words_of, IMPLEMENTATIONS), "least"),
         rows=tuple(rows),
         notes=(
             f"{_TAX} Least: the bytes that SE must move, at the bandwidth of copies.",
@@ -290,6 +289,6 @@ def _failures(record: TaxRecord, method: str) -> Iterator[str]:
 
 
 def _pair_words(pair: TaxPair) -> str:
-    """As its row is called; against the reference a stage is left out, or it is the fast one's."""
+    """Return the name of its row; over the reference, it is without a stage, or the fused one."""
     words = words_of(pair.variant)
-    return f"{words} against the reference" if (pair.baseline, pair.variant) == (REFERENCE, FAST) else words
+    return f"{words} against the reference" if (pair.baseline, pair.variant) == (REFERENCE, FUSED) else words

@@ -96,15 +96,17 @@ def test_the_command_asks_for_the_same():
     asked = request("se_small_cnn", batch=8, quick=True, threads=2)
     assert asked.command == "selab tax --arch se_small_cnn --batch 8 --threads 2 --quick --phase forward"
     few = experiments_tax.TaxRequest(request=asked.request, implementations=("reference", "fast"))
-    assert few.command == asked.command + " --impl reference --impl fast"
+    assert few.command == asked.command + " --impl reference --impl fused"
 
 
 def test_implementations_stand_in_one_order_and_all_by_default():
     assert experiments_tax.chosen_implementations(()) == ALL
-    assert experiments_tax.chosen_implementations(("fast", "reference", "fast")) == ("reference", "fast")
-    with pytest.raises(UnknownNameError, match="--impl fastt: no such implementation; did you mean fast"):
-        experiments_tax.chosen_implementations(("fastt",))
-    with pytest.raises(InsertionError, match="held against the reference; add --impl reference"):
+    # Records call the fused implementation "fast", and the commands in them do.
+    for names in (("fast", "reference", "fast"), ("fused", "reference", "fast"), ("fused", "reference")):
+        assert experiments_tax.chosen_implementations(names) == ("reference", "fast")
+    with pytest.raises(UnknownNameError, match="--impl fusedd: no such implementation; did you mean fused"):
+        experiments_tax.chosen_implementations(("fusedd",))
+    with pytest.raises(InsertionError, match="compared with the reference; add --impl reference"):
         experiments_tax.chosen_implementations(("without_scale",))
 
 
@@ -120,7 +122,7 @@ def test_stages_are_left_out_against_the_reference():
 
 @pytest.mark.parametrize("arch", ["se_small_cnn+squeeze=max", "se_small_cnn+block=eca"])
 def test_a_block_that_others_do_not_write_is_refused(arch):
-    with pytest.raises(InsertionError, match="the paper's block as others write it"):
+    with pytest.raises(InsertionError, match="only the paper's block can be compared"):
         experiments_tax.Tax(request(arch))
 
 
@@ -183,7 +185,7 @@ def test_a_network_that_brings_blocks_along_is_held_against_itself_without_them(
 def test_blocks_that_fuse_does_not_know_stay_and_are_told(with_blocks):
     tax = experiments_tax.Tax(request(f"{with_blocks}:mixed", **SMALL))
     assert [one.path for one in tax.blocks] == ["1"]
-    assert tax._left_in == "in every network: 1 EcaModule, which selab.fuse does not know"
+    assert tax._left_in == "unknown to selab.fuse and left in every network: 1 EcaModule"
     assert type(tax._networks(())["baseline"]()[3]).__name__ == "EcaModule"
 
 
@@ -199,9 +201,9 @@ def test_a_block_without_a_fast_way_is_left_out_of_the_baseline_too_and_its_reas
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("other", {}, r"none of them an SE block that selab.fuse knows \(2 EcaModule\)"),
-        ("net", {"baseline": "resnet18", "input_chw": (3, 16, 16)}, "leave --baseline, --se and --insert away"),
-        ("net+sites=0,reduction=2", {}, "leave --baseline, --se and --insert away"),
+        ("other", {}, r"none of its built-in blocks is an SE block that selab.fuse knows \(2 EcaModule\)"),
+        ("net", {"baseline": "resnet18", "input_chw": (3, 16, 16)}, "remove --baseline, --se and --insert"),
+        ("net+sites=0,reduction=2", {}, "remove --baseline, --se and --insert"),
     ],
 )
 def test_what_a_network_with_blocks_of_its_own_cannot_be_asked(with_blocks, name, changes, message):
@@ -214,7 +216,7 @@ def test_other_implementations_of_blocks_that_are_brought_along_are_refused(with
         asked = experiments_tax.TaxRequest(
             request=request(f"{with_blocks}:net", **SMALL).request, implementations=names
         )
-        with pytest.raises(InsertionError, match=f"--impl {refused}: .* --impl reference and --impl fast"):
+        with pytest.raises(InsertionError, match=f"--impl {refused}: .* --impl reference and --impl fused"):
             experiments_tax.Tax(asked)
 
 
@@ -247,7 +249,7 @@ class TestTax:
         out = tmp_path / "out"
         status, shown, told = selab("tax", "--arch", f"{toy}:se_toy", *QUICK, "--out", out)
         assert status == 0, told
-        for word in ("reference", "torchvision", "timm", "Time of fast over", "least", "excitation", "record:"):
+        for word in ("reference", "torchvision", "timm", "Time of fused over", "least", "excitation", "record:"):
             assert word in shown
         path, record = record_in(out)
         assert path.name == "se_toy.cpu-b1-16-fp32-t1.forward.json"
@@ -283,7 +285,7 @@ class TestTax:
         words = ("--input", "3x16x16", *QUICK, "--out", out)
         status, shown, told = selab("tax", "--arch", f"{with_blocks}:net", *words)
         assert status == 0, told
-        for word in ("reference", "Time of fast over", "least", "as the profiler sees it"):
+        for word in ("reference", "Time of fused over", "least", "as the profiler sees it"):
             assert word in " ".join(shown.split())
         assert "by stage" not in shown
         path, record = record_in(out)

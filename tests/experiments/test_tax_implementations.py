@@ -94,7 +94,7 @@ def test_the_mode_of_the_block_is_kept():
 
 
 def test_an_unknown_style_is_refused():
-    with pytest.raises(InsertionError, match="style 'torchvisio': no such way"):
+    with pytest.raises(InsertionError, match="implementation 'torchvisio': there is no such one"):
         reimplement(nn.Sequential(), "torchvisio")
 
 

@@ -75,7 +75,7 @@ def slower_control(stored):
             r"pairs\[2\] \(reference over baseline\).*ratio",
         ),
         (slower_control, r"pairs\[0\] \(again over baseline\)"),
-        (lambda stored: stored.update(phase="forward_backward"), "is of forward, the record of forward_backward"),
+        (lambda stored: stored.update(phase="forward_backward"), "phase forward in a record of forward_backward"),
         (lambda stored: stored.update(schema="selab.profile/1"), "another kind"),
         (lambda stored: stored.update(schema="selab.tax/2"), "measure again with `selab tax`"),
     ],
@@ -157,9 +157,9 @@ def test_each_implementation_has_its_tax_and_the_least_stands_below(record):
 def test_the_fast_one_over_the_reference_is_a_line_and_no_row(taxed, workload):
     notes = report_tax.tax_tables(taxed(RATIOS, workload=workload()))[0].notes
     # 1.02 / 1.10 - 1; of 40 ratios 14 lie 0.1 % below.
-    assert "Time of fast over that of the reference: -7.273 % [-7.365, -7.273], in the same run." in notes
+    assert "Time of fused over that of the reference: -7.273 % [-7.365, -7.273], in the same run." in notes
     failed = report_tax.tax_tables(taxed(RATIOS, workload=workload(), failed=("fast",)))[0].notes
-    assert not any(note.startswith("Time of fast over") for note in failed)
+    assert not any(note.startswith("Time of fused over") for note in failed)
 
 
 def test_what_a_tax_is_over_is_said_alike_and_of_any_network(record):
@@ -182,7 +182,7 @@ def test_what_leaving_a_stage_out_saves_is_of_the_baseline_s_time(record):
 
 
 def removed_line(record):
-    return next((note for note in report_tax.tax_tables(record)[0].notes if "removed by fast" in note), None)
+    return next((note for note in report_tax.tax_tables(record)[0].notes if "fused removes" in note), None)
 
 
 def test_the_share_of_the_reference_s_tax_that_is_removed(record):
@@ -191,19 +191,19 @@ def test_the_share_of_the_reference_s_tax_that_is_removed(record):
     # Of 40 ratios 14 lie 0.1 % below the true one, which the 13th from below and not the 13th from above is among.
     assert low == pytest.approx(1 - (1.02 - 1) / (1.10 * 0.999 - 1), abs=1e-6)
     assert high == pytest.approx(1 - (1.02 * 0.999 - 1) / (1.10 - 1), abs=1e-6)
-    assert removed_line(record).startswith("Of the reference's tax removed by fast: 80.00 % [79.78, 81.02];")
+    assert removed_line(record).startswith("fused removes 80.00 % [79.78, 81.02] of the reference overhead:")
 
 
 def test_where_nothing_is_shown_to_be_removed_only_the_interval_is_told(taxed, workload):
     record = taxed({**RATIOS, ("baseline", "fast"): 1.10}, workload=workload())
-    assert removed_line(record).startswith("Of the reference's tax removed by fast: n.s. [-")
+    assert removed_line(record).startswith("fused removes n.s. [-")
 
 
 @pytest.mark.parametrize("reference", [1.0, 0.95])
 def test_of_a_tax_that_is_not_shown_no_share_is_said(taxed, workload, reference):
     record = taxed({**RATIOS, ("baseline", "reference"): reference}, workload=workload())
     assert report_tax.removed(record, "wall") is None
-    assert removed_line(record).endswith("not said, for that tax is not shown to be above zero.")
+    assert removed_line(record).endswith("is not given: the reference overhead is not significant.")
 
 
 @pytest.mark.parametrize("failed", ["reference", "fast"])
@@ -302,12 +302,12 @@ def test_one_reason_for_several_pairs_is_told_once_in_the_words_of_the_rows(reco
     grid = report_tax.tax_tables(restless(record))[0]
     (why,) = [note for note in grid.notes if "too noisy: control" in note]
     assert why.startswith(
-        "baseline again (control), baseline as it is built, reference, torchvision, timm, fast, "
-        "reference without squeeze, reference without excitation, reference without scale, fast against the reference: "
-        "too noisy: control: the baseline against itself shows"
+        "baseline again (control), baseline as it is built, reference, torchvision, timm, fused, "
+        "reference without squeeze, reference without excitation, reference without scale, fused against the "
+        "reference: too noisy: control: the baseline against itself shows"
     )
     named = [name for name in why.split(": too noisy")[0].split(", ") if not name.startswith("reference without")]
-    assert set(named) - {"fast against the reference"} <= {row[0] for row in grid.rows}
+    assert set(named) - {"fused against the reference"} <= {row[0] for row in grid.rows}
 
 
 def test_a_second_reason_does_not_repeat_the_first(record):
@@ -353,7 +353,7 @@ def test_all_records_of_a_machine_as_one_section(taxed, workload):
         "The SE tax (forward+backward, batch 2, 3×8×8, fp32, cpu)",
         "The SE tax (forward, batch 2, 3×8×8, fp32, cpu, graph)",
     ]
-    assert grids[0].columns == ("", "baseline", "reference", "torchvision", "timm", "fast", "least")
+    assert grids[0].columns == ("", "baseline", "reference", "torchvision", "timm", "fused", "least")
     with pytest.raises(RecordError, match="`selab tax`"):
         pages.named_tables("tax", {}, ())
 
@@ -364,7 +364,7 @@ def test_all_records_of_a_machine_as_one_section(taxed, workload):
 def test_bars_of_each_implementation_and_of_the_least(taxed, workload):
     record = taxed({**RATIOS, ("baseline", "fast"): 1.0}, workload=workload(), failed=("timm",))
     shown = tax.tax_bars(record)
-    assert [bar.name for bar in shown.bars] == ["reference", "torchvision", "fast"]
+    assert [bar.name for bar in shown.bars] == ["reference", "torchvision", "fused"]
     assert shown.bars[0].tax == pytest.approx(0.10, abs=1e-3)
     assert [(one.name, one.why) for one in shown.left_out] == [("timm", "failed")]
     assert shown.least == pytest.approx((MAP_BYTES + 4 * PARAMS) / 1e9 / 1e-3, rel=1e-3)

@@ -295,8 +295,8 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("changed", "why"),
         [
-            ({"squeeze": "max"}, "squeeze 'max'"),
-            ({"gate": "tanh"}, "gate 'tanh'"),
+            ({"squeeze": "max"}, "unsupported squeeze: max"),
+            ({"gate": "tanh"}, "unsupported gate: tanh"),
         ],
     )
     def test_other_kinds_run_as_written(self, changed, why):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selab.errors import RecordError
-from selab.experiments.tax_record import AGAIN, IMPLEMENTATIONS, TaxRecord, least
+from selab.experiments.tax_record import AGAIN, IMPLEMENTATIONS, TaxRecord, least, words_of
 from selab.models.provenance import name_of
 from selab.records import verdict as records_verdict
 from selab.report.figures.bars import draw_bar, draw_interval, set_bars
@@ -58,11 +58,11 @@ def tax_bars(record: TaxRecord, *, method: str | None = None) -> TaxBars:
     for name in IMPLEMENTATIONS:
         latency = record.latency(name, method=method)
         if latency is None or latency.ratio is None:
-            left_out.append(LeftOut(name=name, why="not asked for" if latency is None else "failed"))
+            left_out.append(LeftOut(name=words_of(name), why="not asked for" if latency is None else "failed"))
             continue
         interval = records_verdict.not_excluded(latency)
         said = interval is not None and latency.verdict_kind != "undecided"
-        bars.append(TaxBar(name=name, tax=latency.ratio - 1 if said else None, interval=interval))
+        bars.append(TaxBar(name=words_of(name), tax=latency.ratio - 1 if said else None, interval=interval))
     what = record.phase.replace("_", " and ") + (" passes" if "_" in record.phase else " pass")
     return TaxBars(
         title=f"The SE tax of {name_of(record)}: what a {what} takes longer",

@@ -1,16 +1,15 @@
-"""The SE block on a CPU in as few passes over the maps as it takes: natively, or with few torch operations.
+"""Compute SE blocks on a CPU in few passes over the feature maps: by native code, or by few torch operations.
 
-The native code (native.c) is built when the project is installed, if there is a C compiler; without it the same steps
-run as torch operations, which take one or two passes more. Both share one forward and one backward:
+The native code (native.c) is built on installation, if there is a C compiler. Without it the same steps run as torch
+operations, which take one or two passes more. Both share one forward and one backward:
 
     m = relu(y) if relu_in else y;  s = mean(m);  u = fc1(s);  v = fc2(act(u));  g = scale * gate(v) + offset
     out = m * g (+ shortcut), rectified if relu_out
 
-In inference the native code takes act(norm(y)) for y, where a BatchNorm stands before the block, and an activation
-perhaps, and does not write it.
+At inference the native code also computes a BatchNorm and an activation before the block, without storing their output.
 
-A forward pass reads y for the mean and once more for the join. A backward pass reads the gradient, the output and y,
-writes the gradient of the sum and reduces the gates' gradients on the way; then it reads the former and writes y's.
+The forward pass reads y for the mean and once more for the join. The backward pass first reads the gradient, the output
+and y, writes the gradient of the sum and reduces the gates' gradients; then it reads the former and writes y's.
 
 Source: arXiv 1709.01507, eq. 2-4.
 """
@@ -48,23 +47,24 @@ _native, _WHY_NOT = _load()
 ACTIVATIONS = ("relu", "silu")
 GATES = ("sigmoid", "hardsigmoid")
 POST_ACTIVATIONS = ("", "relu", "hardswish", "silu")
-"""What may stand behind a pass over a map; in the native code's order."""
+"""Activations at the end of a pass over a feature map, in the order of the native code."""
 PRE_ACTIVATIONS = POST_ACTIVATIONS[:3]
-"""What may stand before a block, as part of it: it is computed twice."""
-# Below so many elements a second thread costs more than it saves.
+"""Activations at the start of a block's pass; they are computed twice."""
+# With fewer elements, a second thread costs more than it saves.
 _LEAST_PER_THREAD = 1 << 15
-# Up to so many positions a matrix product averages a channels-last map faster than a reduction does.
+# Up to this many positions, a matrix product averages a channels-last feature map faster than a reduction.
 _POSITIONS_BY_PRODUCT = 256
 
 
 class BlockParams(NamedTuple):
-    """Everything of a block but its map.
+    """Weights and settings of a block.
 
     Attributes:
-        w1: (K, C), b1 (K) or None, w2 (C, K), b2 (C) or None.
-        activation: `relu` or `silu`; gate: `sigmoid` or `hardsigmoid`, times `scale` plus `offset`.
-        relu_in: whether a ReLU stands before the block.
-        relu_out: whether one stands behind the join.
+        w1: (K, C); b1: (K) or None; w2: (C, K); b2: (C) or None.
+        activation: `relu` or `silu`.
+        gate: `sigmoid` or `hardsigmoid`, multiplied by `scale`, plus `offset`.
+        relu_in: whether a ReLU is applied to the input.
+        relu_out: whether a ReLU is applied to the output, after the residual addition.
     """
 
     w1: Tensor
@@ -80,11 +80,11 @@ class BlockParams(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A BatchNorm in inference: activation((y - mean) / sqrt(var + eps) * weight + bias).
+    """A BatchNorm at inference: activation((y - mean) / sqrt(var + eps) * weight + bias).
 
     Attributes:
-        weight: (C) or None, as bias; mean and var (C).
-        activation: of `POST_ACTIVATIONS`.
+        weight: (C) or None, like bias; mean and var are (C).
+        activation: one of `POST_ACTIVATIONS`.
     """
 
     weight: Tensor | None
@@ -96,35 +96,35 @@ class Norm(NamedTuple):
 
 
 def native_reason() -> str:
-    """Why the native code cannot run at all; empty if it can."""
+    """Return why the native code cannot run at all; empty if it can."""
     return _WHY_NOT
 
 
 def native_refuses(y: Tensor, shortcut: Tensor | None, params: BlockParams) -> str:
-    """Why these tensors are not the native code's; empty if they are."""
+    """Return why the native code does not support these tensors; empty if it does."""
     if _native is None:
         return _WHY_NOT
     if y.dtype != torch.float32 or params.w1.dtype != torch.float32:
-        return f"the native code computes in float32, not in {str(y.dtype).removeprefix('torch.')}"
+        return f"the native code computes in float32 only, not in {str(y.dtype).removeprefix('torch.')}"
     if not memory_format.is_dense(y):
-        return "the map is neither contiguous nor channels last"
+        return "the feature map is neither contiguous nor channels last"
     if shortcut is not None and (shortcut.dtype != y.dtype or shortcut.stride() != y.stride()):
-        return "branch and shortcut lie differently in memory"
+        return "branch and shortcut differ in dtype or strides"
     if not (params.w1.is_contiguous() and params.w2.is_contiguous()):
         return "the weights are not contiguous"
     if params.w1.shape[1] != y.shape[1] or params.w2.shape != params.w1.shape[::-1]:
-        return "the weights are those of another number of channels"
+        return "the weights do not match the number of channels"
     return ""
 
 
 def norm_refuses(y: Tensor, norm: Norm) -> str:
-    """Why the native code cannot do a BatchNorm's work on this map; empty if it can."""
+    """Return why the native code cannot apply a BatchNorm to this feature map; empty if it can."""
     refused = activated_refuses(y, None)
     if refused:
         return refused
     for one in norm[:4]:
         if one is not None and not (one.dtype == y.dtype and one.is_contiguous() and one.shape == y.shape[1:2]):
-            return "the statistics are of another kind than the map"
+            return "the running statistics do not match the feature map"
     return ""
 
 
@@ -137,18 +137,18 @@ def infer(
     in_place: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
-    """The block without gradients.
+    """Run the block without gradients.
 
     Args:
         y: (N, C, H, W).
         shortcut: of the same shape, or None.
         params: of the block.
-        native: whether by the native code, which `native_refuses` must have been asked about.
-        in_place: whether the result may take y's place.
-        norm: of a BatchNorm before the block, natively alone, which `norm_refuses` must have been asked about.
+        native: whether to use the native code; `native_refuses` must have returned an empty string.
+        in_place: whether the result may reuse y's memory.
+        norm: the BatchNorm before the block, only with `native`; `norm_refuses` must have returned an empty string.
 
     Returns:
-        (N, C, H, W), in y's memory format.
+        (N, C, H, W), in the memory format of y.
     """
     if native:
         out = y if in_place else torch.empty_like(y)
@@ -164,7 +164,7 @@ def infer(
 
 
 def forward(y: Tensor, shortcut: Tensor | None, params: BlockParams, *, native: bool) -> tuple[Tensor, Tensor]:
-    """The block, and what its backward pass needs beside the maps.
+    """Run the block, and keep what its backward pass needs in addition to the feature maps.
 
     Args:
         y: (N, C, H, W).
@@ -173,8 +173,8 @@ def forward(y: Tensor, shortcut: Tensor | None, params: BlockParams, *, native: 
         native: as in `infer`.
 
     Returns:
-        (N, C, H, W); and for each image the squeezed values (C), the hidden ones before their activation (K) and the
-        logits (C), together (N, C + K + C).
+        The output (N, C, H, W); and (N, C + K + C), for each image the squeezed values (C), the hidden values before
+        their activation (K) and the logits (C).
     """
     if native:
         out = torch.empty_like(y)
@@ -192,18 +192,18 @@ def forward(y: Tensor, shortcut: Tensor | None, params: BlockParams, *, native: 
 def backward(
     dout: Tensor, out: Tensor | None, y: Tensor, params: BlockParams, kept: Tensor, *, native: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of one block.
+    """Return the gradients of one block.
 
     Args:
-        dout: of the output, (N, C, H, W).
-        out: the output, where `relu_out` is set; None otherwise.
+        dout: gradient of the output, (N, C, H, W).
+        out: the output if `relu_out` is set; None otherwise.
         y: as in `forward`.
         params: as in `forward`.
         kept: from `forward`.
-        native: as in `forward`, whose output has y's layout only if it ran natively.
+        native: as in `forward`; only a native output has the memory format of y.
 
     Returns:
-        Gradients of y and of the sum (the shortcut's), (N, C, H, W); of the logits (N, C) and the hidden values (N, K).
+        Gradients of y and of the shortcut, both (N, C, H, W); of the logits, (N, C); of the hidden values, (N, K).
     """
     dout = memory_format.laid_out(dout, y)
     if native:
@@ -223,7 +223,7 @@ def backward(
 def layer_gradients(
     params: BlockParams, kept: Tensor, dlogits: Tensor, dhidden: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Those of w1, b1, w2 and b2, from (N, C + K + C), (N, C) and (N, K)."""
+    """Return the gradients of w1, b1, w2 and b2, from (N, C + K + C), (N, C) and (N, K)."""
     s, hidden, _ = _parts(kept, params)
     h = F.silu(hidden) if params.activation == "silu" else F.relu(hidden)
     return (
@@ -241,9 +241,9 @@ def _parts(kept: Tensor, params: BlockParams) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Gated(torch.autograd.Function):
-    """`forward` and `backward` as one node of autograd; saves y, the output if it is rectified, and (N, C), (N, K).
+    """`forward` and `backward` as one autograd node.
 
-    The gradients are not differentiable again.
+    It saves y, the output if `relu_out` is set, and (N, C + K + C). It cannot be differentiated twice.
     """
 
     @staticmethod
@@ -261,7 +261,7 @@ class Gated(torch.autograd.Function):
         """(N, C, H, W), the shortcut alike or None, the layers, the params again, `native` → (N, C, H, W)."""
         out, kept = forward(y, shortcut, params, native=native)
         ctx.save_for_backward(y, out if params.relu_out else None, w1, b1, w2, b2, kept)  # type: ignore[arg-type]
-        # Without the weights: a tensor that autograd does not know of would keep itself alive.
+        # Without the weights: tensors stored outside save_for_backward would leak.
         ctx.options = params[4:]  # type: ignore[attr-defined]
         ctx.joined = shortcut is not None  # type: ignore[attr-defined]
         ctx.native = native  # type: ignore[attr-defined]
@@ -279,11 +279,11 @@ class Gated(torch.autograd.Function):
 
 
 def activated_refuses(y: Tensor, shortcut: Tensor | None) -> str:
-    """Why the native code cannot go over these; empty if it can."""
+    """Return why the native code does not support this addition and activation; empty if it does."""
     if _native is None:
         return _WHY_NOT
     if y.dtype != torch.float32 or y.dim() != 4 or not memory_format.is_dense(y) or not y.is_cpu:
-        return "the map is none of single precision, contiguous or channels last, on a CPU"
+        return "the feature map is not float32, contiguous or channels last, and on a CPU"
     if shortcut is not None and not _is_alike(y, shortcut):
         return "branch and shortcut differ in dtype, shape or memory"
     return ""
@@ -292,14 +292,14 @@ def activated_refuses(y: Tensor, shortcut: Tensor | None) -> str:
 def activated(
     y: Tensor, shortcut: Tensor | None, norm: Norm | None, activation: str = "relu", *, in_place: bool = False
 ) -> Tensor:
-    """activation(norm(y) + shortcut) in one pass, natively and without gradients: (N, C, H, W) → (N, C, H, W).
+    """Compute activation(norm(y) + shortcut) in one native pass, without gradients: (N, C, H, W) → (N, C, H, W).
 
     Args:
-        y: that `activated_refuses` must have been asked about.
+        y: (N, C, H, W), for which `activated_refuses` has returned an empty string.
         shortcut: of the same shape, or None.
-        norm: of the BatchNorm before it, as in `infer`, or None; it has no activation of its own.
-        activation: of `POST_ACTIVATIONS`.
-        in_place: whether the result takes y's place.
+        norm: the BatchNorm before it, without an activation of its own, or None.
+        activation: one of `POST_ACTIVATIONS`.
+        in_place: whether the result reuses y's memory.
     """
     out = y if in_place else torch.empty_like(y)
     _run_native(y, shortcut, activation, out, None, norm)
@@ -307,12 +307,12 @@ def activated(
 
 
 def add_relu(branch: Tensor, shortcut: Tensor, *, in_place: bool = False) -> Tensor:
-    """relu(branch + shortcut), without gradients: (N, C, H, W) twice → (N, C, H, W).
+    """Compute relu(branch + shortcut) without gradients: (N, C, H, W) twice → (N, C, H, W).
 
     Args:
-        branch: the one whose place the result may take.
+        branch: (N, C, H, W).
         shortcut: of the same shape.
-        in_place: whether it does.
+        in_place: whether the result reuses the branch's memory.
     """
     if not activated_refuses(branch, shortcut):
         return activated(branch, shortcut, None, in_place=in_place)
@@ -320,7 +320,7 @@ def add_relu(branch: Tensor, shortcut: Tensor, *, in_place: bool = False) -> Ten
 
 
 class AddReLU(torch.autograd.Function):
-    """`add_relu` as one node of autograd; saves its output."""
+    """`add_relu` as one autograd node; saves its output."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, branch: Tensor, shortcut: Tensor) -> Tensor:
@@ -340,10 +340,10 @@ class AddReLU(torch.autograd.Function):
 
 # ------------------------------------------------------------------------------------------------------------ by torch
 def squeezed(m: Tensor) -> Tensor:
-    """mean(m): (N, C, H, W) → (N, C), in the way that is fastest for the map's layout and size.
+    """Return mean(m), (N, C, H, W) → (N, C), by the fastest operation for its memory format and size.
 
-    A reduction over one dimension is faster than one over two; small channels-last maps are averaged by a product with
-    a row of ones.
+    A reduction over one dimension is faster than one over two; small channels-last feature maps are averaged by a
+    matrix product with a constant row.
     """
     n, c, h, w = m.shape
     if m.is_contiguous():
@@ -358,10 +358,10 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def compilable(y: Tensor, shortcut: Tensor | None, params: BlockParams) -> Tensor:
-    """The block as a compiler should see it: (N, C, H, W), the shortcut alike or None → (N, C, H, W).
+    """Run the block in the form for torch.compile: (N, C, H, W), the shortcut alike or None → (N, C, H, W).
 
-    For few images the two layers are products and sums, which a compiler puts into one loop with the activation and
-    the gate; as matrix products each would call a library, whose preparation takes longer than its work.
+    For few images the two layers are products and sums, which the compiler puts into one loop with activation and gate.
+    Each matrix product would be a library call, whose overhead is longer than its work.
     """
     m = F.relu(y) if params.relu_in else y
     s = m.mean((2, 3))
@@ -376,7 +376,7 @@ def compilable(y: Tensor, shortcut: Tensor | None, params: BlockParams) -> Tenso
     return F.relu(out) if params.relu_out else out
 
 
-# Up to so many images a compiled layer is a loop of the compiler's own.
+# Up to this many images, a compiled layer is a generated loop.
 _IMAGES_BY_SUMS = 4
 
 
@@ -386,7 +386,7 @@ def _by_sums(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _excited(s: Tensor, params: BlockParams) -> tuple[Tensor, Tensor]:
-    """(N, C) → the hidden values before their activation (N, K), and the logits (N, C)."""
+    """Return the hidden values before their activation (N, K), and the logits (N, C), for (N, C)."""
     hidden = F.linear(s, params.w1, params.b1)
     h = F.silu(hidden) if params.activation == "silu" else F.relu(hidden)
     return hidden, F.linear(h, params.w2, params.b2)
@@ -425,12 +425,12 @@ def _at(tensor: Tensor | None) -> int:
 
 
 def native_shape(y: Tensor, params: BlockParams | str, norm: Norm | None = None) -> bytes:
-    """The numbers that the native code wants, for this map and the threads that torch uses now.
+    """Return the packed sizes and settings for the native code, with the current number of torch threads.
 
     Args:
         y: (N, C, H, W).
-        params: of the block, or the activation of a pass without one, of `POST_ACTIVATIONS`.
-        norm: what stands before it, or None.
+        params: of the block, or the activation of a pass without one, one of `POST_ACTIVATIONS`.
+        norm: the BatchNorm before it, or None.
     """
     n, c, h, w = y.shape
     before, eps = (0, 0.0) if norm is None else (PRE_ACTIVATIONS.index(norm.activation), norm.eps)
@@ -460,7 +460,7 @@ def native_shape(y: Tensor, params: BlockParams | str, norm: Norm | None = None)
 
 
 def native_call(**facts: Any) -> Any:
-    """The native forward pass for maps like one that it was decided for (`selab.kernels.choice.repeat`)."""
+    """Return the native object behind `selab.kernels.dispatch.cached_call`."""
     return _native.CachedCall(**facts)
 
 
@@ -472,7 +472,7 @@ def _run_native(
     kept: Tensor | None,
     norm: Norm | None = None,
 ) -> None:
-    """Fills `out` and, if there is one, `kept`."""
+    """Write `out` and, unless None, `kept`."""
     layers = (None,) * 4 if isinstance(params, str) else params[:4]
     statistics = (None,) * 4 if norm is None else norm[:4]
     _native.gated(native_shape(y, params, norm), *(_at(one) for one in (*layers, *statistics, y, shortcut, out, kept)))

@@ -1,13 +1,13 @@
-"""One torch operator for an SE block with its residual join, and one for its backward pass.
+"""Register torch operators for an SE block with its residual join, and for its backward pass.
 
 `torch.ops.selab.gated` is relu(shortcut + m * (scale * gate(fc2(act(fc1(mean(m))))) + offset)), m being relu(y) or y.
 torch.compile, export and autocast see it as one operator, and `torch.ops.selab.gated_backward` as another; autocast
-leaves its inputs as they are. `torch.ops.selab.add_relu` is the join of a block without SE, relu(branch + shortcut) in
-one pass, for the networks that SE is compared with. On a CPU they are plain torch operators (`selab.kernels.cpu`), with
-fp64 as exact as the map; on CUDA they are Triton kernels (`selab.kernels.gpu`), which are imported with the first map
-that needs them. Other types are computed in fp32 and rounded once, whatever types the weights have.
+does not cast their inputs. `torch.ops.selab.add_relu` is the join of a block without SE, relu(branch + shortcut) in one
+pass, for the networks that SE is compared with. On a CPU they run torch operations (`selab.kernels.cpu`); on CUDA they
+are Triton kernels (`selab.kernels.triton`), imported on first use. fp64 is computed in fp64; other types are computed
+in fp32 and rounded once, whatever types the weights have.
 
-How often a map is gone over, on CUDA. Forward: y is read for the squeeze and once more in the join, where the shortcut
+Passes over the feature maps on CUDA. Forward: y is read for the squeeze and once more in the join, where the shortcut
 is read and out is written. Backward: the first pass reads dout, out and y, writes dz and adds up the gate's gradient;
 the second reads dz and writes dy. Without a ReLU at the end there is no out to read and dz is dout; with one at the
 beginning the second pass reads y as well; where the shortcut needs no gradient, dz is not written and the second pass
@@ -51,9 +51,9 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def gpu_reason() -> str:
-    """Why the Triton kernels cannot run on the current CUDA device; empty if they can.
+    """Return why the Triton kernels cannot run on the current CUDA device; empty if they can.
 
-    torch.compile follows it, for which it asks nothing but what torch's compiler knows.
+    torch.compile can trace it.
     """
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
@@ -63,7 +63,7 @@ def gpu_reason() -> str:
 
 def _why_not(major: int, minor: int) -> str:
     if torch.version.hip is not None:
-        return "this torch is built for ROCm, on which the kernels were never tried"
+        return "the kernels are not tested on ROCm builds of torch"
     if not _HAS_TRITON:
         return "triton is not installed; pip install triton"
     if major < 7:
@@ -81,7 +81,7 @@ def refuses(
     activation: str,
     gate: str,
 ) -> str:
-    """Why `selab::gated` does not take these, in words for an error or for `selab show`; empty if it does."""
+    """Return why `selab::gated` does not support these arguments; empty if it does."""
     for what, word, allowed in (("activation", activation, cpu.ACTIVATIONS), ("gate", gate, cpu.GATES)):
         if word not in allowed:
             return f"{what} {word!r}: allowed: {', '.join(allowed)}"
@@ -89,7 +89,7 @@ def refuses(
     if y.dim() != 4 or y.dtype not in types:
         return f"y is {_shown(y)}: it must be (N, C, H, W) and of {', '.join(map(_plain, types))}"
     if shortcut is not None and (shortcut.shape != y.shape or shortcut.dtype != y.dtype or shortcut.device != y.device):
-        return f"shortcut is {_shown(shortcut)}, y is {_shown(y)}: they must be alike"
+        return f"shortcut is {_shown(shortcut)}, y is {_shown(y)}: they must match"
     return _refuses_weights(y, w1, b1, w2, b2) or (_gpu_refuses(y, w1) if y.is_cuda else "")
 
 
@@ -183,7 +183,7 @@ def _backward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _without_autocast(y: Tensor) -> torch.autocast:
-    """Inside the operators the types are theirs."""
+    """Return a context without autocast: the operators choose their own types."""
     return torch.autocast(y.device.type, enabled=False)
 
 
@@ -204,7 +204,7 @@ def _backward(
     relu_in: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """The maps' gradients and those of hidden and logits by `maps`, the layers' by matrix products."""
+    """Return all gradients: `maps` computes those of feature maps, hidden values and logits."""
     needs = _made(needs, out)
     params = cpu.BlockParams(w1, None, w2, None, activation, gate, scale, offset, relu_in, out is not None)
     dy, dz, dlogits, dhidden = maps(dout, out, y, params, (squeezed, hidden, logits), needs)
@@ -224,7 +224,7 @@ def _backward(
 def _maps_by_torch(
     dout: Tensor, out: Tensor | None, y: Tensor, params: cpu.BlockParams, kept: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`cpu.backward` in fp32 or fp64: the gradients of y, of the sum before the last ReLU, of logits and hidden."""
+    """Run `cpu.backward` in fp32 or fp64; return the gradients of y, of the shortcut, of logits and hidden values."""
     wide = kept[0].dtype
     cut = None if out is None else memory_format.laid_out(out, y).to(wide)
     maps = memory_format.laid_out(dout, y).to(wide), cut, memory_format.laid_out(y, y).to(wide)
@@ -248,12 +248,12 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _made(needs: Sequence[bool], out: Tensor | None) -> list[bool]:
-    """Which gradients the operator returns: without a ReLU at the end, the shortcut's is dout, which is there."""
+    """Return which gradients the operator computes: without a final ReLU, the shortcut's is dout itself."""
     return [needs[0], needs[1] and out is not None, *needs[2:]]
 
 
 def _where(needs: Sequence[bool], *make: Callable[[], Tensor], like: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that are needed, and one without elements in place of each other."""
+    """Return the needed tensors, and an empty one in place of each other."""
     return tuple(one() if need else like.new_empty(0) for one, need in zip(make, needs, strict=True))
 
 
@@ -284,7 +284,9 @@ def _gradients(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor
 
 
 def _no_second_derivative(*_: Any) -> None:
-    raise ModelError(f"{_BACKWARD}: has no derivative of its own; use the block's separate operators for a second one")
+    raise ModelError(
+        f"{_BACKWARD}: has no derivative of its own; use the block's separate operators for second derivatives"
+    )
 
 
 torch.library.register_autograd(_FORWARD, _gradients, setup_context=_setup)
@@ -293,11 +295,11 @@ torch.library.register_autograd(_BACKWARD, _no_second_derivative)
 
 # ----------------------------------------------------------------------------------------------- a join without a block
 def refuses_join(branch: Tensor, shortcut: Tensor) -> str:
-    """Why `selab::add_relu` does not take these on a GPU; empty if it does."""
+    """Return why `selab::add_relu` does not support these tensors on a GPU; empty if it does."""
     if branch.dim() != 4 or branch.dtype not in _GPU_TYPES or branch.numel() == 0:
         return f"branch is {_shown(branch)}: it must be (N, C, H, W) and of {', '.join(map(_plain, _GPU_TYPES))}"
     if shortcut.shape != branch.shape or shortcut.dtype != branch.dtype or shortcut.device != branch.device:
-        return f"shortcut is {_shown(shortcut)}, branch is {_shown(branch)}: they must be alike"
+        return f"shortcut is {_shown(shortcut)}, branch is {_shown(branch)}: they must match"
     return gpu_reason()
 
 

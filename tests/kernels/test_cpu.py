@@ -207,13 +207,13 @@ def test_what_is_not_finite_comes_through_a_batchnorm_as_by_torch(relu_in, memor
 @needs_native
 def test_which_batchnorms_are_refused():
     norm, y = statistics(4), torch.randn(1, 4, 5, 5)
-    other = "the statistics are of another kind than the map"
+    other = "the running statistics do not match the feature map"
     assert cpu.norm_refuses(y, norm) == ""
     assert cpu.norm_refuses(y, norm._replace(mean=norm.mean.double())) == other
     assert cpu.norm_refuses(y, norm._replace(var=norm.var[:2])) == other
     assert cpu.norm_refuses(y, norm._replace(bias=torch.zeros(8)[::2])) == other
     for one in (y.double(), y[:, :, ::2], y[0]):
-        assert "the map is none of single precision" in cpu.norm_refuses(one, norm)
+        assert "the feature map is not float32" in cpu.norm_refuses(one, norm)
 
 
 def test_gradients_by_differences():
@@ -338,7 +338,7 @@ class TestChoice:
     def test_a_map_that_is_not_dense_goes_by_torch(self):
         fast = block(4, "auto")
         x = torch.randn(2, 4, 6, 6)[:, :, ::2]
-        assert fast.runtime(x) == ("torch", "the map is neither contiguous nor channels last")
+        assert fast.runtime(x) == ("torch", "the feature map is neither contiguous nor channels last")
         assert_near(fast(x), in_double(fast)(x.double()), FORWARD)
 
     def test_without_the_native_code_torch_operations_do_it(self, monkeypatch):

@@ -401,7 +401,7 @@ class TestJoin:
         monkeypatch.setattr(ops, "gpu_reason", lambda: "")
         y = a_map(2, 3, 4, 5)
         assert ops.refuses_join(y, y) == ""
-        assert "they must be alike" in ops.refuses_join(y, y[:1])
+        assert "they must match" in ops.refuses_join(y, y[:1])
         assert "it must be (N, C, H, W)" in ops.refuses_join(y.double(), y.double())
 
     @pytest.mark.cuda

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from selab.kernels.cpu import BlockParams
 
 triton = pytest.importorskip("triton")
-gpu = pytest.importorskip("selab.kernels.triton")
+kernels = pytest.importorskip("selab.kernels.triton")
 if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
     pytest.skip("triton was imported before its interpreter was chosen", allow_module_level=True)
 
@@ -68,7 +68,7 @@ def check(y, shortcut, made, weights_tolerance=1e-5):
     maps = doubles(y, shortcut)
     weights = doubles(*made[:4])
     expected = by_torch(*maps, *weights, *made[4:])
-    found = gpu.forward(y, shortcut, made)
+    found = kernels.forward(y, shortcut, made)
     for one, other in zip(found, expected, strict=True):
         assert_near(one, other, TOLERANCES[one.dtype])
     assert found[0].dtype == y.dtype
@@ -78,7 +78,7 @@ def check(y, shortcut, made, weights_tolerance=1e-5):
     expected[0].backward(dout.double())
     out = found[0] if made.relu_out else None
     needs = [True, shortcut is not None and made.relu_out]
-    dy, dz, dlogits, dhidden = gpu.backward(dout, out, y, made, found[1:], needs)
+    dy, dz, dlogits, dhidden = kernels.backward(dout, out, y, made, found[1:], needs)
     assert_near(dy, maps[0].grad, TOLERANCES[y.dtype])
     if shortcut is not None:
         assert_near(dz, maps[1].grad, TOLERANCES[y.dtype])
@@ -115,10 +115,10 @@ def test_every_kind_of_block(words, switches):
 @pytest.mark.parametrize("images", [1, 17])
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_a_small_batch_is_summed_in_parts(images, memory_format, monkeypatch):
-    monkeypatch.setattr(gpu, "_processors", lambda device: 40)
+    monkeypatch.setattr(kernels, "_processors", lambda device: 40)
     y, shortcut = (a_map((images, 40, 31, 33), torch.float32, memory_format) for _ in range(2))
     last = memory_format == torch.channels_last
-    tiles = gpu.tiling(images, 40, 31 * 33, last=last, processors=40)
+    tiles = kernels.tiling(images, 40, 31 * 33, last=last, processors=40)
     assert tiles.splits > 1
     check(y, shortcut, params(40, 9, "relu", "sigmoid", True, False, True))
 
@@ -141,9 +141,9 @@ def test_maps_that_lie_otherwise():
     y = a_map((3, 9, 6, 10), torch.float32, torch.contiguous_format)[:, :, ::2, 1::3]
     made = params(9, 3, "relu", "sigmoid", True, True, True)
     shortcut = a_map(y.shape, torch.float32, torch.channels_last)
-    found = gpu.forward(y, shortcut, made)
+    found = kernels.forward(y, shortcut, made)
     assert found[0].is_contiguous()
-    assert torch.equal(found[0], gpu.forward(y.contiguous(), shortcut.contiguous(), made)[0])
+    assert torch.equal(found[0], kernels.forward(y.contiguous(), shortcut.contiguous(), made)[0])
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -151,7 +151,7 @@ def test_maps_that_lie_otherwise():
 def test_a_join_without_a_block(dtype, memory_format):
     for shape in ((1, 17, 5, 5), (3, 64, 14, 9), (2, 3, 1, 1)):
         branch, shortcut = (a_map(shape, dtype, memory_format) - 0.5 for _ in range(2))
-        out = gpu.add_relu(branch, shortcut)
+        out = kernels.add_relu(branch, shortcut)
         assert out.stride() == branch.stride()
         assert_near(out, torch.relu(branch.double() + shortcut.double()), TOLERANCES[dtype])
 
@@ -161,7 +161,7 @@ def test_a_nan_stays_one():
     y[0, 1, 0, 0] = torch.nan
     made = params(3, 2, "relu", "sigmoid", True, True, True)._replace(w1=torch.zeros(2, 3, device=DEVICE))
     made.w1[:, 0] = 1
-    out = gpu.forward(y, None, made)[0]
+    out = kernels.forward(y, None, made)[0]
     assert out[0, 1].isnan().any()
 
 
@@ -171,8 +171,8 @@ def test_equal_inputs_give_equal_bits():
     made = params(40, 9, "relu", "sigmoid", True, False, True)
 
     def once():
-        out, *kept = gpu.forward(y, shortcut, made)
-        return out, *kept, *gpu.backward(dout, out, y, made, kept, [True, True])
+        out, *kept = kernels.forward(y, shortcut, made)
+        return out, *kept, *kernels.backward(dout, out, y, made, kept, [True, True])
 
     assert all(torch.equal(one, other) for one, other in zip(once(), once(), strict=True))
 
@@ -194,7 +194,7 @@ def launches(monkeypatch):
             return launch
 
     for name in ("_sum", "_excite", "_join", "_excite_backward", "_branch_gradient"):
-        monkeypatch.setattr(gpu, name, Recorded(name, getattr(gpu, name)))
+        monkeypatch.setattr(kernels, name, Recorded(name, getattr(kernels, name)))
     return seen
 
 
@@ -205,19 +205,19 @@ def maps_by_kernel(seen):
 def test_passes_over_the_maps_are_as_few_as_said(launches):
     y, shortcut, dout = (a_map((2, 8, 5, 5), torch.float32, torch.channels_last) for _ in range(3))
     made = params(8, 2, "relu", "sigmoid", True, False, True)
-    out, *kept = gpu.forward(y, shortcut, made)
+    out, *kept = kernels.forward(y, shortcut, made)
     # y; y, shortcut, out.
     assert maps_by_kernel(launches) == [("_sum", 1), ("_excite", 0), ("_join", 3)]
     launches.clear()
-    gpu.backward(dout, out, y, made, kept, [True, True])
+    kernels.backward(dout, out, y, made, kept, [True, True])
     # dout, out, y, dz; dz, dy.
     assert maps_by_kernel(launches) == [("_sum", 4), ("_excite_backward", 0), ("_branch_gradient", 2)]
     launches.clear()
-    gpu.backward(dout, out, y, made, kept, [True, False])
+    kernels.backward(dout, out, y, made, kept, [True, False])
     # dout, out, y; dout, out, dy: as many, and no map for dz.
     assert maps_by_kernel(launches) == [("_sum", 3), ("_excite_backward", 0), ("_branch_gradient", 3)]
     launches.clear()
-    gpu.backward(dout, out, y, made, kept, [False, True])
+    kernels.backward(dout, out, y, made, kept, [False, True])
     assert maps_by_kernel(launches) == [("_sum", 4), ("_excite_backward", 0)]
 
 
@@ -230,7 +230,7 @@ NETWORKS = [(256, 56), (512, 28), (1024, 14), (2048, 7), (64, 112), (128, 56), (
 @pytest.mark.parametrize(("channels", "side"), NETWORKS)
 def test_tiles_cover_the_map(channels, side, last, images):
     area = side * side
-    positions, width, programs, splits, span = gpu.tiling(images, channels, area, last=last, processors=H200)
+    positions, width, programs, splits, span = kernels.tiling(images, channels, area, last=last, processors=H200)
     assert all(size & (size - 1) == 0 for size in (positions, width))
     assert positions * width <= 4096
     assert programs == images * -(-channels // width) * -(-area // positions)
@@ -240,8 +240,8 @@ def test_tiles_cover_the_map(channels, side, last, images):
 
 
 def test_a_large_map_has_large_tiles_and_a_small_one_many():
-    large = gpu.tiling(256, 256, 56 * 56, last=True, processors=H200)
-    small = gpu.tiling(1, 2048, 49, last=True, processors=H200)
+    large = kernels.tiling(256, 256, 56 * 56, last=True, processors=H200)
+    small = kernels.tiling(1, 2048, 49, last=True, processors=H200)
     assert large.positions * large.width == 4096
     assert large.splits == 1
     assert small.programs >= H200
@@ -249,13 +249,13 @@ def test_a_large_map_has_large_tiles_and_a_small_one_many():
 
 @pytest.mark.parametrize(("length", "side"), [(2048, 128), (96, 32), (40, 64), (17, 32), (3, 4), (1, 1)])
 def test_tiles_waste_little_of_their_long_side(length, side):
-    assert gpu._side(length, least=32, most=128) == side
+    assert kernels._side(length, least=32, most=128) == side
 
 
 @pytest.mark.parametrize("images", [1, 3, 256])
 @pytest.mark.parametrize(("channels", "units"), [(2048, 128), (256, 16), (64, 4), (2048, 512), (17, 1)])
 def test_the_excitation_is_about_one_program_a_processor(channels, units, images):
-    plan = gpu.excitation(images, channels, units, processors=H200, tf32=True)
+    plan = kernels.excitation(images, channels, units, processors=H200, tf32=True)
     assert plan.precision == ("tf32x3" if units <= 128 else "ieee")
     assert plan.padded >= max(units, 16)
     assert plan.width >= 16

@@ -116,11 +116,9 @@ def _can_be_counted(job: Job, wrong: dict[str, None]) -> bool:
 
 
 def cell_words(job: Job) -> str:
-    """Return what tells a cell from the others: `se_mobilenet, batch 8, 224, bf16, channels last`."""
-    request = job.request
-    parts = [request.arch, f"batch {request.batch}", f"{resolution_of(job)}", request.dtype]
-    parts += ["channels last"] if request.memory_format == "channels_last" else []
-    return ", ".join([*parts, *([f"{job.workload.threads} threads"] if job.workload.threads > 1 else [])])
+    """Return what tells a cell from the others: `se_mobilenet, batch 8, 3×224×224, bf16, channels last`."""
+    threads = [f"{job.workload.threads} threads"] if job.workload.threads > 1 else []
+    return ", ".join([job.request.arch, *job.workload.words(device=False), *threads])
 
 
 def resolution_of(job: Job) -> int:

@@ -1,6 +1,7 @@
-"""Accuracy records → tables: what a network costs and what it buys, side by side, with the uncertainty of both."""
+"""Tables of accuracy records: cost and accuracy of both networks, with the uncertainty of each."""
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from statistics import mean
 
 from selab import units
@@ -17,12 +18,12 @@ from selab.units import NONE
 
 
 def comparison_table(compared: Compared) -> Table:
-    """The table of `selab compare`: cost, accuracy over the seeds, and what training took."""
+    """Return the table of `selab compare`: cost, accuracy over the seeds, and what training took."""
     record = compared.record
     verdict = compare_verdict(record)
     rows = [
-        _cost_row("parameters", compared, lambda cost: cost.params),
-        _cost_row("MACs (paper's FLOPs)", compared, lambda cost: cost.macs.paper),
+        _cost_row("parameters", compared, attrgetter("params")),
+        _cost_row("MACs (paper's FLOPs)", compared, attrgetter("macs.paper")),
         *_time_rows("forward, batch 1", compared.forward_latency),
         *_time_rows(f"forward+backward, batch {_batch(compared)}", compared.step_latency),
         _level_row("top-1 accuracy", verdict.top1),
@@ -31,8 +32,8 @@ def comparison_table(compared: Compared) -> Table:
         rows.append(_level_row("top-5 accuracy", verdict.top5))
     rows += [
         _level_row("loss", verdict.loss),
-        _trained_row("training, images/s", record, lambda one: one.images_per_s, lambda value: f"{value:,.0f}"),
-        _trained_row("training, time", record, lambda one: one.seconds, units.seconds),
+        _trained_row("training, images/s", record, attrgetter("images_per_s"), "{:,.0f}".format),
+        _trained_row("training, time", record, attrgetter("seconds"), units.seconds),
     ]
     notes = [f"{name}: {one.difference.text}" for name, one in (("top-1", verdict.top1), ("loss", verdict.loss))]
     if verdict.diverged:
@@ -54,7 +55,7 @@ def comparison_table(compared: Compared) -> Table:
 
 
 def seeds_table(record: AccuracyRecord) -> Table:
-    """Every seed: top-1 accuracy and loss of both networks, and their difference."""
+    """Return top-1 accuracy and loss of both networks for each seed, and their difference."""
     started = (
         one for one in record.seeds if one.baseline or one.variant or one.baseline_diverged or one.variant_diverged
     )
@@ -64,9 +65,9 @@ def seeds_table(record: AccuracyRecord) -> Table:
 
 
 def accuracy_tables(compared: Sequence[Compared]) -> list[Table]:
-    """Many comparisons, one row each: what SE changes in accuracy, and what it adds in cost; two tables a data set.
+    """Return two tables for each machine and data set: what SE changes in accuracy, and what it costs.
 
-    Comparisons of different machines share no table either, for the costs have times in them.
+    Comparisons of different machines share no table, because the costs include times.
     """
     groups: dict[tuple[str, str], list[Compared]] = {}
     for one in compared:
@@ -118,7 +119,7 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
 
 
 def trainings(records: Sequence[AccuracyRecord]) -> list[str]:
-    """`cifar_short, 4 epochs, 3 seeds (se_resnet20_cifar)`, the names only where there are several ways."""
+    """Return `cifar_short, 4 epochs, 3 seeds (se_resnet20_cifar)`; names only where trainings differ."""
     names: dict[str, list[str]] = {}
     for record in records:
         seeds = len(record.seeds)
@@ -128,7 +129,7 @@ def trainings(records: Sequence[AccuracyRecord]) -> list[str]:
 
 
 def name_of(record: AccuracyRecord) -> str:
-    """As a table calls a comparison: with its baseline where that is not its own, and whether it is stale."""
+    """Return the name of a comparison in tables: with a baseline that is not its own, and whether it is stale."""
     variant, baseline = variants_of(record)
     own = variant is not None and record.baseline == variant.baseline
     stale = any(
@@ -154,15 +155,15 @@ def _bought_row(one: Compared) -> tuple[str, ...]:
 def _costs_row(one: Compared) -> tuple[str, ...]:
     return (
         name_of(one.record),
-        _change(one, lambda cost: cost.params),
-        _change(one, lambda cost: cost.macs.paper),
+        _change(one, attrgetter("params")),
+        _change(one, attrgetter("macs.paper")),
         change_words(one.forward_latency),
         change_words(one.step_latency),
     )
 
 
 def _difference_words(one: PairedDifference) -> str:
-    """`+0.76 [0.45, 1.07]`, or that nothing is shown, and what is not excluded."""
+    """Return `+0.76 [0.45, 1.07]`, or `n.s.` and what is not excluded."""
     found = one.difference
     decimals = 4 if one.metric == "loss" else 2
     if found.mean is None:
@@ -180,12 +181,12 @@ def _size(one: Compared) -> tuple[int, str]:
 
 
 def training_words(record: AccuracyRecord) -> str:
-    """`cifar_short, 5 epochs`."""
+    """Return `cifar_short, 5 epochs`."""
     return f"{record.recipe.name}, {record.recipe.epochs} epoch{'s' if record.recipe.epochs > 1 else ''}"
 
 
 def not_published(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
-    """A warning for each data set that is not the official one."""
+    """Return a warning for each data set that is not the official one."""
     titles = dict.fromkeys(record.data.title for record in records if not record.data.official)
     return tuple(
         f"{title} is not the published set: do not compare these figures with published ones." for title in titles
@@ -193,7 +194,7 @@ def not_published(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
 
 
 def _other_classes(group: Sequence[Compared]) -> tuple[str, ...]:
-    """Where networks were timed with the classifier of their facts, which the data's classes do not fit."""
+    """Return notes on networks that were timed with another number of classes than the data has."""
     named: dict[int, list[str]] = {}
     for one in group:
         variant, _ = variants_of(one.record)
@@ -210,7 +211,7 @@ def _other_classes(group: Sequence[Compared]) -> tuple[str, ...]:
 
 
 def _no_results(group: Sequence[Compared]) -> tuple[str, ...]:
-    """Why a time has no result."""
+    """Return why times are too noisy, or failed."""
     return tuple(
         f"{one.record.arch}, {PHASE_NAMES[latency.phase]}: {verdict_sentence(latency)}"
         for one in group

@@ -22,7 +22,7 @@ from selab.units import NONE
 
 
 def machine_tables(found: Snapshot) -> list[Table]:
-    """The tables of `selab machine`: what this is, and what is wrong with it."""
+    """Return the tables of `selab machine`: what it is, and what is wrong with it."""
     place, around = found.machine, found.surroundings
     rows = [
         ("name in records", place.name),
@@ -84,7 +84,7 @@ _WORDS: dict[State, str] = {
 
 
 def check_table(findings: Sequence[Finding]) -> Table:
-    """The table of `selab check`, one row for each limit."""
+    """Return the table of `selab check`, one row for each limit."""
     rows = tuple((one.name, one.limit, _allowed(one), one.text, _WORDS[one.state]) for one in findings)
     over = sum(one.state == "over" for one in findings)
     return Table(
@@ -103,7 +103,7 @@ def _allowed(one: Finding) -> str:
 
 
 def diff_table(before: Record, after: Record) -> Table:
-    """The table of `selab diff`: costs and memory of the variant, and its ratios to the baseline."""
+    """Return the table of `selab diff`: costs and memory of the variant, and its ratios to the baseline."""
     rows = [
         _row(label, attrgetter(path)(before.cost), attrgetter(path)(after.cost), show)
         for label, path, show in COST_ROWS

@@ -42,13 +42,17 @@ _REPORTED = ("added", TAX, ACCURACY, "mobile", "paper-2", "paper-3", "latency")
 
 
 def check_name(name: str) -> None:
-    """Raises UnknownNameError, with the nearest names, for a table that there is not."""
+    """Refuse a name that no table has.
+
+    Raises:
+        UnknownNameError: the message lists the nearest names.
+    """
     if name not in (*NAMES, REPORT):
         raise UnknownNameError(f"table {name}: no such table{nearest(name, (*NAMES, REPORT))}")
 
 
 def machine_folder(profiles: Path) -> Path:
-    """The folder of one machine's records: the one that is named, or the only one below it that holds records."""
+    """Return the folder of one machine's records: the one named, or the only one below it that holds records."""
 
     def holds(folder: Path) -> bool:
         kinds = (folder, folder / training_record.FOLDER, folder / tax_record.FOLDER)
@@ -59,7 +63,7 @@ def machine_folder(profiles: Path) -> Path:
 
 
 def costs_needed(name: str) -> tuple[str, ...]:
-    """The variants whose cost a table shows."""
+    """Return the variants whose cost a table shows."""
     if name == REPORT:
         return tuple(dict.fromkeys(arch for one in _REPORTED for arch in costs_needed(one)))
     if name == ZOO:
@@ -76,7 +80,7 @@ def named_tables(
     compared: Sequence[Compared] = (),
     taxes: Sequence[TaxRecord] = (),
 ) -> list[Table]:
-    """A table by its name; `report` is the measured ones and those that they are read beside.
+    """Return tables by name; `report` is the measured ones and those that they are read with.
 
     Args:
         name: one of `NAMES`, or `report`.
@@ -117,7 +121,7 @@ def named_tables(
 
 
 def cost_pages(costs: dict[str, Cost]) -> dict[str, str]:
-    """Every cost table as the text of a file, by the file's name; README.md lists them and says how much is met."""
+    """Return every cost table as the text of a file, by file name; README.md lists them."""
     pages = {}
     rows = []
     for name in COST_TABLES:
@@ -143,7 +147,7 @@ def cost_pages(costs: dict[str, Cost]) -> dict[str, str]:
 
 
 def _met(name: str, costs: dict[str, Cost]) -> tuple[int, int]:
-    """How many of the published cost numbers that a table prints are met, and how many it prints."""
+    """Return how many published cost numbers of a table match the counts, and how many it has."""
     known = catalog.installed()
     if name == ZOO:
         return reproduced(known.values(), costs)
@@ -169,7 +173,7 @@ def _exact_costs(cost: Cost) -> str:
 
 
 def acceptance_tables(found: Acceptance) -> list[Table]:
-    """How far this machine's ratios can be trusted, and how long counting and loading take on it."""
+    """Return how far a machine's ratios can be trusted, and how long counting and loading take on it."""
     grids = []
     if (live := found.live) is not None:
         rows = (
@@ -219,7 +223,7 @@ def _loading_table(one: LoadingTime) -> Table:
 
 
 def page(name: str, grids: Sequence[Table], records: Sequence[Record]) -> str:
-    """Tables as a Markdown page; a report says on what machine it was measured and how to repeat it."""
+    """Return tables as a Markdown page; a report names its machine and the commands that repeat it."""
     body = "\n".join(grid.markdown() for grid in grids)
     if name != REPORT or not records:
         return body
@@ -227,11 +231,11 @@ def page(name: str, grids: Sequence[Table], records: Sequence[Record]) -> str:
     commands = "\n".join(dict.fromkeys(record.command for record in records if record.kind == "profile"))
     head = f"# Measured on {machine.gpu or machine.cpu}\n\n" + "\n".join(f"- {line}" for line in machine_lines(machine))
     how = f"### How to repeat this\n\n```\n{commands}\n```\n"
-    return f"{head}\n\nRendered from the records beside this file by `selab table report`; not typed.\n\n{body}\n{how}"
+    return f"{head}\n\nRendered from the records in this folder by `selab table report`; not typed.\n\n{body}\n{how}"
 
 
 def spliced(text: str, name: str, body: str, *, where: str) -> str:
-    """Puts a rendered table between `<!-- table NAME -->` and `<!-- /table -->`, in place of what stands there.
+    """Put a rendered table between `<!-- table NAME -->` and `<!-- /table -->`, in place of what stands there.
 
     Raises:
         RecordError: the file has no such pair of marks.
@@ -245,7 +249,7 @@ def spliced(text: str, name: str, body: str, *, where: str) -> str:
 
 
 def machine_lines(machine: Machine) -> list[str]:
-    """The circumstances that a table's numbers travel with."""
+    """Return machine and libraries in words, one line each."""
     lines = [f"{machine.cpu}, {machine.cores} cores, {units.size(machine.memory_bytes, digits=3)}; {machine.system}"]
     if machine.gpu is not None:
         lines.append(f"{machine.gpu}, driver {machine.driver}")

@@ -69,7 +69,7 @@ def _latency_row(latency: Latency, *, label: str) -> tuple[str, ...]:
 
 
 def _latencies(record: Record) -> list[tuple[str, Latency]]:
-    """Every latency of a record with its label, in the order of the table."""
+    """Return every latency of a record with its label, in the order of the table."""
     found: list[tuple[str, Latency]] = []
     for group in (record.latency, record.latency_all_cores):
         for phase, latency in group.items():
@@ -107,7 +107,7 @@ def workload_title(work: Workload) -> str:
 
 
 def profile_table(record: Record) -> Table:
-    """The table of `selab profile`: base, variant, difference in units and in percent."""
+    """Return the table of `selab profile`: base, variant, difference in units and in percent."""
     variant, baseline = variants_of(record)
     rows = _cost_rows(record.cost, record.baseline_cost, COST_ROWS)
     rows += [_latency_row(latency, label=label) for label, latency in _latencies(record)]
@@ -128,7 +128,7 @@ def profile_table(record: Record) -> Table:
 
 
 def stage_table(cost: Cost) -> Table:
-    """What SE costs by stage, against the whole network."""
+    """Return what the blocks cost by stage, against the whole network."""
     rows = []
     for name in ("squeeze", "excitation", "scale"):
         stage = getattr(cost.se, name)
@@ -253,7 +253,7 @@ def single_count_table(record: Record) -> Table:
 
 
 def share_table(record: Record, by: str) -> Table:
-    """A network's cost by operator or by module."""
+    """Return a network's cost by operator or by module."""
     shares = record.cost.by_operator if by == "operator" else record.cost.by_module
     rows = tuple(
         (
@@ -268,7 +268,7 @@ def share_table(record: Record, by: str) -> Table:
 
 
 def counters_table(cost: Cost) -> Table:
-    """Other counters beside ours, each difference in words, until nothing is left."""
+    """Return other counters' totals and each difference to ours, until nothing is left."""
     rows: list[tuple[str, ...]] = []
     notes = []
     for counter in cost.counters.values():

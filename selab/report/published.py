@@ -1,4 +1,4 @@
-"""Published beside counted: the tables of arXiv 1709.01507, the whole zoo, and how much of the print is met."""
+"""Published and counted costs: the tables of arXiv 1709.01507, the whole zoo, and how many numbers match."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -19,14 +19,14 @@ from selab.units import NONE
 
 
 def published(variant: Variant | None, metric: Metric) -> Published | None:
-    """A variant's published number for a metric, if there is one: the first that its facts give."""
+    """Return a variant's first published number for a metric, if there is one."""
     return next((one for one in variant.published if one.metric == metric), None) if variant else None
 
 
 def published_pair(
     variant: Variant | None, baseline: Variant | None, metric: Metric
 ) -> tuple[Published | None, Published | None]:
-    """A variant's published number and its baseline's of the same table: other tables have other recipes."""
+    """Return a variant's published number and its baseline's of the same table: other tables have other recipes."""
     numbers = [one for one in variant.published if one.metric == metric] if variant else []
     others = [one for one in baseline.published if one.metric == metric] if baseline else []
     for ours in numbers:
@@ -37,7 +37,7 @@ def published_pair(
 
 
 def points(one: Published) -> str:
-    """An error rate as it was printed, where it was printed as one; some print the accuracy."""
+    """Return an error rate as it was printed; where an accuracy was printed, the error."""
     return f"{one.printed if re.fullmatch(r'[0-9.]+', one.printed) else f'{one.value:g}'} %"
 
 
@@ -45,7 +45,7 @@ _PREFIX = {"T": 1e12, "G": 1e9, "B": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
 
 
 def printed_equals(value: float, printed: str) -> bool:
-    """Whether a number rounds to what was printed: 3_865_000_000 and `3.87 GFLOPs`, 3_504_872 and `3,504,872`."""
+    """Return whether a number rounds to what was printed: 3_865_000_000 and `3.87 GFLOPs`."""
     found = re.match(r"([\d.,]+)\s*([TGBMk]?)", printed)
     if found is None:
         return False
@@ -70,7 +70,7 @@ _WITH_STATISTICS = ("Table 10", "Table 13", "Table 15", "Table 16")
 
 
 def convention(one: Published) -> str:
-    """The convention under which a published cost number is compared with ours, by name."""
+    """Return the convention under which a published cost number is compared with the count."""
     if one.metric == "params":
         counts_all = one.source == SENET and one.table in _WITH_STATISTICS
         return "params + BN buffers" if counts_all else "params"
@@ -87,17 +87,17 @@ def _figure(cost: Cost, one: Published) -> int:
 
 
 def cost_numbers(variant: Variant) -> list[Published]:
-    """The published numbers of a variant that counting can meet."""
+    """Return the published cost numbers of a variant."""
     return [one for one in variant.published if one.metric in ("params", "macs") and one.printed]
 
 
 def is_met(one: Published, cost: Cost) -> bool:
-    """Whether our count, by the number's own convention, rounds to what was printed."""
+    """Return whether the count, by the number's own convention, rounds to what was printed."""
     return printed_equals(_figure(cost, one), one.printed)
 
 
 def reproduced(variants: Iterable[Variant], costs: dict[str, Cost]) -> tuple[int, int]:
-    """How many published cost numbers the counts reproduce to the printed digit, and of how many.
+    """Return how many published cost numbers equal the counts to the printed digit, and of how many.
 
     One that several sources print alike, under one convention, is one.
     """
@@ -316,7 +316,7 @@ def _grouped(found: Iterable[tuple[str, Published]]) -> list[str]:
 
 
 def paper_reproduced(tables: Iterable[PaperTable], costs: dict[str, Cost]) -> tuple[int, int]:
-    """How many cost numbers of these tables are met, and how many they print."""
+    """Return how many cost numbers of these tables match, and how many they print."""
     known = catalog.installed()
     met = [
         is_met(one, costs[name])
@@ -343,7 +343,7 @@ _TAGS = {"params + BN buffers": " with BN buffers", "paper": " by paper"}
 
 
 def zoo_tables(costs: dict[str, Cost], names: Iterable[str] | None = None) -> list[Table]:
-    """Every variant: counted costs and, beside them, every published cost number with a mark."""
+    """Return one table per family: counted costs, and every published cost number with a mark."""
     known = catalog.installed()
     chosen = [known[name] for name in (known if names is None else names)]
     families: dict[str, list[Variant]] = {}
@@ -380,7 +380,7 @@ def zoo_tables(costs: dict[str, Cost], names: Iterable[str] | None = None) -> li
 
 
 def marked_numbers(variant: Variant, cost: Cost, metric: Metric) -> str:
-    """What was published of a cost, each number once with its mark."""
+    """Return what was published of a cost, each number once with its mark."""
     found: dict[tuple[str, str], str] = {}
     for one in cost_numbers(variant):
         if one.metric == metric:
@@ -389,7 +389,7 @@ def marked_numbers(variant: Variant, cost: Cost, metric: Metric) -> str:
 
 
 def differences(variants: Iterable[Variant], costs: dict[str, Cost]) -> list[str]:
-    """Every published cost number that is not met, with the cause in words."""
+    """Return every published cost number that does not match, with the cause."""
     return [
         f"{variant.name}, {one.metric} {one.printed} ({one.source}, {one.where}): {one.note or 'cause unknown'}"
         for variant in variants
@@ -433,7 +433,7 @@ MOBILE = (
 
 
 def mobile_names() -> list[str]:
-    """The mobile networks, base and SE in turn."""
+    """Return the mobile networks, base and SE in turn."""
     known = catalog.installed()
     return [name for one in MOBILE for name in (str(known[one].baseline), one)]
 
@@ -479,7 +479,7 @@ def mobile_table(costs: dict[str, Cost], records: Sequence[Record]) -> Table:
 
 
 def mobile_published_table(costs: dict[str, Cost]) -> Table:
-    """What was published of the mobile networks' costs, each number with its mark, and the causes where not met."""
+    """Return the published costs of the mobile networks, each with its mark, and causes of mismatch."""
     known = catalog.installed()
     variants = [known[name] for name in mobile_names() if cost_numbers(known[name])]
     rows = tuple(
@@ -508,7 +508,7 @@ _PLAIN = Workload(
 
 
 def _is_plain(record: Record) -> bool:
-    """Whether a record is of the workload that needs no words: its own baseline, one image, fp32, one CPU thread."""
+    """Return whether a record is of the default workload: its own baseline, one image, fp32, one CPU thread."""
     work = record.workload
     plain = msgspec.structs.replace(work, input_chw=(0, 0, 0)) == _PLAIN
     variant, _ = variants_of(record)

@@ -63,7 +63,7 @@ ENDINGS = (".csv", ".json", ".parquet")
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
-    """One flat row for each cell and phase, in base units; what is not known is None. MACs by `paper`."""
+    """Return one flat row for each cell and phase, in base units; unknown values are None. MACs by `paper`."""
     return [_row(outcome, latency, phase) for outcome in outcomes for phase, latency in _by_phase(outcome)]
 
 
@@ -101,7 +101,7 @@ def _row(outcome: Outcome, latency: Latency | None, phase: str) -> Row:
 
 
 def _status(outcome: Outcome, latency: Latency | None) -> str:
-    """Of one phase: where only another one failed, this one is measured."""
+    """Return the state of one phase: where only another one failed, this one is measured."""
     if latency is None or outcome.state in ("measured", "taken over"):
         return outcome.state
     if not latency.error:
@@ -118,7 +118,11 @@ def by_machine(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def check_table(path: Path) -> None:
-    """Raises SelabError for an ending that is not known, or where what writes it is not installed."""
+    """Refuse a file that cannot be written.
+
+    Raises:
+        SelabError: its ending is unknown, or the library that writes it is not installed.
+    """
     if path.suffix.lower() not in ENDINGS:
         raise SelabError(f"--table {path}: {path.suffix or 'no ending'}; a table ends in {', '.join(ENDINGS)}")
     if path.suffix.lower() == ".parquet":
@@ -134,7 +138,7 @@ def _pyarrow(path: Path) -> Any:
 
 
 def write_tables(outcomes: Sequence[Outcome], path: Path) -> list[Path]:
-    """Writes the rows; those of several machines as one file each, `name.<machine>.csv`.
+    """Write the rows; those of several machines as one file each, `name.<machine>.csv`.
 
     Raises:
         SelabError: as `check_table`.
@@ -180,7 +184,7 @@ _AXES: Mapping[str, Callable[[Job], str]] = {
 
 
 def sweep_tables(outcomes: Sequence[Outcome], asked: Sequence[Job]) -> list[Table]:
-    """The table of a sweep, one for each machine: what varies, the base's time, the change, what may be said.
+    """Return the table of a sweep, one for each machine: what varies, the base's time, the change, the verdict.
 
     Args:
         outcomes: of the cells that are done.
@@ -221,7 +225,7 @@ def _place(machine: Machine) -> str:
 
 
 def _notes(group: Sequence[Outcome]) -> list[str]:
-    """Why a cell was not measured, each reason once."""
+    """Return why cells were not measured, each reason once."""
     reasons: dict[str, int] = Counter(one.text for one in group if one.text and one.state != "skipped")
     return [f"{reason} ({count} cell{'s' if count > 1 else ''})" for reason, count in reasons.items()]
 
@@ -251,7 +255,7 @@ def _said(outcome: Outcome, latency: Latency | None) -> str:
 def showing(
     console: "Console", asked: Sequence[Job], words: Callable[[Any], str]
 ) -> Iterator[tuple[Report, Callable[[Outcome], object]]]:
-    """The table while it grows, drawn only when something is told, so that nothing runs beside a measurement.
+    """Show the table while it grows; it is drawn only between samples, so that nothing disturbs a measurement.
 
     Off a terminal there is one line for each cell that is done.
 
@@ -293,7 +297,7 @@ def showing(
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 def write_pictures(outcomes: Sequence[Outcome], folder: Path) -> list[str]:
-    """Draws what a sweep found; of several machines each into a folder of its own.
+    """Draw what a sweep found; several machines get a folder each.
 
     Returns:
         A line for each picture: where it is, or why there is none.
@@ -319,7 +323,7 @@ def write_pictures(outcomes: Sequence[Outcome], folder: Path) -> list[str]:
 
 
 def _pictures(group: Sequence[Outcome]) -> dict[str, Callable[[], registry.Picture]]:
-    """What is drawn of one machine's cells, by the file's name."""
+    """Return the figures of one machine's cells, by file name."""
     records = [one.record for one in group if one.record is not None]
     phase = group[0].job.request.phases[0]
     missing = [

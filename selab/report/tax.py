@@ -1,4 +1,4 @@
-"""Comparisons of implementations as tables: each one's tax beside the least, the split by stage, memory."""
+"""Tables of SE implementations: each one's overhead and the lower bound, the stages, memory."""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -42,7 +42,7 @@ _LEAST: dict[bool, str] = {
 
 # --------------------------------------------------------------------------------------------------------------- tables
 def tax_tables(record: TaxRecord) -> list[Table]:
-    """The tables of `selab tax`: each implementation beside the least, by every method; the split; memory."""
+    """Return the tables of `selab tax`: implementations and their lower bound, by method; the stages; memory."""
     grids = [_tax_table(record, method) for method in record.methods]
     split = _split_table(record)
     saved = _saved_table(record)
@@ -142,7 +142,7 @@ def _removed_words(record: TaxRecord, method: str) -> Iterator[str]:
 
 
 def _of_whole_blocks(record: TaxRecord) -> bool:
-    """Whether the profiler saw blocks that are not split into stages, for another library wrote them."""
+    """Return whether the profiled blocks are another library's, which are not split into stages."""
     return record.profiled is not None and not set(WITHOUT) & set(record.profiled.stages)
 
 
@@ -200,7 +200,7 @@ def _split_table(record: TaxRecord) -> Table | None:
 
 
 def saving(record: TaxRecord, stage: str, method: str) -> tuple[float | None, tuple[float, float]] | None:
-    """What leaving a stage out of the reference saves, as a fraction of the baseline's time, and its interval.
+    """Return what leaving a stage out of the reference saves, as a fraction of the baseline's time, and its interval.
 
     Returns:
         None where there is no result; the saving alone is None where no difference is shown.
@@ -216,7 +216,7 @@ def saving(record: TaxRecord, stage: str, method: str) -> tuple[float | None, tu
 
 
 def saving_words(record: TaxRecord, stage: str, method: str) -> str:
-    """`2.1 % [1.8, 2.4]`, or why there is none."""
+    """Return `2.1 % [1.8, 2.4]`, or why there is none."""
     if record.latency(WITHOUT[stage], over=REFERENCE, method=method) is None:
         return NONE
     found = saving(record, stage, method)

@@ -28,7 +28,7 @@ class Group:
 
 
 def groups(found: Roofline) -> list[Group]:
-    """The operators by name, the slowest first; those of SE blocks apart, by stage."""
+    """Return the operators by name, the slowest first; those of SE blocks apart, by stage."""
     sorted_out: dict[str, list[Point]] = {}
     for point in found.points:
         sorted_out.setdefault(f"se.{point.stage}: {point.name}" if point.stage else point.name, []).append(point)
@@ -49,7 +49,7 @@ def _group(name: str, points: Sequence[Point]) -> Group:
 
 
 def roofline_table(found: Roofline, *, arch: str, workload: Workload, place: str) -> Table:
-    """The table of `selab roofline`: operators, least and measured time, efficiency.
+    """Return the table of `selab roofline`: operators, least and measured time, efficiency.
 
     Args:
         found: of one network.
@@ -107,7 +107,7 @@ def _rate(value: float, unit: str) -> str:
 
 
 def _cache_words(peaks: Peaks) -> str:
-    """How fast small copies are, where they were measured."""
+    """Return the bandwidth of small copies in words, if measured."""
     if len(peaks.bandwidths) < 2:
         return ""
     size, rate = max(peaks.bandwidths, key=lambda one: one[1])
@@ -115,7 +115,7 @@ def _cache_words(peaks: Peaks) -> str:
 
 
 def distances_table(all_of: RoofDistances) -> Table:
-    """The table of `selab roofline --all`: what a prediction by the roof alone is worth there."""
+    """Return the table of `selab roofline --all`: how far predictions by the roofline are off."""
     found = all_of.networks
     factors = sorted(one.factor for one in found)
     rows = tuple(
@@ -139,7 +139,7 @@ def distances_table(all_of: RoofDistances) -> Table:
 
 
 def _spread(factors: Sequence[float]) -> float:
-    """The median error of a prediction that is scaled by the median factor."""
+    """Return the median error of a prediction scaled by the median factor."""
     middle = median(factors)
     return median(abs(middle / factor - 1) for factor in factors)
 
@@ -148,7 +148,7 @@ _SHOWN = 12
 
 
 def how_to_look(path: Path) -> list[str]:
-    """The commands that show a trace."""
+    """Return the commands that show a trace."""
     return [
         f"tensorboard --logdir {shlex.quote(str(path.parent.parent))}  # then http://localhost:6006/#pytorch_profiler",
         f"https://ui.perfetto.dev: Open trace file, {path}  # search for se.",
@@ -156,7 +156,7 @@ def how_to_look(path: Path) -> list[str]:
 
 
 def timeline_tables(arch: str, found: Timeline) -> list[Table]:
-    """The tables of `selab timeline`: the operators that take longest, and the blocks by stage."""
+    """Return the tables of `selab timeline`: the operators that take longest, and the blocks by stage."""
     rows = tuple(
         (one.name, f"{one.calls:g}", units.seconds(one.self_s), units.share(one.self_s / found.total_s))
         for one in found.operators[:_SHOWN]

@@ -1,4 +1,4 @@
-"""A network's modules as a tree, with what stands, or could stand, at each of them."""
+"""The module tree of a network, with the blocks that are, or could be, at each module."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,12 +34,12 @@ class _Node:
 
     @property
     def is_plain(self) -> bool:
-        """A layer of which nothing is said but what it is."""
+        """Whether it is a layer without children, marks or blocks."""
         return not (self.children or self.marks or self.insertion)
 
     @property
     def follows(self) -> bool:
-        """A layer that may stand on the line of the one before it."""
+        """Whether it may share the line of the layer before it."""
         return self.is_plain and not self.has_weights
 
     def looks(self) -> tuple[object, ...]:
@@ -67,7 +67,7 @@ def site_tree(
     input_nchw: tuple[int, ...] | None = None,
     depth: int | None = None,
 ) -> Tree:
-    """The module tree, neighbours that look alike folded into one line.
+    """Return the module tree; equal neighbours are folded into one line.
 
     Args:
         model: the network.
@@ -94,7 +94,7 @@ def sites_as_builtins(
     groups: Mapping[str, Sequence[str]] | None = None,
     input_nchw: tuple[int, ...] | None = None,
 ) -> list[dict[str, Any]]:
-    """Every module with what `site_tree` says about it, for `--json`; nothing is folded.
+    """Return every module with what `site_tree` shows of it, for `--json`; nothing is folded.
 
     Raises:
         ModelError: the forward pass fails with this input.
@@ -157,7 +157,7 @@ def _node(path: str, module: nn.Module, name: str, marks: _Marks) -> _Node:
 
 
 def _kind(module: nn.Module) -> str:
-    """Its class, and for a layer its widths: `Conv2d 64→256 3×3 /2`."""
+    """Return the class of a module, and for a layer its widths: `Conv2d 64→256 3×3 /2`."""
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
         return f"{kind} {module.in_features}→{module.out_features}"
@@ -172,7 +172,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def _shape(passage: Passage | None) -> str:
-    """`256×56×56`, of one image; or how a module that does not run once runs."""
+    """Return `256×56×56`, of one image; or how often a module runs that does not run once."""
     if passage is None:
         return ""
     if passage.calls != 1:
@@ -181,7 +181,7 @@ def _shape(passage: Passage | None) -> str:
 
 
 def _inserted(one: Insertion, shape: str) -> str:
-    """`SE 256→16 on 56×56, 8,464 params`; the map is left out where the line says it already."""
+    """Return `SE 256→16 on 56×56, 8,464 params`; without the map where the line has it already."""
     width = f"{one.channels}" if one.squeeze_channels is None else f"{one.channels}→{one.squeeze_channels}"
     place = "" if one.placement == "standard" else f" {one.placement},"
     on = "" if shape == f"{one.channels}×{one.height}×{one.width}" else f" on {one.height}×{one.width}"
@@ -202,7 +202,7 @@ def _hang(tree: Tree, node: _Node, depth: int | None) -> None:
 
 
 def _runs(children: Sequence[_Node]) -> list[list[_Node]]:
-    """Neighbours that share a line: those that look alike, and a layer with the layers without weights behind it."""
+    """Return groups of neighbours that share a line: equal ones, and a layer with what follows it without weights."""
     runs: list[list[_Node]] = []
     for _, alike in groupby(children, key=_Node.looks):
         run = list(alike)
@@ -220,7 +220,7 @@ def _line(node: _Node, name: str) -> Text:
 
 
 def _chain(nodes: Sequence[_Node]) -> Text:
-    """`conv1  Conv2d 64→64 1×1, bn1  BatchNorm2d, relu1  ReLU  64×56×56`."""
+    """Return `conv1  Conv2d 64→64 1×1, bn1  BatchNorm2d, relu1  ReLU  64×56×56`."""
     links = [_joined((node.name, "bold"), (node.kind, "")) for node in nodes]
     return Text("  ").join([Text(", ").join(links), Text(nodes[0].shape, style="dim")])
 

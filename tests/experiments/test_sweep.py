@@ -369,8 +369,8 @@ def test_off_a_terminal_there_is_a_line_for_each_cell(outcomes):
             report("measuring", None)
             tell(outcome)
     assert console.file.getvalue().splitlines() == [
-        "1: se_resnet20_cifar, batch 1, 16, fp32: 1.000 ms +9.989 % [9.978, 10.000] slower",
-        "2: se_resnet20_cifar, batch 2, 16, fp32: 1.000 ms +9.989 % [9.978, 10.000] slower",
+        "1: se_resnet20_cifar, batch 1, 3×16×16, fp32: 1.000 ms +9.989 % [9.978, 10.000] slower",
+        "2: se_resnet20_cifar, batch 2, 3×16×16, fp32: 1.000 ms +9.989 % [9.978, 10.000] slower",
     ]
 
 

@@ -56,7 +56,7 @@ TRAINED = "trained"
 
 
 def axis(name: str, *, option: str = "axis") -> Axis:
-    """A quantity by its name.
+    """Return a quantity by name.
 
     Args:
         name: the word.
@@ -86,7 +86,7 @@ def _padded(number: str, decimals: int) -> str:
 
 
 def with_unit(unit: str, value: float) -> str:
-    """A tick's value with as many digits as it has: 2e8 → `200 M`, 0.025 → `25 ms`."""
+    """Return a tick's value with as many digits as it has: 2e8 → `200 M`, 0.025 → `25 ms`."""
     if unit == "%":
         return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
     show = {"": units.count, "B": units.size, "s": units.seconds}[unit]

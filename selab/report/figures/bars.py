@@ -45,7 +45,7 @@ class Bars:
 
 
 def bars(records: Sequence[Record], *, archs: Sequence[str] = (), workload: str | None = None) -> Bars:
-    """What SE adds to each network that has a record: MACs, bytes, time of a forward pass.
+    """Return what SE adds to each network that has a record: MACs, bytes, time of a forward pass.
 
     Args:
         records: of one machine.
@@ -118,7 +118,7 @@ def bars_figure(shown: Bars) -> "Figure":
 
 
 def set_bars(axes: "Axes", ends: Sequence[float], names: Sequence[str]) -> None:
-    """Rows of bars by their names, and room for fractions of the base, with what is written behind them."""
+    """Set up axes for rows of bars, with room for the text after each bar."""
     low, high = min(0.0, *ends) * 100, max(0.0, *ends) * 100
     axes.set_xlim(low - (0.06 * (high - low) if low < 0 else 0), high + 0.25 * (high - low))
     axes.set_ylim(len(names) - 0.45, -0.55)
@@ -147,7 +147,7 @@ def draw_interval(
     *,
     height: float = _BAR,
 ) -> None:
-    """A measured bar; its interval is a line with whiskers over it."""
+    """Draw a measured bar and its 95 % interval as whiskers; say so where there is none."""
     if interval is None:
         _write(axes, y, 0, TOO_NOISY, color=FAINT, style="italic")
         return

@@ -87,7 +87,7 @@ def baseline_word(variant: Variant) -> str:
 
 
 def names_as_given(archs: Sequence[str]) -> list[str]:
-    """The variants that were named, or of every installed base the first with SE; a base has nothing to stand beside.
+    """Return the variants that were named, or the first SE variant of every installed baseline.
 
     Raises:
         UnknownNameError: a name that nothing has, or that of a baseline.
@@ -137,7 +137,7 @@ def _saved(record: Record) -> BothValues | str:
 
 
 def reasons(left_out: Sequence[LeftOut], *, most: int | None = None) -> str:
-    """`too noisy (se_resnet18, se_vgg16); no record (se_mobilenet)`, of each at most so many names."""
+    """Return `too noisy (se_resnet18, se_vgg16); no record (se_mobilenet)`, of each at most so many names."""
     names: dict[str, list[str]] = {}
     for one in left_out:
         names.setdefault(one.why, []).append(one.name)
@@ -151,7 +151,7 @@ def reasons(left_out: Sequence[LeftOut], *, most: int | None = None) -> str:
 def chosen_records(
     records: Sequence[Record], archs: Sequence[str], workload: str | None, *, what: str
 ) -> tuple[list[Record], list[LeftOut]]:
-    """The profiles of one machine and one workload, and what that leaves out."""
+    """Return the profiles of one machine and one workload, and what that leaves out."""
     profiles = [record for record in records if record.kind == "profile"]
     if not profiles:
         raise RecordError(f"{what}: no records; measure with `selab profile`, and name their folder: --profiles")
@@ -186,7 +186,7 @@ def _workload(records: Sequence[Record], wanted: str | None) -> str:
 
 
 def circumstances_of(record: Record | TaxRecord) -> str:
-    """`Intel Xeon, one thread, fp32, batch 1, 3×224×224, torch 2.13`: what every figure of the picture shares."""
+    """Return what all values share: `Intel Xeon, one thread, batch 1, 3×224×224, fp32, torch 2.13`."""
     return ", ".join(circumstance_parts(record))
 
 

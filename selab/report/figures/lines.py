@@ -53,7 +53,7 @@ def _setting(record: Record, name: str) -> int | str:
 def tax_lines(
     records: Sequence[Record], along: Along, *, phase: Phase = "forward", missing: Sequence[LeftOut] = ()
 ) -> Lines:
-    """What SE adds to the time, along the batch or the resolution; a line for each network and each other setting.
+    """Return what SE adds to the time by batch or resolution; a line for each network and other setting.
 
     Args:
         records: of one machine.

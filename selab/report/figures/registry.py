@@ -25,7 +25,7 @@ NAMES = (*_AXES_OF, "added", *OF_ONE_RECORD)
 
 
 def axes_of(name: str, x: str | None = None, y: str | None = None) -> tuple[str, str] | None:
-    """The axes of a picture by its name, where none were asked for; None for `added`, which has no choice of them.
+    """Return the axes of a figure by name; None for a figure without a choice of axes.
 
     Raises:
         UnknownNameError: there is no such picture, or no such quantity.
@@ -52,7 +52,7 @@ def picture(
     workload: str | None = None,
     compared: Sequence[Compared] = (),
 ) -> Picture:
-    """A picture by its name: `cost` and `accuracy` are scatters with axes of their own choice, `added` is bars.
+    """Return a figure's data by name: `cost` and `accuracy` are scatters with a choice of axes, `added` is bars.
 
     Raises:
         SelabError: as `axes_of`, `points` and `bars`.

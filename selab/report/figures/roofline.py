@@ -43,7 +43,7 @@ class Roof:
 
 
 def roof(found: "Roofline", *, arch: str, workload: Workload, place: str) -> Roof:
-    """The picture of a roofline: every operator call that was measured, under the device's roof."""
+    """Return the data of a roofline figure: every measured operator call under the device's roofline."""
     marks = tuple(
         RoofMark(
             intensity=point.intensity,

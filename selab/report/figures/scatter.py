@@ -108,7 +108,7 @@ class Scatter:
 
 
 def costs_needed(x: str, y: str, archs: Sequence[str] = ()) -> tuple[str, ...]:
-    """The networks that must be counted for a picture; none if a record brings their costs along.
+    """Return the networks to count for a figure; none if records have their costs.
 
     Raises:
         UnknownNameError: an axis or a network that there is not.
@@ -139,7 +139,7 @@ def _catalogued(word: str, costs: Mapping[str, Cost]) -> Subject:
 
 # -------------------------------------------------------------------------------------------------- one quantity, twice
 def _published(subject: Subject, which: Axis) -> BothValues | str:
-    """Both networks' error, from one table and on the same data."""
+    """Return both networks' error, from one table and on the same data."""
     metric: Metric = which.path  # type: ignore[assignment]
     ours, theirs = published_pair(subject.variant, subject.baseline, metric)
     if ours is None:
@@ -159,7 +159,7 @@ def _counted(subject: Subject, which: Axis) -> BothValues | str:
 
 
 def _trained(subject: Subject, which: Axis) -> BothValues | str:
-    """Both networks' error on the test images, means over seeds, with the interval of their paired difference."""
+    """Return both networks' test error, means over seeds, with the interval of their paired difference."""
     record = subject.trained
     if record is None:
         return "not trained"
@@ -177,7 +177,7 @@ def _trained(subject: Subject, which: Axis) -> BothValues | str:
 
 
 def _value(subject: Subject, which: Axis) -> BothValues | str:
-    """A quantity of a pair, or why there is none."""
+    """Return a quantity of a pair, or why there is none."""
     readers = {"counted": _counted, "published": _published, "measured": measured_values, "trained": _trained}
     found = readers[which.origin](subject, which)
     if which.logarithmic and isinstance(found, BothValues) and min(found.base, found.se) <= 0:
@@ -196,9 +196,9 @@ def points(
     workload: str | None = None,
     compared: Sequence[Compared] = (),
 ) -> Scatter:
-    """Base and SE network of every pair, in the plane of two quantities.
+    """Return the base and SE network of every pair, in the plane of two quantities.
 
-    With an accuracy that was trained here the pairs are those of the comparisons, beside the forward pass of one image;
+    With an accuracy that was trained here the pairs are those of the comparisons, with the forward pass of one image;
     with a measured quantity those of the records, and what is counted is counted for their workload; otherwise those of
     the catalog, and what is counted is counted for one image.
 
@@ -272,7 +272,7 @@ def points(
 
 
 def _compared_subjects(compared: Sequence[Compared], archs: Sequence[str], *, what: str) -> tuple[list[Subject], str]:
-    """The comparisons that are drawn, and what their figures share."""
+    """Return the comparisons to draw, and what their figures share."""
     chosen = [one for one in compared if not archs or one.record.arch in archs]
     if not chosen:
         there = ", ".join(one.record.arch for one in compared)
@@ -299,7 +299,7 @@ def _compared_subjects(compared: Sequence[Compared], archs: Sequence[str], *, wh
 
 
 def _training_notes(records: Sequence[AccuracyRecord]) -> list[str]:
-    """How the networks were trained, and that their data set is not the published one; without the last full stop."""
+    """Return how the networks were trained, and whether their data set is not the published one."""
     how = [f"Trained: {'; '.join(trainings(records))}"] if records else []
     return how + [note.removesuffix(".") for note in not_published(records)]
 
@@ -308,7 +308,7 @@ _Found = tuple[Subject, BothValues, BothValues]
 
 
 def _of_one_dataset(found: Sequence[_Found]) -> tuple[list[_Found], list[LeftOut]]:
-    """Errors on different data share no axis: those of most pairs stay."""
+    """Keep the pairs of the commonest data set: errors on different data share no axis."""
     names = Counter(both.dataset for _, *twice in found for both in twice if both.dataset)
     if len(names) < 2:
         return list(found), []
@@ -320,7 +320,7 @@ def _of_one_dataset(found: Sequence[_Found]) -> tuple[list[_Found], list[LeftOut
 
 
 def _sources(both: Iterable[BothValues]) -> tuple[str, ...]:
-    """`arXiv 1709.01507, Table 2` and `…, Table 3` → one line per source."""
+    """Join `arXiv 1709.01507, Table 2` and `…, Table 3` → one line per source."""
     tables: dict[str, set[str]] = {}
     data = set()
     for one in both:
@@ -451,7 +451,7 @@ _LABEL_CHARACTERS = 44
 
 
 def _draw_pair(axes: "Axes", pair: Pair, marker: str, colour: str) -> None:
-    """Base hollow, SE filled, an arrow between them where there is room for one."""
+    """Draw the base hollow and SE filled, with an arrow between them where there is room."""
     base, se = (pair.base.x, pair.base.y), (pair.se.x, pair.se.y)
     look: dict[str, Any] = {"linestyle": "", "marker": marker, "markersize": 6, "markeredgecolor": colour, "zorder": 4}
     start, end = (axes.transData.transform(point) for point in (base, se))
@@ -478,7 +478,7 @@ def _draw_pair(axes: "Axes", pair: Pair, marker: str, colour: str) -> None:
 
 
 def _label(figure: "Figure", axes: "Axes", shown: Scatter, colours: Mapping[str, str]) -> None:
-    """The names, each beside its SE point; a thin line leads to one that had to go further away."""
+    """Write each name near its SE point; a thin line leads to one further away."""
     points_per_pixel = 72 / figure.dpi
     size = 8.0 if len(shown.pairs) <= 20 else 6.5
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -526,12 +526,12 @@ def _label(figure: "Figure", axes: "Axes", shown: Scatter, colours: Mapping[str,
 
 
 def _covered(base: tuple[float, float], se: tuple[float, float]) -> list[Box]:
-    """What a pair covers, in points: a box around each marker, and small ones along the arrow."""
+    """Return what a pair covers, in points: a box around each marker, and small ones along the arrow."""
     return [(x - 4.5, y - 4.5, x + 4.5, y + 4.5) for x, y in (base, se)] + _along(base, se)
 
 
 def _along(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
-    """A thin line as a row of small boxes, for it may be slanted."""
+    """Return a thin line as a row of small boxes, because it may be slanted."""
     steps = max(1, round(math.dist(start, end) / 5))
     places = [[one + (two - one) * step / steps for one, two in zip(start, end, strict=True)] for step in range(steps)]
     return [(x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in places]

@@ -78,7 +78,7 @@ def placed(
     taken: Sequence[Box],
     bounds: Box,
 ) -> list[Box]:
-    """Where labels go so that they cover neither each other nor what is drawn, as near to their anchors as possible.
+    """Return places for labels, near their anchors, that cover neither each other nor what is drawn.
 
     Each in turn takes the cheapest of 48 places around its anchor, three times over, so that the first can move for the
     last. There is no chance in it.
@@ -93,7 +93,7 @@ def placed(
     for _ in range(3):
         for index, (anchor, size) in enumerate(zip(anchors, sizes, strict=True)):
             others = [box for other, box in enumerate(boxes) if other != index and box is not None]
-            candidates = [_beside(anchor, size, way, far) for far in DISTANCES for way in _DIRECTIONS]
+            candidates = [_at(anchor, size, way, far) for far in DISTANCES for way in _DIRECTIONS]
             costs = [
                 10 * sum(_overlap(candidate, other) for other in others)
                 + 8 * sum(_overlap(candidate, box) for box in taken)
@@ -105,7 +105,7 @@ def placed(
     return [box for box in boxes if box is not None]
 
 
-def _beside(anchor: tuple[float, float], size: tuple[float, float], way: tuple[int, int], far: float) -> Box:
+def _at(anchor: tuple[float, float], size: tuple[float, float], way: tuple[int, int], far: float) -> Box:
     (x, y), (width, height) = anchor, size
     if all(way):
         far *= math.sqrt(0.5)
@@ -184,7 +184,7 @@ class Captioned(Protocol):
 def new_figure(
     shown: Captioned, *, plot_in: float, left_in: float, handles: Sequence["Artist"], notes: Sequence[str]
 ) -> tuple["Figure", "Axes"]:
-    """Title, circumstances and legend above, the plot, its axis, and the notes below."""
+    """Return a figure with title, circumstances and legend above the plot and notes below it, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -217,7 +217,7 @@ def new_figure(
 
 
 def left_out_note(left_out: Sequence[LeftOut], shown: int) -> list[str]:
-    """`Left out 5 of 9: no result (se_vgg16, …); …`."""
+    """Return `Left out 5 of 9: too noisy (se_vgg16, …); …`."""
     if not left_out:
         return []
     return [f"Left out {len(left_out)} of {shown + len(left_out)}: {reasons(left_out, most=4)}."]

@@ -41,7 +41,7 @@ class TaxBars:
 
 
 def tax_bars(record: TaxRecord, *, method: str | None = None) -> TaxBars:
-    """What each implementation adds to the baseline's time.
+    """Return what each implementation adds to the baseline's time.
 
     Args:
         record: of one network.

@@ -1,12 +1,12 @@
-"""The SE block and its join in Triton kernels: how `selab.kernels.operators` computes on CUDA.
+"""Triton kernels of the SE block and its join; `selab.kernels.ops` calls them on CUDA.
 
-A map is (N, C, H, W), contiguous or channels last; `area` is H * W. Each kernel goes over tiles of `positions` by
-`width` channels of one image; of the two, what lies next to each other in memory is the tile's long side. All
-arithmetic is in fp32, and what is summed in several parts is added up in a fixed order: equal inputs give equal bits.
+A feature map is (N, C, H, W), contiguous or channels last; `area` is H * W. Each kernel processes tiles of `positions`
+by `width` channels of one image; the long side of a tile is the one that is contiguous in memory. All arithmetic is in
+fp32, and partial sums are added in a fixed order: equal inputs give equal bits.
 
 Forward: `_sum` squeezes, `_excite` computes the gates of the whole batch, `_join` scales, adds and cuts. Backward:
 `_sum` cuts and adds up the gate's gradient, `_excite_backward` takes it back to the mean, `_branch_gradient` finishes.
-Nothing is tuned at run time and nothing waits for the device, so that all of it can stand in a CUDA graph.
+Nothing is tuned at run time and nothing waits for the device, so that everything can be captured in a CUDA graph.
 """
 
 import functools
@@ -333,12 +333,12 @@ def _branch_gradient(
 
 
 class Tiling(NamedTuple):
-    """How a map is cut up.
+    """The tiles of a feature map.
 
     Attributes:
         positions: of a tile.
         width: channels of a tile.
-        programs: tiles of the map.
+        programs: tiles of the feature map.
         splits: programs that share the sum of one image's block of channels.
         span: positions for each of them.
     """
@@ -351,13 +351,13 @@ class Tiling(NamedTuple):
 
 
 def tiling(images: int, channels: int, area: int, *, last: bool, processors: int) -> Tiling:
-    """Tiles for a map: large ones, unless there would be fewer than two for each processor.
+    """Return the tiles of a feature map: large ones, unless there would be fewer than two for each processor.
 
     Args:
         images: N.
         channels: C.
         area: H * W.
-        last: whether the map is channels last.
+        last: whether it is channels last.
         processors: of the device.
     """
     elements = _ELEMENTS
@@ -385,7 +385,7 @@ def _side(length: int, *, least: int, most: int) -> int:
 
 
 class Excitation(NamedTuple):
-    """How the excitation is cut up.
+    """The tiles of the excitation.
 
     Attributes:
         grid: programs, each with `rows` images and a `span` of channels.
@@ -440,7 +440,7 @@ def _knows_tf32(device: torch.device) -> bool:
 
 
 class _Map:
-    """A map's sizes and tiles, and the kernels on them."""
+    """The sizes and tiles of a feature map, and the kernels on them."""
 
     def __init__(self, y: Tensor) -> None:
         self.images, self.channels, height, width = y.shape
@@ -468,7 +468,7 @@ class _Map:
         return sums
 
     def excite(self, kernel: Any, tensors: Sequence[Tensor | None], params: BlockParams) -> None:
-        """Runs `_excite` or `_excite_backward` on its tensors."""
+        """Run `_excite` or `_excite_backward` on its tensors."""
         units = params.w1.shape[0]
         tf32 = _knows_tf32(self.device)
         plan = excitation(self.images, self.channels, units, processors=self.processors, tf32=tf32)
@@ -537,7 +537,7 @@ def add_relu(branch: Tensor, shortcut: Tensor) -> Tensor:
 def backward(
     dout: Tensor, out: Tensor | None, y: Tensor, params: BlockParams, kept: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the maps, the logits and the hidden values: dout, out and y are read, dz is written and read.
+    """Return the gradients of feature maps, logits and hidden values: dout, out and y are read, dz is written and read.
 
     Args:
         dout: of the output, (N, C, H, W).

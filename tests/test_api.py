@@ -223,7 +223,7 @@ def test_every_kind_of_record_is_loaded_and_saved_again(paths, tmp_path):
         result = selab.load(path)
         again = selab.load(result.save(tmp_path / f"{kind}.json"))
         assert again.record == result.record
-        with pytest.raises(RecordError, match="exists; give"):
+        with pytest.raises(RecordError, match="exists; pass replace=True to overwrite it"):
             result.save(tmp_path / f"{kind}.json")
         result.save(tmp_path / f"{kind}.json", replace=True)
         assert result.to_dict()["arch"] == result.arch

@@ -65,6 +65,8 @@ class RecordResult(Displayed):
             RecordError: the file exists, or cannot be written.
         """
         target = Path(path)
+        if target.is_file() and not replace:
+            raise RecordError(f"{target}: exists; pass replace=True to overwrite it")
         check_writable(target, replace=replace)
         if isinstance(self.record, TaxRecord):
             save_tax_record(self.record, target)

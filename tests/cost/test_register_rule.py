@@ -32,8 +32,7 @@ class Net(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def table(monkeypatch):
-    monkeypatch.setattr(module, "FOUND", {})
+def table():
     known = dict(RULES)
     yield
     RULES.clear()

@@ -1,4 +1,4 @@
-"""The public functions of selab, for scripts and notebooks; each wires what the packages below do."""
+"""The public functions of selab, for scripts and notebooks."""
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,7 +36,7 @@ def build(name: str, *, seed: int = 0, se: str | None = None, init: Init | None 
     Raises:
         UnknownNameError: no such network; the message lists the nearest names.
         SpecError: a file is malformed, or its builder fails.
-        InsertionError: a block cannot stand where it should.
+        InsertionError: a block cannot be inserted at its site.
 
     Examples:
         >>> import selab
@@ -61,7 +61,7 @@ def _with_blocks(name: str, se: str | None) -> str:
 
 def count(
     model: nn.Module | str,
-    input: Sequence[Any] | Mapping[str, Any] | torch.Tensor | None = None,  # noqa: A002 - the field's word
+    input: Sequence[Any] | Mapping[str, Any] | torch.Tensor | None = None,  # noqa: A002 - the usual name
     *,
     dtype: torch.dtype | None = None,
     training: bool = False,
@@ -112,7 +112,7 @@ def measure(
     model: nn.Module | str,
     *,
     baseline: nn.Module | str,
-    input: Sequence[int] = (1, 3, 224, 224),  # noqa: A002 - the field's word
+    input: Sequence[int] = (1, 3, 224, 224),  # noqa: A002 - the usual name
     phase: Phase = "forward",
     quick: bool = False,
     budget: float | None = None,

@@ -30,7 +30,7 @@ _NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class GateConversion:
-    """What happened to the gate of one block.
+    """The conversion of one block's gate.
 
     Attributes:
         path: of the block.
@@ -48,7 +48,7 @@ class GateConversion:
 
 
 class GateConversions(Displayed, tuple[GateConversion, ...]):
-    """What `convert_gates` did, block by block."""
+    """The result of `convert_gates`, block by block; prints as one line."""
 
     def summary(self) -> str:
         """Return one line: `16 gates converted from sigmoid to hardsigmoid; 2 left: …`."""
@@ -79,7 +79,7 @@ def convert_gates(model: nn.Module, gate: str) -> GateConversions:
         gate: `sigmoid`, `tanh`, `relu` or `hardsigmoid`. Other blocks than SE take `sigmoid` and `hardsigmoid`.
 
     Returns:
-        What was done, block by block; as a string one line.
+        The conversions, block by block; prints as one line.
 
     Raises:
         ModelError: `model` is not an nn.Module, or there is no such gate.
@@ -130,7 +130,7 @@ def _key(kind: type) -> tuple[str, str]:
 
 
 def _convert_se(block: SqueezeExcitation, gate: str) -> str:
-    """Exchange the gate of one of our blocks; returns why not, or an empty string."""
+    """Exchange the gate of a block of selab; return why it cannot be, or an empty string."""
     there: Any = block.gate
     if type(there) is not GATES[block.kinds[2]]:
         return f"unsupported gate: {type(there).__name__}"

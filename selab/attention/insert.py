@@ -73,13 +73,13 @@ def insert_se(
             `none`), `gate` (`sigmoid`, `tanh`, `relu`, `hardsigmoid`), `activation` (`relu`, `silu`), `bias` (True).
 
     Returns:
-        What was (or would be) inserted, in the order of the network.
+        The inserted blocks (with `dry_run`, those that would be), in the order of the network.
 
     Raises:
         SpecError: an unknown key, a wrong type or a value that is not allowed; the message names the key.
         InsertionError: no site, a pattern that matches nothing, a site inside an SE block, a site whose tensor is not
             (N, C, H, W), a shared module, a reduction larger than the channels, a block that would not run exactly
-            once. The message names the module; the model is left as it was.
+            once. The message names the module; the model is not changed then.
         ModelError: the forward pass fails with this input.
 
     Examples:

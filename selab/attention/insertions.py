@@ -1,4 +1,4 @@
-"""What an insertion did, and what a reader should know about it; starts without torch."""
+"""The result of an insertion, and remarks on it; starts without torch."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ class Insertions(Displayed, tuple[Insertion, ...]):
 
 
 def insertion_remarks(insertions: Iterable[Insertion]) -> tuple[str, ...]:
-    """Return remarks on insertions that are allowed and seldom meant: a squeeze width under 8.
+    """Return remarks on insertions that are allowed but seldom intended: a squeeze width below 8.
 
     Args:
         insertions: as `insert_se` returns them, or as a record holds them.

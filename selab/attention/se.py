@@ -88,7 +88,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
     """x * gate(fc2(relu(fc1(squeeze(x))))), one factor per channel.
 
     Shapes: input and output (N, C, H, W); squeezed (N, C); between the layers (N, squeeze_channels). With squeeze
-    `none` there is a factor per position, and the same layers run as 1x1 convolutions over the map.
+    `none` there is a factor per position, and the same layers run as 1x1 convolutions over the feature map.
 
     With `init="he"` the layers start as in the paper. With `init="identity"` the block starts as the identity, bit for
     bit, and still learns. The second layer starts at zero, and the gate is rescaled so that it is one there with a
@@ -232,7 +232,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
 
         Args:
             x: (N, C, H, W).
-            shortcut: (N, C, H, W), added to the scaled map.
+            shortcut: (N, C, H, W), added to the scaled feature map.
             join: the module whose addition is part of this call.
             relu_out: whether a ReLU follows the addition.
 

@@ -139,7 +139,7 @@ def in_stages(sites: Sequence[str], stages: Collection[int]) -> list[str]:
     there = sorted({stage for stage in of.values() if stage is not None})
     for stage in stages:
         if stage not in there:
-            has = f"sites lie in stages {', '.join(map(str, there))}" if there else "no site lies in a module stage<N>"
+            has = f"sites are in stages {', '.join(map(str, there))}" if there else "no site is in a module stage<N>"
             raise InsertionError(f"stages: {stage}: {has}; choose among those, or name the sites by patterns")
     return [site for site, stage in of.items() if stage in stages]
 
@@ -206,8 +206,8 @@ def _residual_tap(block: nn.Module, site: str, placement: Placement) -> Tap:
             after = getattr(block, "after_3x3", None)
             if not isinstance(after, str):
                 raise InsertionError(
-                    f"{site}: {type(block).__name__} does not say after which child of its branch the 3x3 placement "
-                    "stands (attribute after_3x3); name that module by a pattern instead"
+                    f"{site}: {type(block).__name__} does not name the child of its branch for the 3x3 placement "
+                    "(attribute after_3x3); name that module by a pattern instead"
                 )
             return Tap(site=site, module=f"{site}.branch.{after}", side="output", block=site)
     raise InsertionError(f"placement {placement!r}: allowed: standard, pre, post, identity, 3x3")

@@ -19,8 +19,8 @@ from selab.errors import SelabError, SpecError, nearest
 def imported(target: str) -> Iterator[object]:
     """Import `path/to/file.py:NAME` or `package.module:NAME`, and run the block of the `with` as the user's code.
 
-    A file may import the modules beside it. A module is looked up in the current folder and among installed packages.
-    A file is loaded once in a process. Prints go to standard error, and random state is left as it was.
+    A file can import modules of its folder. A module is looked up in the current folder and among installed packages.
+    A file is loaded once in a process. Prints go to standard error, and random state is not changed.
 
     Args:
         target: dots in NAME lead into classes.
@@ -84,7 +84,7 @@ def user_code(where: str, *, folder: Path, home: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Importing happens once, so it must leave no trace in a seeded random state and use no device of one build."""
+    """Keep random state and device out of an import: it happens once, in whichever build comes first."""
     import torch
 
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -139,5 +139,5 @@ def _location(error: BaseException, home: Path | None) -> str:
 
 
 def _lies_in(file: Path, home: Path) -> bool:
-    """Whether a file belongs to a user's folder; an environment inside of it does not."""
+    """Return whether a file belongs to a user's folder; an environment inside of it does not."""
     return file.is_relative_to(home) and "site-packages" not in file.relative_to(home).parts

@@ -15,11 +15,11 @@ The cost of one operator:
 * **all**: `conv_linear`, and one per fused multiply-add that any other operator needs: one per output element of an
   elementwise operation, one per element read of a reduction or a pooling window, one per element of a normalisation
   (a scale and a shift) and two more where it computes its own statistics, three for softmax (exponential, sum,
-  division). Moving data (views, copies, concatenation, padding, shuffling) is no arithmetic.
+  division). Moving data (views, copies, concatenation, padding, shuffling) is not arithmetic.
 * **flops**: two per MAC of conv_linear, two per element for the scale and shift of a normalisation and for `addcmul`
   and its like, otherwise the same as `all`.
 * **bytes**: compulsory traffic: distinct inputs read once (parameters included, expanded dimensions once), output
-  written once. Views move nothing. Indices, masks and statistics that an operator returns beside its result are left
+  written once. Views move nothing. Indices, masks and statistics that an operator returns with its result are left
   out, because inference does not need them.
 * **activations**: output elements of the convolutions (Radosavovic et al., arXiv 2003.13678). Other operators
   have none: an SE block of 1x1 convolutions has some, the same block of fully connected layers has none.

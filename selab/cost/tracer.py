@@ -162,7 +162,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Tensors on a real device that the forward pass itself made: constants. All other real ones are the model's,
         # which must not be written. Kept alive, for they are known by their identity.
         self._constants: dict[int, Tensor] = {}
-        # What ran with gradients switched off, as the inside of a torch.autograd.Function does.
+        # Operators that ran without gradients, as inside a torch.autograd.Function.
         self._hidden: list[tuple[int, Rule, Sequence[Any], list[Tensor], list[Tensor]]] = []
         # The source of the copy that was the last operator.
         self._copied: Tensor | None = None

@@ -45,8 +45,8 @@ def measure_pair(
     """Measure a module against another: control, comparison, control.
 
     Args:
-        model: the variant; left as it is.
-        baseline: what it is compared with; left as it is.
+        model: the variant; not changed.
+        baseline: what it is compared with; not changed.
         workload: of both.
         plan: durations, target and budget.
         phase: what one call is.

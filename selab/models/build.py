@@ -91,7 +91,7 @@ def build(
 
 
 def _config(variant: Variant, init: Init | None) -> SiteConfig:
-    """Return the configuration of a variant's blocks; a block's file may lie beside the family's TOML."""
+    """Return the configuration of a variant's blocks; a block's file may be in the folder of the family's TOML."""
     config = variant.se
     assert config is not None
     if isinstance(config, ExternalConfig) and variant.file:
@@ -133,7 +133,7 @@ def _builder(variant: Variant):  # type: ignore[no-untyped-def]
 
 @contextmanager
 def _import_beside(variant: Variant) -> Iterator[None]:
-    """Let a family's TOML name a module beside it."""
+    """Let a family's TOML name a module of its folder."""
     if not variant.file:
         yield
         return

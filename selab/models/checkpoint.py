@@ -197,7 +197,7 @@ def _read(path: Path) -> _Input:
         loaded = loaded.get(under)
     if not _is_state(loaded):
         raise WeightsError(
-            f"{path}: holds no state dict (tensors by name), neither at the top nor under {', '.join(_UNDER)}; "
+            f"{path}: has no state dict (tensors by name), neither at the top level nor under {', '.join(_UNDER)}; "
             "save model.state_dict()"
         )
     prefix = "module." if all(key.startswith("module.") for key in loaded) else ""
@@ -381,20 +381,20 @@ def _check_made_for(variant: Variant, fitted: Variant, metadata: Mapping[str, st
         reason = f"an earlier configuration of {name}" if name == variant.name else name
         raise WeightsError(f"{where}: was converted for {reason}, not for {variant.name}; convert it again")
     trained = _as_trained(variant, metadata)
-    told = f"{where}: is of {name}" if trained is None else f"{where}: is of {name} with {_size(trained)}"
+    what = f"{where}: is of {name}" if trained is None else f"{where}: is of {name} with {_size(trained)}"
     if trained is None or trained.facts_hash != made_for:
         other = "in an earlier configuration; train it again" if name == variant.name else f"not of {variant.name}"
-        raise WeightsError(f"{told}, {other}")
+        raise WeightsError(f"{what}, {other}")
     if (trained.num_classes, trained.input_chw[0]) != (fitted.num_classes, fitted.input_chw[0]):
-        raise WeightsError(f"{told}; asked for are {_size(fitted)}: give the data that it was trained on")
+        raise WeightsError(f"{what}, not {_size(fitted)}; give the data that it was trained on")
 
 
 def _as_trained(variant: Variant, metadata: Mapping[str, str]) -> Variant | None:
     """Return the variant with the classes and image size of a file's metadata; None if it has none."""
-    told = re.fullmatch(r"(\d+) (\d+)x(\d+)x(\d+)", f"{metadata.get('num_classes')} {metadata.get('input_chw')}")
-    if told is None:
+    found = re.fullmatch(r"(\d+) (\d+)x(\d+)x(\d+)", f"{metadata.get('num_classes')} {metadata.get('input_chw')}")
+    if found is None:
         return None
-    classes, channels, height, width = map(int, told.groups())
+    classes, channels, height, width = map(int, found.groups())
     return msgspec.structs.replace(variant, num_classes=classes, input_chw=(channels, height, width))
 
 

@@ -147,7 +147,7 @@ def timm_model(*, num_classes: int, name: str) -> "nn.Module":
 
 def _torchvision_variant(model: str, name: str, where: str) -> Variant:
     library = _library("torchvision", where)
-    # Detection, segmentation and video have other inputs, or outputs that are no logits.
+    # Detection, segmentation and video models have other inputs, or outputs other than logits.
     known = library.models.list_models(module=library.models)
     if model not in known:
         raise UnknownNameError(f"{where}: torchvision has no such classification network{nearest(model, known)}")
@@ -232,7 +232,7 @@ def from_file(*, num_classes: int, path: str, attribute: str) -> "nn.Module":
 
     Args:
         num_classes: passed on if the callable has an argument of this name.
-        path: of the file; it can import the modules beside it.
+        path: of the file; it can import modules of its folder.
         attribute: the callable's name; dots lead into classes.
 
     Raises:

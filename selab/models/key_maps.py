@@ -273,7 +273,7 @@ _GHOSTNET: Rules = (
     *_counted(r"^blocks\.{}\.0\.", "stage{}.", ((0, "1.0"), (1, "2.0"), (2, "2.1"), (3, "3.0"), (4, "3.1"))),
     *_counted(r"^blocks\.{}\.", "stage{}.", ((r"5\.0", "4.0"), *((rf"6\.{n}", f"4.{n + 1}") for n in range(5)))),
     *_counted(r"^blocks\.{}\.", "stage{}.", ((r"7\.0", "5.0"), *((rf"8\.{n}", f"5.{n + 1}") for n in range(4)))),
-    # The first block of a stage strides, and its SE stands behind the depthwise convolution that does so.
+    # The first block of a stage strides, and its SE comes after the depthwise convolution that does so.
     (r"^(stage\d\.0)\.se\.", r"\1.branch.depthwise.se."),
     (r"^(stage\d\.\d)\.se\.", r"\1.branch.expand.se."),
     (r"\.se\.conv_reduce\.", ".se.fc1."),

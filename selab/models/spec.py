@@ -113,8 +113,8 @@ class Variant(Frozen, frozen=True, kw_only=True):
         se = None if self.se is None else as_keys(self.se)
         if se is not None:
             se = {key: value for key, value in se.items() if key not in _LATER_KEYS or value != _LATER_KEYS[key]}
-        facts = (self.builder, self.arguments, self.input_chw, self.num_classes, se)
-        return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:12]
+        content = (self.builder, self.arguments, self.input_chw, self.num_classes, se)
+        return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:12]
 
 
 def pair_hash(variant: Variant, baseline: Variant | None) -> str:
@@ -155,29 +155,31 @@ def _variant(
     key = f"variants.{name}"
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise SpecError(f"{origin}: {key}: a variant's name is lower-case letters, digits and _")
-    facts = convert(table, _VariantTable, place=f"{origin}: {key}")
-    if facts.baseline is not None and facts.baseline not in tables:
+    given = convert(table, _VariantTable, place=f"{origin}: {key}")
+    if given.baseline is not None and given.baseline not in tables:
         raise SpecError(
-            f"{origin}: {key}.baseline: no variant {facts.baseline!r} here{nearest(facts.baseline, tables)}"
+            f"{origin}: {key}.baseline: no variant {given.baseline!r} here{nearest(given.baseline, tables)}"
         )
-    if facts.se is not None and facts.baseline is None:
+    if given.se is not None and given.baseline is None:
         raise SpecError(f"{origin}: {key}.baseline: missing; a variant with SE names the variant it is compared with")
-    for index, published in enumerate(facts.published):
+    for index, published in enumerate(given.published):
         if not published.source.strip() or not published.where.strip():
-            raise SpecError(f"{origin}: {key}.published[{index}]: source and where must say where the number stands")
+            raise SpecError(
+                f"{origin}: {key}.published[{index}]: source and where must name the publication and the place in it"
+            )
     return Variant(
         name=name,
         family=family.family,
-        title=facts.title,
+        title=given.title,
         source=family.source,
         builder=family.builder,
-        arguments=facts.arguments,
+        arguments=given.arguments,
         input_chw=family.input_chw,
         num_classes=family.num_classes,
-        baseline=facts.baseline,
-        se=None if facts.se is None else read_block(facts.se, place=f"{origin}: {key}.se"),
-        published=facts.published,
-        note=facts.note,
+        baseline=given.baseline,
+        se=None if given.se is None else read_block(given.se, place=f"{origin}: {key}.se"),
+        published=given.published,
+        note=given.note,
         origin=origin,
         file=file,
     )

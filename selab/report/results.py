@@ -157,7 +157,7 @@ def _costs(record: Record) -> str:
 
 
 class RecordChanges(Displayed):
-    """What changed from one record to another of equal workload, machine and baseline.
+    """The changes from one record to another of equal workload, machine and baseline.
 
     Attributes:
         before: the first record.

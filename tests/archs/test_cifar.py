@@ -560,7 +560,7 @@ def test_se_gates_the_mixture_of_both_paths(small: str) -> None:
 
 
 def test_a_gate_inside_one_of_two_paths_is_refused() -> None:
-    with pytest.raises(InsertionError, match="ShakeBlock does not say after which child"):
+    with pytest.raises(InsertionError, match="ShakeBlock does not name the child"):
         insert_se(SMALL["shake_shake"](), "residual", placement="3x3", reduction=2, input_nchw=(1, 3, 32, 32))
 
 

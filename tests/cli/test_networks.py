@@ -159,7 +159,7 @@ class TestChanges:
             (["--se", "reduction=8,"], "--se reduction=8,: character 13: expected KEY=VALUE"),
             (["--se", "redaction=8"], "redaction: unknown key; did you mean reduction"),
             (["--se", "block=sea"], "block 'sea': no such block; did you mean se"),
-            (["--se", "stages=7"], "stages: 7: sites lie in stages 2, 3, 4, 5"),
+            (["--se", "stages=7"], "stages: 7: sites are in stages 2, 3, 4, 5"),
             (["--insert", "stage2..conv1"], "pattern 'stage2..conv1': character 8: a name is missing here"),
             (["--insert", "stage2.***"], "character 8: [*][*] stands alone between dots"),
             (["--insert", "stag2.0"], "matches no module of ResNet; site groups: residual; did you mean stage2.0"),

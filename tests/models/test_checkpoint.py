@@ -260,11 +260,11 @@ class TestRefused:
         refused(tmp_path / name, "is broken or no")
 
     def test_no_state_dict(self, saved):
-        refused(saved(lambda state: list(state.values())), "holds no state dict")
+        refused(saved(lambda state: list(state.values())), "has no state dict")
         refused(
             saved(lambda state: {"weights": state}), "neither at the top nor under state_dict_ema, state_dict, model"
         )
-        refused(saved(lambda state: {"model": {}}), "holds no state dict")
+        refused(saved(lambda state: {"model": {}}), "has no state dict")
 
     def test_no_such_file(self, tmp_path):
         refused(tmp_path / "in.pth", "No such file")

@@ -273,7 +273,7 @@ def test_weights_are_loaded_for_the_images_that_they_were_trained_on(run, family
         (
             variant,
             images(classes=5),
-            f"{here} {of}; asked for are 5 classes, 3×8×8: give the data that it was trained on",
+            f"{here} {of}, not 5 classes, 3×8×8; give the data that it was trained on",
         ),
         (family["se_plain"], images(), f"{here} {of}, not of se_plain"),
         (changed, images(), f"{here} {of}, in an earlier configuration; train it again"),

@@ -67,7 +67,7 @@ def test_reads_a_family():
         ),
         ('baseline = "toy"', 'baseline = "tony"', "variants.se_toy.baseline: no variant 'tony' here; did you mean toy"),
         ('baseline = "toy"', "", "variants.se_toy.baseline: missing"),
-        ('where = "Table 1"', 'where = " "', r"variants.se_toy.published\[0\]: source and where must say"),
+        ('where = "Table 1"', 'where = " "', r"variants.se_toy.published\[0\]: source and where must name"),
         ('source = "a paper"\nwhere', "where", r"variants.se_toy.published\[0\].source: missing"),
         ("[variants.toy]", "[variants.Toy]", "variants.Toy: a variant's name is lower-case"),
     ],

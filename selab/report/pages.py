@@ -14,6 +14,7 @@ from selab.models import catalog
 from selab.records.acceptance import Acceptance, LoadingTime
 from selab.records.types import Cost, Latency, Machine, Record
 from selab.report.accuracy import accuracy_tables
+from selab.report.machines import by_machine
 from selab.report.profiles import added_tables, latency_tables, ratio_cells
 from selab.report.published import (
     PAPER_TABLES,
@@ -227,9 +228,10 @@ def page(name: str, grids: Sequence[Table], records: Sequence[Record]) -> str:
     body = "\n".join(grid.markdown() for grid in grids)
     if name != REPORT or not records:
         return body
-    machine = records[0].machine
+    machines = [group[0].machine for group in by_machine(records).values()]
     commands = "\n".join(dict.fromkeys(record.command for record in records if record.kind == "profile"))
-    head = f"# Measured on {machine.gpu or machine.cpu}\n\n" + "\n".join(f"- {line}" for line in machine_lines(machine))
+    head = f"# Measured on {' and '.join(machine.gpu or machine.cpu for machine in machines)}\n\n"
+    head += "\n".join(f"- {line}" for machine in machines for line in machine_lines(machine))
     how = f"### How to repeat this\n\n```\n{commands}\n```\n"
     return f"{head}\n\nRendered from the records in this folder by `selab table report`; not typed.\n\n{body}\n{how}"
 

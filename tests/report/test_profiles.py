@@ -207,3 +207,12 @@ def test_mobile_networks_of_several_machines_have_a_column_each():
     ]
     row = next(row for row in table.rows if row[0] == "se_mobilenet")
     assert row[4] == row[5] == "+9.989 % [9.978, 10.000]"
+
+
+def test_a_report_names_every_machine(record):
+    moved = msgspec.structs.replace(
+        record, machine=msgspec.structs.replace(record.machine, cpu="Another", name="other")
+    )
+    text = pages.page("report", [], [record, moved])
+    assert text.startswith(f"# Measured on {record.machine.gpu or record.machine.cpu} and Another\n\n- ")
+    assert "\n- Another, " in text

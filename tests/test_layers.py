@@ -119,14 +119,14 @@ def test_sizes():
 
 
 def test_functions_have_at_most_twelve_parameters():
-    """Commands take the options that they share as one value."""
+    """Commands take shared options as one value. GPU kernels are exempt: there is no other way to pass arguments."""
     wide = []
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
                 every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 own = [one for one in every if one.arg not in ("self", "cls")]
-                if len(own) > 12 and not any(one.arg.startswith("_jit") for one in own):
+                if len(own) > 12:
                     wide.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {len(own)}")
     assert not wide, wide
 

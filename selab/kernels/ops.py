@@ -21,7 +21,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -173,13 +173,13 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.impl(_BACKWARD, "CPU")
 def _backward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     with _without_autocast(arguments[0]):
-        return _backward(_maps_by_torch, *arguments)
+        return _backward(_maps_by_torch, _BackwardArguments(*arguments))
 
 
 @torch.library.impl(_BACKWARD, "CUDA")
 def _backward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     with _without_autocast(arguments[0]):
-        return _backward(_gpu().backward, *arguments)
+        return _backward(_gpu().backward, _BackwardArguments(*arguments))
 
 
 def _without_autocast(y: Tensor) -> torch.autocast:
@@ -187,24 +187,30 @@ def _without_autocast(y: Tensor) -> torch.autocast:
     return torch.autocast(y.device.type, enabled=False)
 
 
+class _BackwardArguments(NamedTuple):
+    """The arguments of the backward operator, in the order of its schema."""
+
+    dout: Tensor
+    y: Tensor
+    out: Tensor | None
+    w1: Tensor
+    w2: Tensor
+    squeezed: Tensor
+    hidden: Tensor
+    logits: Tensor
+    activation: str
+    gate: str
+    scale: float
+    offset: float
+    relu_in: bool
+    needs: Sequence[bool]
+
+
 def _backward(
-    maps: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
-    dout: Tensor,
-    y: Tensor,
-    out: Tensor | None,
-    w1: Tensor,
-    w2: Tensor,
-    squeezed: Tensor,
-    hidden: Tensor,
-    logits: Tensor,
-    activation: str,
-    gate: str,
-    scale: float,
-    offset: float,
-    relu_in: bool,
-    needs: Sequence[bool],
+    maps: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]], given: _BackwardArguments
 ) -> tuple[Tensor, ...]:
     """Return all gradients: `maps` computes those of feature maps, hidden values and logits."""
+    dout, y, out, w1, w2, squeezed, hidden, logits, activation, gate, scale, offset, relu_in, needs = given
     needs = _made(needs, out)
     params = cpu.BlockParams(w1, None, w2, None, activation, gate, scale, offset, relu_in, out is not None)
     dy, dz, dlogits, dhidden = maps(dout, out, y, params, (squeezed, hidden, logits), needs)

@@ -43,7 +43,7 @@ def print_error(message: str) -> None:
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process speaks for all of a job: torchrun's first one, or the only one."""
+    """Return whether this process prints for all of a job: torchrun's first one, or the only one."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 

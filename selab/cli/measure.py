@@ -346,14 +346,14 @@ def roofline(
     return None
 
 
-def _check_alone(options: WorkloadOptions, beside: dict[str, object]) -> None:
-    """Refuse options beside --all, whose workload is one for all networks."""
+def _check_alone(options: WorkloadOptions, others: dict[str, object]) -> None:
+    """Refuse other options next to --all, which has one workload for all networks."""
     from selab.cli.options import option_of
 
     given = [option_of(WorkloadOptions, name) for name in options.given()]
-    wrong = given + [option for option, value in beside.items() if value not in (None, False)]
+    wrong = given + [option for option, value in others.items() if value not in (None, False)]
     if wrong:
-        text = f"is one image in fp32 on one thread of the CPU; leave {', '.join(wrong)} away"
+        text = f"is one image in fp32 on one thread of the CPU; leave out {', '.join(wrong)}"
         raise typer.BadParameter(text, param_hint="--all")
 
 
@@ -368,7 +368,7 @@ def _check_roofline(options: WorkloadOptions, preset: str | None, out: Path | No
         return
     options.reject("has no part in a prediction, where nothing runs", "device", "threads", "hold_heap", "seed")
     if out is not None:
-        raise typer.BadParameter("is a prediction, which has no picture; leave --out away", param_hint="--as")
+        raise typer.BadParameter("is a prediction, which has no picture; drop --out", param_hint="--as")
 
 
 def _peaks(job: "Job", preset: str | None, report: Any) -> Any:

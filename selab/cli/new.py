@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
+from selab.cli.options import OUTPUT, option
 from selab.errors import SpecError
 
 new_app = typer.Typer(no_args_is_help=True, help="Write a commented, working template: a family or a block.")
 
 Name = Annotated[str, typer.Argument(help="Lower-case letters, digits and _; names the files.", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", help="The folder to write to.")]
-Replace = Annotated[bool, typer.Option("--replace", help="Write over files that exist.")]
+Out = Annotated[Path, option("--out", OUTPUT, "The folder to write to.", metavar="FOLDER")]
+Replace = Annotated[bool, option("--replace", OUTPUT, "Write over files that exist.")]
 
 _FAMILY_TOML = """\
 # A family of networks for selab. Count it:  selab count --arch {name}.toml:se_{name}

@@ -211,7 +211,7 @@ def _of_folder(name: str, folder: Path, costs: "dict[str, Cost]") -> "tuple[list
 
 
 def _text(name: str, tables: "Sequence[Table]", records: "Sequence[Record]", look: Look) -> str:
-    """Tables as text for a file; without a format, Markdown with what a page says above them."""
+    """Return tables as text for a file; without a format, as a Markdown page."""
     from selab.report.pages import page
     from selab.report.table import render
 

@@ -227,7 +227,7 @@ def compare(
     out: Out = RESULTS,
     replace: Annotated[
         bool,
-        option("--replace", OUTPUT, "Make the record anew; finished trainings in OUT/runs are kept."),
+        option("--replace", OUTPUT, "Make the record again; finished trainings in OUT/runs are kept."),
     ] = False,
     json_to: Json = None,
     look: Format = "rich",
@@ -279,8 +279,8 @@ def _show_comparisons(
     for growing, record in zip(comparisons, records, strict=True):
         if timed:
             _measure(growing)
-        beside = compared(record, out / record.machine.name)
-        print_tables([accuracy.comparison_table(beside), accuracy.seeds_table(record)], look)
+        joined = compared(record, out / record.machine.name)
+        print_tables([accuracy.comparison_table(joined), accuracy.seeds_table(record)], look)
         typer.echo(f"record: {growing.path}", err=look != "rich")
 
 
@@ -314,7 +314,7 @@ def _options(options: TrainOptions) -> "Options":
 
     check_device(options.device)
     if options.amp == "fp16" and options.device == "cpu":
-        raise SelabError("--amp fp16: is for --device cuda; on a CPU take bf16, or leave it away")
+        raise SelabError("--amp fp16: is for --device cuda; on a CPU use bf16, or leave it out")
     return Options(
         device=options.device,
         amp=options.amp,

@@ -127,7 +127,7 @@ def _keep_to_this_machine(environment: Any) -> None:
     if environment["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in environment:
         environment.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     environment["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Linux's Ray turns 127.0.0.1 into the address of the network, unless it is told that there is no cluster.
+    # Linux's Ray turns 127.0.0.1 into the address of the network, unless it believes that there is no cluster.
     environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
@@ -179,11 +179,11 @@ class _Cluster:
     def _machine(self, seat: _Seat) -> Machine:
         place = f"--ray {self.address}: node {seat.node['NodeManagerAddress']}"
         try:
-            told = self.ray.get(seat.worker.machine.remote(self.device), timeout=_STARTING_S)
+            answer = self.ray.get(seat.worker.machine.remote(self.device), timeout=_STARTING_S)
         except Exception as error:
             hint = "install the same selab there, and free its processors"
             raise SelabError(f"{place}: starts no worker: {first_line(error)}; {hint}") from None
-        there = msgspec.json.decode(told, type=Machine)
+        there = msgspec.json.decode(answer, type=Machine)
         ours, theirs = _versions(this_machine()), _versions(there)
         if ours != theirs:
             raise SelabError(f"{place}: has {theirs}, here it is {ours}; install the same on both")

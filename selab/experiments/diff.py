@@ -119,9 +119,8 @@ def _ratio_change(phase: Phase, before: Latency, after: Latency) -> RatioChange:
     if kind == "not_shown":
         text = f"{label}: no change shown; cannot exclude {ends} %"
     else:
-        text = (
-            f"{label}: {kind} by {units.percent(abs(change), decimals=places).lstrip('+')} {ends} beside its baseline"
-        )
+        amount = units.percent(abs(change), decimals=places).lstrip("+")
+        text = f"{label}: {kind} by {amount} {ends} relative to its baseline"
     return RatioChange(phase=phase, kind=kind, change=change, low=low, high=high, text=text)
 
 

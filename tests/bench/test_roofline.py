@@ -208,7 +208,7 @@ def test_mistakes_are_told_before_anything_is_measured(selab, monkeypatch, tmp_p
 def test_all_networks_are_held_against_one_workload(selab, words):
     status, _, err = selab("roofline", "--all", *words)
     assert status == 2
-    assert f"leave {words[0]} away" in " ".join(err.replace("│", "").split())
+    assert f"leave out {words[0]}" in " ".join(err.replace("│", "").split())
 
 
 def test_the_shell_measures_here(selab, monkeypatch, tmp_path):

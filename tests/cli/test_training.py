@@ -94,7 +94,7 @@ class TestAccuracy:
     def test_half_precision_of_the_gpu_is_refused_on_the_cpu(self, selab, one_line):
         status, _, error = selab("train", "--arch", "small_cnn", "--data", "synthetic", "--amp", "fp16")
         assert status == 1
-        assert "--amp fp16: is for --device cuda; on a CPU take bf16" in one_line(error)
+        assert "--amp fp16: is for --device cuda; on a CPU use bf16" in one_line(error)
 
     @pytest.mark.parametrize(
         "words",

@@ -127,7 +127,7 @@ class TestProfile:
         words = ["--phase", "forward", "--threads", 1, "--out", tmp_path / "r", "--svg", picture]
         status, _, error = selab("profile", "--arch", f"{toy}:se_toy", *words)
         assert status == 1
-        assert "exists; give --replace" in error
+        assert "exists; use --replace" in error
         assert picture.read_text() == "mine"
 
     def test_out_of_memory_is_a_row(self, selab, toy, tmp_path):

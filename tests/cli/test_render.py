@@ -103,7 +103,7 @@ class TestPlot:
         words = ["plot", "accuracy", "--arch", "se_mobilenet", "--out", path]
         status, _, error = selab(*words)
         assert status == 1
-        assert f"{path}: exists; give --replace" in error
+        assert f"{path}: exists; use --replace" in error
         assert path.read_text() == "mine"
         assert selab(*words, "--replace")[0] == 0
         assert path.read_text() != "mine"
@@ -112,7 +112,7 @@ class TestPlot:
         path = tmp_path / "t.md"
         words = ["table", "reduction", "--out", path]
         assert selab(*words)[0] == 0
-        assert "exists; give --replace" in selab(*words)[2]
+        assert "exists; use --replace" in selab(*words)[2]
         assert selab(*words, "--replace")[0] == 0
 
     def test_a_picture_is_written(self, selab, tmp_path):

@@ -357,7 +357,7 @@ class TestTax:
         shutil.copytree(folder, out / "another")
         status, _, told = selab("table", "tax", "--profiles", out)
         assert (status, told.count("\n")) == (1, 1)
-        assert f"there are some in its folders {', '.join(sorted((folder.name, 'another')))}" in told
+        assert f"its subfolders do: {', '.join(sorted((folder.name, 'another')))}" in told
         picture = tmp_path / "tax.svg"
         status, _, told = selab("plot", "tax", "--record", path, "--out", picture)
         assert status == 0, told

@@ -262,7 +262,7 @@ def test_compare_records(paths, tmp_path):
     assert changes.rows()[0][1:3] == (record.cost.params - 1, record.cost.params)
     assert "before" in text_of(changes)
     assert "table" in Tags(changes._repr_html_()).seen
-    with pytest.raises(RecordError, match="baseline is 'x'"):
+    with pytest.raises(RecordError, match="records differ in baseline: 'x'"):
         selab.compare_records(msgspec.structs.replace(record, baseline="x"), record)
     with pytest.raises(RecordError, match="after is a TaxRecord; profiles and counts can be compared"):
         selab.compare_records(record, selab.load(paths["tax"]))

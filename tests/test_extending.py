@@ -1,4 +1,4 @@
-"""What stands in docs/extending.md runs, and so do the templates of `selab new`."""
+"""The examples of docs/extending.md run, and so do the templates of `selab new`."""
 
 import re
 import shlex

@@ -292,7 +292,7 @@ def test_cbam_starts_with_all_positions_alike():
         (lambda: CBAM(64, reduction=0), "reduction 0: must be from 1"),
         (lambda: SCSE(1), "reduction 2: must be from 1 to the number of channels, 1"),
         (lambda: CoordinateAttention(64, reduction=0), "reduction 0: must be at least 1"),
-        (lambda: GatherExcite(64, extent=-1), "extent -1: must be at least 1, or 0 for the whole map"),
+        (lambda: GatherExcite(64, extent=-1), "extent -1: must be at least 1, or 0 for the whole feature map"),
         (lambda: GatherExcite(64, init="identity"), "cannot start as the identity; use init 'he'"),
         (lambda: SSE(0), "channels 0: must be at least 1"),
         (lambda: ESE(64, init="zeros"), "init 'zeros': allowed: he, identity"),

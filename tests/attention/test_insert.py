@@ -224,7 +224,7 @@ class TestRefusals:
 
     def test_inside_another_block(self, foreign):
         insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
-        with pytest.raises(InsertionError, match=r"stem\.se\.fc1: stands inside another SE block"):
+        with pytest.raises(InsertionError, match=r"stem\.se\.fc1: is inside another SE block"):
             insert_se(foreign, "stem.se.fc1", reduction=4, input_nchw=CHW)
         with pytest.raises(InsertionError, match="stem: already holds an SE block"):
             insert_se(foreign, "stem", reduction=4, input_nchw=CHW)

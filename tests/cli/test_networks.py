@@ -161,7 +161,7 @@ class TestChanges:
             (["--se", "block=sea"], "block 'sea': no such block; did you mean se"),
             (["--se", "stages=7"], "stages: 7: sites are in stages 2, 3, 4, 5"),
             (["--insert", "stage2..conv1"], "pattern 'stage2..conv1': character 8: a name is missing here"),
-            (["--insert", "stage2.***"], "character 8: [*][*] stands alone between dots"),
+            (["--insert", "stage2.***"], "character 8: [*][*] must be alone between dots"),
             (["--insert", "stag2.0"], "matches no module of ResNet; site groups: residual; did you mean stage2.0"),
         ],
     )

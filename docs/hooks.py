@@ -7,7 +7,7 @@ file of code, become the plain text of the path.
 import json
 import re
 from pathlib import Path
-from posixpath import dirname, normpath, relpath
+from posixpath import dirname, join, normpath, relpath
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
@@ -58,7 +58,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target, _, anchor = address.partition("#")
         if not target or re.match(r"[a-z]+:", target):
             return link[0]
-        path = normpath(f"{dirname(origin)}/{target}")
+        path = normpath(join(dirname(origin), target))
         if not (ROOT / path).exists():
             return link[0]  # mkdocs reports it
         on_site = path.removeprefix("docs/") if path.startswith("docs/") else PAGES.get(path)

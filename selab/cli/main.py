@@ -178,8 +178,8 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
         ),
         "plot": (
             plot,
-            examples("selab plot added --profiles results", "selab plot accuracy --x params --arch se_resnet50")
-            + f"\n\nQuantities: {QUANTITIES}",
+            f"Quantities: {QUANTITIES}\n\n"
+            + examples("selab plot added --profiles results", "selab plot accuracy --x params --arch se_resnet50"),
         ),
     },
 }

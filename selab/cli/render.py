@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ALL_TABLES = "all"
 QUANTITIES = (
-    "Counted: params, macs, macs_all, flops, bytes, activations. Published: top1_error, top5_error. Measured "
-    "(--profiles): latency, latency_fwd_bwd, tax, saved_for_backward. Trained (--profiles): top1_error_trained, "
+    "counted: params, macs, macs_all, flops, bytes, activations; published: top1_error, top5_error; measured "
+    "(--profiles): latency, latency_fwd_bwd, tax, saved_for_backward; trained (--profiles): top1_error_trained, "
     "top5_error_trained."
 )
 Profiles = Annotated[

@@ -5,7 +5,13 @@ from difflib import get_close_matches
 
 
 class SelabError(Exception):
-    """Base class: a user's mistake or a machine's limit. The command line prints its line and exits with status 1."""
+    """Base class: a user's mistake or a machine's limit. The command line prints its line and exits with status 1.
+
+    Attributes:
+        signal: number of the signal that stopped the work, if one did; the command line exits with 128 + `signal`.
+    """
+
+    signal: int | None = None
 
 
 class SpecError(SelabError):

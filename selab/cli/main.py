@@ -85,7 +85,7 @@ def main() -> None:
         sys.exit(signals.status)
     except SelabError as error:
         print_error(str(error))
-        sys.exit(1)
+        sys.exit(1 if error.signal is None else 128 + error.signal)
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(signals.status)

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from selab.errors import SelabError
+
 
 class StopRequest:
-    """Whether the training has been asked to stop."""
+    """Whether the training has been asked to stop, and by which signal this process was asked."""
 
     wanted = False
+    signal: int | None = None
 
 
 @contextmanager
@@ -31,11 +34,14 @@ def stoppable(*, alone: bool) -> Iterator[StopRequest]:
     def handle(number: int, _frame: FrameType | None) -> None:
         if alone and stop.wanted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.wanted = True
+        stop.wanted, stop.signal = True, number
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except SelabError as error:
+        error.signal = stop.signal
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

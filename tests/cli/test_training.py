@@ -1,6 +1,8 @@
 """The commands about accuracy: train, eval, compare."""
 
 import json
+import os
+import signal
 
 import pytest
 import safetensors.torch
@@ -125,6 +127,23 @@ class TestAccuracy:
         (path,) = tmp_path.glob("*/accuracy/*.json")
         assert f"interrupted; the comparison is in {path}, times are missing" in one_line(error)
         assert f"`selab table accuracy --profiles {path.parents[1]}`" in one_line(error)
+
+    @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_training_that_a_signal_stops_has_the_status_of_the_signal(
+        self, selab, tiny, tmp_path, monkeypatch, number, expected
+    ):
+        from selab.training.engine import Engine
+
+        def signalled(engine, stop):
+            os.kill(os.getpid(), number)
+            assert stop.wanted
+            raise engine._stopped()
+
+        monkeypatch.setattr(Engine, "_train_epoch", signalled)
+        words = ["--data", "synthetic", "--epochs", 1, "--threads", 1, "--out", tmp_path / "out"]
+        status, _, error = selab("train", "--arch", f"{tiny}:tiny", *words)
+        assert status == expected
+        assert "the same command resumes there" in error
 
     def test_data_that_is_not_there(self, selab, tmp_path, one_line):
         words = ["train", "--arch", "small_cnn", "--data-dir", tmp_path, "--no-download", "--out", tmp_path]

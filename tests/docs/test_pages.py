@@ -80,6 +80,26 @@ def test_commands_parse(root):
     assert seen > 30
 
 
+# Of every command, and of other programs.
+FOREIGN_OPTIONS = {"--help", "--signal", "--shm-size"}
+
+
+def options_of(command):
+    found = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    for child in getattr(command, "commands", {}).values():
+        found |= options_of(child)
+    return found
+
+
+def test_options_named_in_the_prose_exist(root):
+    known = options_of(typer.main.get_command(app)) | FOREIGN_OPTIONS
+    assert "--hold-heap" in known
+    for name, text in pages(root).items():
+        inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        named = {option for code in inline for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)}
+        assert named <= known, f"{name}: {sorted(named - known)}"
+
+
 def test_links_lead_to_files(root):
     broken = []
     for name, text in pages(root).items():

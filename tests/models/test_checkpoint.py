@@ -262,7 +262,7 @@ class TestRefused:
     def test_no_state_dict(self, saved):
         refused(saved(lambda state: list(state.values())), "has no state dict")
         refused(
-            saved(lambda state: {"weights": state}), "neither at the top level nor under state_dict_ema, state_dict, model"
+            saved(lambda state: {"weights": state}), "neither at the top level nor under state_dict_ema, state_dict"
         )
         refused(saved(lambda state: {"model": {}}), "has no state dict")
 

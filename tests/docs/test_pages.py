@@ -1,5 +1,6 @@
 """What README and docs show is true: links lead somewhere, commands parse, Python runs, new import paths exist."""
 
+import importlib
 import importlib.util
 import itertools
 import re
@@ -184,6 +185,16 @@ def test_new_import_paths_exist(root):
             assert importlib.util.find_spec(path), path
         if old != "selab.attention":  # a package now
             assert not exists(old), old
+
+
+def test_new_names_exist(root):
+    renamed = pages(root)["CHANGELOG.md"].split("### Renamed")[1]
+    cells = re.findall(r"^\| `.*? \| (.*) \|$", renamed, re.M)
+    assert len(cells) > 8
+    for cell in cells:
+        names, module = re.match(r"(.*?) in `(selab\.[\w.]+)`", cell).groups()
+        for name in re.findall(r"`(\w+)`", names):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def exists(module):

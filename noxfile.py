@@ -207,8 +207,10 @@ def readme(session: nox.Session) -> None:
     taxed = re.search(r"\.\./(profiles/[^/)]+)", TAX_RESULTS.read_text(encoding="utf-8"))
     if taxed is not None:
         session.run("selab", "table", "tax", "--profiles", taxed[1], "--into", str(TAX_RESULTS))
-        record = f"{taxed[1]}/tax/se_resnet50.cpu-b1-224-fp32-held-t1.forward.json"
-        session.run("selab", "plot", "tax", "--record", record, "--out", f"{IMAGES}/tax.svg", "--replace")
+        for arch, picture in (("se_resnet50", "tax"), ("se_mobilenet", "tax-mobilenet")):
+            record = f"{taxed[1]}/tax/{arch}.cpu-b1-224-fp32-held-t1.forward.json"
+            out = f"{IMAGES}/{picture}.svg"
+            session.run("selab", "plot", "tax", "--record", record, "--out", out, "--replace")
     for name in ("added", "mobile", "paper-2"):
         session.run("selab", "table", name, "--profiles", folder, "--into", str(RESULTS))
     session.run(

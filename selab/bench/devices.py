@@ -1,4 +1,4 @@
-"""Devices that are not here: their published peaks, with the source; and the bandwidth that copies of a size reach."""
+"""Published peaks of devices, with their source, and the bandwidth of copies by size."""
 
 from collections.abc import Sequence
 from importlib.resources import as_file, files
@@ -38,7 +38,7 @@ def devices() -> dict[str, DeviceSpec]:
 
 
 def find_device(name: str, dtype: Dtype, *, option: str = "--as") -> DeviceSpec:
-    """One of them.
+    """Return the published peaks of a device.
 
     Raises:
         UnknownNameError: there is none of this name.

@@ -221,7 +221,9 @@ def tax(
         with reporting(open_console(stderr=True)) as report:
             record = comparison.run(report)
     except KeyboardInterrupt:
-        raise StoppedError("interrupted; a tax is measured in one run, and nothing was written") from None
+        raise StoppedError(
+            "interrupted; nothing was written, because all implementations are measured in one run"
+        ) from None
     tax_record.save_tax_record(record, path)
     record = tax_record.read_tax_record(path)
     if str(json_to) == "-":

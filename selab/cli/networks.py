@@ -126,7 +126,7 @@ def sites(
     input_size: Input = None,
     depth: Annotated[
         int | None,
-        option("--depth", OUTPUT, "Show so many levels of modules.", min=1, metavar="N"),
+        option("--depth", OUTPUT, "Levels of modules to show.", min=1, metavar="N"),
     ] = None,
     json_to: Json = None,
 ) -> None:

@@ -60,7 +60,7 @@ def plot(
     to = None if json_to is not None and out is None else out or Path(f"{name}.svg")
     registry.check_file(out or Path(f"{name}.svg"))
     if name in registry.OF_ONE_RECORD and record is None:
-        raise typer.BadParameter("name the comparison's record", param_hint="--record")
+        raise typer.BadParameter("name the record to draw", param_hint="--record")
     if to is not None:
         store.check_writable(to, replace=replace)
     check_outputs(json_to)

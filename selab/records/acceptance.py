@@ -47,7 +47,7 @@ class LoadingTime(Frozen, frozen=True, kw_only=True):
 
     Attributes:
         arch: the trained network.
-        images_per_call: of each comparison: a sample is the time of so many.
+        images_per_call: images in one sample, by comparison.
         torchvision: its version.
     """
 

@@ -39,7 +39,7 @@ class Macs(Frozen, frozen=True, kw_only=True):
     Attributes:
         conv_linear: convolutions, fully connected layers and matrix products, without biases.
         paper: `conv_linear` plus the additions of SE's global average pooling, as the tables of arXiv 1709.01507.
-        all: every arithmetic operation, one per fused multiply-add that it needs (see `selab.measure.counts`).
+        all: every arithmetic operation, one per fused multiply-add that it needs (see `selab.cost.rules`).
     """
 
     conv_linear: int

@@ -12,7 +12,7 @@ class Measured(Protocol):
 
     @property
     def machine(self) -> Machine:
-        """Where."""
+        """The machine that measured it."""
 
 
 _R = TypeVar("_R", bound=Measured)

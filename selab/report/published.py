@@ -120,7 +120,7 @@ class PaperTable:
 
     @property
     def label(self) -> str:
-        """As `where` of a published number begins."""
+        """The beginning of `where` of its published numbers: `Table 2`."""
         return f"Table {self.number}"
 
 

@@ -121,7 +121,7 @@ def _own_device(device: Device, local_rank: int | None) -> torch.device:
     if index >= torch.cuda.device_count():
         raise DeviceError(
             f"--device cuda: process {index} of this machine has no GPU of its own, there are "
-            f"{torch.cuda.device_count()}; start at most so many processes on it"
+            f"{torch.cuda.device_count()}; start one process per GPU"
         )
     return torch.device("cuda", index)
 

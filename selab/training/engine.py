@@ -436,7 +436,7 @@ class Engine:
             raise
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or first_line(error)
-            raise TrainingError(f"{self._where()}: {what}; put it right: {self._next()}") from error
+            raise TrainingError(f"{self._where()}: {what}; solve this, then {self._next()}") from error
         except (RuntimeError, MemoryError) as error:
             raise self._failure(error) from error
 

@@ -183,7 +183,7 @@ class ImageFolder:
             raise FolderError(f"{self._test.split.root}: there is no folder train beside it; evaluate, or add train")
         if augmentation.crop_pad or augmentation.flip or augmentation.cutout:
             raise FolderError(
-                "crop_pad, flip and cutout are for images in memory; what is done to a folder's is ImageRecipe's to say"
+                "crop_pad, flip and cutout are for images in memory; for folders, use the recipe's [image] keys"
             )
         batch, seed, epoch, rank, world = plan.batch, plan.seed, plan.epoch, plan.rank, plan.world
         check_share(batch, rank, world, error=FolderError)

@@ -595,7 +595,7 @@ class Vanishing:
     ("error", "kind", "message"),
     [
         (FileNotFoundError(2, "No such file or directory", "/data/x.bin"), TrainingError,
-         "plain, epoch 2 of 3, step 3 of 6: /data/x.bin: No such file or directory; put it right: the same command"),
+         "plain, epoch 2 of 3, step 3 of 6: /data/x.bin: No such file or directory; solve this, then the same command"),
         (SelabError("train/x.jpg: is gone"), SelabError, "train/x.jpg: is gone"),
         (None, TrainingError, "plain, epoch 2 of 3, step 3 of 6: tiny gave no more images"),
     ],

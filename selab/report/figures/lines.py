@@ -28,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:
-    """A measured quantity along another; `x` and `y` are what is said along the axes, the former in powers of two."""
+    """One measured quantity over another; `x` and `y` label the axes, and `x` is in powers of two."""
 
     title: str
     circumstances: str

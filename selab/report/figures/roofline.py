@@ -55,7 +55,7 @@ def roof(found: "Roofline", *, arch: str, workload: Workload, place: str) -> Roo
         if point.measured_s and point.flops and point.bytes
     )
     if not marks:
-        raise SelabError(f"{arch}: nothing was measured, so there is no picture; leave --as away")
+        raise SelabError(f"{arch}: nothing was measured, so there is no picture; drop --as")
     size = "×".join(map(str, workload.input_chw))
     return Roof(
         title=f"Roofline of {arch}: every operator of a forward pass",

@@ -1,4 +1,4 @@
-"""Records, counted costs and published errors → what a picture shows, before any ink (`selab.ink` draws it).
+"""Records, counted costs and published errors → what a picture shows, and how it is drawn.
 
 A picture is data: `Scatter` and `Bars` say what stands where, and what was left out and why.
 """

@@ -221,9 +221,7 @@ def tax(
         with reporting(open_console(stderr=True)) as report:
             record = comparison.run(report)
     except KeyboardInterrupt:
-        raise StoppedError(
-            "interrupted; nothing was written, because all implementations are measured in one run"
-        ) from None
+        raise StoppedError("interrupted; nothing was written: all implementations are measured in one run") from None
     tax_record.save_tax_record(record, path)
     record = tax_record.read_tax_record(path)
     if str(json_to) == "-":

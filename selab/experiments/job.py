@@ -14,7 +14,7 @@ from selab.errors import SpecError
 from selab.models import catalog
 from selab.models.spec import Variant
 from selab.records.store import read_record, record_path
-from selab.records.types import PHASES, Device, Dtype, Frozen, MemoryFormat, Mode, Phase, Record, Workload
+from selab.records.types import PHASES, TORCH, Device, Dtype, Frozen, MemoryFormat, Mode, Phase, Record, Workload
 
 
 class Request(Frozen, frozen=True, kw_only=True):
@@ -28,6 +28,7 @@ class Request(Frozen, frozen=True, kw_only=True):
         budget_s: seconds of sampling per phase; None for 60 (quick: 15).
         processes: fresh processes per figure; 1 measures in this process.
         cold: on a GPU, flush the L2 cache before each call.
+        runtime: name of the backend that runs both networks (`selab.bench.backends`).
     """
 
     arch: str
@@ -48,6 +49,7 @@ class Request(Frozen, frozen=True, kw_only=True):
     seed: int = 0
     processes: int = 1
     cold: bool = False
+    runtime: str = TORCH
     phases: tuple[Phase, ...] = PHASES
 
     def command(self, verb: str = "profile") -> str:
@@ -215,6 +217,7 @@ def _workload_of(request: Request, variant: Variant) -> Workload:
         compiled=request.compiled,
         fused=request.fused,
         held_heap=request.held_heap,
+        runtime=request.runtime,
     )
 
 

@@ -27,9 +27,7 @@ def block_pairs(block: ABBABlock, statistic: Statistic) -> tuple[tuple[float, fl
     samples: tuple[float, float, float, float] = getattr(block, statistic)
     for sample in samples:
         if not 0 < sample < math.inf:
-            raise RecordError(
-                f"quads (ABBA blocks): a {statistic} sample of {sample!r} s; samples are positive times; measure again"
-            )
+            raise RecordError(f"quads: a {statistic} sample of {sample!r} s; samples are positive times; measure again")
     first, second, third, fourth = samples
     if block.order == "ABBA":
         return (first, second), (fourth, third)

@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,10 @@ from selab.records.types import Workload
 # Triton decides when it is imported whether it compiles kernels or interprets them, which needs no GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell starts its background jobs with SIGINT ignored; interruptions are tested here, so it must be heard.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOY_TOML = """
 family = "toy"

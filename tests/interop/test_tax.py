@@ -29,4 +29,4 @@ def test_the_command_runs_and_its_record_is_read_back(selab, tmp_path, library, 
     assert all(one.params == 2 * one.channels * one.squeeze_channels + one.channels + one.squeeze_channels
                for one in record.blocks)  # fmt: skip
     assert not [pair.latency.error for pair in record.pairs if pair.latency.error]
-    assert f"{blocks} blocks in place" in record.remarks[-1]
+    assert f"fused {blocks} SE blocks (in place)" in record.remarks[-1]

@@ -38,6 +38,8 @@ _HOMES = {
     "UnknownNameError",
     "selab.fusion.fuse": "fuse",
 }
+# Packages that the documentation uses as attributes: `selab.cost.register_rule`.
+_PACKAGES = ("attention", "cost", "errors")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
@@ -77,8 +79,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         found = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
         return found
+    if name in _PACKAGES:
+        return import_module(f"selab.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_PACKAGES])

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import msgspec
 import torch
@@ -48,6 +48,8 @@ def build(name: str, *, seed: int = 0, se: str | None = None, init: Init | None 
 
 
 def _built(name: str, *, seed: int = 0, se: str | None = None, init: Init | None = None, device: str = "cpu") -> Built:
+    if not isinstance(name, str):
+        raise ModelError(f"selab.build: expected the name of a network, got {type(name).__name__}")
     variant = catalog.find(_with_blocks(name, se), option="selab.build")
     with redirect_stdout(sys.stderr):
         return build_variant(variant, seed=seed, init=init, device=device)
@@ -101,6 +103,16 @@ def count(
         raise ModelError("selab.count: a module needs `input`, the shape (N, C, H, W) of an example")
     blocks = {*external.se_blocks(model), *se_blocks}
     return count_module(model, input, dtype=dtype, training=training, se_blocks=blocks)
+
+
+def _check_choice(where: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ModelError(f"{where}: {name} {value!r}: allowed: {', '.join(allowed)}")
+
+
+def _check_positive(where: str, name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, int | float) and value > 0):
+        raise ModelError(f"{where}: {name} {value!r}: must be above 0")
 
 
 def _check_module(model: object, where: str) -> None:
@@ -167,8 +179,12 @@ def measure(
     shape = tuple(input)
     if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ModelError(f"selab.measure: input {shape}: expected four sizes (N, C, H, W), such as (1, 3, 224, 224)")
-    if phase not in PHASES:
-        raise ModelError(f"selab.measure: phase {phase!r}: allowed: {', '.join(PHASES)}")
+    _check_choice("selab.measure", "phase", phase, PHASES)
+    _check_choice("selab.measure", "device", device, get_args(Device))
+    _check_choice("selab.measure", "dtype", dtype, get_args(Dtype))
+    _check_choice("selab.measure", "memory_format", memory_format, get_args(MemoryFormat))
+    _check_positive("selab.measure", "threads", threads)
+    _check_positive("selab.measure", "budget", budget)
     workload = Workload(
         batch=shape[0],
         input_chw=(shape[1], shape[2], shape[3]),
@@ -196,7 +212,7 @@ def profile(
     baseline: str | None = None,
     batch: int = 1,
     input_chw: tuple[int, int, int] | None = None,
-    phases: Sequence[Phase] = PHASES,
+    phases: Phase | Sequence[Phase] = PHASES,
     quick: bool = False,
     budget: float | None = None,
     threads: int | None = None,
@@ -234,12 +250,19 @@ def profile(
         >>> record.cost.se.blocks
         4
     """
+    asked = cast("tuple[Phase, ...]", (phases,) if isinstance(phases, str) else tuple(phases))
+    for phase in asked:
+        _check_choice("selab.profile", "phase", phase, PHASES)
+    _check_choice("selab.profile", "device", device, get_args(Device))
+    _check_choice("selab.profile", "dtype", dtype, get_args(Dtype))
+    for field, number in (("batch", batch), ("threads", threads), ("budget", budget)):
+        _check_positive("selab.profile", field, number)
     request = Request(
         arch=name,
         baseline=baseline,
         batch=batch,
         input_chw=input_chw,
-        phases=tuple(phases),
+        phases=asked,
         quick=quick,
         budget_s=budget,
         threads=threads,

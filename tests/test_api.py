@@ -3,6 +3,8 @@
 import doctest
 import inspect
 import io
+import re
+import subprocess
 import sys
 import types
 from html.parser import HTMLParser
@@ -19,6 +21,7 @@ import selab.api
 import selab.attention
 from selab.attention.insertions import Insertions
 from selab.errors import ModelError, RecordError, SelabError, SpecError, UnknownNameError
+from selab.records.display import shown
 from selab.records.types import Insertion, from_json, to_json
 
 CHW = (1, 3, 16, 16)
@@ -74,7 +77,7 @@ def paths(root):
 
 # -------------------------------------------------------------------------------------------------------------- names
 def test_every_public_name_is_there_and_nothing_else_is_shown():
-    assert dir(selab) == sorted(selab.__all__)
+    assert dir(selab) == sorted([*selab.__all__, "attention", "cost", "errors"])
     assert sorted(set(selab.__all__)) == sorted(selab.__all__)
     for name in PUBLIC:
         assert getattr(selab, name).__name__ == name
@@ -323,3 +326,48 @@ def test_an_empty_result_is_a_table_without_rows():
     assert str(Insertions()) == "no blocks inserted"
     assert Insertions().to_dict()["path"] == []
     assert str(selab.convert_gates(nn.Identity(), "sigmoid")) == "no gates to convert"
+
+
+class TestMistakes:
+    """One line that says what is allowed, before anything is measured."""
+
+    @pytest.mark.parametrize(
+        ("call", "words"),
+        [
+            (lambda net: selab.build(3), "expected the name of a network, got int"),
+            (
+                lambda net: selab.profile("se_small_cnn", phases=["forwrd"]),
+                "phase 'forwrd': allowed: forward, backward",
+            ),
+            (lambda net: selab.profile("se_small_cnn", threads=0), "threads 0: must be above 0"),
+            (lambda net: selab.measure(net, baseline=net, threads=0), "threads 0: must be above 0"),
+            (lambda net: selab.measure(net, baseline=net, budget=-1), "budget -1: must be above 0"),
+            (lambda net: selab.measure(net, baseline=net, device="tpu"), "device 'tpu': allowed: cpu, cuda"),
+            (lambda net: selab.measure(net, baseline=net, dtype="int8"), "dtype 'int8': allowed: fp32, bf16, fp16"),
+        ],
+    )
+    def test_are_refused(self, call, words):
+        with pytest.raises(selab.SelabError, match=words):
+            call(nn.Flatten())
+
+
+def test_packages_of_the_documentation_are_attributes():
+    code = "import selab; print(selab.cost.register_rule, selab.attention.register_block, selab.errors.SelabError)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).returncode == 0
+    assert {"attention", "cost", "errors"} <= set(dir(selab))
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_rich_tables_break_no_word(width):
+    made = selab.build("resnet18")
+    for result in (selab.insert_se(made, "residual"), selab.fuse(made.eval())):
+        text = io.StringIO()
+        Console(file=text, width=width).print(result)
+        printed = set(re.findall(r"[^\s│┃]+", text.getvalue()))
+        left_out = " ".join(text.getvalue().partition("left out at this width:")[2].split())
+        for index, column in enumerate(result.columns()):
+            header = column.replace("_", " ")
+            if header in left_out:
+                continue
+            words = {*header.split(), *(word for row in result.rows() for word in shown(row[index]).split())}
+            assert words <= printed, (width, column, words - printed)

@@ -96,9 +96,15 @@ def test_nothing_is_overwritten(folder):
     assert "nn.Module" in (folder / "mynet.py").read_text()
 
 
-@pytest.mark.parametrize("name", ["My", "3net", "a-b", "torch", ""])
-def test_a_name_that_cannot_be(folder, name):
-    with pytest.raises(SpecError, match="a name begins with a letter"):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((name, "a name begins with a letter") for name in ("My", "3net", "a-b", "")),
+        *((name, "is a module or keyword that the template needs") for name in ("torch", "class")),
+    ],
+)
+def test_a_name_that_cannot_be(folder, name, words):
+    with pytest.raises(SpecError, match=words):
         CliRunner().invoke(app, ["new", "block", name], catch_exceptions=False)
     assert not list(folder.iterdir())
 

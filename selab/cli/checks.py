@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from selab.cli.console import (
+    StoppedError,
     announce_sites,
     check_outputs,
     finds_sites,
@@ -63,7 +64,13 @@ def check(
 
     how: dict[str, Any] = {"quick": not thorough, "processes": processes, "resolve": resolve}
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        findings = list(experiments_budget.check(budgets, report, **how))
+        findings: list[experiments_budget.Finding] = []
+        try:
+            findings.extend(experiments_budget.check(budgets, report, **how))
+        except KeyboardInterrupt:
+            if findings:
+                print_tables([checks.check_table(findings)], look)
+            raise StoppedError("interrupted; budgets that are not listed were not checked") from None
     if json_to is not None:
         write_json([dataclasses.asdict(one) for one in findings], json_to)
     if str(json_to) != "-":

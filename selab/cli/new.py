@@ -1,6 +1,7 @@
 """Write templates for networks and blocks of one's own: `selab new family NAME`, `selab new block NAME`."""
 
 import re
+from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated
 
@@ -167,7 +168,9 @@ def new_block(name: Name, out: Out = Path(), replace: Replace = False) -> None:
 
 def _title(name: str) -> str:
     """Return `my_gate` as `MyGate`; refuses what cannot name a module and a variant."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in _TAKEN:
+    if name in _TAKEN or iskeyword(name):
+        raise SpecError(f"selab new: {name!r}: is a module or keyword that the template needs; choose another name")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise SpecError(f"selab new: {name!r}: a name begins with a letter and has lower-case letters, digits and _")
     return "".join(part.capitalize() for part in name.split("_"))
 

@@ -172,7 +172,9 @@ def _measured(jobs: "Sequence[Job]", out: Path, *, retry: bool, ray: str | None)
                 done.append(outcome)
                 tell(outcome)
     except KeyboardInterrupt:
-        raise StoppedError(f"interrupted; cells done: {len(done)}; the same command goes on") from None
+        if done:
+            print_tables(report_sweep.sweep_tables(done, jobs), "rich")
+        raise StoppedError(f"interrupted; cells done: {len(done)}; the same command resumes") from None
     return done
 
 

@@ -149,7 +149,8 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
         seen = analyze(model, input_nchw, norms=_norms, consumers=partial(_consumers, blocks=blocks))
     except (SelabError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:
         seen = Liveness(overwritable=set(), consumer={}, exclusive={}, producers={})
-        reason = f"the network fails on the meta device with an input of shape {input_nchw}: {first_line(error)}"
+        reason = f"the network fails on the meta device with an input of shape {input_nchw}: {first_line(error)}; "
+        reason += "give the shape of its input as input_nchw=(N, C, H, W)"
     # An earlier call may have found otherwise. An in-place ReLU that a block has absorbed is proof for good.
     producers = {path: tuple(map(model.get_submodule, sorted(paths))) for path, paths in seen.producers.items()}
     for path, consumer in _consumers(model, blocks):

@@ -1,5 +1,6 @@
 """How results print: one line in a REPL, a table by rich, HTML in a notebook, plain values and data frames."""
 
+from collections.abc import Iterator
 from html import escape
 from importlib import import_module
 from typing import Any
@@ -42,16 +43,22 @@ class Displayed:
     def __repr__(self) -> str:
         return self.summary()
 
-    def __rich__(self) -> Any:
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(self.summary()), title_justify="left")
-        for index, column in enumerate(self.columns()):
-            table.add_column(Text(column), justify="left" if index == 0 else "right", overflow="fold")
-        for row in self.rows():
-            table.add_row(*(Text(shown(cell)) for cell in row))
-        return table
+        headers = [column.replace("_", " ") for column in self.columns()]
+        rows = [[shown(cell) for cell in row] for row in self.rows()]
+        kept, left_out = _fitting(headers, rows, options.max_width)
+        table = Table()
+        for index in kept:
+            table.add_column(Text(headers[index]), justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*(Text(row[index]) for index in kept))
+        yield Text(self.summary())
+        yield table
+        if left_out:
+            yield Text(f"Columns left out at this width: {', '.join(left_out)}.")
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns())
@@ -59,6 +66,21 @@ class Displayed:
             "<tr>" + "".join(f"<td>{escape(shown(cell))}</td>" for cell in row) + "</tr>" for row in self.rows()
         )
         return f"<p>{escape(self.summary())}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _fitting(headers: list[str], rows: list[list[str]], width: int) -> tuple[list[int], list[str]]:
+    """Return the columns that fit a width without a break inside a word, and the names of the others, last ones first.
+
+    A column is at least as wide as its longest word; a border takes three characters.
+    """
+    least = [
+        max(len(word) for text in (header, *cells) for word in text.split(" "))
+        for header, *cells in zip(headers, *rows, strict=True)
+    ]
+    kept = list(range(len(headers)))
+    while len(kept) > 1 and sum(least[index] + 3 for index in kept) + 1 > width:
+        kept.pop()
+    return kept, [headers[index] for index in range(len(headers)) if index not in kept]
 
 
 class DisplayedValues(Displayed):

@@ -111,8 +111,10 @@ def profile_table(record: Record) -> Table:
     variant, baseline = variants_of(record)
     rows = _cost_rows(record.cost, record.baseline_cost, COST_ROWS)
     rows += [_latency_row(latency, label=label) for label, latency in _latencies(record)]
-    rows += _memory_rows(record.memory, record.baseline_memory)
-    notes = ["counted before torch.compile, which fuses operators"] if record.workload.compiled else []
+    # Phases that were not asked for have no memory, and no row.
+    rows += [row for row in _memory_rows(record.memory, record.baseline_memory) if set(row[1:]) != {units.NONE}]
+    notes = ["difference of times: the median of paired differences"] if record.latency else []
+    notes += ["counted before torch.compile, which fuses operators"] if record.workload.compiled else []
     notes += ["counted as written, before selab.fuse, which moves fewer bytes"] if record.workload.fused else []
     if variant is not None:
         rows += _published_rows(variant, baseline)

@@ -8,7 +8,7 @@ from selab.records.verdict import NOT_SIGNIFICANT, TOO_NOISY
 FAILED = "failed"
 _EXPLAINED = {
     NOT_SIGNIFICANT: "not significant, no difference is shown; the brackets hold what is not excluded",
-    TOO_NOISY: "no figure can be quoted; measure longer or on a quieter machine",
+    TOO_NOISY: "figures are rough and not to be quoted; measure longer or on a quieter machine",
 }
 
 

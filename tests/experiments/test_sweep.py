@@ -493,7 +493,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(selab, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "sweep", functools.partial(sweep.sweep, measure=faults))
     status, _, error = selab("sweep", "--arch", "se_small_cnn", "--batch", "1,2", "--out", tmp_path)
     assert status == 130
-    assert error.splitlines()[-1] == "error: interrupted; cells done: 1; the same command goes on"
+    assert error.splitlines()[-1] == "error: interrupted; cells done: 1; the same command resumes"
 
 
 def test_a_request_of_a_sweep_is_that_of_profile():

@@ -320,7 +320,7 @@ def test_a_second_reason_does_not_repeat_the_first(record):
 def test_reasons_that_hold_for_the_same_pairs_are_one_line(record):
     busy = restless(record, threads=2, flags=(Flag(name="contention", detail="others"),))
     notes = report_tax.tax_tables(busy)[0].notes
-    (why,) = [note for note in notes if "too noisy: " in note and "no figure" not in note]
+    (why,) = [note for note in notes if "too noisy: " in note and "figures are rough" not in note]
     assert "too noisy: control: the baseline against itself" in why
     assert "; contention while 2 threads were measured" in why
 

@@ -88,7 +88,7 @@ def insert_se(
         >>> import selab
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
         >>> selab.insert_se(net, ["0", "2"], input_nchw=(1, 3, 16, 16), reduction=4, init="identity")
-        2 se blocks inserted: +296 parameters, +11,208 MACs per image
+        2 SE blocks inserted: +296 parameters, +11,208 MACs per image
         >>> net(torch.zeros(1, 3, 16, 16)).shape
         torch.Size([1, 16, 12, 12])
 

@@ -24,7 +24,7 @@ class Insertions(Displayed, tuple[Insertion, ...]):
         return f"{kinds} inserted: +{units.exact(params)} parameters, +{units.exact(macs)} MACs per image"
 
     def _kinds(self) -> Counter[str]:
-        return Counter(one.block for one in self)
+        return Counter("SE" if one.block == "se" else one.block for one in self)
 
     def columns(self) -> tuple[str, ...]:
         """Return the names of the columns of `rows`."""

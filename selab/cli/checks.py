@@ -63,14 +63,15 @@ def check(
         return job
 
     how: dict[str, Any] = {"quick": not thorough, "processes": processes, "resolve": resolve}
-    with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        findings: list[experiments_budget.Finding] = []
-        try:
-            findings.extend(experiments_budget.check(budgets, report, **how))
-        except KeyboardInterrupt:
-            if findings:
-                print_tables([checks.check_table(findings)], look)
-            raise StoppedError("interrupted; budgets that are not listed were not checked") from None
+    findings: list[experiments_budget.Finding] = []
+    try:
+        with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
+            for one in experiments_budget.check(budgets, report, **how):
+                findings.append(one)  # noqa: PERF402 - what was found stays when the next one is interrupted
+    except KeyboardInterrupt:
+        if findings:
+            print_tables([checks.check_table(findings)], look)
+        raise StoppedError("interrupted; budgets that are not listed were not checked") from None
     if json_to is not None:
         write_json([dataclasses.asdict(one) for one in findings], json_to)
     if str(json_to) != "-":

@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
-from selab.cli.options import OUTPUT, option
+from selab.cli.options import OUTPUT, examples, option
 from selab.errors import SpecError
 
-new_app = typer.Typer(no_args_is_help=True, help="Write a commented, working template: a family or a block.")
+new_app = typer.Typer(
+    no_args_is_help=True,
+    help="Write a commented, working template: a family or a block.",
+    epilog=examples("selab new family my_nets", "selab new block my_gate"),
+)
 
 Name = Annotated[str, typer.Argument(help="Lower-case letters, digits and _; names the files.", show_default=False)]
 Out = Annotated[Path, option("--out", OUTPUT, "The folder to write to.", metavar="FOLDER")]

@@ -11,6 +11,7 @@ from selab.cli.options import OUTPUT, WHAT, Format, Json, Replace, examples, opt
 weights_app = typer.Typer(
     help="Convert trained weights of other libraries.",
     no_args_is_help=True,
+    epilog=examples("selab weights list", "selab weights convert --help"),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

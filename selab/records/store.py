@@ -148,7 +148,7 @@ def check_writable(path: Path, *, replace: bool) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise RecordError(f"{path.parent}: cannot be written: {error.strerror}; name a folder that can") from None
+        raise RecordError(f"{path.parent}: cannot be written: {error.strerror}; choose a writable folder") from None
 
 
 def save(record: Record, path: Path) -> None:

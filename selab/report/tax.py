@@ -28,8 +28,7 @@ from selab.report.wording import FAILED, verdict_word, words_note
 from selab.units import NONE
 
 _TAX = (
-    "Tax: time over the baseline's, the network without SE, which got the same care (selab.fuse); in brackets 95 % "
-    "intervals."
+    "Tax: time over the baseline's, the network without SE, which selab.fuse changed too; in brackets 95 % intervals."
 )
 _LEAST: dict[bool, str] = {
     False: "Least: each block's map y read once more (its mean must be known before it can be scaled), and the weights "

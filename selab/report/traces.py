@@ -175,7 +175,8 @@ def timeline_tables(arch: str, found: Timeline) -> list[Table]:
             "operators more than large ones: this says where to look; how much it is, `selab profile` measures.",
         ),
     )
-    return [operators, _stages_table(found)] if found.blocks else [operators]
+    # Through torch.compile the ranges of the stages are not there.
+    return [operators, _stages_table(found)] if found.blocks and sum(found.stages.values()) else [operators]
 
 
 def _stages_table(found: Timeline) -> Table:

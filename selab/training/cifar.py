@@ -171,7 +171,7 @@ def _find(data_dir: Path, layout: Layout) -> Path | None:
             if any((folder / name).exists() for name in layout.files):
                 return folder
     except OSError as error:
-        raise DataError(f"{data_dir}: cannot be read: {error.strerror}; name a folder that can") from None
+        raise DataError(f"{data_dir}: cannot be read: {error.strerror}; choose a readable folder") from None
     return None
 
 

@@ -77,7 +77,7 @@ def fetch(url: str, path: Path, *, md5: str, progress: Callable[[DownloadProgres
                 return
             part.unlink()
         except OSError as error:
-            raise DownloadError(f"{part}: cannot be written: {error.strerror}; name a folder that can") from None
+            raise DownloadError(f"{part}: cannot be written: {error.strerror}; choose a writable folder") from None
         if fresh:
             raise DownloadError(f"{url}: is not the published file: its MD5 is not {md5}")
         fresh = True
@@ -147,7 +147,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
-        raise DownloadError(f"{folder}: cannot be written: {error.strerror}; name a folder that can") from None
+        raise DownloadError(f"{folder}: cannot be written: {error.strerror}; choose a writable folder") from None
     try:
         yield temporary
         try:
@@ -169,7 +169,7 @@ def alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".selab.lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise DownloadError(f"{folder}: cannot be written: {error.strerror}; name a folder that can") from None
+        raise DownloadError(f"{folder}: cannot be written: {error.strerror}; choose a writable folder") from None
     try:
         with suppress(ImportError):
             import fcntl
@@ -216,7 +216,7 @@ def _transfer(url: str, part: Path, *, file: str, progress: Callable[[DownloadPr
                     if progress is not None:
                         progress(DownloadProgress(file=file, done_bytes=done, total_bytes=total))
         except OSError as error:
-            raise DownloadError(f"{part}: cannot be written: {error.strerror}; name a folder that can") from None
+            raise DownloadError(f"{part}: cannot be written: {error.strerror}; choose a writable folder") from None
     if total is not None and done < total:
         raise _BrokenOffError(f"after {done:,} of {total:,} bytes")
 

@@ -403,7 +403,7 @@ def test_narrow_bottlenecks_are_remarked_upon(foreign):
     widths = ((16, 1, 32), (32, 2, 16), (64, 4, 8))
     params = sum(2 * c * hidden + c + hidden for c, hidden, _ in widths)
     macs = sum(2 * c * hidden + c + hidden + 2 * c * side**2 for c, hidden, side in widths)
-    assert str(inserted) == f"3 se blocks inserted: +{params:,} parameters, +{macs:,} MACs per image"
+    assert str(inserted) == f"3 SE blocks inserted: +{params:,} parameters, +{macs:,} MACs per image"
     (remark,) = insertion_remarks(inserted)
     assert remark.startswith("squeeze width below 8 at 3 of the sites: stem (16 → 1), layers.0 (32 → 2)")
     remove_se(foreign)

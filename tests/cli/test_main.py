@@ -111,7 +111,7 @@ class TestMistakes:
         (tmp_path / "file").write_text("in the way")
         status, _, error = selab("profile", "--arch", "se_small_cnn", "--out", tmp_path / "file" / "r")
         assert status == 1
-        assert "cannot be written: Not a directory; name a folder that can" in one_line(error)
+        assert "cannot be written: Not a directory; choose a writable folder" in one_line(error)
 
     def test_a_reader_that_leaves(self):
         done = subprocess.run(

@@ -144,6 +144,19 @@ def test_the_shell_gates(selab, tmp_path):
     assert "none.toml: cannot be read" in err
 
 
+def test_an_interrupted_check_shows_what_was_decided(selab, tmp_path, monkeypatch):
+    def interrupted(*things, **how):
+        yield from list(check(*things, **how))[:1]
+        raise KeyboardInterrupt
+
+    check = budget.check
+    monkeypatch.setattr(budget, "check", interrupted)
+    path = written(tmp_path, f"[budgets.small_cnn]\nparams = {SMALL_CNN}\nmacs = 1\n")
+    status, out, err = selab("check", path)
+    assert (status, "params" in out, "macs" in out) == (130, True, False)
+    assert "interrupted; budgets that are not listed were not checked" in err
+
+
 def test_a_user_s_own_network_has_a_budget(selab, toy, tmp_path):
     path = written(tmp_path, f'[budgets.mine]\narch = "{toy}:se_toy"\nparams = 1\n')
     status, _, err = selab("check", path)

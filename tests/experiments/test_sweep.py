@@ -491,7 +491,8 @@ def test_a_failed_cell_ends_with_status_one(selab, tmp_path, monkeypatch):
 def test_an_interrupted_sweep_says_how_to_go_on(selab, tmp_path, monkeypatch):
     faults = Fake(faults={(2, None): KeyboardInterrupt()})
     monkeypatch.setattr(sweep, "sweep", functools.partial(sweep.sweep, measure=faults))
-    status, _, error = selab("sweep", "--arch", "se_small_cnn", "--batch", "1,2", "--out", tmp_path)
+    status, shown, error = selab("sweep", "--arch", "se_small_cnn", "--batch", "1,2", "--out", tmp_path)
+    assert "se_small_cnn" in shown
     assert status == 130
     assert error.splitlines()[-1] == "error: interrupted; cells done: 1; the same command resumes"
 

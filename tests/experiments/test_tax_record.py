@@ -165,7 +165,7 @@ def test_the_fast_one_over_the_reference_is_a_line_and_no_row(taxed, workload):
 def test_what_a_tax_is_over_is_said_alike_and_of_any_network(record):
     notes = [grid.notes[0] for grid in (report_tax.tax_tables(record)[0], *report_tax.summary_tables([record]))]
     assert all(
-        note.startswith("Tax: time over the baseline's, the network without SE, which got the same care (selab.fuse);")
+        note.startswith("Tax: time over the baseline's, the network without SE, which selab.fuse changed too;")
         for note in notes
     )
     # MobileNet has neither joins nor shortcuts.

@@ -194,7 +194,7 @@ def test_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("pathlib.Path.exists", closed)
-    with pytest.raises(DataError, match=r"data: cannot be read: Permission denied; name a folder that can"):
+    with pytest.raises(DataError, match=r"data: cannot be read: Permission denied; choose a readable folder"):
         open_data("cifar10", data_dir=tmp_path / "data")
 
 

@@ -176,7 +176,7 @@ def timeline_tables(arch: str, found: Timeline) -> list[Table]:
         ),
     )
     # Through torch.compile the ranges of the stages are not there.
-    return [operators, _stages_table(found)] if found.blocks and sum(found.stages.values()) else [operators]
+    return [operators, _stages_table(found)] if found.blocks and any(found.stages.values()) else [operators]
 
 
 def _stages_table(found: Timeline) -> Table:

@@ -236,6 +236,18 @@ class GridOptions(_NetworkOptions):
         ),
     ] = ""
     threads: Annotated[str, option("--threads", WORKLOAD, f"{_LIST}CPU threads.", metavar="N,…")] = "1"
+    block: Annotated[
+        str, option("--block", WHAT, f"{_LIST}Kinds of block, such as se or eca.", metavar="NAME,…", show_default=False)
+    ] = ""
+    placement: Annotated[
+        str, option("--placement", WHAT, f"{_LIST}Such as standard or pre.", metavar="NAME,…", show_default=False)
+    ] = ""
+    stages: Annotated[
+        str, option("--stages", WHAT, f"{_LIST}Stages with blocks: 2-4 or 2+4.", metavar="STAGES,…", show_default=False)
+    ] = ""
+    gate: Annotated[
+        str, option("--gate", WHAT, f"{_LIST}Such as sigmoid or hardsigmoid.", metavar="NAME,…", show_default=False)
+    ] = ""
     reduction: Annotated[
         str, option("--reduction", WHAT, f"{_LIST}Reduction of the blocks.", metavar="N,…", show_default=False)
     ] = ""

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -117,7 +118,7 @@ def _cells(arch: Sequence[str], options: GridOptions, own: dict[str, Any], wrong
     if options.channels_last and not options.memory_format:
         options.memory_format, options.channels_last = "channels_last", False
     common = options.fields_of_request()
-    for name in ("batch", "resolution", "reduction", "threads", "dtype", "memory_format"):
+    for name in ("batch", "resolution", "reduction", "threads", "dtype", "memory_format", *_BLOCK_AXES):
         common.pop(name, None)
     batches, resolutions, reductions, threads = (
         _naturals(getattr(options, name), option_of(GridOptions, name), wrong)
@@ -136,11 +137,20 @@ def _cells(arch: Sequence[str], options: GridOptions, own: dict[str, Any], wrong
     yield from cells(_addresses(arch, options, reductions), resolutions, batches or [1], **{**own, **axes, **common})
 
 
+# Options of the blocks that a grid may have several values of, in the words of --se.
+_BLOCK_AXES = ("block", "placement", "stages", "gate")
+
+
 def _addresses(arch: Sequence[str], options: GridOptions, reductions: Sequence[int]) -> list[str]:
     """Every network of the grid by name, with its blocks."""
     # A comma before KEY= stands within a change: resnet50+reduction=8,stages=2-4.
     named = [name.strip() for listed in arch for name in re.split(r",(?!\s*\w+\s*=)", listed)]
-    changes: list[str | None] = [f"reduction={one}" for one in reductions] or [None]
+    values: dict[str, list[Any]] = {
+        key: [value.strip() for value in str(getattr(options, key)).split(",") if value.strip()] for key in _BLOCK_AXES
+    }
+    values["reduction"] = list(reductions)
+    axes = [[f"{key}={value}" for value in found] for key, found in values.items() if found]
+    changes = [",".join(change) for change in product(*axes)]
     insert = options.insert or ()
     found = []
     for name in named:

@@ -476,6 +476,24 @@ def test_each_mistake_is_one_line_and_nothing_is_measured(selab, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_kinds_of_blocks_and_their_options_are_axes(selab, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "sweep", functools.partial(sweep.sweep, measure=Fake(faults={})))
+    words = ("sweep", "--arch", "se_small_cnn", "--out", tmp_path / "r", "--json", "-")
+    status, out, error = selab(*words, "--block", "se,eca")
+    assert status == 0, error
+    assert [row["arch"] for row in json.loads(out)] == ["se_small_cnn+block=se", "se_small_cnn+block=eca"]
+    status, out, error = selab(*words, "--gate", "sigmoid,hardsigmoid", "--reduction", "4,8")
+    assert status == 0, error
+    assert [(row["arch"], row["reduction"]) for row in json.loads(out)] == [
+        (f"se_small_cnn+gate={gate},reduction={reduction}", reduction)
+        for gate in ("sigmoid", "hardsigmoid")
+        for reduction in (4, 8)
+    ]
+    status, _, error = selab(*words, "--block", "eca", "--reduction", "8")
+    assert (status, len(error.splitlines())) == (1, 1)
+    assert "reduction: unknown key" in error
+
+
 def test_a_failed_cell_ends_with_status_one(selab, tmp_path, monkeypatch):
     faults = Fake(faults={(1, None): ModelError("it is broken")})
     monkeypatch.setattr(sweep, "sweep", functools.partial(sweep.sweep, measure=faults))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,10 @@ def check(
             announce_sites(job.variant, sites_of(job))
         return job
 
+    def show(found: Sequence[experiments_budget.Finding]) -> None:
+        if str(json_to) != "-":
+            print_tables([checks.check_table(found)], look)
+
     how: dict[str, Any] = {"quick": not thorough, "processes": processes, "resolve": resolve}
     findings: list[experiments_budget.Finding] = []
     try:
@@ -70,12 +75,11 @@ def check(
                 findings.append(one)  # noqa: PERF402 - what was found stays when the next one is interrupted
     except KeyboardInterrupt:
         if findings:
-            print_tables([checks.check_table(findings)], look)
+            show(findings)
         raise StoppedError("interrupted; budgets that are not listed were not checked") from None
     if json_to is not None:
         write_json([dataclasses.asdict(one) for one in findings], json_to)
-    if str(json_to) != "-":
-        print_tables([checks.check_table(findings)], look)
+    show(findings)
     over = [one for one in findings if one.state == "over"]
     if over:
         names = ", ".join(f"{one.name}.{one.limit}" for one in over)

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from itertools import product
 from pathlib import Path
@@ -97,17 +97,17 @@ def sweep(
     if wrong or mistakes:
         raise typer.Exit(1)
     _announce(jobs)
-    done = _measured(jobs, out, retry=retry, ray=ray)
-    if table_to is not None:
-        _say(*(f"table: {path}" for path in report_sweep.write_tables(done, table_to)))
-    if pictures is not None:
-        _say(*report_sweep.write_pictures(done, pictures))
+
+    def show(done: "Sequence[Outcome]") -> None:
+        if str(json_to) != "-":
+            print_tables(report_sweep.sweep_tables(done, jobs), look)
+
+    done = _measured(jobs, out, show, retry=retry, ray=ray)
+    _write(done, table_to, pictures)
     if json_to is not None:
         write_json(report_sweep.rows(done), json_to)
-    if str(json_to) != "-":
-        print_tables(report_sweep.sweep_tables(done, jobs), look)
-    failed = sum(one.state == "failed" for one in done)
-    if failed:
+    show(done)
+    if failed := sum(one.state == "failed" for one in done):
         raise SelabError(f"{failed} of {len(done)} cells failed; the table says why, and the same command tries again")
 
 
@@ -170,8 +170,10 @@ def _announce(jobs: "Sequence[Job]") -> None:
             announce_sites(job.variant, sites_of(job))
 
 
-def _measured(jobs: "Sequence[Job]", out: Path, *, retry: bool, ray: str | None) -> "list[Outcome]":
-    """Measure every cell, on this machine or on a cluster's, and show how far it is."""
+def _measured(
+    jobs: "Sequence[Job]", out: Path, show: "Callable[[Sequence[Outcome]], None]", *, retry: bool, ray: str | None
+) -> "list[Outcome]":
+    """Measure every cell, here or on a cluster, and report progress; `show` prints what an interruption leaves."""
     from selab.report import sweep as report_sweep
 
     done: list[Outcome] = []
@@ -183,9 +185,19 @@ def _measured(jobs: "Sequence[Job]", out: Path, *, retry: bool, ray: str | None)
                 tell(outcome)
     except KeyboardInterrupt:
         if done:
-            print_tables(report_sweep.sweep_tables(done, jobs), "rich")
+            show(done)
         raise StoppedError(f"interrupted; cells done: {len(done)}; the same command resumes") from None
     return done
+
+
+def _write(done: "Sequence[Outcome]", table_to: Path | None, pictures: Path | None) -> None:
+    """Write the flat rows and the pictures that were asked for, and say where they are."""
+    from selab.report import sweep as report_sweep
+
+    if table_to is not None:
+        _say(*(f"table: {path}" for path in report_sweep.write_tables(done, table_to)))
+    if pictures is not None:
+        _say(*report_sweep.write_pictures(done, pictures))
 
 
 def _outcomes(

@@ -155,6 +155,7 @@ def test_an_interrupted_check_shows_what_was_decided(selab, tmp_path, monkeypatc
     status, out, err = selab("check", path)
     assert (status, "params" in out, "macs" in out) == (130, True, False)
     assert "interrupted; budgets that are not listed were not checked" in err
+    assert selab("check", path, "--json", "-")[:2] == (130, "")
 
 
 def test_a_user_s_own_network_has_a_budget(selab, toy, tmp_path):

@@ -513,6 +513,9 @@ def test_an_interrupted_sweep_says_how_to_go_on(selab, tmp_path, monkeypatch):
     assert "se_small_cnn" in shown
     assert status == 130
     assert error.splitlines()[-1] == "error: interrupted; cells done: 1; the same command resumes"
+    words = ("sweep", "--arch", "se_small_cnn", "--batch", "1,2", "--out", tmp_path)
+    assert selab(*words, "--json", "-")[:2] == (130, "")
+    assert selab(*words, "--format", "csv")[1].startswith("table,")
 
 
 def test_a_request_of_a_sweep_is_that_of_profile():

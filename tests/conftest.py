@@ -1,6 +1,8 @@
 import os
+import shutil
 import signal
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +132,21 @@ def selab(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def root():
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample(root, tmp_path_factory):
+    """250 of ImageNet's validation images, as `train` too, with the list of the 1,000 classes beside them."""
+    shared = Path(os.environ.get("SELAB_SHARED", root.parent / "shared")) / "data"
+    archive, wnids = shared / "imagenet_sample.tar", shared / "imagenet_wnids.txt"
+    if not archive.is_file() or not wnids.is_file():
+        pytest.skip(f"the sample of ImageNet is not in {shared}; SELAB_SHARED names another place")
+    data_dir = tmp_path_factory.mktemp("imagenet")
+    with tarfile.open(archive) as tar:
+        tar.extractall(data_dir, filter="data")
+    shutil.copy(wnids, data_dir)
+    (data_dir / "train").symlink_to(data_dir / "val")
+    return data_dir
 
 
 @pytest.fixture

@@ -1,10 +1,6 @@
 """Image transforms held against torchvision's, pixel for pixel."""
 
 import io
-import os
-import shutil
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,21 +14,6 @@ from selab.training.recipe import ImageRecipe
 v2 = pytest.importorskip("torchvision.transforms.v2", reason="torchvision is not installed")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def sample(root, tmp_path_factory):
-    """250 of ImageNet's validation images, as `train` too, with the list of the 1,000 classes beside them."""
-    shared = Path(os.environ.get("SELAB_SHARED", root.parent / "shared")) / "data"
-    archive, wnids = shared / "imagenet_sample.tar", shared / "imagenet_wnids.txt"
-    if not archive.is_file() or not wnids.is_file():
-        pytest.skip(f"the sample of ImageNet is not in {shared}; SELAB_SHARED names another place")
-    data_dir = tmp_path_factory.mktemp("imagenet")
-    with tarfile.open(archive) as tar:
-        tar.extractall(data_dir, filter="data")
-    shutil.copy(wnids, data_dir)
-    (data_dir / "train").symlink_to(data_dir / "val")
-    return data_dir
 
 
 def images_of(batches):
@@ -90,10 +71,10 @@ def test_evaluation_images_are_torchvisions(size, recipe):
     assert torch.equal(theirs(image), EvaluationTransform(recipe)(image, None))
 
 
-def test_training_images_of_the_sample_are_torchvisions(sample):
+def test_training_images_of_the_sample_are_torchvisions(imagenet_sample):
     recipe = ImageRecipe(pixel_jitter=0)
     theirs, ours = training_of(recipe), TrainingTransform(recipe)
-    paths = sorted(sample.glob("val/*/*"))
+    paths = sorted(imagenet_sample.glob("val/*/*"))
     assert len(paths) == 250
     for seed, path in enumerate(paths):
         with Image.open(path) as opened:
@@ -102,27 +83,27 @@ def test_training_images_of_the_sample_are_torchvisions(sample):
         assert torch.equal(theirs(image), ours(image, seed)), path.name
 
 
-def test_evaluation_sees_what_torchvisions_own_weights_see(sample):
+def test_evaluation_sees_what_torchvisions_own_weights_see(imagenet_sample):
     from torchvision.models import ResNet50_Weights
 
     preset = ResNet50_Weights.IMAGENET1K_V1.transforms()
-    data = open_folder(sample, name="imagenet", workers=0)
+    data = open_folder(imagenet_sample, name="imagenet", workers=0)
     ours = images_of(data.test_batches(batch=50, device=CPU))
-    for path, image in zip(sorted(sample.glob("val/*/*")), ours, strict=True):
+    for path, image in zip(sorted(imagenet_sample.glob("val/*/*")), ours, strict=True):
         with Image.open(path) as theirs:
             assert torch.equal(preset(theirs.convert("RGB")), image), path.name
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_evaluation_of_larger_crops(sample, interpolation):
+def test_evaluation_of_larger_crops(imagenet_sample, interpolation):
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms._presets import ImageClassification
 
     preset = ImageClassification(crop_size=299, resize_size=352, interpolation=InterpolationMode(interpolation))
     recipe = ImageRecipe(test_resize=352, test_crop=299, interpolation=interpolation)
-    data = open_folder(sample / "val", name="part", image=recipe, workers=0)
+    data = open_folder(imagenet_sample / "val", name="part", image=recipe, workers=0)
     assert data.input_chw == (3, 299, 299)
     ours, _ = next(data.test_batches(batch=8, device=CPU))
-    for path, image in zip(sorted(sample.glob("val/*/*")), ours, strict=False):
+    for path, image in zip(sorted(imagenet_sample.glob("val/*/*")), ours, strict=False):
         with Image.open(path) as theirs:
             assert torch.equal(preset(theirs.convert("RGB")), image), path.name

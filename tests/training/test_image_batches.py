@@ -3,9 +3,7 @@
 import io
 import multiprocessing
 import os
-import shutil
 import sys
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,21 +66,6 @@ def two_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
 
 
-@pytest.fixture(scope="module")
-def sample(root, tmp_path_factory):
-    """250 of ImageNet's validation images, as `train` too, with the list of the 1,000 classes beside them."""
-    shared = Path(os.environ.get("SELAB_SHARED", root.parent / "shared")) / "data"
-    archive, wnids = shared / "imagenet_sample.tar", shared / "imagenet_wnids.txt"
-    if not archive.is_file() or not wnids.is_file():
-        pytest.skip(f"the sample of ImageNet is not in {shared}; SELAB_SHARED names another place")
-    data_dir = tmp_path_factory.mktemp("imagenet")
-    with tarfile.open(archive) as tar:
-        tar.extractall(data_dir, filter="data")
-    shutil.copy(wnids, data_dir)
-    (data_dir / "train").symlink_to(data_dir / "val")
-    return data_dir
-
-
 def mode_of(path):
     with Image.open(path) as image:
         return image.mode
@@ -105,19 +88,20 @@ def labels_of(batches):
 # -------------------------------------------------------------------------------------------------------- real images
 
 
-def test_every_image_of_the_sample(sample):
+def test_every_image_of_the_sample(imagenet_sample):
+    wnids_file = imagenet_sample / "imagenet_wnids.txt"
     told = []
-    data = open_folder(sample, name="imagenet", workers=2, report=told.append)
+    data = open_folder(imagenet_sample, name="imagenet", workers=2, report=told.append)
     assert (data.num_classes, data.train_size, data.test_size, data.input_chw) == (1000, 250, 250, (3, 224, 224))
     assert data.title == "ImageNet, 250 training and 250 test images"
     assert told == [
-        f"classes are numbered by the 1,000 lines of {sample / 'imagenet_wnids.txt'}; 250 of them have folders",
+        f"classes are numbered by the 1,000 lines of {wnids_file}; 250 of them have folders",
         "250 training images, 250 test images, 1,000 classes",
     ]
     batches = list(data.test_batches(batch=64, device=CPU))
     assert [tuple(images.shape) for images, _ in batches] == [(64, 3, 224, 224)] * 3 + [(58, 3, 224, 224)]
-    wnids = (sample / "imagenet_wnids.txt").read_text().split()
-    assert labels_of(batches) == [wnids.index(path.name) for path in sorted((sample / "val").iterdir())]
+    wnids = wnids_file.read_text().split()
+    assert labels_of(batches) == [wnids.index(path.name) for path in sorted((imagenet_sample / "val").iterdir())]
     images = images_of(batches)
     assert images.dtype == torch.float32
     for channel, (mean, std) in enumerate(zip(data.image.mean, data.image.std, strict=True)):
@@ -126,27 +110,27 @@ def test_every_image_of_the_sample(sample):
         assert abs(images[:, channel].mean()) < 0.2, "the mean that is taken off is that of ImageNet"
     found = data.problems
     assert (found.unreadable, found.cmyk.count, found.other.count) == (0, 0, 0)
-    grey = [f"val/{path.parent.name}/{path.name}" for path in sample.glob("val/*/*") if mode_of(path) == "L"]
+    grey = [f"val/{path.parent.name}/{path.name}" for path in imagenet_sample.glob("val/*/*") if mode_of(path) == "L"]
     assert found.grey.first == tuple(sorted(grey))
     assert data.skipped == ()
 
 
-def test_an_epoch_is_the_same_however_it_is_loaded(sample):
-    alone = open_folder(sample, name="imagenet", workers=0)
+def test_an_epoch_is_the_same_however_it_is_loaded(imagenet_sample):
+    alone = open_folder(imagenet_sample, name="imagenet", workers=0)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     epoch = train(alone)
     assert len(epoch) == 250 // 32, "the incomplete batch is left out"
     assert images_of(epoch).shape == (224, 3, 224, 224)
-    again = train(open_folder(sample, name="imagenet", workers=2))
+    again = train(open_folder(imagenet_sample, name="imagenet", workers=2))
     assert torch.equal(images_of(again), images_of(epoch))
     assert labels_of(again) == labels_of(epoch)
     assert torch.equal(torch.get_rng_state(), before), "the training's own generator is left alone"
     assert len(set(labels_of(epoch))) == 224, "no image twice"
 
 
-def test_ranks_share_the_batches_of_one_process(sample):
-    data = open_folder(sample, name="imagenet", workers=0)
+def test_ranks_share_the_batches_of_one_process(imagenet_sample):
+    data = open_folder(imagenet_sample, name="imagenet", workers=0)
     whole, parts = train(data), [train(data, rank=rank, world=4) for rank in range(4)]
     for number, (images, labels) in enumerate(whole):
         together = [part[number] for part in parts]
@@ -160,8 +144,8 @@ def test_ranks_share_the_batches_of_one_process(sample):
     assert sorted(label for batches in shares for label in labels_of(batches)) == sorted(labels_of(wholes))
 
 
-def test_a_run_goes_on_anywhere_without_reading_what_was_before(sample, monkeypatch):
-    data = open_folder(sample, name="imagenet", workers=0)
+def test_a_run_goes_on_anywhere_without_reading_what_was_before(imagenet_sample, monkeypatch):
+    data = open_folder(imagenet_sample, name="imagenet", workers=0)
     whole = train(data, epoch=3)
     decoded = []
     plain = image_decode.decode

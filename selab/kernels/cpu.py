@@ -361,11 +361,15 @@ def compilable(y: Tensor, shortcut: Tensor | None, params: BlockParams) -> Tenso
     """Run the block in the form for torch.compile: (N, C, H, W), the shortcut alike or None → (N, C, H, W).
 
     For few images the two layers are products and sums, which the compiler puts into one loop with activation and gate.
-    Each matrix product would be a library call, whose overhead is longer than its work.
+    Each matrix product would be a library call, whose overhead is longer than its work. A dynamic batch takes matrix
+    products: a choice by its size would limit the compiled or exported program to the sizes that choose alike.
     """
+    # Imports sympy; the compiler has it already.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     m = F.relu(y) if params.relu_in else y
     s = m.mean((2, 3))
-    if s.shape[0] <= _IMAGES_BY_SUMS:
+    if statically_known_true(s.shape[0] <= _IMAGES_BY_SUMS):
         hidden = _by_sums(s, params.w1, params.b1)
         h = F.silu(hidden) if params.activation == "silu" else F.relu(hidden)
         logits = _by_sums(h, params.w2, params.b2)

@@ -68,6 +68,22 @@ def test_gradients_stay_what_they_were(library, name, blocks):
         torch.testing.assert_close(two.grad, one.grad, rtol=0, atol=1e-6 * float(one.grad.abs().max()), msg=key)
 
 
+@pytest.mark.parametrize("dynamic", [torch.export.Dim("batch"), torch.export.Dim.AUTO], ids=["named", "automatic"])
+@pytest.mark.parametrize(("library", "name"), [("timm", "test_efficientnet"), ("torchvision", "mobilenet_v3_small")])
+def test_an_exported_fused_network_takes_every_batch(library, name, dynamic):
+    model = network(library, name).eval()
+    fused = copy.deepcopy(model)
+    fuse(fused, input_nchw=SIZE)
+    with torch.no_grad():
+        program = torch.export.export(fused, (torch.randn(SIZE),), dynamic_shapes=({0: dynamic},))
+        assert all(one.upper > 2**40 for one in program.range_constraints.values())
+        for images in (3, 5, 8):
+            x = torch.randn(images, *SIZE[1:])
+            expected = model(x)
+            found = program.module()(x)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_a_copy_and_a_checkpoint_of_a_fused_network_are_as_before(tmp_path):
     model = network("timm", "mobilenetv3_large_100").eval()
     fused = copy.deepcopy(model)

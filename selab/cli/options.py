@@ -80,6 +80,12 @@ Processes = Annotated[
     int, option("--processes", TIME, "Fresh processes per ratio; 3 for what you publish.", min=1, metavar="N")
 ]
 Out = Annotated[Path, option("--out", OUTPUT, "Folder of the records.", metavar="FOLDER")]
+Ema = Annotated[
+    bool | None,
+    option(
+        "--ema/--no-ema", WHAT, "Take the file's moving average of the weights, or not; by default if there is one."
+    ),
+]
 Replace = Annotated[bool, option("--replace", OUTPUT, "Write over what exists.")]
 Format = Annotated[Look, option("--format", OUTPUT, "rich, markdown, csv, latex or json.", metavar="FORMAT")]
 Json = Annotated[
@@ -285,6 +291,24 @@ class DataOptions:
     def in_memory(self) -> bool:
         """Whether the images have one size and lie in memory; else they are files in a folder."""
         return self.data not in ("imagenet", "folder")
+
+
+@dataclass(kw_only=True)
+class PreparationOptions:
+    """How the images of a folder are prepared for a test."""
+
+    recipe: Annotated[
+        str | None,
+        option("--recipe", DATA, "Prepare an image folder as this recipe does.", metavar="NAME"),
+    ] = None
+    resize: Annotated[
+        int | None,
+        option("--resize", DATA, "Shorter side of an image, in pixels.", min=1, metavar="N"),
+    ] = None
+    crop: Annotated[
+        int | None,
+        option("--crop", DATA, "Side of the centre crop, in pixels.", min=1, metavar="N"),
+    ] = None
 
 
 @dataclass(kw_only=True)

@@ -24,16 +24,17 @@ from selab.cli.console import (
 )
 from selab.cli.measure import RESULTS
 from selab.cli.options import (
-    DATA,
     OUTPUT,
     TIME,
     TRAINING,
     Amp,
     Arch,
     DataOptions,
+    Ema,
     Format,
     Json,
     Out,
+    PreparationOptions,
     TrainOptions,
     option,
     with_options,
@@ -108,21 +109,11 @@ def evaluate(
     arch: Arch,
     weights: Annotated[
         Path,
-        option("--weights", TRAINING, "A .safetensors, .pt or .pth file.", metavar="FILE"),
+        option("--weights", TRAINING, "A .safetensors, .pt, .pth or .ckpt file.", metavar="FILE"),
     ],
     data: DataOptions,
-    recipe: Annotated[
-        str | None,
-        option("--recipe", DATA, "Prepare an image folder as this recipe does.", metavar="NAME"),
-    ] = None,
-    resize: Annotated[
-        int | None,
-        option("--resize", DATA, "Shorter side of an image, in pixels.", min=1, metavar="N"),
-    ] = None,
-    crop: Annotated[
-        int | None,
-        option("--crop", DATA, "Side of the centre crop, in pixels.", min=1, metavar="N"),
-    ] = None,
+    preparation: PreparationOptions,
+    ema: Ema = None,
     batch: Annotated[int, option("--batch", TRAINING, "Images per pass.", min=1, metavar="N")] = 500,
     device: Annotated[Device, option("--device", TRAINING, "cpu or cuda.", metavar="NAME")] = "cpu",
     amp: Annotated[
@@ -139,12 +130,12 @@ def evaluate(
     from selab.training.evaluate import evaluate as evaluate_one
 
     check_outputs(json_to)
-    prepared, whose = _preparation(data, weights, recipe, resize, crop)
+    prepared, whose = _preparation(data, weights, preparation)
     images = _open_data(data, prepared)
     how: dict[str, Any] = {"device": device, "amp": amp, "channels_last": channels_last}
     with redirect_stdout(sys.stderr), reporting(open_console(stderr=True)) as report:
         report(f"evaluating {variant.name} on {images.title}", None)
-        model = loaded(variant, images, weights).to(device)
+        model = loaded(variant, images, weights, ema=ema, say=print_note).to(device)
         found = evaluate_one(model, images, batch=batch, **how)
     _compare_data(weights, images)
     if json_to is not None:
@@ -338,9 +329,7 @@ def _recipe_of(name: str | None, variant: "Variant", data: DataOptions) -> "Reci
     return chosen
 
 
-def _preparation(
-    data: DataOptions, weights: Path, recipe: str | None, resize: int | None, crop: int | None
-) -> "tuple[ImageRecipe | None, str]":
+def _preparation(data: DataOptions, weights: Path, asked: PreparationOptions) -> "tuple[ImageRecipe | None, str]":
     """How a folder's images are prepared, and who says so: the options, a recipe, the weights, or nobody.
 
     Raises:
@@ -350,6 +339,7 @@ def _preparation(
 
     from selab.training.recipe import ImageRecipe, check_suits, find_recipe, read_image_recipe
 
+    recipe, resize, crop = asked.recipe, asked.resize, asked.crop
     own, given = read_image_recipe(weights), [("--resize", resize), ("--crop", crop)]
     if data.in_memory:
         if any(value is not None for _, value in [("--recipe", recipe), *given]):

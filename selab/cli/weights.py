@@ -1,12 +1,12 @@
 """Commands that convert trained weights."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from selab.cli.console import check_outputs, print_tables, write_json
-from selab.cli.options import OUTPUT, WHAT, Format, Json, Replace, examples, option
+from selab.cli.console import check_outputs, print_note, print_tables, write_json
+from selab.cli.options import OUTPUT, WHAT, Ema, Format, Json, Replace, examples, option
 
 weights_app = typer.Typer(
     help="Convert trained weights of other libraries.",
@@ -36,13 +36,18 @@ def weights_list(json_to: Json = None, look: Format = "rich") -> None:
     epilog=examples("selab weights convert in.pth out.safetensors --from timm --arch mobilenet_v2"),
 )
 def weights_convert(
-    source_path: Annotated[Path, typer.Argument(metavar="IN", help="A .safetensors, .pt or .pth file.")],
+    source_path: Annotated[Path, typer.Argument(metavar="IN", help="A .safetensors, .pt, .pth or .ckpt file.")],
     target_path: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
     source: Annotated[str, option("--from", WHAT, "timm, torchvision or cadene.", metavar="NAME")],
     arch: Annotated[
         str,
         option("--arch", WHAT, "Name in selab; see `selab weights list`.", metavar="NAME"),
     ],
+    ema: Ema = None,
+    head: Annotated[
+        Literal["keep", "drop"],
+        option("--head", WHAT, "A classifier of another number of classes: keep (refuse) or drop.", metavar="NAME"),
+    ] = "keep",
     replace: Replace = False,
     dry_run: Annotated[
         bool,
@@ -53,7 +58,19 @@ def weights_convert(
     from selab.models import checkpoint
     from selab.report.table import Table
 
-    done = checkpoint.convert(source_path, None if dry_run else target_path, source=source, arch=arch, replace=replace)
+    done = checkpoint.convert(
+        source_path,
+        None if dry_run else target_path,
+        source=source,
+        arch=arch,
+        replace=replace,
+        ema=ema,
+        head=head,
+    )
+    if done.taken:
+        print_note(f"{source_path}: {done.taken}")
+    if done.dropped:
+        print_note(f"{source_path}: classifier dropped, initialised anew: {', '.join(done.dropped)}")
     if dry_run:
         rows = tuple(
             (step.theirs, f"{step.ours} (folded)" if step.folded else step.ours, str(step.shape))

@@ -102,15 +102,26 @@ def fitted(variant: Variant, data: Data | DataSpec) -> Variant:
     return msgspec.structs.replace(variant, num_classes=data.num_classes, input_chw=data.input_chw)
 
 
-def loaded(variant: Variant, data: Data, weights: Path) -> nn.Module:
+def loaded(
+    variant: Variant, data: Data, weights: Path, *, ema: bool | None = None, say: Say = lambda _: None
+) -> nn.Module:
     """Return a variant with trained weights, for these images. Weights of another network are refused as a whole.
+
+    Args:
+        variant: what the weights are of.
+        data: its classes and image size are those of the network.
+        weights: a file.
+        ema: whether to take the moving average of the weights; None for the average if the file has one.
+        say: called with one line about what was taken out of the file, unless it holds nothing else.
 
     Raises:
         SelabError: as `selab.models.build.build` and `selab.models.checkpoint.load`.
     """
     fitting = fitted(variant, data)
     model = build(fitting).model
-    load(model, weights, variant=variant, fitted=fitting)
+    done = load(model, weights, variant=variant, fitted=fitting, ema=ema)
+    if done.words:
+        say(f"{weights}: {done.words}")
     return model
 
 

@@ -4,37 +4,52 @@ The input is untrusted: a safetensors file, or a pickle read by a loader that bu
 output is a safetensors file with exactly the tensors of one variant, and metadata about their origin.
 """
 
-import hashlib
-import io
-import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Literal
 
 import msgspec
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from selab._version import __version__
-from selab.errors import SelabError
 from selab.models import catalog
 from selab.models.build import build
 from selab.models.key_maps import Port, port_for, renamed
 from selab.models.spec import Variant
+from selab.models.weights_file import (
+    Found,
+    Target,
+    WeightsError,
+    is_counter,
+    line,
+    pick,
+    read,
+    read_metadata,
+    shown,
+    some,
+    unwrapped,
+    without_private,
+)
 from selab.records.store import write_atomically
 
-# Where training scripts put the state dict; published accuracies are of the averaged weights.
-_UNDER = ("state_dict_ema", "state_dict", "model")
-_COUNTER = "num_batches_tracked"
-
-
-class WeightsError(SelabError):
-    """A file of weights cannot be read or written, or does not fit the network; the message names the tensors."""
+__all__ = [
+    "Conversion",
+    "Head",
+    "Loaded",
+    "Renamed",
+    "WeightsError",
+    "convert",
+    "line",
+    "load",
+    "read_metadata",
+    "read_state",
+]
+Head = Literal["keep", "drop"]
+"""What becomes of a classifier of another number of classes: it is refused, or ours stays as it was initialised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,34 +80,57 @@ class Conversion:
         renamed: every tensor of the input, in its order.
         filled: counters of seen batches that the input lacks; they start at zero.
         metadata: of the output file.
+        taken: what was taken out of the input, in words; empty if it is nothing but the network's state dict.
+        dropped: tensors of the classifier, of another number of classes; in the output they are as initialised.
     """
 
     port: Port
     renamed: tuple[Renamed, ...]
     filled: tuple[str, ...]
     metadata: dict[str, str]
+    taken: str = ""
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Input:
-    """The tensors of a file, and where in the file they were."""
+class Loaded:
+    """What was loaded into a network.
 
-    state: dict[str, Tensor]
-    under: str
-    sha256: str
+    Attributes:
+        taken: what was taken out of the file, in words; empty if it is nothing but the network's state dict.
+        dropped: tensors of the classifier, of another number of classes; the network's own stayed.
+    """
+
+    taken: str = ""
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """What a user must know, in one line; empty if there is nothing."""
+        dropped = f"classifier left as initialised: {some(self.dropped)}" if self.dropped else ""
+        return "; ".join(part for part in (self.taken, dropped) if part)
 
 
 def convert(
-    source_path: Path, target_path: Path | None, *, source: str, arch: str, replace: bool = False
+    source_path: Path,
+    target_path: Path | None,
+    *,
+    source: str,
+    arch: str,
+    replace: bool = False,
+    ema: bool | None = None,
+    head: Head = "keep",
 ) -> Conversion:
     """Convert the weights of an external network into those of the variant that computes the same function.
 
     Args:
-        source_path: `.safetensors`, `.pt` or `.pth`.
+        source_path: `.safetensors`, or a file of `torch.save`.
         target_path: the `.safetensors` file to write; None for a dry run.
         source: `timm`, `torchvision` or `cadene`.
         arch: selab's variant.
         replace: whether an existing file may be replaced.
+        ema: whether to take a moving average of the weights; None for the average if the file has one.
+        head: `drop` accepts a classifier of another number of classes and initialises ours, from seed 0.
 
     Raises:
         UnknownNameError: no such source or variant, or no network of the source is known to be equal to it.
@@ -103,10 +141,13 @@ def convert(
     port = port_for(source, arch)
     if target_path is not None:
         _check_target(target_path, source_path, replace=replace)
-    found = _read(source_path)
     expected = build(variant, device="meta").model.state_dict()
-    steps = _steps(found.state, port, variant, expected, where=str(source_path))
+    found = read(source_path, target=_target(port, expected), ema=ema)
+    steps, dropped = _steps(found.state, port, variant, expected, where=str(source_path), head=head)
     converted = _converted(found.state, steps, expected, where=str(source_path))
+    if dropped:
+        initial = build(variant).model.state_dict()
+        converted |= {key: initial[key].detach().clone() for key in dropped}
     metadata = {
         "arch": variant.name,
         "facts_hash": variant.facts_hash,
@@ -114,12 +155,25 @@ def convert(
         "model": port.model,
         "selab": __version__,
         "source": source,
-    } | ({"under": found.under} if found.under else {})
+    } | _taken_from(found, dropped)
     if target_path is not None:
         write_atomically(target_path, safetensors.torch.save(converted, metadata))
     given = {step.ours for step in steps}
-    filled = tuple(key for key in expected if key not in given)
-    return Conversion(port=port, renamed=steps, filled=filled, metadata=metadata)
+    filled = tuple(key for key in expected if key not in given and key not in dropped)
+    return Conversion(
+        port=port, renamed=steps, filled=filled, metadata=metadata, taken=found.words, dropped=tuple(dropped)
+    )
+
+
+def _taken_from(found: Found, dropped: list[str]) -> dict[str, str]:
+    """Return what a file's metadata say about where the tensors were."""
+    facts = {
+        "under": found.under,
+        "prefix": found.prefix,
+        "average": "ema" if found.average else "",
+        "initialised": " ".join(dropped),
+    }
+    return {key: value for key, value in facts.items() if value}
 
 
 def load(
@@ -128,8 +182,13 @@ def load(
     *,
     variant: Variant | None = None,
     fitted: Variant | None = None,
-) -> None:
+    ema: bool | None = None,
+    head: Head = "keep",
+) -> Loaded:
     """Load weights into a network, all or none; only counters of seen batches may be missing.
+
+    Prefixes of wrappers (`module.`, `_orig_mod.`, `model.`, …) are removed from a file's keys where the network's keys
+    are then found. A network that is wrapped itself is loaded inside its wrapper.
 
     Args:
         model: keeps its device and precision.
@@ -138,6 +197,12 @@ def load(
             fit and mean something else. A file trained by selab may be of images of another height and width.
         fitted: the variant with the data's classes and image size, if the network was built from that; a file of
             either is accepted.
+        ema: True for the moving average of the weights that a file holds, False for the weights themselves, None for
+            the average if there is one.
+        head: `drop` leaves the classifier as it is if the weights' classifier has another number of classes.
+
+    Returns:
+        What was taken out of the file, and what was dropped.
 
     Raises:
         WeightsError: the file cannot be read, or is refused; a tensor is missing, unexpected, or of another shape. The
@@ -145,132 +210,108 @@ def load(
     """
     where = str(weights) if isinstance(weights, Path) else "the state dict"
     if isinstance(weights, Path) and variant is not None:
-        _check_made_for(variant, fitted or variant, read_metadata(weights), where)
-    state = read_state(weights) if isinstance(weights, Path) else dict(weights)
+        _check_made_for(variant, fitted or variant, read_metadata(weights), where, head)
+    model = unwrapped(model)
     expected = model.state_dict()
-    missing = [key for key in expected if key not in state and not _is_counter(key)]
+    target = _own_target(expected)
+    found = read(weights, target=target, ema=ema) if isinstance(weights, Path) else pick(weights, target)
+    # Submodules may be compiled: their keys have a wrapper's name in between.
+    places = {without_private(key): key for key in expected}
+    state = {places.get(key, key): value for key, value in found.state.items()}
+    missing = [key for key in expected if key not in state and not is_counter(key)]
     unexpected = [key for key in state if key not in expected]
-    shapes = [
-        _misfit(key, state[key], expected[key])
+    wrong = [
+        key
         for key in expected
         if key in state and (state[key].shape != expected[key].shape or not _same_kind(state[key], expected[key]))
     ]
-    if missing or unexpected or shapes:
-        raise WeightsError(f"{where}: does not fit {type(model).__name__}: {_listed(missing, unexpected, shapes)}")
+    classes = _classifier(state, expected, wrong)
+    dropped = tuple(wrong) if classes and head == "drop" else ()
+    if missing or unexpected or (wrong and not dropped):
+        listed = _listed(missing, unexpected, [_misfit(key, state[key], expected[key]) for key in wrong])
+        hint = ""
+        if classes and not missing and not unexpected:
+            theirs, ours = classes
+            hint = (
+                f"; its classifier has {theirs} classes, this network {ours}: build it with {theirs} classes, or use "
+                "head='drop' to leave its own classifier"
+            )
+        raise WeightsError(f"{where}: does not fit {type(model).__name__}: {listed}{hint}")
     counters = {key: torch.zeros((), dtype=torch.long) for key in expected if key not in state}
-    model.load_state_dict({**state, **counters})
+    model.load_state_dict({**state, **counters, **{key: expected[key] for key in dropped}})
+    return Loaded(taken=found.words, dropped=dropped)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, *, ema: bool | None = None) -> dict[str, Tensor]:
     """Return the state dict of a file, on the CPU, without a prefix `module.`; it may be where training scripts put it.
 
-    Raises:
-        WeightsError: the file cannot be read, holds more than tensors, or no state dict.
-    """
-    return _read(path).state
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file (for selab's, as `Conversion.metadata`); empty for a pickle.
+    Args:
+        path: the file.
+        ema: as in `load`.
 
     Raises:
-        WeightsError: the file cannot be read.
+        WeightsError: the file cannot be read, holds more than tensors, no state dict, or several.
     """
-    _check_readable(path)
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: is broken or not a safetensors file ({line(error)}); get it again") from None
+    return read(path, ema=ema).state
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-def _read(path: Path) -> _Input:
-    _check_readable(path)
-    content = path.read_bytes()
-    loaded = _from_safetensors(path, content) if path.suffix == ".safetensors" else _from_pickle(path, content)
-    under = ""
-    if isinstance(loaded, Mapping) and not _is_state(loaded):
-        under = next((key for key in _UNDER if _is_state(loaded.get(key))), "")
-        loaded = loaded.get(under)
-    if not _is_state(loaded):
-        raise WeightsError(
-            f"{path}: has no state dict (tensors by name), neither at the top level nor under {', '.join(_UNDER)}; "
-            "save model.state_dict()"
-        )
-    prefix = "module." if all(key.startswith("module.") for key in loaded) else ""
-    state = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    for key, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise WeightsError(
-                f"{path}: {key}: is not a plain tensor (sparse, quantised or without data); save a dense one"
-            )
-    return _Input(state=state, under=under, sha256=hashlib.sha256(content).hexdigest())
+def _own_target(expected: Mapping[str, Tensor]) -> Target:
+    """Return a network whose keys are a file's; compiled submodules are called as they were before."""
+    keys = {without_private(key) for key in expected}
+    return Target(place=lambda key: key if key in keys else None, keys=keys)
 
 
-def _check_readable(path: Path) -> None:
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise WeightsError(f"{path}: cannot be read: allowed are .safetensors, .pt and .pth files")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+def _target(port: Port, expected: Mapping[str, Tensor]) -> Target:
+    """Return a network whose keys are a file's after renaming."""
+    places = {**expected, **(_biases(expected) if port.folds_bias else {})}
+
+    def place(key: str) -> str | None:
+        ours = renamed(key, port.rules)
+        return ours if ours in places else None
+
+    return Target(place=place, keys=places)
 
 
-def _from_safetensors(path: Path, content: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(content)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: is broken or not a safetensors file ({line(error)}); get it again") from None
+def _classifier(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], wrong: list[str]
+) -> tuple[int, int] | None:
+    """Return the numbers of classes, theirs and ours, if classifiers of another number are all that does not fit.
 
-
-def _from_pickle(path: Path, content: bytes) -> object:
-    """Read tensors, numbers, strings and containers; refuse everything else that a pickle would build or call."""
-    try:
-        with warnings.catch_warnings():
-            # About the file's age and kind; errors say what is wrong with it.
-            warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted is None:
-            raise WeightsError(
-                f"{path}: is broken or not a file of torch.save; get it again, or save a state dict"
-            ) from None
-        raise WeightsError(
-            f"{path}: is refused: it holds more than tensors ({wanted[1]}), and reading that could run any code; "
-            "if you trust it, save its state dict alone, best with safetensors.torch.save_file"
-        ) from None
-    except Exception:
-        # An untrusted file may fail the reader in any way.
-        raise WeightsError(
-            f"{path}: is broken or not a file of torch.save; get it again, or save a state dict"
-        ) from None
-
-
-def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(key, str) and isinstance(one, Tensor) for key, one in value.items())
-    )
-
-
-def line(error: BaseException) -> str:
-    """Return the first sentence of an error."""
-    return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
+    Those are the network's last layer, and auxiliary ones of as many classes; they differ in their first dimension
+    alone, so a network of another width is not taken for one.
+    """
+    layers = [key.rpartition(".")[0] for key, value in expected.items() if value.is_floating_point()]
+    if not wrong or layers[-1] not in {key.rpartition(".")[0] for key in wrong}:
+        return None
+    for key in wrong:
+        theirs, ours = state[key], expected[key]
+        if not theirs.dim() or theirs.dim() != ours.dim() or theirs.shape[1:] != ours.shape[1:]:
+            return None
+        if not len(theirs) or not _same_kind(theirs, ours):
+            return None
+    sizes = {(len(state[key]), len(expected[key])) for key in wrong}
+    return sizes.pop() if len(sizes) == 1 and any(expected[key].dim() > 1 for key in wrong) else None
 
 
 # ------------------------------------------------------------------------------------------------------------- mapping
 def _steps(
-    state: Mapping[str, Tensor], port: Port, variant: Variant, expected: Mapping[str, Tensor], *, where: str
-) -> tuple[Renamed, ...]:
-    """Map every tensor; raise WeightsError unless input and output match one to one."""
+    state: Mapping[str, Tensor],
+    port: Port,
+    variant: Variant,
+    expected: Mapping[str, Tensor],
+    *,
+    where: str,
+    head: Head,
+) -> tuple[tuple[Renamed, ...], list[str]]:
+    """Map every tensor, and return also the keys of a dropped classifier.
+
+    Raises:
+        WeightsError: input and output do not match one to one.
+    """
     places = {**expected, **(_biases(expected) if port.folds_bias else {})}
     classifier = list(expected)[-1].rpartition(".")[0]
     steps: dict[str, Renamed] = {}
+    dropped: list[str] = []
     unexpected, shapes = [], []
     for theirs, tensor in state.items():
         ours = renamed(theirs, port.rules)
@@ -279,10 +320,15 @@ def _steps(
             continue
         place = places[ours]
         if not _fits(tensor, place):
-            if ours.rpartition(".")[0] == classifier and tensor.shape[1:].numel() == place.shape[1:].numel():
+            inner = (tensor.shape[1:].numel(), place.shape[1:].numel())
+            if ours.rpartition(".")[0] == classifier and tensor.dim() and len(set(inner)) == 1:
+                if head == "drop" and _same_kind(tensor, place):
+                    dropped.append(ours)
+                    continue
                 raise WeightsError(
-                    f"{where}: its classifier {theirs} has {len(tensor)} classes, and {variant.name} has "
-                    f"{variant.num_classes}; give weights of {variant.num_classes} classes"
+                    f"{where}: its classifier {shown(theirs)} has {len(tensor)} classes, and {variant.name} has "
+                    f"{variant.num_classes}; give weights of {variant.num_classes} classes, or --head drop to "
+                    "initialise the classifier anew"
                 )
             shapes.append(_misfit(theirs, tensor, place))
         steps[ours] = Renamed(
@@ -292,12 +338,12 @@ def _steps(
             shape=tuple(place.shape),
             folded=ours not in expected,
         )
-    missing = [key for key in places if key not in steps and not _is_counter(key)]
+    missing = [key for key in places if key not in steps and key not in dropped and not is_counter(key)]
     if unexpected or missing or shapes:
         # Present tensors are listed by the file's names; missing ones have none there.
         listed = _listed(missing, unexpected, shapes, said=" (by our names)")
         raise WeightsError(f"{where}: does not match {port.source}'s {port.model} (for {variant.name}): {listed}")
-    return tuple(steps.values())
+    return tuple(steps.values()), dropped
 
 
 def _biases(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -338,26 +384,17 @@ def _same_kind(theirs: Tensor, ours: Tensor) -> bool:
     return theirs.is_floating_point() == ours.is_floating_point() and not theirs.is_complex()
 
 
-def _is_counter(key: str) -> bool:
-    """Return whether a key is a BN's counter of batches. Files before torch 0.4.1 lack it, and eval mode ignores it."""
-    return key.rpartition(".")[2] == _COUNTER
-
-
 def _misfit(key: str, theirs: Tensor, ours: Tensor) -> str:
     if theirs.shape == ours.shape:
-        return f"{key} {str(theirs.dtype).removeprefix('torch.')} instead of {str(ours.dtype).removeprefix('torch.')}"
-    return f"{key} {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
+        kinds = (str(one.dtype).removeprefix("torch.") for one in (theirs, ours))
+        return f"{shown(key)} {' instead of '.join(kinds)}"
+    return f"{shown(key)} {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
 
 
 def _listed(missing: list[str], unexpected: list[str], shapes: list[str], *, said: str = "") -> str:
     """Return the first five keys of each kind of mismatch; `said`: which side's names the missing keys use."""
-    parts = []
     kinds = ((f"missing{said}", missing), ("unexpected", unexpected), ("wrong shape or type", shapes))
-    for name, keys in kinds:
-        if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            parts.append(f"{name}: {', '.join(keys[:5])}{more}")
-    return "; ".join(parts)
+    return "; ".join(f"{name}: {some(keys)}" for name, keys in kinds if keys)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -372,7 +409,7 @@ def _check_target(path: Path, source: Path, *, replace: bool) -> None:
         raise WeightsError(f"{path}: exists; use --replace to overwrite it, or name another file")
 
 
-def _check_made_for(variant: Variant, fitted: Variant, metadata: Mapping[str, str], where: str) -> None:
+def _check_made_for(variant: Variant, fitted: Variant, metadata: Mapping[str, str], where: str, head: Head) -> None:
     made_for = metadata.get("facts_hash")
     if made_for in (None, variant.facts_hash, fitted.facts_hash):
         return
@@ -385,7 +422,7 @@ def _check_made_for(variant: Variant, fitted: Variant, metadata: Mapping[str, st
     if trained is None or trained.facts_hash != made_for:
         other = "in an earlier configuration; train it again" if name == variant.name else f"not of {variant.name}"
         raise WeightsError(f"{what}, {other}")
-    if (trained.num_classes, trained.input_chw[0]) != (fitted.num_classes, fitted.input_chw[0]):
+    if trained.input_chw[0] != fitted.input_chw[0] or (trained.num_classes != fitted.num_classes and head == "keep"):
         raise WeightsError(f"{what}, not {_size(fitted)}; give the data that it was trained on")
 
 

@@ -2,8 +2,25 @@
 
 import json
 
+import pytest
 import safetensors.torch
 import torch
+
+
+@pytest.fixture
+def listing(root):
+    """Key → shape of torchvision's mobilenet_v3_small."""
+    text = (root / "tests" / "data" / "foreign_keys.txt").read_text()
+    shapes = {}
+    for line in text.partition("[torchvision mobilenet_v3_small]\n")[2].partition("[")[0].splitlines():
+        module, size = line.split()
+        shape = tuple(map(int, size.removesuffix("+").split("x")))
+        if len(shape) == 1:
+            names = ("weight", "bias", "running_mean", "running_var")
+            shapes |= {f"{module}.{name}": shape for name in names} | {f"{module}.num_batches_tracked": ()}
+        else:
+            shapes |= {f"{module}.weight": shape} | ({f"{module}.bias": shape[:1]} if size.endswith("+") else {})
+    return shapes
 
 
 class TestWeights:
@@ -32,3 +49,39 @@ class TestWeights:
         assert status == 1
         assert "missing" in one_line(error)
         assert not target.exists()
+
+    def test_what_was_taken_is_said(self, selab, tmp_path):
+        from selab.models.build import build
+        from selab.models.catalog import find
+
+        state = build(find("se_small_cnn"), seed=1).model.state_dict()
+        other = {key: torch.zeros_like(value) for key, value in state.items()}
+        averaged = {f"module.{key}": value for key, value in state.items()}
+        torch.save({"state_dict": other, "state_dict_ema": averaged, "epoch": 3}, tmp_path / "in.pth.tar")
+        words = ["eval", "--arch", "se_small_cnn", "--weights", tmp_path / "in.pth.tar", "--data", "synthetic"]
+        status, _, error = selab(*words)
+        assert status == 0
+        assert "taken from state_dict_ema, an average of the weights (EMA); prefix module. removed" in error
+        status, plain, error = selab(*words, "--no-ema", "--json", "-")
+        assert status == 0
+        assert "taken from state_dict; left out: state_dict_ema, epoch; --ema takes the average" in error
+        # Ten equal logits: the loss is that of guessing, ln 10.
+        assert abs(json.loads(plain)["loss"] - 2.302585) < 1e-4
+
+    def test_another_number_of_classes(self, selab, tmp_path, one_line, listing):
+        source, target = tmp_path / "in.pth", tmp_path / "out.safetensors"
+        state = {key: torch.zeros(shape, dtype=None if shape else torch.long) for key, shape in listing.items()}
+        state |= {"classifier.3.weight": torch.zeros(10, 1024), "classifier.3.bias": torch.zeros(10)}
+        torch.save(state, source)
+        words = ["weights", "convert", source, target, "--from", "torchvision", "--arch", "mobilenet_v3_small"]
+        status, _, error = selab(*words)
+        assert status == 1
+        assert "--head drop" in one_line(error)
+        assert not target.exists()
+        status, _, error = selab(*words, "--head", "drop")
+        assert status == 0
+        assert "classifier dropped, initialised anew: head.fc.weight, head.fc.bias" in error
+        written = safetensors.torch.load_file(target)
+        assert written["head.fc.weight"].shape == (1000, 1024)
+        assert written["head.fc.weight"].abs().sum() > 0
+        assert written["stem.conv.weight"].abs().sum() == 0

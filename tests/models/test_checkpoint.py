@@ -270,7 +270,7 @@ class TestRefused:
         refused(tmp_path / "in.pth", "No such file")
 
     def test_another_kind_of_file(self, tmp_path):
-        refused(tmp_path / "in.onnx", "allowed are .safetensors, .pt and .pth")
+        refused(tmp_path / "in.onnx", "allowed are .safetensors, .pt, .pth, .pth.tar, .ckpt and .bin")
 
     def test_a_sparse_tensor(self, saved):
         refused(

@@ -15,20 +15,25 @@ The cost of one operator:
 * **all**: `conv_linear`, and one per fused multiply-add that any other operator needs: one per output element of an
   elementwise operation, one per element read of a reduction or a pooling window, one per element of a normalisation
   (a scale and a shift) and two more where it computes its own statistics, three for softmax (exponential, sum,
-  division). Moving data (views, copies, concatenation, padding, shuffling) is not arithmetic.
+  division), one per neighbour that an interpolated or sampled element is made of, one per comparison of a sort
+  (log2 n for each of n elements), one per random number. Attention in one operator costs its two products and a softmax
+  over all scores, masked ones included. Moving data (views, copies, concatenation, padding, shuffling) is not
+  arithmetic.
 * **flops**: two per MAC of conv_linear, two per element for the scale and shift of a normalisation and for `addcmul`
   and its like, otherwise the same as `all`.
 * **bytes**: compulsory traffic: distinct inputs read once (parameters included, expanded dimensions once), output
-  written once. Views move nothing. Indices, masks and statistics that an operator returns with its result are left
-  out, because inference does not need them.
+  written once. Views move nothing. A gather reads the elements that it returns, at most its whole table; a scatter in
+  place moves the elements that it writes. Indices, masks and statistics that an operator returns with its result are
+  left out, because inference does not need them.
 * **activations**: output elements of the convolutions (Radosavovic et al., arXiv 2003.13678). Other operators
   have none: an SE block of 1x1 convolutions has some, the same block of fully connected layers has none.
 
 The backward pass is derived from the forward's: each operand of a convolution or a matrix product that needs a gradient
 (the input of the first layer does not, nor does a frozen weight) costs the forward's MACs once, however many groups
-there are. Any other operator costs its forward's arithmetic once per input that needs a gradient, a normalisation's
-scale and shift one per element each; additions, views and copies pass the gradient on at no cost. `paper` adds one per
-squeezed element, the mean's gradient spread back.
+there are. Attention in one operator costs what its two products and its softmax do. Any other operator costs its
+forward's arithmetic once per input that needs a gradient, a normalisation's scale and shift one per element each;
+additions, views and copies pass the gradient on at no cost. `paper` adds one per squeezed element, the mean's gradient
+spread back.
 """
 
 from collections import Counter
@@ -79,7 +84,7 @@ def cost_of(model: nn.Module, traced: OpTrace) -> Cost:
         macs=_macs(operations),
         macs_backward=_macs_backward(operations),
         flops=sum(2 * o.macs + o.other_flops for o in operations),
-        flops_backward=sum(2 * o.macs * o.operand_gradients + o.backward_other_flops for o in operations),
+        flops_backward=sum(2 * o.backward_macs + o.backward_other_flops for o in operations),
         bytes=sum(o.bytes for o in operations),
         activations=sum(o.output_numel for o in operations if o.name == "convolution"),
         se=_se_cost(model, traced),
@@ -101,7 +106,7 @@ def _macs(operations: Sequence[Operation]) -> Macs:
 
 
 def _macs_backward(operations: Sequence[Operation]) -> Macs:
-    products = sum(o.macs * o.operand_gradients for o in operations)
+    products = sum(o.backward_macs for o in operations)
     squeezed = sum(o.backward_other for o in operations if o.stage == "squeeze")
     return Macs(
         conv_linear=products, paper=products + squeezed, all=products + sum(o.backward_other for o in operations)

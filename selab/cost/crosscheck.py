@@ -151,7 +151,7 @@ def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace) 
                 torch.stack([x.sum() for x in outputs]).sum().backward()  # type: ignore[no-untyped-call]
         return counter.get_total_flops(), _torch_uncounted(traced)
 
-    ours = 2 * (_ours(traced) + sum(o.macs * o.operand_gradients for o in traced.operations))
+    ours = 2 * (_ours(traced) + sum(o.backward_macs for o in traced.operations))
     grouped = sum(2 * o.macs * (o.groups - 1) for o in traced.operations if o.weight_gradient)
     differences = [
         *_torch_missing(traced, backward=True),
@@ -511,6 +511,6 @@ def _torch_missing(traced: OpTrace, *, backward: bool) -> list[Difference]:
     amounts: Tally[str] = Tally()
     for o in traced.operations:
         if o.macs and o.operator not in _TORCH_PRODUCTS:
-            passes = 1 + (o.operand_gradients if backward else 0)
-            amounts[f"{o.operator.removeprefix('aten::')}, not counted"] -= 2 * o.macs * passes
+            macs = o.macs + (o.backward_macs if backward else 0)
+            amounts[f"{o.operator.removeprefix('aten::')}, not counted"] -= 2 * macs
     return _amounts(amounts)

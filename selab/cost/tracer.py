@@ -50,8 +50,8 @@ class Operation(Frozen, frozen=True, kw_only=True):
         groups: of a convolution, otherwise 1.
         training: a normalisation that computes its own statistics.
         affine: a normalisation with scale and shift.
-        operand_gradients: operands of a convolution or a matrix product that need a gradient.
-        weight_gradient: whether the second operand is one of them.
+        backward_macs: of convolutions and matrix products in its backward pass.
+        weight_gradient: whether the second operand of a convolution or a matrix product needs a gradient.
         input_gradient: whether any input needs a gradient.
         backward_other: all other arithmetic of its backward pass, in fused multiply-adds.
         backward_other_flops: the same in floating-point operations.
@@ -75,7 +75,7 @@ class Operation(Frozen, frozen=True, kw_only=True):
     groups: int
     training: bool
     affine: bool
-    operand_gradients: int = 0
+    backward_macs: int = 0
     weight_gradient: bool = False
     input_gradient: bool = False
     backward_other: int = 0
@@ -273,9 +273,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if rule is None:
             return _uncounted(func._schema.name, place.path, function, tensors, out)
         work = rule.work(args, out)
-        moved = self._bytes(out)
-        for x in tensors:
-            moved += self._bytes(x)
+        if work is None:
+            return _uncounted(func._schema.name, place.path, function, tensors, out)
+        moved = self._moved(rule, args, tensors, out)
         stage, stage_macs, stage_bytes = self._stage(place, rule, work, tensors, out, moved)
         return Operation(
             name=rule.name,
@@ -294,14 +294,24 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             stage_macs=stage_macs,
             stage_bytes=stage_bytes,
             groups=args[8] if rule.role == "convolution" else 1,
-            training=rule.name == "batch_norm" and bool(args[5]),
+            training=rule.name == "batch_norm" and rule.statistics is not None and rule.statistics(args),
             affine=rule.affine is not None and args[rule.affine] is not None,
             **(_gradients(rule, work, args, tensors, out, _needs_gradient) if torch.is_grad_enabled() else {}),
         )
 
+    def _moved(self, rule: Rule, args: Any, tensors: list[Tensor], out: Tensor) -> int:
+        if rule.traffic is not None:
+            return sum(min(count, _numel(x)) * self._element_bytes(x) for x, count in rule.traffic(args, out))
+        moved = self._bytes(out)
+        for x in tensors:
+            moved += self._bytes(x)
+        return moved
+
     def _bytes(self, x: Tensor) -> int:
-        itemsize = self._itemsize if self._itemsize and x.dtype.is_floating_point else x.dtype.itemsize
-        return _numel(x) * itemsize
+        return _numel(x) * self._element_bytes(x)
+
+    def _element_bytes(self, x: Tensor) -> int:
+        return self._itemsize if self._itemsize and x.dtype.is_floating_point else x.dtype.itemsize
 
     def _stage(
         self, place: _Place, rule: Rule, work: Work, tensors: list[Tensor], out: Tensor, moved: int
@@ -384,16 +394,31 @@ def _gradients(
     needing = sum(needs(x) for x in tensors)
     if not needing or not out.dtype.is_floating_point:
         return {}
+    if rule.backward is not None:
+        macs, other, flops = rule.backward(args, out, work, needs)
+        return {
+            "input_gradient": True,
+            "weight_gradient": len(rule.operands) > 1 and needs(args[rule.operands[1]]),
+            "backward_macs": macs,
+            "backward_other": other,
+            "backward_other_flops": flops,
+        }
     if rule.operands:
         operands = [needs(args[position]) for position in rule.operands]
-        return {"operand_gradients": sum(operands), "weight_gradient": operands[1], "input_gradient": operands[0]}
+        return {
+            "input_gradient": operands[0],
+            "weight_gradient": any(operands[1:2]),
+            "backward_macs": work.macs * sum(operands),
+            "backward_other": any(operands) * work.other,
+            "backward_other_flops": any(operands) * work.other_flops,
+        }
     if rule.linear:
         other, flops = 0, 0
     elif rule.affine is None:
         other, flops = needing * work.other, needing * work.other_flops
     else:
         # The scale's gradient is a sum of products, the shift's a sum.
-        scale, shift = (x is not None and needs(x) for x in args[rule.affine : rule.affine + 2])
+        scale, shift = (isinstance(x, Tensor) and needs(x) for x in args[rule.affine : rule.affine + 2])
         through = needs(args[0])
         other = through * work.other + (scale + shift) * out.numel()
         flops = through * work.other_flops + (2 * scale + shift) * out.numel()

@@ -4,7 +4,7 @@ import random
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selab.attention.base import Attention
 from selab.attention.se import GatedJoin
+from selab.cost.operators.backward import gradients
 from selab.cost.rules import FOUND, META, VIEW, Rule, Work, rule_of
 from selab.errors import ModelError, SpecError, nearest
 from selab.meta import evaluating, first_line, meta_twin
@@ -296,7 +297,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             groups=args[8] if rule.role == "convolution" else 1,
             training=rule.name == "batch_norm" and rule.statistics is not None and rule.statistics(args),
             affine=rule.affine is not None and args[rule.affine] is not None,
-            **(_gradients(rule, work, args, tensors, out, _needs_gradient) if torch.is_grad_enabled() else {}),
+            **(gradients(rule, work, args, tensors, out, _needs_gradient) if torch.is_grad_enabled() else {}),
         )
 
     def _moved(self, rule: Rule, args: Any, tensors: list[Tensor], out: Tensor) -> int:
@@ -358,7 +359,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if index >= 0:
                 operation = self.operations[index]
                 work = Work(operation.macs, operation.other, operation.other_flops)
-                found = _gradients(rule, work, args, tensors, outs[0], lambda x: x.requires_grad or id(x) in carrying)
+                found = gradients(rule, work, args, tensors, outs[0], lambda x: x.requires_grad or id(x) in carrying)
                 self.operations[index] = _replaced(operation, found)
 
 
@@ -385,44 +386,6 @@ def _has_text(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
 
 def _needs_gradient(x: Tensor) -> bool:
     return x.requires_grad
-
-
-def _gradients(
-    rule: Rule, work: Work, args: Any, tensors: list[Tensor], out: Tensor, needs: Callable[[Tensor], bool]
-) -> dict[str, Any]:
-    """Return the fields of an operation's backward pass; empty if no input needs a gradient."""
-    needing = sum(needs(x) for x in tensors)
-    if not needing or not out.dtype.is_floating_point:
-        return {}
-    if rule.backward is not None:
-        macs, other, flops = rule.backward(args, out, work, needs)
-        return {
-            "input_gradient": True,
-            "weight_gradient": len(rule.operands) > 1 and needs(args[rule.operands[1]]),
-            "backward_macs": macs,
-            "backward_other": other,
-            "backward_other_flops": flops,
-        }
-    if rule.operands:
-        operands = [needs(args[position]) for position in rule.operands]
-        return {
-            "input_gradient": operands[0],
-            "weight_gradient": any(operands[1:2]),
-            "backward_macs": work.macs * sum(operands),
-            "backward_other": any(operands) * work.other,
-            "backward_other_flops": any(operands) * work.other_flops,
-        }
-    if rule.linear:
-        other, flops = 0, 0
-    elif rule.affine is None:
-        other, flops = needing * work.other, needing * work.other_flops
-    else:
-        # The scale's gradient is a sum of products, the shift's a sum.
-        scale, shift = (isinstance(x, Tensor) and needs(x) for x in args[rule.affine : rule.affine + 2])
-        through = needs(args[0])
-        other = through * work.other + (scale + shift) * out.numel()
-        flops = through * work.other_flops + (2 * scale + shift) * out.numel()
-    return {"input_gradient": True, "backward_other": other, "backward_other_flops": flops}
 
 
 def _replaced(operation: Operation, fields: dict[str, Any]) -> Operation:

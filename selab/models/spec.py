@@ -6,7 +6,6 @@ were published for it. Geometry belongs to the builder's arguments, so no key ch
 
 import hashlib
 import re
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,7 @@ import msgspec
 
 from selab.attention.config import SiteConfig, as_keys, check_positive, read_block
 from selab.errors import SpecError, nearest
-from selab.records.toml import convert
+from selab.records.toml import convert, parse, read_toml_text
 from selab.records.types import Frozen
 
 Metric = Literal["top1_error_pct", "top5_error_pct", "params", "macs", "forward_s", "forward_backward_s"]
@@ -134,10 +133,7 @@ def parse_family(text: str, *, origin: str, file: str = "") -> dict[str, Variant
         SpecError: malformed TOML, unknown key, wrong type, missing source, or a baseline that does not exist. The
             message names the file and the key.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{origin}: not TOML: {error}") from None
+    data = parse(text, origin=origin)
     tables = data.pop("variants", None)
     if not isinstance(tables, dict) or not tables:
         raise SpecError(f"{origin}: no [variants.NAME] table; a family needs at least one")
@@ -191,12 +187,7 @@ def read_family(path: Path) -> dict[str, Variant]:
     Raises:
         SpecError: as `parse_family`, or the file cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SpecError(f"{path}: cannot be read: {reason}") from None
-    return parse_family(text, origin=str(path), file=str(path))
+    return parse_family(read_toml_text(path), origin=str(path), file=str(path))
 
 
 def as_builtins(variant: Variant) -> dict[str, Any]:

@@ -5,12 +5,15 @@ import tomllib
 from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import msgspec
 
-from selab.errors import SpecError
+from selab.errors import RecordError, SpecError
+from selab.records.bounds import MOST_LEVELS, fault_of
+from selab.records.files import read_text
 
+_MOST_BYTES = 16 << 20
 _T = TypeVar("_T", bound=msgspec.Struct)
 _Value = TypeVar("_Value")
 _Value_co = TypeVar("_Value_co", covariant=True)
@@ -22,12 +25,19 @@ def read_tables(path: Path, header: str) -> dict[str, object]:
     Raises:
         SpecError: the file cannot be read, is no TOML, or holds something else.
     """
+    return parse_tables(read_toml_text(path), header, origin=str(path))
+
+
+def read_toml_text(path: Path) -> str:
+    """Return the text of a TOML file.
+
+    Raises:
+        SpecError: it cannot be read, is not UTF-8, or is larger than any configuration.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SpecError(f"{path}: cannot be read: {reason}") from None
-    return parse_tables(text, header, origin=str(path))
+        return read_text(path, most=_MOST_BYTES)
+    except RecordError as error:
+        raise SpecError(str(error)) from None
 
 
 def read_package(package: str, parse: "Parse[_Value]", *, header: str) -> dict[str, _Value]:
@@ -76,15 +86,37 @@ def parse_tables(text: str, header: str, *, origin: str) -> dict[str, object]:
     Raises:
         SpecError: it is no TOML, or holds something else.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{origin}: not TOML: {error}") from None
+    data = parse(text, origin=origin)
     found = data.pop(header, None)
     if not isinstance(found, dict) or not found or data:
         beside = f", and nothing beside: {', '.join(data)}" if data else ""
         raise SpecError(f"{origin}: must hold [{header}.NAME] tables{beside}")
     return found
+
+
+def parse(text: str, *, origin: str) -> dict[str, Any]:
+    """Return the content of a TOML text, within bounds: its depth, and the range of its numbers.
+
+    Args:
+        text: TOML.
+        origin: the file's name, for messages.
+
+    Raises:
+        SpecError: it is no TOML, is nested too deeply, or has a number that is not finite or has more than 64 bits.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{origin}: not TOML: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{origin}: not TOML: nested too deeply; at most {MOST_LEVELS} levels") from None
+    except ValueError as error:
+        # A number with thousands of digits, or a date that does not exist.
+        raise SpecError(f"{origin}: not TOML: {str(error).partition(';')[0]}") from None
+    fault = fault_of(data)
+    if fault:
+        raise SpecError(f"{origin}: {fault}")
+    return data
 
 
 def converted(table: object, kind: type[_T], *, place: str, **given: object) -> _T:

@@ -12,6 +12,7 @@ import msgspec
 
 from selab import units
 from selab.errors import RecordError
+from selab.records.bounds import fault_of
 from selab.records.display import DisplayedValues
 
 SCHEMA = "selab.profile/1"
@@ -457,8 +458,11 @@ def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) 
     """
     try:
         head: Any = msgspec.json.decode(raw)
-    except msgspec.DecodeError as error:
-        raise RecordError(f"{where}: not a record: {error}; {again} or restore the file") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise RecordError(f"{where}: not a record: {reason}; {again} or restore the file") from None
+    if fault := fault_of(head):
+        raise RecordError(f"{where}: not a record: {fault}; {again} or restore the file")
     found = head.get("schema") if isinstance(head, dict) else None
     if isinstance(found, str) and found.split("/")[0] != schema.split("/")[0]:
         raise RecordError(f"{where}: is a record of another kind, {found!r}; expected {schema!r}")

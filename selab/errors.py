@@ -42,6 +42,25 @@ class RecordError(SelabError):
     """A record cannot be read, written or compared with another."""
 
 
+def one_line(error: BaseException, *, most: int = 300) -> str:
+    """Return the first line of an exception's message without its full stop, or its type's name if it has none.
+
+    An exception of a user's code may have a message that itself raises, has thousands of characters, or moves a
+    terminal's cursor.
+
+    Args:
+        error: any exception.
+        most: characters.
+    """
+    try:
+        lines = str(error).strip().splitlines()
+        text = str(lines[0]).rstrip(".") if lines else ""
+    except BaseException:
+        text = ""
+    text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text[: most + 1])
+    return (text if len(text) <= most else f"{text[:most]}…") or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """Return the end of an error message: `; did you mean a, b?`, or `; known: a, b, …` if no name is similar.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from selab.errors import ModelError
+from selab.errors import ModelError, one_line
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -115,5 +115,4 @@ def _recorder(passage: Passage):  # type: ignore[no-untyped-def]
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or the name of its type if it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return one_line(error)

@@ -12,7 +12,7 @@ from functools import reduce
 from pathlib import Path
 from types import ModuleType
 
-from selab.errors import SelabError, SpecError, nearest
+from selab.errors import SelabError, SpecError, nearest, one_line
 
 
 @contextmanager
@@ -124,8 +124,8 @@ def explained(error: BaseException) -> str:
     """Return `ValueError: its message`, in one line."""
     if isinstance(error, SystemExit):
         return "it ends the program (SystemExit); put what does so under `if __name__ == '__main__':`"
-    text = str(error.msg if isinstance(error, SyntaxError) else error).strip()
-    return type(error).__name__ + (f": {text.splitlines()[0].rstrip('.')}" if text else "")
+    text = one_line(SyntaxError(error.msg) if isinstance(error, SyntaxError) else error)
+    return type(error).__name__ + (f": {text}" if text != type(error).__name__ else "")
 
 
 def _location(error: BaseException, home: Path | None) -> str:

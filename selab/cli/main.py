@@ -1,16 +1,14 @@
 """The command line: each command one short function; torch is imported only by the commands that need it."""
 
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from selab._version import __version__
+from selab.cli import faults, streams
 from selab.cli.checks import check, diff
 from selab.cli.console import StoppedError, print_error
 from selab.cli.measure import profile, roofline, show_machine, tax, timeline
@@ -18,14 +16,31 @@ from selab.cli.networks import archs, count, show, sites
 from selab.cli.new import new_app
 from selab.cli.options import examples
 from selab.cli.render import QUANTITIES, plot, schema, table
+from selab.cli.signals import INTERRUPTED, Signals
 from selab.cli.sweep import sweep
 from selab.cli.training import compare, evaluate, train
 from selab.cli.weights import weights_app
 from selab.errors import SelabError
 
+# typer may bring its own copy of click; this is the base class of wrong usage in it.
+_Usage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _HELP = {"help_option_names": ["-h", "--help"]}
 
+
+class _Commands(TyperGroup):
+    """The commands; what a user's network raises cannot be taken for an answer of the command line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _Usage, SelabError, KeyboardInterrupt, BrokenPipeError):
+            raise
+        except BaseException as error:
+            raise faults.FaultError(faults.line_of(error)) from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Measure what channel attention (Squeeze-and-Excitation and its kin) costs a network.",
     epilog=examples(
         "selab count --arch se_resnet50",
@@ -38,66 +53,52 @@ app = typer.Typer(
 )
 
 
-# The statuses of a shell for a program that a signal ended: 128 and the signal's number.
-_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-
-
-class _Signals:
-    """Whether SIGTERM came; it ends a command as Ctrl-C does, so that what was measured is kept."""
-
-    terminated = False
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Turn SIGTERM into KeyboardInterrupt while the program runs."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals are the main thread's
-            return
-
-        def handle(_number: int, _frame: FrameType | None) -> None:
-            self.terminated = True
-            raise KeyboardInterrupt
-
-        before = signal.signal(signal.SIGTERM, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    @property
-    def status(self) -> int:
-        """What to exit with after an interruption."""
-        return _TERMINATED if self.terminated else _INTERRUPTED
-
-
 def main() -> None:
     """Run the program.
 
-    A user's mistake and a machine's limit end in one line and status 1, wrong usage in status 2. An interruption ends
-    in one line and the status of its signal: 130 for SIGINT, 143 for SIGTERM.
+    A user's mistake, a machine's limit and any other error end in one line and status 1, wrong usage in status 2. An
+    interruption ends in one line and the status of its signal: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP.
     """
-    signals = _Signals()
+    streams.prepare()
+    debug = faults.take_debug(sys.argv)
+    signals = Signals()
+    with signals.handled():
+        status = _status(signals, debug=debug)
+        problem = streams.finish()
+        if problem and not status:
+            print_error(problem)
+        if problem is not None:
+            status = status or 1
+    sys.exit(status)
+
+
+def _status(signals: Signals, *, debug: bool) -> int | str | None:
+    """Run the command line; return what to exit with, after the line of an error."""
     try:
-        with signals.handled():
-            app()
-    except StoppedError as error:
-        print_error(str(error))
-        sys.exit(signals.status)
-    except SelabError as error:
-        print_error(str(error))
-        sys.exit(1 if error.signal is None else 128 + error.signal)
-    except KeyboardInterrupt:
-        print_error("interrupted")
-        sys.exit(signals.status)
+        app()
     except SystemExit as end:
-        if end.code == _INTERRUPTED:
+        if end.code == INTERRUPTED:
             print_error("interrupted")
-            sys.exit(signals.status)
-        raise
+            return signals.status
+        return end.code
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; the interpreter must not complain about it at exit.
-        sys.stdout = None
-        sys.exit(1)
+        streams.drop()
+        return 1
+    except BaseException as error:
+        if debug:
+            faults.print_traceback(error)
+        if isinstance(error, StoppedError):
+            print_error(str(error))
+            return signals.status
+        if signals.number is not None or isinstance(error, KeyboardInterrupt):
+            # An interruption may come out of C code as another error.
+            print_error("interrupted")
+            return signals.status
+        print_error(faults.line_of(error))
+        stopped = error.signal if isinstance(error, SelabError) else None
+        return 1 if stopped is None else 128 + stopped
+    return 0
 
 
 def _show_version(wanted: bool) -> None:
@@ -111,7 +112,11 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option(faults.DEBUG, help="Show the traceback of an error; or set SELAB_DEBUG=1.")
+    ] = False,
 ) -> None:
+    # `main` takes --debug out of the command line, because it may stand behind a command as well.
     pass
 
 

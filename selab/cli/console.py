@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selab import units
+from selab.cli.streams import encodes_all
 from selab.errors import SelabError
 from selab.models import catalog, external
 from selab.records.estimate import MIN_PAIRS
@@ -38,8 +39,12 @@ class StoppedError(SelabError):
 
 
 def print_error(message: str) -> None:
-    """Print one line on standard error."""
-    open_console(stderr=True).print(f"[bold red]error:[/] {escape_markup(message)}", highlight=False, soft_wrap=True)
+    """Print one line on standard error, whatever the message has in it."""
+    line = "".join(
+        each if each.isprintable() or (each.isspace() and each > "~") else " " if each in "\t\n\r" else repr(each)[1:-1]
+        for each in message.strip()
+    )
+    open_console(stderr=True).print(f"[bold red]error:[/] {escape_markup(line)}", highlight=False, soft_wrap=True)
 
 
 def is_rank_zero() -> bool:
@@ -176,7 +181,7 @@ def check_outputs(*paths: Path | None) -> None:
     Raises:
         RecordError: one cannot be written.
     """
-    from selab.records.store import check_writable
+    from selab.records.files import check_writable
 
     for path in paths:
         if path is not None and str(path) != "-":
@@ -189,13 +194,15 @@ def write_json(value: object, to: Path) -> None:
     Raises:
         RecordError: it cannot be written.
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     if str(to) == "-":
-        sys.stdout.write(text)
+        text = json.dumps(value, indent=1, ensure_ascii=not encodes_all(sys.stdout))
+        sys.stdout.write(f"{text}\n")
         return
-    from selab.records.store import write_atomically
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    from selab.records.files import write_atomically
 
-    write_atomically(to, text.encode())
+    # A name that is no valid Unicode has surrogates, which JSON escapes.
+    write_atomically(to, text.encode(errors="backslashreplace"))
 
 
 @contextmanager

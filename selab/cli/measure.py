@@ -2,10 +2,8 @@
 
 import dataclasses
 import io
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +42,7 @@ from selab.cli.options import (
     option,
     with_options,
 )
+from selab.cli.signals import held_back
 from selab.errors import SelabError
 from selab.models import catalog
 from selab.records.types import Device, Phase
@@ -82,13 +81,13 @@ def profile(
         raise typer.BadParameter(f"{svg}: a picture of the terminal ends in .svg", param_hint="--svg")
     job = resolve_job(request)
     from selab.experiments import profiling
-    from selab.records import store
+    from selab.records import files, store
 
     growing = profiling.Profile(job)
     path = growing.path(out)
-    store.check_writable(path, replace=replace)
+    files.check_writable(path, replace=replace)
     if svg is not None:
-        store.check_writable(svg, replace=replace)
+        files.check_writable(svg, replace=replace)
     check_outputs(json_to)
     announce_sites(job.variant, profiling.sites_of(job))
     shown = _Shown(path=path, json_to=json_to, svg=svg, look=look, verbose=verbose)
@@ -97,7 +96,7 @@ def profile(
             growing.run(report)
     except KeyboardInterrupt:
         raise StoppedError(f"interrupted; {_keep_partial(growing, shown)}") from None
-    except Exception:
+    except BaseException:
         if growing.latency:
             store.save(growing.record(), store.partial_path(path))
         raise
@@ -122,7 +121,7 @@ def _keep_partial(growing: "Profile", shown: _Shown) -> str:
     """Save and show what there is of an interrupted profile; return where it is."""
     from selab.records import store
 
-    with _uninterrupted():
+    with held_back():
         if growing.cost is None:
             return "nothing was measured yet, and nothing was written"
         partial = store.partial_path(shown.path)
@@ -132,25 +131,11 @@ def _keep_partial(growing: "Profile", shown: _Shown) -> str:
     return f"what was measured until then is in {partial}"
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold a second Ctrl-C back while a record is written."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # signals are the main thread's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _show_profile(record: "Record", shown: _Shown) -> None:
     """Show the file that was written, not the memory: everyone who reads it sees the same."""
     from rich.console import Console
 
-    from selab.records.store import write_atomically
+    from selab.records.files import write_atomically
     from selab.records.types import to_json
     from selab.report import profiles
 
@@ -207,14 +192,14 @@ def tax(
     job = resolve_job(options.request(arch, quick=quick, budget_s=budget, threads=threads, phases=phases))
     from selab.experiments import tax as experiments_tax
     from selab.experiments import tax_record
-    from selab.records import store
+    from selab.records import files
     from selab.report import tax as report_tax
 
     implementations = experiments_tax.chosen_implementations(impl or ())
     asked = experiments_tax.TaxRequest(request=job.request, implementations=implementations)
     comparison = experiments_tax.Tax(asked)
     path = comparison.path(out)
-    store.check_writable(path, replace=replace)
+    files.check_writable(path, replace=replace)
     check_outputs(json_to)
     announce_sites(job.variant, comparison.blocks)
     try:
@@ -225,10 +210,10 @@ def tax(
     tax_record.save_tax_record(record, path)
     record = tax_record.read_tax_record(path)
     if str(json_to) == "-":
-        sys.stdout.write(store.read_text(path))
+        sys.stdout.write(files.read_text(path))
         return
     if json_to is not None:
-        store.write_atomically(json_to, store.read_text(path).encode())
+        files.write_atomically(json_to, files.read_text(path).encode())
     print_tables(report_tax.tax_tables(record), look, f"record: {path}")
 
 
@@ -268,12 +253,12 @@ def timeline(
     from selab.bench.runner import check_device
     from selab.experiments import timeline as experiments_timeline
     from selab.experiments.profiling import sites_of
-    from selab.records import store
+    from selab.records import files
     from selab.report import traces
 
     check_device(job.workload.device)
     path = experiments_timeline.trace_path(job, phase, out)
-    store.check_writable(path, replace=replace)
+    files.check_writable(path, replace=replace)
     check_outputs(json_to)
     announce_sites(job.variant, sites_of(job))
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
@@ -318,7 +303,7 @@ def roofline(
     job = resolve_job(options.request(str(arch), threads=1, phases=("forward",)))
     from selab.experiments import roofline as experiments_roofline
     from selab.experiments.profiling import sites_of
-    from selab.records.store import check_writable
+    from selab.records.files import check_writable
     from selab.report import traces
     from selab.report.figures import registry
     from selab.report.figures import roofline as figure

@@ -196,7 +196,7 @@ def count(
         raise typer.BadParameter("name at least one network, or give --all", param_hint="--arch")
     jobs = [resolve_job(options.request(name)) for name in names]
     from selab.experiments import profiling
-    from selab.records import store
+    from selab.records import files, store
 
     check_outputs(json_to)
     paths: list[Path] = []
@@ -205,7 +205,7 @@ def count(
     if len(set(paths)) < len(paths):
         raise RecordError(f"--out {out}: two of these networks have the same name; count them into two folders")
     for path in paths:
-        store.check_writable(path, replace=replace)
+        files.check_writable(path, replace=replace)
     records = []
     counters = explain or bool(paths) or json_to is not None
     with reporting(open_console(stderr=True)) as report:

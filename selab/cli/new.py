@@ -184,7 +184,7 @@ _TAKEN = ("torch", "selab")
 
 
 def _write(files: dict[Path, str], *, replace: bool) -> None:
-    from selab.records.store import check_writable, write_atomically
+    from selab.records.files import check_writable, write_atomically
 
     for path in files:
         check_writable(path, replace=replace)

@@ -54,7 +54,7 @@ def plot(
     json_to: Json = None,
 ) -> None:
     """Draw what SE costs and buys, from counts and records."""
-    from selab.records import store
+    from selab.records import files
     from selab.report.figures import registry, scatter
 
     to = None if json_to is not None and out is None else out or Path(f"{name}.svg")
@@ -62,7 +62,7 @@ def plot(
     if name in registry.OF_ONE_RECORD and record is None:
         raise typer.BadParameter("name the record to draw", param_hint="--record")
     if to is not None:
-        store.check_writable(to, replace=replace)
+        files.check_writable(to, replace=replace)
     check_outputs(json_to)
     if record is not None and name in registry.OF_ONE_RECORD:
         return _show_picture(_picture_of(name, record), to, json_to)
@@ -143,7 +143,7 @@ def table(
     """Print a table of counted, measured and published numbers."""
     if out is not None and into is not None:
         raise typer.BadParameter("give --out or --into, not both", param_hint="--into")
-    from selab.records import store
+    from selab.records import files
     from selab.report import pages
 
     check_outputs(json_to)
@@ -151,7 +151,7 @@ def table(
         return _write_tables(out, replace=replace)
     pages.check_name(name)
     if out is not None:
-        store.check_writable(out, replace=replace)
+        files.check_writable(out, replace=replace)
     tables, records = _named_tables(name, profiles or ())
     if json_to is not None or (look == "json" and into is None):
         return write_json([one.as_builtins() for one in tables], json_to or out or Path("-"))
@@ -159,10 +159,10 @@ def table(
         return print_parts(*tables)
     text = _text(name, tables, records, look)
     if into is not None:
-        spliced = pages.spliced(store.read_text(into), name, text, where=str(into))
-        store.write_atomically(into, spliced.encode())
+        spliced = pages.spliced(files.read_text(into), name, text, where=str(into))
+        files.write_atomically(into, spliced.encode())
     elif out is not None:
-        store.write_atomically(out, text.encode())
+        files.write_atomically(out, text.encode())
     else:
         sys.stdout.write(text)
     return None
@@ -223,12 +223,12 @@ def _write_tables(out: Path | None, *, replace: bool) -> None:
     if out is None:
         raise typer.BadParameter("the table 'all' is a folder of files; name it", param_hint="--out")
     from selab.experiments.profiling import counted
-    from selab.records import store
+    from selab.records import files
     from selab.report import pages
 
-    store.check_writable(out / "README.md", replace=replace)
+    files.check_writable(out / "README.md", replace=replace)
     for name, text in pages.cost_pages(counted(catalog.installed())).items():
-        store.write_atomically(out / name, text.encode())
+        files.write_atomically(out / name, text.encode())
 
 
 def schema(json_to: Json = None) -> None:

@@ -277,7 +277,7 @@ def _show_comparisons(
 
 def _write_records(records: "list[AccuracyRecord]", to: Path) -> None:
     """Write one record as it is on disk, several in a list."""
-    from selab.records.store import write_atomically
+    from selab.records.files import write_atomically
     from selab.training.record import to_json
 
     each = [to_json(record) for record in records]

@@ -22,7 +22,8 @@ from selab.models.build import build
 from selab.models.checkpoint import load
 from selab.models.provenance import address, is_stale, variants_of
 from selab.models.spec import Variant
-from selab.records.store import check_writable, file_name, partial_path, save
+from selab.records.files import check_writable
+from selab.records.store import file_name, partial_path, save
 from selab.records.types import Frozen, Machine, Phase, Record
 from selab.training.data import Data
 from selab.training.distributed import join

@@ -15,7 +15,7 @@ from selab.errors import OutOfMemoryError, RecordError, SelabError
 from selab.experiments.job import Job, Request, job_of, resolve
 from selab.experiments.profiling import Profile, count_job
 from selab.models.provenance import is_stale
-from selab.records import store
+from selab.records import files, store
 from selab.records.types import Frozen, Machine, Record
 
 State = Literal["measured", "taken over", "out of memory", "skipped", "failed"]
@@ -151,7 +151,7 @@ class ResultCache:
     """
 
     def __init__(self, out: Path, machine: Machine, *, retry: bool = False) -> None:
-        store.check_writable(out / machine.name / "record.json", replace=True)
+        files.check_writable(out / machine.name / "record.json", replace=True)
         self.out, self.machine, self.retry = out, machine, retry
         self._lost: list[Request] = []
 
@@ -226,7 +226,7 @@ class ResultCache:
     def _marked(self, job: Job, reason: str, record: Record | None) -> Outcome:
         mark = Mark(reason=reason, command=job.command())
         path = store.failed_path(self._path(job))
-        store.write_atomically(path, msgspec.json.format(msgspec.json.encode(mark), indent=1) + b"\n")
+        files.write_atomically(path, msgspec.json.format(msgspec.json.encode(mark), indent=1) + b"\n")
         self._lost.append(job.request)
         return self._outcome(job, "out of memory", reason, record)
 
@@ -253,7 +253,7 @@ class ResultCache:
 
 def _read_mark(path: Path) -> Mark:
     try:
-        return msgspec.json.decode(store.read_text(path), type=Mark)
+        return msgspec.json.decode(files.read_text(path), type=Mark)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise RecordError(f"{path}: {error}; remove the file, and the cell is measured again") from None
 

@@ -13,7 +13,8 @@ import msgspec
 from selab.bench.devices import copy_bandwidth
 from selab.errors import RecordError
 from selab.models.provenance import is_bare
-from selab.records.store import Store, read_text, write_atomically
+from selab.records.files import read_text, write_atomically
+from selab.records.store import Store
 from selab.records.types import Dtype, Frozen, Insertion, Latency, Machine, Phase, Run, Workload, decoded, lined_json
 from selab.records.verdict import check
 

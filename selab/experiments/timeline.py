@@ -1,12 +1,18 @@
 """Record a network's timeline, and write it where TensorBoard and Perfetto read it."""
 
+import tempfile
 from pathlib import Path
+
+import msgspec
 
 from selab.bench.machine import machine
 from selab.bench.profiler import Recorded, record_steps
+from selab.errors import RecordError
 from selab.experiments.job import Job
+from selab.meta import first_line
 from selab.models.build import build
-from selab.records.store import check_writable, file_name, replacing
+from selab.records.files import check_writable, write_atomically
+from selab.records.store import file_name
 from selab.records.types import Phase
 
 LOGS = "timeline"
@@ -37,8 +43,23 @@ def write_trace(found: Recorded, path: Path, *, replace: bool) -> None:
     """Write the trace whole or not at all.
 
     Raises:
-        RecordError: it exists and may not be replaced, or cannot be written.
+        RecordError: it exists and may not be replaced, or cannot be written, or torch could not write all of it.
     """
     check_writable(path, replace=replace)
-    with replacing(path) as temporary:
-        found.export(temporary)
+    write_atomically(path, _content(found))
+
+
+def _content(found: Recorded) -> bytes:
+    """Return the trace as torch writes it; it reports no error where the disk is full, so the content is checked."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="selab-") as folder:
+            file = Path(folder) / "trace.json"
+            found.export(file)
+            content = file.read_bytes()
+            msgspec.json.decode(content, type=msgspec.Raw)
+    except (OSError, RuntimeError, msgspec.DecodeError) as error:
+        place = tempfile.gettempdir()
+        raise RecordError(
+            f"the trace is incomplete: {first_line(error)}; make room in {place}, or set TMPDIR to another folder"
+        ) from None
+    return content

@@ -34,7 +34,7 @@ from selab.models.weights_file import (
     unwrapped,
     without_private,
 )
-from selab.records.store import write_atomically
+from selab.records.files import write_atomically
 
 __all__ = [
     "Conversion",

@@ -1,15 +1,13 @@
-"""Records on disk: their paths, atomic writing, and reading with a check against their own samples.
+"""Records on disk: their paths, and reading with a check against their own samples.
 
 There are three families of records, each with a `Store`: profiles, comparisons of trained networks, and comparisons of
 implementations. All of a machine lie in its folder.
 """
 
 import hashlib
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -18,6 +16,7 @@ import msgspec
 
 from selab.errors import RecordError
 from selab.records.acceptance import Acceptance, CountingTime, LiveAcceptance, LoadingTime, RoofDistances
+from selab.records.files import files_ending, read_text, write_atomically
 from selab.records.types import PHASES, Latency, Memory, Phase, Record, from_json, to_json
 from selab.records.verdict import check
 
@@ -65,7 +64,7 @@ class Store(Generic[_R]):
             folder: the machine's.
             partial: include what an interruption left, where there is no complete record of the same name.
         """
-        found = sorted((folder / self.folder).glob("*.json"))
+        found = files_ending(folder / self.folder, ".json")
         complete = [path for path in found if not path.name.endswith((_PARTIAL, _FAILED))]
         left = [path for path in found if path.name.endswith(_PARTIAL)] if partial else []
         return sorted([*complete, *(path for path in left if path not in map(partial_path, complete))])
@@ -133,24 +132,6 @@ def failed_path(path: Path) -> Path:
     return path.with_suffix(_FAILED)
 
 
-def check_writable(path: Path, *, replace: bool) -> None:
-    """Check beforehand that a file can be written; create nothing.
-
-    Raises:
-        RecordError: it exists and may not be replaced, or its folder cannot be written.
-    """
-    if path.is_dir():
-        raise RecordError(f"{path}: is a folder; name a file in it")
-    if path.exists() and not replace:
-        raise RecordError(f"{path}: exists; use --replace to overwrite it, or --out to name another folder")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise RecordError(f"{path.parent}: cannot be written: {error.strerror}; choose a writable folder") from None
-
-
 def save(record: Record, path: Path) -> None:
     """Write a record; a complete one replaces what an interruption left.
 
@@ -161,56 +142,6 @@ def save(record: Record, path: Path) -> None:
     if record.complete:
         with suppress(OSError):
             partial_path(path).unlink()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file in the same folder and rename it: a reader sees the old file or the new one.
-
-    Raises:
-        RecordError: the folder cannot be written, or is full.
-    """
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file in the same folder, which replaces the target at the end.
-
-    Raises:
-        RecordError: the folder cannot be written, or is full.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix, delete=False
-        ) as file:
-            temporary = Path(file.name)
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be written: {error.strerror}; the file is as it was") from None
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
-
-
-def read_text(path: Path) -> str:
-    """Return a text file's content.
-
-    Raises:
-        RecordError: it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecordError(f"{path}: cannot be read: {reason}") from None
 
 
 def read_records(folder: Path, *, partial: bool = False) -> list[Record]:

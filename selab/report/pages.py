@@ -12,6 +12,7 @@ from selab.experiments.compared import Compared
 from selab.experiments.tax_record import TaxRecord
 from selab.models import catalog
 from selab.records.acceptance import Acceptance, LoadingTime
+from selab.records.files import files_ending
 from selab.records.types import Cost, Latency, Machine, Record
 from selab.report.accuracy import accuracy_tables
 from selab.report.machines import by_machine
@@ -57,7 +58,7 @@ def machine_folder(profiles: Path) -> Path:
 
     def holds(folder: Path) -> bool:
         kinds = (folder, folder / training_record.FOLDER, folder / tax_record.FOLDER)
-        return any(True for kind in kinds for _ in kind.glob("*.json"))
+        return any(files_ending(kind, ".json") for kind in kinds)
 
     below = [] if holds(profiles) else [folder for folder in profiles.glob("*/") if holds(folder)]
     return below[0] if len(below) == 1 else profiles

@@ -15,7 +15,8 @@ from selab.experiments.diff import RatioChange, check_comparable, grew, ratio_ch
 from selab.experiments.tax_record import SCHEMA as TAX_SCHEMA
 from selab.experiments.tax_record import TaxRecord, read_tax_record, save_tax_record
 from selab.records.display import Displayed
-from selab.records.store import check_writable, read_record, read_text, save
+from selab.records.files import check_writable, read_text
+from selab.records.store import read_record, save
 from selab.records.types import COST_ROWS, PHASE_NAMES, SCHEMA, Latency, Record
 from selab.records.verdict import change_words
 from selab.report.accuracy import comparison_table

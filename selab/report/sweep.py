@@ -15,7 +15,7 @@ from selab.bench.progress import Report
 from selab.errors import SelabError
 from selab.experiments.job import Job
 from selab.experiments.sweep import Outcome, cell_words, is_of_memory, resolution_of
-from selab.records import store
+from selab.records import files
 from selab.records.flag_texts import causes
 from selab.records.types import PHASE_NAMES, Latency, Machine
 from selab.records.verdict import change_words
@@ -149,7 +149,7 @@ def write_tables(outcomes: Sequence[Outcome], path: Path) -> list[Path]:
     written = []
     for name, group in groups.items():
         to = path if len(groups) == 1 else path.with_name(f"{path.stem}.{name}{path.suffix}")
-        store.write_atomically(to, _encoded(rows(group), to))
+        files.write_atomically(to, _encoded(rows(group), to))
         written.append(to)
     return written
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selab.errors import SelabError
-from selab.records.store import write_atomically
+from selab.records.files import write_atomically
 from selab.training.download import DownloadError, DownloadProgress, alone, digest, fetch, unpack, whole_folder
 from selab.units import size
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selab.errors import SelabError, nearest
-from selab.records.store import read_text
+from selab.records.files import read_text
 from selab.training.problems import NAMED
 
 Kind = Literal["corrupt", "truncated", "grey", "cmyk", "other"]

@@ -16,7 +16,8 @@ import msgspec
 
 from selab.errors import RecordError
 from selab.records import stats
-from selab.records.store import Store, file_name, partial_path, read_text, write_atomically
+from selab.records.files import read_text, write_atomically
+from selab.records.store import Store, file_name, partial_path
 from selab.records.types import Device, Frozen, Machine, decoded
 from selab.training.recipe import Recipe
 

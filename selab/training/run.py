@@ -24,7 +24,7 @@ from torch import Tensor
 from selab._version import __version__
 from selab.errors import SelabError
 from selab.models.spec import Variant
-from selab.records.store import read_text, write_atomically
+from selab.records.files import read_text, write_atomically
 from selab.records.types import Frozen
 from selab.training.data import Data
 from selab.training.problems import Problems

@@ -20,7 +20,7 @@ from selab.experiments.job import Request, resolve
 from selab.models.build import build
 from selab.models.catalog import find
 from selab.records import estimate, verdict
-from selab.records.store import write_atomically
+from selab.records.files import write_atomically
 from selab.units import percent
 
 SLOWER = 0.02

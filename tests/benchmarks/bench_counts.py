@@ -25,7 +25,7 @@ from selab.meta import meta_twin
 from selab.models.build import build
 from selab.models.catalog import find
 from selab.records import verdict
-from selab.records.store import write_atomically
+from selab.records.files import write_atomically
 
 ARCH = "se_resnet152"
 

@@ -29,7 +29,7 @@ from selab.bench.sampler import Plan, WallArm, measure
 from selab.models.build import build
 from selab.models.catalog import find
 from selab.records import verdict
-from selab.records.store import write_atomically
+from selab.records.files import write_atomically
 from selab.records.types import Latency
 from selab.training.batches import BatchPlan
 from selab.training.data import Augmentation, ImageSet, open_data

@@ -26,7 +26,7 @@ from selab.cost.count import count
 from selab.models.build import build
 from selab.models.catalog import installed
 from selab.records import verdict
-from selab.records.store import write_atomically
+from selab.records.files import write_atomically
 from selab.records.types import ABBABlock, Latency, Order, Run
 
 Call = Callable[[], object]

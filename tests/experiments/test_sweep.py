@@ -17,6 +17,7 @@ from selab.experiments import sweep
 from selab.experiments.job import Request, resolve
 from selab.experiments.profiling import Profile, count_record
 from selab.records import store, verdict
+from selab.records.files import write_atomically
 from selab.records.types import PHASES, from_json
 from selab.report import sweep as report_sweep
 from selab.report.figures import base as report_figures_base
@@ -254,7 +255,7 @@ def test_marks_hold_until_they_are_forgotten(tmp_path):
 
 def test_a_broken_mark_is_told_in_one_line(tmp_path):
     asked = grid(batches=(1,), resolutions=(16,))
-    store.write_atomically(store.failed_path(path_of(asked[0], tmp_path)), b"{}")
+    write_atomically(store.failed_path(path_of(asked[0], tmp_path)), b"{}")
     (outcome,) = swept(asked, tmp_path)
     assert (outcome.state, "remove the file" in outcome.text) == ("failed", True)
 

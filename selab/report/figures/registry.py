@@ -6,7 +6,7 @@ from pathlib import Path
 
 from selab.errors import SelabError, UnknownNameError, nearest
 from selab.experiments.compared import Compared
-from selab.records.store import write_atomically
+from selab.records.files import write_atomically
 from selab.records.types import Cost, Record
 from selab.report.figures.axes import axis
 from selab.report.figures.bars import Bars, bars, bars_figure

@@ -458,3 +458,13 @@ def test_a_step_function_passes_no_gradient_on() -> None:
             return (x * self.scale).floor()
 
     assert count(Net(), (1, 3, 4, 4)).macs_backward.all == 48
+
+
+def test_a_tensor_without_dimensions() -> None:
+    assert cost_of(lambda x: x.sum() + x.mean() + x.amax(), ()).macs.all == 5
+
+
+def test_a_classifier_with_its_loss_in_one_operator() -> None:
+    rule = RULES["torch_nn::_linear_cross_entropy_batch_chunked"]
+    x, weight = torch.empty(6, 8), torch.empty(10, 8)
+    assert rule.work((x, weight, indices(6)), torch.empty(())) == (6 * 8 * 10, 3 * 60 + 6, 3 * 60 + 6)

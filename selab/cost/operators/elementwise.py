@@ -141,6 +141,13 @@ ELEMENTWISE: dict[str, Rule] = {
         "log_sigmoid_forward rrelu_with_noise rrelu_with_noise_functional erfc erfinv i0 lgamma digamma polygamma "
         "mvlgamma igamma igammac copysign ldexp nan_to_num deg2rad rad2deg float_power angle polar sgn xlogy frexp "
         "special_entr special_erfcx special_i0e special_i1 special_i1e special_log_ndtr special_ndtri special_xlog1py "
+        "special_airy_ai special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v "
+        "special_chebyshev_polynomial_w special_hermite_polynomial_h special_hermite_polynomial_he "
+        "special_laguerre_polynomial_l special_legendre_polynomial_p special_shifted_chebyshev_polynomial_t "
+        "special_shifted_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_v "
+        "special_shifted_chebyshev_polynomial_w special_spherical_bessel_j0 special_modified_bessel_i0 "
+        "special_modified_bessel_i1 special_modified_bessel_k0 special_modified_bessel_k1 "
+        "special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1 "
         "special_zeta special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1",
     ),
     # The derivative is zero, or there is none.
@@ -152,7 +159,7 @@ ELEMENTWISE: dict[str, Rule] = {
         linear=True,
     ),
     **_plain(per_output(1), "shift", "__ilshift__ __irshift__"),
-    **_elementwise(2, "addcdiv lerp glu logit"),
+    **_elementwise(2, "addcdiv lerp glu logit linalg_cross"),
     **_elementwise(3, "logaddexp logaddexp2"),
     **_elementwise(1, "cumsum cumprod cummax cummin"),
     **_elementwise(3, "logcumsumexp _logcumsumexp"),
@@ -160,6 +167,7 @@ ELEMENTWISE: dict[str, Rule] = {
     # One per element read.
     **_reductions(1, "mean sum amax amin", reduced),
     **_reductions(1, "max min argmax argmin any all nansum count_nonzero prod trace"),
+    **_reductions(1, "segment_reduce"),
     **_reductions(1, "norm native_norm linalg_vector_norm _is_all_true _is_any_true"),
     **_reductions(2, "var std var_mean std_mean dist aminmax _aminmax"),
     **_reductions(3, "logsumexp"),

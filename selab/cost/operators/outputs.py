@@ -83,7 +83,7 @@ def normalised(args: Sequence[Any], _kwargs: Mapping[str, Any]) -> Any:
 def reduced(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the output of a reduction over dimensions."""
     x = args[0]
-    if kwargs or not x.dtype.is_floating_point:
+    if kwargs or not x.dtype.is_floating_point or x.dim() == 0:
         return None
     dims = args[1] if len(args) > 1 else None
     gone = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)} if dims else set(range(x.dim()))

@@ -109,6 +109,14 @@ def _distance_product(args: Arguments, out: Tensor) -> Work:
     return Work(out.numel() * (args[0].shape[-1] + 2), other, other)
 
 
+def _classified(args: Arguments, _out: Tensor) -> Work:
+    """A linear layer, a softmax of its outputs and their cross-entropy, in one operator."""
+    x, weight = args[0], args[1]
+    rows = x.numel() // max(1, x.shape[-1])
+    other = 3 * rows * weight.shape[0] + rows
+    return Work(rows * weight.numel(), other, other)
+
+
 # ------------------------------------------------------------------------------------------------------------ attention
 class _Attention:
     """Scaled dot-product attention in one operator: two products and a softmax over the scores.
@@ -286,6 +294,12 @@ PRODUCTS: dict[str, Rule] = {
     **_products(_grouped_product, (0, 1), "matmul", "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2"),
     **_products(_trilinear_work, (0, 1, 2), "bilinear", "_trilinear"),
     **_products(_distance_product, (0, 1), "cdist", "_euclidean_dist"),
+    **_products(
+        _classified,
+        (0, 1),
+        "linear_cross_entropy",
+        "torch_nn::_linear_cross_entropy_batch_chunked torch_nn::_linear_cross_entropy_batch_chunked_no_reduction",
+    ),
     # Each place of the map times the columns of a matrix.
     **_products(_product_work(0), (0,), "affine_grid", "affine_grid_generator"),
     **table(

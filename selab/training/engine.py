@@ -31,6 +31,7 @@ from selab.training.problems import Problems
 from selab.training.progress import Report, TrainingProgress
 from selab.training.recipe import ImageRecipe, Recipe, lr_at, recipe_hash
 from selab.training.record import Accuracy, Epoch
+from selab.training.resume import mistaken_progress, mistaken_tensors, optimizer_state
 from selab.training.run import (
     Checkpoint,
     DivergedError,
@@ -103,12 +104,16 @@ class Engine:
 
         Args:
             found: a checkpoint and its tensors, None to begin anew.
+
+        Raises:
+            TrainingError: the checkpoint is not of this training, or holds impossible values; nothing of it is used.
         """
         if found is not None:
             checkpoint, tensors = found
             self.kept = True
+            self._check(checkpoint, tensors)
             self.model.load_state_dict(tensors["model"])
-            self.optimizer.load_state_dict(tensors["optimizer"])
+            self.optimizer.load_state_dict(optimizer_state(tensors["optimizer"], self.optimizer))
             self.scaler.load_state_dict(tensors["scaler"])
             if self.average is not None:
                 self.average.load(tensors["average"])
@@ -126,6 +131,18 @@ class Engine:
             self.forward = self.parallel
         if self.options.compiled:
             self.forward = torch.compile(self.forward, dynamic=False)
+
+    def _check(self, checkpoint: Checkpoint, tensors: object) -> None:
+        average = None if self.average is None else self.average.state
+        try:
+            wrong = next(mistaken_progress(checkpoint, self.recipe, self.data), None) or next(
+                mistaken_tensors(tensors, self.model, self.optimizer, self.scaler, average), None
+            )
+        except Exception as error:
+            # The file is untrusted: values may fail a comparison in any way.
+            wrong = f"is malformed ({type(error).__name__}: {first_line(error)})"
+        if wrong is not None:
+            raise TrainingError(f"{self.folder.checkpoint}: {wrong}; restore it, or delete it to start over")
 
     def run(self) -> Training:
         """Train the remaining epochs and write the result.

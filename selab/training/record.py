@@ -7,7 +7,7 @@ are percent (`_pct`).
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -281,23 +281,75 @@ def _impossible(record: AccuracyRecord) -> Iterator[str]:
                 where = f"seeds[{index}].{arm}"
                 if diverged:
                     yield f"{where}_diverged: is {diverged!r}, but {arm} has an outcome"
-                yield from (f"{where}.{wrong}" for wrong in _mistaken(outcome, record.data))
+                yield from (f"{where}.{wrong}" for wrong in _mistaken(outcome, record.data, record.recipe))
 
 
-def _mistaken(outcome: SeedOutcome, data: DataSpec) -> Iterator[str]:
+def _mistaken(outcome: SeedOutcome, data: DataSpec, recipe: Recipe) -> Iterator[str]:
     for name, value in (("seconds", outcome.seconds), ("images_per_s", outcome.images_per_s)):
         if not 0 < value < math.inf:
             yield f"{name}: is {value!r}, no positive number"
-    test = outcome.test
-    if not 1 <= test.images <= data.test_size:
-        yield f"test.images: is {test.images}, the data set has {data.test_size}"
-    if (test.top5_correct is None) != (data.num_classes < TOP5_CLASSES):
-        yield f"test.top5_correct: is {test.top5_correct} of {data.num_classes} classes; counted from {TOP5_CLASSES} on"
+    yield from (f"test.{wrong}" for wrong in mistaken_accuracy(outcome.test, data.test_size, data.num_classes))
+    yield from mistaken_epochs(outcome.epochs, recipe)
+
+
+def mistaken_accuracy(test: Accuracy, test_size: int, num_classes: int) -> Iterator[str]:
+    """Yield what no evaluation gives: field and reason.
+
+    Args:
+        test: the evaluation.
+        test_size: images of the data set.
+        num_classes: its classes.
+    """
+    if not 1 <= test.images <= test_size:
+        yield f"images: is {test.images}, the data set has {test_size}"
+    if (test.top5_correct is None) != (num_classes < TOP5_CLASSES):
+        yield f"top5_correct: is {test.top5_correct} of {num_classes} classes; counted from {TOP5_CLASSES} on"
     top5_correct = test.images if test.top5_correct is None else test.top5_correct
     if not 0 <= test.top1_correct <= top5_correct <= test.images:
-        yield f"test.top1_correct: is {test.top1_correct}, top-5 {test.top5_correct}, of {test.images} images"
+        yield f"top1_correct: is {test.top1_correct}, top-5 {test.top5_correct}, of {test.images} images"
     if not 0 <= test.loss < math.inf:
-        yield f"test.loss: is {test.loss!r}; a mean cross entropy is finite and not negative"
+        yield f"loss: is {test.loss!r}; a mean cross entropy is finite and not negative"
+
+
+def mistaken_epochs(epochs: Sequence[Epoch], recipe: Recipe) -> Iterator[str]:
+    """Yield what no training's epochs are: field and reason.
+
+    Args:
+        epochs: from the first one on.
+        recipe: as run.
+    """
+    for index, epoch in enumerate(epochs):
+        where = f"epochs[{index}]"
+        if epoch.epoch != index + 1 or epoch.epoch > recipe.epochs:
+            yield f"{where}.epoch: is {epoch.epoch}, expected {index + 1} of {recipe.epochs}"
+        for name in ("lr", "train_loss", "test_loss", "seconds", "images_per_s"):
+            if not 0 <= getattr(epoch, name) < math.inf:
+                yield f"{where}.{name}: is {getattr(epoch, name)!r}, expected a finite number, not negative"
+        top5 = 100.0 if epoch.test_top5_pct is None else epoch.test_top5_pct
+        for name in ("train_top1_pct", "test_top1_pct"):
+            if not 0 <= getattr(epoch, name) <= 100:
+                yield f"{where}.{name}: is {getattr(epoch, name)!r}, expected 0 to 100"
+        if not epoch.test_top1_pct <= top5 <= 100:
+            yield f"{where}.test_top5_pct: is {top5!r}, with a top-1 of {epoch.test_top1_pct!r}"
+
+
+def mistaken_top5(epochs: Sequence[Epoch], num_classes: int) -> Iterator[str]:
+    """Yield epochs whose top-5 accuracy is there below six classes, or is missing: field and reason."""
+    for index, epoch in enumerate(epochs):
+        if (epoch.test_top5_pct is None) != (num_classes < TOP5_CLASSES):
+            yield f"epochs[{index}].test_top5_pct: is {epoch.test_top5_pct} of {num_classes} classes"
+
+
+def mistaken_end(epochs: Sequence[Epoch], test: Accuracy) -> Iterator[str]:
+    """Yield where the last epoch's test is not the last evaluation."""
+    if not epochs:
+        return
+    for name, last, own in (
+        ("test_loss", epochs[-1].test_loss, test.loss),
+        ("test_top1_pct", epochs[-1].test_top1_pct, test.top1_pct if test.images else math.nan),
+    ):
+        if not math.isclose(last, own, rel_tol=1e-9, abs_tol=1e-9):
+            yield f"epochs[{len(epochs) - 1}].{name}: is {last!r}, the last test gave {own!r}"
 
 
 # --------------------------------------------------------------------------------------------------------------- files

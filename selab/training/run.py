@@ -10,7 +10,9 @@ training.json        the result; written last, so its presence means that the tr
 
 import hashlib
 import io
+import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +31,16 @@ from selab.records.types import Frozen
 from selab.training.data import Data
 from selab.training.problems import Problems
 from selab.training.recipe import TELLING, Recipe, adapted
-from selab.training.record import Accuracy, DataSpec, Epoch, Options
+from selab.training.record import (
+    Accuracy,
+    DataSpec,
+    Epoch,
+    Options,
+    mistaken_accuracy,
+    mistaken_end,
+    mistaken_epochs,
+    mistaken_top5,
+)
 
 _CHECKPOINT_SCHEMA = "selab.checkpoint/1"
 # These change how long a training takes, or are part of the adapted recipe: they do not make another request.
@@ -136,13 +147,18 @@ class Checkpoint(Frozen, frozen=True, kw_only=True):
 
 
 class RunFolder:
-    """A training's folder, held by one process at a time; see `opened`."""
+    """A training's folder, held by one process at a time; see `opened`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: of the folder.
+        config: the request that it belongs to.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
         self.weights = path / "weights.safetensors"
         self.tensorboard = path / "tensorboard"
-        self._checkpoint = path / "checkpoint.pt"
+        self.checkpoint = path / "checkpoint.pt"
         self._training = path / "training.json"
         self._epochs = path / "epochs.jsonl"
 
@@ -150,11 +166,13 @@ class RunFolder:
         """Return the result if the training is finished, else None.
 
         Raises:
-            TrainingError: the file is broken, or the weights are missing.
+            TrainingError: the file is broken, impossible or of another request, or the weights are missing.
         """
-        if not self._training.exists():
+        if not _is_there(self._training):
             return None
         training = _decoded(self._training, Training)
+        for wrong in _mistaken_training(training, self.config):
+            raise TrainingError(f"{self._training}: {wrong}; restore it, or delete it to train again")
         if not self.weights.exists():
             raise TrainingError(f"{self.weights}: is missing; restore it, or delete {self._training} to train again")
         return msgspec.structs.replace(training, weights=str(self.weights))
@@ -185,7 +203,7 @@ class RunFolder:
         content = io.BytesIO()
         facts = msgspec.json.encode(checkpoint).decode()
         torch.save({"schema": _CHECKPOINT_SCHEMA, "facts": facts, "tensors": tensors}, content)
-        write_atomically(self._checkpoint, content.getvalue())
+        write_atomically(self.checkpoint, content.getvalue())
 
     def load(self) -> tuple[Checkpoint, dict[str, Any]] | None:
         """Return the last checkpoint and its tensors, on the CPU; None if there is none. Only tensors are unpickled.
@@ -193,17 +211,22 @@ class RunFolder:
         Raises:
             TrainingError: the file is broken, or another version's.
         """
-        if not self._checkpoint.exists():
+        if not _is_there(self.checkpoint):
             return None
         try:
-            loaded = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                # About the file's age and kind; errors say what is wrong with it.
+                warnings.simplefilter("ignore")
+                loaded = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            if not isinstance(loaded, dict) or set(loaded) != {"schema", "facts", "tensors"}:
+                raise ValueError("it is not a dictionary of schema, facts and tensors")
             if loaded["schema"] != _CHECKPOINT_SCHEMA:
-                raise ValueError(f"its schema is {loaded['schema']!r}, this version reads {_CHECKPOINT_SCHEMA!r}")
+                raise ValueError(f"its schema is {loaded['schema']!r:.60}, this version reads {_CHECKPOINT_SCHEMA!r}")
             return msgspec.json.decode(loaded["facts"], type=Checkpoint), loaded["tensors"]
         except Exception as error:
             # The reader raises many kinds of errors for broken files.
             raise TrainingError(
-                f"{self._checkpoint}: cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__}); "
+                f"{self.checkpoint}: cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__}); "
                 "restore it, or delete it to start over"
             ) from None
 
@@ -214,6 +237,29 @@ class RunFolder:
             RecordError: the folder cannot be written.
         """
         write_atomically(self._epochs, b"".join(msgspec.json.encode(epoch) + b"\n" for epoch in epochs))
+
+
+def _mistaken_training(found: Training, config: RunConfig) -> Iterator[str]:
+    """Yield what is impossible in a finished training, or of another request: field and reason."""
+    for name in ("arch", "facts_hash", "seed"):
+        if getattr(found, name) != getattr(config, name):
+            yield f"{name}: is {getattr(found, name)!r}, not {getattr(config, name)!r}"
+    if (found.data, found.data_sha256) != (config.data.name, config.data.sha256):
+        yield f"data: is {found.data!r} of hash {found.data_sha256[:12]}, not {config.data.name!r}"
+    if found.recipe.epochs != config.recipe.epochs:
+        yield f"recipe.epochs: is {found.recipe.epochs}, not {config.recipe.epochs}"
+    if not 0 <= found.seconds < math.inf:
+        yield f"seconds: is {found.seconds!r}, expected a finite number, not negative"
+    if len(found.epochs) != config.recipe.epochs:
+        yield f"epochs: are {len(found.epochs)}, expected {config.recipe.epochs}"
+    if found.world < 1:
+        yield f"world: is {found.world}, expected at least 1"
+    yield from mistaken_epochs(found.epochs, config.recipe)
+    yield from mistaken_top5(found.epochs, config.data.num_classes)
+    yield from (
+        f"test.{wrong}" for wrong in mistaken_accuracy(found.test, config.data.test_size, config.data.num_classes)
+    )
+    yield from mistaken_end(found.epochs, found.test)
 
 
 @contextmanager
@@ -234,12 +280,12 @@ def opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
             # A process killed while writing leaves the temporary files of `write_atomically`.
             if left.name.startswith((".checkpoint.pt.", ".epochs.jsonl.", ".weights.safetensors.", ".training.json.")):
                 left.unlink(missing_ok=True)
-        yield RunFolder(path)
+        yield RunFolder(path, config)
 
 
 def _claim(path: Path, config: RunConfig) -> None:
     file = path / "run.json"
-    if file.exists():
+    if _is_there(file):
         for field, there, here in differences(_decoded(file, RunConfig), config):
             raise TrainingError(
                 f"{path}: holds the training of another request: its {field} is {there}, not {here}; "
@@ -303,6 +349,17 @@ def _held(path: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             os.close(folder)
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a file exists.
+
+    Raises:
+        TrainingError: it is not a regular file; reading a pipe would never end.
+    """
+    if path.exists() and not path.is_file():
+        raise TrainingError(f"{path}: is not a regular file; delete it, or name another folder")
+    return path.exists()
 
 
 def _decoded(path: Path, kind: type[_T]) -> _T:

@@ -59,16 +59,18 @@ class Table:
         notes = "".join(f"\n\n{note}" for note in self.notes)
         return f"### {self.title}\n\n" + "\n".join(cells) + notes + "\n"
 
-    def csv(self, *, first: bool = True) -> str:
+    def csv(self, *, first: bool = True, titles: Sequence[str] = ()) -> str:
         """Return comma-separated values (RFC 4180), the table's title in front of each row, without the notes.
 
         Args:
-            first: whether to write the header; tables with equal columns share one.
+            first: whether to write the header.
+            titles: one for each row, instead of the table's own.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         head = [("table", self.columns[0] or "name", *self.columns[1:])] if first else []
-        writer.writerows((*head, *((self.title, *row) for row in self.rows)))
+        named = zip(titles or [self.title] * len(self.rows), self.rows, strict=True)
+        writer.writerows((*head, *((title, *row) for title, row in named)))
         return text.getvalue()
 
     def latex(self, *, label: str = "") -> str:
@@ -86,11 +88,27 @@ class Table:
         return {"title": self.title, "columns": self.columns, "rows": self.rows, "notes": self.notes}
 
 
+def _joined(tables: Sequence[Table]) -> Table:
+    """Return all rows as one table with the columns of all, in the order in which they first occur."""
+    columns: dict[tuple[str, int], None] = {}
+    lines: list[tuple[str, dict[tuple[str, int], str]]] = []
+    for one in tables:
+        own = [(name, one.columns[1:index].count(name)) for index, name in enumerate(one.columns) if index]
+        columns.update(dict.fromkeys(own))
+        lines += [(row[0], dict(zip(own, row[1:], strict=True))) for row in one.rows]
+    first = {one.columns[0] for one in tables if one.columns}
+    return Table(
+        title="",
+        columns=(first.pop() if len(first) == 1 else "", *(name for name, _ in columns)),
+        rows=tuple((name, *(cells.get(column, "") for column in columns)) for name, cells in lines),
+    )
+
+
 def render(tables: Sequence[Table], form: TableFormat | str, *, width: int | None = None) -> str:
     """Write tables as text in one of `FORMATS`.
 
     Args:
-        tables: in their order; CSV repeats the header only where the columns change.
+        tables: in their order; as CSV they become one, with an empty cell where a table lacks a column of another.
         form: `rich` is plain text for a terminal.
         width: characters to a line, for `rich`; by default the terminal's.
 
@@ -107,9 +125,7 @@ def render(tables: Sequence[Table], form: TableFormat | str, *, width: int | Non
     if form == "markdown":
         return "\n".join(one.markdown() for one in tables)
     if form == "csv":
-        return "".join(
-            one.csv(first=index == 0 or one.columns != tables[index - 1].columns) for index, one in enumerate(tables)
-        )
+        return _joined(tables).csv(titles=[one.title for one in tables for _ in one.rows])
     if form == "latex":
         labels = latex.unique_labels([one.label or one.title for one in tables])
         floats = (one.latex(label=label) for one, label in zip(tables, labels, strict=True))

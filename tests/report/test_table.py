@@ -57,11 +57,14 @@ def test_latex_notes_stand_below_the_rows_and_labels_differ():
     assert text.startswith("% Needs")
 
 
-def test_csv_repeats_the_header_only_for_other_columns():
-    other = Table(title="Other", columns=("x", "y"), rows=(("1", "2"),))
+def test_csv_is_one_table_with_the_columns_of_all():
+    other = Table(title="Other", columns=("x", "y", "params", "y"), rows=(("1", "2", "3", "4"),))
     rows = list(csv.reader(render([TABLE, TABLE, other], "csv").splitlines()))
-    assert [row[0] for row in rows].count("table") == 2
-    assert rows[5] == ["table", "x", "y"]
+    assert [row[0] for row in rows].count("table") == 1
+    assert rows[0] == ["table", "name", "params", "change", "y", "y"]
+    assert rows[1:3] == rows[3:5] == [[TABLE.title, *row, "", ""] for row in TABLE.rows]
+    assert rows[5] == ["Other", "1", "3", "", "2", "4"]
+    assert list(csv.reader(render([TABLE], "csv").splitlines()))[1] == [TABLE.title, *TABLE.rows[0]]
 
 
 def test_json_is_the_tables():

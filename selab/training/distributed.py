@@ -6,6 +6,7 @@ processes through NCCL. A process uses the GPU of its rank on its machine.
 
 import atexit
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ from selab.errors import DeviceError, SelabError
 from selab.records.types import Device
 
 _T = TypeVar("_T")
+_MOST_PROCESSES = 1_000_000
 PATIENCE_S = 600.0
 """Seconds without a sign of the others after which a process gives up; enough to compile and load a first batch."""
 
@@ -82,11 +84,11 @@ def join(device: Device, *, patience_s: float = PATIENCE_S) -> ProcessGroup:
         SelabError: the other processes cannot be found.
     """
     exists = dist.is_available() and dist.is_initialized()
-    world = dist.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", "1"))
+    world = dist.get_world_size() if exists else number_of("WORLD_SIZE", 1, least=1)
     if world == 1:
         return ProcessGroup(rank=0, world=1, device=_own_device(device, None))
-    rank = dist.get_rank() if exists else int(os.environ.get("RANK", "0"))
-    own = _own_device(device, int(os.environ.get("LOCAL_RANK", rank)))
+    rank = dist.get_rank() if exists else number_of("RANK", 0, below=world)
+    own = _own_device(device, number_of("LOCAL_RANK", rank, below=world))
     on_gpu = own.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(own)
@@ -104,6 +106,21 @@ def join(device: Device, *, patience_s: float = PATIENCE_S) -> ProcessGroup:
             ) from None
         atexit.register(leave)
     return ProcessGroup(rank=rank, world=world, device=own)
+
+
+def number_of(variable: str, otherwise: int, *, least: int = 0, below: int = _MOST_PROCESSES) -> int:
+    """Return a number that torchrun puts into the environment.
+
+    Raises:
+        SelabError: another program put something else there.
+    """
+    text = os.environ.get(variable, "").strip() or str(otherwise)
+    if re.fullmatch(r"[0-9]{1,9}", text) and least <= int(text) < below:
+        return int(text)
+    raise SelabError(
+        f"{variable}={text[:40]}: is not a number from {least} to {below - 1}; start the processes with torchrun, or "
+        "unset it"
+    )
 
 
 def leave() -> None:

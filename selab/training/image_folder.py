@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from selab.training.batches import BatchPlan, check_share
+from selab.training.distributed import number_of
 from selab.training.image_decode import (
     ImageFiles,
     ImageFinding,
@@ -325,7 +326,7 @@ def _title(listing: Listing, data_dir: Path, name: str) -> str:
 
 def usual_workers() -> int:
     """Return the default number of worker processes: this process's share of the machine's cores, at most 8."""
-    return min(_MOST_WORKERS, max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(_MOST_WORKERS, max(1, _cores() // number_of("LOCAL_WORLD_SIZE", 1, least=1)))
 
 
 def _cores() -> int:

@@ -1,6 +1,7 @@
 """The figures by name, and how they are rendered to a file."""
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -93,7 +94,13 @@ def draw(shown: Picture, path: Path) -> None:
 
 def rendered(shown: Picture, ending: str) -> bytes:
     """Return a picture as the bytes of a file with one of `ENDINGS`; no date and no user's style enter."""
-    from matplotlib import style
+    # Nothing is shown on a screen, so the backend that the environment names, which may not exist, has no say.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib import style
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
     with style.context(["default", STYLE]):
         match shown:

@@ -18,7 +18,7 @@ class StopRequest:
 
 @contextmanager
 def stoppable(*, alone: bool) -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request that is met between two steps.
+    """Turn SIGINT, SIGTERM and SIGHUP into a request that is met between two steps.
 
     A second SIGINT interrupts at once, but only where one process trains alone. Among several, the terminal sends the
     first one and torchrun the second; torchrun also ends processes that take too long.
@@ -36,7 +36,10 @@ def stoppable(*, alone: bool) -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         stop.wanted, stop.signal = True, number
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # SIGHUP, which a closed terminal sends, does not exist everywhere; under nohup it stays ignored.
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield stop
     except SelabError as error:

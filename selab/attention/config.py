@@ -1,11 +1,13 @@
 """Configuration of attention blocks, read from TOML and from `--se`; starts without torch."""
 
+import math
 import re
 from typing import Any, Literal
 
 import msgspec
 
 from selab.errors import SpecError, nearest
+from selab.records.bounds import MOST_STAGE
 from selab.records.toml import convert
 from selab.records.types import Frozen
 
@@ -305,6 +307,8 @@ def _value(key: str, text: str, kind: object, *, where: str) -> object:
         found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in text.split("+")]
         if not all(found):
             raise SpecError(f"{where}: {text!r} names no stages; write 3, 2-4 or 2+4")
+        if any(len(number) > _DIGITS or int(number) > MOST_STAGE for number in re.findall(r"\d+", text)):
+            raise SpecError(f"{where}: {text[:_SHOWN]!r} has a stage beyond {MOST_STAGE}; networks have a few")
         ranges = [range(int(one[1]), int(one[2] or one[1]) + 1) for one in found if one is not None]
         if not all(ranges):
             raise SpecError(f"{where}: {text!r} ends before it begins; write 2-4")
@@ -316,12 +320,18 @@ def _value(key: str, text: str, kind: object, *, where: str) -> object:
     if kind == Argument and text in _YES_NO:
         return _YES_NO[text]
     if re.fullmatch(r"-?\d+", text):
+        if len(text) > _DIGITS:
+            raise SpecError(f"{where}: a number of {len(text)} digits; at most {_DIGITS}")
         return int(text)
     if kind in (int, int | None):
         raise SpecError(f"{where}: {text!r} is not a whole number")
     if kind in (float, float | None, Argument) and re.fullmatch(r"-?(\d+\.\d*|\.?\d+)(e-?\d+)?", text):
+        if not math.isfinite(float(text)):
+            raise SpecError(f"{where}: {text[:_SHOWN]} is not a finite number")
         return float(text)
     return text
 
 
+# Numbers of so many digits fit into 64 bits; of a longer text so much is shown.
+_DIGITS, _SHOWN = 18, 40
 _YES_NO = {"yes": True, "no": False, "true": True, "false": False}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 # Seconds between two lines of a training's progress where there is no terminal; each epoch has a line of its own.
 _LINE_S = 60.0
+# Of a word in an error that is longer, the beginning and so much of the end are shown.
+_RUN, _TAIL = 400, 60
 # Blocks with a narrower squeeze are remarked upon, and so many found sites are named.
 _NARROW, _NAMED_SITES = 8, 3
 
@@ -44,6 +47,7 @@ def print_error(message: str) -> None:
         each if each.isprintable() or (each.isspace() and each > "~") else " " if each in "\t\n\r" else repr(each)[1:-1]
         for each in message.strip()
     )
+    line = re.sub(rf"(\S{{{_RUN // 2}}})\S{{{_RUN // 2},}}(?=\S{{{_TAIL}}})", r"\1…", line)
     open_console(stderr=True).print(f"[bold red]error:[/] {escape_markup(line)}", highlight=False, soft_wrap=True)
 
 

@@ -39,12 +39,15 @@ from selab.cli.options import (
     Replace,
     Verbose,
     WorkloadOptions,
+    natural,
     option,
+    seconds,
     with_options,
 )
 from selab.cli.signals import held_back
 from selab.errors import SelabError
 from selab.models import catalog
+from selab.records.bounds import MOST_PROCESSES
 from selab.records.types import Device, Phase
 
 if TYPE_CHECKING:
@@ -234,7 +237,7 @@ def timeline(
     options: WorkloadOptions,
     steps: Annotated[
         int,
-        option("--steps", TIME, "Recorded steps, after a warm-up.", min=1, metavar="N"),
+        natural("--steps", TIME, "Recorded steps, after a warm-up.", most=MOST_PROCESSES),
     ] = 5,
     out: Out = RESULTS,
     replace: Replace = False,
@@ -283,7 +286,7 @@ def roofline(
     ] = None,
     budget: Annotated[
         float | None,
-        option("--budget", TIME, "Seconds of repetition; 5 by default.", min=0.0, metavar="SECONDS"),
+        seconds("--budget", TIME, "Seconds of repetition; 5 by default.", least=0.0),
     ] = None,
     out: Annotated[
         Path | None,
@@ -317,8 +320,8 @@ def roofline(
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         peaks, place = _peaks(job, preset, report)
         report(f"timing {name}" if preset is None else f"counting {name}", None)
-        seconds = 5.0 if budget is None else budget
-        under = experiments_roofline.roofline_of(job, peaks, measured=preset is None, budget_s=seconds)
+        budget_s = 5.0 if budget is None else budget
+        under = experiments_roofline.roofline_of(job, peaks, measured=preset is None, budget_s=budget_s)
     if out is not None:
         registry.draw(figure.roof(under, arch=name, workload=workload, place=place), out)
     if json_to is not None:

@@ -39,6 +39,7 @@ from selab.cli.options import (
     Replace,
     Se,
     input_chw,
+    natural,
     option,
     with_options,
 )
@@ -87,7 +88,7 @@ def show(
         option("--runtime", WHAT, "Show how each SE block runs after selab.fuse, and why."),
     ] = False,
     device: Annotated[Device, option("--device", WORKLOAD, "For --runtime: cpu or cuda.", metavar="NAME")] = "cpu",
-    batch: Annotated[int, option("--batch", WORKLOAD, "For --runtime: images.", min=1, metavar="N")] = 1,
+    batch: Annotated[int, natural("--batch", WORKLOAD, "For --runtime: images.")] = 1,
     dtype: Annotated[
         Dtype,
         option("--dtype", WORKLOAD, "For --runtime: fp32, bf16, fp16.", metavar="NAME"),
@@ -126,7 +127,7 @@ def sites(
     input_size: Input = None,
     depth: Annotated[
         int | None,
-        option("--depth", OUTPUT, "Levels of modules to show.", min=1, metavar="N"),
+        natural("--depth", OUTPUT, "Levels of modules to show."),
     ] = None,
     json_to: Json = None,
 ) -> None:

@@ -1,9 +1,11 @@
 """The options that commands share; a group of options is a dataclass, and `with_options` gives it to a command."""
 
 import inspect
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -11,6 +13,14 @@ import typer
 
 from selab.errors import SpecError
 from selab.experiments.job import Request, network_address, parse_input
+from selab.records.bounds import (
+    MOST_IMAGES,
+    MOST_PIXELS,
+    MOST_PROCESSES,
+    MOST_SECONDS,
+    MOST_SEED,
+    MOST_THREADS,
+)
 from selab.records.types import PHASES, Device, Dtype, MemoryFormat, Mode
 
 # The panels of every command's help.
@@ -42,6 +52,37 @@ def option(names: str, panel: str, text: str, **more: Any) -> Any:
     return typer.Option(*names.split(), rich_help_panel=panel, help=text, **more)
 
 
+def natural(names: str, panel: str, text: str, *, least: int = 1, most: int = MOST_IMAGES, **more: Any) -> Any:
+    """Return a typer option whose value is a whole number in a range; the arguments are those of `option`."""
+    return option(names, panel, text, metavar="N", parser=partial(_whole, least=least, most=most), **more)
+
+
+def seconds(names: str, panel: str, text: str, *, least: float) -> Any:
+    """Return a typer option whose value is a time; the arguments are those of `option`."""
+    return option(names, panel, text, metavar="SECONDS", parser=partial(_seconds, least=least))
+
+
+def _whole(given: object, *, least: int, most: int) -> int:
+    # typer converts a default as well.
+    text = str(given).strip()
+    if re.fullmatch(r"[+-]?[0-9]{1,19}", text) and least <= int(text) <= most:
+        return int(text)
+    raise typer.BadParameter(f"{_cut(text)!r} is not a whole number from {least} to {most:,}")
+
+
+def _seconds(given: object, *, least: float) -> float:
+    text = str(given).strip()
+    value = float(text) if re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", text) and text.count(".") < 2 else math.nan
+    if least <= value <= MOST_SECONDS:
+        return value
+    raise typer.BadParameter(f"{_cut(text)!r} is not a time from {least:g} to {MOST_SECONDS:,.0f} seconds")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+_SHOWN = 40
 ARCH_HELP = "A name of `selab archs`, torchvision:NAME, timm:NAME, FILE.toml[:NAME], or FILE.py:NAME."
 Arch = Annotated[str, option("--arch", WHAT, ARCH_HELP, metavar="NAME")]
 Archs = Annotated[list[str], option("--arch", WHAT, f"{ARCH_HELP} Repeatable.", metavar="NAME")]
@@ -56,10 +97,10 @@ Insert = Annotated[
 Baseline = Annotated[
     str | None, option("--baseline", WHAT, "Compare with this network, not the variant's own.", metavar="NAME")
 ]
-Batch = Annotated[int | None, option("--batch", WORKLOAD, "Images; 1 by default.", min=1, metavar="N")]
+Batch = Annotated[int | None, natural("--batch", WORKLOAD, "Images; 1 by default.")]
 Input = Annotated[str | None, option("--input", WORKLOAD, "Input shape, if not the network's own.", metavar="CxHxW")]
 Resolution = Annotated[
-    int | None, option("--resolution", WORKLOAD, "Height and width of the input.", min=1, metavar="N")
+    int | None, natural("--resolution", WORKLOAD, "Height and width of the input.", most=MOST_PIXELS)
 ]
 ChannelsLast = Annotated[bool, option("--channels-last", WORKLOAD, "Short for --memory-format channels_last (NHWC).")]
 PhaseNames = Annotated[
@@ -73,11 +114,14 @@ PhaseNames = Annotated[
         parser=_phase,
     ),
 ]
-Seed = Annotated[int | None, option("--seed", WORKLOAD, "Of weights and input; 0 by default.", metavar="N")]
+Seed = Annotated[
+    int | None, natural("--seed", WORKLOAD, "Of weights and input; 0 by default.", least=0, most=MOST_SEED)
+]
 Quick = Annotated[bool, option("--quick", TIME, "Stop at ±1 % or after 15 s of sampling, not ±0.5 % or 60 s.")]
-Budget = Annotated[float | None, option("--budget", TIME, "Seconds of sampling per phase.", min=0.1, metavar="SECONDS")]
+Budget = Annotated[float | None, seconds("--budget", TIME, "Seconds of sampling per phase.", least=0.1)]
 Processes = Annotated[
-    int, option("--processes", TIME, "Fresh processes per ratio; 3 for what you publish.", min=1, metavar="N")
+    int,
+    natural("--processes", TIME, "Fresh processes per ratio; 3 for what you publish.", most=MOST_PROCESSES),
 ]
 Out = Annotated[Path, option("--out", OUTPUT, "Folder of the records.", metavar="FOLDER")]
 Ema = Annotated[
@@ -104,7 +148,11 @@ class _BlockOptions:
 
     def given(self) -> dict[str, Any]:
         """Return the options that were given, by the name of their field."""
-        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) not in (None, False, "")}
+        values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
+        # An empty text is a value, and mostly a wrong one, unless it is the default of a list.
+        return {
+            name: value for name, (value, default) in values.items() if value not in (None, False) and value != default
+        }
 
     def reject(self, why: str, *names: str) -> None:
         """Refuse options that mean nothing here.
@@ -214,7 +262,7 @@ class WorkloadOptions(_NetworkOptions):
     ] = None
     threads: Annotated[
         int | None,
-        option("--threads", WORKLOAD, "CPU threads; 1 by default, in `profile` all cores too.", min=1, metavar="N"),
+        natural("--threads", WORKLOAD, "CPU threads; 1 by default, in `profile` all cores too.", most=MOST_THREADS),
     ] = None
 
 
@@ -273,12 +321,12 @@ class DataOptions:
     download: Annotated[bool, option("--download/--no-download", DATA, "Fetch a data set that is not there.")] = True
     workers: Annotated[
         int | None,
-        option(
+        natural(
             "--workers",
             DATA,
             "Processes that decode an image folder; by default one per core, at most 8.",
-            min=0,
-            metavar="N",
+            least=0,
+            most=MOST_PROCESSES,
             show_default=False,
         ),
     ] = None
@@ -303,11 +351,11 @@ class PreparationOptions:
     ] = None
     resize: Annotated[
         int | None,
-        option("--resize", DATA, "Shorter side of an image, in pixels.", min=1, metavar="N"),
+        natural("--resize", DATA, "Shorter side of an image, in pixels.", most=MOST_PIXELS),
     ] = None
     crop: Annotated[
         int | None,
-        option("--crop", DATA, "Side of the centre crop, in pixels.", min=1, metavar="N"),
+        natural("--crop", DATA, "Side of the centre crop, in pixels.", most=MOST_PIXELS),
     ] = None
 
 
@@ -325,22 +373,22 @@ class TrainOptions:
             show_default=False,
         ),
     ] = None
-    epochs: Annotated[
-        int | None, option("--epochs", TIME, "Instead of the recipe's; its schedule shrinks too.", min=1, metavar="N")
-    ] = None
+    epochs: Annotated[int | None, natural("--epochs", TIME, "Instead of the recipe's; its schedule shrinks too.")] = (
+        None
+    )
     batch: Annotated[
         int | None,
-        option("--batch", TRAINING, "Images per step, all processes together.", min=1, metavar="N"),
+        natural("--batch", TRAINING, "Images per step, all processes together."),
     ] = None
     device: Annotated[Device, option("--device", TRAINING, "cpu or cuda.", metavar="NAME")] = "cpu"
     amp: Annotated[Amp, option("--amp", TRAINING, "Mixed precision: off, bf16 or fp16.", metavar="NAME")] = "off"
     channels_last: Annotated[bool, option("--channels-last", TRAINING, "Use the memory format NHWC.")] = False
     compiled: Annotated[bool, option("--compile", TRAINING, "Run through torch.compile.")] = False
     accumulate: Annotated[
-        int, option("--accumulate", TRAINING, "Micro-batches per step; the batch stays the same.", min=1, metavar="N")
+        int, natural("--accumulate", TRAINING, "Micro-batches per step; the batch stays the same.")
     ] = 1
     threads: Annotated[
-        int | None, option("--threads", TRAINING, "CPU threads; by default torch's own choice.", min=1, metavar="N")
+        int | None, natural("--threads", TRAINING, "CPU threads; by default torch's own choice.", most=MOST_THREADS)
     ] = None
 
 

@@ -228,9 +228,9 @@ def _listed(text: str, allowed: Sequence[str], option: str, wrong: list[str]) ->
 def _naturals(text: str, option: str, wrong: list[str]) -> list[int]:
     """Split a comma list of numbers from 1 on; others are added to `wrong`."""
     words = [word.strip() for word in text.split(",")] if text else []
-    good = [word for word in words if re.fullmatch(r"0*[1-9]\d*", word)]
+    good = [word for word in words if re.fullmatch(r"0*[1-9][0-9]{0,8}", word)]
     wrong += [
-        f"{option} {word}: not a whole number from 1 on; for example {option} 8,16"
+        f"{option} {word}: not a whole number from 1 to 999,999,999; for example {option} 8,16"
         for word in words
         if word not in good
     ]

@@ -36,10 +36,12 @@ from selab.cli.options import (
     Out,
     PreparationOptions,
     TrainOptions,
+    natural,
     option,
     with_options,
 )
 from selab.errors import SelabError
+from selab.records.bounds import MOST_PROCESSES
 from selab.records.types import Device
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def evaluate(
     data: DataOptions,
     preparation: PreparationOptions,
     ema: Ema = None,
-    batch: Annotated[int, option("--batch", TRAINING, "Images per pass.", min=1, metavar="N")] = 500,
+    batch: Annotated[int, natural("--batch", TRAINING, "Images per pass.")] = 500,
     device: Annotated[Device, option("--device", TRAINING, "cpu or cuda.", metavar="NAME")] = "cpu",
     amp: Annotated[
         Amp,
@@ -209,7 +211,7 @@ def compare(
     options: TrainOptions,
     seeds: Annotated[
         int,
-        option("--seeds", TIME, "Trainings per network; more extend a record.", min=1, metavar="N"),
+        natural("--seeds", TIME, "Trainings per network; more extend a record.", most=MOST_PROCESSES),
     ] = 3,
     latency: Annotated[
         bool,

@@ -12,6 +12,7 @@ from selab.errors import SelabError, SpecError, UnknownNameError, nearest
 from selab.experiments.job import Job, Request, network_address, parse_input, resolve
 from selab.models import catalog
 from selab.records import verdict
+from selab.records.bounds import MOST_IMAGES, MOST_PIXELS, MOST_THREADS
 from selab.records.toml import converted, read_tables
 from selab.records.types import PHASE_NAMES, Cost, Device, Dtype, Frozen, Latency, Memory, MemoryFormat, Mode, Phase
 from selab.records.verdict import change_words
@@ -19,7 +20,10 @@ from selab.units import NONE
 
 HEADER = "budgets"
 Limit = Annotated[float, msgspec.Meta(gt=0)]
-Natural = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=1, le=MOST_IMAGES)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=MOST_PIXELS)]
+Threads = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
+Seed = Annotated[int, msgspec.Meta(ge=0)]
 State = Literal["within", "over", "not_decided", "no_result"]
 
 
@@ -49,7 +53,7 @@ class Budget(Frozen, frozen=True, kw_only=True):
     insert: str | tuple[str, ...] = ()
     batch: Natural = 1
     input: str | None = None
-    resolution: Natural | None = None
+    resolution: Side | None = None
     device: Device = "cpu"
     dtype: Dtype = "fp32"
     memory_format: MemoryFormat = "contiguous"
@@ -57,8 +61,8 @@ class Budget(Frozen, frozen=True, kw_only=True):
     compiled: bool = False
     fused: bool = False
     hold_heap: bool = False
-    threads: Natural | None = None
-    seed: int = 0
+    threads: Threads | None = None
+    seed: Seed = 0
     macs_convention: Literal["conv_linear", "paper", "all"] = "conv_linear"
     params: Limit | None = None
     macs: Limit | None = None

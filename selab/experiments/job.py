@@ -13,6 +13,8 @@ from selab.bench.sampler import Plan
 from selab.errors import SpecError
 from selab.models import catalog
 from selab.models.spec import Variant
+from selab.records.bounds import MOST_PIXELS
+from selab.records.files import shown
 from selab.records.store import read_record, record_path
 from selab.records.types import PHASES, TORCH, Device, Dtype, Frozen, MemoryFormat, Mode, Phase, Record, Workload
 
@@ -247,7 +249,9 @@ def parse_input(text: str, *, option: str = "--input") -> tuple[int, int, int]:
     Raises:
         SpecError: the text is not of this form.
     """
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    found = re.fullmatch(r"0*([0-9]{1,18})x0*([0-9]{1,18})x0*([0-9]{1,18})", text)
     if found is None or 0 in map(int, found.groups()):
-        raise SpecError(f"{option}: {text!r} is not CxHxW; for example 3x224x224")
+        raise SpecError(f"{option}: {shown(text)!r} is not CxHxW; for example 3x224x224")
+    if max(map(int, found.groups())) > MOST_PIXELS:
+        raise SpecError(f"{option}: {text} is too large; at most {MOST_PIXELS:,} channels, rows and columns")
     return int(found[1]), int(found[2]), int(found[3])

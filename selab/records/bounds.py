@@ -1,4 +1,4 @@
-"""Bounds on the values that texts hold: how deep they are nested, and which numbers they may have."""
+"""Bounds on what texts may hold: how deep they are nested, and which numbers they may have."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,12 @@ from typing import Any
 MOST_LEVELS = 32
 """Tables within tables and lists within lists, in TOML and JSON."""
 
+MOST_IMAGES, MOST_PIXELS, MOST_STAGE = 10**9, 10**6, 1000
+"""Of a batch, of a side of an input or its channels, and of the number of a stage."""
+MOST_THREADS, MOST_PROCESSES = 1024, 1000
+MOST_SEED = 2**63 - 1
+MOST_SECONDS = 7 * 24 * 3600.0
+"""Of sampling; a week."""
 _SHOWN_KEY = 80
 
 

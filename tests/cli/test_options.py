@@ -158,3 +158,80 @@ def test_every_command_has_a_group_and_a_short_sentence():
 
 def test_compare_says_first_that_it_trains():
     assert COMMANDS["compare"].help.startswith("Train ")
+
+
+class TestBounds:
+    """Numbers that no machine has are wrong usage; nothing is measured, allocated or looped over."""
+
+    @pytest.mark.parametrize(
+        "number", ["0", "-1", "1e400", "nan", "inf", "", " ", "1" * 5000, "1" + "0" * 400, "1_0", "٣x"]
+    )
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["count", "--arch", "resnet18", "--batch"],
+            ["count", "--arch", "resnet18", "--resolution"],
+            ["count", "--arch", "resnet18", "--input"],
+            ["sites", "--arch", "resnet18", "--depth"],
+            ["profile", "--arch", "se_small_cnn", "--threads"],
+            ["profile", "--arch", "se_small_cnn", "--processes"],
+            ["profile", "--arch", "se_small_cnn", "--budget"],
+            ["timeline", "--arch", "se_small_cnn", "--steps"],
+            ["train", "--arch", "small_cnn", "--epochs"],
+            ["train", "--arch", "small_cnn", "--accumulate"],
+            ["eval", "--arch", "small_cnn", "--weights", "w.pth", "--batch"],
+            ["eval", "--arch", "small_cnn", "--weights", "w.pth", "--crop"],
+            ["compare", "small_cnn", "--seeds"],
+        ],
+        ids=" ".join,
+    )
+    def test_wrong_usage(self, selab, words, number):
+        status, out, error = selab(*words, number)
+        assert (status, out) == (2, "")
+        assert "Invalid value for" in error
+        assert len(error) < 1500
+
+    @pytest.mark.parametrize("seed", ["-1", str(2**63), "1e3"])
+    def test_a_seed_has_63_bits(self, selab, seed):
+        assert selab("profile", "--arch", "se_small_cnn", "--seed", seed)[0] == 2
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("stages=1-99999999999", "has a stage beyond 1000"),
+            ("stages=" + "9" * 5000, "has a stage beyond 1000"),
+            ("reduction=" + "1" * 5000, "a number of 5000 digits; at most 18"),
+            ("reduction=99999999999999999999", "a number of 20 digits"),
+            ("reduction=0", "must be at least 1"),
+            ("reduction=-4", "must be at least 1"),
+            ("reduction=1e400", "is not a whole number"),
+            ("divisor=nan", "is not a whole number"),
+        ],
+    )
+    def test_changes_of_blocks(self, selab, change, message, one_line):
+        status, _, error = selab("count", "--arch", "resnet18", "--se", f"sites=residual,{change}")
+        assert status == 1
+        assert message in one_line(error)
+        assert len(error) < 1000
+
+    @pytest.mark.parametrize("axis", ["batch", "resolution", "reduction", "threads"])
+    def test_a_grid(self, selab, axis, one_line):
+        status, _, error = selab("sweep", "--arch", "se_small_cnn", f"--{axis}", "1" * 5000)
+        assert status == 1
+        assert f"--{axis} 111" in one_line(error)
+        assert len(error) < 1000
+
+    @pytest.mark.parametrize(
+        "text", ["3x99999999999x3", "3x0x3", "3x3", "3x3x3x3", "x".join(["9" * 5000] * 3), "3x-3x3"]
+    )
+    def test_an_input(self, selab, text):
+        status, _, error = selab("count", "--arch", "resnet18", "--input", text)
+        assert status == 2
+        assert "--input" in error
+        assert len(error) < 1500
+
+    def test_an_input_whose_elements_have_more_than_64_bits(self, selab, one_line):
+        words = ["--batch", 10**9, "--input", "3x1000000x1000000"]
+        status, _, error = selab("count", "--arch", "resnet18", *words)
+        assert status == 1
+        assert "too large" in one_line(error)

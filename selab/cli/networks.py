@@ -154,7 +154,8 @@ def sites(
         return write_json(
             sites_as_builtins(network, insertions, ends=found.found, groups=groups, input_nchw=shape), json_to
         )
-    lines = [f"auto: {end.path}: {end.reason}" for end in found.found] + [f"left out: {one}" for one in found.left_out]
+    lines = [f"auto: {end.path}: {end.reason} [{end.kind}]" for end in found.found]
+    lines += [f"left out: {one}" for one in found.left_out]
     legend = [f"[{', '.join(groups)}]: site groups (--insert NAME)"] if groups else []
     legend += ["[auto]: end of a block, found by tracing (--insert auto)"] if found.found else []
     legend += ["←: the block that is inserted there"] if insertions else []

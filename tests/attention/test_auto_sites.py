@@ -10,6 +10,7 @@ from selab.attention.insert import insert_se
 from selab.attention.se import SqueezeExcitation
 from selab.attention.sites import declared_groups
 from selab.errors import InsertionError, ModelError
+from selab.meta import passages
 from selab.models import catalog
 from selab.models.build import build
 
@@ -275,7 +276,7 @@ class TestDepthwiseSeparable:
 
         assert paths(Stem(Functional(), Functional())) == ["blocks.0", "blocks.1"]
 
-    def test_concatenations_are_no_ends(self):
+    def test_one_that_is_concatenated_is_no_end(self):
         class Both(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -285,10 +286,14 @@ class TestDepthwiseSeparable:
             def forward(self, x):
                 return self.mix(torch.cat((x, self.branch(x)), 1))
 
-        with pytest.raises(
-            InsertionError, match=r"Stem: tracing finds no block end.*blocks.0.branch: its feature map is conc"
-        ):
-            block_ends(Stem(Both()), NCHW)
+        ends = trace_ends(Stem(Both(), Both()), NCHW)
+        assert [(end.path, end.kind) for end in ends.found] == [
+            ("blocks.0", "concatenation"),
+            ("blocks.1", "concatenation"),
+        ]
+        assert ends.left_out[0] == (
+            "the depthwise-separable block blocks.0.branch: its feature map is concatenated with others"
+        )
 
 
 class TestCatalog:
@@ -302,10 +307,20 @@ class TestCatalog:
         model = build(catalog.find("mobilenet"), device="meta").model
         assert paths(model, (1, 3, 224, 224)) == [f"blocks.{index}.pointwise" for index in range(13)]
 
-    def test_vgg_has_none(self):
+    def test_vgg_ends_in_five_stages(self):
+        """VGG-16: 2, 2, 3, 3 and 3 convolutions, each stage before a pooling (arXiv 1409.1556, Table 1)."""
         model = build(catalog.find("vgg16"), device="meta").model
-        with pytest.raises(InsertionError, match=r"VGG16: tracing finds no block end.*--insert PATTERN.*selab sites"):
-            block_ends(model, (1, 3, 224, 224))
+        ends = block_ends(model, (1, 3, 224, 224))
+        assert [end.kind for end in ends] == ["stage"] * 5
+        shapes = [one.output_shape for one in passages(model, [end.path for end in ends], (1, 3, 224, 224)).values()]
+        assert shapes == [(1, c, s, s) for c, s in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))]
+
+    def test_a_network_of_linear_layers_has_none(self):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 2))
+        with pytest.raises(
+            InsertionError, match=r"Sequential: tracing finds no block end.*--insert PATTERN.*selab sites"
+        ):
+            block_ends(model, NCHW)
 
     def test_blocks_that_have_attention_are_left_out(self):
         model = build(catalog.find("se_resnet50"), device="meta").model

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from selab.meta import evaluating, first_line, meta_twin, passages
+from selab.meta import FakePass, evaluating, example_arguments, first_line, meta_twin, passages
 
 
 class Net(nn.Module):
@@ -54,3 +54,80 @@ def test_each_module_gets_its_own_mode_back():
 def test_first_line():
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_fake_tensors_report_the_device_of_the_network():
+    net = Net()
+    fakes = FakePass(net, (2, 3, 8, 8))
+    with fakes.running():
+        out = fakes()
+        made = torch.arange(4)
+    assert out.shape == (2, 4, 6, 6)
+    assert out.device == made.device == torch.device("cpu")
+    assert isinstance(fakes.model.conv.weight, nn.Parameter)
+    assert fakes.model.conv.weight is fakes.model.tied.weight
+    assert not any(torch.equal(a, torch.zeros(1)) for a in net.parameters())
+
+
+def test_small_values_are_known():
+    class Steered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.tensor([2]))
+
+        def forward(self, x):
+            steps = self.steps.clone()
+            steps[0] += 1
+            for _ in range(int(steps)):
+                x = x + torch.tensor([1.0, 2.0]).sum().item()
+            return x[torch.arange(4) > 1]
+
+    net = Steered()
+    fakes = FakePass(net, (4, 3))
+    with fakes.running():
+        assert fakes().shape == (2, 3)
+    assert net.steps.item() == 2
+
+
+def test_channels_last_stays_so():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+    net = net.to(memory_format=torch.channels_last).eval()
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    fakes = FakePass(net, x)
+    with fakes.running():
+        assert fakes().stride() == net(x).stride()
+
+
+def test_example_arguments():
+    net, x = Net(), torch.ones(1, 3, 8, 8)
+    assert example_arguments(net, (1, 3, 8, 8))[0][0].shape == (1, 3, 8, 8)
+    assert example_arguments(net, (1, 3, 8, 8), device="meta")[0][0].is_meta
+    assert example_arguments(net, x) == ((x,), {})
+    assert example_arguments(net, {"x": x}) == ((), {"x": x})
+    args, kwargs = example_arguments(net, ({"a": [x]}, 2), device="meta")
+    assert args[0]["a"][0].is_meta
+    assert args[1] == 2
+    assert kwargs == {}
+
+
+def test_passages_take_nested_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(1, 4, 1)
+
+        def forward(self, batch, *, depth):
+            return self.a(batch["rgb"]) + self.b(depth)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.two = Two()
+
+        def forward(self, batch, depth):
+            return self.two(batch, depth=depth)
+
+    rgb, depth = torch.ones(2, 3, 4, 4), torch.ones(2, 1, 4, 4)
+    seen = passages(Outer(), ["two.a", "two.b", "two"], ({"rgb": rgb}, depth))
+    assert seen["two.a"].output_shape == seen["two.b"].output_shape == (2, 4, 4, 4)
+    assert seen["two"].input_kind == "dict"

@@ -3,10 +3,10 @@
 "FLOPs" is not a well-defined quantity: papers and tools differ in what they count. These are the conventions of selab,
 and every total names its convention.
 
-The model runs its own `forward` on a meta input, while its parameters stay where they are. Every aten operator is
-intercepted before its kernel. Its output is an empty meta tensor of the right shape, and its cost follows from the
-shapes by the rules in `selab.cost.RULES`. Of the weights only the shapes are read. So the model is not copied, and
-neither arithmetic nor memory is needed, whatever the batch and the resolution.
+A copy of the model runs its own `forward` on fake tensors: they report the device, dtype and strides of real ones, but
+have no memory. Every aten operator is intercepted. Its output is another fake tensor, and its cost follows from the
+shapes by the rules in `selab.cost.RULES`. Of the weights only the shapes are read, and nothing that `forward` assigns
+reaches the model. So neither arithmetic nor memory is needed, whatever the batch and the resolution.
 
 The cost of one operator:
 
@@ -42,7 +42,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import nn
 
-from selab.cost.tracer import Example, Operation, OpTrace, Stage, as_written, op_trace
+from selab.cost.tracer import Operation, OpTrace, Stage, op_trace
+from selab.meta import Example, as_written
 from selab.records.types import Cost, Macs, OperatorCost, SECost, StageCost
 
 

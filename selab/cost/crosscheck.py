@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from selab.cost.tracer import Example, ModuleCall, Operation, OpTrace, as_written, meta_arguments, op_trace
+from selab.cost.tracer import ModuleCall, Operation, OpTrace, op_trace
 from selab.errors import ModelError
-from selab.meta import first_line, meta_twin
+from selab.meta import Example, FakePass, as_written, example_arguments, first_line, meta_twin
 from selab.records.types import Counter, Difference
 
 # fvcore 0.1.5 and torch 2.13 know these; another operator that holds MACs is zero for them.
@@ -124,13 +124,14 @@ def torch_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counte
         traced: operators of the same pass in eval mode.
     """
 
-    def run(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            twin(*args, **kwargs)
+    def run() -> tuple[int, dict[str, int]]:
+        fakes = _fake_pass(model, example)
+        with torch.no_grad(), fakes.running(), FlopCounterMode(display=False) as counter:
+            fakes()
         return counter.get_total_flops(), _torch_uncounted(traced)
 
     differences = [*_torch_missing(traced, backward=False), *_se_note(traced)]
-    return _counter("torch", "flops", 2 * _ours(traced), differences, lambda: run(*_twin_and_keywords(model, example)))
+    return _counter("torch", "flops", 2 * _ours(traced), differences, run)
 
 
 def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
@@ -144,9 +145,10 @@ def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace) 
         traced: operators of the same pass in eval mode.
     """
 
-    def run(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-        with FlopCounterMode(display=False) as counter, torch.enable_grad():
-            outputs = [x for x in tree_leaves(twin(*args, **kwargs)) if isinstance(x, Tensor) and x.requires_grad]
+    def run() -> tuple[int, dict[str, int]]:
+        fakes = _fake_pass(model, example)
+        with torch.enable_grad(), fakes.running(), FlopCounterMode(display=False) as counter:
+            outputs = [x for x in tree_leaves(fakes()) if isinstance(x, Tensor) and x.requires_grad]
             if outputs:
                 torch.stack([x.sum() for x in outputs]).sum().backward()  # type: ignore[no-untyped-call]
         return counter.get_total_flops(), _torch_uncounted(traced)
@@ -163,7 +165,7 @@ def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace) 
         "flops",
         ours,
         differences,
-        lambda: run(*_twin_and_keywords(model, example)),
+        run,
         direction="forward_backward",
     )
 
@@ -211,8 +213,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _fake_pass(model: nn.Module, example: Example) -> FakePass:
+    fakes = FakePass(as_written(model), example)
+    fakes.model.eval()
+    return fakes
+
+
 def _twin_and_keywords(model: nn.Module, example: Example) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = meta_arguments(model, example)
+    args, kwargs = example_arguments(model, example, device="meta")
     return meta_twin(as_written(model)).eval(), args, kwargs
 
 

@@ -1,8 +1,5 @@
-"""Record the operators of a forward pass on the meta device, with their costs."""
+"""Record the operators of a forward pass on fake tensors, with their costs."""
 
-import random
-import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,12 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selab.attention.base import Attention
 from selab.attention.se import GatedJoin
 from selab.cost.operators.backward import gradients
-from selab.cost.rules import FOUND, META, VIEW, Rule, Work, rule_of
+from selab.cost.rules import FOUND, VIEW, Rule, Work, rule_of
 from selab.errors import ModelError, SpecError, nearest
-from selab.meta import evaluating, first_line, meta_twin
+from selab.meta import Example, FakePass, as_written, first_line, shapes_of
 from selab.records.types import Frozen
 
-Example = Tensor | Sequence[Any] | Mapping[str, Any]
 Stage = Literal["", "squeeze", "excitation", "scale"]
 
 
@@ -147,7 +143,7 @@ def _numel(x: Tensor) -> int:
 
 
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Intercept every operator of a model: compute shapes, skip the arithmetic."""
+    """Intercept every operator of a model, before it runs on fake tensors."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype | None, se_blocks: Collection[str], details: bool):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -160,9 +156,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stack: list[tuple[nn.Module, _Place]] = [(model, _Place(path=""))]
         # The feature map of each SE block: the shape that its squeeze reads and its scale writes.
         self._maps: dict[str, torch.Size] = {}
-        # Tensors on a real device that the forward pass itself made: constants. All other real ones are the model's,
-        # which must not be written. Kept alive, for they are known by their identity.
-        self._constants: dict[int, Tensor] = {}
         # Operators that ran without gradients, as inside a torch.autograd.Function.
         self._hidden: list[tuple[int, Rule, Sequence[Any], list[Tensor], list[Tensor]]] = []
         # The source of the copy that was the last operator.
@@ -210,23 +203,23 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return func(*args)
         rule = FOUND.get(func) or rule_of(func)
+        if rule is None:
+            # Without autograd, as in inference mode, composite operators arrive whole.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         tensors = _tensors_in(args, kwargs)
         index = -1
-        if rule is VIEW:
-            result = func(*args, **kwargs)
-            self._note_constants(func, args, result)
-        else:
-            if all(id(x) in self._constants for x in tensors):
-                result = func(*args, **kwargs)
-                self._note_constants(func, args, result)
-            else:
-                result = self._make(func, rule, args, kwargs, tensors)
-            out = result[0] if isinstance(result, (tuple, list)) else result
-            if isinstance(out, Tensor):
-                self._drop_copy_of_autograd(func, args)
-                index = len(self.operations)
-                self.operations.append(self._operation(func, rule, args, tensors, out))
+        result = func(*args, **kwargs)
+        out = result[0] if isinstance(result, (tuple, list)) and result else result
+        if rule is not VIEW and isinstance(out, Tensor):
+            self._drop_copy_of_autograd(func, args)
+            index = len(self.operations)
+            self.operations.append(self._operation(func, rule, args, tensors, out))
         self._copied = args[0] if func._schema.name == "aten::clone" and torch.is_grad_enabled() else None
         if not torch.is_grad_enabled() and func._schema.name != "aten::detach":
             outs = [x for x in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(x, Tensor)]
@@ -237,36 +230,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Drop a copy if an in-place operator on its source follows: autograd keeps the copy, inference makes none."""
         if self._copied is not None and func._schema.is_mutable and args[0] is self._copied:
             self.operations.pop()
-
-    def _make(self, func: Any, rule: Rule | None, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """Return the empty output of an operator; the model's own tensors are never written."""
-        in_place = func._schema.is_mutable and func._schema.name.endswith("_")
-        if rule is not None and in_place and len(tensors) == 1:
-            return args[0]
-        if rule is not None and rule.makes is not None:
-            made = rule.makes(args, kwargs)
-            if made is not None and not in_place:
-                return made
-            if made is not None and made.shape == args[0].shape:
-                return args[0]
-        twins = {id(x): x if x.is_meta else torch.empty_like(x, device=META) for x in tensors}
-
-        def twin(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return twins[id(value)]
-            if isinstance(value, torch.device):
-                return META
-            return [twin(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-        result = func(*(twin(value) for value in args), **{key: twin(value) for key, value in kwargs.items()})
-        return args[0] if in_place else result
-
-    def _note_constants(self, func: Any, args: Any, result: Any) -> None:
-        of_constants = not args or not isinstance(args[0], Tensor) or id(args[0]) in self._constants
-        if of_constants or func._schema.name == "aten::lift_fresh":
-            for x in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(x, Tensor) and not x.is_meta:
-                    self._constants[id(x)] = x
 
     def _operation(self, func: Any, rule: Rule | None, args: Any, tensors: list[Tensor], out: Tensor) -> Operation:
         _, place = self._stack[-1]
@@ -436,37 +399,6 @@ def _places(model: nn.Module, se_blocks: Collection[str]) -> dict[int, _Place]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
-    """Run a count with gradients on, so that autograd marks tensors; restore modes and random states at the end."""
-    python_state = random.getstate()
-    with (
-        _eager(),
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        evaluating(model),
-    ):
-        if training:
-            model.train()
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Let compiled modules run eagerly; a model can hold one only if torch._dynamo is loaded."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        # torch 2.13 warns that hooks on all modules see torch.compile's wrapper twice, which is harmless here.
-        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules", category=UserWarning)
-        yield
-
-
-@contextmanager
 def _hooked(tracer: _Tracer) -> Iterator[None]:
     """Hook all modules globally; the model's own hooks are not changed."""
     before = register_module_forward_pre_hook(tracer.enter)
@@ -480,45 +412,6 @@ def _hooked(tracer: _Tracer) -> Iterator[None]:
         before.remove()
 
 
-def as_written(model: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` wrapped; any other module as it is."""
-    written = getattr(model, "_orig_mod", model)
-    return written if isinstance(written, nn.Module) else model
-
-
-def meta_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments on the meta device.
-
-    Args:
-        model: its first floating-point parameter gives the dtype if the example is a shape.
-        example: a shape such as (N, C, H, W); a tensor; positional arguments in a tuple or list; keyword arguments in a
-            mapping. Only shapes and dtypes of tensors are read.
-
-    Raises:
-        ModelError: no tensor has this shape.
-    """
-    if isinstance(example, Tensor):
-        return (_on_meta(example),), {}
-    if isinstance(example, Mapping):
-        return (), {key: _on_meta(value) for key, value in example.items()}
-    if all(isinstance(size, int) for size in example):
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        try:
-            return (torch.empty(tuple(example), dtype=dtype, device=META),), {}
-        except (RuntimeError, TypeError) as error:
-            reason = "too large" if "verflow" in str(error) else first_line(error)
-            raise ModelError(
-                f"no input of shape {tuple(example)}: {reason}; pass the input that the network expects"
-            ) from error
-    return tuple(_on_meta(value) for value in example), {}
-
-
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty_like(value, device=META, requires_grad=False)
-    return type(value)(_on_meta(item) for item in value) if type(value) in (list, tuple) else value
-
-
 def op_trace(
     model: nn.Module,
     example: Example,
@@ -528,11 +421,11 @@ def op_trace(
     se_blocks: Collection[str] = (),
     details: bool = False,
 ) -> OpTrace:
-    """Record every operator of one forward pass with its cost; no kernel runs and the model is not changed.
+    """Record every operator of one forward pass with its cost; no kernel runs, and the model is not changed.
 
     Args:
         model: any module on any device, the meta device included.
-        example: an input's shape or an example, as for `meta_arguments`.
+        example: an input's shape or an example, as for `selab.meta.example_arguments`.
         dtype: of all floating-point tensors when bytes are counted; None for their own.
         training: count in train mode instead of eval mode.
         se_blocks: paths of modules to count as SE blocks, besides those of selab.
@@ -541,21 +434,27 @@ def op_trace(
     Raises:
         ModelError: the forward pass fails; names the module in which it did.
     """
-    args, kwargs = meta_arguments(model, example)
     model = as_written(model)
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        # Recurrent operators compare the devices of input and weights before they can be intercepted.
-        model = meta_twin(model)
-    tracer = _Tracer(model, dtype=dtype, se_blocks=se_blocks, details=details)
+    fakes = FakePass(model, example)
+    tracer = _Tracer(fakes.model, dtype=dtype, se_blocks=se_blocks, details=details)
     try:
-        with _undisturbed(model, training), _hooked(tracer), tracer.functions or nullcontext(), tracer:
-            model(*args, **kwargs)
+        fakes.model.train(training)
+        # With gradients, so that autograd marks the tensors that need them.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            fakes.running(),
+            _hooked(tracer),
+            tracer.functions or nullcontext(),
+            tracer,
+        ):
+            fakes()
             tracer.reveal_hidden()
     except SpecError:
         # A counting rule of the user's own; the input is not to blame.
         raise
     except Exception as error:
-        given = ", ".join(str(tuple(x.shape)) for x in _tensors_in(args, kwargs))
+        given = shapes_of((fakes.args, fakes.kwargs))
         raise ModelError(
             f"{type(model).__name__}: counting fails in {tracer.where} with an input of shape {given}: "
             f"{first_line(error)}; pass the input that the network expects"

@@ -1,0 +1,248 @@
+"""Run a network on fake tensors: the shapes at its modules, and how often each module runs, without arithmetic."""
+
+import random
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from selab.errors import ModelError, one_line
+from selab.meta.fake import FakeMode
+from selab.meta.twin import Copier
+
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+"""An example input: a shape (N, C, H, W), a tensor, positional arguments in a tuple or list, or keyword arguments in a
+mapping. Arguments may be nested lists, tuples and dicts of tensors and other values."""
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """Return a copy whose tensors are on the meta device: same structure, hooks and flags, no memory, no values.
+
+    Shared tensors stay shared. Neither making the copy nor running it changes the model. `FakePass` is the better
+    choice wherever the copy is only run: its tensors report their real devices.
+    """
+
+    def on_meta(tensor: Tensor) -> Tensor:
+        twin = torch.empty_like(tensor, device="meta", requires_grad=False)
+        return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+    made: nn.Module = Copier(on_meta)(model)
+    return made
+
+
+def as_written(model: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped; any other module as it is."""
+    written = getattr(model, "_orig_mod", model)
+    return written if isinstance(written, nn.Module) else model
+
+
+def is_shape(example: Example) -> bool:
+    """Return whether an example is the shape of an input."""
+    return (
+        not isinstance(example, (Tensor, Mapping))
+        and len(example) > 0
+        and all(isinstance(size, int) and not isinstance(size, bool) for size in example)
+    )
+
+
+def example_arguments(
+    model: nn.Module, example: Example, *, device: torch.device | str | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments of an example input.
+
+    Args:
+        model: its first floating-point parameter gives dtype and device of a tensor of zeros if the example is a shape.
+        example: a shape such as (N, C, H, W); a tensor; positional arguments in a tuple or list; keyword arguments in a
+            mapping.
+        device: of all tensors instead; `meta` for tensors without memory.
+
+    Raises:
+        ModelError: no tensor has this shape.
+    """
+    if isinstance(example, Tensor):
+        return (_moved(example, device),), {}
+    if isinstance(example, Mapping):
+        return (), {key: _moved(value, device) for key, value in example.items()}
+    if is_shape(example):
+        like = next((p for p in model.parameters() if p.is_floating_point()), None)
+        dtype = torch.get_default_dtype() if like is None else like.dtype
+        place = device or (like.device if like is not None else torch.get_default_device())
+        try:
+            return (torch.zeros(tuple(example), dtype=dtype, device=place),), {}
+        except (RuntimeError, TypeError) as error:
+            reason = "too large" if "verflow" in str(error) else first_line(error)
+            raise ModelError(
+                f"no input of shape {tuple(example)}: {reason}; pass the input that the network expects"
+            ) from error
+    return tuple(_moved(value, device) for value in example), {}
+
+
+def _moved(value: Any, device: torch.device | str | None) -> Any:
+    if device is None:
+        return value
+    if torch.device(device).type == "meta":
+        return tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta", requires_grad=False), value)
+    return tree_map_only(Tensor, lambda x: x.to(device), value)
+
+
+def shapes_of(values: object) -> str:
+    """Return the shapes of all tensors among arguments, for messages."""
+    return ", ".join(str(tuple(x.shape)) for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
+class FakePass:
+    """A copy of a network and of its example input on fake tensors, which report real devices, dtypes and strides.
+
+    Nothing that the copy does changes the network, and no kernel runs.
+
+    Attributes:
+        model: the copy.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        mode: that runs the operators.
+    """
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        """Copy a network on any device; the meta device is taken for the CPU.
+
+        Raises:
+            ModelError: no tensor has the example's shape.
+        """
+        self.mode = FakeMode()
+        self.model: nn.Module = Copier(self.mode.fake)(model)
+        args, kwargs = example_arguments(model, example, device="meta" if is_shape(example) else None)
+        device = next((p.device for p in model.parameters() if p.is_floating_point()), torch.device("cpu"))
+
+        def fake(x: Tensor) -> Tensor:
+            made = self.mode.fake(x, device=device if x.is_meta else None)
+            return made.requires_grad_(False) if made.is_leaf else made
+
+        self.args, self.kwargs = tree_map_only(Tensor, fake, (args, kwargs))
+
+    def __call__(self) -> Any:
+        """Run the copy on its example; within `running`."""
+        return self.model(*self.args, **self.kwargs)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run operators on fake tensors; restore all global states at the end."""
+        python_state = random.getstate()
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        with _eager(), torch.random.fork_rng(devices=[]), _without_mkldnn(), self.mode:
+            # The fused paths of transformers are one operator, whose parts could not be told apart.
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fast_path)
+                random.setstate(python_state)
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Let recurrent layers run as products instead of as one operator of a library."""
+    mkldnn: Any = torch.backends.mkldnn
+    before = mkldnn.set_flags(False)
+    try:
+        yield
+    finally:
+        mkldnn.set_flags(*before)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Let compiled modules run eagerly; a model can hold one only if torch._dynamo is loaded."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        # torch 2.13 warns that hooks on all modules see torch.compile's wrapper twice, which is harmless here.
+        warnings.filterwarnings("ignore", message=".*when there are global hooks on modules", category=UserWarning)
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode; restore the mode of every module at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(kw_only=True)
+class Passage:
+    """The calls of a module in one forward pass, and the shapes of its first input and of its output.
+
+    The shape of a value that is not a tensor is None; its kind is the name of its type.
+
+    Attributes:
+        calls: how often the module ran.
+        input_shape: of the first positional argument of the last call.
+        output_shape: of the last call.
+        input_kind: type of that argument.
+        output_kind: type of the output.
+    """
+
+    calls: int = 0
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+    input_kind: str = "not given by position"
+    output_kind: str = ""
+
+
+def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mapping[str, Passage]:
+    """Run the model once on fake tensors; return the shapes and calls of the modules at these paths.
+
+    Args:
+        model: on any device; not changed.
+        paths: module paths, as in `named_modules`.
+        example: an example input: a shape such as (N, C, H, W), a tensor, positional arguments in a tuple or list, or
+            keyword arguments in a mapping.
+
+    Raises:
+        ModelError: the forward pass fails with this input.
+    """
+    fakes = FakePass(model, example)
+    seen = {path: Passage() for path in paths}
+    for path, passage in seen.items():
+        fakes.model.get_submodule(path).register_forward_hook(_recorder(passage))
+    try:
+        with evaluating(fakes.model), torch.no_grad(), fakes.running():
+            fakes()
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: forward fails with an input of shape {shapes_of((fakes.args, fakes.kwargs))}: "
+            f"{first_line(error)}; give the shape that the network expects (input_nchw, --resolution)"
+        ) from error
+    return seen
+
+
+def _kind(value: object) -> str:
+    return "Tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _recorder(passage: Passage):  # type: ignore[no-untyped-def]
+    def record(_module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        passage.calls += 1
+        first = args[0] if args else None
+        passage.input_shape = tuple(first.shape) if isinstance(first, Tensor) else None
+        passage.output_shape = tuple(output.shape) if isinstance(output, Tensor) else None
+        passage.input_kind = _kind(first) if args else "not given by position"
+        passage.output_kind = _kind(output)
+
+    return record
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its type if it has none."""
+    return one_line(error)

@@ -1,0 +1,196 @@
+"""Copy a network with every tensor replaced: no memory is copied, and nothing that forward assigns reaches the network.
+
+`copy.deepcopy` cannot do this: it copies the memory of tensors outside of parameters and buffers, refuses non-leaf
+tensors, locks, generators and files, and takes functions with closures as they are.
+"""
+
+import copy
+import functools
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Larger arrays are shared with the copy.
+ARRAY_BYTES = 2**24
+
+_ATOMIC: set[type] = {
+    *(type(None), bool, int, float, complex, str, bytes, type, range, slice, type(Ellipsis), type(NotImplemented)),
+    *(types.BuiltinFunctionType, types.ModuleType, types.CodeType, property, weakref.ProxyType),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.finfo, torch.iinfo),
+}
+
+
+class Copier:
+    """Copy an object graph; what cannot be copied is shared.
+
+    Attributes:
+        memo: original's id → its copy, as for `copy.deepcopy`.
+    """
+
+    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
+        """Take the function that returns the replacement of a tensor."""
+        self.memo: dict[int, Any] = {}
+        self._replace = replace
+        # Objects whose id is a key must live.
+        self._alive: list[object] = []
+
+    def __call__(self, value: Any) -> Any:
+        """Return the copy of an object; the same one each time."""
+        kind = type(value)
+        if kind in _ATOMIC or isinstance(value, type):
+            return value
+        found = self.memo.get(id(value), self)
+        if found is not self:
+            return found
+        self._alive.append(value)
+        made = self._copied(value, kind)
+        self.memo[id(value)] = made
+        return made
+
+    def _copied(self, value: Any, kind: type) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        made: Any
+        if kind is dict or kind is OrderedDict or kind is defaultdict:
+            made = kind() if kind is not defaultdict else defaultdict(value.default_factory)
+            self.memo[id(value)] = made
+            for key, item in value.items():
+                made[self(key)] = self(item)
+            if kind is OrderedDict and vars(value):
+                vars(made).update({name: self(item) for name, item in vars(value).items()})
+            return made
+        if kind is list:
+            self.memo[id(value)] = made = []
+            made.extend(self(item) for item in value)
+            return made
+        if kind in (tuple, set, frozenset):
+            items = [self(item) for item in value]
+            return value if kind is tuple and all(a is b for a, b in zip(items, value, strict=True)) else kind(items)
+        if kind is deque:
+            return deque((self(item) for item in value), value.maxlen)
+        if kind is types.FunctionType:
+            return self._function(value)
+        if kind is types.MethodType:
+            return types.MethodType(self(value.__func__), self(value.__self__))
+        if kind is functools.partial:
+            return functools.partial(self(value.func), *self(value.args), **self(value.keywords))
+        if kind is weakref.ref:
+            referent = value()
+            return value if referent is None else weakref.ref(self(referent))
+        return self._object(value, kind)
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            uninitialized: Tensor = copy.deepcopy(value)
+            return uninitialized
+        made = self._replace(value)
+        if vars(value) and made is not value:
+            self.memo[id(value)] = made
+            for name, item in vars(value).items():
+                if not hasattr(made, name):
+                    setattr(made, name, self(item))
+        return made
+
+    def _module(self, value: nn.Module) -> nn.Module:
+        kind = type(value)
+        if isinstance(value, torch.jit.ScriptModule):
+            return value
+        if "_orig_mod" in value._modules and kind.__name__ == "OptimizedModule":
+            made: nn.Module = _Passing.__new__(_Passing)
+        else:
+            made = object.__new__(kind)
+        self.memo[id(value)] = made
+        made.__dict__.update({name: self(item) for name, item in vars(value).items() if name != "_compiled_call_impl"})
+        for slot in _slots(kind):
+            if hasattr(value, slot):
+                setattr(made, slot, self(getattr(value, slot)))
+        if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            # Their threads and processes know nothing of the modes of this one.
+            made.__dict__["forward"] = made._modules["module"]
+        return made
+
+    def _function(self, value: types.FunctionType) -> types.FunctionType:
+        """Copy a function with a closure, for it may hold a list that a hook appends to."""
+        if value.__closure__ is None and not value.__dict__:
+            return value
+        cells = tuple(types.CellType() for _ in value.__closure__ or ())
+        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells or None)
+        made.__kwdefaults__ = value.__kwdefaults__
+        made.__qualname__, made.__module__, made.__doc__ = value.__qualname__, value.__module__, value.__doc__
+        self.memo[id(value)] = made
+        for cell, own in zip(value.__closure__ or (), cells, strict=True):
+            try:
+                own.cell_contents = self(cell.cell_contents)
+            except ValueError:
+                continue  # an empty cell
+        made.__dict__.update({name: self(item) for name, item in value.__dict__.items()})
+        return made
+
+    def _object(self, value: Any, kind: type) -> Any:
+        """Copy any other object by its own protocol, or share it."""
+        if kind.__module__.startswith("torch.fx."):
+            return value
+        try:
+            if isinstance(value, torch.Generator):
+                return torch.Generator(value.device).set_state(value.get_state())
+            if hasattr(value, "nbytes") and hasattr(value, "__array__"):
+                return value.copy() if value.nbytes <= ARRAY_BYTES else value
+            if hasattr(kind, "__deepcopy__"):
+                # It finds the copies of its attributes in the memo.
+                for item in getattr(value, "__dict__", {}).values():
+                    self(item)
+                return value.__deepcopy__(self.memo)
+            return self._rebuilt(value)
+        except Exception:
+            # A lock, a generator, a file, a connection: nothing that a copy of the network can have of its own.
+            return value
+
+    def _rebuilt(self, value: Any) -> Any:
+        reduced: Any = value.__reduce_ex__(4)
+        if isinstance(reduced, str):
+            return value
+        make, args, state, items, pairs = (*reduced, None, None, None)[:5]
+        made = make(*self(tuple(args)))
+        self.memo[id(value)] = made
+        self._alive.append((args, state))
+        if state is not None:
+            state = self(state)
+            if hasattr(made, "__setstate__"):
+                made.__setstate__(state)
+            else:
+                slots: Any = None
+                if isinstance(state, tuple) and len(state) == 2:
+                    state, slots = state
+                if state:
+                    made.__dict__.update(state)
+                for name, item in (slots or {}).items():
+                    setattr(made, name, item)
+        for item in items or ():
+            made.append(self(item))
+        for key, item in pairs or ():
+            made[self(key)] = self(item)
+        return made
+
+
+class _Passing(nn.Module):
+    """Stand in for the wrapper of torch.compile: run the module inside of it as written."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
+
+
+def _slots(kind: type) -> list[str]:
+    found = []
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        found += (
+            [slots] if isinstance(slots, str) else [name for name in slots if name not in ("__dict__", "__weakref__")]
+        )
+    return found

@@ -93,6 +93,36 @@ def interop(session: nox.Session) -> None:
 
 
 @nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the tests of the native code on a build with the address and undefined-behaviour sanitizers."""
+    session.install("-e", ".", *group("test"))
+    work = Path(session.create_tmp()) / "sanitized"
+    shutil.rmtree(work, ignore_errors=True)
+    for part in ("selab", "archs", "tests"):
+        shutil.copytree(part, work / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(file, work)
+    libraries = [
+        str(session.run("gcc", f"-print-file-name={name}", external=True, silent=True)).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    checks = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
+    with session.chdir(work):
+        session.run("python", "setup.py", "build_ext", "--inplace", env={"CFLAGS": checks, "LDFLAGS": checks})
+        session.run(
+            "python",
+            *("-P", "-m", "pytest", "tests/kernels", "-m", "not slow", "-p", "no:cacheprovider", *session.posargs),
+            env={
+                "PYTHONPATH": str(Path.cwd()),
+                "LD_PRELOAD": ":".join(libraries),
+                # Python and torch keep memory until the process ends.
+                "ASAN_OPTIONS": "detect_leaks=0",
+                "UBSAN_OPTIONS": "print_stacktrace=1",
+            },
+        )
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build sdist and wheel, check metadata and stable ABI, install each into a clean environment, and use it there."""
     session.install(*group("build"))

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from selab.kernels import memory_format
 
 # As in native.c: a library that was built from older sources must not be called.
-_INTERFACE = 3
+_INTERFACE = 4
 
 
 def _load(name: str = "selab.kernels._native") -> tuple[Any, str]:
@@ -211,8 +211,8 @@ def backward(
     _, hidden, logits = _parts(kept, params)
     dz = dout if out is None else torch.ops.aten.threshold_backward(dout, out, 0)
     m = F.relu(y) if params.relu_in else y
-    dlogits = (dz * m).sum((2, 3)) * _gate_slopes(logits, params)
-    dhidden = (dlogits @ params.w2) * _activation_slopes(hidden, params)
+    dlogits = _before_gate((dz * m).sum((2, 3)), logits, params)
+    dhidden = _before_activation(dlogits @ params.w2, hidden, params)
     ds = (dhidden @ params.w1)[:, :, None, None] / (y.shape[2] * y.shape[3])
     dy = torch.addcmul(ds, dz, _factors(logits, params)[:, :, None, None])
     if params.relu_in:
@@ -349,8 +349,9 @@ def squeezed(m: Tensor) -> Tensor:
     if m.is_contiguous():
         return m.flatten(2).mean(2)
     if memory_format.is_channels_last(m) and h * w <= _POSITIONS_BY_PRODUCT and m.dtype in _EXACT:
-        row = m.new_full((), 1 / (h * w)).expand(n, 1, h * w)
-        return torch.bmm(row, m.permute(0, 2, 3, 1).reshape(n, h * w, c))[:, 0]
+        # Divided after the sum, as by torch: it overflows alike.
+        row = m.new_ones(()).expand(n, 1, h * w)
+        return torch.bmm(row, m.permute(0, 2, 3, 1).reshape(n, h * w, c))[:, 0] / (h * w)
     return m.mean((2, 3))
 
 
@@ -401,18 +402,22 @@ def _factors(logits: Tensor, params: BlockParams) -> Tensor:
     return gate if (params.scale, params.offset) == (1.0, 0.0) else gate * params.scale + params.offset
 
 
-def _gate_slopes(logits: Tensor, params: BlockParams) -> Tensor:
+def _before_gate(dfactors: Tensor, logits: Tensor, params: BlockParams) -> Tensor:
+    """Return the logits' gradient for that of the gates' factors, both (N, C), by torch's own operators."""
+    dgate = dfactors if params.scale == 1.0 else dfactors * params.scale
     if params.gate == "hardsigmoid":
-        return ((logits > -3) & (logits < 3)).to(logits.dtype) * (params.scale / 6)
-    gate = torch.sigmoid(logits)
-    return gate * (1 - gate) * params.scale
+        # As hardsigmoid_backward, which has a sixth in single precision in double precision too.
+        return torch.where((logits > -3) & (logits < 3), dgate / 6, 0)
+    dlogits: Tensor = torch.ops.aten.sigmoid_backward(dgate, torch.sigmoid(logits))
+    return dlogits
 
 
-def _activation_slopes(hidden: Tensor, params: BlockParams) -> Tensor:
-    if params.activation == "silu":
-        gate = torch.sigmoid(hidden)
-        return gate * (1 + hidden * (1 - gate))
-    return (hidden > 0).to(hidden.dtype)
+def _before_activation(dh: Tensor, hidden: Tensor, params: BlockParams) -> Tensor:
+    """Return the gradient of the hidden values before their activation, (N, K), by torch's own operators."""
+    silu = params.activation == "silu"
+    aten = torch.ops.aten
+    dhidden: Tensor = aten.silu_backward(dh, hidden) if silu else aten.threshold_backward(dh, hidden, 0)
+    return dhidden
 
 
 # ------------------------------------------------------------------------------------------------------------ natively
@@ -460,6 +465,42 @@ def native_shape(y: Tensor, params: BlockParams | str, norm: Norm | None = None)
         params.offset,
         eps,
     )
+    return shape
+
+
+def native_squeezed(y: Tensor, norm: Norm | None = None) -> Tensor:
+    """Return the mean of a feature map by the native code, without gradients: (N, C, H, W) → (N, C).
+
+    Args:
+        y: (N, C, H, W), for which `activated_refuses` has returned an empty string.
+        norm: the BatchNorm before it, or None; `norm_refuses` must have returned an empty string.
+    """
+    means = y.new_empty(y.shape[:2])
+    statistics = (None,) * 4 if norm is None else norm[:4]
+    _native.squeezed(_scale_shape(y, norm), *(_at(one) for one in (*statistics, y, means)))
+    return means
+
+
+def native_scaled(y: Tensor, gates: Tensor, norm: Norm | None = None, *, in_place: bool = False) -> Tensor:
+    """Return each channel times its gate by the native code, without gradients: (N, C, H, W) → (N, C, H, W).
+
+    Args:
+        y: as in `native_squeezed`.
+        gates: (N, C), of the dtype of y and contiguous.
+        norm: as in `native_squeezed`.
+        in_place: whether the result reuses y's memory.
+    """
+    out = y if in_place else torch.empty_like(y)
+    statistics = (None,) * 4 if norm is None else norm[:4]
+    _native.scaled(_scale_shape(y, norm), *(_at(one) for one in (*statistics, y, None, gates, out)))
+    return out
+
+
+def _scale_shape(y: Tensor, norm: Norm | None) -> bytes:
+    n, c, h, w = y.shape
+    before, eps = (0, 0.0) if norm is None else (PRE_ACTIVATIONS.index(norm.activation), norm.eps)
+    laid = not y.is_contiguous()
+    shape: bytes = _native.shape(n, c, h * w, 0, laid, True, before, 0, 0, 0, _threads(y), 1.0, 0.0, eps)
     return shape
 
 

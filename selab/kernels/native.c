@@ -7,9 +7,13 @@
  *   x = a y + b;  m = pre(x);  s = mean(m);  u = w1 s + b1;  v = w2 act(u) + b2;  g = scale gate(v) + offset
  *   out = post(g m + r)
  *
- * a and b fold a BatchNorm at inference (1 and 0 without one); `pre` and `post` are activations or nothing; r is the
+ * a and b fold a BatchNorm at inference (without one, x is y); `pre` and `post` are activations or nothing; r is the
  * shortcut. Without `gated`, g is 1, which leaves the pass of a BatchNorm, a residual addition and an activation. The
- * backward pass supports no BatchNorm, and no activation but ReLU.
+ * backward pass supports no BatchNorm, and no activation but ReLU. `squeezed` computes s alone, and `scaled` out from
+ * given g, for blocks whose layers run elsewhere.
+ *
+ * NaN, infinities, signed zeros and overflows are those of the separate torch operations: products and BatchNorms are
+ * rounded where torch stores them. Only the order of additions differs.
  *
  * One translation unit: the headers hold only static functions, so that the compiler can inline across them.
  *
@@ -32,6 +36,14 @@
 static PyObject *done(int failed) {
     if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
+}
+
+static int forward_unlocked(const Shape *d, const Layers *l, const Maps *m) {
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = forward(d, l, m);
+    Py_END_ALLOW_THREADS
+    return failed;
 }
 
 /* Pack the sizes of a feature map and its block into bytes, so that they are parsed once and not in every call. */
@@ -58,12 +70,37 @@ static PyObject *py_gated(PyObject *self, PyObject *args) {
         return NULL;
     if (!read_shape(raw, size, &d)) return NULL;
     Layers l = {AT(w1), AT(b1), AT(w2), AT(b2), AT(weight), AT(bias), AT(mean), AT(var)};
-    Maps m = {AT(y), AT(r), AT(out), AT(kept)};
-    int failed;
-    Py_BEGIN_ALLOW_THREADS
-    failed = forward(&d, &l, &m);
-    Py_END_ALLOW_THREADS
-    return done(failed);
+    Maps m = {.y = AT(y), .r = AT(r), .out = AT(out), .kept = AT(kept)};
+    return done(forward_unlocked(&d, &l, &m));
+}
+
+/* The means of a feature map's channels, after BatchNorm and first activation. */
+static PyObject *py_squeezed(PyObject *self, PyObject *args) {
+    (void)self;
+    Shape d;
+    const char *raw;
+    Py_ssize_t size;
+    Address weight, bias, mean, var, y, means;
+    if (!PyArg_ParseTuple(args, "y#KKKKKK", &raw, &size, &weight, &bias, &mean, &var, &y, &means)) return NULL;
+    if (!read_shape(raw, size, &d)) return NULL;
+    Layers l = {.weight = AT(weight), .bias = AT(bias), .mean = AT(mean), .var = AT(var)};
+    Maps m = {.y = AT(y), .means = AT(means)};
+    return done(means ? forward_unlocked(&d, &l, &m) : 0); /* no address: there are no means */
+}
+
+/* The scale and what follows it, with gates that were computed elsewhere. */
+static PyObject *py_scaled(PyObject *self, PyObject *args) {
+    (void)self;
+    Shape d;
+    const char *raw;
+    Py_ssize_t size;
+    Address weight, bias, mean, var, y, r, gates, out;
+    if (!PyArg_ParseTuple(args, "y#KKKKKKKK", &raw, &size, &weight, &bias, &mean, &var, &y, &r, &gates, &out))
+        return NULL;
+    if (!read_shape(raw, size, &d)) return NULL;
+    Layers l = {.weight = AT(weight), .bias = AT(bias), .mean = AT(mean), .var = AT(var)};
+    Maps m = {.y = AT(y), .r = AT(r), .out = AT(out), .gates = AT(gates)};
+    return done(gates ? forward_unlocked(&d, &l, &m) : 0); /* no address: there is no element */
 }
 
 static PyObject *py_gated_backward(PyObject *self, PyObject *args) {
@@ -86,11 +123,13 @@ static PyObject *py_gated_backward(PyObject *self, PyObject *args) {
 
 /* To be raised, here and in selab/kernels/cpu.py, with every change of names, arguments or their meaning: a library that
  * was built from older sources is then left alone. */
-#define INTERFACE 3
+#define INTERFACE 4
 
 static PyMethodDef methods[] = {
     {"shape", py_shape, METH_VARARGS, "Pack the sizes of a feature map and its block, for the other functions."},
     {"gated", py_gated, METH_VARARGS, "Run the forward pass: shape, layers, feature maps."},
+    {"squeezed", py_squeezed, METH_VARARGS, "Run the squeeze alone: shape, BatchNorm, feature map, means."},
+    {"scaled", py_scaled, METH_VARARGS, "Run the scale alone: shape, BatchNorm, feature maps, gates, output."},
     {"gated_backward", py_gated_backward, METH_VARARGS, "Run the backward pass: shape, layers, feature maps."},
     {NULL, NULL, 0, NULL},
 };

@@ -14,20 +14,20 @@ INLINE float reduced_row(const float *restrict dout, const float *restrict out, 
             for (int j = 0; j < LANES; j++) {
                 float z = out[i + j] <= 0 ? 0 : dout[i + j];
                 dz[i + j] = z;
-                sums[j] += z * y[i + j];
+                sums[j] += ROUNDED(z * y[i + j]);
             }
     else if (!out && relu_in)
         for (; i + LANES <= n; i += LANES)
-            for (int j = 0; j < LANES; j++) sums[j] += dout[i + j] * positive(y[i + j]);
+            for (int j = 0; j < LANES; j++) sums[j] += ROUNDED(dout[i + j] * positive(y[i + j]));
     else if (!out)
         for (; i + LANES <= n; i += LANES)
-            for (int j = 0; j < LANES; j++) sums[j] += dout[i + j] * y[i + j];
+            for (int j = 0; j < LANES; j++) sums[j] += ROUNDED(dout[i + j] * y[i + j]);
 #pragma omp simd reduction(+ : sum)
     for (int j = 0; j < LANES; j++) sum += sums[j];
     for (; i < n; i++) {
         float z = out && out[i] <= 0 ? 0 : dout[i];
         if (out) dz[i] = z;
-        sum += z * (relu_in ? positive(y[i]) : y[i]);
+        sum += ROUNDED(z * (relu_in ? positive(y[i]) : y[i]));
     }
     return sum;
 }
@@ -39,39 +39,39 @@ INLINE void reduced_position(const float *restrict dout, const float *restrict o
         for (int64_t i = 0; i < n; i++) {
             float z = out[i] <= 0 ? 0 : dout[i];
             dz[i] = z;
-            sums[i] += z * y[i];
+            sums[i] += ROUNDED(z * y[i]);
         }
     else if (out)
         for (int64_t i = 0; i < n; i++) {
             float z = out[i] <= 0 ? 0 : dout[i];
             dz[i] = z;
-            sums[i] += z * positive(y[i]);
+            sums[i] += ROUNDED(z * positive(y[i]));
         }
     else
-        for (int64_t i = 0; i < n; i++) sums[i] += dout[i] * (relu_in ? positive(y[i]) : y[i]);
+        for (int64_t i = 0; i < n; i++) sums[i] += ROUNDED(dout[i] * (relu_in ? positive(y[i]) : y[i]));
 }
 
 INLINE void spread_row(const float *dz, const float *y, float *dy, int64_t n, float g, float ds, int relu_in) {
     if (relu_in)
-        for (int64_t i = 0; i < n; i++) dy[i] = y[i] <= 0 ? 0 : dz[i] * g + ds;
+        for (int64_t i = 0; i < n; i++) dy[i] = y[i] <= 0 ? 0 : ROUNDED(dz[i] * g) + ds;
     else
-        for (int64_t i = 0; i < n; i++) dy[i] = dz[i] * g + ds;
+        for (int64_t i = 0; i < n; i++) dy[i] = ROUNDED(dz[i] * g) + ds;
 }
 
 INLINE void spread_position(const float *dz, const float *y, float *dy, int64_t n, const float *g,
                                    const float *ds, int relu_in) {
     if (relu_in)
-        for (int64_t i = 0; i < n; i++) dy[i] = y[i] <= 0 ? 0 : dz[i] * g[i] + ds[i];
+        for (int64_t i = 0; i < n; i++) dy[i] = y[i] <= 0 ? 0 : ROUNDED(dz[i] * g[i]) + ds[i];
     else
-        for (int64_t i = 0; i < n; i++) dy[i] = dz[i] * g[i] + ds[i];
+        for (int64_t i = 0; i < n; i++) dy[i] = ROUNDED(dz[i] * g[i]) + ds[i];
 }
 
-/* dv = dg * scale * gate'(v) */
+/* dv = dg * scale * gate'(v), multiplied in torch's order */
 INLINE void gate_gradients(const float *restrict v, float *restrict dg, int64_t n, int kind, float scale) {
     if (kind == GATE_SIGMOID)
         for (int64_t i = 0; i < n; i++) {
             float s = sigmoid(v[i]);
-            dg[i] *= scale * s * (1 - s);
+            dg[i] = dg[i] * scale * (1 - s) * s;
         }
     else
         for (int64_t i = 0; i < n; i++) dg[i] = v[i] > -3 && v[i] < 3 ? dg[i] * scale / 6 : 0;
@@ -123,7 +123,8 @@ CLONES static void image_backward(const Shape *d, const Layers *l, const Gradien
     for (int64_t c = 0; c < C; c++) add_scaled(l->w2 + c * K, du, K, dv[c]);
     activation_gradients(u, du, K, d->activation);
     memset(ds, 0, C * sizeof(float));
-    for (int64_t k = 0; k < K; k++) add_scaled(l->w1 + k * C, ds, C, du[k] / P);
+    for (int64_t k = 0; k < K; k++) add_scaled(l->w1 + k * C, ds, C, du[k]);
+    for (int64_t c = 0; c < C; c++) ds[c] /= P;
     gates(v, g, C, d->gate, d->scale, d->offset);
     const float *from = dz ? dz : dout;
     if (d->nhwc)
@@ -136,7 +137,7 @@ static int backward(const Shape *d, const Layers *l, const Gradients *m) {
     int failed = 0;
 #pragma omp parallel num_threads(d->threads) if (d->threads > 1)
     {
-        float *ds = malloc(2 * d->channels * sizeof(float));
+        float *ds = malloc((2 * d->channels + 1) * sizeof(float));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < d->images; n++) {
             if (ds)

@@ -202,7 +202,7 @@ static PyObject *run(CachedCall *self, PyObject *y, PyObject *r, PyObject *marks
     }
     Layers l = {AT(layers[0]), AT(layers[1]), AT(layers[2]), AT(layers[3]),
                 AT(layers[4]), AT(layers[5]), AT(layers[6]), AT(layers[7])};
-    Maps m = {AT(maps[0]), AT(maps[1]), AT(maps[2]), NULL};
+    Maps m = {.y = AT(maps[0]), .r = AT(maps[1]), .out = AT(maps[2])};
     int failed;
     Py_BEGIN_ALLOW_THREADS
     failed = forward(&d, &l, &m);

@@ -16,48 +16,70 @@
     for (; i < n; i++) sum += value(x[i]);
 
 #define ITSELF(x) (x)
-#define RECTIFIED(x) positive(a * (x) + b)
-#define HARDSWISHED(x) hardswish(a * (x) + b)
+#define RECTIFIED(x) positive(x)
+#define NORMALISED(x) (a * (x) + b)
+#define NORMALISED_RECTIFIED(x) positive(a * (x) + b)
+#define NORMALISED_HARDSWISHED(x) hardswish(a * (x) + b)
+#define NORMALISED_ACTIVATED(x) activated(norm ? a * (x) + b : (x), kind)
 
-/* Sum x or, with an activation, activation(a x + b). Long rows need many partial sums to hide the latency of an addition;
- * for short rows adding up the partial sums would dominate. */
-INLINE float row_sum(const float *restrict x, int64_t n, float a, float b, int kind) {
+/* Sum activation(x) or, with a BatchNorm, activation(a x + b). Each value is computed as torch stores it, so that a sum
+ * overflows where torch's does. Long rows need many partial sums to hide the latency of an addition; for short rows adding
+ * up the partial sums would dominate. */
+INLINE float row_sum(const float *restrict x, int64_t n, int norm, float a, float b, int kind) {
     float sum;
     int64_t i = 0;
     const int long_enough = n >= 4 * LANES;
-    if (kind == RELU && long_enough) {
-        GROUPED(LANES, RECTIFIED)
-    } else if (kind == RELU) {
-        GROUPED(16, RECTIFIED)
-    } else if (kind == HARDSWISH) {
-        GROUPED(16, HARDSWISHED)
-    } else if (long_enough) {
+    if (!norm && !kind && long_enough) {
         GROUPED(LANES, ITSELF)
-    } else {
+    } else if (!norm && !kind) {
         GROUPED(16, ITSELF)
+    } else if (norm && !kind && long_enough) {
+        GROUPED(LANES, NORMALISED)
+    } else if (norm && !kind) {
+        GROUPED(16, NORMALISED)
+    } else if (norm && kind == RELU && long_enough) {
+        GROUPED(LANES, NORMALISED_RECTIFIED)
+    } else if (norm && kind == RELU) {
+        GROUPED(16, NORMALISED_RECTIFIED)
+    } else if (norm && kind == HARDSWISH) {
+        GROUPED(16, NORMALISED_HARDSWISHED)
+    } else if (!norm && kind == RELU && long_enough) {
+        GROUPED(LANES, RECTIFIED)
+    } else if (!norm && kind == RELU) {
+        GROUPED(16, RECTIFIED)
+    } else {
+        GROUPED(16, NORMALISED_ACTIVATED)
     }
     return sum;
 }
 
-/* Add `rows` positions, `stride` apart, to the sums of n channels: x or, with an activation, activation(a x + b). */
-INLINE void add_rows(const float *restrict x, float *restrict sums, int64_t rows, int64_t stride, int64_t n,
+/* Add `rows` positions, `stride` apart, to the sums of n channels; the values as in `row_sum`. */
+INLINE void add_rows(const float *restrict x, float *restrict sums, int64_t rows, int64_t stride, int64_t n, int norm,
                      const float *restrict a, const float *restrict b, int kind) {
 #define FOUR_ROWS(value)             \
     for (int64_t i = 0; i < n; i++) \
         sums[i] += (value(x[i]) + value(x[stride + i])) + (value(x[2 * stride + i]) + value(x[3 * stride + i]));
-#define RECTIFIED_AT(x) positive(a[i] * (x) + b[i])
-#define HARDSWISHED_AT(x) hardswish(a[i] * (x) + b[i])
+#define NORMALISED_AT(x) (a[i] * (x) + b[i])
+#define NORMALISED_RECTIFIED_AT(x) positive(a[i] * (x) + b[i])
+#define NORMALISED_HARDSWISHED_AT(x) hardswish(a[i] * (x) + b[i])
+#define NORMALISED_ACTIVATED_AT(x) activated(norm ? a[i] * (x) + b[i] : (x), kind)
     int64_t p = 0;
     for (; p + 4 <= rows; p += 4, x += 4 * stride)
-        if (kind == RELU) {
-            FOUR_ROWS(RECTIFIED_AT)
-        } else if (kind == HARDSWISH) {
-            FOUR_ROWS(HARDSWISHED_AT)
-        } else {
+        if (!norm && !kind) {
             FOUR_ROWS(ITSELF)
+        } else if (norm && !kind) {
+            FOUR_ROWS(NORMALISED_AT)
+        } else if (norm && kind == RELU) {
+            FOUR_ROWS(NORMALISED_RECTIFIED_AT)
+        } else if (norm && kind == HARDSWISH) {
+            FOUR_ROWS(NORMALISED_HARDSWISHED_AT)
+        } else if (!norm && kind == RELU) {
+            FOUR_ROWS(RECTIFIED)
+        } else {
+            FOUR_ROWS(NORMALISED_ACTIVATED_AT)
         }
     for (; p < rows; p++, x += stride)
-        for (int64_t i = 0; i < n; i++) sums[i] += kind ? activated(a[i] * x[i] + b[i], kind) : x[i];
+        for (int64_t i = 0; i < n; i++) sums[i] += NORMALISED_ACTIVATED_AT(x[i]);
 }
 
 /* Prefetch the weights of these channels: they arrive from memory while the feature map is read. */
@@ -71,23 +93,20 @@ CLONES static void squeeze(const Shape *d, const Layers *l, Affine to_x, const f
     const int64_t C = d->channels, P = d->positions, K = d->hidden;
     if (!d->nhwc)
         for (int64_t c = from; c < to; c++) {
-            prefetch(l->w1 + c * K, K);
-            prefetch(l->w2 + c * K, K);
-            s[c] = row_sum(y + c * P, P, to_x.a[c], to_x.b[c], d->pre) / P;
+            if (K) prefetch(l->w1 + c * K, K);
+            if (K) prefetch(l->w2 + c * K, K);
+            s[c] = row_sum(y + c * P, P, to_x.norm, to_x.a[c], to_x.b[c], d->pre) / P;
         }
     else {
         for (int64_t c = from; c < to; c++) s[c] = 0;
         for (int64_t p = 0; p < P; p += FLUSH) {
             const int64_t rows = P - p < FLUSH ? P - p : FLUSH;
             memset(partial + from, 0, (to - from) * sizeof(float));
-            add_rows(y + p * C + from, partial + from, rows, C, to - from, to_x.a + from, to_x.b + from, d->pre);
+            add_rows(y + p * C + from, partial + from, rows, C, to - from, to_x.norm, to_x.a + from, to_x.b + from, d->pre);
             for (int64_t c = from; c < to; c++) s[c] += partial[c];
         }
         for (int64_t c = from; c < to; c++) s[c] /= P;
     }
-    /* mean(a x + b) = a mean(x) + b */
-    if (!d->pre)
-        for (int64_t c = from; c < to; c++) s[c] = to_x.a[c] * s[c] + to_x.b[c];
 }
 
 /* ---------------------------------------------------------------------------------------------------- excitation -- */
@@ -121,17 +140,14 @@ INLINE void activate(const float *restrict u, float *restrict h, int64_t n, int 
     if (kind == ACT_RELU)
         for (int64_t i = 0; i < n; i++) h[i] = positive(u[i]);
     else
-        for (int64_t i = 0; i < n; i++) h[i] = u[i] * sigmoid(u[i]);
+        for (int64_t i = 0; i < n; i++) h[i] = silu(u[i]);
 }
 
 INLINE void gates(const float *restrict v, float *restrict g, int64_t n, int kind, float scale, float offset) {
     if (kind == GATE_SIGMOID)
         for (int64_t i = 0; i < n; i++) g[i] = scale * sigmoid(v[i]) + offset;
     else
-        for (int64_t i = 0; i < n; i++) {
-            float x = v[i] / 6 + 0.5f;
-            g[i] = scale * (x < 0 ? 0 : x > 1 ? 1 : x) + offset;
-        }
+        for (int64_t i = 0; i < n; i++) g[i] = scale * hardsigmoid(v[i]) + offset;
 }
 
 /* s (C) to u (K), v (C) and g (C) of one image; `h` has room for K. */
@@ -145,103 +161,113 @@ CLONES static void excite(const Shape *d, const Layers *l, const float *s, float
 
 /* ---------------------------------------------------------------------------------------------------------- join -- */
 
-/* Call PASS(shortcut, pre, post) with constants for the combinations that networks use. */
-#define FOR_ALL_PASSES(PASS)                                             \
-    if (r && !pre && post == RELU) {                                \
-        PASS(r[i], NOTHING, RELU)                                        \
-    } else if (!r && !pre && !post) {                               \
-        PASS(0, NOTHING, NOTHING)                                        \
-    } else if (!r && !pre && post == RELU) {                        \
-        PASS(0, NOTHING, RELU)                                           \
-    } else if (!r && !pre && post == HARDSWISH) {                   \
-        PASS(0, NOTHING, HARDSWISH)                                      \
-    } else if (!r && !pre && post == SILU) {                        \
-        PASS(0, NOTHING, SILU)                                           \
-    } else if (!r && pre == RELU && !post) {                        \
-        PASS(0, RELU, NOTHING)                                           \
-    } else if (!r && pre == HARDSWISH && !post) {                   \
-        PASS(0, HARDSWISH, NOTHING)                                      \
-    } else {                                                             \
-        PASS((r ? r[i] : 0), pre, post)                             \
+/* What a pass does: add a shortcut, normalise, activate (`pre`), gate, and activate at the end (`post`). */
+typedef struct {
+    int shortcut, norm, pre, gated, post;
+} Steps;
+
+/* Call PASS(steps) with constants for the combinations that networks use. */
+#define FOR_ALL_PASSES(PASS)                                                          \
+    const int plain = !k.pre, bare = plain && !k.shortcut;                            \
+    if (plain && k.shortcut && !k.norm && k.gated && k.post == RELU) {                \
+        PASS(((Steps){1, 0, NOTHING, 1, RELU}))                                       \
+    } else if (plain && k.shortcut && k.norm && k.gated && k.post == RELU) {          \
+        PASS(((Steps){1, 1, NOTHING, 1, RELU}))                                       \
+    } else if (plain && k.shortcut && !k.norm && !k.gated && k.post == RELU) {        \
+        PASS(((Steps){1, 0, NOTHING, 0, RELU}))                                       \
+    } else if (plain && k.shortcut && k.norm && !k.gated && k.post == RELU) {         \
+        PASS(((Steps){1, 1, NOTHING, 0, RELU}))                                       \
+    } else if (bare && !k.norm && k.gated && !k.post) {                               \
+        PASS(((Steps){0, 0, NOTHING, 1, NOTHING}))                                    \
+    } else if (bare && k.norm && k.gated && !k.post) {                                \
+        PASS(((Steps){0, 1, NOTHING, 1, NOTHING}))                                    \
+    } else if (bare && k.norm && !k.gated && k.post == RELU) {                        \
+        PASS(((Steps){0, 1, NOTHING, 0, RELU}))                                       \
+    } else if (bare && k.norm && !k.gated && k.post == HARDSWISH) {                   \
+        PASS(((Steps){0, 1, NOTHING, 0, HARDSWISH}))                                  \
+    } else if (bare && k.norm && !k.gated && k.post == SILU) {                        \
+        PASS(((Steps){0, 1, NOTHING, 0, SILU}))                                       \
+    } else if (!k.shortcut && !k.norm && k.pre == RELU && k.gated && !k.post) {       \
+        PASS(((Steps){0, 0, RELU, 1, NOTHING}))                                       \
+    } else if (!k.shortcut && k.norm && k.pre == RELU && k.gated && !k.post) {        \
+        PASS(((Steps){0, 1, RELU, 1, NOTHING}))                                       \
+    } else if (!k.shortcut && k.norm && k.pre == HARDSWISH && k.gated && !k.post) {   \
+        PASS(((Steps){0, 1, HARDSWISH, 1, NOTHING}))                                  \
+    } else {                                                                          \
+        PASS(k)                                                                       \
     }
 
-/* post(f y + c + r) or, with `pre`, post(pre(f y + c) g + r), for the n values of one channel. `out` may be `y` or `r`. */
-INLINE void scaled_row(const float *y, const float *r, float *out, int64_t n, float f, float c, float g, int pre,
-                       int post) {
-#define ROW_PASS(shortcut, first, last)                                                      \
-    for (int64_t i = 0; i < n; i++) {                                                        \
-        float m = (first) ? activated(y[i] * f + c, first) * g : y[i] * f + c;               \
-        out[i] = activated(m + (shortcut), last);                                            \
-    }
+/* post(pre(a y + b) g + r) of one value, without the steps that `k` lacks. */
+INLINE float passed(float y, float r, float a, float b, float g, Steps k) {
+    float m = activated(k.norm ? y * a + b : y, k.pre);
+    m = k.gated ? ROUNDED(m * g) : m;
+    return activated(k.shortcut ? m + r : m, k.post);
+}
+
+/* The n values of one channel. `out` may be `y` or `r`. */
+INLINE void passed_row(const float *y, const float *r, float *out, int64_t n, float a, float b, float g, Steps k) {
+#define ROW_PASS(k) \
+    for (int64_t i = 0; i < n; i++) out[i] = passed(y[i], k.shortcut ? r[i] : 0, a, b, g, k);
     FOR_ALL_PASSES(ROW_PASS)
 }
 
-/* The same for the n channels of one position. */
-INLINE void scaled_position(const float *y, const float *r, float *out, int64_t n, const float *f, const float *c,
-                            const float *g, int pre, int post) {
-#define POSITION_PASS(shortcut, first, last)                                                       \
-    for (int64_t i = 0; i < n; i++) {                                                              \
-        float m = (first) ? activated(y[i] * f[i] + c[i], first) * g[i] : y[i] * f[i] + c[i];      \
-        out[i] = activated(m + (shortcut), last);                                                  \
-    }
+/* The n channels of one position. */
+INLINE void passed_position(const float *y, const float *r, float *out, int64_t n, const float *a, const float *b,
+                            const float *g, Steps k) {
+#define POSITION_PASS(k)            \
+    for (int64_t i = 0; i < n; i++) \
+        out[i] = passed(y[i], k.shortcut ? r[i] : 0, k.norm ? a[i] : 1, k.norm ? b[i] : 0, k.gated ? g[i] : 1, k);
     FOR_ALL_PASSES(POSITION_PASS)
 }
 
-/* Per channel: the factor f and summand c before the activation, the gate g after it. */
-typedef struct {
-    const float *f, *c, *g;
-} Factors;
-
 /* Channels (NCHW) or positions (NHWC) [from, to) of one image. */
-CLONES static void join(const Shape *d, const float *y, const float *r, Factors k, float *out, int64_t from, int64_t to) {
+CLONES static void join(const Shape *d, const float *y, const float *r, Affine to_x, const float *g, float *out,
+                        int64_t from, int64_t to) {
     const int64_t width = d->nhwc ? d->channels : d->positions;
+    const Steps k = {r != 0, to_x.norm, d->pre, d->gated, d->post};
     for (int64_t line = from; line < to; line++) {
         const int64_t at = line * width;
         const float *shortcut = r ? r + at : r;
         if (d->nhwc)
-            scaled_position(y + at, shortcut, out + at, width, k.f, k.c, k.g, d->pre, d->post);
+            passed_position(y + at, shortcut, out + at, width, to_x.a, to_x.b, g, k);
         else
-            scaled_row(y + at, shortcut, out + at, width, k.f[line], k.c[line], k.g[line], d->pre, d->post);
+            passed_row(y + at, shortcut, out + at, width, to_x.norm ? to_x.a[line] : 1, to_x.norm ? to_x.b[line] : 0,
+                       d->gated ? g[line] : 1, k);
     }
-}
-
-/* Without an activation in between, fold the gate into the BatchNorm; `f` and `c` have room for C. */
-CLONES static Factors factors(const Shape *d, Affine to_x, const float *g, float *f, float *c) {
-    if (d->pre) return (Factors){to_x.a, to_x.b, g};
-    for (int64_t i = 0; i < d->channels; i++) f[i] = to_x.a[i] * g[i], c[i] = to_x.b[i] * g[i];
-    return (Factors){f, c, g};
 }
 
 /* ------------------------------------------------------------------------------------------------------- forward -- */
 
 typedef struct {
     const float *y, *r;
-    float *out, *kept; /* kept: per image s (C), u (K), v (C) for the backward pass; or null */
+    float *out, *kept;  /* kept: per image s (C), u (K), v (C) for the backward pass; or null */
+    const float *gates; /* (N, C): the gates, computed elsewhere from `means`; or null */
+    float *means;       /* (N, C): the squeeze is all that is computed, and goes here; or null */
 } Maps;
 
-/* Allocate per thread: partial sums, later f (C), c (C), h (K), g (C), and s, u, v where they are not kept. */
-static float *scratch(const Shape *d) { return malloc((5 * d->channels + 2 * d->hidden) * sizeof(float)); }
+/* Allocate per thread: partial sums (C), h (K), g (C), and s, u, v where they are not kept. */
+static float *scratch(const Shape *d) { return malloc((4 * d->channels + 2 * d->hidden + 1) * sizeof(float)); }
 
 static void image_forward(const Shape *d, const Layers *l, Affine to_x, const Maps *m, int64_t n, float *room, int shares) {
     const int64_t C = d->channels, K = d->hidden, size = C * d->positions, lines = d->nhwc ? d->positions : C;
     const float *y = m->y + n * size, *r = m->r ? m->r + n * size : 0;
-    float *f = room, *c = f + C, *h = c + C, *g = h + K, *s = m->kept ? m->kept + n * (2 * C + K) : g + C;
-    float *out = m->out + n * size;
-    Factors k = {to_x.a, to_x.b, to_x.a}; /* g is unused without an activation */
-    if (d->gated) {
+    float *h = room + C, *own = h + K, *s = m->means ? m->means + n * C : m->kept ? m->kept + n * (2 * C + K) : own + C;
+    const float *g = m->gates ? m->gates + n * C : own;
+    if (d->gated && !m->gates) {
 #pragma omp parallel for num_threads(shares) if (shares > 1) schedule(static)
         for (int64_t t = 0; t < shares; t++) squeeze(d, l, to_x, y, s, room, C * t / shares, C * (t + 1) / shares);
-        excite(d, l, s, s + C, h, s + C + K, g);
-        k = factors(d, to_x, g, f, c);
+        if (m->means) return;
+        excite(d, l, s, s + C, h, s + C + K, own);
     }
+    float *out = m->out + n * size;
 #pragma omp parallel for num_threads(shares) if (shares > 1) schedule(static)
-    for (int64_t t = 0; t < shares; t++) join(d, y, r, k, out, lines * t / shares, lines * (t + 1) / shares);
+    for (int64_t t = 0; t < shares; t++) join(d, y, r, to_x, g, out, lines * t / shares, lines * (t + 1) / shares);
 }
 
 /* Split the images among the threads or, with fewer images than threads, split each image. */
 static int forward(const Shape *d, const Layers *l, const Maps *m) {
     const int among_images = d->images >= d->threads;
-    float *a = malloc(2 * d->channels * sizeof(float)), *b = a + d->channels;
+    float *a = malloc((2 * d->channels + 1) * sizeof(float)), *b = a + d->channels;
     int failed = !a;
     if (a) affine(d, l, a, b);
 #pragma omp parallel num_threads(d->threads) if (d->threads > 1 && among_images)
@@ -250,7 +276,7 @@ static int forward(const Shape *d, const Layers *l, const Maps *m) {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < d->images; n++) {
             if (room)
-                image_forward(d, l, (Affine){a, b}, m, n, room, among_images ? 1 : d->threads);
+                image_forward(d, l, (Affine){a, b, l->mean != 0}, m, n, room, among_images ? 1 : d->threads);
             else
                 failed = 1;
         }

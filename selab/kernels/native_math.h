@@ -14,6 +14,17 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* x rounded to a float before it is added to something. A product that is added unrounded stays finite where torch, which
+ * stores it, has infinity. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_assoc_barrier)
+#define ROUNDED(x) __builtin_assoc_barrier(x)
+#endif
+#endif
+#ifndef ROUNDED
+#define ROUNDED(x) (x)
+#endif
+
 #define LANES 64  /* independent partial sums, enough to hide the latency of an addition */
 #define FLUSH 256 /* positions after which partial sums are flushed, so that rounding does not grow with the map */
 
@@ -40,41 +51,53 @@ static inline float hardswish(float x) {
     return x * (t < 0 ? 0 : t > 6 ? 6 : t) * (1.0f / 6);
 }
 
-/* e^x within two units in the last place; clamped to the range of a float. */
+/* e^x within two units in the last place, infinity above 88.7; below -86 a power that 1 + e^x does not show.
+ * The power of two is read from the bits of a sum, because a NaN has no integer. It is halved, and the coefficients are
+ * doubled, because 2^128 is no float but e^88.5 is. */
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693145751953125f - n * 1.42860677e-6f; /* ln 2 in two parts; the first, times n, is exact */
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    x = x < -86.0f ? -86.0f : x > 89.0f ? 89.0f : x;
     union {
-        int32_t bits;
         float value;
-    } power = {((int32_t)n + 127) << 23};
+        uint32_t bits;
+    } rounded = {x * 1.44269504f + 12582912.0f}, power; /* 1.5 * 2^23: adding it rounds to an integer */
+    float n = rounded.value - 12582912.0f;
+    float r = x - n * 0.693145751953125f - n * 1.42860677e-6f; /* ln 2 in two parts; the first, times n, is exact */
+    float p = 2.0f / 5040;
+    p = p * r + 2.0f / 720;
+    p = p * r + 2.0f / 120;
+    p = p * r + 2.0f / 24;
+    p = p * r + 2.0f / 6;
+    p = p * r + 1.0f;
+    p = p * r + 2.0f;
+    p = p * r + 2.0f;
+    power.bits = (rounded.bits + 126) << 23;
     return p * power.value;
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-/* Pass a constant `kind` wherever speed matters. */
-INLINE float activated(float x, int kind) {
-    return kind == RELU ? positive(x) : kind == HARDSWISH ? hardswish(x) : kind == SILU ? x * sigmoid(x) : x;
+static inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+static inline float hardsigmoid(float x) {
+    float t = x + 3;
+    return (t < 0 ? 0 : t > 6 ? 6 : t) / 6;
 }
 
-/* Per channel: x = a y + b, the folded BatchNorm. */
+/* Pass a constant `kind` wherever speed matters. */
+INLINE float activated(float x, int kind) {
+    return kind == RELU ? positive(x) : kind == HARDSWISH ? hardswish(x) : kind == SILU ? silu(x) : x;
+}
+
+/* Per channel: x = a y + b, the folded BatchNorm; without one (`norm` is 0) x = y, because y + 0 would lose the sign of
+ * a zero. */
 typedef struct {
     const float *a, *b;
+    int norm;
 } Affine;
 
 CLONES static void affine(const Shape *d, const Layers *l, float *a, float *b) {
-    for (int64_t c = 0; c < d->channels; c++) {
-        a[c] = l->mean ? (l->weight ? l->weight[c] : 1) / sqrtf(l->var[c] + d->eps) : 1;
-        b[c] = l->mean ? (l->bias ? l->bias[c] : 0) - l->mean[c] * a[c] : 0;
+    for (int64_t c = 0; l->mean && c < d->channels; c++) {
+        a[c] = 1 / sqrtf(l->var[c] + d->eps) * (l->weight ? l->weight[c] : 1);
+        b[c] = (l->bias ? l->bias[c] : 0) - l->mean[c] * a[c];
     }
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from selab.cost.operators.base import META, Rule, Work, nothing
 from selab.cost.operators.elementwise import ELEMENTWISE
+from selab.cost.operators.gradients import GRADIENTS
 from selab.cost.operators.movement import FREE, MOVEMENT
 from selab.cost.operators.products import PRODUCTS
 from selab.cost.operators.windows import WINDOWS
@@ -24,7 +25,7 @@ from selab.meta import first_line
 
 __all__ = ["FOUND", "META", "RULES", "VIEW", "Rule", "Work", "is_counted", "register_rule", "rule_of"]
 
-RULES: dict[str, Rule] = {**PRODUCTS, **WINDOWS, **ELEMENTWISE, **MOVEMENT}
+RULES: dict[str, Rule] = {**PRODUCTS, **WINDOWS, **ELEMENTWISE, **MOVEMENT, **GRADIENTS}
 """The full name of an operator, without its overload → its rule; `register_rule` adds to it."""
 
 VIEW = Rule(name="view", work=nothing, linear=True)

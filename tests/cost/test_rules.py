@@ -468,3 +468,22 @@ def test_a_classifier_with_its_loss_in_one_operator() -> None:
     rule = RULES["torch_nn::_linear_cross_entropy_batch_chunked"]
     x, weight = torch.empty(6, 8), torch.empty(10, 8)
     assert rule.work((x, weight, indices(6)), torch.empty(())) == (6 * 8 * 10, 3 * 60 + 6, 3 * 60 + 6)
+
+
+def test_a_gradient_that_the_forward_pass_takes() -> None:
+    class Forces(nn.Module):
+        """The gradient of an energy with respect to the positions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv1d(3, 8, 1), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            energy = self.linear(self.conv(x).tanh().mT).sum()
+            return torch.autograd.grad(energy, x)[0]
+
+    cost = count(Forces(), (2, 3, 10))
+    # Twenty positions: both layers, and the gradient of each with respect to what it reads.
+    assert cost.macs.conv_linear == 20 * (3 * 8 + 8) * 2
+    assert cost.unknown == {}

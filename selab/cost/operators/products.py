@@ -152,6 +152,12 @@ class _Attention:
         )
 
 
+def attention_backward(args: Arguments, out: Tensor) -> Work:
+    """Return the arithmetic of the gradients of queries, keys and values; the first argument is the output's."""
+    work = _HEADS_FIRST.work(args[1:], out)
+    return _HEADS_FIRST.backward(args[1:], out, work, lambda _: True)
+
+
 _HEADS_FIRST, _ROWS_FIRST = _Attention(), _Attention(head=-2, row=-3)
 
 

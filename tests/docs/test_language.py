@@ -5,7 +5,7 @@ import re
 import pytest
 
 MEAN_WORDS = 18
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/*.md")
 
 
 def sentences(markdown):

@@ -16,7 +16,7 @@ from selab.records import store
 from selab.report import profiles
 from selab.report import tax as report_tax
 
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/*.md")
 SKIPPED = {
     "resnet50_v1_5.safetensors": "a file that the command before makes from downloaded weights",
     "/data/imagenet": "ImageNet",

@@ -1,6 +1,6 @@
 """Automatic site detection: find the ends of blocks in a network that declares no sites.
 
-The network runs once on the meta device; `selab.attention.dataflow` records the values of the pass. The kinds of ends,
+The network runs once on fake tensors; `selab.attention.dataflow` records the values of the pass. The kinds of ends,
 in the order of preference (a kind is looked for only if no earlier one gave a site):
 
 1. ends of branches that are added, and of blocks that stand alone:
@@ -19,14 +19,16 @@ The site is the outermost module that returns exactly this value, so that a bloc
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from selab.attention.dataflow import DataflowTrace
 from selab.attention.site_finder import BlockEnd, Ends, Finder
 from selab.errors import InsertionError, ModelError
-from selab.meta import evaluating, first_line, meta_twin, passages
+from selab.meta import Example, FakePass, evaluating, first_line, is_shape, passages, shapes_of
 
 __all__ = ["BlockEnd", "Ends", "block_ends", "trace_ends"]
 
@@ -34,18 +36,19 @@ __all__ = ["BlockEnd", "Ends", "block_ends", "trace_ends"]
 _SHOWN = 3
 
 
-def block_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> tuple[BlockEnd, ...]:
+def block_ends(model: nn.Module, example: Example) -> tuple[BlockEnd, ...]:
     """Return the modules at which the blocks of a network end, in the order of the network.
 
     Args:
         model: on any device; not changed.
-        input_nchw: the shape of an example input, (N, C, H, W).
+        example: an example input: a shape (N, C, H, W), a tensor, positional arguments in a tuple or list, or keyword
+            arguments in a mapping.
 
     Raises:
         InsertionError: there are none; the message says which were left out, and what to do.
         ModelError: the forward pass fails with this input.
     """
-    ends = trace_ends(model, input_nchw)
+    ends = trace_ends(model, example)
     if not ends.found:
         more = f" and {len(ends.left_out) - _SHOWN} more" if len(ends.left_out) > _SHOWN else ""
         seen = f" (left out: {'; '.join(ends.left_out[:_SHOWN])}{more})" if ends.left_out else ""
@@ -57,45 +60,43 @@ def block_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> tuple[BlockEnd,
     return ends.found
 
 
-def trace_ends(model: nn.Module, input_nchw: tuple[int, ...]) -> Ends:
+def trace_ends(model: nn.Module, example: Example) -> Ends:
     """Return what `block_ends` finds and the ends that were left out; no error if there is none.
 
     Raises:
         ModelError: the forward pass fails with this input.
     """
-    twin = meta_twin(model)
-    trace = DataflowTrace(twin)
-    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+    fakes = FakePass(model, example)
+    trace = DataflowTrace(fakes)
     try:
-        with evaluating(twin), torch.no_grad():
-            trace.run((torch.empty(input_nchw, device="meta", dtype=dtype),))
+        with evaluating(fakes.model), torch.no_grad():
+            trace.run()
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__}: forward fails with an input of shape {tuple(input_nchw)}: {first_line(error)}; "
-            "give the shape that the network expects (input_nchw, --input)"
+            f"{type(model).__name__}: forward fails with an input of shape {shapes_of((fakes.args, fakes.kwargs))}: "
+            f"{first_line(error)}; give the shape that the network expects (input_nchw, --input)"
         ) from error
-    return _without_tokens(model, input_nchw, Finder(trace).ends())
+    return _without_tokens(model, example, Finder(trace).ends())
 
 
-def _without_tokens(model: nn.Module, input_nchw: tuple[int, ...], ends: Ends) -> Ends:
+def _without_tokens(model: nn.Module, example: Example, ends: Ends) -> Ends:
     """Leave out sites whose map is not an image's: with an input of twice the height, only the height may change.
 
     Patches and attention maps have four dimensions too, but other sizes follow the input's.
     """
     if not ends.found:
         return ends
-    batch, channels, height, width = input_nchw
     paths = [end.path for end in ends.found]
-    before = passages(model, paths, input_nchw)
+    before = passages(model, paths, example)
     try:
-        after = passages(model, paths, (batch, channels, 2 * height, width))
+        after = passages(model, paths, _taller(example))
     except ModelError:
         # Its input has a fixed size.
         return ends
     found, left_out = [], list(ends.left_out)
     for end in ends.found:
         one, other = before[end.path].output_shape, after[end.path].output_shape
-        if one is None or other is None or len(one) != len(other) or len(one) != len(input_nchw):
+        if one is None or other is None or len(one) != len(other) or len(one) != 4:
             found.append(end)
         elif (one[0], one[1], one[3]) != (other[0], other[1], other[3]):
             sizes = f"{_by(one)}, and {_by(other)} with an input of twice the height"
@@ -105,6 +106,21 @@ def _without_tokens(model: nn.Module, input_nchw: tuple[int, ...], ends: Ends) -
         else:
             found.append(end)
     return Ends(found=tuple(found), left_out=tuple(left_out))
+
+
+def _taller(example: Example) -> Example:
+    """Return an example with images of twice the height."""
+    if is_shape(example):
+        return [size * (2 if axis == 2 else 1) for axis, size in enumerate(cast("Sequence[int]", example))]
+
+    def taller(image: Tensor) -> Tensor:
+        if image.dim() != 4:
+            return image
+        batch, channels, height, width = image.shape
+        return torch.empty(batch, channels, 2 * height, width, dtype=image.dtype, device="meta")
+
+    made: Example = tree_map_only(Tensor, taller, example)
+    return made
 
 
 def _by(shape: Sequence[int]) -> str:

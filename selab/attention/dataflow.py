@@ -1,4 +1,4 @@
-"""The values of one forward pass on the meta device: which operation made each, from what, and who returned it.
+"""The values of one forward pass on fake tensors: which operation made each, from what, and who returned it.
 
 Every operation on a tensor that depends on the input yields a *value* with its operands. Every module records the value
 that it returned. An in-place operation yields a new value of the same tensor.
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from selab.meta import FakePass
 
 INPUT = "input"
 _MAP_DIMS = 4
@@ -121,9 +123,9 @@ class DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs: the values that the network returned.
     """
 
-    def __init__(self, twin: nn.Module) -> None:
+    def __init__(self, fakes: FakePass) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.twin = twin
+        self.fakes = fakes
         self.values: list[Value] = []
         self.calls: Counter[str] = Counter()
         self.outputs: tuple[Value, ...] = ()
@@ -133,13 +135,12 @@ class DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # While a tensor lives, no other has its id.
         self._kept: list[Tensor] = []
 
-    def run(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
-        """Run the network once with these arguments, on the device of its twin."""
-        kwargs = kwargs or {}
-        for path, module in self.twin.named_modules():
+    def run(self) -> None:
+        """Run the network once."""
+        for path, module in self.fakes.model.named_modules():
             module.register_forward_pre_hook(self._opener(path))
             module.register_forward_hook(self._closer(path))
-        for tensor in tree_leaves((tuple(args), kwargs)):
+        for tensor in tree_leaves((self.fakes.args, self.fakes.kwargs)):
             if isinstance(tensor, Tensor):
                 index = len(self.values)
                 shape = tuple(tensor.shape)
@@ -148,8 +149,8 @@ class DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._batch = shape[0] if self._batch is None else self._batch
                     value.dims, value.is_image = _image_dims(shape), True
                 self._note(tensor, value)
-        with self:
-            result = self.twin(*args, **kwargs)
+        with self.fakes.running(), self:
+            result = self.fakes()
         self.outputs = tuple(self._now[id(one)] for one in tree_leaves(result) if id(one) in self._now)
 
     def _opener(self, path: str) -> Any:

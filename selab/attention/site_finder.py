@@ -9,6 +9,7 @@ from torch import nn
 from selab.attention.base import Attention
 from selab.attention.convolution_groups import ConvolutionGroups
 from selab.attention.dataflow import BATCH_NORMS, INPUT, DataflowTrace, Value, bits, common_ancestors, union_ancestors
+from selab.attention.module_paths import common, holds, named, shared_paths
 from selab.attention.sites import CHILD
 
 RESIDUAL, PARALLEL, SEPARABLE, CONCATENATION, STAGE = (
@@ -79,9 +80,9 @@ class Finder:
     def __init__(self, trace: DataflowTrace) -> None:
         self.values = trace.values
         self.outputs = trace.outputs
-        self.modules: Mapping[str, nn.Module] = dict(trace.twin.named_modules())
+        self.modules: Mapping[str, nn.Module] = dict(trace.fakes.model.named_modules())
         self.calls = trace.calls
-        self.shared = _shared(trace.twin)
+        self.shared = shared_paths(trace.fakes.model)
         self.groups = ConvolutionGroups(self.values, self.modules)
         self.convolutions = self.groups.convolutions
         self.found: dict[str, tuple[int, BlockEnd]] = {}
@@ -100,7 +101,7 @@ class Finder:
         for addition in blocks:
             in_branches |= addition.inside
         self._end_separables(in_branches, concatenations)
-        self._end_merged_sums(in_branches)
+        self._end_merged_sums(in_branches, concatenations)
         preferred = bool(self.found)
         # Blocks of the same class with and without a shortcut: with one they end in an addition, and without at theirs.
         classes = {self._class_of(one) for one in cells}
@@ -112,7 +113,7 @@ class Finder:
         if not self.found:
             for module in resampled:
                 self._leave_out(
-                    f"the concatenation in {_named(module)}", "it joins feature maps of different resolutions"
+                    f"the concatenation in {named(module)}", "it joins feature maps of different resolutions"
                 )
             self._end_stages()
         if not self.found:
@@ -144,7 +145,7 @@ class Finder:
         for value in self.values:
             if not self._joins(value) or value in self.groups or self.groups.holds(value):
                 continue
-            place = f"the addition in {_named(value.module)}"
+            place = f"the addition in {named(value.module)}"
             if len(value.terms) > 2:
                 self._leave_out(place, f"{len(value.terms)} feature maps are added, so no one is the branch")
                 continue
@@ -200,6 +201,11 @@ class Finder:
                 return True
             seen.add(one.index)
             trunk = self._trunk(one)
+            if trunk is None and one.operation == "mul":
+                # Which factor is the gate is not known: the map is the one of the input's resolution, if any is.
+                if all(self._is_resampled(factor, inside) for factor in one.operands if factor.is_map):
+                    return True
+                continue
             following += one.operands if trunk is None else (trunk,)
         return False
 
@@ -228,11 +234,11 @@ class Finder:
         while value is not None and addition.inside >> value.index & 1:
             path = self._site(value)
             if path is not None:
-                block = _common(place, path.rpartition(".")[0])
-                return self._add(value, path, RESIDUAL, f"before the addition in {_named(block)}")
+                block = common(place, path.rpartition(".")[0])
+                return self._add(value, path, RESIDUAL, f"before the addition in {named(block)}")
             value = self._trunk(value) or _uncropped(value) or self._branch_of_sum(value)
         return self._leave_out(
-            f"the addition in {_named(place)}", "no single module to attach to at the end of its branch"
+            f"the addition in {named(place)}", "no single module to attach to at the end of its branch"
         )
 
     def _branch_of_sum(self, value: Value) -> Value | None:
@@ -254,7 +260,7 @@ class Finder:
                 continue
             self.is_plain = False
             how = f"`{value.operation}`" + (f" along dimension {value.dim}" if along else "")
-            place = f"the joined feature maps in {_named(value.module)}"
+            place = f"the joined feature maps in {named(value.module)}"
             self._leave_out(place, f"{how} is neither an addition nor a concatenation of channels")
 
     def _later(self, stack: Value) -> Iterator[Value]:
@@ -268,17 +274,18 @@ class Finder:
 
     # ------------------------------------------------------------------------------------------ sums that are merged
 
-    def _end_merged_sums(self, in_branches: int) -> None:
+    def _end_merged_sums(self, in_branches: int, concatenations: Sequence[_Join]) -> None:
         ended = {index for index, _ in self.found.values()} | {one.depthwise.index for one in self.separables}
         for total in self.groups.merged:
             chain = self._chain(total)
-            if in_branches >> total.index & 1 or any(value.index in ended for value in chain):
-                # Inside a residual block, or a part or the end of a depthwise-separable one.
+            inner = in_branches >> total.index & 1 or _around(total, concatenations) is not None
+            if inner or any(value.index in ended for value in chain):
+                # Inside another block, or a part or the end of a depthwise-separable one.
                 continue
             self._end_merged(total, chain)
 
     def _end_merged(self, total: Value, chain: Sequence[Value]) -> None:
-        place = f"the sum of parallel convolutions in {_named(total.module)}"
+        place = f"the sum of parallel convolutions in {named(total.module)}"
         if self.groups.source(total).operation == INPUT:
             return self._leave_out(place, "they read the network's input (a stem)")
         if not total.is_image:
@@ -305,17 +312,16 @@ class Finder:
             whole = self.groups.is_pointwise(value) and not self.groups.holds(value)
             depthwise = self._depthwise_before(value) if whole else None
             if depthwise is not None and not in_branches >> value.index & 1:
-                block, chain = _common(depthwise.module, value.module), tuple(self._chain(value))
+                block, chain = common(depthwise.module, value.module), tuple(self._chain(value))
                 self.separables.append(_Separable(depthwise=depthwise, pointwise=value, chain=chain, block=block))
         for index, one in enumerate(self.separables):
-            around = [join for join in concatenations if _holds(join.total.module, one.pointwise.module)]
-            outer = next((join for join in around if join.total.module and _is_inside(one.pointwise, join)), None)
+            outer = _around(one.pointwise, concatenations)
             if any(self._expands(one, other) for other in self.separables[index + 1 : index + 2]):
                 continue
             if outer is not None and not any(reader is outer.total for reader in one.chain[-1].readers):
                 self._leave_out(
-                    f"the depthwise-separable block {_named(one.block)}",
-                    f"it is inside the concatenating block {_named(outer.total.module)}",
+                    f"the depthwise-separable block {named(one.block)}",
+                    f"it is inside the concatenating block {named(outer.total.module)}",
                 )
             else:
                 self._end_separable(one)
@@ -339,7 +345,7 @@ class Finder:
 
     def _end_separable(self, one: _Separable) -> None:
         readers = one.chain[-1].readers
-        place = f"the depthwise-separable block {_named(one.block)}"
+        place = f"the depthwise-separable block {named(one.block)}"
         if readers and all(self._joins(reader) for reader in readers):
             # A shortcut of this form is not a block.
             return None
@@ -401,14 +407,14 @@ class Finder:
         """
         if join.total.module == other.total.module != "":
             return join is not other and other.total.comes_from(join.total)
-        return _is_inside(join.total, other) and _holds(other.total.module, join.total.module)
+        return _is_inside(join.total, other) and holds(other.total.module, join.total.module)
 
     def _class_of(self, join: _Join) -> type:
         return type(self.modules[self._owner(join.total.module)])
 
     def _end_concatenation(self, join: _Join) -> None:
         total = join.total
-        place = f"the concatenation in {_named(total.module)}"
+        place = f"the concatenation in {named(total.module)}"
         chain = [total]
         while (following := self._mixing(chain[-1])) is not None:
             chain.append(following)
@@ -480,10 +486,10 @@ class Finder:
         while value is not None and value.operation != INPUT:
             path = self._site(value)
             if path is not None:
-                stage = _common(*(self.values[index].module for index in bits(convolutions)))
-                return self._add(value, path, STAGE, f"the last layer of a stage in {_named(stage)}")
+                stage = common(*(self.values[index].module for index in bits(convolutions)))
+                return self._add(value, path, STAGE, f"the last layer of a stage in {named(stage)}")
             value = self._trunk(value)
-        return self._leave_out(f"the stage that ends in {_named(end.module)}", "no single module to attach to")
+        return self._leave_out(f"the stage that ends in {named(end.module)}", "no single module to attach to")
 
     def _is_head(self, last: Value) -> bool:
         """Return whether a convolution computes the network's outputs: no weights follow, and it is not normalised."""
@@ -498,7 +504,7 @@ class Finder:
         """Leave out, in one line, additions of tensors that are not feature maps."""
         sums = [one for one in self.values if one.terms and len(one.shape) > 2 and not one.is_map]
         if sums and not self.left_out:
-            module, shape = _named(sums[0].module), "×".join(map(str, sums[0].shape))
+            module, shape = named(sums[0].module), "×".join(map(str, sums[0].shape))
             self._leave_out(
                 f"the addition in {module} and {len(sums) - 1} more", f"its tensors are {shape}, not feature maps"
             )
@@ -531,7 +537,7 @@ class Finder:
         returns = [one for one in value.returned_by if one.path and one.ended <= before and self._is_free(one.path)]
         made = [one.path for one in returns if one.began <= value.index]
         if outside is not None:
-            made = [path for path in made if not _holds(path, outside)] or made[:1]
+            made = [path for path in made if not holds(path, outside)] or made[:1]
         if within in made:
             return within
         handed = [one.path for one in returns if one.began > value.index]
@@ -553,6 +559,12 @@ def _is_inside(value: Value, join: _Join) -> bool:
     return bool(join.inside >> value.index & 1)
 
 
+def _around(value: Value, concatenations: Sequence[_Join]) -> _Join | None:
+    """Return the concatenation of the module that contains a value in one of its branches."""
+    around = [join for join in concatenations if join.total.module and holds(join.total.module, value.module)]
+    return next((join for join in around if _is_inside(value, join)), None)
+
+
 def _reads_several(value: Value) -> bool:
     """Return whether an operation adds, concatenates or compares several values that are more than vectors."""
     sides = [one for one in value.operands if len(one.shape) > 2]
@@ -565,30 +577,3 @@ def _uncropped(value: Value) -> Value | None:
         return None
     before = value.operands[0]
     return before if before.is_map and before.shape[:2] == value.shape[:2] else None
-
-
-def _shared(model: nn.Module) -> set[str]:
-    """Return the paths of modules that have several paths."""
-    homes: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        homes.setdefault(id(module), []).append(path)
-    return {path for paths in homes.values() if len(paths) > 1 for path in paths}
-
-
-def _holds(path: str, other: str) -> bool:
-    return path == "" or f"{other}.".startswith(f"{path}.")
-
-
-def _common(*paths: str) -> str:
-    """Return the innermost module that contains all of these."""
-    names: Sequence[tuple[str, ...]] = [tuple(path.split(".")) for path in paths]
-    kept = []
-    for level in zip(*names, strict=False):
-        if len(set(level)) > 1:
-            break
-        kept.append(level[0])
-    return ".".join(kept)
-
-
-def _named(path: str) -> str:
-    return path or "the network"

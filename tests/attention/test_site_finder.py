@@ -559,3 +559,52 @@ class TestSeparable:
 
         block = nn.Sequential(conv(groups=8), LayerNorm(8), nn.ReLU(), conv(kernel_size=1), LayerNorm(8), nn.ReLU())
         assert found(network(block, conv())) == [("1.5", "depthwise-separable")]
+
+
+class TestExamples:
+    class Two(nn.Module):
+        """Adds what is made of two images; the second has another size and goes through a nested dict."""
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.block = conv(3, out=8), conv(1, out=8), Block(RESIDUAL["f + x"])
+
+        def forward(self, image, extra):
+            return self.block(self.one(image)) * self.two(extra["mask"]).mean((2, 3), keepdim=True)
+
+    @pytest.mark.parametrize("as_keywords", [False, True])
+    def test_several_inputs(self, as_keywords):
+        image, extra = torch.zeros(2, 3, 16, 16), {"mask": torch.zeros(2, 1, 4, 4)}
+        example = {"image": image, "extra": extra} if as_keywords else (image, extra)
+        assert found(self.Two(), example) == [("block.bn", "residual")]
+
+    def test_a_tensor(self):
+        assert found(network(Block(RESIDUAL["f + x"])), torch.zeros(2, 3, 16, 16)) == [("1.bn", "residual")]
+
+    def test_a_network_of_one_input_size(self):
+        class Fixed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.place = nn.Parameter(torch.zeros(1, 8, 16, 16))
+
+            def forward(self, x):
+                return x + self.place
+
+        assert found(network(Fixed(), Block(RESIDUAL["f + x"]))) == [("2.bn", "residual")]
+
+    def test_what_forward_assigns_is_not_kept(self):
+        class Remembers(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.last = None
+
+            def forward(self, x):
+                self.last = x
+                return x
+
+        model = network(Remembers(), Block(RESIDUAL["f + x"])).train()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        assert found(model) == [("2.bn", "residual")]
+        assert model[1].last is None
+        assert model.training
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttention, GatherExcite
     from selab.attention.gates import convert_gates
     from selab.attention.insert import insert_se, remove_se
+    from selab.attention.inserted import check_inserted
     from selab.attention.se import SqueezeExcitation
     from selab.errors import (
         DeviceError,
@@ -33,6 +34,7 @@ _HOMES = {
     "selab.attention.blocks": "CBAM ECA ESE SCSE SSE CoordinateAttention GatherExcite",
     "selab.attention.gates": "convert_gates",
     "selab.attention.insert": "insert_se remove_se",
+    "selab.attention.inserted": "check_inserted",
     "selab.attention.se": "SqueezeExcitation",
     "selab.errors": "DeviceError InsertionError ModelError OutOfMemoryError RecordError SelabError SpecError "
     "UnknownNameError",
@@ -62,6 +64,7 @@ __all__ = [
     "UnknownNameError",
     "__version__",
     "build",
+    "check_inserted",
     "compare_records",
     "convert_gates",
     "count",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from selab.attention.gated_site import named_sites
 from selab.meta import FakePass
 
 INPUT = "input"
@@ -137,7 +138,7 @@ class DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self) -> None:
         """Run the network once."""
-        for path, module in self.fakes.model.named_modules():
+        for path, module in named_sites(self.fakes.model):
             module.register_forward_pre_hook(self._opener(path))
             module.register_forward_hook(self._closer(path))
         for tensor in tree_leaves((self.fakes.args, self.fakes.kwargs)):

@@ -8,6 +8,7 @@ from torch import nn
 
 from selab.attention.base import Attention
 from selab.attention.base import Gate as BaseGate
+from selab.attention.gated_site import named_sites
 from selab.attention.se import GATES, SqueezeExcitation
 from selab.errors import ModelError, nearest
 from selab.records.display import Displayed
@@ -96,7 +97,7 @@ def convert_gates(model: nn.Module, gate: str) -> GateConversions:
     if gate not in GATES:
         raise ModelError(f"selab.convert_gates: no gate {gate!r}{nearest(str(gate), GATES)}")
     return GateConversions(
-        found for path, module in model.named_modules() if (found := _converted(path, module, gate)) is not None
+        found for path, module in named_sites(model) if (found := _converted(path, module, gate)) is not None
     )
 
 

@@ -5,10 +5,11 @@ three ways, whichever keeps the keys:
 
 * the join of a residual block is replaced by one that gates an edge (`GatedJoin`);
 * an `nn.Sequential` gets the block as one more child, named `se`;
-* any other module gets it as a child named `se`, which a forward hook runs.
+* any other module is put into a `GatedSite`, which runs both and keeps the module's keys.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,22 @@ from torch import nn
 from selab.attention.auto_sites import block_ends
 from selab.attention.base import Attention
 from selab.attention.config import SEConfig, SiteConfig, as_keys, block_config, block_name
+from selab.attention.gated_site import (
+    GatedSite,
+    block_of,
+    free_name,
+    gated_site,
+    move_hooks,
+    named_sites,
+    replace_modules,
+)
+from selab.attention.inserted import calls_of_modules, check_calls, inserted_blocks
 from selab.attention.insertions import Insertions
 from selab.attention.registry import make_block
 from selab.attention.se import GatedJoin, squeeze_width
-from selab.attention.sites import CHILD, Tap, check_unshared, find_sites, in_stages, is_residual_block, matches, tap_for
+from selab.attention.sites import Tap, check_unshared, find_sites, in_stages, matches, tap_for
 from selab.errors import InsertionError, nearest
-from selab.meta import Passage, passages
+from selab.meta import Example, Passage, passages
 from selab.records.types import Insertion
 
 AUTO = "auto"
@@ -36,13 +47,16 @@ class _Plan:
 
     tap: Tap
     insertion: Insertion
+    dtype: torch.dtype | None
+    one_tensor: bool
 
 
 def insert_se(
     model: nn.Module,
     sites: str | Sequence[str] | SiteConfig,
     *,
-    input_nchw: tuple[int, ...] = (1, 3, 224, 224),
+    input_nchw: Example = (1, 3, 224, 224),
+    inputs: Example | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     dry_run: bool = False,
     **keys: object,
@@ -55,6 +69,8 @@ def insert_se(
             `*` within a name, `**` across names), `auto` for the block ends found by tracing, or a whole configuration
             such as `selab.attention.config.ECAConfig(sites=…)`.
         input_nchw: the shape of an example input, (N, C, H, W).
+        inputs: an example input of another form: a tensor, positional arguments in a tuple, keyword arguments in a
+            mapping.
         optimizer: gets the new parameters as one more group, with its defaults.
         dry_run: only list what would be done.
         keys: keys of the block, as in `--se` and in a family's TOML. For every block:
@@ -95,15 +111,15 @@ def insert_se(
     Source: placements: arXiv 1709.01507, Fig. 5 and Tables 14-15.
     """
     config = _config(sites, keys)
-    plans = _plan(model, config, input_nchw)
+    example = input_nchw if inputs is None else inputs
+    plans, before = _plan(model, config, example)
     listed = Insertions(plan.insertion for plan in plans)
     if dry_run:
         return listed
     blocks = [_block_for(model, plan, config) for plan in plans]
-    for plan, block in zip(plans, blocks, strict=True):
-        _put(model, plan.tap, block)
+    _put(model, plans, blocks)
     try:
-        check_blocks_run(model, input_nchw)
+        _check_passes(model, before, example)
         if optimizer is not None:
             optimizer.add_param_group({"params": [p for block in blocks for p in block.parameters()]})
     except BaseException:
@@ -157,27 +173,6 @@ def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int
     return len(chosen)
 
 
-def inserted_blocks(model: nn.Module) -> dict[str, tuple[str, Attention]]:
-    """Return the blocks that `insert_se` inserted: path → its site and the block."""
-    return {
-        path: (_site_of(model, path), module)
-        for path, module in model.named_modules()
-        if isinstance(module, Attention) and module.inserted
-    }
-
-
-def _site_of(model: nn.Module, path: str) -> str:
-    """Return the site of a block: the module that holds it, or the residual block whose join or branch holds it."""
-    holder = path.rpartition(".")[0]
-    names = holder.split(".")
-    for depth in (1, 2):
-        above = ".".join(names[:-depth])
-        part = names[-depth] if depth <= len(names) else ""
-        if part in ("join", "branch") and is_residual_block(model.get_submodule(above)):
-            return above
-    return holder
-
-
 def _of(pattern: str, inserted: dict[str, tuple[str, Attention]]) -> list[str]:
     found = [path for path, (site, _) in inserted.items() if matches(pattern, path) or matches(pattern, site)]
     if not found:
@@ -190,33 +185,42 @@ def _of(pattern: str, inserted: dict[str, tuple[str, Attention]]) -> list[str]:
 
 
 def _remove(model: nn.Module, blocks: Collection[nn.Module]) -> None:
+    replaced: list[tuple[nn.Module, nn.Module]] = []
     for module in list(model.modules()):
+        if isinstance(module, GatedSite):
+            if block_of(module) in blocks:
+                move_hooks(module, module.inner)
+                replaced.append((module, module.inner))
+            continue
         for name, child in list(module.named_children()):
             if isinstance(child, GatedJoin) and child.se in blocks:
                 module._modules[name] = child.inner
             elif child in blocks and not isinstance(module, GatedJoin):
-                _drop_child(module, name)
+                del module._modules[name]
+    replace_modules(model, replaced)
 
 
-def check_blocks_run(model: nn.Module, input_nchw: tuple[int, ...]) -> None:
-    """Check that every SE block of a network runs exactly once in a forward pass.
+def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Example) -> None:
+    """Check that every block runs once, and every other module as often as before.
 
     Raises:
-        InsertionError: names the first block that does not.
+        InsertionError: names the module.
         ModelError: the forward pass fails with this input.
     """
-    paths = [path for path, module in model.named_modules() if isinstance(module, Attention)]
-    for path, passage in passages(model, paths, input_nchw).items():
-        if passage.calls != 1:
+    after = calls_of_modules(model, example)
+    check_calls(model, after)
+    for path, passage in before.items():
+        # What is below a residual block's join has another path now.
+        if path in after and after[path].calls != passage.calls:
             raise InsertionError(
-                f"{path}: this SE block ran {passage.calls} times in a forward pass, not once; "
-                "choose a site that the forward pass goes through once"
+                f"{path}: runs {after[path].calls} times in a forward pass with the blocks, and {passage.calls} times "
+                "without; the network treats a site by its class, or holds it elsewhere: choose another site"
             )
 
 
-def _plan(model: nn.Module, config: SiteConfig, input_nchw: tuple[int, ...]) -> list[_Plan]:
+def _plan(model: nn.Module, config: SiteConfig, example: Example) -> tuple[list[_Plan], Mapping[str, Passage]]:
     if config.sites == AUTO:
-        sites = [end.path for end in block_ends(model, input_nchw)]
+        sites = [end.path for end in block_ends(model, example)]
     else:
         sites = find_sites(model, config.sites)
     if config.stages:
@@ -225,14 +229,37 @@ def _plan(model: nn.Module, config: SiteConfig, input_nchw: tuple[int, ...]) -> 
     check_unshared(model, [tap.module for tap in taps])
     for tap in taps:
         _check_free(model, tap)
-    seen = passages(model, {tap.module for tap in taps} | {tap.block for tap in taps}, input_nchw)
-    return [_Plan(tap=tap, insertion=_insertion(tap, seen, config)) for tap in taps]
+    seen = passages(model, [path for path, _ in named_sites(model)], example)
+    return [_planned(model, tap, seen, config) for tap in taps], seen
+
+
+def _planned(model: nn.Module, tap: Tap, seen: Any, config: SiteConfig) -> _Plan:
+    insertion = _insertion(tap, seen, config)
+    passage: Passage = seen[tap.module]
+    return _Plan(
+        tap=tap,
+        insertion=insertion,
+        dtype=passage.input_dtype if tap.side == "input" else passage.output_dtype,
+        one_tensor=passage.input_shape is not None and _takes_one_argument(model.get_submodule(tap.module)),
+    )
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    return len(parameters) == 1 and parameters[0].kind in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
 
 
 def _check_free(model: nn.Module, tap: Tap) -> None:
     holder = model.get_submodule(f"{tap.site}.join" if tap.edge else tap.module)
-    if isinstance(holder, GatedJoin) or hasattr(holder, CHILD):
-        raise InsertionError(f"{tap.site}: already holds an SE block (or a child named '{CHILD}'); remove it first")
+    own = [child for child in holder.children() if isinstance(child, Attention) and child.inserted]
+    if isinstance(holder, GatedJoin | GatedSite) or own:
+        raise InsertionError(f"{tap.site}: already holds an SE block; remove it first")
 
 
 def _insertion(tap: Tap, seen: Any, config: SiteConfig) -> Insertion:
@@ -287,61 +314,42 @@ def _block_for(model: nn.Module, plan: _Plan, config: SiteConfig) -> Attention:
     with nullcontext() if like is None else torch.device(like.device):
         block = make_block(config, plan.insertion.channels, plan.insertion.squeeze_channels)
     block.inserted = True
+    # A half-precision network may keep its norms in float32: what the block gates has the dtype of the feature map.
+    dtype = plan.dtype if plan.dtype is not None and plan.dtype.is_floating_point else None
     if like is not None:
-        block.to(device=like.device, dtype=like.dtype)
+        block.to(device=like.device, dtype=dtype or like.dtype)
     return block.train(model.training)
 
 
-def _put(model: nn.Module, tap: Tap, block: Attention) -> None:
-    if tap.edge:
-        owner = model.get_submodule(tap.site)
-        owner.join = GatedJoin(owner.get_submodule("join"), block, tap.edge).train(owner.training)
-        return
-    module = model.get_submodule(tap.module)
-    parent_path, _, name = tap.module.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    if _runs_children_in_order(module):
-        _add_child(module, CHILD, block, after=None if tap.side == "input" else list(module._modules)[-1])
-    elif tap.module != tap.site and _runs_children_in_order(parent):
-        # Inside the named branch of a residual block: a child of the branch, not of a leaf.
-        _add_child(parent, CHILD, block, after=name)
-    else:
-        module.add_module(CHILD, block)
-        if tap.side == "input":
-            module.register_forward_pre_hook(_gate_input)
+def _put(model: nn.Module, plans: Sequence[_Plan], blocks: Sequence[Attention]) -> None:
+    replaced: list[tuple[nn.Module, nn.Module]] = []
+    for plan, block in zip(plans, blocks, strict=True):
+        tap = plan.tap
+        if tap.edge:
+            owner = model.get_submodule(tap.site)
+            owner.join = GatedJoin(owner.get_submodule("join"), block, tap.edge).train(owner.training)
+            continue
+        module = model.get_submodule(tap.module)
+        parent_path, _, name = tap.module.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if _runs_children_in_order(module):
+            last = list(module._modules)[-1] if module._modules else None
+            _add_child(module, block, after=None if tap.side == "input" else last)
+        elif tap.module != tap.site and _runs_children_in_order(parent):
+            # Inside the named branch of a residual block: a child of the branch, not of a leaf.
+            _add_child(parent, block, after=name)
         else:
-            module.register_forward_hook(_gate_output)
+            replaced.append((module, gated_site(module, block, tap.side, one_tensor=plan.one_tensor)))
+    replace_modules(model, replaced)
 
 
 def _runs_children_in_order(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _add_child(parent: nn.Module, name: str, child: nn.Module, *, after: str | None) -> None:
-    if name in parent._modules:
-        raise InsertionError(f"{type(parent).__name__}: already has a child named {name!r}; remove it first")
+def _add_child(parent: nn.Module, child: nn.Module, *, after: str | None) -> None:
     items = list(parent._modules.items())
     position = 0 if after is None else [key for key, _ in items].index(after) + 1
-    items.insert(position, (name, child))
+    items.insert(position, (free_name(parent), child))
     parent._modules.clear()
     parent._modules.update(items)
-
-
-def _drop_child(module: nn.Module, name: str) -> None:
-    del module._modules[name]
-    for hooks, ours in ((module._forward_hooks, _gate_output), (module._forward_pre_hooks, _gate_input)):
-        _drop_hook(hooks, ours)
-
-
-def _drop_hook(hooks: Any, ours: Callable[..., Any]) -> None:
-    for key in [key for key, hook in hooks.items() if hook is ours]:
-        del hooks[key]
-
-
-def _gate_output(module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    gated: torch.Tensor = module.get_submodule(CHILD)(output)
-    return gated
-
-
-def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.get_submodule(CHILD)(args[0]), *args[1:])

@@ -2,11 +2,13 @@
 
 from torch import nn
 
+from selab.attention.gated_site import named_sites
+
 
 def shared_paths(model: nn.Module) -> set[str]:
     """Return the paths of modules that have several paths."""
     homes: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_sites(model, shared=True):
         homes.setdefault(id(module), []).append(path)
     return {path for paths in homes.values() if len(paths) > 1 for path in paths}
 

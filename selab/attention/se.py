@@ -72,11 +72,11 @@ class Squeeze(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C), or (N, C, H, W) without a squeeze."""
-        match self.kind:
-            case "avg":
-                return x.mean((2, 3))
-            case "max":
-                return x.amax((2, 3))
+        # torch.jit.script compiles no match statement.
+        if self.kind == "avg":
+            return x.mean((2, 3))
+        if self.kind == "max":
+            return x.amax((2, 3))
         return x
 
     def extra_repr(self) -> str:
@@ -205,25 +205,45 @@ class SqueezeExcitation(CachedDispatch, Attention):
 
     def excite(self, squeezed: Tensor) -> Tensor:
         """Return the factor of each channel (eq. 3): (N, C) → (N, C), or (N, C, H, W) → (N, C, H, W)."""
-        hidden = self.activation(_layer(squeezed, self.fc1))
-        factor: Tensor = self.gate(_layer(hidden, self.fc2))
+        by_position = self.kinds[0] == "none"
+        dtype = None
+        if isinstance(squeezed, Tensor):
+            # Neither of them of one dtype, as in a half-precision network with some layers in float32.
+            like = next(self.fc1.parameters(), squeezed)
+            if like.dtype != squeezed.dtype and not torch.is_autocast_enabled(squeezed.device.type):
+                dtype, squeezed = squeezed.dtype, squeezed.to(like.dtype)
+        hidden = self.activation(_layer(squeezed, self.fc1, by_position))
+        factor: Tensor = self.gate(_layer(hidden, self.fc2, by_position))
         if self.gate_affine is not None:
             factor = torch.addcmul(self.gate_affine[1], factor, self.gate_affine[0]).to(factor.dtype)
-        return factor
+        return factor if dtype is None else factor.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        out = self.replay(x)
-        if out is not None:
-            return out
-        gated = self.fused(x)
-        if gated is not None:
-            return gated
-        x = materialize(x)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(x)
+        else:  # noqa: RET505 - the compiler skips this branch, not what follows the statement
+            out = self.replay(x)
+            if out is not None:
+                return out
+            gated = self.fused(x)
+            if gated is not None:
+                return gated
+            x = materialize(x)
+            if self.relu_in:
+                x = x.relu_() if self.may_overwrite() else x.relu()
+            factor = self.excite(self.squeeze(x))
+            return x * (factor if self.kinds[0] == "none" else factor[:, :, None, None])
+
+    def _scripted(self, x: Tensor) -> Tensor:
+        """Compute the reference in what torch.jit.script compiles."""
         if self.relu_in:
-            x = x.relu_() if self.may_overwrite() else x.relu()
-        factor = self.excite(self.squeeze(x))
-        return x * (factor[:, :, None, None] if factor.dim() == 2 else factor)
+            x = x.relu()
+        factor: Tensor = self.gate(self.fc2(self.activation(self.fc1(self.squeeze(x)))))
+        affine = self.gate_affine
+        if affine is not None:
+            factor = torch.addcmul(affine[1], factor, affine[0]).to(factor.dtype)
+        return x * factor if factor.dim() == 4 else x * factor[:, :, None, None]
 
     def fused(
         self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None, relu_out: bool = False
@@ -251,7 +271,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
             return None
         params = self._params(relu_out=relu_out)
         x = supported(x)
-        impl, reason = choose(self.impl, x, shortcut, params)
+        impl, reason = self._choose(x, shortcut, params)
         if impl == "reference":
             self._check_reference_allowed(reason)
             return None
@@ -265,7 +285,14 @@ class SqueezeExcitation(CachedDispatch, Attention):
             shortcut: as in `fused`.
         """
         reason = "requested" if self.impl == "reference" else self.refuses()
-        return ("reference", reason) if reason else choose(self.impl, x, shortcut, self._params())
+        return ("reference", reason) if reason else self._choose(x, shortcut, self._params())
+
+    def _choose(self, x: Tensor, shortcut: Tensor | None, params: BlockParams) -> tuple[Impl, str]:
+        impl, reason = choose(self.impl, x, shortcut, params)
+        if impl == "torch" and x.dtype != params.w1.dtype and not torch.is_autocast_enabled("cpu"):
+            dtypes = (str(one.dtype).removeprefix("torch.") for one in (params.w1, x))
+            return "reference", "the weights are {}, the feature map is {}".format(*dtypes)
+        return impl, reason
 
     def _check_reference_allowed(self, reason: str) -> None:
         if self.impl != "auto":
@@ -317,9 +344,9 @@ class PositionLinear(nn.Linear):
         return F.conv2d(x, self.weight[:, :, None, None], self.bias)
 
 
-def _layer(x: Tensor, layer: nn.Module) -> Tensor:
+def _layer(x: Tensor, layer: nn.Module, by_position: bool) -> Tensor:
     """Call a layer on (N, C), or at every position of (N, C, H, W)."""
-    if x.dim() == 2 or isinstance(layer, PositionLinear):
+    if not by_position or isinstance(layer, PositionLinear):
         out: Tensor = layer(x)
         return out
     # A layer that replaced ours takes the channels last.

@@ -9,8 +9,8 @@ from torch import nn
 from selab.attention.base import Attention
 from selab.attention.convolution_groups import ConvolutionGroups
 from selab.attention.dataflow import BATCH_NORMS, INPUT, DataflowTrace, Value, bits, common_ancestors, union_ancestors
+from selab.attention.gated_site import BLOCK, named_sites
 from selab.attention.module_paths import common, holds, named, shared_paths
-from selab.attention.sites import CHILD
 
 RESIDUAL, PARALLEL, SEPARABLE, CONCATENATION, STAGE = (
     "residual",
@@ -80,7 +80,7 @@ class Finder:
     def __init__(self, trace: DataflowTrace) -> None:
         self.values = trace.values
         self.outputs = trace.outputs
-        self.modules: Mapping[str, nn.Module] = dict(trace.fakes.model.named_modules())
+        self.modules: Mapping[str, nn.Module] = dict(named_sites(trace.fakes.model))
         self.calls = trace.calls
         self.shared = shared_paths(trace.fakes.model)
         self.groups = ConvolutionGroups(self.values, self.modules)
@@ -545,7 +545,7 @@ class Finder:
 
     def _is_free(self, path: str) -> bool:
         """Return whether a module can hold a block: it runs once, and the block's name is not taken."""
-        return self.calls[path] == 1 and path not in self.shared and not hasattr(self.modules[path], CHILD)
+        return self.calls[path] == 1 and path not in self.shared and not hasattr(self.modules[path], BLOCK)
 
     def _add(self, value: Value, path: str, kind: str, reason: str) -> None:
         own = [one.path for one in value.returned_by if isinstance(self.modules[one.path], Attention)]

@@ -9,19 +9,17 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from selab.attention.base import Attention
 from selab.attention.config import Placement
+from selab.attention.gated_site import named_sites
 from selab.attention.se import GatedJoin
 from selab.errors import InsertionError, nearest
 
 Side = Literal["input", "output"]
-
-# The name of an inserted block as a child of a module.
-CHILD = "se"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +79,13 @@ def find_sites(model: nn.Module, sites: str | Sequence[str]) -> list[str]:
     if not patterns:
         raise InsertionError(f"{type(model).__name__}: no site found: no pattern was given{_offer(groups)}")
     # The root has an empty path and no parent, so it cannot be a site.
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if path and not _in_se(model, path)]
+    every = [path for path, _ in named_sites(model, shared=True) if path]
+    paths = [path for path in every if not _in_se(model, path)]
     chosen: set[str] = set()
     for pattern in patterns:
         matching = [path for path in paths if matches(pattern, path)]
         if not matching:
-            inside = [p for p, _ in model.named_modules(remove_duplicate=False) if p and matches(pattern, p)]
+            inside = [path for path in every if matches(pattern, path)]
             if inside:
                 raise InsertionError(f"{inside[0]}: is inside another SE block; choose a site outside of it")
             offer = _offer(groups) + _of_that_name(pattern, paths)
@@ -166,9 +165,9 @@ def _match_names(patterns: list[str], names: list[str]) -> bool:
 
 def _in_se(model: nn.Module, path: str) -> bool:
     """Return whether a path is an SE block or inside of one."""
-    module = model
+    module: Any = model
     for name in path.split("."):
-        module = module._modules[name]  # type: ignore[assignment]
+        module = getattr(module, name)
         if isinstance(module, Attention):
             return True
     return False
@@ -220,7 +219,7 @@ def check_unshared(model: nn.Module, paths: Iterable[str]) -> None:
         InsertionError: names the module and its other path.
     """
     homes: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_sites(model, shared=True):
         homes.setdefault(id(module), []).append(path)
     for path in paths:
         others = [other for other in homes[id(model.get_submodule(path))] if other != path]

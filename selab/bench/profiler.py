@@ -18,6 +18,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from selab.attention.base import Attention
+from selab.attention.gated_site import named_sites
 from selab.attention.se import SqueezeExcitation
 from selab.bench.machine import threads_and_affinity
 from selab.bench.runner import phase_call, prepare, translated_errors
@@ -138,9 +139,7 @@ def named_ranges(network: nn.Module, native: Iterable[str] = ()) -> Iterator[int
         native: paths of blocks that are not an `Attention`.
     """
     others = set(native)
-    blocks = {
-        path: module for path, module in network.named_modules() if isinstance(module, Attention) or path in others
-    }
+    blocks = {path: module for path, module in named_sites(network) if isinstance(module, Attention) or path in others}
     with ExitStack() as stack:
         for path, block in blocks.items():
             if isinstance(block, SqueezeExcitation):

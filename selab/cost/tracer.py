@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selab.attention.base import Attention
+from selab.attention.gated_site import named_sites, sites_own
 from selab.attention.se import GatedJoin
 from selab.cost.operators.backward import gradients
 from selab.cost.rules import FOUND, VIEW, Rule, Work, rule_of
@@ -379,14 +380,15 @@ def _uncounted(operator: str, path: str, function: str, tensors: list[Tensor], o
 
 
 def _places(model: nn.Module, se_blocks: Collection[str]) -> dict[int, _Place]:
-    modules = dict(model.named_modules())
+    # A block has a module of its own around its site, which does no work and has the site's path.
+    modules = {path: sites_own(module) for path, module in named_sites(model)}
     for path in se_blocks:
         if path not in modules:
             raise ModelError(f"{type(model).__name__}: has no module {path!r} to count as SE{nearest(path, modules)}")
     places: dict[int, _Place] = {}
     inside: str | None = None
     for path, module in modules.items():
-        # named_modules goes depth first, so what follows a block with its prefix is inside of it.
+        # named_sites goes depth first, so what follows a block with its prefix is inside of it.
         if inside is None or (inside and not path.startswith(f"{inside}.")):
             inside = path if isinstance(module, Attention) or path in se_blocks else None
         if inside is not None:

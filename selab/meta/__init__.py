@@ -191,6 +191,8 @@ class Passage:
         output_shape: of the last call.
         input_kind: type of that argument.
         output_kind: type of the output.
+        input_dtype: of that argument, None if it is not a tensor.
+        output_dtype: of the output, None if it is not a tensor.
     """
 
     calls: int = 0
@@ -198,6 +200,8 @@ class Passage:
     output_shape: tuple[int, ...] | None = None
     input_kind: str = "not given by position"
     output_kind: str = ""
+    input_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
 
 
 def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mapping[str, Passage]:
@@ -239,6 +243,8 @@ def _recorder(passage: Passage):  # type: ignore[no-untyped-def]
         passage.output_shape = tuple(output.shape) if isinstance(output, Tensor) else None
         passage.input_kind = _kind(first) if args else "not given by position"
         passage.output_kind = _kind(output)
+        passage.input_dtype = first.dtype if isinstance(first, Tensor) else None
+        passage.output_dtype = output.dtype if isinstance(output, Tensor) else None
 
     return record
 

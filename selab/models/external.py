@@ -120,8 +120,11 @@ def se_blocks(model: "nn.Module") -> tuple[str, ...]:
     A block is recognised by its class's name and module, so no library needs to be installed. A block inside another
     block belongs to that block.
     """
+    # Importing it imports torch.
+    from selab.attention.gated_site import named_sites
+
     found: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in named_sites(model):
         if path and not (found and path.startswith(f"{found[-1]}.")) and _is_se_class(type(module)):
             found.append(path)
     return tuple(found)

@@ -12,6 +12,7 @@ from torch import nn
 
 from selab import units
 from selab.attention.auto_sites import BlockEnd
+from selab.attention.gated_site import named_children, named_sites, sites_own
 from selab.meta import Passage, passages
 from selab.records.types import Insertion
 
@@ -101,14 +102,14 @@ def sites_as_builtins(
     """
     marks = _marks(model, insertions, ends, groups, input_nchw)
     listed = []
-    for path, module in model.named_modules():
+    for path, module in named_sites(model):
         if not path:
             continue
         passage = marks.seen.get(path)
         listed.append(
             {
                 "path": path,
-                "type": type(module).__name__,
+                "type": type(sites_own(module)).__name__,
                 "output_shape": None if passage is None else passage.output_shape,
                 "calls": None if passage is None else passage.calls,
                 "groups": list(marks.groups.get(path, ())),
@@ -130,7 +131,7 @@ def _marks(
     for name, paths in (groups or {}).items():
         for path in paths:
             member_of[path] = (*member_of.get(path, ()), name)
-    every = [path for path, _ in model.named_modules()]
+    every = [path for path, _ in named_sites(model)]
     return _Marks(
         insertions={one.path: one for one in insertions},
         ends={end.path: end for end in ends},
@@ -143,16 +144,17 @@ def _marks(
 def _node(path: str, module: nn.Module, name: str, marks: _Marks) -> _Node:
     prefix = f"{path}." if path else ""
     passage = marks.seen.get(path)
-    is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    own = sites_own(module)
+    is_list = isinstance(own, (nn.ModuleList, nn.ModuleDict))
     shape = "(container)" if is_list and passage is not None and passage.calls == 0 else _shape(passage)
     return _Node(
         name=name,
-        kind=_kind(module) if path else "",
+        kind=_kind(own) if path else "",
         shape=shape,
         marks=(*marks.groups.get(path, ()), *(("auto",) if path in marks.ends else ())),
         insertion=_inserted(marks.insertions[path], shape) if path in marks.insertions else "",
-        has_weights=any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)),
-        children=tuple(_node(f"{prefix}{key}", child, key, marks) for key, child in module.named_children()),
+        has_weights=any(parameter.dim() > 1 for parameter in own.parameters(recurse=False)),
+        children=tuple(_node(f"{prefix}{key}", child, key, marks) for key, child in named_children(module)),
     )
 
 

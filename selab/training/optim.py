@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selab.attention.gated_site import named_sites, sites_own
 from selab.training.recipe import Recipe
 
 # Of Keras 2: keras/optimizers.py, RMSprop(rho=0.9), and its backend's epsilon.
@@ -61,7 +62,8 @@ def draw_he(model: nn.Module, *, seed: int, only: Collection[str]) -> None:
     Source: He et al. 2015, arXiv 1502.01852, eq. 10.
     """
     generator = torch.Generator()
-    for name, module in model.named_modules():
+    for name, site in named_sites(model):
+        module = sites_own(site)
         if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear) or f"{name}.weight" not in only:
             continue
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

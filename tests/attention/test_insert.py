@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from selab.attention.config import SEConfig
-from selab.attention.insert import check_blocks_run, insert_se, remove_se
+from selab.attention.insert import insert_se, remove_se
+from selab.attention.inserted import check_inserted
 from selab.attention.insertions import insertion_remarks
 from selab.attention.se import SqueezeExcitation
 from selab.errors import InsertionError, ModelError, SelabError
@@ -252,7 +253,7 @@ class TestRefusals:
     def test_a_block_that_never_runs_is_refused(self, foreign):
         foreign.forgotten = SqueezeExcitation(16, 4)
         with pytest.raises(InsertionError, match="forgotten: this SE block ran 0 times"):
-            check_blocks_run(foreign, CHW)
+            check_inserted(foreign, input_nchw=CHW)
         with pytest.raises(InsertionError, match="forgotten"):
             insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
         assert len(blocks(foreign)) == 1, "the insertion is undone"

@@ -1,0 +1,163 @@
+"""The inserted blocks of a network, and whether each of them runs."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from selab.attention.base import Attention
+from selab.attention.gated_site import BLOCK, GatedSite, named_sites
+from selab.attention.se import GatedJoin
+from selab.attention.sites import is_residual_block
+from selab.errors import InsertionError
+from selab.meta import Example, Passage, passages
+from selab.records.types import Insertion
+
+# How many blocks a message explains.
+_SHOWN = 3
+_BLOCK_NAME = re.compile(rf"{BLOCK}(_\d+)?")
+
+
+def inserted_blocks(model: nn.Module) -> dict[str, tuple[str, Attention]]:
+    """Return the blocks that `insert_se` inserted: path → its site and the block."""
+    return {
+        path: (site_of(model, path), module)
+        for path, module in named_sites(model)
+        if isinstance(module, Attention) and module.inserted
+    }
+
+
+def site_of(model: nn.Module, path: str) -> str:
+    """Return the site of a block: the module that holds it, or the residual block whose join or branch holds it."""
+    holder = path.rpartition(".")[0]
+    names = holder.split(".")
+    for depth in (1, 2):
+        above = ".".join(names[:-depth])
+        part = names[-depth] if depth <= len(names) else ""
+        if part in ("join", "branch") and is_residual_block(model.get_submodule(above)):
+            return above
+    return holder
+
+
+def check_inserted(
+    model: nn.Module,
+    *,
+    input_nchw: Example = (1, 3, 224, 224),
+    inputs: Example | None = None,
+    inserted: Iterable[Insertion | str] = (),
+) -> tuple[str, ...]:
+    """Check that every attention block of a network runs exactly once in a forward pass; no kernel runs.
+
+    A conversion of a network, such as folding its BatchNorms, can leave a block's parameters in the state dict without
+    the block. The network then runs, and nothing says so. Call this after whatever changed the modules of a network.
+
+    Args:
+        model: any module; not changed.
+        input_nchw: the shape of an example input, (N, C, H, W).
+        inputs: an example input of another form: a tensor, positional arguments in a tuple, keyword arguments in a
+            mapping.
+        inserted: the result of `insert_se`, or paths of sites, which must still have their blocks.
+
+    Returns:
+        The sites of the blocks, in the order of the network; a block that belongs to the network itself has its own
+        path.
+
+    Raises:
+        InsertionError: names the blocks that do not run once, and says what probably happened.
+        ModelError: the forward pass fails with this input.
+
+    Examples:
+        >>> from torch import nn
+        >>> import selab
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        >>> inserted = selab.insert_se(net, "1", input_nchw=(1, 3, 16, 16), reduction=4)
+        >>> net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        >>> selab.check_inserted(net, input_nchw=(1, 3, 16, 16), inserted=inserted)
+        ('1',)
+    """
+    expected = [one if isinstance(one, str) else one.path for one in inserted]
+    blocks = _blocks(model)
+    sites = {path: site_of(model, path) if getattr(block, "inserted", True) else path for path, block in blocks.items()}
+    gone = [path for path in expected if path not in sites.values()]
+    if gone:
+        raise InsertionError(
+            f"{', '.join(gone[:_SHOWN])}{_more(len(gone))}: has no attention block any more; something replaced the "
+            "module that held it, such as folding a BatchNorm: insert the blocks again afterwards"
+        )
+    check_calls(model, calls_of_modules(model, input_nchw if inputs is None else inputs))
+    return tuple(sites.values())
+
+
+def calls_of_modules(model: nn.Module, example: Example) -> Mapping[str, Passage]:
+    """Run a network once without arithmetic; return the calls of its modules, by their paths without blocks.
+
+    Raises:
+        ModelError: the forward pass fails with this input.
+    """
+    modules = dict(named_sites(model))
+    inner = [f"{path}.inner" for path, module in modules.items() if isinstance(module, GatedSite)]
+    return passages(model, [*modules, *inner], example)
+
+
+def check_calls(model: nn.Module, seen: Mapping[str, Passage]) -> None:
+    """Check that every block runs once, given the calls of a network's modules.
+
+    Raises:
+        InsertionError: as `check_inserted`.
+    """
+    wrong = [(path, calls) for path in _blocks(model) if (calls := _calls(model, seen, path)) != 1]
+    if wrong:
+        shown = "; ".join(
+            f"{path}: this SE block ran {calls} times in a forward pass, not once: {_why(model, seen, path, calls)}"
+            for path, calls in wrong[:_SHOWN]
+        )
+        raise InsertionError(shown + _more(len(wrong)))
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in named_sites(model) if _is_block(path, module)}
+
+
+def _is_block(path: str, module: nn.Module) -> bool:
+    """Return whether a module is a block, or in a graph of torch.fx the container of a block's layers."""
+    if isinstance(module, Attention):
+        return True
+    named = _BLOCK_NAME.fullmatch(path.rpartition(".")[2]) is not None
+    return named and type(module) is nn.Module and next(module.parameters(), None) is not None
+
+
+def _layers(path: str, module: nn.Module) -> list[str]:
+    """Return the layers below a module that have parameters."""
+    return [f"{path}.{name}" for name, one in module.named_modules() if name and one._parameters]
+
+
+def _calls(model: nn.Module, seen: Mapping[str, Passage], path: str) -> int:
+    """Return how often a block ran; a container of torch.fx is not called itself, but its layers are."""
+    module = model.get_submodule(path)
+    if isinstance(module, Attention):
+        return seen[path].calls
+    of_layers = {seen[layer].calls for layer in _layers(path, module)}
+    return of_layers.pop() if len(of_layers) == 1 else min(of_layers)
+
+
+def _why(model: nn.Module, seen: Mapping[str, Passage], path: str, calls: int) -> str:
+    """Return what probably happened to a block that does not run once."""
+    above = path.rpartition(".")[0]
+    holder = model.get_submodule(above)
+    kind, of_holder = type(holder).__name__, seen[above].calls
+    if calls > 1:
+        return f"its site {above} is shared or runs in a loop; choose a site that the forward pass goes through once"
+    if isinstance(holder, GatedSite):
+        if of_holder:
+            return f"another forward was set on {above}; set it on {above}.inner"
+        if seen[f"{above}.inner"].calls:
+            return f"something calls {above}.inner past its place, such as a list of modules; choose another site"
+    elif isinstance(holder, nn.Sequential) and of_holder:
+        return f"the forward of {above} does not run all its children; choose one of them as the site"
+    elif of_holder and not isinstance(holder, GatedJoin) and getattr(holder, "inserted", True):
+        return f"{kind} does not call it; a conversion may have made a new {kind} around it: insert the block again"
+    return "its site does not run either; the forward pass takes another path with this input, or never runs it"
+
+
+def _more(count: int) -> str:
+    return f"; and {count - _SHOWN} more" if count > _SHOWN else ""

@@ -6,13 +6,44 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
 
 from selab.errors import SelabError, SpecError, nearest, one_line
+
+# Who is told before a user's code runs, and of which files and modules it has been told.
+_listeners: list[Callable[[str], object]] = []
+_known: set[str] = set()
+
+
+def tell_of_code(listener: Callable[[str], object] | None) -> None:
+    """Call a function with `path/to/file.py` or `package.module` before any of a user's code runs, once for each.
+
+    Args:
+        listener: replaces the one before; None for none.
+    """
+    _listeners[:] = [] if listener is None else [listener]
+    _known.clear()
+
+
+def code_is_known(place: str) -> None:
+    """Note that the user has been told that code of this file or module runs."""
+    _known.add(_place_key(place))
+
+
+def before_code(place: str) -> None:
+    """Tell that code of a file or module is about to run, unless the user knows."""
+    if _place_key(place) not in _known:
+        code_is_known(place)
+        for listener in _listeners:
+            listener(place)
+
+
+def _place_key(place: str) -> str:
+    return str(Path(place).resolve()) if place.endswith(".py") else place
 
 
 @contextmanager
@@ -33,6 +64,7 @@ def imported(target: str) -> Iterator[object]:
         file = Path(place).resolve()
         if not file.is_file():
             raise SpecError(f"{target}: there is no file {place}")
+        before_code(place)
         with user_code(target, folder=file.parent, home=file.parent):
             yield _attribute(_file_module(file), attribute, where=target)
         return
@@ -42,7 +74,10 @@ def imported(target: str) -> Iterator[object]:
         if spec is None:
             raise SpecError(f"{target}: there is no module {root!r} in this folder or among the installed packages")
     places = list(spec.submodule_search_locations or [spec.origin or ""])
-    with user_code(target, folder=Path.cwd(), home=Path(places[0])):
+    before_code(place)
+    # An installed package does not import from the current folder.
+    here = Path.cwd() if _lies_in(Path(places[0]).absolute(), Path.cwd()) else None
+    with user_code(target, folder=here, home=Path(places[0])):
         try:
             with _random_state_kept():
                 module = importlib.import_module(place)
@@ -62,15 +97,16 @@ def beside(target: str, folder: Path) -> str:
 
 
 @contextmanager
-def user_code(where: str, *, folder: Path, home: Path | None) -> Iterator[None]:
+def user_code(where: str, *, folder: Path | None, home: Path | None) -> Iterator[None]:
     """Run a user's code: let it import from its folder, send its prints to standard error, and explain its errors.
 
     Args:
         where: what was asked for, for messages.
-        folder: first on the search path.
+        folder: first on the search path; None for nothing.
         home: the file or folder whose lines an error is attributed to.
     """
-    sys.path.insert(0, str(folder))
+    if folder is not None:
+        sys.path.insert(0, str(folder))
     try:
         with redirect_stdout(sys.stderr):
             yield
@@ -79,7 +115,8 @@ def user_code(where: str, *, folder: Path, home: Path | None) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         raise SpecError(f"{where}: {explained(error)}{_location(error, home)}") from error
     finally:
-        sys.path.remove(str(folder))
+        if folder is not None:
+            sys.path.remove(str(folder))
 
 
 @contextmanager

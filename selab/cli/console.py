@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selab import units
+from selab.attention import user_code
 from selab.cli.streams import encodes_all
 from selab.errors import SelabError
 from selab.models import catalog, external
@@ -86,9 +87,14 @@ def find(name: str, *, option: str = "--arch") -> "Variant":
 
 def announce_code(variant: "Variant") -> None:
     """Print a note if building a variant runs a user's code."""
-    code = external.runs_code_of(variant)
-    if code is not None:
-        print_note(f"running code from {code}")
+    for place in external.places_of_code(variant):
+        tell_code(place)
+        user_code.code_is_known(place)
+
+
+def tell_code(place: str) -> None:
+    """Print that a user's code runs."""
+    print_note(f"running code from {place}")
 
 
 def resolve_job(request: "Request") -> "Job":

@@ -1,16 +1,19 @@
 """The command line: each command one short function; torch is imported only by the commands that need it."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from selab._version import __version__
+from selab.attention import user_code
 from selab.cli import faults, streams
 from selab.cli.checks import check, diff
-from selab.cli.console import StoppedError, print_error
+from selab.cli.console import StoppedError, print_error, tell_code
 from selab.cli.measure import profile, roofline, show_machine, tax, timeline
 from selab.cli.networks import archs, count, show, sites
 from selab.cli.new import new_app
@@ -52,6 +55,8 @@ app = typer.Typer(
     context_settings=_HELP,
 )
 
+_SAFE_PATH = "PYTHONSAFEPATH"
+
 
 def main() -> None:
     """Run the program.
@@ -62,7 +67,8 @@ def main() -> None:
     streams.prepare()
     debug = faults.take_debug(sys.argv)
     signals = Signals()
-    with signals.handled():
+    user_code.tell_of_code(tell_code)
+    with signals.handled(), _isolated_children():
         status = _status(signals, debug=debug)
         problem = streams.finish()
         if problem and not status:
@@ -99,6 +105,20 @@ def _status(signals: Signals, *, debug: bool) -> int | str | None:
         stopped = error.signal if isinstance(error, SelabError) else None
         return 1 if stopped is None else 128 + stopped
     return 0
+
+
+@contextmanager
+def _isolated_children() -> Iterator[None]:
+    """Keep Python processes that this one starts (workers, compilers, Ray's) from importing from the current folder."""
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 def _show_version(wanted: bool) -> None:

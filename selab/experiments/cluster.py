@@ -101,7 +101,12 @@ def _connected(address: str, device: Device) -> Iterator[Any]:
         ray = importlib.import_module("ray")
     except ImportError:
         raise SelabError("--ray: Ray is not installed; pip install 'selab[ray]'") from None
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {
+        **_job_options(ray),
+        "address": address,
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+    }
     if address == LOCAL:
         gpus = {"num_gpus": 1} if device == "cuda" else {}
         options |= {"num_cpus": available_cores(), "include_dashboard": False, **gpus}
@@ -116,6 +121,20 @@ def _connected(address: str, device: Device) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _job_options(ray: Any) -> dict[str, Any]:
+    """Return options for workers that do not import from the driver's folder; Ray would put it first on their path."""
+    module = getattr(ray, "job_config", None)
+    if module is None:
+        return {}
+
+    class ConfigWithoutFolder(module.JobConfig):  # type: ignore[misc, name-defined]
+        def _runtime_env_has_working_dir(self) -> bool:
+            # Ray adds the folder unless the job says that it sends one.
+            return True
+
+    return {"job_config": ConfigWithoutFolder()}
 
 
 def _keep_to_this_machine(environment: Any) -> None:

@@ -1,6 +1,6 @@
 """Measure in this process or in fresh ones; both give raw runs.
 
-A fresh process is this module run as a program. It reads a `WorkerJob` as JSON from its standard input. It writes one
+A fresh process is `worker_main`. It reads a `WorkerJob` as JSON from its standard input. It writes one
 JSON object per line, progress and raw runs, to its standard output.
 """
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import msgspec
 from torch import nn
@@ -18,6 +19,12 @@ from selab.errors import ModelError, OutOfMemoryError, SelabError
 from selab.experiments.job import Job
 from selab.models.build import Built, build
 from selab.records.types import Frozen, Phase
+
+# The folder of this package comes last: it is needed only where the package is not installed.
+_START = (
+    f"import sys; sys.path.append({str(Path(__file__).resolve().parents[2])!r}); "
+    "from selab.experiments.workers import worker_main; worker_main()"
+)
 
 
 class Failed(Frozen, frozen=True, kw_only=True):
@@ -107,7 +114,8 @@ def raw_runs_of_children(job: Job, report: Report) -> Iterator[RawPhase | Failed
 
 
 def _child(order: WorkerJob, report: Report) -> Iterator[RawPhase | Failed]:
-    command = [sys.executable, "-m", "selab.experiments.workers"]
+    # Without -P, the current folder would be the first place to import from: a random.py in it would run.
+    command = [sys.executable, "-P", "-c", _START]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None

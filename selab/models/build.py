@@ -1,11 +1,13 @@
 """Build a variant: import its builder, call it, insert the blocks of its configuration."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import msgspec
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 from selab.attention.config import ExternalConfig, Init, SiteConfig
 from selab.attention.insert import insert_se
 from selab.attention.se import SqueezeExcitation
-from selab.attention.user_code import beside, imported
+from selab.attention.user_code import before_code, beside, imported
 from selab.errors import InsertionError, ModelError, SelabError, SpecError
 from selab.meta import first_line
 from selab.models import external
@@ -115,12 +117,23 @@ def _builder(variant: Variant):  # type: ignore[no-untyped-def]
         # Loaded by its path: two folders may have modules of one name.
         try:
             with imported(f"{beside_it}:{attribute}") as found:
-                return found
+                pass
         except SpecError as error:
             raise SpecError(f"{variant.origin}: builder: {variant.builder!r} cannot be imported: {error}") from error
-    with _import_beside(variant):
+        return _checked_builder(found, variant)
+    root = module_name.partition(".")[0]
+    folder = Path(variant.file).resolve().parent if variant.file else None
+    local = folder is not None and (folder / root).is_dir()
+    if root in sys.stdlib_module_names and not local:
+        raise SpecError(
+            f"{variant.origin}: builder: {variant.builder!r} is of Python's standard library; "
+            "name a class or function that returns a torch.nn.Module"
+        )
+    if variant.file and root != "selab":
+        before_code(module_name)
+    with _import_beside(folder if local else None):
         try:
-            return getattr(importlib.import_module(module_name), attribute)
+            found = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
             raise SpecError(
                 f"{variant.origin}: builder: {variant.builder!r} cannot be imported: {first_line(error)}; "
@@ -129,17 +142,53 @@ def _builder(variant: Variant):  # type: ignore[no-untyped-def]
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise SpecError(f"{variant.origin}: builder: importing {module_name!r} fails: {reason}") from error
+    return _checked_builder(found, variant)
+
+
+def _checked_builder(found: Any, variant: Variant) -> Any:
+    """Return a builder; refuse what cannot return a network, before it is called with a TOML's arguments.
+
+    Raises:
+        SpecError: a class of something else, a function that says it returns something else, one of torch's own
+            functions, one written in C, or no callable.
+    """
+    kind = ""
+    if isinstance(found, type):
+        kind = "" if issubclass(found, nn.Module) else "a class of something else"
+    elif not callable(found):
+        kind = f"not callable, but a value of type {type(found).__name__}"
+    elif inspect.isbuiltin(found) or str(getattr(found, "__module__", "")).partition(".")[0] == "torch":
+        kind = "a function that returns no network"
+    else:
+        returned = _returned_type(found)
+        if returned is not None and not issubclass(returned, nn.Module):
+            kind = f"a function that returns {returned.__name__}"
+    if kind:
+        raise SpecError(
+            f"{variant.origin}: builder: {variant.builder!r} is {kind}; name a class or function that returns a "
+            "torch.nn.Module"
+        )
+    return found
+
+
+def _returned_type(function: object) -> type | None:
+    """Return the class that a function is annotated to return; None if it says nothing that can be resolved."""
+    try:
+        returned = get_type_hints(function).get("return")
+    except Exception:
+        # A name that exists for type checkers only.
+        return None
+    return returned if isinstance(returned, type) and returned is not object else None
 
 
 @contextmanager
-def _import_beside(variant: Variant) -> Iterator[None]:
-    """Let a family's TOML name a module of its folder."""
-    if not variant.file:
+def _import_beside(folder: Path | None) -> Iterator[None]:
+    """Let a family's TOML name a package of its folder."""
+    if folder is None:
         yield
         return
-    folder = str(Path(variant.file).resolve().parent)
-    sys.path.insert(0, folder)
+    sys.path.insert(0, str(folder))
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(str(folder))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from selab.attention.user_code import explained, imported
+from selab.attention.config import ExternalConfig
+from selab.attention.user_code import beside, explained, imported
 from selab.errors import SpecError, UnknownNameError, nearest
 from selab.models.spec import Variant
 
@@ -108,10 +109,22 @@ def runs_code_of(variant: Variant) -> str | None:
     if variant.builder in BUILDERS:
         own = BUILDERS[variant.builder]
         if own is from_file:
-            return str(variant.arguments["path"])
-        return str(variant.arguments["target"]).partition(":")[0] if own is from_module else None
+            return str(variant.arguments.get("path", variant.file))
+        return str(variant.arguments.get("target", variant.file)).partition(":")[0] if own is from_module else None
     module = variant.builder.partition(":")[0]
     return None if module.startswith("selab.") else module
+
+
+def places_of_code(variant: Variant) -> tuple[str, ...]:
+    """Return the files and modules of a user whose code runs when this variant is built, as messages name them."""
+    builder = runs_code_of(variant)
+    folder = Path(variant.file).resolve().parent if variant.file else Path()
+    if builder is not None and variant.file and (folder / f"{builder}.py").is_file():
+        builder = str(folder / f"{builder}.py")
+    block = None
+    if isinstance(variant.se, ExternalConfig):
+        block = (beside(variant.se.target, folder) if variant.file else variant.se.target).rpartition(":")[0]
+    return tuple(dict.fromkeys(place for place in (builder, block) if place))
 
 
 def se_blocks(model: "nn.Module") -> tuple[str, ...]:

@@ -30,7 +30,18 @@ from selab.records.types import Counter, Difference
 
 # fvcore 0.1.5 and torch 2.13 know these; another operator that holds MACs is zero for them.
 _FVCORE_PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "einsum"}
-_TORCH_PRODUCTS = {"aten::convolution", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+_TORCH_ATTENTION = {
+    f"aten::{name}"
+    for name in (
+        *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+        *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable"),
+        *("_flash_attention_forward", "_efficient_attention_forward"),
+    )
+}
+_TORCH_PRODUCTS = {
+    *("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    *("aten::_scaled_mm", *_TORCH_ATTENTION),
+}
 _GATES = {"sigmoid", "hardsigmoid", "tanh", "relu", "hardtanh", "clamp"}
 
 
@@ -155,9 +166,13 @@ def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace) 
 
     ours = 2 * (_ours(traced) + sum(o.backward_macs for o in traced.operations))
     grouped = sum(2 * o.macs * (o.groups - 1) for o in traced.operations if o.weight_gradient)
+    # The gradients of queries, keys and values whether they are needed or not, and the scores once more.
+    attention = [o for o in traced.operations if o.operator in _TORCH_ATTENTION and o.backward_macs]
+    fused = sum(2 * (5 * o.macs // 2 - o.backward_macs) for o in attention)
     differences = [
         *_torch_missing(traced, backward=True),
         *_amounts({"weight gradients of grouped convolutions, counted `groups` times": grouped}),
+        *_amounts({"fused attention, whose backward pass computes the scores again": fused}),
         *_se_note(traced),
     ]
     return _counter(

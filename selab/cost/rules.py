@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from selab.cost.operators.base import META, Rule, Work, nothing
+from selab.cost.operators.base import Rule, Work, nothing
 from selab.cost.operators.elementwise import ELEMENTWISE
 from selab.cost.operators.gradients import GRADIENTS
 from selab.cost.operators.movement import FREE, MOVEMENT
@@ -23,7 +23,7 @@ from selab.cost.operators.windows import WINDOWS
 from selab.errors import SpecError
 from selab.meta import first_line
 
-__all__ = ["FOUND", "META", "RULES", "VIEW", "Rule", "Work", "is_counted", "register_rule", "rule_of"]
+__all__ = ["FOUND", "RULES", "VIEW", "Rule", "Work", "is_counted", "register_rule", "rule_of"]
 
 RULES: dict[str, Rule] = {**PRODUCTS, **WINDOWS, **ELEMENTWISE, **MOVEMENT, **GRADIENTS}
 """The full name of an operator, without its overload → its rule; `register_rule` adds to it."""

@@ -216,7 +216,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = _tensors_in(args, kwargs)
         index = -1
         result = func(*args, **kwargs)
-        out = result[0] if isinstance(result, (tuple, list)) and result else result
+        # The first output may be a gradient that is not asked for.
+        out = next((x for x in result if x is not None), None) if isinstance(result, (tuple, list)) else result
         if rule is not VIEW and isinstance(out, Tensor):
             self._drop_copy_of_autograd(func, args)
             index = len(self.operations)

@@ -1,15 +1,17 @@
 """Other counters run, and every difference to ours is explained to the unit."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selab.attention.config import BLOCKS
-from selab.cost.crosscheck import compare, fvcore_counter, thop_counter
+from selab.cost.crosscheck import compare, fvcore_counter, thop_counter, torch_counter_backward
 from selab.cost.tracer import op_trace
 from selab.errors import ModelError
 from selab.models.build import build
@@ -292,3 +294,45 @@ def test_a_counter_that_cannot_be_imported(counter: Any, module: str, monkeypatc
 def test_a_model_that_fails_is_an_error_of_ours() -> None:
     with pytest.raises(ModelError):
         compare(nn.Linear(3, 5), (2, 4))
+
+
+class Attending(nn.Module):
+    """Attention as one operator, of maps that all need a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*self.project(x).chunk(3, -1))
+
+
+def test_attention_and_recurrent_layers_in_one_operator_are_explained() -> None:
+    assert_explained(compare(Attending(), (2, 4, 16, 8)))
+    for layer in (nn.Bilinear(8, 7, 4), nn.Embedding(10, 4), nn.LSTM(8, 6)):
+        example = {
+            nn.Bilinear: (torch.zeros(3, 8), torch.zeros(3, 7)),
+            nn.Embedding: (torch.zeros(3, dtype=torch.long),),
+            nn.LSTM: (torch.zeros(5, 2, 8),),
+        }[type(layer)]
+        counters = compare(layer, example)
+        for key in ("fvcore", "torch", "torch_backward"):
+            assert (counters[key].error, counters[key].remainder) == ("", 0), (layer, key)
+
+
+def test_a_view_in_place_leaves_no_remainder() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert_explained(compare(network, (torch.zeros(1, 3, 4, 4).to(memory_format=layout),)))
+
+
+def test_fused_attention_of_a_gpu_computes_its_scores_twice() -> None:
+    traced = op_trace(Attending(), (2, 4, 16, 8), details=True)
+    scores = 2 * 4 * 16 * 16
+    (attention,) = (o for o in traced.operations if o.name == "attention")
+    assert (attention.macs, attention.backward_macs) == (scores * 16, scores * 32)
+    operator = "aten::_scaled_dot_product_efficient_attention"
+    fused = msgspec.structs.replace(attention, operator=operator)
+    on_gpu = replace(traced, operations=tuple(fused if o is attention else o for o in traced.operations))
+    causes = amounts(torch_counter_backward(Attending(), (2, 4, 16, 8), on_gpu))
+    assert causes == {"fused attention, whose backward pass computes the scores again": 2 * scores * 8}

@@ -1,13 +1,10 @@
 """The form of a counting rule, and the arithmetic that many rules share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
-
-META = torch.device("meta")
 
 Role = Literal["", "convolution", "reduction", "product"]
 
@@ -45,8 +42,6 @@ class Rule:
     Attributes:
         name: the row in tables.
         work: (arguments, output) → arithmetic of one call; None if the shapes do not tell it.
-        makes: arguments → the empty output, where this is much cheaper than the operator's meta kernel. If it returns
-            None, that kernel is called; it also has the better error message.
         role: `reduction` and `product` mark the squeeze and the scale of an SE block.
         operands: positions of the factors of a convolution or matrix product.
         linear: whether the gradient passes through without arithmetic, or is zero.
@@ -58,7 +53,6 @@ class Rule:
 
     name: str
     work: Callable[[Arguments, Tensor], Work | None]
-    makes: Callable[[Arguments, Mapping[str, Any]], Any] | None = None
     role: Role = ""
     operands: tuple[int, ...] = ()
     linear: bool = False

@@ -20,7 +20,6 @@ from selab.cost.operators.base import (
     per_output,
     table,
 )
-from selab.cost.operators.outputs import broadcast, normalised, reduced, same
 
 
 # ------------------------------------------------------------------------------------------------------- normalisations
@@ -109,14 +108,12 @@ def _elementwise(count: int, names: str, *, linear: bool = False) -> dict[str, R
     return named(names, lambda name: Rule(name=name.removesuffix("_kernel"), work=per_output(count), linear=linear))
 
 
-def _reductions(count: int, names: str, makes: Any = None) -> dict[str, Rule]:
-    return named(names, lambda name: Rule(name=name, work=per_input(count), makes=makes, role="reduction"))
+def _reductions(count: int, names: str) -> dict[str, Rule]:
+    return named(names, lambda name: Rule(name=name, work=per_input(count), role="reduction"))
 
 
-def _norms(
-    work: Arithmetic, names: str, name: str, affine: int, statistics: Any = _always, makes: Any = None
-) -> dict[str, Rule]:
-    return table(Rule(name=name, work=work, makes=makes, affine=affine, statistics=statistics), names)
+def _norms(work: Arithmetic, names: str, name: str, affine: int, statistics: Any = _always) -> dict[str, Rule]:
+    return table(Rule(name=name, work=work, affine=affine, statistics=statistics), names)
 
 
 def _plain(work: Arithmetic, name: str, names: str, traffic: Traffic | None = None, role: Role = "") -> dict[str, Rule]:
@@ -125,14 +122,14 @@ def _plain(work: Arithmetic, name: str, names: str, traffic: Traffic | None = No
 
 ELEMENTWISE: dict[str, Rule] = {
     # One fused multiply-add per output element.
-    **named("add sub rsub", lambda name: Rule(name=name, work=per_output(1), makes=broadcast, linear=True)),
-    **named("mul", lambda name: Rule(name=name, work=per_output(1), makes=broadcast, role="product")),
-    **named("addcmul", lambda name: Rule(name=name, work=per_output(1, 2), makes=broadcast, role="product")),
-    **named("div maximum minimum", lambda name: Rule(name=name, work=per_output(1), makes=broadcast)),
+    **named("add sub rsub", lambda name: Rule(name=name, work=per_output(1), linear=True)),
+    **named("mul", lambda name: Rule(name=name, work=per_output(1), role="product")),
+    **named("addcmul", lambda name: Rule(name=name, work=per_output(1, 2), role="product")),
+    **named("div maximum minimum", lambda name: Rule(name=name, work=per_output(1))),
     **named(
         "relu sigmoid hardsigmoid hardtanh silu hardswish tanh gelu elu celu selu mish leaky_relu softplus "
         "log_sigmoid softsign threshold clamp clamp_min clamp_max exp log sqrt rsqrt reciprocal neg abs erf square",
-        lambda name: Rule(name=name, work=per_output(1), makes=same),
+        lambda name: Rule(name=name, work=per_output(1)),
     ),
     **_elementwise(
         1,
@@ -165,7 +162,7 @@ ELEMENTWISE: dict[str, Rule] = {
     **_elementwise(3, "logcumsumexp _logcumsumexp"),
     **named("_add_relu", lambda _: Rule(name="add_relu", work=per_output(2))),
     # One per element read.
-    **_reductions(1, "mean sum amax amin", reduced),
+    **_reductions(1, "mean sum amax amin"),
     **_reductions(1, "max min argmax argmin any all nansum count_nonzero prod trace"),
     **_reductions(1, "segment_reduce"),
     **_reductions(1, "norm native_norm linalg_vector_norm _is_all_true _is_any_true"),
@@ -173,8 +170,8 @@ ELEMENTWISE: dict[str, Rule] = {
     **_reductions(3, "logsumexp"),
     **_plain(per_input(1), "compare", "equal"),
     **_plain(per_input(2), "compare", "allclose"),
-    **named("_softmax _safe_softmax", lambda _: Rule(name="softmax", work=per_output(3), makes=same)),
-    **named("_log_softmax", lambda name: Rule(name=name.strip("_"), work=per_output(3), makes=same)),
+    **named("_softmax _safe_softmax", lambda _: Rule(name="softmax", work=per_output(3))),
+    **named("_log_softmax", lambda name: Rule(name=name.strip("_"), work=per_output(3))),
     **named("_masked_softmax softmax", lambda _: Rule(name="softmax", work=per_output(3))),
     **named("log_softmax", lambda name: Rule(name=name, work=per_output(3))),
     # Selecting and counting reads every element once, sorting compares it log₂ n times.
@@ -187,7 +184,7 @@ ELEMENTWISE: dict[str, Rule] = {
     **_plain(_searched(1), "search", "bucketize"),
     **_plain(_distances, "cdist", "_cdist_forward _pdist_forward"),
     # Scale and shift per element, and the statistics where they are computed.
-    **_norms(_batch_norm_work, "native_batch_norm", "batch_norm", 1, _in_train_mode, normalised),
+    **_norms(_batch_norm_work, "native_batch_norm", "batch_norm", 1, _in_train_mode),
     **_norms(
         _batch_norm_work,
         "_native_batch_norm_legit cudnn_batch_norm miopen_batch_norm",

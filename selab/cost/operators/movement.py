@@ -17,7 +17,6 @@ from selab.cost.operators.base import (
     per_output,
     table,
 )
-from selab.cost.operators.outputs import converted, copied, joined
 
 Moved = Sequence[tuple[Tensor, int]]
 
@@ -111,9 +110,9 @@ def _placing(
 
 
 MOVEMENT: dict[str, Rule] = {
-    "aten::cat": Rule(name="cat", work=nothing, makes=joined, linear=True),
-    "aten::clone": Rule(name="copy", work=nothing, makes=copied, linear=True),
-    "aten::_to_copy": Rule(name="copy", work=nothing, makes=converted, linear=True),
+    "aten::cat": Rule(name="cat", work=nothing, linear=True),
+    "aten::clone": Rule(name="copy", work=nothing, linear=True),
+    "aten::_to_copy": Rule(name="copy", work=nothing, linear=True),
     **_moving("copy", "copy_", _copied_into),
     **_moving("cat", "_chunk_cat block_diag"),
     **_moving(

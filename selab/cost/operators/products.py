@@ -16,7 +16,6 @@ from selab.cost.operators.base import (
     per_output,
     table,
 )
-from selab.cost.operators.outputs import convolved, multiplied
 
 
 # --------------------------------------------------------------------------------------------------------- convolutions
@@ -249,9 +248,7 @@ def _products(work: Arithmetic, operands: tuple[int, ...], name: str, names: str
 
 
 PRODUCTS: dict[str, Rule] = {
-    "aten::convolution": Rule(
-        name="convolution", work=_convolution_work, makes=convolved, role="convolution", operands=(0, 1)
-    ),
+    "aten::convolution": Rule(name="convolution", work=_convolution_work, role="convolution", operands=(0, 1)),
     **table(
         Rule(name="convolution", work=_convolution_work, role="convolution", operands=(0, 1)),
         "_convolution convolution_overrideable",
@@ -275,9 +272,9 @@ PRODUCTS: dict[str, Rule] = {
         "quantized::conv1d quantized::conv2d quantized::conv3d quantized::conv1d_relu quantized::conv2d_relu "
         "quantized::conv3d_relu quantized::conv1d_dynamic quantized::conv2d_dynamic quantized::conv3d_dynamic",
     ),
-    "aten::addmm": Rule(name="linear", work=_product_work(1), makes=multiplied(1), operands=(1, 2)),
-    "aten::mm": Rule(name="linear", work=_product_work(0), makes=multiplied(0), operands=(0, 1)),
-    "aten::bmm": Rule(name="matmul", work=_product_work(0), makes=multiplied(0), operands=(0, 1)),
+    "aten::addmm": Rule(name="linear", work=_product_work(1), operands=(1, 2)),
+    "aten::mm": Rule(name="linear", work=_product_work(0), operands=(0, 1)),
+    "aten::bmm": Rule(name="matmul", work=_product_work(0), operands=(0, 1)),
     **_products(
         _product_work(0),
         (0, 1),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from selab.cost.operators.base import (
     per_output,
     table,
 )
-from selab.cost.operators.outputs import max_pooled, pooled
 
 
 # -------------------------------------------------------------------------------------------------------------- pooling
@@ -149,19 +147,19 @@ def _region_work(pooled_at: Callable[[Arguments], int]) -> Callable[[Arguments, 
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
-def _pooling(work: Arithmetic, name: str, names: str, makes: Any = None) -> dict[str, Rule]:
-    return table(Rule(name=name, work=work, makes=makes, role="reduction"), names)
+def _pooling(work: Arithmetic, name: str, names: str) -> dict[str, Rule]:
+    return table(Rule(name=name, work=work, role="reduction"), names)
 
 
 WINDOWS: dict[str, Rule] = {
-    **_pooling(_window_work(2), "max_pool", "max_pool2d_with_indices", max_pooled),
+    **_pooling(_window_work(2), "max_pool", "max_pool2d_with_indices"),
     **_pooling(_window_work(1), "max_pool", "max_pool1d"),
     **_pooling(_window_work(2), "max_pool", "max_pool2d mkldnn_max_pool2d quantized_max_pool2d fractional_max_pool2d"),
     **_pooling(
         _window_work(3), "max_pool", "max_pool3d max_pool3d_with_indices mkldnn_max_pool3d fractional_max_pool3d"
     ),
     **_pooling(_window_work(1), "avg_pool", "avg_pool1d"),
-    **_pooling(_window_work(2), "avg_pool", "avg_pool2d", pooled(4, None)),
+    **_pooling(_window_work(2), "avg_pool", "avg_pool2d"),
     **_pooling(_window_work(3), "avg_pool", "avg_pool3d"),
     **_pooling(
         _adaptive_work,

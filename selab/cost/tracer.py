@@ -146,8 +146,9 @@ def _numel(x: Tensor) -> int:
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Intercept every operator of a model, before it runs on fake tensors."""
 
-    def __init__(self, model: nn.Module, *, dtype: torch.dtype | None, se_blocks: Collection[str], details: bool):
+    def __init__(self, fakes: FakePass, *, dtype: torch.dtype | None, se_blocks: Collection[str], details: bool):
         super().__init__()  # type: ignore[no-untyped-call]
+        model, self._mode = fakes.model, fakes.mode
         self.operations: list[Operation] = []
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.module_calls: list[ModuleCall] = []
@@ -205,7 +206,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            return func(*args)
+            return args[0].fake_device
         rule = FOUND.get(func) or rule_of(func)
         if rule is None:
             # Without autograd, as in inference mode, composite operators arrive whole.
@@ -215,7 +216,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return result
         tensors = _tensors_in(args, kwargs)
         index = -1
-        result = func(*args, **kwargs)
+        result = self._mode.shortcut(func, tensors, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
         # The first output may be a gradient that is not asked for.
         out = next((x for x in result if x is not None), None) if isinstance(result, (tuple, list)) else result
         if rule is not VIEW and isinstance(out, Tensor):
@@ -439,7 +442,7 @@ def op_trace(
     """
     model = as_written(model)
     fakes = FakePass(model, example)
-    tracer = _Tracer(fakes.model, dtype=dtype, se_blocks=se_blocks, details=details)
+    tracer = _Tracer(fakes, dtype=dtype, se_blocks=se_blocks, details=details)
     try:
         fakes.model.train(training)
         # With gradients, so that autograd marks the tensors that need them.

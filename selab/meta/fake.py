@@ -50,6 +50,8 @@ class FakeMode(FakeTensorMode):
         self.shape_env = None
         self.static_shapes = True
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE
+        # Device → the attributes of a fake tensor on it.
+        self._attributes: dict[torch.device, dict[str, Any]] = {}
         # Real storage → meta storage, so that views and tied tensors stay views and tied.
         self._storages: dict[int, torch.UntypedStorage] = {}
         # Real tensor's id → (the tensor, so that it lives; its fake).
@@ -124,8 +126,19 @@ class FakeMode(FakeTensorMode):
         made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return made.set_(values, tensor.storage_offset(), tensor.shape, tensor.stride())
 
+    def _made(self, meta: Tensor, device: torch.device) -> Tensor:
+        """Return a fake tensor; from the second one on, its many attributes are copied from the first of a device."""
+        attributes = self._attributes.get(device)
+        if attributes is None:
+            first = FakeTensor(self, meta, device)
+            self._attributes[device] = dict(vars(first))
+            return first
+        made = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device)
+        vars(made).update(attributes)
+        return made
+
     def _of(self, meta: Tensor, device: torch.device, like: Tensor) -> Tensor:
-        fake = FakeTensor(self, meta, torch.device("cpu") if device.type == "meta" else device)
+        fake = self._made(meta, torch.device("cpu") if device.type == "meta" else device)
         if isinstance(like, nn.Parameter):
             fake._is_param = True
         if isinstance(like, nn.Buffer):
@@ -139,13 +152,30 @@ class FakeMode(FakeTensorMode):
             if isinstance(made, FakeTensor):
                 return made
             with torch._C._DisableTorchDispatch():
-                return FakeTensor(self, made, device)
+                return self._made(made, device)
         if isinstance(made, (tuple, list)):
             wrapped = [self.wrap(one, device) for one in made]
             return type(made)(*wrapped) if hasattr(made, "_fields") else type(made)(wrapped)
         return made
 
     # Running operators.
+
+    def shortcut(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
+        """Return the outputs of a common operator on fake tensors without dispatching it; None where that cannot be."""
+        name = func._schema.name
+        if not tensors or (name not in MAKES and name not in FITS):
+            return None
+        device = None
+        for x in tensors:
+            if type(x) is not FakeTensor or x.fake_mode is not self or (device or x.fake_device) != x.fake_device:
+                return None
+            device = x.fake_device
+        if all(getattr(x, "known", None) is not None for x in tensors):
+            return None
+        made = self._made_quickly(name, args, kwargs)
+        if made is not None and func._schema.is_mutable:
+            self._forget(args[0])
+        return made if made is None else self.wrap(made, device or torch.device("cpu"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

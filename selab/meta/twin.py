@@ -9,7 +9,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ _ATOMIC: set[type] = {
     *(types.BuiltinFunctionType, types.ModuleType, types.CodeType, property, weakref.ProxyType),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.finfo, torch.iinfo),
 }
+
+
+_HOOKS = [name for name, value in vars(nn.Module()).items() if type(value) is OrderedDict]
 
 
 class Copier:
@@ -44,28 +47,36 @@ class Copier:
         kind = type(value)
         if kind in _ATOMIC or isinstance(value, type):
             return value
-        found = self.memo.get(id(value), self)
+        key = id(value)
+        found = self.memo.get(key, self)
         if found is not self:
             return found
         self._alive.append(value)
-        made = self._copied(value, kind)
-        self.memo[id(value)] = made
+        made = self.memo[key] = self._copied(value, kind)
         return made
 
+    def _items(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return a copied dict; most values are numbers, None and empty dicts, for which this is the short way."""
+        atomic = _ATOMIC
+        return {
+            key if type(key) is str else self(key): value if type(value) in atomic else self(value)
+            for key, value in values.items()
+        }
+
     def _copied(self, value: Any, kind: type) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, nn.Module):
-            return self._module(value)
         made: Any
         if kind is dict or kind is OrderedDict or kind is defaultdict:
             made = kind() if kind is not defaultdict else defaultdict(value.default_factory)
             self.memo[id(value)] = made
-            for key, item in value.items():
-                made[self(key)] = self(item)
+            if value:
+                made.update(self._items(value))
             if kind is OrderedDict and vars(value):
-                vars(made).update({name: self(item) for name, item in vars(value).items()})
+                vars(made).update(self._items(vars(value)))
             return made
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
         if kind is list:
             self.memo[id(value)] = made = []
             made.extend(self(item) for item in value)
@@ -107,8 +118,14 @@ class Copier:
         else:
             made = object.__new__(kind)
         self.memo[id(value)] = made
-        made.__dict__.update({name: self(item) for name, item in vars(value).items() if name != "_compiled_call_impl"})
-        for slot in _slots(kind):
+        own = dict(vars(value))
+        own.pop("_compiled_call_impl", None)
+        # Every module has these to itself, mostly empty.
+        hooks = {name: own.pop(name) for name in _HOOKS if name in own and not own[name]}
+        made.__dict__.update(self._items(own))
+        made.__dict__.update({name: OrderedDict() for name in hooks})
+        slots: list[str] = _slots(kind)  # type: ignore[arg-type]
+        for slot in slots:
             if hasattr(value, slot):
                 setattr(made, slot, self(getattr(value, slot)))
         if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -130,7 +147,7 @@ class Copier:
                 own.cell_contents = self(cell.cell_contents)
             except ValueError:
                 continue  # an empty cell
-        made.__dict__.update({name: self(item) for name, item in value.__dict__.items()})
+        made.__dict__.update(self._items(value.__dict__))
         return made
 
     def _object(self, value: Any, kind: type) -> Any:
@@ -186,7 +203,8 @@ class _Passing(nn.Module):
         return self._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
 
 
-def _slots(kind: type) -> list[str]:
+@functools.cache
+def _slots(kind: Any) -> list[str]:
     found = []
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())

@@ -1,4 +1,4 @@
-"""Liveness analysis on the meta device: which modules read each feature map, and whether it is read again."""
+"""Liveness analysis on fake tensors: which modules read each feature map, and whether it is read again."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from selab.meta import meta_twin
+from selab.meta import Example, FakePass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +148,13 @@ class DataflowTrace:
 Named = Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]
 
 
-def analyze(model: nn.Module, input_nchw: tuple[int, ...], *, norms: Named, consumers: Named) -> Liveness:
-    """Run a copy of the network on the meta device, at inference.
+def analyze(model: nn.Module, example: Example, *, norms: Named, consumers: Named) -> Liveness:
+    """Run a copy of the network on fake tensors, at inference.
 
     Args:
         model: not changed.
-        input_nchw: the shape of the example, (N, C, H, W).
+        example: an example input: a shape such as (N, C, H, W), a tensor, positional arguments in a tuple or list, or
+            keyword arguments in a mapping.
         norms: yields (path, module) of the BatchNorms that might be deferred.
         consumers: yields (path, module) of the modules that might apply them, or overwrite what they read; the latter
             have an attribute `can_overwrite`.
@@ -161,9 +162,10 @@ def analyze(model: nn.Module, input_nchw: tuple[int, ...], *, norms: Named, cons
     Raises:
         Whatever the network raises.
     """
-    twin = meta_twin(model).eval()
-    example = torch.empty(input_nchw, device="meta", dtype=next((p.dtype for p in twin.parameters()), torch.float32))
-    permanent = (*twin.parameters(), *twin.buffers(), example)
+    fakes = FakePass(model, example)
+    twin = fakes.model.eval()
+    given = [leaf for leaf in tree_leaves((fakes.args, fakes.kwargs)) if isinstance(leaf, Tensor)]
+    permanent = (*twin.parameters(), *twin.buffers(), *given)
     trace = DataflowTrace(_Reads({tensor.untyped_storage()._cdata for tensor in permanent}))
     with ExitStack() as stack:
         for path, module in twin.named_modules():
@@ -182,6 +184,6 @@ def analyze(model: nn.Module, input_nchw: tuple[int, ...], *, norms: Named, cons
             before, after = partial(trace.before_consumer, path), partial(trace.after_consumer, path)
             stack.callback(module.register_forward_pre_hook(lambda _, args, before=before: before(args)).remove)
             stack.callback(module.register_forward_hook(lambda _, args, _out, after=after: after(args)).remove)
-        with torch.no_grad(), trace.reads:
-            trace.reads.note(twin(example))
+        with torch.no_grad(), fakes.running(), trace.reads:
+            trace.reads.note(fakes())
     return trace.result()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -33,12 +34,14 @@ class SiteConfig(Frozen, frozen=True, kw_only=True, tag_field="block"):
         placement: the tensor of a residual block that is gated.
         stages: keep only sites below these modules, 2 for `stage2`; empty keeps all.
         init: `he`, or `identity` for blocks that return their input unchanged at first.
+        min_channels: leave out sites with fewer channels.
     """
 
     sites: str | tuple[str, ...]
     placement: Placement = "standard"
     stages: tuple[int, ...] = ()
     init: Init = "he"
+    min_channels: int = 1
 
 
 class SEConfig(SiteConfig, frozen=True, kw_only=True, tag="se"):
@@ -48,6 +51,7 @@ class SEConfig(SiteConfig, frozen=True, kw_only=True, tag="se"):
         bias: whether the two fully connected layers have biases. Every variant states it, because codebases differ.
         squeeze_from: the channels that `reduction` divides, those at the site or those of the block's input.
         divisor: the squeeze width is rounded to a multiple of it.
+        latent_channels: the squeeze width, or below 1 the fraction of the channels; instead of `reduction`.
         squeeze: mean or maximum over the feature map, or `none` for one gate per position (arXiv 1709.01507, Table 16).
         activation: between the two layers.
     """
@@ -59,6 +63,7 @@ class SEConfig(SiteConfig, frozen=True, kw_only=True, tag="se"):
     squeeze: Squeeze = "avg"
     gate: Gate = "sigmoid"
     activation: Activation = "relu"
+    latent_channels: int | float | None = None
 
 
 class ECAConfig(SiteConfig, frozen=True, kw_only=True, tag="eca"):
@@ -146,9 +151,18 @@ def block_keys(config: SiteConfig) -> dict[str, Any]:
 def as_keys(config: SiteConfig) -> dict[str, Any]:
     """Return a configuration as plain values, as `block_config` takes them."""
     keys: dict[str, Any] = msgspec.to_builtins(config)
+    if isinstance(config, SEConfig):
+        del keys["latent_channels" if config.latent_channels is None else "reduction"]
     if isinstance(config, ExternalConfig):
         keys |= {"block": keys.pop("target"), **keys.pop("arguments")}
     return keys
+
+
+def merged_keys(keys: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, Any]:
+    """Return keys with changes; a squeeze width that is given in another way replaces the one that was there."""
+    other = {"reduction": "latent_channels", "latent_channels": "reduction"}
+    replaced = {other[key] for key, value in changes.items() if key in other and value is not None}
+    return {**{key: value for key, value in keys.items() if key not in replaced}, **changes}
 
 
 def block_config(*, origin: str = "SE", **keys: object) -> SiteConfig:
@@ -190,6 +204,10 @@ def read_block(keys: dict[str, Any], *, place: str) -> SiteConfig:
         keys |= {"target": target, "arguments": own, "block": "external"}
     else:
         keys = {**keys, "block": name}
+    if kind is SEConfig and keys.get("latent_channels") is not None and "reduction" in keys:
+        raise SpecError(
+            f"{_at(place, 'latent_channels')}: sets the squeeze width as reduction does; give one of the two"
+        )
     config = convert(keys, kind, place=place)
     _check_sizes(config, place=place)
     return config
@@ -224,10 +242,13 @@ def _at(place: str, key: str) -> str:
 
 
 def _check_sizes(config: SiteConfig, *, place: str) -> None:
-    for name in ("reduction", "divisor", "kernel_size"):
+    for name in ("reduction", "divisor", "kernel_size", "min_channels"):
         value = getattr(config, name, None)
         if isinstance(value, int):
             check_positive((value,), place=_at(place, name))
+    latent = getattr(config, "latent_channels", None)
+    if latent is not None and not 0 < latent < math.inf:
+        raise SpecError(f"{_at(place, 'latent_channels')}: {latent}; must be above 0: a width, or below 1 a fraction")
     if config.stages:
         check_positive(config.stages, place=_at(place, "stages"))
 
@@ -267,19 +288,21 @@ def changed(start: SiteConfig | None, text: str, *, option: str = "--se") -> Sit
     fields = {
         field.name: field.type for field in msgspec.structs.fields(SiteConfig if kind is ExternalConfig else kind)
     }
-    keys: dict[str, object] = {} if start is None else as_keys(start)
+    keys: dict[str, Any] = {} if start is None else as_keys(start)
     if start is None or block_name(start) != name:
         keys = {key: value for key, value in keys.items() if key in _SHARED_KEYS}
     keys.pop("block", None)
     if kind is SEConfig:
         keys.setdefault("bias", True)
+    changes: dict[str, object] = {}
     for key, value in given.items():
         if key not in fields and kind is not ExternalConfig:
             close = nearest(key, fields)
             meant = close if close.startswith("; did") else ""
             allowed = ", ".join(("block", *fields))
             raise SpecError(f"{where}: {key}: unknown key{meant}; allowed for {name}: {allowed}")
-        keys[key] = _value(key, value, fields.get(key, Argument), where=f"{where}: {key}")
+        changes[key] = _value(key, value, fields.get(key, Argument), where=f"{where}: {key}")
+    keys = merged_keys(keys, changes)
     if "sites" not in keys:
         raise SpecError(f"{where}: sites: missing; name a site group or a pattern, or give --insert")
     return block_config(origin=where, block=name, **keys)
@@ -325,7 +348,8 @@ def _value(key: str, text: str, kind: object, *, where: str) -> object:
         return int(text)
     if kind in (int, int | None):
         raise SpecError(f"{where}: {text!r} is not a whole number")
-    if kind in (float, float | None, Argument) and re.fullmatch(r"-?(\d+\.\d*|\.?\d+)(e-?\d+)?", text):
+    decimals = (float, float | None, int | float | None, Argument)
+    if kind in decimals and re.fullmatch(r"-?(\d+\.\d*|\.?\d+)(e-?\d+)?", text):
         if not math.isfinite(float(text)):
             raise SpecError(f"{where}: {text[:_SHOWN]} is not a finite number")
         return float(text)

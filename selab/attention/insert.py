@@ -8,47 +8,26 @@ three ways, whichever keeps the keys:
 * any other module is put into a `GatedSite`, which runs both and keeps the module's keys.
 """
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from selab.attention.auto_sites import block_ends
 from selab.attention.base import Attention
-from selab.attention.config import SEConfig, SiteConfig, as_keys, block_config, block_name
-from selab.attention.gated_site import (
-    GatedSite,
-    block_of,
-    free_name,
-    gated_site,
-    move_hooks,
-    named_sites,
-    replace_modules,
-)
+from selab.attention.config import SiteConfig, as_keys, block_config, merged_keys
+from selab.attention.gated_site import GatedSite, block_of, free_name, gated_site, move_hooks, replace_modules
 from selab.attention.inserted import calls_of_modules, check_calls, inserted_blocks
 from selab.attention.insertions import Insertions
+from selab.attention.plan import AUTO, Plan, check_changeable, plan_insertion
 from selab.attention.registry import make_block
-from selab.attention.se import GatedJoin, squeeze_width
-from selab.attention.sites import Tap, check_unshared, find_sites, in_stages, matches, tap_for
+from selab.attention.se import GatedJoin
+from selab.attention.sites import matches
 from selab.errors import InsertionError, nearest
-from selab.meta import Example, Passage, passages
-from selab.records.types import Insertion
+from selab.meta import Example, Passage
 
-AUTO = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A block to insert."""
-
-    tap: Tap
-    insertion: Insertion
-    dtype: torch.dtype | None
-    one_tensor: bool
+__all__ = ["AUTO", "insert_se", "remove_se"]
 
 
 def insert_se(
@@ -84,19 +63,24 @@ def insert_se(
             * `init`: `he`, or `identity` for blocks that return a pretrained network's output unchanged, bit for bit,
               and still learn.
 
-            For SE: `reduction` (channels / squeeze width, 16), `squeeze_from` (`site` or `block_input`: whose channels
-            are divided), `divisor` (the squeeze width is rounded to a multiple of it), `squeeze` (`avg`, `max`,
-            `none`), `gate` (`sigmoid`, `tanh`, `relu`, `hardsigmoid`), `activation` (`relu`, `silu`), `bias` (True).
+            * `min_channels`: leave out sites with fewer channels.
+
+            For SE: `reduction` (channels / squeeze width, 16), or instead `latent_channels` (the squeeze width, or
+            below 1 the fraction of the channels), `squeeze_from` (`site` or `block_input`: whose channels are divided),
+            `divisor` (the squeeze width is rounded to a multiple of it), `squeeze` (`avg`, `max`, `none`), `gate`
+            (`sigmoid`, `tanh`, `relu`, `hardsigmoid`), `activation` (`relu`, `silu`), `bias` (True).
 
     Returns:
-        The inserted blocks (with `dry_run`, those that would be), in the order of the network.
+        The inserted blocks (with `dry_run`, those that would be), in the order of the network. Its attribute `skipped`
+        names the sites that were left out for too few channels. A site that a pattern names alone is not left out for
+        a reduction that is too large: that is an error.
 
     Raises:
         SpecError: an unknown key, a wrong type or a value that is not allowed; the message names the key.
-        InsertionError: no site, a pattern that matches nothing, a site inside an SE block, a site whose tensor is not
-            (N, C, H, W), a shared module, a reduction larger than the channels, a block that would not run exactly
-            once. The message names the module; the model is not changed then.
-        ModelError: the forward pass fails with this input.
+        InsertionError: no site, a pattern that matches nothing, a site inside an SE block, a site whose tensor is
+            neither (N, C, H, W) nor (N, H, W, C), a shared module, a reduction larger than the channels, a block that
+            would not run exactly once. The message names the module; the model is not changed then.
+        ModelError: the forward pass fails with this input, a TorchScript network, or lazy modules without parameters.
 
     Examples:
         >>> import torch
@@ -112,14 +96,15 @@ def insert_se(
     """
     config = _config(sites, keys)
     example = input_nchw if inputs is None else inputs
-    plans, before = _plan(model, config, example)
-    listed = Insertions(plan.insertion for plan in plans)
+    found = plan_insertion(model, config, example)
+    plans = found.plans
+    listed = Insertions((plan.insertion for plan in plans), skipped=found.skipped)
     if dry_run:
         return listed
     blocks = [_block_for(model, plan, config) for plan in plans]
     _put(model, plans, blocks)
     try:
-        _check_passes(model, before, example)
+        _check_passes(model, found.seen, example)
         if optimizer is not None:
             optimizer.add_param_group({"params": [p for block in blocks for p in block.parameters()]})
     except BaseException:
@@ -130,7 +115,7 @@ def insert_se(
 
 def _config(sites: str | Sequence[str] | SiteConfig, keys: dict[str, Any]) -> SiteConfig:
     if isinstance(sites, SiteConfig):
-        return block_config(**{**as_keys(sites), **keys}) if keys else sites
+        return block_config(**merged_keys(as_keys(sites), keys)) if keys else sites
     if keys.get("block", "se") == "se":
         keys = {"bias": True, **keys}
     stages = keys.get("stages")
@@ -164,6 +149,7 @@ def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int
         >>> selab.remove_se(net)
         1
     """
+    check_changeable(model)
     inserted = inserted_blocks(model)
     if paths is None:
         chosen = set(inserted)
@@ -218,97 +204,7 @@ def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Exam
             )
 
 
-def _plan(model: nn.Module, config: SiteConfig, example: Example) -> tuple[list[_Plan], Mapping[str, Passage]]:
-    if config.sites == AUTO:
-        sites = [end.path for end in block_ends(model, example)]
-    else:
-        sites = find_sites(model, config.sites)
-    if config.stages:
-        sites = in_stages(sites, config.stages)
-    taps = [tap_for(model, site, config.placement) for site in sites]
-    check_unshared(model, [tap.module for tap in taps])
-    for tap in taps:
-        _check_free(model, tap)
-    seen = passages(model, [path for path, _ in named_sites(model)], example)
-    return [_planned(model, tap, seen, config) for tap in taps], seen
-
-
-def _planned(model: nn.Module, tap: Tap, seen: Any, config: SiteConfig) -> _Plan:
-    insertion = _insertion(tap, seen, config)
-    passage: Passage = seen[tap.module]
-    return _Plan(
-        tap=tap,
-        insertion=insertion,
-        dtype=passage.input_dtype if tap.side == "input" else passage.output_dtype,
-        one_tensor=passage.input_shape is not None and _takes_one_argument(model.get_submodule(tap.module)),
-    )
-
-
-def _takes_one_argument(module: nn.Module) -> bool:
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    return len(parameters) == 1 and parameters[0].kind in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
-
-
-def _check_free(model: nn.Module, tap: Tap) -> None:
-    holder = model.get_submodule(f"{tap.site}.join" if tap.edge else tap.module)
-    own = [child for child in holder.children() if isinstance(child, Attention) and child.inserted]
-    if isinstance(holder, GatedJoin | GatedSite) or own:
-        raise InsertionError(f"{tap.site}: already holds an SE block; remove it first")
-
-
-def _insertion(tap: Tap, seen: Any, config: SiteConfig) -> Insertion:
-    passage: Passage = seen[tap.module]
-    if passage.calls != 1:
-        how = (
-            "does not run (a container, or unused)"
-            if passage.calls == 0
-            else f"runs {passage.calls} times (a shared module)"
-        )
-        raise InsertionError(f"{tap.module}: {how} in a forward pass, so it cannot be a site; it must run exactly once")
-    shape = passage.input_shape if tap.side == "input" else passage.output_shape
-    if shape is None or len(shape) != 4:
-        kind = passage.input_kind if tap.side == "input" else passage.output_kind
-        what = kind if shape is None else f"a tensor of shape {shape}"
-        raise InsertionError(f"{tap.module}: its {tap.side} is {what}; SE needs (N, C, H, W)")
-    _, channels, height, width = shape
-    try:
-        squeezed = _squeeze_channels(tap, seen, config, channels) if isinstance(config, SEConfig) else None
-        with torch.device("meta"):
-            block = make_block(config, channels, squeezed)
-    except InsertionError as error:
-        raise InsertionError(f"{tap.module}: {error}") from None
-    return Insertion(
-        path=tap.site,
-        placement=config.placement,
-        channels=channels,
-        squeeze_channels=block.squeeze_channels,
-        params=sum(parameter.numel() for parameter in block.parameters()),
-        height=height,
-        width=width,
-        macs=block.macs(height, width),
-        block=block_name(config),
-    )
-
-
-def _squeeze_channels(tap: Tap, seen: Any, config: SEConfig, channels: int) -> int:
-    divided = channels
-    if config.squeeze_from == "block_input":
-        block_input = seen[tap.block].input_shape
-        if block_input is None or len(block_input) != 4:
-            raise InsertionError(
-                f"the input of {tap.block or 'the network'} is not (N, C, H, W); use squeeze_from='site'"
-            )
-        divided = block_input[1]
-    return squeeze_width(divided, config.reduction, config.divisor)
-
-
-def _block_for(model: nn.Module, plan: _Plan, config: SiteConfig) -> Attention:
+def _block_for(model: nn.Module, plan: Plan, config: SiteConfig) -> Attention:
     site = model.get_submodule(plan.tap.site)
     like = next((p for owner in (site, model) for p in owner.parameters() if p.is_floating_point()), None)
     with nullcontext() if like is None else torch.device(like.device):
@@ -321,7 +217,7 @@ def _block_for(model: nn.Module, plan: _Plan, config: SiteConfig) -> Attention:
     return block.train(model.training)
 
 
-def _put(model: nn.Module, plans: Sequence[_Plan], blocks: Sequence[Attention]) -> None:
+def _put(model: nn.Module, plans: Sequence[Plan], blocks: Sequence[Attention]) -> None:
     replaced: list[tuple[nn.Module, nn.Module]] = []
     for plan, block in zip(plans, blocks, strict=True):
         tap = plan.tap
@@ -332,7 +228,9 @@ def _put(model: nn.Module, plans: Sequence[_Plan], blocks: Sequence[Attention]) 
         module = model.get_submodule(tap.module)
         parent_path, _, name = tap.module.rpartition(".")
         parent = model.get_submodule(parent_path)
-        if _runs_children_in_order(module):
+        if plan.channels_last:
+            replaced.append((module, gated_site(module, block, tap.side, one_tensor=False, channels_last=True)))
+        elif _runs_children_in_order(module):
             last = list(module._modules)[-1] if module._modules else None
             _add_child(module, block, after=None if tap.side == "input" else last)
         elif tap.module != tap.site and _runs_children_in_order(parent):

@@ -156,7 +156,7 @@ def make_block(config: SiteConfig, channels: int, squeeze_channels: int | None =
     """
     keys = block_keys(config)
     if isinstance(config, SEConfig):
-        for name in ("reduction", "squeeze_from", "divisor"):
+        for name in ("reduction", "latent_channels", "squeeze_from", "divisor"):
             del keys[name]
         return SqueezeExcitation(channels, **keys, squeeze_channels=squeeze_channels, init=config.init)
     if isinstance(config, ExternalConfig):

@@ -46,7 +46,18 @@ def squeeze_width(channels: int, reduction: int, divisor: int = 1) -> int:
             f"reduction {reduction} is larger than the {channels} channels, so no squeeze channel "
             f"would be left; use at most {channels}"
         )
-    width = channels / reduction
+    return _rounded(channels / reduction, divisor)
+
+
+def latent_width(channels: int, latent_channels: float, divisor: int = 1) -> int:
+    """Return the squeeze width that is given itself, or below 1 as a fraction of the channels; rounded down.
+
+    Source: SqueezeExcite2d of mosaicml/composer, composer/algorithms/squeeze_excite.
+    """
+    return _rounded(latent_channels if latent_channels >= 1 else latent_channels * channels, divisor)
+
+
+def _rounded(width: float, divisor: int) -> int:
     if divisor == 1:
         return int(width)
     rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)

@@ -27,7 +27,7 @@ else:
 
 # Keys that are younger than the first records. They enter a variant's hash only if they differ from their default, so
 # that records of unchanged networks do not turn stale.
-_LATER_KEYS = {"block": "se", "activation": "relu", "stages": (), "init": "he"}
+_LATER_KEYS = {"block": "se", "activation": "relu", "stages": (), "init": "he", "min_channels": 1}
 
 
 class Published(Frozen, frozen=True, kw_only=True):

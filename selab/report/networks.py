@@ -48,8 +48,10 @@ def facts_table(variant: Variant, cost: Cost | None = None) -> Table:
 def block_words(facts: SiteConfig) -> str:
     """Return what kind of block stands at the sites, in words."""
     if isinstance(facts, SEConfig):
+        latent = facts.latent_channels
+        width = f"reduction {facts.reduction}" if latent is None else f"squeeze width {latent}"
         return (
-            f"reduction {facts.reduction} of the {facts.squeeze_from}'s channels, squeeze {facts.squeeze}, "
+            f"{width} of the {facts.squeeze_from}'s channels, squeeze {facts.squeeze}, "
             f"gate {facts.gate}, activation {facts.activation}, {'with' if facts.bias else 'without'} bias"
         )
     return ", ".join([block_name(facts), *(f"{name} {value}" for name, value in block_keys(facts).items())])

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from selab.attention.config import SEConfig
+from selab.attention.gated_site import GatedMap
 from selab.attention.insert import insert_se, remove_se
 from selab.attention.inserted import check_inserted
 from selab.attention.insertions import insertion_remarks
@@ -410,3 +411,259 @@ def test_narrow_bottlenecks_are_remarked_upon(foreign):
     remove_se(foreign)
     assert not insertion_remarks(insert_se(foreign, ["stem"], reduction=2, input_nchw=CHW))
     assert not insertion_remarks(insert_se(foreign, ["layers.0"], block="eca", input_nchw=CHW))
+
+
+class ChannelsLast(nn.Module):
+    """As a block of ConvNeXt: a depthwise convolution, layers over the last dimension, and back."""
+
+    def __init__(self, *, fixed=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 4, 4)
+        self.norm, self.mlp = nn.LayerNorm(24), nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+        self.last, self.first = nn.Identity(), nn.Identity()
+        self.head = nn.Linear(24 * 64 if fixed else 24, 5)
+        self.fixed = fixed
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.last(self.mlp(self.norm(x.permute(0, 2, 3, 1))))
+        x = self.first(x + y.permute(0, 3, 1, 2))
+        return self.head(x.flatten(1) if self.fixed else x.mean((2, 3)))
+
+
+class TestChannelDimension:
+    @pytest.mark.parametrize("fixed", [False, True])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("site", ["stem", "norm", "mlp", "mlp.2", "last", "first"])
+    def test_the_channels_are_gated(self, site, memory_format, fixed, image):
+        model = ChannelsLast(fixed=fixed).eval().to(memory_format=memory_format)
+        (one,) = insert_se(model, site, reduction=4, input_nchw=CHW)
+        assert (one.channels, one.height, one.width) == (24, 8, 8)
+        (block,) = blocks(model)
+        nn.init.zeros_(block.fc2.weight)
+        with torch.no_grad():
+            block.fc2.bias.copy_(torch.linspace(-3, 3, 24))
+            seen = []
+            handle = model.get_submodule(site)
+            inner = handle.inner if site != "stem" or hasattr(handle, "inner") else handle
+            inner.register_forward_hook(lambda _module, _args, out: seen.append(out))
+            handle.register_forward_hook(lambda _module, _args, out: seen.append(out))
+            model(image)
+        factor = torch.linspace(-3, 3, 24).sigmoid()
+        before, after = seen
+        shape = (-1, 1, 1) if site in ("stem", "first") else (-1,)
+        torch.testing.assert_close(after, before * factor.view(shape))
+        assert remove_se(model) == 1
+
+    def test_another_size_still_runs(self):
+        model = ChannelsLast().eval()
+        insert_se(model, "mlp", reduction=4, input_nchw=CHW)
+        assert model(torch.zeros(1, 3, 64, 48)).shape == (1, 5)
+
+    def test_the_input_side(self, image):
+        model = ChannelsLast().eval()
+        expected = model(image)
+        (one,) = insert_se(model, "mlp", placement="pre", reduction=4, input_nchw=CHW, init="identity")
+        assert one.channels == 24
+        assert torch.equal(model(image), expected)
+
+    def test_neither_is_refused(self):
+        class Windows(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.mix = nn.Conv2d(3, 8, 3, padding=1), nn.Identity()
+
+            def forward(self, x):
+                y = self.stem(x).flatten(2)
+                return self.mix((y.transpose(1, 2) @ y)[:, :, None])
+
+        with pytest.raises(InsertionError, match="its second dimension does not hold channels"):
+            insert_se(Windows(), "mix", input_nchw=(1, 3, 4, 4))
+
+    def test_tokens_are_refused(self):
+        class Tokens(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.norm = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8)
+
+            def forward(self, x):
+                return self.norm(self.stem(x).flatten(2).transpose(1, 2))
+
+        with pytest.raises(
+            InsertionError, match=r"norm: .*\(1, 64, 8\); SE needs .* tokens \(N, L, C\) have no height"
+        ):
+            insert_se(Tokens(), "norm", input_nchw=CHW)
+
+
+class TestSmallSites:
+    """The sites have 16, 32 and 64 channels."""
+
+    def test_min_channels(self, foreign):
+        done = insert_se(foreign, ["stem", "layers.*"], reduction=4, min_channels=32, input_nchw=CHW)
+        assert [one.path for one in done] == ["layers.0", "layers.1"]
+        assert done.skipped == ("stem (16 channels, fewer than min_channels 32)",)
+        assert str(done).endswith("left out 1 site: stem (16 channels, fewer than min_channels 32)")
+        assert insertion_remarks(done)[0].startswith("left out 1 site: stem")
+        with pytest.raises(InsertionError, match=r"no site is left: stem \(16 channels, fewer than min_channels 17\)"):
+            insert_se(Foreign(), "stem", min_channels=17, input_nchw=CHW)
+
+    def test_a_site_of_a_pattern_that_is_too_small_for_the_reduction(self, foreign):
+        done = insert_se(foreign, "layers.*", reduction=64, input_nchw=CHW)
+        assert [one.path for one in done] == ["layers.1"]
+        assert done.skipped == ("layers.0 (32 channels, fewer than reduction 64)",)
+        remove_se(foreign)
+        with pytest.raises(InsertionError, match=r"layers\.0: reduction 64 is larger than the 32 channels"):
+            insert_se(foreign, ["layers.0", "layers.1"], reduction=64, input_nchw=CHW)
+        with pytest.raises(InsertionError, match=r"no site is left: layers\.0"):
+            insert_se(foreign, "layers.*", reduction=65, input_nchw=CHW)
+
+    @pytest.mark.parametrize(
+        ("options", "widths"),
+        [
+            ({"latent_channels": 12}, [12, 12, 12]),
+            ({"latent_channels": 0.125}, [2, 4, 8]),
+            ({"latent_channels": 0.3}, [4, 9, 19]),
+            ({"latent_channels": 0.25, "divisor": 8}, [8, 8, 16]),
+        ],
+    )
+    def test_latent_channels(self, foreign, options, widths):
+        done = insert_se(foreign, ["stem", "layers.*"], input_nchw=CHW, **options)
+        assert [one.squeeze_channels for one in done] == widths
+
+    def test_latent_channels_or_reduction(self, foreign):
+        with pytest.raises(SelabError, match="latent_channels: sets the squeeze width as reduction does; give one"):
+            insert_se(foreign, "stem", reduction=4, latent_channels=4, input_nchw=CHW)
+        with pytest.raises(SelabError, match="latent_channels: -1; must be above 0"):
+            insert_se(foreign, "stem", latent_channels=-1, input_nchw=CHW)
+        with pytest.raises(SelabError, match="min_channels: 0; must be at least 1"):
+            insert_se(foreign, "stem", min_channels=0, input_nchw=CHW)
+        config = SEConfig(sites="stem", bias=True, reduction=2)
+        (one,) = insert_se(foreign, config, latent_channels=0.5, input_nchw=CHW, dry_run=True)
+        assert one.squeeze_channels == 8
+
+
+class TestOtherInputs:
+    @pytest.mark.parametrize("form", ["positional", "keywords", "nested"])
+    def test_two_inputs(self, form):
+        class Two(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.rgb, self.depth = nn.Conv2d(3, 8, 3), nn.Conv2d(1, 8, 3)
+                self.bn = nn.BatchNorm2d(8)
+
+            def forward(self, rgb, depth):
+                if isinstance(rgb, dict):
+                    rgb = rgb["image"][0]
+                return self.bn(self.rgb(rgb) + self.depth(depth))
+
+        rgb, depth = torch.randn(2, 3, 6, 6), torch.randn(2, 1, 6, 6)
+        inputs = {
+            "positional": (rgb, depth),
+            "keywords": {"rgb": rgb, "depth": depth},
+            "nested": ({"image": [rgb]}, depth),
+        }[form]
+        model = Two().eval()
+        expected = model(**inputs) if form == "keywords" else model(*inputs)
+        (one,) = insert_se(model, "bn", inputs=inputs, reduction=2, init="identity")
+        assert (one.channels, one.height) == (8, 4)
+        assert torch.equal(model(**inputs) if form == "keywords" else model(*inputs), expected)
+        assert check_inserted(model, inputs=inputs, inserted=["bn"]) == ("bn",)
+        remove_se(model)
+        assert len(insert_se(model, "bn", input_nchw=inputs, reduction=2)) == 1
+
+    def test_networks_that_cannot_be_changed(self, foreign):
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+        with pytest.raises(ModelError, match="a TorchScript network cannot be exchanged"):
+            insert_se(scripted, "0", input_nchw=CHW)
+        with pytest.raises(ModelError, match="a TorchScript network cannot be exchanged"):
+            remove_se(scripted)
+        lazy = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU())
+        with pytest.raises(ModelError, match=r"0: a lazy LazyConv2d that has no parameters yet; run the network once"):
+            insert_se(lazy, "0", input_nchw=CHW)
+        lazy(torch.zeros(1, 3, 8, 8))
+        assert len(insert_se(lazy, "0", input_nchw=CHW, reduction=2)) == 1
+
+
+class TestCheckInserted:
+    def check(self, model, message, **options):
+        with pytest.raises(InsertionError, match=message):
+            check_inserted(model, input_nchw=CHW, **options)
+
+    def test_returns_the_sites(self, foreign):
+        insert_se(foreign, ["stem", "layers.*"], reduction=4, input_nchw=CHW)
+        assert check_inserted(foreign, input_nchw=CHW) == ("stem", "layers.0", "layers.1")
+        own = nn.Sequential(nn.Conv2d(3, 8, 3), SqueezeExcitation(8, 2))
+        assert check_inserted(own, input_nchw=CHW) == ("1",)
+        assert check_inserted(Foreign(), input_nchw=CHW) == ()
+
+    def test_a_block_that_is_gone(self, foreign):
+        inserted = insert_se(foreign, ["stem", "layers.*"], reduction=4, input_nchw=CHW)
+        foreign.stem = foreign.stem.inner
+        assert check_inserted(foreign, input_nchw=CHW) == ("layers.0", "layers.1")
+        self.check(foreign, "stem: has no attention block any more", inserted=inserted)
+
+    def test_a_block_that_is_moved_to_a_new_module(self, foreign):
+        insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
+        made = nn.Conv2d(3, 16, 3, padding=1)
+        made.add_module("se", foreign.stem.se)
+        foreign.stem = made
+        self.check(foreign, r"stem\.se: this SE block ran 0 times .*: Conv2d does not call it")
+
+    def test_a_bypassed_place(self, foreign):
+        insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
+        inner = foreign.stem.inner
+        foreign.forward = lambda x: foreign.head(foreign.layers(inner(x)).mean((2, 3)))
+        with pytest.raises(InsertionError, match=r"stem\.se: this SE block ran 0 times"):
+            check_inserted(foreign, input_nchw=CHW)
+
+    def test_another_forward(self, foreign):
+        class Other(GatedMap):
+            def forward(self, x):
+                return self.inner(x)
+
+        insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
+        foreign.stem.__class__ = Other
+        self.check(foreign, r"stem\.se: this SE block ran 0 times .*: another forward was set on stem")
+
+    def test_a_site_that_runs_twice(self, foreign):
+        class Twice(nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x):
+                return self.inner(x) + self.inner(x)
+
+        insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
+        foreign.stem = Twice(foreign.stem)
+        self.check(foreign, r"stem\.inner\.se: this SE block ran 2 times .* shared or runs in a loop")
+
+    def test_a_graph_of_fx(self, foreign):
+        insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
+        graph = torch.fx.symbolic_trace(foreign)
+        assert check_inserted(graph, input_nchw=CHW) == ("stem",)
+        for node in list(graph.graph.nodes):
+            if node.target == "stem.se.fc2":
+                node.replace_all_uses_with(node.args[0])
+                graph.graph.erase_node(node)
+        graph.recompile()
+        with pytest.raises(SelabError):
+            check_inserted(graph, input_nchw=CHW)
+
+    def test_a_network_that_looks_at_classes(self, image):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)])
+                self.extra = nn.Identity()
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = layer(x) if isinstance(layer, nn.Conv2d) else self.extra(layer(x))
+                return x
+
+        model = Net()
+        text = repr(model)
+        with pytest.raises(InsertionError, match=r"extra: runs 1 times .* with the blocks, and 0 times without"):
+            insert_se(model, "layers.1", reduction=2, input_nchw=CHW)
+        assert repr(model) == text

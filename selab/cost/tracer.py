@@ -1,7 +1,7 @@
 """Record the operators of a forward pass on fake tensors, with their costs."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from selab.attention.base import Attention
 from selab.attention.gated_site import named_sites, sites_own
@@ -160,6 +161,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._maps: dict[str, torch.Size] = {}
         # Operators that ran without gradients, as inside a torch.autograd.Function.
         self._hidden: list[tuple[int, Rule, Sequence[Any], list[Tensor], list[Tensor]]] = []
+        # The last operation and its output, whose node in autograd's graph is made after the operator has returned.
+        self._last: tuple[int, Tensor] | None = None
+        self._nodes: dict[int, Any] = {}
         # The source of the copy that was the last operator.
         self._copied: Tensor | None = None
 
@@ -207,6 +211,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
+        self._note_node()
         rule = FOUND.get(func) or rule_of(func)
         if rule is None:
             # Without autograd, as in inference mode, composite operators arrive whole.
@@ -225,6 +230,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._drop_copy_of_autograd(func, args)
             index = len(self.operations)
             self.operations.append(self._operation(func, rule, args, tensors, out))
+            if self.operations[-1].input_gradient or self.operations[-1].backward_macs:
+                self._last = (index, out)
         self._copied = args[0] if func._schema.name == "aten::clone" and torch.is_grad_enabled() else None
         if not torch.is_grad_enabled() and func._schema.name != "aten::detach":
             outs = [x for x in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(x, Tensor)]
@@ -307,13 +314,44 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # Gradients.
 
-    def reveal_hidden(self) -> None:
+    def _note_node(self) -> None:
+        """Note the node that autograd made for the last operation."""
+        if self._last is not None:
+            index, out = self._last
+            # Written in place, a view has its node in the graph of the tensor that it shows.
+            changed = out._base if out._base is not None and self.operations[index].operator.endswith("_") else out
+            self._nodes[index] = changed.grad_fn
+            self._last = None
+
+    def follow_gradients(self, outputs: object) -> None:
+        """Keep the backward costs of those operations only that a gradient of the outputs reaches.
+
+        Args:
+            outputs: of the network; gradients flow from all tensors among them that need one.
+        """
+        self._note_node()
+        tensors = list(_tensors_of(outputs, set()))
+        if not tensors:
+            # An object of a kind that cannot be looked into: every operation may be part of it.
+            self._reveal_hidden(None)
+            return
+        reached = _reached(x.grad_fn for x in tensors)
+        for index, operation in enumerate(self.operations):
+            if (operation.input_gradient or operation.backward_macs) and self._nodes.get(index) not in reached:
+                self.operations[index] = _replaced(operation, _NO_GRADIENT)
+        self._reveal_hidden(reached)
+
+    def _reveal_hidden(self, reached: set[Any] | None) -> None:
         """Find the operators that ran inside a `torch.autograd.Function`, and add their backward costs.
 
         Such a function runs without gradients and marks its results afterwards. So its operators lie between an input
         that needs a gradient and a result that has one. Under `torch.no_grad` no result has one.
         """
-        if not any(x.requires_grad for *_, outs in self._hidden for x in outs):
+
+        def flows(x: Tensor) -> bool:
+            return x.requires_grad and (reached is None or x.grad_fn is None or x.grad_fn in reached)
+
+        if not any(flows(x) for *_, outs in self._hidden for x in outs):
             return
         carrying: set[int] = set()
         for _, _, _, tensors, outs in self._hidden:
@@ -321,7 +359,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 carrying.update(id(x) for x in outs if x.is_floating_point())
         reaching: set[int] = set()
         for index, rule, args, tensors, outs in reversed(self._hidden):
-            if not any(x.requires_grad or id(x) in reaching for x in outs):
+            if not any(flows(x) or id(x) in reaching for x in outs):
                 continue
             reaching.update(id(x) for x in tensors)
             if index >= 0:
@@ -329,6 +367,37 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 work = Work(operation.macs, operation.other, operation.other_flops)
                 found = gradients(rule, work, args, tensors, outs[0], lambda x: x.requires_grad or id(x) in carrying)
                 self.operations[index] = _replaced(operation, found)
+
+
+_NO_GRADIENT: dict[str, Any] = {
+    "backward_macs": 0,
+    "weight_gradient": False,
+    "input_gradient": False,
+    "backward_other": 0,
+    "backward_other_flops": 0,
+}
+
+
+def _tensors_of(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors of a network's output, also those that are attributes of an object."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and id(leaf) not in seen and not isinstance(leaf, (type, nn.Module)):
+            seen.add(id(leaf))
+            yield from _tensors_of(list(vars(leaf).values()), seen)
+
+
+def _reached(nodes: Iterable[Any]) -> set[Any]:
+    """Return the nodes of autograd's graph that a gradient reaches from some of them."""
+    reached: set[Any] = set()
+    waiting = [node for node in nodes if node is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in reached:
+            reached.add(node)
+            waiting.extend(following for following, _ in node.next_functions if following is not None)
+    return reached
 
 
 class _Functions(TorchFunctionMode):
@@ -454,8 +523,7 @@ def op_trace(
             tracer.functions or nullcontext(),
             tracer,
         ):
-            fakes()
-            tracer.reveal_hidden()
+            tracer.follow_gradients(fakes())
     except SpecError:
         # A counting rule of the user's own; the input is not to blame.
         raise

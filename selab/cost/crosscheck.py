@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selab.cost.tracer import ModuleCall, Operation, OpTrace, op_trace
 from selab.errors import ModelError
-from selab.meta import Example, FakePass, as_written, example_arguments, first_line, meta_twin
+from selab.meta import Example, FakePass, as_written, example_arguments, first_line, meta_twin, set_mode
 from selab.records.types import Counter, Difference
 
 # fvcore 0.1.5 and torch 2.13 know these; another operator that holds MACs is zero for them.
@@ -230,13 +230,15 @@ def _quiet() -> Iterator[None]:
 
 def _fake_pass(model: nn.Module, example: Example) -> FakePass:
     fakes = FakePass(as_written(model), example)
-    fakes.model.eval()
+    set_mode(fakes.model, training=False)
     return fakes
 
 
 def _twin_and_keywords(model: nn.Module, example: Example) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     args, kwargs = example_arguments(model, example, device="meta")
-    return meta_twin(as_written(model)).eval(), args, kwargs
+    twin = meta_twin(as_written(model))
+    set_mode(twin, training=False)
+    return twin, args, kwargs
 
 
 def _twin(model: nn.Module, example: Example) -> tuple[nn.Module, tuple[Any, ...]]:

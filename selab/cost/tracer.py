@@ -20,7 +20,7 @@ from selab.attention.se import GatedJoin
 from selab.cost.operators.backward import gradients
 from selab.cost.rules import FOUND, VIEW, Rule, Work, rule_of
 from selab.errors import ModelError, SpecError, nearest
-from selab.meta import Example, FakePass, as_written, first_line, shapes_of
+from selab.meta import Example, FakePass, as_written, first_line, set_mode, shapes_of
 from selab.records.types import Frozen
 
 Stage = Literal["", "squeeze", "excitation", "scale"]
@@ -513,7 +513,7 @@ def op_trace(
     fakes = FakePass(model, example)
     tracer = _Tracer(fakes, dtype=dtype, se_blocks=se_blocks, details=details)
     try:
-        fakes.model.train(training)
+        set_mode(fakes.model, training=training)
         # With gradients, so that autograd marks the tensors that need them.
         with (
             torch.inference_mode(False),

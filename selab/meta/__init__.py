@@ -167,11 +167,21 @@ def _eager() -> Iterator[None]:
         yield
 
 
+def set_mode(model: nn.Module, *, training: bool) -> None:
+    """Put a model into train or eval mode; a network of torch.export keeps the one that it was exported in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+    except NotImplementedError:
+        for module, mode in modes:
+            module.training = mode
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode; restore the mode of every module at the end."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    set_mode(model, training=False)
     try:
         yield
     finally:

@@ -645,3 +645,14 @@ def test_counting_imports_no_other_counter_and_no_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_exported_and_traced_networks_cost_the_same() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    x = torch.zeros(1, 3, 8, 8)
+    cost = count(network, x)
+    exported = torch.export.export(network, (x,)).module()
+    for made in (torch.jit.trace(network, x), exported):
+        found = count(made, x)
+        assert (found.macs, found.params, found.unknown) == (cost.macs, cost.params, {})

@@ -1,5 +1,6 @@
 """SE blocks of torchvision and timm: find them, remove them, and compute them in fewer passes."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from selab.kernels.cpu import BlockParams
 from selab.kernels.deferred_bn import materialize, run_block, supported
 from selab.kernels.dispatch import CachedDispatch, Impl, choose, has_hooks, holds_weights
+from selab.kernels.squeeze_scale import refuses, run_stepwise
 from selab.kernels.swap import Swapped, library_of
 from selab.meta import Passage, passages
 from selab.records.types import Insertion
@@ -17,6 +19,8 @@ PLACEMENT = "its own"
 _LAYERS = {
     ("timm.layers.squeeze_excite", "SEModule"): ("fc1", "act", "fc2", "gate"),
     ("timm.models._efficientnet_blocks", "SqueezeExcite"): ("conv_reduce", "act1", "conv_expand", "gate"),
+    ("timm.models.senet", "SEModule"): ("fc1", "relu", "fc2", "sigmoid"),
+    ("pretrainedmodels.models.senet", "SEModule"): ("fc1", "relu", "fc2", "sigmoid"),
     ("torchvision.ops.misc", "SqueezeExcitation"): ("fc1", "activation", "fc2", "scale_activation"),
 }
 _ACTIVATIONS = {"ReLU": "relu", "SiLU": "silu", "Swish": "silu"}
@@ -101,6 +105,9 @@ def external_params(module: nn.Module) -> BlockParams | str:
     if names is None:
         return f"unsupported block: {type(module).__name__}"
     fc1, act, fc2, gate = (module._modules.get(name) for name in names)
+    pool = next((module._modules[name] for name in ("avgpool", "avg_pool") if name in module._modules), None)
+    if pool is not None and not (type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))):
+        return f"unsupported squeeze: {type(pool).__name__}"
     for name, layer in ((names[0], fc1), (names[2], fc2)):
         reason = _refuses_layer(name, layer)
         if reason:
@@ -130,7 +137,8 @@ def _refuses_layer(name: str, layer: nn.Module | None) -> str:
 class FusedExternal(Swapped, CachedDispatch):
     """A library's SE block in fewer passes: the class, parameters and keys stay, only `forward` changes.
 
-    For `selab.kernels.swap.swap`. Runs the library's own code wherever `runtime` answers `reference`.
+    For `selab.kernels.swap.swap`. Runs the library's own code wherever `runtime` answers `reference`, with squeeze and
+    scale as native passes where that is possible.
 
     Shapes: input and output (N, C, H, W).
     """
@@ -145,7 +153,7 @@ class FusedExternal(Swapped, CachedDispatch):
         x = supported(x)
         impl, _, params = _choose(self, x)
         if params is None:
-            out: Tensor = self.library.forward(self, materialize(x))
+            out: Tensor = run_own_code(self, materialize(x))
             return out
         fc1, _, fc2, _ = (self._modules[name] for name in _layer_names(self) or ())
         return run_block(self, impl, x, None, params, layers=(fc1, fc2))
@@ -167,6 +175,12 @@ def _choose(module: nn.Module, x: Tensor) -> tuple[Impl, str, BlockParams | None
         return "reference", params if isinstance(params, str) else hooked(module), None
     impl, reason = choose("auto", x, None, params)
     return impl, reason, None if impl == "reference" else params
+
+
+def run_own_code(block: Any, x: Tensor) -> Any:
+    """Run the own code of a swapped block on (N, C, H, W), with squeeze and scale as native passes if possible."""
+    forward = partial(block.library.forward, block)
+    return forward(x) if refuses(x) or has_hooks(*block.modules()) else run_stepwise(forward, x)
 
 
 def hooked(block: nn.Module) -> str:

@@ -9,6 +9,8 @@ Wherever it applies:
 * at inference on a CPU, a BatchNorm becomes part of the pass that consumes its output (a block, join or activation) if
   a trace shows that nothing else reads that output; a BatchNorm with its own activation (timm's) becomes one pass;
 * SE modules of torchvision and timm get the same implementations, under their own class, parameters and keys;
+* related blocks, of libraries and of anybody's, run their own layers between a native squeeze and a native scale, at
+  inference on a CPU;
 * at inference, a block's output reuses its input's memory if a trace shows that nothing reads the input again.
 """
 
@@ -27,6 +29,7 @@ from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.errors import ModelError, SelabError
 from selab.fusion.external import FusedExternal, external_params, hooked, is_external
 from selab.fusion.liveness import Liveness, analyze
+from selab.fusion.related import SteppedBlock, left_reason, step_related
 from selab.kernels import cpu
 from selab.kernels.deferred_bn import DeferredNorm, defer, undefer
 from selab.kernels.dispatch import Impl, has_hooks, norm_of
@@ -47,7 +50,9 @@ class FusedBlock:
         normalising: whether the BatchNorm before it, or before that ReLU, is part of it at inference, and the
             activation of that BatchNorm, if any.
         in_place: whether its output reuses its input's memory at inference.
-        reason: why it was left unchanged; empty if it was fused.
+        stepwise: whether at inference on a CPU its squeeze and its scale are native passes, and its own layers run as
+            they are between the two.
+        reason: why it was left unchanged, or why its layers are not part of the pass; empty if it was fused.
     """
 
     path: str
@@ -56,6 +61,7 @@ class FusedBlock:
     absorbed: bool = False
     normalising: bool = False
     in_place: bool = False
+    stepwise: bool = False
     reason: str = ""
 
 
@@ -101,10 +107,14 @@ class Fusion(Displayed):
         done = [f"fused {' and '.join(objects)}"] if objects else []
         if self.norms:
             done.append(f"folded {_counted(self.norms, 'BatchNorm')}")
-        left = Counter(one.reason for one in self.blocks if one.reason)
-        kept = [f"left {_counted(count, 'SE block')} unchanged: {reason}" for reason, count in left.items()]
-        sentence = (" and " if len(objects) < 2 else ", ").join(done) or "nothing to fuse"
-        return "; ".join([sentence, *kept, *([self.in_place_reason] if self.in_place_reason else [])])
+        stepped = Counter(one.reason for one in self.blocks if one.stepwise)
+        kept = [f"fused squeeze and scale of {_counted(count, 'block')}: {why}" for why, count in stepped.items()]
+        left = Counter(one.reason for one in self.blocks if one.reason and not one.stepwise)
+        kept += [f"left {_counted(count, 'SE block')} unchanged: {why}" for why, count in left.items()]
+        sentence = (" and " if len(objects) < 2 else ", ").join(done) or ("" if stepped else "nothing to fuse")
+        return "; ".join(
+            [*([sentence] if sentence else []), *kept, *([self.in_place_reason] if self.in_place_reason else [])]
+        )
 
 
 def _counted(count: int, noun: str) -> str:
@@ -115,8 +125,8 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
     """Fuse the SE blocks of a network, in place: the same mathematics, parameters and checkpoint keys.
 
     Args:
-        model: a network with blocks of selab, torchvision (`torchvision.ops.SqueezeExcitation`) or timm (`SEModule`,
-            `SqueezeExcite`), or without any.
+        model: a network with blocks of selab, torchvision (`torchvision.ops.SqueezeExcitation`), timm (`SEModule`,
+            `SqueezeExcite`) or any other class, or without blocks.
         input_nchw: the shape of an example input, (N, C, H, W); a pass over it on the meta device shows which feature
             maps are read only once.
         blocks: whether to fuse the blocks; otherwise only what surrounds them, as in a network without SE.
@@ -143,6 +153,8 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
         )
     absorbed = _absorb(model) if blocks else set()
     joins = _join(model, blocks)
+    if blocks:
+        step_related(model)
     changed = [_fused(path, module, absorbed) for path, module in _blocks(model)] if blocks else []
     reason = ""
     try:
@@ -334,7 +346,8 @@ def _join(model: nn.Module, blocks: bool) -> int:
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
-        if isinstance(module, SqueezeExcitation) or is_external(module):
+        known = isinstance(module, (SqueezeExcitation, SteppedBlock)) or is_external(module)
+        if known or left_reason(module):
             yield path, module
 
 
@@ -344,12 +357,17 @@ def _fused(path: str, module: nn.Module, absorbed: set[nn.Module]) -> FusedBlock
     if isinstance(module, SqueezeExcitation):
         module.impl = "auto"
         return FusedBlock(path=path, kind=kind, absorbed=module in absorbed, reason=module.refuses())
+    native = not cpu.native_reason()
+    if isinstance(module, SteppedBlock):
+        return FusedBlock(path=path, kind=kind, stepwise=native, reason=module.reason())
+    if left_reason(module):
+        return FusedBlock(path=path, kind=kind, reason=left_reason(module))
     params = external_params(module)
-    if isinstance(params, str):
-        return FusedBlock(path=path, kind=kind, reason=params)
     swap(module, FusedExternal)
     block: Any = module
     block.can_overwrite = False
+    if isinstance(params, str):
+        return FusedBlock(path=path, kind=kind, stepwise=native, reason=params)
     # Hooks are looked at in every call: without them the block is fast from then on.
     return FusedBlock(path=path, kind=kind, reason=hooked(module))
 

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from selab.kernels import memory_format
 
 # As in native.c: a library that was built from older sources must not be called.
-_INTERFACE = 4
+_INTERFACE = 5
 
 
 def _load(name: str = "selab.kernels._native") -> tuple[Any, str]:

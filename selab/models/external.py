@@ -50,6 +50,7 @@ _SE_CLASSES: dict[str, tuple[str, ...]] = {
     "LightCbamModule": _TIMM,
     "CoordAttn": _TIMM,
     "SimpleCoordAttn": _TIMM,
+    "EseModule": ("timm.models.hgnet",),
     "SqueezeExcitation": ("torchvision.ops.misc",),
     "SE": ("pycls.models.blocks",),
 }

@@ -199,7 +199,7 @@ def test_a_block_without_a_fast_way_is_left_out_of_the_baseline_too_and_its_reas
     networks = tax._networks(tax.implementations)
     assert type(networks["baseline"]()[3]) is nn.Identity
     networks["fast"]()
-    assert "left 1 SE block unchanged: unsupported gate: Tanh" in tax._remarks["fast"]
+    assert "fused squeeze and scale of 1 block: unsupported gate: Tanh" in tax._remarks["fast"]
     assert "1 run by" in tax._remarks["fast"]
 
 

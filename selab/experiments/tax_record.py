@@ -4,6 +4,7 @@ A record keeps the raw samples and the values computed from them, which are chec
 control run are stored once, as those of the baseline against its second instance.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ import msgspec
 from selab.bench.devices import copy_bandwidth
 from selab.errors import RecordError
 from selab.models.provenance import is_bare
+from selab.records.consistency import (
+    mistaken_insertions,
+    mistaken_machine,
+    mistaken_runs,
+    mistaken_workload,
+)
 from selab.records.files import read_text, write_atomically
 from selab.records.store import Store
 from selab.records.types import Dtype, Frozen, Insertion, Latency, Machine, Phase, Run, Workload, decoded, lined_json
@@ -155,6 +162,8 @@ def read_tax_record(path: Path) -> TaxRecord:
     record = decoded(
         read_text(path).encode(), TaxRecord, schema=SCHEMA, where=str(path), again="measure again with `selab tax`"
     )
+    for wrong in _mistaken(record):
+        raise RecordError(f"{path}: {wrong}; measure again with `selab tax`, or restore the file")
     try:
         return msgspec.structs.replace(record, pairs=tuple(_checked(record)))
     except RecordError as error:
@@ -177,6 +186,29 @@ TAXES = Store(folder=FOLDER, title="records of `selab tax`", command="selab tax"
 def controls_of(pairs: tuple[TaxPair, ...], method: str) -> tuple[Run, ...]:
     """Return the control runs: the baseline against its second instance."""
     return next((pair.latency.runs for pair in pairs if pair.variant == AGAIN and pair.latency.method == method), ())
+
+
+def _mistaken(record: TaxRecord) -> Iterator[str]:
+    """Yield what is impossible in a record, apart from its latencies' figures: field and reason."""
+    yield from mistaken_workload(record.workload)
+    yield from mistaken_machine(record.machine)
+    yield from mistaken_insertions(record.blocks, "blocks")
+    for index, (size, speed) in enumerate(record.bandwidths):
+        if size < 1 or not 0 < speed < math.inf:
+            yield f"bandwidths[{index}]: is ({size}, {speed!r}), expected bytes and bytes per second above 0"
+    for index, pair in enumerate(record.pairs):
+        yield from mistaken_runs(pair.latency, f"pairs[{index}].latency")
+    for name, value in record.saved_for_backward_bytes.items():
+        if value < 0:
+            yield f"saved_for_backward_bytes.{name}: is {value}, expected 0 or more"
+    if record.profiled is not None:
+        times = {"total_s": record.profiled.total_s, **record.profiled.stages}
+        for name, seconds in times.items():
+            if not 0 <= seconds < math.inf:
+                yield f"profiled.{name}: is {seconds!r}, expected 0 or more seconds"
+        stages = math.fsum(record.profiled.stages.values())
+        if stages > record.profiled.total_s * (1 + 1e-6):
+            yield f"profiled: its stages take {stages!r} s together, all operators {record.profiled.total_s!r} s"
 
 
 def _checked(record: TaxRecord) -> Iterator[TaxPair]:

@@ -5,6 +5,7 @@ were published for it. Geometry belongs to the builder's arguments, so no key ch
 """
 
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,7 +143,32 @@ def parse_family(text: str, *, origin: str, file: str = "") -> dict[str, Variant
         raise SpecError(f"{origin}: builder: {family.builder!r} is not of the form 'package.module:callable'")
     check_positive(family.input_chw, place=f"{origin}: input_chw")
     check_positive((family.num_classes,), place=f"{origin}: num_classes")
-    return {name: _variant(name, table, family, tables, origin, file) for name, table in tables.items()}
+    variants = {name: _variant(name, table, family, tables, origin, file) for name, table in tables.items()}
+    _check_baselines(variants, origin)
+    return variants
+
+
+def _check_baselines(variants: dict[str, Variant], origin: str) -> None:
+    """Raise SpecError if a variant is compared, through its baselines, with itself."""
+    for name in variants:
+        chain = [name]
+        while (baseline := variants[chain[-1]].baseline) is not None:
+            chain.append(baseline)
+            if baseline == name:
+                circle = " → ".join(chain)
+                raise SpecError(
+                    f"{origin}: variants.{name}.baseline: a circle, {circle}; leave out the baseline of one"
+                )
+            if len(chain) > len(variants):
+                break  # it leads into a circle of others, which is reported for them
+
+
+def _check_published(published: Published, place: str) -> None:
+    """Raise SpecError if a value is none that can be published: not finite, negative, or more than 100 %."""
+    most = 100 if published.metric.endswith("_pct") else math.inf
+    if not math.isfinite(published.value) or not 0 <= published.value <= most:
+        allowed = "0 to 100" if most == 100 else "a finite number, not negative"
+        raise SpecError(f"{place}.value: {published.metric} is {published.value!r}; allowed: {allowed}")
 
 
 def _variant(
@@ -159,6 +185,7 @@ def _variant(
     if given.se is not None and given.baseline is None:
         raise SpecError(f"{origin}: {key}.baseline: missing; a variant with SE names the variant it is compared with")
     for index, published in enumerate(given.published):
+        _check_published(published, f"{origin}: {key}.published[{index}]")
         if not published.source.strip() or not published.where.strip():
             raise SpecError(
                 f"{origin}: {key}.published[{index}]: source and where must name the publication and the place in it"

@@ -1,8 +1,12 @@
 """Records of acceptance measurements."""
 
+from collections.abc import Iterator
 from typing import Literal
 
+from selab.errors import RecordError
+from selab.records.consistency import mistaken_machine
 from selab.records.types import Flag, Frozen, Latency, Machine, VerdictKind
+from selab.records.verdict import check
 
 
 class LiveAcceptance(Frozen, frozen=True, kw_only=True):
@@ -108,3 +112,36 @@ class Acceptance(Frozen, frozen=True, kw_only=True):
     counting: tuple[CountingTime, ...]
     loading: LoadingTime | None
     roof: RoofDistances | None
+
+
+def mistaken_acceptance(found: LiveAcceptance | CountingTime | LoadingTime | RoofDistances) -> Iterator[str]:
+    """Yield what is impossible in one of these results: field and reason. Latencies are checked by their samples."""
+    yield from mistaken_machine(found.machine)
+    if isinstance(found, CountingTime | LoadingTime):
+        for name, latency in found.comparisons.items():
+            try:
+                check(latency)
+            except RecordError as error:
+                yield f"comparisons.{name}: {error}"
+        return
+    if isinstance(found, RoofDistances):
+        times = {"flops_per_s": found.flops_per_s}
+        times |= {f"bandwidths[{index}]": speed for index, (_, speed) in enumerate(found.bandwidths)}
+        for one in found.networks:
+            times |= {f"networks.{one.name}.least_s": one.least_s, f"networks.{one.name}.whole_s": one.whole_s}
+        yield from (f"{name}: is {value!r}, expected above 0" for name, value in times.items() if not value > 0)
+        if found.failed < 0:
+            yield f"failed: is {found.failed}, expected 0 or more"
+        return
+    for name, part, whole in (
+        ("intervals_holding_one", found.intervals_holding_one, found.trials),
+        ("slower_detected", found.slower_detected, found.slower_trials),
+    ):
+        if not 0 <= part <= whole:
+            yield f"{name}: is {part} of {whole}"
+    for name in ("median_error", "p95_error", "seconds_per_trial"):
+        if not getattr(found, name) >= 0:
+            yield f"{name}: is {getattr(found, name)!r}, expected 0 or more"
+    for index, (ratio, low, high) in enumerate(found.same):
+        if not 0 < low <= ratio <= high:
+            yield f"same[{index}]: is {ratio!r} in [{low!r}, {high!r}]"

@@ -15,7 +15,15 @@ from typing import Generic, TypeVar
 import msgspec
 
 from selab.errors import RecordError
-from selab.records.acceptance import Acceptance, CountingTime, LiveAcceptance, LoadingTime, RoofDistances
+from selab.records.acceptance import (
+    Acceptance,
+    CountingTime,
+    LiveAcceptance,
+    LoadingTime,
+    RoofDistances,
+    mistaken_acceptance,
+)
+from selab.records.consistency import mistaken_record
 from selab.records.files import files_ending, read_text, write_atomically
 from selab.records.types import PHASES, Latency, Memory, Phase, Record, from_json, to_json
 from selab.records.verdict import check
@@ -26,6 +34,7 @@ _PARTIAL, _FAILED = ".partial.json", ".failed.json"
 _K = TypeVar("_K", bound=str)
 _R = TypeVar("_R")
 _T = TypeVar("_T")
+_A = TypeVar("_A", LiveAcceptance, CountingTime, LoadingTime, RoofDistances)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +221,8 @@ def read_record(path: Path) -> Record:
         RecordError: the file is not a record, or its figures disagree with its samples; names the file and the field.
     """
     record = from_json(read_text(path).encode(), where=str(path))
+    for wrong in mistaken_record(record):
+        raise RecordError(f"{path}: {wrong}; measure again or restore the file")
     try:
         return msgspec.structs.replace(
             record,
@@ -230,14 +241,17 @@ def read_acceptance(folder: Path) -> Acceptance:
         RecordError: a file is malformed.
     """
 
-    def read(name: str, kind: type[_T]) -> _T | None:
+    def read(name: str, kind: type[_A]) -> _A | None:
         path = folder / "acceptance" / name
         if not path.exists():
             return None
         try:
-            return msgspec.json.decode(read_text(path), type=kind)
+            found = msgspec.json.decode(read_text(path), type=kind)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise RecordError(f"{path}: {error}; measure again") from None
+        for wrong in mistaken_acceptance(found):
+            raise RecordError(f"{path}: {wrong}; measure again, or restore the file")
+        return found
 
     counting = [read(name, CountingTime) for name in ("counts.json", "tables.json")]
     return Acceptance(

@@ -16,6 +16,7 @@ import msgspec
 
 from selab.errors import RecordError
 from selab.records import stats
+from selab.records.consistency import mistaken_machine
 from selab.records.files import read_text, write_atomically
 from selab.records.store import Store, file_name, partial_path
 from selab.records.types import Device, Frozen, Machine, decoded
@@ -261,6 +262,19 @@ def from_json(raw: bytes, *, where: str) -> AccuracyRecord:
 
 def _impossible(record: AccuracyRecord) -> Iterator[str]:
     """Yield what is inconsistent: field and reason."""
+    yield from mistaken_machine(record.machine)
+    data = record.data
+    for name, value in (
+        ("num_classes", data.num_classes),
+        ("train_size", data.train_size),
+        ("test_size", data.test_size),
+    ):
+        if value < 1:
+            yield f"data.{name}: is {value}, expected at least 1"
+    if min(data.input_chw) < 1:
+        yield f"data.input_chw: is {data.input_chw}, expected sizes of at least 1"
+    if record.options.accumulate < 1:
+        yield f"options.accumulate: is {record.options.accumulate}, expected at least 1"
     numbers = [each.seed for each in record.seeds]
     if len(set(numbers)) < len(numbers):
         yield f"seeds: {numbers} name one twice"

@@ -16,14 +16,15 @@ Wherever it applies:
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.errors import ModelError, SelabError
@@ -35,7 +36,7 @@ from selab.kernels.deferred_bn import DeferredNorm, defer, undefer
 from selab.kernels.dispatch import Impl, has_hooks, norm_of
 from selab.kernels.residual import ACTIVATIONS, ADD_RELU, FusedActivation, FusedJoin, formula_of
 from selab.kernels.swap import library_of, swap
-from selab.meta import first_line, passages
+from selab.meta import Example, first_line, is_shape, passages, shapes_of
 from selab.records.display import Displayed
 
 
@@ -121,7 +122,13 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), blocks: bool = True) -> Fusion:
+def fuse(
+    model: nn.Module,
+    *,
+    input_nchw: tuple[int, ...] = (1, 3, 224, 224),
+    inputs: Example | None = None,
+    blocks: bool = True,
+) -> Fusion:
     """Fuse the SE blocks of a network, in place: the same mathematics, parameters and checkpoint keys.
 
     Args:
@@ -129,13 +136,16 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
             `SqueezeExcite`) or any other class, or without blocks.
         input_nchw: the shape of an example input, (N, C, H, W); a pass over it on the meta device shows which feature
             maps are read only once.
+        inputs: an example input of another form: a tensor, positional arguments in a tuple, keyword arguments in a
+            dict. Its values are not read.
         blocks: whether to fuse the blocks; otherwise only what surrounds them, as in a network without SE.
 
     Returns:
         What was fused, and what was not and why; `str()` gives a sentence.
 
     Raises:
-        ModelError: `model` is not a torch.nn.Module, or `input_nchw` is not four positive integers.
+        ModelError: `model` is not a torch.nn.Module, or the example is neither four positive integers nor a tensor nor
+            arguments with tensors.
 
     Examples:
         >>> from torch import nn
@@ -147,10 +157,7 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"selab.fuse: expected a torch.nn.Module, got {type(model).__name__}")
-    if not (isinstance(input_nchw, (tuple, list)) and len(input_nchw) == 4 and all(_is_size(n) for n in input_nchw)):
-        raise ModelError(
-            f"selab.fuse: input_nchw {input_nchw!r}: expected four sizes (N, C, H, W), such as (1, 3, 224, 224)"
-        )
+    example = _example(input_nchw if inputs is None else inputs)
     absorbed = _absorb(model) if blocks else set()
     joins = _join(model, blocks)
     if blocks:
@@ -158,11 +165,10 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
     changed = [_fused(path, module, absorbed) for path, module in _blocks(model)] if blocks else []
     reason = ""
     try:
-        seen = analyze(model, input_nchw, norms=_norms, consumers=partial(_consumers, blocks=blocks))
+        seen = analyze(model, example, norms=_norms, consumers=partial(_consumers, blocks=blocks))
     except (SelabError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:
         seen = Liveness(overwritable=set(), consumer={}, exclusive={}, producers={})
-        reason = f"the network fails on the meta device with an input of shape {input_nchw}: {first_line(error)}; "
-        reason += "give the shape of its input as input_nchw=(N, C, H, W)"
+        reason = _failed(model, example, error)
     # An earlier call may have found otherwise. An in-place ReLU that a block has absorbed is proof for good.
     producers = {path: tuple(map(model.get_submodule, sorted(paths))) for path, paths in seen.producers.items()}
     for path, consumer in _consumers(model, blocks):
@@ -190,8 +196,28 @@ def fuse(model: nn.Module, *, input_nchw: tuple[int, ...] = (1, 3, 224, 224), bl
     )
 
 
-def _is_size(number: object) -> bool:
-    return isinstance(number, int) and number > 0
+def _example(example: Example) -> Example:
+    """Return an example input; raise ModelError if it is neither a shape nor a tensor, nor arguments with tensors."""
+    if isinstance(example, (Tensor, Mapping)):
+        return example
+    if isinstance(example, (tuple, list)):
+        if len(example) == 4 and all(isinstance(size, int) and size > 0 for size in example):
+            return example
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(example)):
+            return example
+    raise ModelError(
+        f"selab.fuse: input_nchw {example!r}: expected four sizes (N, C, H, W), such as (1, 3, 224, 224); any other "
+        "example is a tensor, a tuple of arguments or a dict of keyword arguments, as inputs="
+    )
+
+
+def _failed(model: nn.Module, example: Example, error: Exception) -> str:
+    """Return why the trace failed, and how the network can be traced after all."""
+    shape = example if is_shape(example) else shapes_of(example)
+    reason = f"the network fails on the meta device with an input of shape {shape}: {first_line(error)}; "
+    reason += "give the shape of its input as input_nchw=(N, C, H, W), or other arguments as inputs="
+    part = next((name for name in ("backbone", "encoder", "features", "body") if name in model._modules), None)
+    return reason if part is None else f"{reason}, or fuse a part that takes images, such as selab.fuse(model.{part})"
 
 
 def _described(model: nn.Module, one: FusedBlock, consumers: set[str]) -> FusedBlock:

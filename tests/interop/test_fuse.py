@@ -169,3 +169,54 @@ def test_a_hook_that_keeps_what_a_convolution_returns_keeps_that():
             each.conv_stem.register_forward_hook(lambda _module, _args, out: kept.append(out))
             each(example)
     assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "blocks", "stepwise"),
+    [
+        ("legacy_seresnet18", "SEModule", 8, 0),
+        ("ese_vovnet19b_slim_dw", "EffectiveSEModule", 4, 4),
+        ("ecaresnet26t", "EcaModule", 8, 8),
+        ("hgnet_tiny", "EseModule", 5, 5),
+        ("test_convnext", "", 0, 0),
+        ("gcresnext26ts", "GlobalContext", 7, 0),
+        ("skresnet18", "SelectiveKernel", 8, 0),
+    ],
+)
+def test_every_related_block_of_timm_is_fast_or_named(name, kind, blocks, stepwise):
+    model = network("timm", name).eval()
+    fused = copy.deepcopy(model)
+    fusion = fuse(fused, input_nchw=SIZE)
+    assert [one.kind for one in fusion.blocks] == [kind] * blocks
+    assert sum(one.stepwise for one in fusion.blocks) == stepwise
+    assert all(one.stepwise or one.reason.startswith("unsupported: ") or one.in_place for one in fusion.blocks)
+    example = torch.randn(SIZE)
+    with torch.inference_mode():
+        expected, found = model(example.clone()), fused(example)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("layers", [{"act_layer": "gelu"}, {"act_layer": "hard_swish"}, {"norm_layer": nn.BatchNorm2d}])
+def test_blocks_of_timm_with_other_layers_run_stepwise(layers):
+    timm = pytest.importorskip("timm")
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), timm.layers.SEModule(32, **layers)).eval()
+    fused = copy.deepcopy(model)
+    fusion = fuse(fused, input_nchw=(1, 3, 8, 8))
+    assert [(one.stepwise, one.reason != "") for one in fusion.blocks] == [(True, True)]
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_blocks_that_quantization_must_see_are_named():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.quantization.mobilenet_v3_large(weights=None).eval()
+    reasons = {one.reason for one in fuse(model).blocks}
+    assert reasons == {"unsupported: quantization must see each of its operations"}
+
+
+def test_a_detection_network_is_fused_and_its_backbone_suggested():
+    detection = pytest.importorskip("torchvision").models.detection
+    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    assert str(fuse(model)).startswith("fused 8 SE blocks")
+    assert str(fuse(model.backbone)).startswith("fused 8 SE blocks (in place)")

@@ -487,3 +487,32 @@ def test_a_gradient_that_the_forward_pass_takes() -> None:
     # Twenty positions: both layers, and the gradient of each with respect to what it reads.
     assert cost.macs.conv_linear == 20 * (3 * 8 + 8) * 2
     assert cost.unknown == {}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantised_layer_reads_one_byte_per_weight() -> None:
+    network = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), dtype=torch.qint8)
+    cost = count(network, (3, 8))
+    assert (cost.macs.conv_linear, cost.unknown) == (3 * 8 * 4, {})
+    assert cost.by_operator["linear"].bytes == 4 * (3 * 8 + 3 * 4) + 8 * 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_deformable_convolution_samples_and_multiplies(masked: bool) -> None:
+    rule = RULES["torchvision::deform_conv2d"]
+    x, weight, out = torch.empty(2, 8, 9, 9), torch.empty(6, 4, 3, 3), torch.empty(2, 6, 7, 7)
+    offset, mask = torch.empty(2, 18, 7, 7), torch.empty(2, 9, 7, 7)
+    args = [x, weight, offset, mask, torch.empty(6), 1, 1, 0, 0, 1, 1, 2, 1, masked]
+    macs, sampled = 2 * 49 * 6 * 4 * 9, 2 * 49 * 8 * 9 * (5 if masked else 4)
+    work = rule.work(args, out)
+    assert work == (macs, sampled, sampled)
+    assert rule.backward is not None
+    needs_all = rule.backward(args, out, work, lambda _: True)
+    assert needs_all == (2 * macs, (3 if masked else 2) * sampled, (3 if masked else 2) * sampled)
+    assert rule.backward(args, out, work, lambda one: one is weight) == (macs, 0, 0)
+
+
+def test_regions_without_a_sampling_ratio_are_unknown() -> None:
+    rule, x, out = RULES["torchvision::roi_align"], torch.empty(1, 4, 9, 9), torch.empty(3, 4, 7, 7)
+    assert rule.work([x, torch.empty(3, 5), 1.0, 7, 7, 2, True], out) == (0, 16 * out.numel(), 16 * out.numel())
+    assert rule.work([x, torch.empty(3, 5), 1.0, 7, 7, -1, True], out) is None

@@ -91,7 +91,13 @@ def _moving(name: str, names: str, traffic: Traffic | None = None) -> dict[str, 
 # The operators that put values at places or add them there, with the positions of values and indices.
 _PLACING = {"scatter": (3, 2), "index_copy": (3, 2)}
 _PUTTING = {"index_put": (2, 1), "_index_put_impl": (2, 1), "_unsafe_index_put": (2, 1), "put": (2, 1)}
-_ADDING = {"scatter_add": (3, 2), "index_add": (3, 2), "scatter_reduce": (3, 2), "index_reduce": (3, 2)}
+_ADDING = {
+    "scatter_add": (3, 2),
+    "index_add": (3, 2),
+    "scatter_reduce": (3, 2),
+    "index_reduce": (3, 2),
+    "_unsafe_masked_index_put_accumulate": (3, 2),
+}
 
 
 def _placing(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selab.cost.operators.base import (
@@ -54,10 +55,18 @@ def _sequence_convolution(args: Arguments, out: Tensor) -> Work:
 def _packed_weight(packed: Any) -> Tensor | None:
     """Return the weight that a quantised layer has packed."""
     try:
-        weight = packed.unpack()[0]
+        # Real tensors: the fake ones of a count must not follow.
+        with torch._C._DisableTorchDispatch():
+            weight = packed.unpack()[0]
     except (AttributeError, RuntimeError, TypeError):
         return None
     return weight if isinstance(weight, Tensor) else None
+
+
+def _packed_traffic(args: Arguments, out: Tensor) -> Sequence[tuple[Tensor, int]]:
+    weight = _packed_weight(args[1])
+    moved = [args[0], out] if weight is None else [args[0], weight, out]
+    return [(x, x.numel()) for x in moved]
 
 
 def _quantised_convolution(args: Arguments, out: Tensor) -> Work | None:
@@ -268,7 +277,7 @@ PRODUCTS: dict[str, Rule] = {
     **_convolutions(_activated_convolution(2), "cudnn_convolution_add_relu miopen_convolution_add_relu"),
     **_convolutions(_sequence_convolution, "conv_tbc"),
     **table(
-        Rule(name="convolution", work=_quantised_convolution),
+        Rule(name="convolution", work=_quantised_convolution, traffic=_packed_traffic),
         "quantized::conv1d quantized::conv2d quantized::conv3d quantized::conv1d_relu quantized::conv2d_relu "
         "quantized::conv3d_relu quantized::conv1d_dynamic quantized::conv2d_dynamic quantized::conv3d_dynamic",
     ),
@@ -284,7 +293,7 @@ PRODUCTS: dict[str, Rule] = {
         "_weight_int4pack_mm_with_scales_and_zeros",
     ),
     **table(
-        Rule(name="linear", work=_product_work(0)),
+        Rule(name="linear", work=_product_work(0), traffic=_packed_traffic),
         "quantized::linear quantized::linear_relu quantized::linear_dynamic quantized::linear_relu_dynamic "
         "quantized::linear_dynamic_fp16 quantized::linear_relu_dynamic_fp16",
     ),

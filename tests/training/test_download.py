@@ -1,16 +1,21 @@
 """Archives: fetched whole from servers that can, cannot or will not; unpacked without trusting them."""
 
+import contextlib
 import gzip
 import hashlib
 import io
+import itertools
+import os
 import re
 import tarfile
 import threading
+import urllib.request
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from selab.training import download
 from selab.training.download import DownloadError, alone, fetch, unpack, whole_folder
 
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes
@@ -176,6 +181,190 @@ def test_folder_that_is_a_file_is_told(server, tmp_path):
     (tmp_path / "data").write_text("")
     with pytest.raises(DownloadError, match="cannot be written"):
         fetch(url, tmp_path / "data" / "set.tar.gz", md5=MD5)
+
+
+# ------------------------------------------------------------------------------------------------------ hostile servers
+
+
+@pytest.fixture
+def hostile(monkeypatch):
+    """Start a server whose answers a function writes; returns its address and how often it was asked."""
+    monkeypatch.setenv("no_proxy", "*")
+    running, asked = [], []
+
+    def start(answer):
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                asked.append(self.path)
+                self.close_connection = True
+                with contextlib.suppress(OSError):
+                    answer(self)
+
+            def log_message(self, *words):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        running.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}", asked
+
+    yield start
+    for server, thread in running:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def redirecting(to):
+    def answer(handler):
+        handler.send_response(302)
+        handler.send_header("Location", to(handler) if callable(to) else to)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+def refused(url, path, words, **options):
+    with pytest.raises(DownloadError, match=words) as caught:
+        fetch(url, path, md5=MD5, **options)
+    assert "\n" not in str(caught.value)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("to", ["/same", lambda handler: f"/{len(handler.path)}{handler.path[1:]}"])
+def test_endless_redirects_are_given_up(hostile, path, to):
+    """The second kind leads to a new address each time."""
+    address, asked = hostile(redirecting(to))
+    refused(f"{address}/set", path, "redirects more than 5 times; get the file in another way")
+    assert len(asked) == 6
+    assert not path.parent.exists()
+
+
+def test_a_few_redirects_are_followed(hostile, path):
+    def answer(handler):
+        if len(handler.path) < 5:
+            return redirecting(handler.path + "x")(handler)
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(CONTENT)))
+        handler.end_headers()
+        return handler.wfile.write(CONTENT)
+
+    address, _ = hostile(answer)
+    fetch(f"{address}/x", path, md5=MD5)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["file", "ftp", "data", "gopher"])
+def test_redirects_elsewhere_are_refused(hostile, path, tmp_path, kind):
+    (tmp_path / "secret").write_bytes(CONTENT)
+    to = {"file": f"file://{tmp_path}/secret", "ftp": "ftp://127.0.0.1:1/x", "data": "data:,x", "gopher": "gopher://x/"}
+    address, _ = hostile(redirecting(to[kind]))
+    refused(f"{address}/set", path, f"redirects to an address of the kind '{kind}'; only http and https")
+
+
+def test_a_redirect_from_https_to_http_is_refused():
+    request = urllib.request.Request("https://example.org/set")
+    with pytest.raises(DownloadError, match="redirects from https to http"):
+        download._Redirects(request.full_url).http_error_302(request, io.BytesIO(), 302, "", {"Location": "http://x/"})
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1:1/x", "no address"])
+def test_other_kinds_of_addresses_are_refused(path, url):
+    refused(url, path, "cannot be fetched")
+
+
+def endless(handler):
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    for _ in range(10_000):
+        handler.wfile.write(b"1000\r\n" + b"x" * 0x1000 + b"\r\n")
+
+
+def test_an_endless_answer_is_given_up_and_not_kept(hostile, path):
+    address, _ = hostile(endless)
+    refused(f"{address}/set", path, "it has no end, allowed are 1,000,000 bytes", most_bytes=1_000_000)
+    assert left(path) == []
+
+
+def test_a_file_that_says_it_is_too_long_is_not_begun(hostile, path):
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(10**15))
+        handler.end_headers()
+
+    address, _ = hostile(answer)
+    refused(f"{address}/set", path, "it has 1,000,000,000,000,000 bytes, allowed are 1,073,741,824 bytes")
+    assert not path.parent.exists()
+
+
+def test_a_slow_answer_is_given_up_and_kept(hostile, path):
+    """A byte now and then never lets a connection time out."""
+
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(CONTENT)))
+        handler.end_headers()
+        for byte in CONTENT:
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
+
+    address, asked = hostile(answer)
+    times = itertools.count(step=61.0)
+    refused(f"{address}/set", path, "sends less than 65,536 bytes in 60 s; .* kept", clock=lambda: next(times))
+    assert len(asked) == 1
+    assert left(path) == ["set.tar.gz.part"]
+
+
+def test_a_server_that_always_breaks_off_is_given_up(hostile, path):
+    def answer(handler):
+        begin = int(handler.headers.get("Range", "bytes=0-")[6:-1])
+        handler.send_response(206 if begin else 200)
+        if begin:
+            handler.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        handler.send_header("Content-Length", str(len(CONTENT) - begin))
+        handler.end_headers()
+        handler.wfile.write(CONTENT[begin : begin + 1])
+
+    address, asked = hostile(answer)
+    refused(f"{address}/set", path, r"cannot be fetched \(after 50 of 10,240 bytes\); 50 bytes of it are kept")
+    assert len(asked) == 50
+
+
+@pytest.mark.parametrize("length", ["-5", "many", "9" * 400, "10"])
+def test_a_wrong_length_gives_no_file(hostile, path, length):
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", length)
+        handler.end_headers()
+        handler.wfile.write(CONTENT[:100])
+
+    address, _ = hostile(answer)
+    refused(f"{address}/set", path, "cannot be fetched|is not the published file")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder"])
+def test_a_part_that_is_no_file_of_its_own_is_not_written_to(server, path, tmp_path, kind):
+    _, url = server
+    other = tmp_path / "precious"
+    other.write_text("precious")
+    path.parent.mkdir()
+    part = path.with_name("set.tar.gz.part")
+    make = {
+        "link": lambda: part.symlink_to(other),
+        "dangling link": lambda: part.symlink_to(tmp_path / "new"),
+        "hard link": lambda: part.hardlink_to(other),
+        "pipe": lambda: os.mkfifo(part),
+        "folder": part.mkdir,
+    }
+    make[kind]()
+    refused(url, path, r"set\.tar\.gz\.part: is (another name of a file|a link, a folder or a device), .* delete it")
+    assert other.read_text() == "precious"
+    assert not (tmp_path / "new").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- unpacking

@@ -43,7 +43,7 @@ import torch
 from torch import nn
 
 from selab.cost.tracer import Operation, OpTrace, Stage, op_trace
-from selab.meta import Example, as_written
+from selab.meta import Example, On, as_written
 from selab.records.types import Cost, Macs, OperatorCost, SECost, StageCost
 
 
@@ -54,6 +54,7 @@ def count(
     dtype: torch.dtype | None = None,
     training: bool = False,
     se_blocks: Collection[str] = (),
+    on: On = "fake",
 ) -> Cost:
     """Count one forward pass of a network, and the backward pass that belongs to it.
 
@@ -66,11 +67,12 @@ def count(
         dtype: of all floating-point tensors when bytes are counted; their own where None.
         training: count the forward pass in train mode instead of eval mode.
         se_blocks: paths of modules to count as SE blocks, besides those of selab.
+        on: `cpu` to run the kernels on a copy with real tensors, for a network in which values decide what is computed.
 
     Raises:
         ModelError: the forward pass fails, or `se_blocks` names no module.
     """
-    return cost_of(model, op_trace(model, example, dtype=dtype, training=training, se_blocks=se_blocks))
+    return cost_of(model, op_trace(model, example, dtype=dtype, training=training, se_blocks=se_blocks, on=on))
 
 
 def cost_of(model: nn.Module, traced: OpTrace) -> Cost:

@@ -20,7 +20,18 @@ from selab.attention.se import GatedJoin
 from selab.cost.operators.backward import gradients
 from selab.cost.rules import FOUND, VIEW, Rule, Work, rule_of
 from selab.errors import ModelError, SpecError, nearest
-from selab.meta import Example, FakePass, as_written, first_line, set_mode, shapes_of
+from selab.meta import (
+    Example,
+    FakePass,
+    On,
+    RealPass,
+    as_written,
+    blames_input,
+    reason_of,
+    set_mode,
+    shapes_of,
+)
+from selab.meta.fake import VALUE_NEEDED
 from selab.records.types import Frozen
 
 Stage = Literal["", "squeeze", "excitation", "scale"]
@@ -221,7 +232,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return result
         tensors = _tensors_in(args, kwargs)
         index = -1
-        result = self._mode.shortcut(func, tensors, args, kwargs)
+        result = None if self._mode is None else self._mode.shortcut(func, tensors, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
         # The first output may be a gradient that is not asked for.
@@ -495,6 +506,7 @@ def op_trace(
     training: bool = False,
     se_blocks: Collection[str] = (),
     details: bool = False,
+    on: On = "fake",
 ) -> OpTrace:
     """Record every operator of one forward pass with its cost; no kernel runs, and the model is not changed.
 
@@ -504,13 +516,14 @@ def op_trace(
         dtype: of all floating-point tensors when bytes are counted; None for their own.
         training: count in train mode instead of eval mode.
         se_blocks: paths of modules to count as SE blocks, besides those of selab.
+        on: `cpu` to run the kernels on a copy with real tensors, for a network in which values decide what is computed.
         details: also record module calls and function names, which explaining other counters needs.
 
     Raises:
         ModelError: the forward pass fails; names the module in which it did.
     """
     model = as_written(model)
-    fakes = FakePass(model, example)
+    fakes = RealPass(model, example) if on == "cpu" else FakePass(model, example)
     tracer = _Tracer(fakes, dtype=dtype, se_blocks=se_blocks, details=details)
     try:
         set_mode(fakes.model, training=training)
@@ -529,9 +542,14 @@ def op_trace(
         raise
     except Exception as error:
         given = shapes_of((fakes.args, fakes.kwargs))
+        step = ""
+        if isinstance(error, VALUE_NEEDED):
+            step = '; count on real tensors (on="cpu", --on cpu)'
+        elif blames_input(error):
+            step = "; pass the input that the network expects"
         raise ModelError(
             f"{type(model).__name__}: counting fails in {tracer.where} with an input of shape {given}: "
-            f"{first_line(error)}; pass the input that the network expects"
+            f"{reason_of(error)}{step}"
         ) from error
     return OpTrace(
         operations=tuple(tracer.operations),

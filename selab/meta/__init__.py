@@ -1,21 +1,24 @@
 """Run a network on fake tensors: the shapes at its modules, and how often each module runs, without arithmetic."""
 
-import random
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from selab.errors import ModelError, one_line
-from selab.meta.fake import FakeMode
+from selab.meta.fake import VALUE_NEEDED, FakeMode, ValueNeededError
+from selab.meta.state import restored
 from selab.meta.twin import Copier
 
+On = Literal["fake", "cpu"]
+"""Whether a pass runs on fake tensors, or its kernels on real ones."""
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 """An example input: a shape (N, C, H, W), a tensor, positional arguments in a tuple or list, or keyword arguments in a
 mapping. Arguments may be nested lists, tuples and dicts of tensors and other values."""
@@ -96,6 +99,28 @@ def shapes_of(values: object) -> str:
     return ", ".join(str(tuple(x.shape)) for x in tree_leaves(values) if isinstance(x, Tensor))
 
 
+_ABOUT_INPUT = re.compile(
+    r"shape|\bsize|dimension|channel|dtype|\btype|argument|out of range|must match|expected|\binput", re.IGNORECASE
+)
+
+
+def blames_input(error: BaseException) -> bool:
+    """Return whether a forward pass may have failed because of the shapes, dtypes or number of its inputs."""
+    kinds = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+    if not isinstance(error, kinds) or isinstance(error, (NotImplementedError, *VALUE_NEEDED)):
+        return False
+    return _ABOUT_INPUT.search(str(error)) is not None
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an exception's first line, after the name of its type unless that is a general one."""
+    line = first_line(error)
+    if isinstance(error, VALUE_NEEDED) and not isinstance(error, ValueNeededError):
+        line = f"what it computes depends on the values of a tensor ({error.func})" if line else line
+    named = type(error) in (RuntimeError, ValueError, TypeError, ValueNeededError) or line == type(error).__name__
+    return line if named else f"{type(error).__name__}: {line}"
+
+
 class FakePass:
     """A copy of a network and of its example input on fake tensors, which report real devices, dtypes and strides.
 
@@ -105,7 +130,7 @@ class FakePass:
         model: the copy.
         args: the positional arguments.
         kwargs: the keyword arguments.
-        mode: that runs the operators.
+        mode: that runs the operators; None where real kernels run.
     """
 
     def __init__(self, model: nn.Module, example: Example) -> None:
@@ -114,13 +139,16 @@ class FakePass:
         Raises:
             ModelError: no tensor has the example's shape.
         """
-        self.mode = FakeMode()
+        self.mode: FakeMode | None = FakeMode()
+        self._network = model
         self.model: nn.Module = Copier(self.mode.fake)(model)
         args, kwargs = example_arguments(model, example, device="meta" if is_shape(example) else None)
         device = next((p.device for p in model.parameters() if p.is_floating_point()), torch.device("cpu"))
 
+        fake_of = self.mode.fake
+
         def fake(x: Tensor) -> Tensor:
-            made = self.mode.fake(x, device=device if x.is_meta else None)
+            made = fake_of(x, device=device if x.is_meta else None)
             return made.requires_grad_(False) if made.is_leaf else made
 
         self.args, self.kwargs = tree_map_only(Tensor, fake, (args, kwargs))
@@ -132,16 +160,42 @@ class FakePass:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Run operators on fake tensors; restore all global states at the end."""
-        python_state = random.getstate()
         fast_path = torch.backends.mha.get_fastpath_enabled()
-        with _eager(), torch.random.fork_rng(devices=[]), _without_mkldnn(), self.mode:
+        with _eager(), restored(self._network), _without_mkldnn(), self.mode or nullcontext():
             # The fused paths of transformers are one operator, whose parts could not be told apart.
             torch.backends.mha.set_fastpath_enabled(False)
             try:
                 yield
             finally:
                 torch.backends.mha.set_fastpath_enabled(fast_path)
-                random.setstate(python_state)
+
+
+class RealPass(FakePass):
+    """The same on real tensors on the CPU, for networks in which values decide what is computed: the kernels run."""
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        """Copy a network, with its memory, to the CPU.
+
+        Raises:
+            ModelError: no tensor has the example's shape, or the network is on the meta device.
+        """
+        if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
+            raise ModelError(f"{type(model).__name__}: is on the meta device, where tensors have no values to run on")
+        self.mode = None
+        self._network = model
+        copied: dict[int, torch.UntypedStorage] = {}
+
+        def real(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage._cdata not in copied:
+                copied[storage._cdata] = storage.cpu() if x.device.type != "cpu" else storage.clone()  # type: ignore[no-untyped-call]
+            made = torch.empty(0, dtype=x.dtype)
+            made.set_(copied[storage._cdata], x.storage_offset(), x.shape, x.stride())
+            return nn.Parameter(made, x.requires_grad) if isinstance(x, nn.Parameter) else made
+
+        self.model = Copier(real)(model)
+        args, kwargs = example_arguments(model, example, device="cpu")
+        self.args, self.kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
 
 
 @contextmanager
@@ -234,9 +288,10 @@ def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mappin
         with evaluating(fakes.model), torch.no_grad(), fakes.running():
             fakes()
     except Exception as error:
+        given = shapes_of((fakes.args, fakes.kwargs))
+        step = "; give the shape that the network expects (input_nchw, --resolution)" if blames_input(error) else ""
         raise ModelError(
-            f"{type(model).__name__}: forward fails with an input of shape {shapes_of((fakes.args, fakes.kwargs))}: "
-            f"{first_line(error)}; give the shape that the network expects (input_nchw, --resolution)"
+            f"{type(model).__name__}: forward fails with an input of shape {given}: {reason_of(error)}{step}"
         ) from error
     return seen
 

@@ -1,0 +1,305 @@
+"""Counting, and every other pass on fake tensors, leaves a network exactly as it was."""
+
+import functools
+import random
+import threading
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from selab.attention.auto_sites import trace_ends
+from selab.cost.count import count
+from selab.meta import passages
+
+GRIDS: dict[int, Tensor] = {}
+CALLS = 0
+
+
+@functools.cache
+def grid(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.float32)
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+
+class CachesGrid(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.grid is None or self.grid.shape[-1] != y.shape[-1]:
+            self.grid = torch.arange(y.shape[-1], device=y.device).to(y.dtype)
+        return y + self.grid
+
+
+class MakesLayer(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.head is None:
+            torch.manual_seed(3)
+            self.head = nn.Conv2d(y.shape[1], 2, 1).to(y.device)
+            self.add_module("late", nn.Identity())
+        out: Tensor = self.head(y)
+        return out
+
+
+class CachesInContainers(Base):
+    shared: ClassVar[dict[int, Tensor]] = {}
+    count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = [[], {}]
+        self.cache_of_products: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        global CALLS
+        CALLS += 1
+        type(self).count += 1
+        y: Tensor = self.conv(x)
+        size = y.shape[-1]
+        self.seen[0].append(y)
+        self.seen[1][size] = y.shape
+        self.cache_of_products["bias"] = self.conv.weight.sum()
+        for cache in (GRIDS, self.shared):
+            if size not in cache:
+                cache[size] = torch.linspace(0, 1, size)
+        return y + GRIDS[size] + self.shared[size] + grid(size)
+
+
+class Buffers(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("late", None, persistent=False)
+        self.register_buffer("ema", torch.zeros(4))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.plain = torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if self.late is None:
+            self.late = torch.ones(y.shape[-1], device=y.device)
+        self.ema = 0.9 * self.ema + 0.1 * y.detach().mean((0, 2, 3))
+        self.calls += 1
+        self.plain.add_(1)
+        self.conv.weight.data.mul_(1.5)
+        return y + self.late - self.ema[:, None, None]
+
+
+class Switches(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(4).eval(), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.train()
+        self.conv.weight.requires_grad_(False)
+        random.random()
+        np.random.rand()
+        torch.manual_seed(1)
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        out: Tensor = self.drop(self.norm(self.conv(x)))
+        return out
+
+
+class Uncopyable(Base):
+    """Holds what `copy.deepcopy` refuses: a lock, a generator, a tensor that is not a leaf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.steps = (i for i in range(3))
+        self.product = self.conv.weight.sum() * 2
+        self.generator = torch.Generator().manual_seed(4)
+        self.numbers = np.arange(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            self.numbers[0] += 1
+            noise = torch.rand(1, generator=self.generator)
+            self.product = self.product + 1
+            out: Tensor = self.conv(x) * noise + self.product.detach() + float(self.numbers[0])
+            return out
+
+
+class OwnCopy(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def __deepcopy__(self, memo: Any) -> "OwnCopy":
+        raise RuntimeError("never copied")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append(x)
+        out: Tensor = self.conv(x)
+        return out
+
+
+def with_hooks() -> nn.Module:
+    net, seen = Base(), []
+    net.seen = seen  # type: ignore[assignment]
+    net.conv.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    net.forward = lambda x: net.conv(x)  # type: ignore[method-assign]
+    return net
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    net[1].weight = net[0].weight
+    net[1].view = net[0].weight.detach()[:1]
+    return net
+
+
+def pruned() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    return net
+
+
+def traced_graph() -> nn.Module:
+    return fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+
+
+ZOO: dict[str, Callable[[], nn.Module]] = {
+    **{
+        kind.__name__: kind
+        for kind in (CachesGrid, MakesLayer, CachesInContainers, Buffers, Switches, Uncopyable, OwnCopy)
+    },
+    "hooks and a forward of its own": with_hooks,
+    "tied": tied,
+    "pruned": pruned,
+    "weight_norm": lambda: nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3))),
+    "spectral_norm": lambda: nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 3))),
+    "parametrized": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))),
+    "a graph": traced_graph,
+    "statistics": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Dropout()),
+}
+
+
+def state_of(value: Any, seen: dict[int, int]) -> Any:
+    """Describe a value with everything below it; tensors by address, version, flags and values."""
+    if id(value) in seen:
+        return ("again", seen[id(value)])
+    if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
+        return value
+    seen[id(value)] = len(seen)
+    if isinstance(value, Tensor):
+        given = (type(value).__name__, value.data_ptr(), value._version, value.requires_grad, value.stride())
+        return (*given, value.is_leaf, value.detach().clone().numpy().tobytes())
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, dict):
+        return [(str(key), state_of(one, seen)) for key, one in value.items()]
+    if isinstance(value, (list, tuple, set)):
+        return [state_of(one, seen) for one in value]
+    if callable(value) and getattr(value, "__closure__", None):
+        return [state_of(cell.cell_contents, seen) for cell in value.__closure__]
+    if isinstance(value, nn.Module):
+        return (type(value).__name__, id(value), state_of(vars(value), seen))
+    return (type(value).__name__, id(value))
+
+
+def everything(net: nn.Module) -> Any:
+    return [
+        state_of(net, {}),
+        state_of([GRIDS, CALLS, CachesInContainers.shared, CachesInContainers.count], {}),
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        np.random.get_state()[1].tobytes(),
+        (torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark),
+        (torch.backends.mkldnn.is_available(), torch.backends.mha.get_fastpath_enabled()),
+        [len(hooks) for hooks in (torch.nn.modules.module._global_forward_hooks,)],
+    ]
+
+
+def outputs(net: nn.Module) -> bytes:
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        try:
+            made = net(torch.linspace(-1, 1, 108).reshape(1, 3, 6, 6))
+        finally:
+            torch.set_default_dtype(before)
+    assert type(made) is Tensor
+    return made.detach().numpy().tobytes()
+
+
+PASSES: dict[str, Callable[[nn.Module], Any]] = {
+    "count": lambda net: count(net, (2, 3, 6, 6)),
+    "count in train mode": lambda net: count(net, (2, 3, 6, 6), training=True),
+    "passages": lambda net: passages(net, [], (2, 3, 6, 6)),
+    "block ends": lambda net: trace_ends(net, (2, 3, 6, 6)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _global_switches() -> Any:
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cudnn.benchmark = benchmark
+    GRIDS.clear()
+    CachesInContainers.shared.clear()
+    grid.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("run", PASSES)
+@pytest.mark.parametrize("name", ZOO)
+def test_a_pass_changes_nothing(name: str, run: str) -> None:
+    torch.manual_seed(5)
+    net = ZOO[name]()
+    torch.manual_seed(5)
+    twin = ZOO[name]()
+    before = everything(net)
+    PASSES[run](net)
+    assert everything(net) == before
+    assert outputs(net) == outputs(twin)
+
+
+def test_a_pass_that_fails_changes_nothing() -> None:
+    class Fails(Buffers):
+        def forward(self, x: Tensor) -> Tensor:
+            super().forward(x)
+            raise KeyError("no luck")
+
+    net = Fails()
+    before = everything(net)
+    with pytest.raises(Exception, match=r"KeyError: 'no luck'$"):
+        count(net, (2, 3, 6, 6))
+    assert everything(net) == before
+
+
+def test_a_count_on_real_tensors_changes_nothing() -> None:
+    class Steered(Buffers):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return F.relu(y) if y.sum().item() > 1e9 else y[y.isfinite()]
+
+    net = Steered()
+    before = everything(net)
+    with pytest.raises(Exception, match=r'values of a tensor.*on="cpu"'):
+        count(net, (2, 3, 6, 6))
+    cost = count(net, (2, 3, 6, 6), on="cpu")
+    assert cost.macs.conv_linear == 2 * 36 * 4 * 27
+    assert everything(net) == before

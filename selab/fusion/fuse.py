@@ -30,7 +30,7 @@ from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.errors import ModelError, SelabError
 from selab.fusion.external import FusedExternal, external_params, hooked, is_external
 from selab.fusion.liveness import Liveness, analyze
-from selab.fusion.related import SteppedBlock, left_reason, step_related
+from selab.fusion.related import SteppedBlock, inline_joins, left_reason, step_related
 from selab.kernels import cpu
 from selab.kernels.deferred_bn import DeferredNorm, defer, undefer
 from selab.kernels.dispatch import Impl, has_hooks, norm_of
@@ -74,6 +74,8 @@ class Fusion(Displayed):
         blocks: every SE block, in the order of the network.
         joins: residual joins without a block that are one pass now.
         norms: BatchNorms that at inference are part of another pass, or one pass with their activation.
+        inline_joins: the class of every module of torchvision or timm whose residual addition stays as it is, because
+            it is written in the code of its forward.
         in_place_reason: why no memory is reused and no BatchNorm is folded; empty if the trace succeeded.
     """
 
@@ -81,6 +83,7 @@ class Fusion(Displayed):
     joins: int
     norms: int = 0
     in_place_reason: str = ""
+    inline_joins: tuple[str, ...] = ()
 
     def columns(self) -> tuple[str, ...]:
         """Return the names of the columns of `rows`."""
@@ -112,6 +115,10 @@ class Fusion(Displayed):
         kept = [f"fused squeeze and scale of {_counted(count, 'block')}: {why}" for why, count in stepped.items()]
         left = Counter(one.reason for one in self.blocks if one.reason and not one.stepwise)
         kept += [f"left {_counted(count, 'SE block')} unchanged: {why}" for why, count in left.items()]
+        if self.inline_joins:
+            kinds = ", ".join(dict.fromkeys(self.inline_joins))
+            count = _counted(len(self.inline_joins), "residual addition")
+            kept.append(f"left {count} unchanged: written in the code of {kinds}")
         sentence = (" and " if len(objects) < 2 else ", ").join(done) or ("" if stepped else "nothing to fuse")
         return "; ".join(
             [*([sentence] if sentence else []), *kept, *([self.in_place_reason] if self.in_place_reason else [])]
@@ -193,6 +200,7 @@ def fuse(
         joins=joins,
         norms=len(deferred) + len(with_activation),
         in_place_reason=reason,
+        inline_joins=inline_joins(model),
     )
 
 

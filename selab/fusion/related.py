@@ -46,6 +46,21 @@ _LEFT = {
         "QuantizableSqueezeExcitation",
     ): "unsupported: quantization must see each of its operations",
 }
+# Classes whose forward contains a residual addition, with a BatchNorm before it and an activation after it. There is no
+# module to replace.
+_INLINE_JOINS = {
+    "torchvision.models.resnet": ("BasicBlock", "Bottleneck"),
+    "torchvision.models.regnet": ("ResBottleneckBlock",),
+    "timm.models.resnet": ("BasicBlock", "Bottleneck"),
+    "timm.models.regnet": ("Bottleneck",),
+    "timm.models.senet": ("SEBottleneck", "SEResNetBottleneck", "SEResNeXtBottleneck", "SEResNetBlock"),
+    "timm.models.byobnet": ("BasicBlock", "BottleneckBlock", "DarkBlock", "EdgeBlock", "SelfAttnBlock"),
+    "timm.models.res2net": ("Bottle2neck",),
+    "timm.models.resnest": ("ResNestBottleneck",),
+    "timm.models.sknet": ("SelectiveKernelBasic", "SelectiveKernelBottleneck"),
+    "timm.models.repghost": ("RepGhostModule", "RepGhostBottleneck"),
+    "timm.models.repvit": ("RepVggDw", "RepViTBlock"),
+}
 # A module with more layers than these is a network's block, not a gate.
 _MOST_MODULES = 16
 _UNKNOWN_CLASS = "its class is not known"
@@ -102,6 +117,12 @@ def _step(module: nn.Module, known: dict[object, bool]) -> bool:
 def left_reason(module: nn.Module) -> str:
     """Return why a related block of a library stays as it is; empty for other modules."""
     return _LEFT.get(_key(module), "")
+
+
+def inline_joins(model: nn.Module) -> tuple[str, ...]:
+    """Return the class of every module of a library that adds a shortcut in the code of its forward."""
+    kinds = (library_of(module) for module in model.modules())
+    return tuple(kind.__name__ for kind in kinds if kind.__name__ in _INLINE_JOINS.get(kind.__module__, ()))
 
 
 def _key(module: nn.Module) -> tuple[str, str]:

@@ -308,3 +308,19 @@ def test_compiled_and_traced():
         torch.testing.assert_close(torch.jit.trace(twin, x)(x), model(x))
         torch.testing.assert_close(torch.fx.symbolic_trace(twin)(x), model(x))
         torch.testing.assert_close(torch.export.export(twin, (x,)).module()(x), model(x))
+
+
+def test_additions_in_the_code_of_a_library_s_class_are_named():
+    class BasicBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return (self.conv(x) + x).relu()
+
+    BasicBlock.__module__ = "torchvision.models.resnet"
+    fusion = fuse(nn.Sequential(BasicBlock(), BasicBlock()), input_nchw=SIZE)
+    assert fusion.inline_joins == ("BasicBlock", "BasicBlock")
+    words = "nothing to fuse; left 2 residual additions unchanged: written in the code of BasicBlock"
+    assert str(fusion) == words

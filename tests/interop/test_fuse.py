@@ -179,7 +179,7 @@ def test_a_hook_that_keeps_what_a_convolution_returns_keeps_that():
         ("ecaresnet26t", "EcaModule", 8, 8),
         ("hgnet_tiny", "EseModule", 5, 5),
         ("test_convnext", "", 0, 0),
-        ("gcresnext26ts", "GlobalContext", 7, 0),
+        ("gcresnext26ts", "GlobalContext", 8, 0),
         ("skresnet18", "SelectiveKernel", 8, 0),
     ],
 )
@@ -220,3 +220,10 @@ def test_a_detection_network_is_fused_and_its_backbone_suggested():
     model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
     assert str(fuse(model)).startswith("fused 8 SE blocks")
     assert str(fuse(model.backbone)).startswith("fused 8 SE blocks (in place)")
+
+
+@pytest.mark.parametrize(("library", "kind"), [("torchvision", "BasicBlock"), ("timm", "BasicBlock")])
+def test_additions_in_the_code_of_a_library_are_named(library, kind):
+    fusion = fuse(network(library, "resnet18"), input_nchw=SIZE)
+    assert fusion.inline_joins == (kind,) * 8
+    assert str(fusion).endswith("; left 8 residual additions unchanged: written in the code of BasicBlock")

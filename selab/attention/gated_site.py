@@ -22,6 +22,9 @@ BLOCK = "se"
 # What folding a BatchNorm into the convolution before it reads, and no forward pass does.
 _FOLDED = {"running_mean", "running_var"}
 _FOLDED_OF_CONVOLUTION = {"groups"}
+# With these a module converts itself. What calls them walks over all modules, and would take the converted inner module
+# for the site's place, or convert it twice.
+CONVERSIONS = ("fuse", "reparameterize", "switch_to_deploy")
 # What a module holds besides its children: its own tables, and what `selab.fuse` notes.
 _NOT_REFERENCES = {"_modules", "_parameters", "_buffers", "producers", "consumers"}
 _HOOKS = (
@@ -102,6 +105,8 @@ class GatedSite(nn.Module):
         inner = modules.get(INNER)
         if inner is None or not _is_public(inner, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name in CONVERSIONS and hasattr(inner, name):
+            raise AttributeError(f"{type(inner).__name__}.{name}: an attention block is inserted here; use `.inner`")
         _check_not_folded(inner, name, self._side)
         return getattr(inner, name)
 

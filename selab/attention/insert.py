@@ -17,7 +17,15 @@ from torch import nn
 
 from selab.attention.base import Attention
 from selab.attention.config import SiteConfig, as_keys, block_config, merged_keys
-from selab.attention.gated_site import GatedSite, block_of, free_name, gated_site, move_hooks, replace_modules
+from selab.attention.gated_site import (
+    CONVERSIONS,
+    GatedSite,
+    block_of,
+    free_name,
+    gated_site,
+    move_hooks,
+    replace_modules,
+)
 from selab.attention.inserted import calls_of_modules, check_calls, inserted_blocks
 from selab.attention.insertions import Insertions
 from selab.attention.plan import AUTO, Plan, check_changeable, plan_insertion
@@ -242,7 +250,9 @@ def _put(model: nn.Module, plans: Sequence[Plan], blocks: Sequence[Attention]) -
 
 
 def _runs_children_in_order(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    # One that converts itself makes one layer of its own children, without the block.
+    converts = any(hasattr(module, name) for name in CONVERSIONS)
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not converts
 
 
 def _add_child(parent: nn.Module, child: nn.Module, *, after: str | None) -> None:

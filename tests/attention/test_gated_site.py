@@ -119,6 +119,50 @@ class TestConversions:
         with torch.no_grad():
             torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(image), model(image))
 
+    @pytest.mark.parametrize("kind", [nn.Module, nn.Sequential])
+    @pytest.mark.parametrize("method", ["fuse", "reparameterize", "switch_to_deploy"])
+    def test_a_walk_that_lets_modules_convert_themselves(self, method, kind):
+        """As timm's `reparameterize_model` has it: a child is replaced by what `fuse` returns, or changes itself."""
+
+        class Folding(kind):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+            if kind is nn.Module:
+
+                def forward(self, x):
+                    return self.norm(self.conv(x))
+
+            def folded(self):
+                return nn.utils.fuse_conv_bn_eval(self.conv, self.norm)
+
+        def convert(self):
+            folded = self.folded()
+            if method == "fuse":
+                return folded
+            self.conv, self.norm = folded, nn.Identity()
+            return None
+
+        setattr(Folding, method, convert)
+
+        def walk(module):
+            for name, child in module.named_children():
+                made = getattr(child, method)() if hasattr(child, method) else None
+                if made is not None:
+                    setattr(module, name, made)
+                walk(made or child)
+
+        torch.manual_seed(0)
+        net, x = nn.Sequential(nn.Identity(), Folding()).eval(), torch.randn(2, 4, 5, 5)
+        nn.init.uniform_(net[1].norm.running_var, 0.5, 2)
+        insert_se(net, "1", reduction=2, input_nchw=(1, 4, 5, 5))
+        expected = net(x)
+        walk(net)
+        assert not any(isinstance(one, nn.BatchNorm2d) for one in net.modules())
+        assert sum(isinstance(one, SqueezeExcitation) for one in net.modules()) == 1
+        torch.testing.assert_close(net(x), expected)
+
     def test_folding_by_hand_is_refused(self):
         model = gated("1.bn", "2.conv")
         with pytest.raises(AttributeError, match=r"BatchNorm2d.running_mean: an attention block is inserted"):

@@ -137,7 +137,8 @@ def torch_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counte
 
     def run() -> tuple[int, dict[str, int]]:
         fakes = _fake_pass(model, example)
-        with torch.no_grad(), fakes.running(), FlopCounterMode(display=False) as counter:
+        # As in our own pass: torch chooses another attention where no gradient is needed, which its counter leaves out.
+        with torch.enable_grad(), fakes.running(), FlopCounterMode(display=False) as counter:
             fakes()
         return counter.get_total_flops(), _torch_uncounted(traced)
 

@@ -336,3 +336,18 @@ def test_fused_attention_of_a_gpu_computes_its_scores_twice() -> None:
     on_gpu = replace(traced, operations=tuple(fused if o is attention else o for o in traced.operations))
     causes = amounts(torch_counter_backward(Attending(), (2, 4, 16, 8), on_gpu))
     assert causes == {"fused attention, whose backward pass computes the scores again": 2 * scores * 8}
+
+
+class Positioned(nn.Module):
+    """Attention with a learned bias: a fused operator takes it only where it needs no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, 4, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=self.bias)
+
+
+def test_attention_with_a_learned_bias_leaves_no_remainder() -> None:
+    assert_explained(compare(Positioned(), (2, 4, 16, 8)))

@@ -1,6 +1,7 @@
 """The base class of attention blocks."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,8 @@ class Gate(nn.Module):
     """
 
     stretch: Tensor | None
+    # torch.jit.script compiles properties as well.
+    __jit_unused_properties__: ClassVar = ["macs"]
 
     def __init__(self, init: Init, *, hard: bool = False) -> None:
         super().__init__()
@@ -73,7 +76,9 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape → the same shape."""
         gate = F.hardsigmoid(x) if self.hard else x.sigmoid()
-        return gate if self.stretch is None else gate * self.stretch
+        # torch.jit.script refines the type of a local name only.
+        stretch = self.stretch
+        return gate if stretch is None else gate * stretch
 
 
 _Layer = nn.Linear | nn.Conv1d | nn.Conv2d

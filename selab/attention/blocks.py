@@ -103,7 +103,8 @@ class CBAM(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        from_mean, from_max = (self.fc2(F.relu(self.fc1(squeezed))) for squeezed in (x.mean((2, 3)), x.amax((2, 3))))
+        from_mean = self.fc2(F.relu(self.fc1(x.mean((2, 3)))))
+        from_max = self.fc2(F.relu(self.fc1(x.amax((2, 3)))))
         x = x * self.gate(from_mean + from_max)[:, :, None, None]
         squeezed = torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)
         positions: Tensor = self.gate(self.bn(self.conv(squeezed)))

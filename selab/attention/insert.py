@@ -33,6 +33,7 @@ from selab.attention.registry import make_block
 from selab.attention.se import GatedJoin
 from selab.attention.sites import matches
 from selab.errors import InsertionError, nearest
+from selab.kernels.swap import Swapped, restore
 from selab.meta import Example, Passage
 
 __all__ = ["AUTO", "insert_se", "remove_se"]
@@ -179,6 +180,7 @@ def _of(pattern: str, inserted: dict[str, tuple[str, Attention]]) -> list[str]:
 
 
 def _remove(model: nn.Module, blocks: Collection[nn.Module]) -> None:
+    _take_back_work(model, blocks)
     replaced: list[tuple[nn.Module, nn.Module]] = []
     for module in list(model.modules()):
         if isinstance(module, GatedSite):
@@ -192,6 +194,17 @@ def _remove(model: nn.Module, blocks: Collection[nn.Module]) -> None:
             elif child in blocks and not isinstance(module, GatedJoin):
                 del module._modules[name]
     replace_modules(model, replaced)
+
+
+def _take_back_work(model: nn.Module, blocks: Collection[nn.Module]) -> None:
+    """Let modules do again what `selab.fuse` left to blocks that will be gone, or to their joins."""
+    joins = [module for module in model.modules() if isinstance(module, GatedJoin) and module.se in blocks]
+    for module in model.modules():
+        consumers = module.__dict__.get("consumers", ())
+        if isinstance(module, Swapped) and any(one in blocks or one in joins for one in consumers):
+            for name in ("consumers", "producers", "can_overwrite", "_cached_call"):
+                module.__dict__.pop(name, None)
+            restore(module)
 
 
 def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Example) -> None:

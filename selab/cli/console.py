@@ -125,13 +125,17 @@ def announce_sites(variant: "Variant", insertions: "Sequence[Insertion]") -> Non
 
 
 def print_insertion_notes(variant: "Variant", insertions: "Sequence[Insertion]", base_params: int) -> None:
-    """Print what is unusual about blocks that `--se` or `--insert` put in: a narrow squeeze, or doubled parameters.
+    """Print what is unusual about inserted blocks: sites left out, a narrow squeeze, or doubled parameters.
 
     Args:
         variant: of the network; one of the catalog, unchanged, gets no note.
         insertions: its blocks.
         base_params: parameters without the blocks; 0 where they are not known.
     """
+    skipped: tuple[str, ...] = getattr(insertions, "skipped", ())
+    if skipped:
+        shown = ", ".join(skipped[:_NAMED_SITES]) + (", …" if len(skipped) > _NAMED_SITES else "")
+        print_note(f"note: left out {len(skipped)} site{'s' * (len(skipped) > 1)}: {shown}")
     if "+" not in variant.name:
         return
     narrow = [one.squeeze_channels for one in insertions if (one.squeeze_channels or _NARROW) < _NARROW]

@@ -489,3 +489,15 @@ class TestDtypes:
         kind, reason = block.runtime(x)
         assert kind == "reference"
         assert reason
+
+
+@pytest.mark.parametrize("init", ["he", "identity"])
+@pytest.mark.parametrize("block", ["se", "eca", "cbam", "coordinate", "scse", "sse", "ese", "gather_excite"])
+def test_every_block_can_be_scripted(block, init, image):
+    if (block, init) == ("gather_excite", "identity"):
+        pytest.skip("it has no parameters")
+    model = network()
+    options = {"reduction": 2} if block in ("se", "cbam") else {}
+    insert_se(model, "1.bn", block=block, init=init, input_nchw=CHW, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(model)(image), model(image))

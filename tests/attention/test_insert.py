@@ -667,3 +667,28 @@ class TestCheckInserted:
         with pytest.raises(InsertionError, match=r"extra: runs 1 times .* with the blocks, and 0 times without"):
             insert_se(model, "layers.1", reduction=2, input_nchw=CHW)
         assert repr(model) == text
+
+
+class TestFusedNetworks:
+    def test_removal_from_a_fused_network_gives_the_baseline(self, image):
+        from selab.fusion.fuse import fuse
+
+        def stage(*modules):
+            return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), *modules)
+
+        for modules in ((), (nn.ReLU(),), (nn.ReLU(inplace=False),)):
+            model = nn.Sequential(stage(*modules), nn.Conv2d(8, 4, 1)).eval()
+            text = repr(model)
+            with torch.no_grad():
+                expected = model(image)
+                insert_se(model, "0", input_nchw=CHW, reduction=2)
+                gated = model(image)
+                fuse(model, input_nchw=CHW)
+                torch.testing.assert_close(model(image), gated)
+                assert remove_se(model) == 1
+                assert torch.equal(model(image), expected)
+                assert repr(model) == text
+                insert_se(model, "0", input_nchw=CHW, reduction=2)
+                fuse(model, input_nchw=CHW)
+                assert remove_se(model) == 1
+                assert torch.equal(model(image), expected)

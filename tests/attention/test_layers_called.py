@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from selab.attention.blocks import CBAM, ESE, SCSE
+from selab.attention.insert import insert_se
 from selab.attention.se import PositionLinear, SqueezeExcitation
 
 BLOCKS = [
@@ -142,3 +143,71 @@ def test_compiled_with_pruning(x):
     prune.l1_unstructured(block.fc2, "weight", amount=0.5)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(block, backend="eager")(x), block(x))
+
+
+class _Adapter(nn.Module):
+    """As an adapter of peft: another class, with the layer inside."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.a, self.b = nn.Linear(layer.in_features, 2, bias=False), nn.Linear(2, layer.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    def forward(self, x):
+        return self.layer(x) + 2 * self.b(self.a(x))
+
+
+def _patch_forward(block):
+    before = block.fc1.forward
+    block.fc1.forward = lambda x: 2 * before(x)
+
+
+class _Absolute(nn.Module):
+    def forward(self, weight):
+        return weight.abs()
+
+
+def _parametrize(block):
+    nn.utils.parametrize.register_parametrization(block.fc1, "weight", _Absolute())
+    nn.utils.parametrize.register_parametrization(block.fc2, "bias", _Absolute())
+
+
+CHANGES = {
+    "adapter": lambda block: (setattr(block, "fc1", _Adapter(block.fc1)), setattr(block, "fc2", _Adapter(block.fc2))),
+    "parametrization": _parametrize,
+    "orthogonal": lambda block: nn.utils.parametrizations.orthogonal(block.fc1),
+    "hook that changes the output": lambda block: block.fc1.register_forward_hook(lambda _m, _a, out: 2 * out),
+    "hook that changes the input": lambda block: block.fc2.register_forward_pre_hook(lambda _m, args: (2 * args[0],)),
+    "hook with keywords": lambda block: block.fc2.register_forward_hook(lambda _m, _a, _k, o: 3 * o, with_kwargs=True),
+    "hook of the gate": lambda block: block.gate.register_forward_hook(lambda _m, _a, out: 3 * out),
+    "forward of the instance": _patch_forward,
+    "sequence": lambda block: setattr(block, "fc1", nn.Sequential(block.fc1, nn.Identity())),
+    "activation": lambda block: setattr(block, "activation", nn.GELU()),
+    "gate": lambda block: setattr(block, "gate", nn.Softmax(1)),
+    "other width": lambda block: (setattr(block, "fc1", nn.Linear(8, 3)), setattr(block, "fc2", nn.Linear(3, 8))),
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("init", ["he", "identity"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_inserted_block_calls_what_was_changed(name, init, mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    insert_se(model, "1", input_nchw=(1, 3, 6, 6), reduction=2, init=init)
+    block, x = model[1].se, torch.randn(2, 3, 6, 6)
+    nn.init.normal_(block.fc2.weight)
+    with torch.set_grad_enabled(mode == "train"):
+        model(x)
+        model(x)
+        CHANGES[name](block)
+        getattr(model, mode)()
+        y = model[1].inner(model[0](x))
+        factor = block.gate(block.fc2(block.activation(block.fc1(y.mean((2, 3))))))
+        if block.gate_affine is not None:
+            factor = factor * block.gate_affine[0] + block.gate_affine[1]
+        torch.testing.assert_close(model(x), y * factor[:, :, None, None])

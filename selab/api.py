@@ -16,6 +16,7 @@ from selab.errors import ModelError, RecordError
 from selab.experiments.job import Request, resolve
 from selab.experiments.pair import measure_pair, plan_for
 from selab.experiments.profiling import Profile
+from selab.meta import Example, On
 from selab.models import catalog, external
 from selab.models.build import Built
 from selab.models.build import build as build_variant
@@ -68,8 +69,10 @@ def count(
     dtype: torch.dtype | None = None,
     training: bool = False,
     se_blocks: Collection[str] = (),
+    inputs: Example | None = None,
+    on: On = "fake",
 ) -> Cost:
-    """Count parameters, MACs, FLOPs and bytes of one forward pass; no kernel runs and no weight is read.
+    """Count parameters, MACs, FLOPs and bytes of one forward pass; no kernel runs, and the network is left as it is.
 
     The numbers depend on conventions, which `docs/counting.md` states: `macs.paper` is the one of the SE paper's
     tables. Operators without a rule are listed in `unknown`; `selab.cost.register_rule` adds rules.
@@ -81,6 +84,9 @@ def count(
         dtype: of all floating-point tensors when bytes are counted; their own where None.
         training: count in train mode.
         se_blocks: paths of modules to count as SE besides the blocks of selab, timm and torchvision.
+        inputs: another name of `input`, as in `insert_se` and `fuse`.
+        on: `fake` for tensors without memory; `cpu` to run the kernels on a copy with real tensors, for a network in
+            which the values of tensors decide what is computed.
 
     Raises:
         ModelError: the forward pass fails, or no input was given for a module.
@@ -94,15 +100,21 @@ def count(
         >>> selab.count(nn.Conv2d(3, 8, 3, bias=False), (1, 3, 8, 8))
         216 parameters, 7.776 k MACs, 15.55 k FLOPs, 2.784 kB moved (forward pass)
     """
+    _check_choice("selab.count", "on", on, get_args(On))
+    if input is not None and inputs is not None:
+        raise ModelError("selab.count: input and inputs are two names of one thing; give one of them")
+    given = inputs if input is None else input
     if isinstance(model, str):
-        built = _built(model, device="meta")
-        example = (1, *catalog.find(model).input_chw) if input is None else input
-        return count_module(built.model, example, dtype=dtype, training=training, se_blocks={*built.native, *se_blocks})
-    _check_module(model, "selab.count")
-    if input is None:
-        raise ModelError("selab.count: a module needs `input`, the shape (N, C, H, W) of an example")
-    blocks = {*external.se_blocks(model), *se_blocks}
-    return count_module(model, input, dtype=dtype, training=training, se_blocks=blocks)
+        built = _built(model, device="meta" if on == "fake" else on)
+        blocks = {*built.native, *se_blocks}
+        given = (1, *catalog.find(model).input_chw) if given is None else given
+        model = built.model
+    else:
+        _check_module(model, "selab.count")
+        if given is None:
+            raise ModelError("selab.count: a module needs `input`, the shape (N, C, H, W) of an example")
+        blocks = {*external.se_blocks(model), *se_blocks}
+    return count_module(model, given, dtype=dtype, training=training, se_blocks=blocks, on=on)
 
 
 def _check_choice(where: str, name: str, value: object, allowed: Sequence[str]) -> None:

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from selab.report.table import Table
 
 By = Literal["operator", "module"]
+CountOn = Literal["fake", "cpu"]
 
 
 def archs(
@@ -182,6 +183,10 @@ def count(
         bool,
         option("--explain", OUTPUT, "Explain each difference to fvcore, thop and torch."),
     ] = False,
+    on: Annotated[
+        CountOn,
+        option("--on", WORKLOAD, "fake (default), or cpu: run it on real tensors, if values steer it.", metavar="NAME"),
+    ] = "fake",
     out: Annotated[
         Path | None,
         option("--out", OUTPUT, "Also write each record to FOLDER/NAME.json.", metavar="FOLDER"),
@@ -213,12 +218,14 @@ def count(
     with reporting(open_console(stderr=True)) as report:
         for index, job in enumerate(jobs):
             report(f"counting {job.request.arch}" if len(jobs) > 1 else "counting", None)
-            one = profiling.count_job(job, by_module=by == "module", counters=counters)
+            one = profiling.count_job(job, by_module=by == "module", counters=counters, on=on)
             announce_sites(job.variant, one.insertions)
             print_insertion_notes(job.variant, one.insertions, params_of(one.baseline_cost))
             records.append(one)
             if paths:
                 store.save(one, paths[index])
+    if on == "cpu":
+        open_console(stderr=True).print("counted on real tensors on the CPU; the kernels ran")
     if json_to is not None:
         write_json([builtins(one) for one in records] if len(records) > 1 else builtins(records[0]), json_to)
     if str(json_to) != "-":

@@ -27,6 +27,7 @@ from selab.meta import (
     RealPass,
     as_written,
     blames_input,
+    evaluating,
     reason_of,
     set_mode,
     shapes_of,
@@ -526,9 +527,10 @@ def op_trace(
     fakes = RealPass(model, example) if on == "cpu" else FakePass(model, example)
     tracer = _Tracer(fakes, dtype=dtype, se_blocks=se_blocks, details=details)
     try:
-        set_mode(fakes.model, training=training)
-        # With gradients, so that autograd marks the tensors that need them.
+        # With gradients, so that autograd marks the tensors that need them. A scripted module is not copied, so
+        # `evaluating` gives it its mode back.
         with (
+            evaluating(fakes.model),
             torch.inference_mode(False),
             torch.enable_grad(),
             fakes.running(),
@@ -536,6 +538,7 @@ def op_trace(
             tracer.functions or nullcontext(),
             tracer,
         ):
+            set_mode(fakes.model, training=training)
             tracer.follow_gradients(fakes())
     except SpecError:
         # A counting rule of the user's own; the input is not to blame.

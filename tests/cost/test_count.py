@@ -656,3 +656,94 @@ def test_exported_and_traced_networks_cost_the_same() -> None:
     for made in (torch.jit.trace(network, x), exported):
         found = count(made, x)
         assert (found.macs, found.params, found.unknown) == (cost.macs, cost.params, {})
+
+
+def test_recurrent_layers_of_packed_sequences_are_counted_on_real_tensors() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(10, 12)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+            out: Tensor = self.rnn(packed)[1]
+            return out
+
+    example = (torch.randn(7, 3, 10), torch.tensor([7, 5, 2]))
+    cost = count(Packed(), example, on="cpu")
+    assert cost.macs.conv_linear == (7 + 5 + 2) * 3 * (12 * 10 + 12 * 12)
+
+
+def test_a_first_state_may_be_made_in_forward() -> None:
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(10, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.zeros(1, x.shape[1], 12), torch.zeros(1, x.shape[1], 12)
+            out: Tensor = self.rnn(x, state)[0]
+            return out
+
+    assert count(Given(), (torch.randn(7, 3, 10),)).macs.conv_linear == 7 * 3 * 4 * (12 * 10 + 12 * 12)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("options", [{"padding": "valid", "stride": 2}, {"padding": "same", "dilation": 2}])
+def test_padding_by_word(dims: int, options: dict[str, Any]) -> None:
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](4, 8, 3, **options)
+    shape = (2, 4, 9, 8, 7)[: dims + 2]
+    assert count(layer, shape).macs.conv_linear == layer(torch.zeros(shape)).numel() * 4 * 3**dims
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_number_of_padding_for_two_dimensions(transposed: bool) -> None:
+    weight = torch.zeros(4, 4, 3, 3)
+    convolve = F.conv_transpose2d if transposed else F.conv2d
+    cost = count(Apply(lambda x: convolve(x, weight, None, (2, 2), [1])), (1, 4, 9, 9))
+    assert cost.macs.conv_linear == (81 if transposed else 25) * 4 * 4 * 9
+
+
+class Asks(nn.Module):
+    """Asks for the device, enters autocast and inference mode, and makes constants, inside its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.device == self.conv.weight.device
+        assert x.device.type == "cpu"
+        with torch.autocast(x.device.type, dtype=torch.bfloat16), torch.inference_mode():
+            y = self.conv(x)
+        assert y.dtype == torch.bfloat16
+        table = torch.tensor([1.0] * 8).view(8, 1, 1)
+        return y.permute(0, 2, 3, 1).contiguous().view(-1) * table.sum() + torch.arange(y.numel())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_forward_pass_may_ask_for_its_device(device: str) -> None:
+    assert count(Asks().to(device), (2, 3, 6, 6)).macs.conv_linear == 2 * 36 * 8 * 27
+
+
+def test_the_input_is_blamed_only_where_it_may_be_the_cause() -> None:
+    def breaks(_x: Tensor) -> Tensor:
+        raise KeyError("missing entry")
+
+    with pytest.raises(ModelError, match=r"KeyError: 'missing entry'$"):
+        count(Apply(breaks), (1, 3, 8, 8))
+    with pytest.raises(ModelError, match="pass the input that the network expects"):
+        count(nn.Conv2d(4, 4, 3), (1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("made", ["scripted", "traced"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_and_traced_networks(made: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    x = torch.randn(1, 3, 6, 6)
+    script = torch.jit.script(net) if made == "scripted" else torch.jit.trace(net, x)
+    before = script(x)
+    for training in (False, True):
+        assert count(script, (1, 3, 6, 6), training=training).macs.conv_linear == 36 * (27 * 8 + 64)
+        assert not script.training
+    assert torch.equal(script(x), before)

@@ -5,8 +5,9 @@ import fnmatch
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
 import typer
 
 from selab.cli.console import (
@@ -32,19 +33,19 @@ from selab.cli.options import (
     ChannelsLast,
     CountOptions,
     Format,
-    Input,
+    Inputs,
     Insert,
     Json,
     Look,
     Replace,
     Se,
-    input_chw,
     natural,
     option,
+    shapes_of,
     with_options,
 )
 from selab.errors import RecordError, UnknownNameError, nearest
-from selab.experiments.job import network_address
+from selab.experiments.job import network_address, with_inputs
 from selab.models import catalog
 from selab.records.types import Device, Dtype
 
@@ -95,12 +96,16 @@ def show(
         option("--dtype", WORKLOAD, "For --runtime: fp32, bf16, fp16.", metavar="NAME"),
     ] = "fp32",
     channels_last: ChannelsLast = False,
+    input_size: Inputs = None,
     json_to: Json = None,
     look: Format = "rich",
 ) -> None:
     """Show one architecture: facts, SE sites, published numbers."""
     check_outputs(json_to)
-    variant = find(name, option="show")
+    size, inputs = shapes_of(input_size)
+    variant = with_inputs(find(name, option="show"), inputs)
+    if size is not None:
+        variant = msgspec.structs.replace(variant, input_chw=size)
     if runtime:
         return _show_runtime(variant, device, batch, dtype, channels_last=channels_last, json_to=json_to, look=look)
     wrong = [device != "cpu" and "--device", batch != 1 and "--batch", dtype != "fp32" and "--dtype"]
@@ -108,6 +113,7 @@ def show(
         raise typer.BadParameter("is a workload of --runtime; give both or neither", param_hint=str(given))
     from selab.cost.count import count as count_cost
     from selab.models.build import build
+    from selab.models.inputs import example_of
     from selab.models.spec import as_builtins
     from selab.report.networks import facts_table, published_table, sites_table
 
@@ -115,7 +121,8 @@ def show(
     insertions = built.insertions
     if json_to is not None:
         return write_json({**as_builtins(variant), "insertions": [builtins(one) for one in insertions]}, json_to)
-    total = count_cost(built.model, (1, *variant.input_chw))
+    example = example_of(built.model, inputs, batch=1) if inputs else (1, *variant.input_chw)
+    total = count_cost(built.model, example)
     published = [published_table(variant)] if variant.published else []
     sites = [sites_table(insertions)] if insertions else []
     return print_tables([facts_table(variant, total), *sites, *published], look)
@@ -125,7 +132,7 @@ def sites(
     arch: Arch,
     se: Se = None,
     insert: Insert = None,
-    input_size: Input = None,
+    input_size: Inputs = None,
     depth: Annotated[
         int | None,
         natural("--depth", OUTPUT, "Levels of modules to show."),
@@ -134,17 +141,21 @@ def sites(
 ) -> None:
     """Show where attention blocks stand, or could stand, in the module tree."""
     check_outputs(json_to)
-    size = input_chw(input_size)
-    variant = find(network_address(arch, se, insert or ()))
+    size, inputs = shapes_of(input_size)
+    variant = with_inputs(find(network_address(arch, se, insert or ())), inputs)
     from selab.attention.auto_sites import Ends, trace_ends
     from selab.attention.sites import declared_groups
     from selab.models.build import build
+    from selab.models.inputs import example_of
     from selab.report.tree import site_tree, sites_as_builtins
 
     size = size or variant.input_chw
-    shape = (1, *size)
+    shape: Any = (1, *size)
     with redirect_stdout(sys.stderr):
-        network = build(catalog.baseline_of(variant) or variant, device="meta", input_chw=size).model
+        bare = with_inputs(catalog.baseline_of(variant) or variant, inputs)
+        network = build(bare, device="meta", input_chw=size).model
+        if inputs:
+            shape = example_of(network, inputs, batch=1)
         insertions = build(variant, device="meta", input_chw=size).insertions
         groups = declared_groups(network)
         found = trace_ends(network, shape) if not groups or "auto" in (insert or ()) else Ends(found=(), left_out=())

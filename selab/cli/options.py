@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 
 from selab.errors import SpecError
-from selab.experiments.job import Request, network_address, parse_input
+from selab.experiments.job import Request, network_address, parse_inputs
+from selab.models.inputs import Input
 from selab.records.bounds import (
     MOST_IMAGES,
     MOST_PIXELS,
@@ -98,7 +99,10 @@ Baseline = Annotated[
     str | None, option("--baseline", WHAT, "Compare with this network, not the variant's own.", metavar="NAME")
 ]
 Batch = Annotated[int | None, natural("--batch", WORKLOAD, "Images; 1 by default.")]
-Input = Annotated[str | None, option("--input", WORKLOAD, "Input shape, if not the network's own.", metavar="CxHxW")]
+Inputs = Annotated[
+    list[str] | None,
+    option("--input", WORKLOAD, "Shape, if not the network's own; NAME=CxHxW. Once per input.", metavar="CxHxW"),
+]
 Resolution = Annotated[
     int | None, natural("--resolution", WORKLOAD, "Height and width of the input.", most=MOST_PIXELS)
 ]
@@ -182,7 +186,9 @@ class _BlockOptions:
         if "input_size" in found and "resolution" in found:
             raise typer.BadParameter("is in --input already; leave one of them out", param_hint="--resolution")
         if "input_size" in found:
-            found["input_chw"] = input_chw(found.pop("input_size"))
+            found["input_chw"], inputs = shapes_of(found.pop("input_size"))
+            # Only where there are some: other things that are made of these fields know one input.
+            found |= {"inputs": inputs} if inputs else {}
         return found
 
     def request(self, arch: str, **own: Any) -> Request:
@@ -203,7 +209,7 @@ class CountOptions(_BlockOptions):
     """The options of a count."""
 
     batch: Batch = None
-    input_size: Input = None
+    input_size: Inputs = None
     resolution: Resolution = None
 
 
@@ -213,7 +219,7 @@ class _NetworkOptions(_BlockOptions):
 
     baseline: Baseline = None
     device: Annotated[Device | None, option("--device", WORKLOAD, "cpu (default) or cuda.", metavar="NAME")] = None
-    input_size: Input = None
+    input_size: Inputs = None
     channels_last: ChannelsLast = False
     mode: Annotated[
         Mode | None,
@@ -431,14 +437,14 @@ def with_options(command: _Command) -> _Command:
     return call  # type: ignore[return-value]
 
 
-def input_chw(text: str | None) -> tuple[int, int, int] | None:
-    """Parse the value of `--input`.
+def shapes_of(texts: Sequence[str] | None) -> tuple[tuple[int, int, int] | None, tuple[Input, ...]]:
+    """Parse the values of `--input`; return the first image and, where there are several or a named one, all inputs.
 
     Raises:
-        typer.BadParameter: it is not CxHxW.
+        typer.BadParameter: a value is not CxHxW or NAME=CxHxW.
     """
     try:
-        return None if text is None else parse_input(text)
+        return parse_inputs(texts) if texts else (None, ())
     except SpecError as error:
         raise typer.BadParameter(str(error).removeprefix("--input: "), param_hint="--input") from None
 

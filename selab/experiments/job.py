@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 from selab.bench.sampler import Plan
 from selab.errors import SpecError
 from selab.models import catalog
+from selab.models.inputs import Input, main_input
 from selab.models.spec import Variant
 from selab.records.bounds import MOST_PIXELS
 from selab.records.files import shown
@@ -25,6 +27,7 @@ class Request(Frozen, frozen=True, kw_only=True):
     Attributes:
         baseline: what to compare with; None for the variant's own baseline.
         input_chw: channels, height and width of the input; None for the network's own.
+        inputs: all inputs, of a network that takes several or a named one; the first image is `input_chw`.
         resolution: height and width of the input; None for those of `input_chw`.
         threads: CPU threads of the headline; None for one thread, and a second row on all cores.
         budget_s: seconds of sampling per phase; None for 60 (quick: 15).
@@ -38,6 +41,7 @@ class Request(Frozen, frozen=True, kw_only=True):
     device: Device = "cpu"
     batch: int = 1
     input_chw: tuple[int, int, int] | None = None
+    inputs: tuple[Input, ...] = ()
     resolution: int | None = None
     dtype: Dtype = "fp32"
     memory_format: MemoryFormat = "contiguous"
@@ -66,7 +70,9 @@ class Request(Frozen, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value != getattr(default, name):
                 words += [option] if value is True else [option, str(value)]
-        if self.input_chw is not None:
+        for one in self.inputs:
+            words += ["--input", str(one)]
+        if self.input_chw is not None and not self.inputs:
             words += ["--input", "x".join(map(str, self.input_chw))]
         if self.memory_format == "channels_last":
             words.append("--channels-last")
@@ -177,10 +183,16 @@ def resolve(request: Request) -> Job:
         SpecError: the two networks have inputs of different shapes, or a file is malformed.
         UnknownNameError: no such name.
     """
-    variant = catalog.find(request.arch)
+    variant = with_inputs(catalog.find(request.arch), request.inputs)
     if request.baseline is None:
-        return job_of(request, variant, catalog.baseline_of(variant))
-    return job_of(request, variant, catalog.find(request.baseline, option="--baseline"))
+        base = catalog.baseline_of(variant)
+        return job_of(request, variant, None if base is None else with_inputs(base, request.inputs))
+    return job_of(request, variant, with_inputs(catalog.find(request.baseline, option="--baseline"), request.inputs))
+
+
+def with_inputs(variant: Variant, inputs: tuple[Input, ...]) -> Variant:
+    """Return a variant that takes these inputs; the same one where there are none."""
+    return msgspec.structs.replace(variant, inputs=inputs) if inputs else variant
 
 
 def job_of(request: Request, variant: Variant, baseline: Variant | None) -> Job:
@@ -241,6 +253,41 @@ def network_address(arch: str, se: str | None = None, insert: Sequence[str] = ()
     if not changes:
         return arch
     return arch + ("," if re.search(r"\+\w+\s*=", arch) else "+") + ",".join(changes)
+
+
+def parse_inputs(texts: Sequence[str], *, option: str = "--input") -> tuple[tuple[int, int, int], tuple[Input, ...]]:
+    """Parse the inputs of a network: `CxHxW` for the only one, several of them, or named ones, `rgb=3x224x224`.
+
+    Returns:
+        The first image, and all inputs; these are empty where there is one without a name.
+
+    Raises:
+        SpecError: a text is not of this form, a name is given twice, or no input is an image.
+    """
+    if len(texts) == 1 and "=" not in texts[0]:
+        return parse_input(texts[0], option=option), ()
+    inputs = tuple(_parse_one(text, option) for text in texts)
+    names = [one.name for one in inputs if one.name]
+    if len(set(names)) < len(names):
+        raise SpecError(f"{option}: two inputs are called {max(names, key=names.count)}; each has a name of its own")
+    if any(one.name and not after.name for one, after in pairwise(inputs)):
+        raise SpecError(f"{option}: inputs without a name come first; write {option} CxHxW {option} NAME=CxHxW")
+    image = main_input(inputs)
+    if image is None:
+        raise SpecError(f"{option}: none of the inputs is an image; give one as CxHxW, for example 3x224x224")
+    channels, height, width = inputs[image].shape
+    return (channels, height, width), inputs
+
+
+def _parse_one(text: str, option: str) -> Input:
+    found = re.fullmatch(r"(?:(?P<name>[A-Za-z_]\w{0,99})=)?(?P<sizes>[0-9]{1,9}(?:x[0-9]{1,9}){0,4})", text)
+    sizes = tuple(map(int, found["sizes"].split("x"))) if found is not None else (0,)
+    if found is None or not all(0 < size <= MOST_PIXELS for size in sizes):
+        raise SpecError(
+            f"{option}: {shown(text)!r} is not CxHxW or NAME=CxHxW with sizes from 1 to {MOST_PIXELS:,}; "
+            "for example rgb=3x224x224"
+        )
+    return Input(shape=sizes, name=found["name"] or "")
 
 
 def parse_input(text: str, *, option: str = "--input") -> tuple[int, int, int]:

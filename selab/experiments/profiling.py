@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from torch import nn
@@ -26,9 +27,13 @@ from selab.experiments.workers import Failed, build_pair, raw_runs, raw_runs_of_
 from selab.meta import On
 from selab.models import catalog
 from selab.models.build import Built, build
+from selab.models.inputs import example_of
 from selab.models.spec import Variant, pair_hash
 from selab.records import verdict
 from selab.records.types import SCHEMA, Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
+
+if TYPE_CHECKING:
+    from selab.meta import Example
 
 
 def sites_of(job: Job) -> tuple[Insertion, ...]:
@@ -194,7 +199,9 @@ def _counted(
     on: On = "fake",
 ) -> Cost:
     """Count a network, also with the other counters. By module only if asked: that is 100 kB for a deep network."""
-    shape = (workload.batch, *workload.input_chw)
+    shape: Example = (workload.batch, *workload.input_chw)
+    if variant.inputs:
+        shape = example_of(built.model, variant.inputs, batch=workload.batch)
     dtype = DTYPES[workload.dtype]
     model = built.model
     try:

@@ -20,6 +20,7 @@ from selab.attention.user_code import before_code, beside, imported
 from selab.errors import InsertionError, ModelError, SelabError, SpecError
 from selab.meta import first_line
 from selab.models import external
+from selab.models.inputs import example_of, feed
 from selab.models.spec import Variant
 from selab.records.types import Insertion
 
@@ -82,13 +83,17 @@ def build(
             raise SpecError(f"{variant.origin}: builder: {variant.builder} does not return a torch.nn.Module")
         native = external.se_blocks(model)
         if variant.se is None:
+            feed(model, variant.inputs)
             return Built(model=model, native=native)
         try:
-            input_nchw = (1, *(input_chw or variant.input_chw))
+            input_nchw: Any = (1, *(input_chw or variant.input_chw))
+            if variant.inputs:
+                input_nchw = example_of(model, variant.inputs, batch=1)
             insertions = insert_se(model, _config(variant, init), input_nchw=input_nchw)
             _run_as_written(model)
         except (InsertionError, ModelError) as error:
             raise type(error)(f"{variant.place}: {error}") from error
+        feed(model, variant.inputs)
     return Built(model=model, insertions=insertions, native=native)
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from selab.attention.config import SiteConfig, as_keys, check_positive, read_block
 from selab.errors import SpecError, nearest
+from selab.models.inputs import Input
 from selab.records.toml import convert, parse, read_toml_text
 from selab.records.types import Frozen
 
@@ -78,6 +79,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
         se: configuration of its blocks; None for none.
         origin: its file, for messages.
         file: the path of a user's own TOML; empty for installed families.
+        inputs: where it takes several, all of them; `input_chw` is the first image among them.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
     note: str
     origin: str
     file: str
+    inputs: tuple[Input, ...] = ()
 
     def __post_init__(self) -> None:
         """Read the keys of the blocks that JSON gives."""
@@ -113,7 +116,9 @@ class Variant(Frozen, frozen=True, kw_only=True):
         se = None if self.se is None else as_keys(self.se)
         if se is not None:
             se = {key: value for key, value in se.items() if key not in _LATER_KEYS or value != _LATER_KEYS[key]}
-        content = (self.builder, self.arguments, self.input_chw, self.num_classes, se)
+        content: tuple[object, ...] = (self.builder, self.arguments, self.input_chw, self.num_classes, se)
+        if self.inputs:
+            content = (*content, self.inputs)
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:12]
 
 
@@ -220,4 +225,7 @@ def read_family(path: Path) -> dict[str, Variant]:
 def as_builtins(variant: Variant) -> dict[str, Any]:
     """Return a variant as plain dictionaries and lists, for `--json`."""
     se = None if variant.se is None else as_keys(variant.se)
-    return {**msgspec.to_builtins(variant), "se": se, "facts_hash": variant.facts_hash}
+    plain = {**msgspec.to_builtins(variant), "se": se, "facts_hash": variant.facts_hash}
+    if not variant.inputs:
+        del plain["inputs"]
+    return plain

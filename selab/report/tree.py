@@ -13,7 +13,7 @@ from torch import nn
 from selab import units
 from selab.attention.auto_sites import BlockEnd
 from selab.attention.gated_site import named_children, named_sites, sites_own
-from selab.meta import Passage, passages
+from selab.meta import Example, Passage, passages
 from selab.records.types import Insertion
 
 
@@ -65,7 +65,7 @@ def site_tree(
     *,
     ends: Sequence[BlockEnd] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
-    input_nchw: tuple[int, ...] | None = None,
+    input_nchw: Example | None = None,
     depth: int | None = None,
 ) -> Tree:
     """Return the module tree; equal neighbours are folded into one line.
@@ -93,7 +93,7 @@ def sites_as_builtins(
     *,
     ends: Sequence[BlockEnd] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
-    input_nchw: tuple[int, ...] | None = None,
+    input_nchw: Example | None = None,
 ) -> list[dict[str, Any]]:
     """Return every module with what `site_tree` shows of it, for `--json`; nothing is folded.
 
@@ -125,7 +125,7 @@ def _marks(
     insertions: Sequence[Insertion],
     ends: Sequence[BlockEnd],
     groups: Mapping[str, Sequence[str]] | None,
-    input_nchw: tuple[int, ...] | None,
+    input_nchw: Example | None,
 ) -> _Marks:
     member_of: dict[str, tuple[str, ...]] = {}
     for name, paths in (groups or {}).items():

@@ -13,6 +13,8 @@ from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace, 
 from selab.models import catalog
 
 if TYPE_CHECKING:
+    from selab.experiments.compared import Compared
+    from selab.experiments.tax_record import TaxRecord
     from selab.records.types import Cost, Record
     from selab.report.figures.registry import Picture
     from selab.report.table import Table
@@ -171,8 +173,12 @@ def table(
 def _named_tables(name: str, profiles: Sequence[Path]) -> "tuple[list[Table], list[Record]]":
     """A table by its name, and the profiles in it; of several machines one after the other, each with its name."""
     from selab.experiments.profiling import counted
+    from selab.records.store import read_acceptance
     from selab.report import pages
 
+    folders = list(dict.fromkeys(pages.machine_folder(one) for one in profiles))
+    # What cannot be read is found before networks are counted.
+    read = [_read_folder(name, one) for one in folders]
     needed = pages.costs_needed(name)
     with reporting(open_console(stderr=True)) as report:
         if len(needed) > _MANY:
@@ -180,10 +186,11 @@ def _named_tables(name: str, profiles: Sequence[Path]) -> "tuple[list[Table], li
         costs = counted(needed)
     if not profiles:
         return pages.named_tables(name, costs, []), []
-    folders = list(dict.fromkeys(pages.machine_folder(one) for one in profiles))
     every, all_records = [], []
-    for folder in folders:
-        tables, records = _of_folder(name, folder, costs)
+    for folder, (records, compared, taxes) in zip(folders, read, strict=True):
+        tables = pages.named_tables(name, costs, records, compared, taxes)
+        if name == pages.REPORT:
+            tables += pages.acceptance_tables(read_acceptance(folder))
         if len(folders) > 1:
             tables = [dataclasses.replace(one, title=f"{one.title}, {folder.name}") for one in tables]
         every += tables
@@ -195,7 +202,8 @@ def _named_tables(name: str, profiles: Sequence[Path]) -> "tuple[list[Table], li
 _MANY = 8
 
 
-def _of_folder(name: str, folder: Path, costs: "dict[str, Cost]") -> "tuple[list[Table], list[Record]]":
+def _read_folder(name: str, folder: Path) -> "tuple[list[Record], list[Compared], list[TaxRecord]]":
+    """Read what a table shows of a machine's records: profiles, comparisons of accuracy, and of implementations."""
     from selab.experiments.compare import read_compared
     from selab.experiments.tax_record import read_tax_records
     from selab.records import store
@@ -204,10 +212,7 @@ def _of_folder(name: str, folder: Path, costs: "dict[str, Cost]") -> "tuple[list
     records = store.read_records(folder, partial=True) if name not in (pages.ACCURACY, pages.TAX) else []
     compared = read_compared(folder) if name in (pages.ACCURACY, pages.REPORT) else []
     taxes = read_tax_records(folder) if name in (pages.TAX, pages.REPORT) else []
-    tables = pages.named_tables(name, costs, records, compared, taxes)
-    if name == pages.REPORT:
-        tables += pages.acceptance_tables(store.read_acceptance(folder))
-    return tables, records
+    return records, compared, taxes
 
 
 def _text(name: str, tables: "Sequence[Table]", records: "Sequence[Record]", look: Look) -> str:

@@ -18,7 +18,7 @@ from selab.attention.insert import insert_se
 from selab.attention.se import SqueezeExcitation
 from selab.attention.user_code import before_code, beside, imported
 from selab.errors import InsertionError, ModelError, SelabError, SpecError
-from selab.meta import first_line
+from selab.meta import Example, first_line
 from selab.models import external
 from selab.models.inputs import example_of, feed
 from selab.models.spec import Variant
@@ -86,10 +86,10 @@ def build(
             feed(model, variant.inputs)
             return Built(model=model, native=native)
         try:
-            input_nchw: Any = (1, *(input_chw or variant.input_chw))
+            example: Example = (1, *(input_chw or variant.input_chw))
             if variant.inputs:
-                input_nchw = example_of(model, variant.inputs, batch=1)
-            insertions = insert_se(model, _config(variant, init), input_nchw=input_nchw)
+                example = example_of(model, variant.inputs, batch=1)
+            insertions = insert_se(model, _config(variant, init), inputs=example)
             _run_as_written(model)
         except (InsertionError, ModelError) as error:
             raise type(error)(f"{variant.place}: {error}") from error

@@ -1,5 +1,7 @@
 """The Squeeze-and-Excitation block (Hu et al., arXiv 1709.01507), its variants, and residual joins with SE."""
 
+import sys
+from sys import getrefcount
 from typing import Any, Literal
 
 import torch
@@ -11,8 +13,9 @@ from selab.attention.config import Init
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
 from selab.kernels.cpu import BlockParams
-from selab.kernels.deferred_bn import materialize, pending_norm, run_block, supported
+from selab.kernels.deferred_bn import consume_relu, materialize, pending_norm, run_block, supported
 from selab.kernels.dispatch import IMPLS, CachedDispatch, Impl, choose, has_hooks, holds_weights
+from selab.kernels.ownership import Arrival
 from selab.kernels.residual import ADD_RELU, FusedJoin, formula_of
 
 GATES: dict[str, type[nn.Module]] = {
@@ -124,7 +127,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
             which, and why. An implementation other than `auto` raises ModelError where it cannot run.
 
     Attributes:
-        relu_in: whether the block applies a ReLU to its input first, one that `selab.fuse` took in.
+        relu_in: whether the block applies a ReLU to its input first.
         can_overwrite: whether nobody else needs the input, so that the output may take its place in inference.
         kinds: squeeze, activation and gate.
 
@@ -234,15 +237,19 @@ class SqueezeExcitation(CachedDispatch, Attention):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._scripted(x)
         else:  # noqa: RET505 - the compiler skips this branch, not what follows the statement
-            out = self.replay(x)
+            compiling = torch.compiler.is_compiling()
+            references = 0 if compiling else getrefcount(x)
+            out = self.replay(x, references=references)
             if out is not None:
                 return out
-            gated = self.fused(x)
+            arrival = None if compiling else Arrival(self, sys._getframe(1), references)
+            relu = consume_relu(x)
+            gated = self.fused(x, arrival=arrival, relu=relu)
             if gated is not None:
                 return gated
             x = materialize(x)
-            if self.relu_in:
-                x = x.relu_() if self.may_overwrite() else x.relu()
+            if relu is not None or self.relu_in:
+                x = x.relu_() if relu is not None or self.may_overwrite(x, arrival) else x.relu()
             factor = self.excite(self.squeeze(x))
             return x * (factor if self.kinds[0] == "none" else factor[:, :, None, None])
 
@@ -257,7 +264,14 @@ class SqueezeExcitation(CachedDispatch, Attention):
         return x * factor if factor.dim() == 4 else x * factor[:, :, None, None]
 
     def fused(
-        self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None, relu_out: bool = False
+        self,
+        x: Tensor,
+        shortcut: Tensor | None = None,
+        *,
+        join: nn.Module | None = None,
+        relu_out: bool = False,
+        arrival: Arrival | None = None,
+        relu: nn.Module | None = None,
     ) -> Tensor | None:
         """Run the block, and with a shortcut the join after it, in fewer passes; return None if only the reference can.
 
@@ -266,6 +280,8 @@ class SqueezeExcitation(CachedDispatch, Attention):
             shortcut: (N, C, H, W), added to the scaled feature map.
             join: the module whose addition is part of this call.
             relu_out: whether a ReLU follows the addition.
+            arrival: the call of the module that received x.
+            relu: the ReLU before the block that left its work to it, or None.
 
         Returns:
             (N, C, H, W).
@@ -280,13 +296,13 @@ class SqueezeExcitation(CachedDispatch, Attention):
         if reason:
             self._check_reference_allowed(reason)
             return None
-        params = self._params(relu_out=relu_out)
+        params = self._params(relu_in=relu is not None, relu_out=relu_out)
         x = supported(x)
         impl, reason = self._choose(x, shortcut, params)
         if impl == "reference":
             self._check_reference_allowed(reason)
             return None
-        return run_block(self, impl, x, shortcut, params, layers=(self.fc1, self.fc2), join=join)
+        return run_block(self, impl, x, shortcut, params, layers=(self.fc1, self.fc2), join=join, arrival=arrival, relu=relu)
 
     def runtime(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Impl, str]:
         """Return the implementation that these tensors would take now, and the reason against a faster one (or empty).
@@ -331,13 +347,13 @@ class SqueezeExcitation(CachedDispatch, Attention):
                 return f"unsupported {name}: its weight is computed, as by pruning"
         return ""
 
-    def _params(self, *, relu_out: bool = False) -> BlockParams:
+    def _params(self, *, relu_in: bool = False, relu_out: bool = False) -> BlockParams:
         _, activation, gate = self.kinds
         scale, offset = (1.0, 0.0) if self._buffers["gate_affine"] is None else _IDENTITY_AFFINE[gate]
         modules: Any = self._modules
         one, two = modules["fc1"]._parameters, modules["fc2"]._parameters
         w1, b1, w2, b2 = one["weight"], one["bias"], two["weight"], two["bias"]
-        return BlockParams(w1, b1, w2, b2, activation, gate, scale, offset, self.relu_in, relu_out)
+        return BlockParams(w1, b1, w2, b2, activation, gate, scale, offset, relu_in or self.relu_in, relu_out)
 
     def extra_repr(self) -> str:
         """Return the two widths, for printing."""
@@ -385,7 +401,8 @@ class GatedJoin(nn.Module):
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """(N, C, H, W) twice → (N, C, H, W)."""
         if self.edge == "branch":
-            joined = self._in_one(branch, shortcut)
+            references = 0 if torch.compiler.is_compiling() else getrefcount(branch)
+            joined = self._in_one(branch, shortcut, references)
             if joined is not None:
                 return joined
         if self.edge == "branch":
@@ -395,7 +412,7 @@ class GatedJoin(nn.Module):
         added: Tensor = self.inner(branch, shortcut)
         return self.se(added) if self.edge == "output" else added
 
-    def _in_one(self, branch: Tensor, shortcut: Tensor) -> Tensor | None:
+    def _in_one(self, branch: Tensor, shortcut: Tensor, references: int) -> Tensor | None:
         """Run scale, addition and ReLU in one pass; None if the join is another one, or its parts have hooks."""
         modules: Any = self._modules
         outer, se = modules["inner"], modules["se"]
@@ -404,7 +421,7 @@ class GatedJoin(nn.Module):
             return None
         if not torch.compiler.is_compiling() and has_hooks(outer, inner, se):
             return None
-        joined = se.replay(branch, shortcut, join=inner)
+        joined = se.replay(branch, shortcut, join=inner, references=references)
         if joined is not None:
             return joined
         formula = formula_of(inner)
@@ -413,7 +430,8 @@ class GatedJoin(nn.Module):
         pending_norm(branch)
         if branch.shape != shortcut.shape:
             return None
-        return se.fused(branch, shortcut, join=inner, relu_out=formula == ADD_RELU)
+        arrival = None if torch.compiler.is_compiling() else Arrival(self, sys._getframe(2), references, depth=3)
+        return se.fused(branch, shortcut, join=inner, relu_out=formula == ADD_RELU, arrival=arrival)
 
     def extra_repr(self) -> str:
         """Return the gated edge, for printing."""

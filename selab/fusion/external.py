@@ -1,13 +1,17 @@
 """SE blocks of torchvision and timm: find them, remove them, and compute them in fewer passes."""
 
+import sys
 from functools import partial
+from sys import getrefcount
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from selab.kernels.cpu import BlockParams
 from selab.kernels.deferred_bn import materialize, run_block, supported
 from selab.kernels.dispatch import CachedDispatch, Impl, choose, has_hooks, holds_weights
+from selab.kernels.ownership import Arrival
 from selab.kernels.squeeze_scale import refuses, run_stepwise
 from selab.kernels.swap import Swapped, library_of
 from selab.meta import Passage, passages
@@ -147,7 +151,9 @@ class FusedExternal(Swapped, CachedDispatch):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        replayed: Tensor | None = self.replay(x)
+        compiling = torch.compiler.is_compiling()
+        references = 0 if compiling else getrefcount(x)
+        replayed: Tensor | None = self.replay(x, references=references)
         if replayed is not None:
             return replayed
         x = supported(x)
@@ -156,7 +162,8 @@ class FusedExternal(Swapped, CachedDispatch):
             out: Tensor = run_own_code(self, materialize(x))
             return out
         fc1, _, fc2, _ = (self._modules[name] for name in _layer_names(self) or ())
-        return run_block(self, impl, x, None, params, layers=(fc1, fc2))
+        arrival = None if compiling else Arrival(self, sys._getframe(1), references)
+        return run_block(self, impl, x, None, params, layers=(fc1, fc2), arrival=arrival)
 
     def runtime(self: Any, x: Tensor) -> tuple[Impl, str]:
         """Return the implementation that x would take now, and the reason against a faster one (empty without one).

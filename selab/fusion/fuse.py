@@ -3,15 +3,19 @@
 Wherever it applies:
 
 * `SqueezeExcitation` takes its fastest implementation (`impl="auto"`);
-* an in-place ReLU right before a block in an `nn.Sequential` becomes part of the block, which saves one read of the
+* an in-place ReLU right before a block in an `nn.Sequential` is computed by the block, which saves one read of the
   feature map;
 * a residual join, relu(branch + shortcut), becomes one pass, with or without a block in it;
-* at inference on a CPU, a BatchNorm becomes part of the pass that consumes its output (a block, join or activation) if
-  a trace shows that nothing else reads that output; a BatchNorm with its own activation (timm's) becomes one pass;
+* at inference on a CPU, a BatchNorm is computed by the pass that consumes its output (a block, join or activation) if
+  nothing else reads that output; a BatchNorm with its own activation (timm's) becomes one pass;
 * SE modules of torchvision and timm get the same implementations, under their own class, parameters and keys;
 * related blocks, of libraries and of anybody's, run their own layers between a native squeeze and a native scale, at
   inference on a CPU;
-* at inference, a block's output reuses its input's memory if a trace shows that nothing reads the input again.
+* at inference, a block's output reuses its input's memory if nothing else holds the input.
+
+A trace chooses where the last three apply. It shows one path through the network, so each call proves again that nothing
+else holds the feature map, by its references and by the code of the calling functions (`selab.kernels.ownership`).
+Otherwise the modules compute as they did before.
 """
 
 import copy
@@ -33,7 +37,9 @@ from selab.fusion.liveness import Liveness, analyze
 from selab.fusion.related import SteppedBlock, inline_joins, left_reason, step_related
 from selab.kernels import cpu
 from selab.kernels.deferred_bn import DeferredNorm, defer, undefer
+from selab.kernels.deferred_relu import DeferredReLU, defer_relu, undefer_relu
 from selab.kernels.dispatch import Impl, has_hooks, norm_of
+from selab.kernels.ownership import measured
 from selab.kernels.residual import ACTIVATIONS, ADD_RELU, FusedActivation, FusedJoin, formula_of
 from selab.kernels.swap import library_of, swap
 from selab.meta import Example, first_line, is_shape, passages, shapes_of
@@ -47,10 +53,10 @@ class FusedBlock:
     Attributes:
         kind: its class's name.
         joined: whether scale, addition and ReLU are one pass.
-        absorbed: whether the ReLU before it is part of it.
-        normalising: whether the BatchNorm before it, or before that ReLU, is part of it at inference, and the
-            activation of that BatchNorm, if any.
-        in_place: whether its output reuses its input's memory at inference.
+        absorbed: whether it computes the in-place ReLU before it, where nothing else holds that ReLU's input.
+        normalising: whether it computes the BatchNorm before it, or before that ReLU, and the activation of that
+            BatchNorm, if any; at inference, where nothing else holds that BatchNorm's input or output.
+        in_place: whether its output reuses its input's memory, at inference, where nothing else holds the input.
         stepwise: whether at inference on a CPU its squeeze and its scale are native passes, and its own layers run as
             they are between the two.
         reason: why it was left unchanged, or why its layers are not part of the pass; empty if it was fused.
@@ -73,10 +79,12 @@ class Fusion(Displayed):
     Attributes:
         blocks: every SE block, in the order of the network.
         joins: residual joins without a block that are one pass now.
-        norms: BatchNorms that at inference are part of another pass, or one pass with their activation.
+        norms: BatchNorms that at inference are part of another pass, or one pass with their activation, where nothing
+            else holds their input or output.
         inline_joins: the class of every module of torchvision or timm whose residual addition stays as it is, because
             it is written in the code of its forward.
-        in_place_reason: why no memory is reused and no BatchNorm is folded; empty if the trace succeeded.
+        in_place_reason: why no memory is reused and no BatchNorm is folded; empty if the trace succeeded, or if it was
+            not asked for.
     """
 
     blocks: tuple[FusedBlock, ...]
@@ -135,6 +143,7 @@ def fuse(
     input_nchw: tuple[int, ...] = (1, 3, 224, 224),
     inputs: Example | None = None,
     blocks: bool = True,
+    in_place: bool = True,
 ) -> Fusion:
     """Fuse the SE blocks of a network, in place: the same mathematics, parameters and checkpoint keys.
 
@@ -146,6 +155,8 @@ def fuse(
         inputs: an example input of another form: a tensor, positional arguments in a tuple, keyword arguments in a
             dict. Its values are not read.
         blocks: whether to fuse the blocks; otherwise only what surrounds them, as in a network without SE.
+        in_place: whether feature maps that nothing else holds may be overwritten, and BatchNorms and ReLUs be left to
+            the module that consumes their output; otherwise every module computes its own output in new memory.
 
     Returns:
         What was fused, and what was not and why; `str()` gives a sentence.
@@ -165,25 +176,25 @@ def fuse(
     if not isinstance(model, nn.Module):
         raise ModelError(f"selab.fuse: expected a torch.nn.Module, got {type(model).__name__}")
     example = _example(input_nchw if inputs is None else inputs)
-    absorbed = _absorb(model) if blocks else set()
+    reason = "" if measured() else "this interpreter's reference counts do not show who holds a feature map"
+    defers = in_place and not reason
+    absorbed = _absorb(model, defers and blocks)
     joins = _join(model, blocks)
     if blocks:
         step_related(model)
     changed = [_fused(path, module, absorbed) for path, module in _blocks(model)] if blocks else []
-    reason = ""
+    seen = Liveness(overwritable=set(), consumer={}, exclusive={}, producers={})
     try:
-        seen = analyze(model, example, norms=_norms, consumers=partial(_consumers, blocks=blocks))
+        if defers:
+            seen = analyze(model, example, norms=_norms, consumers=partial(_consumers, blocks=blocks))
     except (SelabError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:
-        seen = Liveness(overwritable=set(), consumer={}, exclusive={}, producers={})
         reason = _failed(model, example, error)
-    # An earlier call may have found otherwise. An in-place ReLU that a block has absorbed is proof for good.
-    producers = {path: tuple(map(model.get_submodule, sorted(paths))) for path, paths in seen.producers.items()}
+    # An earlier call may have found otherwise. An in-place ReLU before a block is proof that its input is not needed.
     for path, consumer in _consumers(model, blocks):
         if hasattr(consumer, "can_overwrite"):
             fused: Any = consumer
-            join = _enclosing(model, path)
-            fused.can_overwrite = path in seen.overwritable or bool(getattr(fused, "relu_in", False))
-            fused.producers = (*producers.get(path, ()), *(() if join is None else (join,)))
+            fused.guarded, fused.can_overwrite = True, path in seen.overwritable or consumer in absorbed
+    producers = {path: tuple(map(model.get_submodule, sorted(paths))) for path, paths in seen.producers.items()}
     deferred = {
         norm: consumer for norm, consumer in seen.consumer.items() if _defer(model, norm, consumer, producers[norm])
     }
@@ -257,17 +268,18 @@ def _defer(model: nn.Module, path: str, consumer_path: str, producers: tuple[nn.
     """
     norm, consumer = model.get_submodule(path), model.get_submodule(consumer_path)
     join = _enclosing(model, consumer_path)
-    consumers = (consumer, *(() if join is None else (join,)))
+    relus = (one for one in model.modules() if isinstance(one, DeferredReLU) and consumer in one.consumers)
+    consumers = (consumer, *(() if join is None else (join,)), *relus)
     if not isinstance(norm, nn.BatchNorm2d) or has_hooks(norm, *norm.children(), *consumers, *producers):
         return False
     statistics = norm_of(norm)
     if statistics is None or not _supports(consumer, statistics.activation):
         return False
-    defer(norm, consumers, producers=producers)
+    defer(norm, consumers, guarded=True)
     if type(consumer) in ACTIVATIONS:
         swap(consumer, FusedActivation)
         activation: Any = consumer
-        activation.can_overwrite = True
+        activation.can_overwrite = activation.guarded = True
     return True
 
 
@@ -287,7 +299,7 @@ def _defer_to_itself(model: nn.Module, path: str, producers: tuple[nn.Module, ..
         return False
     if has_hooks(norm, *norm.children(), *producers):
         return False
-    defer(norm, (), producers=producers, can_overwrite=exclusive)
+    defer(norm, (), can_overwrite=exclusive, guarded=True)
     return True
 
 
@@ -343,24 +355,23 @@ def runtimes(
     return tuple(found)
 
 
-def _absorb(model: nn.Module) -> set[nn.Module]:
-    """Move in-place ReLUs into the blocks right after them; return these blocks."""
+def _absorb(model: nn.Module, defers: bool) -> set[nn.Module]:
+    """Leave in-place ReLUs to the blocks right after them; return these blocks."""
     found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, DeferredReLU):
+            undefer_relu(module)
+    if not defers:
+        return found
     for parent in model.modules():
         if not isinstance(parent, nn.Sequential) or type(parent).forward is not nn.Sequential.forward:
             continue
-        children = list(parent._modules.items())
-        for (name, before), (_, block) in pairwise(children):
+        for before, block in pairwise(parent._modules.values()):
             if not isinstance(block, SqueezeExcitation) or block.kinds[0] != "avg" or block.kinds[2] not in cpu.GATES:
                 continue
             # A ReLU that overwrites its input is proof that nothing else needs it.
             if type(before) is nn.ReLU and before.inplace and not has_hooks(before, block):
-                if name.isdecimal():
-                    # Later children are addressed by their number.
-                    parent._modules[name] = nn.Identity()
-                else:
-                    del parent._modules[name]
-                block.relu_in = block.can_overwrite = True
+                defer_relu(before, block)
                 found.add(block)
     return found
 

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from selab.kernels.deferred_relu import DeferredReLU
 from selab.meta import Example, FakePass
 
 
@@ -164,6 +165,11 @@ def analyze(model: nn.Module, example: Example, *, norms: Named, consumers: Name
     """
     fakes = FakePass(model, example)
     twin = fakes.model.eval()
+    for parent in twin.modules():
+        for name, child in parent._modules.items():
+            if isinstance(child, DeferredReLU):
+                # The block after it reads its input.
+                parent._modules[name] = nn.Identity()
     given = [leaf for leaf in tree_leaves((fakes.args, fakes.kwargs)) if isinstance(leaf, Tensor)]
     permanent = (*twin.parameters(), *twin.buffers(), *given)
     trace = DataflowTrace(_Reads({tensor.untyped_storage()._cdata for tensor in permanent}))

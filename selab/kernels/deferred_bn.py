@@ -1,11 +1,15 @@
 """Deferred BatchNorm: at inference its affine is applied inside the operation that consumes its output.
 
 A deferred BatchNorm returns its input as it is, marked with the BatchNorm. Its consumer, a fused block, join or
-activation, does both in one pass, or lets the BatchNorm compute first (`materialize`). Other code finds the feature map
-normalised: until it is consumed it is a `DeferredTensor`, which intercepts every operation. Parameters, buffers and
-their keys stay in place, and nothing is precomputed that could become outdated.
+activation, does both in one pass, or lets the BatchNorm compute first (`materialize`). After `selab.fuse` a BatchNorm
+is deferred only where the call proves that nothing else holds its input and that its output goes to the consumer and
+nowhere else (`selab.kernels.ownership`); everywhere else it normalises. Until it is consumed, the feature map is a
+`DeferredTensor`, which intercepts every operation. Parameters, buffers and their keys stay in place, and nothing is
+precomputed that could become outdated.
 """
 
+import sys
+from sys import getrefcount
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +29,7 @@ from selab.kernels.dispatch import (
     norm_of,
     run,
 )
+from selab.kernels.ownership import Arrival, is_exclusive, route
 from selab.kernels.swap import Swapped, is_exact, restore, swap
 
 
@@ -45,7 +50,7 @@ def _materialize_in_place(*values: object) -> None:
     for leaf in tree_leaves(values):
         if type(leaf) is DeferredTensor:
             leaf.__class__ = Tensor  # type: ignore[assignment]
-            leaf.data = _normalised(leaf, leaf.__dict__.pop("_pending_norm"))
+            leaf.data = _computed(leaf)
 
 
 # As torch.compiler.disable sets it; that function would import the compiler.
@@ -58,15 +63,14 @@ class DeferredNorm(Swapped, CachedDispatch, nn.BatchNorm2d):
     A BatchNorm with an activation of its own (timm's) has no consumer, or a block that does both. Without a consumer,
     BatchNorm and activation are one pass.
 
-    It normalises as before in training, with gradients, on a GPU, under a compiler, and if a hook is registered on it,
-    its consumers or its producers.
+    It normalises as before in training, with gradients, on a GPU, under a compiler, if a hook is registered on it or its
+    consumers, and if it is guarded, wherever something else could read its input or its output.
 
     Shapes: (N, C, H, W) to (N, C, H, W).
 
     Attributes:
         library: the class that it had before.
         consumers: the modules that receive its output; a tuple, so that they are not its children.
-        producers: the modules that return its input or its output.
         can_overwrite: whether the output may reuse the input's memory; used without consumers only.
     """
 
@@ -78,31 +82,48 @@ class DeferredNorm(Swapped, CachedDispatch, nn.BatchNorm2d):
         """(N, C, H, W) → (N, C, H, W), deferred or normalised."""
         if self.training or torch.compiler.is_compiling():
             return self.normalised(materialize(x))
-        replayed = self.replay(x)
+        references = getrefcount(x)
+        replayed = self.replay(x, references=references)
         if replayed is not None:
             return replayed
         norm = self._native_norm(x)
         if norm is None:
             return self.normalised(materialize(x))
-        if self.consumers:
-            self.remember(cached_deferral(x, self, (self, *self.consumers, *self.producers), DeferredTensor))
-            x._pending_norm = self  # type: ignore[attr-defined]
-            x.__class__ = DeferredTensor
+        arrival = Arrival(self, sys._getframe(1), references) if self.guarded else None
+        if self.consumers and self._defers(x, arrival):
             return x
-        overwrite = self.can_overwrite
-        self.remember(
-            cached_call(
+        if self.consumers and not norm.activation:
+            return self.normalised(x)
+        overwrite = self.can_overwrite or bool(self.consumers and arrival)
+        if not self.consumers:
+            call = cached_call(
                 x,
                 None,
                 norm.activation,
                 (),
-                watched=self.producers,
                 norm=self,
                 deferred=False,
                 can_overwrite=overwrite,
+                arrival=arrival,
             )
-        )
+            self.remember(call)
+        overwrite = overwrite and (arrival is None or is_exclusive(x, references, arrival.claim()))
         return cpu.activated(x, None, norm._replace(activation=""), norm.activation, in_place=overwrite)
+
+    def _defers(self, x: Tensor, arrival: Arrival | None) -> bool:
+        """Mark x with this BatchNorm; return False if something else could read x or the normalised feature map."""
+        claimed = routed = None
+        if arrival is not None:
+            claimed, routed = arrival.claim(), route(arrival.frame, self, self.consumers)
+            if routed is None or not is_exclusive(x, arrival.references, claimed):
+                return False
+        watched = (self, *self.consumers)
+        self.remember(
+            cached_deferral(x, self, watched, DeferredTensor, mark="_pending_norm", claimed=claimed, route=routed)
+        )
+        x._pending_norm = self  # type: ignore[attr-defined]
+        x.__class__ = DeferredTensor
+        return True
 
     def normalised(self, x: Tensor) -> Tensor:
         """Return what its former class returns: (N, C, H, W) → (N, C, H, W)."""
@@ -118,7 +139,7 @@ class DeferredNorm(Swapped, CachedDispatch, nn.BatchNorm2d):
         """Return what it computes, if the native code can do that for x, here or in a consumer."""
         if not is_exact(self) or torch.is_grad_enabled() or needs_reference(x):
             return None
-        if has_hooks(self, *self.children(), *self.consumers, *self.producers):
+        if has_hooks(self, *self.children(), *self.consumers):
             return None
         norm = norm_of(self)
         return None if norm is None or cpu.norm_refuses(x, norm) else norm
@@ -128,25 +149,26 @@ def defer(
     norm: nn.BatchNorm2d,
     consumers: tuple[nn.Module, ...],
     *,
-    producers: tuple[nn.Module, ...] = (),
     can_overwrite: bool = False,
+    guarded: bool = False,
 ) -> None:
     """Defer a BatchNorm, in place: its consumers do its work, or without any, a single pass of its own.
 
     Args:
         norm: an instance of exactly BatchNorm2d, or of a class that adds `drop` and `act` to it.
         consumers: the only modules that receive its output; the first of them must call `pending_norm`.
-        producers: see `DeferredNorm`.
         can_overwrite: whether no other module needs its input.
+        guarded: whether each call must prove that nothing else holds its input and reads its output; otherwise the
+            caller of this function has.
     """
     swap(norm, DeferredNorm)
     changed: Any = norm
-    changed.consumers, changed.producers, changed.can_overwrite = consumers, producers, can_overwrite
+    changed.consumers, changed.can_overwrite, changed.guarded = consumers, can_overwrite, guarded
 
 
 def undefer(norm: DeferredNorm) -> None:
     """Undo `defer`, in place."""
-    for name in ("consumers", "producers", "can_overwrite", "_cached_call"):
+    for name in ("consumers", "can_overwrite", "guarded", "_cached_call"):
         norm.__dict__.pop(name, None)
     restore(norm)
 
@@ -182,13 +204,27 @@ def consume(x: Tensor) -> Norm | None:
     return norm_of(norm)
 
 
+def consume_relu(x: Tensor) -> nn.Module | None:
+    """Take over the deferred ReLU of a feature map, which is then no longer deferred; None without one."""
+    if torch.compiler.is_compiling():
+        return None
+    pending_norm(x)
+    found: nn.Module | None = x.__dict__.pop("_pending_relu", None)
+    return found
+
+
 def materialize(x: Tensor) -> Tensor:
     """Return x itself, or if its BatchNorm is deferred, the normalised feature map in new memory."""
-    norm = pending_norm(x)
-    if norm is None:
+    if pending_norm(x) is None and (torch.compiler.is_compiling() or "_pending_relu" not in x.__dict__):
         return x
-    del x._pending_norm  # type: ignore[attr-defined]
-    return _normalised(x, norm)
+    return _computed(x)
+
+
+def _computed(x: Tensor) -> Tensor:
+    """Return what the deferred modules of x compute, in new memory; x is no longer marked."""
+    norm, relu = x.__dict__.pop("_pending_norm", None), x.__dict__.pop("_pending_relu", None)
+    x = x if norm is None else _normalised(x, norm)
+    return x if relu is None else F.relu(x)
 
 
 def _normalised(x: Tensor, norm: DeferredNorm) -> Tensor:
@@ -209,6 +245,8 @@ def run_block(
     *,
     layers: tuple[nn.Module, nn.Module],
     join: nn.Module | None = None,
+    arrival: Arrival | None = None,
+    relu: nn.Module | None = None,
 ) -> Tensor:
     """Run a block by `impl`, with the deferred BatchNorm of its input, and cache the call where it can be replayed.
 
@@ -220,24 +258,29 @@ def run_block(
         params: of the block.
         layers: the two modules that hold its weights.
         join: the module whose residual addition is part of the call.
+        arrival: the call of the module that received x.
+        relu: the deferred ReLU of x, which `params` includes, or None.
 
     Returns:
         (N, C, H, W).
     """
-    overwrite = module.may_overwrite()
+    norm = pending_norm(x)
+    pending = norm is not None or relu is not None
+    overwrite = module.may_overwrite(x, arrival, pending=pending)
     if impl != "native" or torch.is_grad_enabled():
         return run(impl, materialize(x), shortcut, params, can_overwrite=overwrite)
     this: Any = module
-    owners, watched = (this,) if join is None else (this, join), (this, *module.producers)
     call = cached_call(
         x,
         shortcut,
         params,
-        owners,
+        (this,) if join is None else (this, join),
         layers=layers,
-        watched=watched,
-        norm=pending_norm(x),
-        can_overwrite=overwrite,
+        watched=(this,),
+        norm=norm,
+        relu=relu,
+        can_overwrite=module.can_overwrite,
+        arrival=arrival if module.guarded and not pending else None,
     )
     module.remember(call, join=join)
     return run(impl, x, shortcut, params, can_overwrite=overwrite, norm=consume(x))

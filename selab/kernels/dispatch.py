@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from selab.kernels import cpu
 from selab.kernels.cpu import BlockParams, Norm
+from selab.kernels.ownership import Arrival, Claim, Route, is_exclusive, native_owner
 
 Impl = Literal["auto", "reference", "torch", "native", "operator"]
 IMPLS: tuple[Impl, ...] = ("auto", "reference", "torch", "native", "operator")
@@ -76,7 +77,7 @@ def run(
 
 
 # ------------------------------------------------------------------------------------------------ cached decisions
-CachedCall = Callable[[Tensor, Tensor | None], Tensor | None]
+CachedCall = Callable[[Tensor, Tensor | None, int], Tensor | None]
 
 
 class CachedDispatch:
@@ -84,28 +85,47 @@ class CachedDispatch:
 
     Attributes:
         can_overwrite: whether no other module needs the input, so that the output may reuse its memory at inference.
-        producers: the modules that return the input or receive it first; their hooks may have kept it.
+        guarded: whether each call must prove that first, by `selab.kernels.ownership`; as `selab.fuse` sets it.
     """
 
     can_overwrite: bool
-    producers: tuple[nn.Module, ...] = ()
+    guarded: bool = False
 
-    def may_overwrite(self) -> bool:
-        """Return whether the output may reuse the input's memory now."""
+    def may_overwrite(self, x: Tensor, arrival: Arrival | None, *, pending: bool = False) -> bool:
+        """Return whether the output may reuse the input's memory now.
+
+        Args:
+            x: the input.
+            arrival: the call.
+            pending: whether a deferred module has proved already that nothing else holds x.
+        """
         this: Any = self
-        return self.can_overwrite and not has_hooks(this, *self.producers)
+        if not self.can_overwrite or has_hooks(this):
+            return False
+        if pending or not self.guarded:
+            return True
+        return arrival is not None and is_exclusive(x, arrival.references, arrival.claim())
 
     def remember(self, call: CachedCall, *, join: nn.Module | None = None) -> None:
         """Cache a call; `join` is the module whose work it includes."""
         self.__dict__["_cached_call"] = (join, call)
 
-    def replay(self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None) -> Tensor | None:
-        """Return the output of the cached call; None without one, or if anything has changed since."""
+    def replay(
+        self, x: Tensor, shortcut: Tensor | None = None, *, join: nn.Module | None = None, references: int = 0
+    ) -> Tensor | None:
+        """Return the output of the cached call; None without one, or if anything has changed since.
+
+        Args:
+            x: (N, C, H, W).
+            shortcut: (N, C, H, W) or None.
+            join: as in `remember`.
+            references: `sys.getrefcount(x)` at the start of `forward`.
+        """
         # Written out, as everything on this path: between two convolutions every attribute of a module is a cache miss.
         cached = self.__dict__.get("_cached_call")
         if cached is None or cached[0] is not join or torch.compiler.is_compiling():
             return None
-        out: Tensor | None = cached[1](x, shortcut)
+        out: Tensor | None = cached[1](x, shortcut, references)
         return out
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -128,7 +148,9 @@ def cached_call(
     watched: tuple[nn.Module, ...] = (),
     norm: nn.BatchNorm2d | None = None,
     deferred: bool = True,
+    relu: nn.Module | None = None,
     can_overwrite: bool,
+    arrival: Arrival | None = None,
 ) -> CachedCall:
     """Return a function that repeats the native call at inference until an input property changes.
 
@@ -145,8 +167,11 @@ def cached_call(
         norm: the BatchNorm to apply first, or None.
         deferred: whether x must be marked with `norm`; otherwise the call is the BatchNorm's own, and `params` is its
             activation.
+        relu: the deferred ReLU of x, or None.
         can_overwrite: whether the output may reuse x's memory.
+        arrival: the call, which must prove again that nothing else holds x; None if that is not needed.
     """
+    claimed = arrival.claim() if arrival is not None and can_overwrite else None
     if norm is not None:
         owners = (*owners, norm)
     weights: list[object] = [None] * 4
@@ -170,29 +195,55 @@ def cached_call(
         attributes=tuple(attributes),
         weights=tuple(weights),
         norm=norm if deferred else None,
+        relu=relu,
+        mark=None,
+        owner=None if arrival is None else native_owner(claimed, arrival.depth),
         kind=None,
         joined=shortcut is not None,
-        can_overwrite=can_overwrite,
+        can_overwrite=can_overwrite and (arrival is None or claimed is not None),
     )
 
 
-def cached_deferral(x: Tensor, norm: nn.BatchNorm2d, watched: tuple[nn.Module, ...], kind: type[Tensor]) -> CachedCall:
-    """Return a function that marks feature maps like x with their deferred BatchNorm; see `cached_call`.
+def cached_deferral(
+    x: Tensor,
+    module: nn.Module,
+    watched: tuple[nn.Module, ...],
+    kind: type[Tensor],
+    *,
+    mark: str,
+    norm: nn.BatchNorm2d | None = None,
+    claimed: Claim | None = None,
+    route: Route | None = None,
+) -> CachedCall:
+    """Return a function that marks feature maps like x with a deferred module; see `cached_call`.
 
     Args:
         x: (N, C, H, W), without gradients.
-        norm: in inference.
+        module: a BatchNorm in inference, or a ReLU.
         watched: modules that must have no hooks themselves.
         kind: the class of a marked feature map.
+        mark: the attribute of the feature map that names the module.
+        norm: the BatchNorm that x must be marked with already, or None.
+        claimed: when nothing else holds x; None if that is not to be proved.
+        route: how the feature map reaches its consumer; given with `claimed`.
     """
+    training: tuple[tuple[dict[str, Any], str, object], ...] = ()
+    if isinstance(module, nn.BatchNorm2d):
+        training = ((module.__dict__, "training", False),)
+    if claimed is not None and route is not None:
+        claimed = claimed._replace(frames=max(claimed.frames, route.frames, key=len))
     return _new_call(
         x,
-        (norm,),
+        (module,),
         shape_bytes=b"",
         watched=watched,
-        attributes=((norm.__dict__, "training", False),),
+        attributes=training if route is None else (*training, *route.children),
+        orders=() if route is None else route.orders,
         weights=(),
         norm=norm,
+        relu=None,
+        mark=(mark, module),
+        owner=native_owner(claimed, 2),
         kind=kind,
         joined=False,
         can_overwrite=True,
@@ -200,13 +251,19 @@ def cached_deferral(x: Tensor, norm: nn.BatchNorm2d, watched: tuple[nn.Module, .
 
 
 def _new_call(
-    x: Tensor, owners: tuple[nn.Module, ...], *, watched: tuple[nn.Module, ...], **conditions: Any
+    x: Tensor,
+    owners: tuple[nn.Module, ...],
+    *,
+    watched: tuple[nn.Module, ...],
+    orders: tuple[nn.Module, ...] = (),
+    **conditions: Any,
 ) -> CachedCall:
+    """Return the native object; `orders` are modules whose children must stay the same, whatever their hooks."""
     children = (module for owner in owners for module in owner._modules.values() if module is not None)
     call: CachedCall = cpu.native_call(
         flags=_FLAGS,
         hooks=(*_GLOBAL_HOOKS, *(hooks for module in (*children, *watched) for hooks in _hooks(module))),
-        children=tuple((owner._modules, tuple(owner._modules.values())) for owner in owners),
+        children=tuple((owner._modules, tuple(owner._modules.values())) for owner in (*owners, *orders)),
         tensor=Tensor,
         dtype=torch.float32,
         size=x.shape,

@@ -137,9 +137,11 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_native", "Squeeze-and-Excitation on the CPU, given addresses.", -1, methods, 0, 0, 0, 0};
 PyMODINIT_FUNC PyInit__native(void) {
     PyObject **names[] = {&S_shape, &S_stride, &S_dtype, &S_is_cpu, &S_data_ptr, &S_numel, &S_level,
-                          &S_dict,  &S_class,  &S_pending_norm};
+                          &S_dict,  &S_class,  &S_pending_norm, &S_pending_relu, &S_back, &S_lasti, &S_use_count,
+                          &S_untyped_storage, &S_cdata, &S_resizable, &S_weakref};
     static const char *words[] = {"shape",    "stride",    "dtype",     "is_cpu", "data_ptr", "numel", "_current_level",
-                                  "__dict__", "__class__", "_pending_norm"};
+                                  "__dict__", "__class__", "_pending_norm", "_pending_relu", "f_back", "f_lasti",
+                                  "_use_count", "untyped_storage", "_cdata", "resizable", "__weakref__"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!(*names[i] = PyUnicode_InternFromString(words[i]))) return NULL;
     PyObject *module = PyModule_Create(&definition);

@@ -1,5 +1,7 @@
 """Residual joins and activations in one pass, together with a deferred BatchNorm before them."""
 
+import sys
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from selab.kernels.dispatch import (
     needs_reference,
     records_gradients,
 )
+from selab.kernels.ownership import Arrival
 from selab.kernels.swap import Swapped
 
 ADD_RELU = "relu(branch + shortcut)"
@@ -47,7 +50,8 @@ class FusedJoin(CachedDispatch, nn.Module):
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         """(N, C, H, W) twice → (N, C, H, W)."""
-        replayed = self.replay(branch, shortcut)
+        references = 0 if torch.compiler.is_compiling() else getrefcount(branch)
+        replayed = self.replay(branch, shortcut, references=references)
         if replayed is not None:
             return replayed
         inner: Any = self._modules["inner"]
@@ -61,9 +65,11 @@ class FusedJoin(CachedDispatch, nn.Module):
         if records_gradients(branch, shortcut):
             joined: Tensor = cpu.AddReLU.apply(materialize(branch), shortcut)  # type: ignore[no-untyped-call]
             return joined
+        arrival = Arrival(self, sys._getframe(1), references)
         if cpu.activated_refuses(branch, shortcut):
-            return cpu.add_relu(materialize(branch), shortcut, in_place=self.may_overwrite())
-        return _activated(self, (self, inner), branch, shortcut, "relu")
+            overwrite = self.may_overwrite(branch, arrival, pending=pending_norm(branch) is not None)
+            return cpu.add_relu(materialize(branch), shortcut, in_place=overwrite)
+        return _activated(self, (self, inner), branch, shortcut, "relu", arrival)
 
 
 class FusedActivation(Swapped, CachedDispatch):
@@ -88,19 +94,32 @@ class FusedActivation(Swapped, CachedDispatch):
         if pending_norm(x) is None or cpu.activated_refuses(x, None):
             out: Tensor = self.library.forward(self, materialize(x))
             return out
-        return _activated(self, (self,), x, None, NORM_ACTIVATIONS[self.library])
+        return _activated(self, (self,), x, None, NORM_ACTIVATIONS[self.library], None)
 
 
 def _activated(
-    module: FusedJoin | FusedActivation, owners: tuple[Any, ...], y: Tensor, shortcut: Tensor | None, activation: str
+    module: FusedJoin | FusedActivation,
+    owners: tuple[Any, ...],
+    y: Tensor,
+    shortcut: Tensor | None,
+    activation: str,
+    arrival: Arrival | None,
 ) -> Tensor:
     """Run activation(norm(y) + shortcut) natively, without gradients, and cache the call in the module."""
-    overwrite = module.may_overwrite()
+    norm = pending_norm(y)
+    overwrite = module.may_overwrite(y, arrival, pending=norm is not None)
     if not torch.is_grad_enabled():
-        watched: tuple[Any, ...] = (module, *module.producers)
-        norm = pending_norm(y)
         module.remember(
-            cached_call(y, shortcut, activation, owners, watched=watched, norm=norm, can_overwrite=overwrite)
+            cached_call(
+                y,
+                shortcut,
+                activation,
+                owners,
+                watched=(module,),
+                norm=norm,
+                can_overwrite=module.can_overwrite,
+                arrival=arrival if module.guarded and norm is None else None,
+            )
         )
     return cpu.activated(y, shortcut, consume(y), activation, in_place=overwrite)
 

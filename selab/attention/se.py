@@ -302,7 +302,9 @@ class SqueezeExcitation(CachedDispatch, Attention):
         if impl == "reference":
             self._check_reference_allowed(reason)
             return None
-        return run_block(self, impl, x, shortcut, params, layers=(self.fc1, self.fc2), join=join, arrival=arrival, relu=relu)
+        return run_block(
+            self, impl, x, shortcut, params, layers=(self.fc1, self.fc2), join=join, arrival=arrival, relu=relu
+        )
 
     def runtime(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Impl, str]:
         """Return the implementation that these tensors would take now, and the reason against a faster one (or empty).

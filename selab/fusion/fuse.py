@@ -13,8 +13,8 @@ Wherever it applies:
   inference on a CPU;
 * at inference, a block's output reuses its input's memory if nothing else holds the input.
 
-A trace chooses where the last three apply. It shows one path through the network, so each call proves again that nothing
-else holds the feature map, by its references and by the code of the calling functions (`selab.kernels.ownership`).
+A trace chooses where the last three apply. It shows one path through the network. So each call proves again that
+nothing else holds the feature map, by its references and the code of the callers (`selab.kernels.ownership`).
 Otherwise the modules compute as they did before.
 """
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from selab.kernels import memory_format
 
@@ -220,6 +219,12 @@ def backward(
     return dy, dz, dlogits, dhidden
 
 
+def between(y: Tensor, params: BlockParams) -> Tensor:
+    """Return the values that `forward` keeps, (N, C + K + C), by operations that autograd records."""
+    s = (F.relu(y) if params.relu_in else y).mean((2, 3))
+    return torch.cat((s, *_excited(s, params)), 1)
+
+
 def layer_gradients(
     params: BlockParams, kept: Tensor, dlogits: Tensor, dhidden: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -243,7 +248,8 @@ def _parts(kept: Tensor, params: BlockParams) -> tuple[Tensor, Tensor, Tensor]:
 class Gated(torch.autograd.Function):
     """`forward` and `backward` as one autograd node.
 
-    It saves y, the output if `relu_out` is set, and (N, C + K + C). It cannot be differentiated twice.
+    It saves y, the output if `relu_out` is set, and (N, C + K + C). For second derivatives its backward pass computes
+    the values between the layers again, by operations that autograd records.
     """
 
     @staticmethod
@@ -268,12 +274,14 @@ class Gated(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
         """(N, C, H, W) → the gradients of forward's arguments."""
         y, out, w1, b1, w2, b2, kept = ctx.saved_tensors  # type: ignore[attr-defined]
         params = BlockParams(w1, b1, w2, b2, *ctx.options)  # type: ignore[attr-defined]
-        dy, dz, dlogits, dhidden = backward(dout, out, y, params, kept, native=ctx.native)  # type: ignore[attr-defined]
+        again = torch.is_grad_enabled()
+        kept = between(y, params) if again else kept
+        native = ctx.native and not again  # type: ignore[attr-defined]
+        dy, dz, dlogits, dhidden = backward(dout, out, y, params, kept, native=native)
         layers = layer_gradients(params, kept, dlogits, dhidden)
         return dy, dz if ctx.joined else None, *layers, None, None  # type: ignore[attr-defined]
 
@@ -330,7 +338,6 @@ class AddReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H, W) → the same gradient for both."""
         (out,) = ctx.saved_tensors  # type: ignore[attr-defined]

@@ -63,8 +63,8 @@ class DeferredNorm(Swapped, CachedDispatch, nn.BatchNorm2d):
     A BatchNorm with an activation of its own (timm's) has no consumer, or a block that does both. Without a consumer,
     BatchNorm and activation are one pass.
 
-    It normalises as before in training, with gradients, on a GPU, under a compiler, if a hook is registered on it or its
-    consumers, and if it is guarded, wherever something else could read its input or its output.
+    It normalises as before in training, with gradients, on a GPU, under a compiler, and if a hook is registered on it
+    or its consumers. If it is guarded, it does so too wherever something else could read its input or its output.
 
     Shapes: (N, C, H, W) to (N, C, H, W).
 

@@ -1,12 +1,12 @@
 """Deferred ReLU: an in-place ReLU right before a block is applied in the block's own passes.
 
-It stays where it is and works as before. Where a call proves that nothing else holds its input and that its output goes
-to the block and nowhere else (`selab.kernels.ownership`), it leaves its work to the block and only marks the feature map.
+It stays where it is and works as before. Where a call proves that nothing else holds its input and that its output
+goes to the block and nowhere else (`selab.kernels.ownership`), it only marks the feature map.
 """
 
 import sys
 from sys import getrefcount
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from selab.kernels.ownership import claim, is_exclusive, route
 from selab.kernels.swap import Swapped, restore, swap
 
 
-class DeferredReLU(Swapped, CachedDispatch):
+class DeferredReLU(Swapped, CachedDispatch, nn.ReLU):
     """An in-place ReLU that leaves its work to the block after it; for `swap`, before nn.ReLU.
 
     Shapes: any; only feature maps (N, C, H, W) are deferred.
@@ -27,16 +27,17 @@ class DeferredReLU(Swapped, CachedDispatch):
         consumers: the block after it; a tuple, so that it is no child.
     """
 
+    library: ClassVar[type[nn.ReLU]]
     consumers: tuple[nn.Module, ...] = ()
     can_overwrite = True
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), deferred or rectified."""
         if torch.compiler.is_compiling():
             compiled: Tensor = self.library.forward(self, x)
             return compiled
         references = getrefcount(x)
-        replayed: Tensor | None = self.replay(x, references=references)
+        replayed = self.replay(x, references=references)
         if replayed is not None:
             return replayed
         x = supported(x)
@@ -70,7 +71,7 @@ class DeferredReLU(Swapped, CachedDispatch):
 
 
 def defer_relu(relu: nn.ReLU, block: nn.Module) -> None:
-    """Leave the work of an in-place ReLU to the block after it, in place, wherever a call proves that nobody can tell."""
+    """Leave the work of an in-place ReLU to the block after it, in place."""
     swap(relu, DeferredReLU)
     changed: Any = relu
     changed.consumers = (block,)
@@ -80,4 +81,4 @@ def undefer_relu(relu: DeferredReLU) -> None:
     """Undo `defer_relu`, in place."""
     for name in ("consumers", "_cached_call"):
         relu.__dict__.pop(name, None)
-    restore(relu)  # type: ignore[arg-type]
+    restore(relu)

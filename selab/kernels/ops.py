@@ -269,9 +269,9 @@ def _widened(params: cpu.BlockParams, dtype: torch.dtype) -> cpu.BlockParams:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    y, _, w1, _, w2, _, *ctx.settings, relu_out = inputs
+    y, _, w1, b1, w2, b2, *ctx.settings, relu_out = inputs
     out, squeezed, hidden, logits = output
-    ctx.save_for_backward(y, out if relu_out else None, w1, w2, squeezed, hidden, logits)
+    ctx.save_for_backward(y, out if relu_out else None, w1, b1, w2, b2, squeezed, hidden, logits)
     ctx.mark_non_differentiable(squeezed, hidden, logits)
     ctx.set_materialize_grads(False)
 
@@ -280,13 +280,35 @@ def _gradients(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor
     settings = (None,) * 6
     if dout is None:
         return (None,) * 6 + settings
-    y, out, *saved = ctx.saved_tensors
+    y, out, w1, b1, w2, b2, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
-    made = torch.ops.selab.gated_backward(dout, y, out, *saved, *ctx.settings, needs)
+    if torch.is_grad_enabled():
+        # For second derivatives, by operations that autograd records.
+        activation, gate, scale, offset, relu_in = ctx.settings
+        params = cpu.BlockParams(w1, b1, w2, b2, activation, gate, scale, offset, relu_in, out is not None)
+        made = _recorded(dout, out, y, params)
+    else:
+        made = torch.ops.selab.gated_backward(dout, y, out, w1, w2, *saved, *ctx.settings, needs)
     gradients = [one if need else None for one, need in zip(made, needs, strict=True)]
     if needs[1] and out is None:
         gradients[1] = dout
     return (*gradients, *settings)
+
+
+def _recorded(dout: Tensor, out: Tensor | None, y: Tensor, params: cpu.BlockParams) -> tuple[Tensor | None, ...]:
+    """Return the gradients of y, of the shortcut and of the layers, in fp32 or fp64."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    widened = _widened(params, wide)
+    with _without_autocast(y):
+        maps = dout.to(wide), None if out is None else out.to(wide), y.to(wide)
+        kept = cpu.between(maps[2], widened)
+        dy, dz, dlogits, dhidden = cpu.backward(*maps, widened, kept, native=False)
+        layers = cpu.layer_gradients(widened, kept, dlogits, dhidden)
+    typed = (
+        None if gradient is None or layer is None else gradient.to(layer.dtype)
+        for gradient, layer in zip(layers, params[:4], strict=True)
+    )
+    return dy.to(y.dtype), dz.to(y.dtype), *typed
 
 
 def _no_second_derivative(*_: Any) -> None:

@@ -273,7 +273,7 @@ def is_exclusive(x: Tensor, references: int, claimed: Claim | None) -> bool:
     )
 
 
-_uses: Any = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+_uses: Any = torch._C._storage_Use_Count
 
 
 def native_owner(claimed: Claim | None, depth: int) -> tuple[Any, ...] | None:
@@ -296,7 +296,8 @@ def measured() -> References | None:
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
     try:
-        counts = [_Probe().count(path) for path in ("temporary", "local", "through", "twice", "second", "live", "listed")]
+        ways = ("temporary", "local", "through", "twice", "second", "live", "listed")
+        counts = [_Probe().count(way) for way in ways]
         fresh = torch.empty(1)
         tensor, view = fresh._use_count(), fresh.untyped_storage()  # type: ignore[attr-defined]
         storage, held = _uses(view._cdata), getrefcount(view)
@@ -340,8 +341,8 @@ class _Probe(nn.Module):
         self.handed = _Handed(self.seen)
         self.twice = _Handed(self.handed)
 
-    def count(self, path: str) -> int:
-        found: int = getattr(self, f"_{path}")()
+    def count(self, way: str) -> int:
+        found: int = getattr(self, f"_{way}")()
         return found
 
     def _temporary(self) -> int:

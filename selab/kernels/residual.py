@@ -106,6 +106,7 @@ def _activated(
     arrival: Arrival | None,
 ) -> Tensor:
     """Run activation(norm(y) + shortcut) natively, without gradients, and cache the call in the module."""
+    this: Any = module
     norm = pending_norm(y)
     overwrite = module.may_overwrite(y, arrival, pending=norm is not None)
     if not torch.is_grad_enabled():
@@ -115,7 +116,7 @@ def _activated(
                 shortcut,
                 activation,
                 owners,
-                watched=(module,),
+                watched=(this,),
                 norm=norm,
                 can_overwrite=module.can_overwrite,
                 arrival=arrival if module.guarded and norm is None else None,

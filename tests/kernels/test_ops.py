@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from selab.errors import DeviceError, ModelError
-from selab.kernels import dispatch, ops
+from selab.kernels import cpu, dispatch, ops
 from selab.kernels.cpu import BlockParams
 
 GATED, BACKWARD = torch.ops.selab.gated.default, torch.ops.selab.gated_backward.default
@@ -234,9 +234,56 @@ def test_the_squeezed_values_and_logits_are_not_differentiated():
     assert not any(one.requires_grad for one in others)
 
 
-def test_there_is_no_second_derivative():
-    y = a_map(2, 6, 5, 3)
-    (first,) = torch.autograd.grad(GATED(y, None, *weights(6, 2), *PLAIN)[0].square().sum(), y, create_graph=True)
+def higher_derivatives(function, tensors):
+    """Gradients of a sum of squares, and twice those of their own sum of squares."""
+    found, total = [], function(*tensors).square().sum()
+    for _ in range(3):
+        gradients = torch.autograd.grad(total, tensors, create_graph=True)
+        found += gradients
+        total = sum(one.square().sum() for one in gradients)
+    return found
+
+
+@pytest.mark.parametrize("relus", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("node", ["operator", "autograd function"])
+def test_second_and_third_derivatives_are_those_of_torch(node, activation, joined, relus):
+    tensors = [a_map(2, 6, 5, 3), a_map(2, 6, 5, 3) if joined else None, *weights(6, 2)]
+    tensors = [one for one in doubles(tensors) if one is not None]
+    settings = (activation, "sigmoid", 2.0, 0.5, *relus)
+
+    def apart(given):
+        return (given[0], given[1], given[2:]) if joined else (given[0], None, given[1:])
+
+    def fast(*given):
+        y, shortcut, layers = apart(given)
+        if node == "operator":
+            return GATED(y, shortcut, *layers, *settings)[0]
+        return cpu.Gated.apply(y, shortcut, *layers, BlockParams(*layers, *settings), False)
+
+    def plain(*given):
+        y, shortcut, layers = apart(given)
+        return by_torch(y, shortcut, *layers, *settings)
+
+    for one, other in zip(higher_derivatives(fast, tensors), higher_derivatives(plain, tensors), strict=True):
+        assert_near(one, other, 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives_have_the_types_of_their_tensors(dtype):
+    tensors = [a_map(2, 6, 5, 3, dtype=dtype), *weights(6, 2)]
+    for one, like in zip(
+        higher_derivatives(lambda y, *layers: GATED(y, None, *layers, *PLAIN)[0], tensors), tensors * 3, strict=True
+    ):
+        assert (one.dtype, one.shape) == (like.dtype, like.shape)
+
+
+def test_the_backward_operator_alone_has_no_derivative():
+    y, layers = a_map(2, 6, 5, 3), weights(6, 2)
+    out, *kept = GATED(y, None, *layers, *PLAIN)
+    needs = [True, False, True, True, True, True]
+    first = BACKWARD(out.detach(), y, out.detach(), layers[0], layers[2], *kept, *PLAIN[:5], needs)[0]
     with pytest.raises(ModelError, match="no derivative of its own; use"):
         first.sum().backward()
 

@@ -20,10 +20,12 @@ class Use(NamedTuple):
     Attributes:
         callee: the called expression, as in `CallSite`.
         position: of the argument.
+        offset: of the call, in bytes.
     """
 
     callee: tuple[str, ...]
     position: int
+    offset: int
 
 
 class Destination(NamedTuple):
@@ -236,7 +238,7 @@ class _Function:
                     callee = () if count is None else self._callee(i, count)
                     if count is None or depth >= count or not callee or kept:
                         return None
-                    uses[Use(callee, count - 1 - depth)] = None
+                    uses[Use(callee, count - 1 - depth, op.offset)] = None
                     continue
             elif variable and name == variable:
                 if kind == "store":

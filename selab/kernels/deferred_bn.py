@@ -115,7 +115,7 @@ class DeferredNorm(Swapped, CachedDispatch, nn.BatchNorm2d):
         claimed = routed = None
         if arrival is not None:
             claimed, routed = arrival.claim(), route(arrival.frame, self, self.consumers)
-            if routed is None or not is_exclusive(x, arrival.references, claimed):
+            if routed is None or has_hooks(*routed.passed) or not is_exclusive(x, arrival.references, claimed):
                 return False
         watched = (self, *self.consumers)
         self.remember(

@@ -236,7 +236,7 @@ def cached_deferral(
         x,
         (module,),
         shape_bytes=b"",
-        watched=watched,
+        watched=watched if route is None else (*watched, *route.passed),
         attributes=training if route is None else (*training, *route.children),
         orders=() if route is None else route.orders,
         weights=(),

@@ -17,7 +17,7 @@ from weakref import getweakrefcount
 import torch
 from torch import Tensor, nn
 
-from selab.kernels.call_sites import TEMPORARY, CallSite, call_site
+from selab.kernels.call_sites import TEMPORARY, CallSite, Use, call_site
 
 # The functions between the caller of a module and its `forward`, from the inside.
 _MACHINERY = (nn.Module._call_impl.__code__, nn.Module.__call__.__code__)
@@ -46,12 +46,14 @@ class Route(NamedTuple):
         consumer: the module that receives it.
         children: (children of a module, their name, the module of that name).
         orders: nn.Sequentials whose children must stay the same.
+        passed: nn.Identity modules on the way, which must have no hooks.
     """
 
     frames: tuple[tuple[CodeType, int], ...]
     consumer: nn.Module
     children: tuple[tuple[dict[str, Any], str, nn.Module], ...]
     orders: tuple[nn.Module, ...]
+    passed: tuple[nn.Module, ...] = ()
 
 
 class References(NamedTuple):
@@ -155,7 +157,8 @@ def route(frame: FrameType, module: nn.Module, consumers: tuple[nn.Module, ...])
         else:
             destination: Any = call.destination
             if destination.uses:
-                return None if destination.returned else _reached(site, destination.uses, consumers, frames, orders)
+                reached = None if destination.returned else _reached(site, destination.uses, consumers)
+                return None if reached is None else reached._replace(frames=tuple(frames), orders=tuple(orders))
             if not destination.returned:
                 return None
         found = _outwards(site)
@@ -165,27 +168,36 @@ def route(frame: FrameType, module: nn.Module, consumers: tuple[nn.Module, ...])
     return None
 
 
-def _reached(
-    site: FrameType,
-    uses: Iterable[tuple[tuple[str, ...], int]],
-    consumers: tuple[nn.Module, ...],
-    frames: list[tuple[CodeType, int]],
-    orders: list[nn.Module],
-) -> Route | None:
-    """Return the route that ends in this function."""
-    consumer, children = None, []
-    for callee, position in uses:
-        owner, found = _resolved(site, callee)
+def _reached(site: FrameType, uses: Iterable[Use], consumers: tuple[nn.Module, ...]) -> Route | None:
+    """Return the route that ends in this function, without frames; an nn.Identity on it returns what it receives."""
+    consumer: nn.Module | None = None
+    children: list[tuple[dict[str, Any], str, nn.Module]] = []
+    passed: list[nn.Module] = []
+    waiting, seen = list(uses), set(uses)
+    while waiting:
+        use = waiting.pop()
+        owner, found = _resolved(site, use.callee)
+        if found is None and owner is not None and owner.__dict__.get(use.callee[-1], ...) is None:
+            # Called nowhere while it is None, as an optional layer.
+            continue
         if found is None or owner is None:
             return None
-        if not _is_in(found, consumers):
-            # The path that does not lead to the consumer; another module finds the feature map normalised.
-            continue
-        if position != (1 if getattr(found, "edge", "") == "shortcut" else 0):
-            return None
-        consumer = found
-        children.append((owner._modules, callee[-1], found))
-    return None if consumer is None else Route(tuple(frames), consumer, tuple(children), tuple(orders))
+        child = owner._modules, use.callee[-1], found
+        if _is_in(found, consumers):
+            if use.position != (1 if getattr(found, "edge", "") == "shortcut" else 0):
+                return None
+            consumer = found
+            children.append(child)
+        elif type(found) is nn.Identity:
+            call = call_site(site.f_code, use.offset)
+            if call is None or call.destination is None or call.destination.returned:
+                return None
+            passed.append(found)
+            children.append(child)
+            waiting += (one for one in call.destination.uses if one not in seen)
+            seen.update(call.destination.uses)
+        # Another module is on a path that does not lead to the consumer; it finds the feature map normalised.
+    return None if consumer is None else Route((), consumer, tuple(children), (), tuple(passed))
 
 
 def _behind(holder: nn.Module, module: nn.Module) -> nn.Module | None:
@@ -217,7 +229,7 @@ def _call(frame: FrameType, module: nn.Module) -> tuple[FrameType, CallSite] | N
 
 
 def _resolved(site: FrameType, callee: tuple[str, ...]) -> tuple[nn.Module | None, nn.Module | None]:
-    """Return the module that an expression like `self.layer1.se` names, and the one that holds it."""
+    """Return the module that holds what an expression like `self.layer1.se` names, and that module or None."""
     if len(callee) < 2:
         return None, None
     owner, found = None, _local(site, callee[0])
@@ -225,7 +237,7 @@ def _resolved(site: FrameType, callee: tuple[str, ...]) -> tuple[nn.Module | Non
         if not isinstance(found, nn.Module):
             return None, None
         owner, found = found, found._modules.get(name)
-    return (owner, found) if isinstance(found, nn.Module) else (None, None)
+    return owner, found if isinstance(found, nn.Module) else None
 
 
 def _outwards(site: FrameType) -> tuple[FrameType, nn.Module] | None:

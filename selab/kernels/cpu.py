@@ -25,7 +25,7 @@ from torch import Tensor
 from selab.kernels import memory_format
 
 # As in native.c: a library that was built from older sources must not be called.
-_INTERFACE = 5
+_INTERFACE = 6
 
 
 def _load(name: str = "selab.kernels._native") -> tuple[Any, str]:

@@ -123,7 +123,7 @@ static PyObject *py_gated_backward(PyObject *self, PyObject *args) {
 
 /* To be raised, here and in selab/kernels/cpu.py, with every change of names, arguments or their meaning: a library that
  * was built from older sources is then left alone. */
-#define INTERFACE 5
+#define INTERFACE 6
 
 static PyMethodDef methods[] = {
     {"shape", py_shape, METH_VARARGS, "Pack the sizes of a feature map and its block, for the other functions."},

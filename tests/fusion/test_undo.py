@@ -1,0 +1,142 @@
+"""After `fuse`: blocks are removed without a trace, layers are read one by one, and derivatives are taken twice."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from selab.attention.insert import insert_se, remove_se
+from selab.attention.se import SqueezeExcitation
+from selab.fusion.fuse import fuse
+from selab.kernels.deferred_bn import DeferredNorm
+from selab.kernels.deferred_relu import DeferredReLU
+
+
+def stage():
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), stage(), nn.Conv2d(4, 2, 1)).eval()
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+@torch.no_grad
+def test_without_its_blocks_a_fused_network_is_the_baseline_to_the_bit(copied):
+    model, x = network(), torch.randn(2, 3, 6, 6)
+    expected, text, keys = model(x), str(model), list(model.state_dict())
+    insert_se(model, "1", input_nchw=(1, 3, 6, 6), reduction=2)
+    with_blocks = model(x)
+    fusion = fuse(model, input_nchw=(1, 3, 6, 6))
+    assert [one.absorbed for one in fusion.blocks] == [True]
+    for _ in range(3):
+        torch.testing.assert_close(model(x), with_blocks)
+    model = copied(model)
+    torch.testing.assert_close(model(x), with_blocks)
+    assert remove_se(model) == 1
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+    assert (str(model), list(model.state_dict())) == (text, keys)
+
+
+@torch.no_grad
+def test_a_fused_sequential_can_be_read_layer_by_layer():
+    model = nn.Sequential(*stage(), SqueezeExcitation(4, 2)).eval()
+    fused = copy.deepcopy(model)
+    fuse(fused, input_nchw=(1, 4, 6, 6))
+    x = torch.randn(2, 4, 6, 6)
+    for _ in range(3):
+        fused(x)
+        y, z = x, x
+        for one, other in zip(model, fused, strict=True):
+            y, z = one(y), other(z)
+            torch.testing.assert_close(z, y)
+        torch.testing.assert_close(fused[:3](x), model[:3](x))
+
+
+@torch.no_grad
+def test_the_convolution_s_output_is_kept_by_a_second_way_through_the_layers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.norm(self.conv(x)))
+
+        def taps(self, x):
+            convolved = self.conv(x)
+            normalised = self.norm(convolved)
+            return convolved, normalised, self.act(normalised)
+
+    model = Net().eval()
+    model.norm.running_mean.normal_()
+    fused = copy.deepcopy(model)
+    assert fuse(fused, input_nchw=(1, 3, 9, 9)).norms == 1
+    x = torch.randn(2, 3, 9, 9)
+    for _ in range(3):
+        torch.testing.assert_close(fused(x), model(x))
+        for one, other in zip(fused.taps(x), model.taps(x), strict=True):
+            assert type(one) is torch.Tensor
+            torch.testing.assert_close(one, other)
+
+
+def test_in_place_can_be_refused_and_taken_back():
+    model = nn.Sequential(*stage(), SqueezeExcitation(4, 2)).eval()
+    assert fuse(model, input_nchw=(1, 4, 6, 6)).norms == 1
+    assert {DeferredNorm, DeferredReLU} <= {kind for one in model for kind in type(one).__mro__}
+    fusion = fuse(model, input_nchw=(1, 4, 6, 6), in_place=False)
+    assert (fusion.norms, fusion.in_place_reason) == (0, "")
+    assert [(one.in_place, one.absorbed) for one in fusion.blocks] == [(False, False)]
+    assert [type(one) for one in model[1:3]] == [nn.BatchNorm2d, nn.ReLU]
+    assert not model[3].can_overwrite
+
+
+def penalty(model, x):
+    """Gradients of a gradient penalty."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), [x, *model.parameters()], allow_unused=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_penalty_has_the_reference_s_gradients(fused):
+    model = network().double()
+    insert_se(model, "1", input_nchw=(1, 3, 6, 6), reduction=2)
+    reference = copy.deepcopy(model)
+    for module in reference.modules():
+        if isinstance(module, SqueezeExcitation):
+            module.impl = "reference"
+    if fused:
+        fuse(model, input_nchw=(1, 3, 6, 6))
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for one, other in zip(penalty(model, x), penalty(reference, x), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("transform", ["hessian", "jvp", "per-sample gradients"])
+def test_transforms_of_torch_func_see_the_same_function(transform):
+    model = network().double()
+    insert_se(model, "1", input_nchw=(1, 3, 3, 3), reduction=2)
+    fused = copy.deepcopy(model)
+    fuse(fused, input_nchw=(1, 3, 3, 3))
+    x = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+
+    def transformed(network):
+        def loss(one):
+            return network(one[None] if one.dim() == 3 else one).square().sum()
+
+        if transform == "hessian":
+            return torch.func.hessian(loss)(x)
+        if transform == "jvp":
+            return torch.func.jvp(loss, (x,), (x + 1,))
+        return torch.func.vmap(torch.func.grad(loss))(x)
+
+    torch.testing.assert_close(transformed(fused), transformed(model))

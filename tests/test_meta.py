@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
-from selab.meta import FakePass, evaluating, example_arguments, first_line, meta_twin, passages
+from selab.errors import ModelError
+from selab.meta import FakePass, RealPass, evaluating, example_arguments, first_line, meta_twin, passages
 
 
 class Net(nn.Module):
@@ -131,3 +133,12 @@ def test_passages_take_nested_inputs():
     seen = passages(Outer(), ["two.a", "two.b", "two"], ({"rgb": rgb}, depth))
     assert seen["two.a"].output_shape == seen["two.b"].output_shape == (2, 4, 4, 4)
     assert seen["two"].input_kind == "dict"
+
+
+@pytest.mark.parametrize("kind", [FakePass, RealPass])
+def test_a_lazy_module_is_refused_in_words(kind):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyConv2d(8, 3))
+    with pytest.raises(ModelError, match=r"1 \(LazyConv2d\) has parameters without a shape; run the network once"):
+        kind(net, (1, 3, 8, 8))
+    net(torch.ones(1, 3, 8, 8))
+    kind(net, (1, 3, 8, 8))

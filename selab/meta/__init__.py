@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from selab.errors import ModelError, one_line
@@ -139,6 +140,7 @@ class FakePass:
         Raises:
             ModelError: no tensor has the example's shape.
         """
+        _refuse_lazy(model)
         self.mode: FakeMode | None = FakeMode()
         self._network = model
         self.model: nn.Module = Copier(self.mode.fake)(model)
@@ -170,6 +172,15 @@ class FakePass:
                 torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
+def _refuse_lazy(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if any(is_lazy(x) for x in (*module._parameters.values(), *module._buffers.values())):
+            raise ModelError(
+                f"{type(model).__name__}: {path or 'it'} ({type(module).__name__}) has parameters without a shape; "
+                "run the network once on an example, which gives them one"
+            )
+
+
 class RealPass(FakePass):
     """The same on real tensors on the CPU, for networks in which values decide what is computed: the kernels run."""
 
@@ -179,6 +190,7 @@ class RealPass(FakePass):
         Raises:
             ModelError: no tensor has the example's shape, or the network is on the meta device.
         """
+        _refuse_lazy(model)
         if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
             raise ModelError(f"{type(model).__name__}: is on the meta device, where tensors have no values to run on")
         self.mode = None

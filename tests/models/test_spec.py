@@ -149,7 +149,8 @@ def test_another_kind_of_block_keeps_where_it_stands_and_nothing_else():
         ("gate=tanh,gate=relu", "character 11: gate is given twice"),
         (
             "ratio=8",
-            r"ratio: unknown key; did you mean reduction.*; allowed for se: block, sites, placement, stages, init, b",
+            r"ratio: unknown key; did you mean reduction.*; allowed for se: block, sites, placement, stages, init, "
+            "min_channels, bias",
         ),
         ("reduction=many", "reduction: 'many' is not a whole number"),
         ("reduction=0", "reduction: 0; must be at least 1"),
@@ -157,7 +158,7 @@ def test_another_kind_of_block_keeps_where_it_stands_and_nothing_else():
         ("block=ecca", "block 'ecca': no such block; did you mean eca"),
         (
             "block=eca,reduction=4",
-            "reduction: unknown key; allowed for eca: block, sites, placement, stages, init, kernel_size",
+            "reduction: unknown key; allowed for eca: block, sites, placement, stages, init, min_channels, kernel_size",
         ),
         ("stages=last", "stages: 'last' names no stages; write 3, 2-4 or 2[+]4"),
         ("stages=4-2", "stages: '4-2' ends before it begins"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from selab.attention.base import Attention
+from selab.kernels.ownership import trust_container
 
 INNER = "inner"
 """The name of the site's own module as a child of its `GatedSite`."""
@@ -222,10 +223,17 @@ class GatedMap(GatedSite):
             return self.se(self.inner(x))  # type: ignore[no-any-return]
         else:  # noqa: RET505 - the compiler skips this branch, not what follows the statement
             inner: Any = self._modules[INNER]
+            if self._side == "output" and not self._channels_last:
+                # The usual case, written so that nothing else holds the feature map between the two.
+                block: Any = self._modules[self._block_name]
+                return block(inner(x))  # type: ignore[no-any-return]
             if self._side == "output":
                 return self._gated(inner(x))
             out: Tensor = inner(self._gated(x))
             return out
+
+
+trust_container(GatedMap.forward)
 
 
 class _Container:

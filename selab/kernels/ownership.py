@@ -22,6 +22,8 @@ from selab.kernels.call_sites import TEMPORARY, CallSite, Use, call_site
 # The functions between the caller of a module and its `forward`, from the inside.
 _MACHINERY = (nn.Module._call_impl.__code__, nn.Module.__call__.__code__)
 _SEQUENTIAL = nn.Sequential.forward.__code__
+# Functions that call modules by local variables.
+_CONTAINERS: set[CodeType] = {_SEQUENTIAL}
 # Calls through which an argument is followed outwards.
 _DEPTH = 3
 
@@ -182,7 +184,10 @@ def _reached(site: FrameType, uses: Iterable[Use], consumers: tuple[nn.Module, .
             continue
         if found is None or owner is None:
             return None
-        child = owner._modules, use.callee[-1], found
+        name = use.callee[-1]
+        if len(use.callee) == 1:
+            name = next(key for key, one in owner._modules.items() if one is found)
+        child = owner._modules, name, found
         if _is_in(found, consumers):
             if use.position != (1 if getattr(found, "edge", "") == "shortcut" else 0):
                 return None
@@ -228,8 +233,18 @@ def _call(frame: FrameType, module: nn.Module) -> tuple[FrameType, CallSite] | N
     return (site, call) if _resolved(site, call.callee)[1] is module else None
 
 
+def trust_container(forward: Any) -> None:
+    """Let a module's `forward`, which calls its children by local variables and keeps no feature map, be followed."""
+    _CONTAINERS.add(forward.__code__)
+
+
 def _resolved(site: FrameType, callee: tuple[str, ...]) -> tuple[nn.Module | None, nn.Module | None]:
     """Return the module that holds what an expression like `self.layer1.se` names, and that module or None."""
+    if len(callee) == 1 and site.f_code in _CONTAINERS:
+        found = _local(site, callee[0])
+        holder = _local(site, "self")
+        inside = isinstance(holder, nn.Module) and _is_in(found, holder.children())
+        return (holder, found) if inside else (None, None)
     if len(callee) < 2:
         return None, None
     owner, found = None, _local(site, callee[0])

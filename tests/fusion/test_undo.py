@@ -10,6 +10,7 @@ from torch import nn
 from selab.attention.insert import insert_se, remove_se
 from selab.attention.se import SqueezeExcitation
 from selab.fusion.fuse import fuse
+from selab.kernels import cpu
 from selab.kernels.deferred_bn import DeferredNorm
 from selab.kernels.deferred_relu import DeferredReLU
 
@@ -95,6 +96,33 @@ def test_in_place_can_be_refused_and_taken_back():
     assert [(one.in_place, one.absorbed) for one in fusion.blocks] == [(False, False)]
     assert [type(one) for one in model[1:3]] == [nn.BatchNorm2d, nn.ReLU]
     assert not model[3].can_overwrite
+
+
+@torch.no_grad
+def test_a_block_around_a_batchnorm_does_its_work_where_nothing_else_holds_the_map():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.keeps = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), False
+
+        def forward(self, x):
+            x = self.conv(x)
+            self.kept = x if self.keeps else None
+            return self.bn(x)
+
+    model = Net().eval()
+    model.bn.running_mean.normal_()
+    insert_se(model, "bn", input_nchw=(1, 3, 9, 9), reduction=2)
+    fused, x = copy.deepcopy(model), torch.randn(2, 3, 9, 9)
+    fusion = fuse(fused, input_nchw=(1, 3, 9, 9))
+    assert [(one.normalising, one.in_place) for one in fusion.blocks] == [(True, True)]
+    for keeps in (False, False, True, True, False):
+        model.keeps = fused.keeps = keeps
+        torch.testing.assert_close(fused(x), model(x))
+        if keeps:
+            torch.testing.assert_close(fused.kept, model.kept)
+        elif not cpu.native_reason():
+            assert "_cached_call" in fused.bn.inner.__dict__
 
 
 def penalty(model, x):

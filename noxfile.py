@@ -68,6 +68,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def hostile(session: nox.Session) -> None:
+    """Run every command with every kind of bad value and file, and kill it at every write; arguments select cases."""
+    session.install("-e", ".", *group("test"))
+    session.run("python", "tests/hostile/battery.py", "--kills", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
     session.install(*group("lint"))

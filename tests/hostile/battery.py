@@ -134,16 +134,7 @@ WRITING = (
     ("table", "reduction", "--out", "records/table.md", "--replace"),
     ("new", "family", "mine", "--out", "records", "--replace"),
     ("plot", "cost", "--x", "params", "--y", "macs", "--arch", "se_resnet18", "--out", "records/a.svg", "--replace"),
-    (
-        "weights",
-        "convert",
-        "--from",
-        "torchvision",
-        "--arch",
-        "mobilenet_v2",
-        "good.safetensors",
-        "records/w.safetensors",
-    ),
+    ("roofline", "--arch", grammar.SE, "--as", "h200", "--json", "records/roof.json"),
 )
 
 

@@ -3,6 +3,7 @@
 The names below are imported when they are first used; `import selab` alone loads no torch.
 """
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, without loading torch for those who do not use it."""
     if name in _HOME_OF:
-        found = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+        # rich draws a random number when it is imported; the first call of a function must not change what a user's
+        # seed gives.
+        state = random.getstate()
+        try:
+            found = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+        finally:
+            random.setstate(state)
         return found
     if name in _PACKAGES:
         return import_module(f"selab.{name}")

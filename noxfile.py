@@ -1,5 +1,6 @@
 """The only door to every check and every table; `nox -l` lists the sessions."""
 
+import os
 import re
 import shutil
 import tempfile
@@ -127,6 +128,34 @@ def sanitize(session: nox.Session) -> None:
                 "UBSAN_OPTIONS": "print_stacktrace=1",
             },
         )
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Compare 2,000 random networks with plain PyTorch, in counting, inserting, fusing and exporting."""
+    session.install("-e", ".", *group("test"))
+    words = session.posargs or ("-n", "2", "tests/fuzz")
+    session.run("pytest", *words, env={"SELAB_FUZZ": session.env.get("SELAB_FUZZ") or "2000"})
+
+
+@nox.session
+def cases(session: nox.Session) -> None:
+    """Run the scripts of small hard networks beside the checkout, in $SELAB_SHARED/cases, where that folder is."""
+    folder = Path(os.environ.get("SELAB_SHARED", "../shared")) / "cases"
+    scripts = sorted(folder.glob("[0-9]*.py"))
+    if not scripts:
+        session.skip(f"no scripts in {folder}; SELAB_SHARED names another place")
+    session.install("-e", ".")
+    failed = []
+    for script in scripts:
+        # A line for everything that is checked, WRONG at the start of some. Those in parentheses are remarks.
+        output = str(session.run("python", str(script.resolve()), success_codes=[0, 1], silent=True))
+        wrong = [line for line in output.splitlines() if re.match(r"WRONG [^(]|Traceback", line)]
+        if wrong or not re.search(r"^ok ", output, re.MULTILINE):
+            failed.append(script.name)
+            session.log("\n".join([script.name, *(wrong or output.splitlines()[-3:])]))
+    if failed:
+        session.error(f"{len(failed)} of {len(scripts)} fail: {', '.join(failed)}")
 
 
 @nox.session

@@ -421,9 +421,14 @@ def _before_gate(dfactors: Tensor, logits: Tensor, params: BlockParams) -> Tenso
 
 def _before_activation(dh: Tensor, hidden: Tensor, params: BlockParams) -> Tensor:
     """Return the gradient of the hidden values before their activation, (N, K), by torch's own operators."""
-    silu = params.activation == "silu"
-    aten = torch.ops.aten
-    dhidden: Tensor = aten.silu_backward(dh, hidden) if silu else aten.threshold_backward(dh, hidden, 0)
+    if params.activation == "silu":
+        if torch.is_grad_enabled():
+            # torch has no derivative of silu_backward.
+            s = torch.sigmoid(hidden)
+            return dh * (s * (1 + hidden * (1 - s)))
+        dhidden: Tensor = torch.ops.aten.silu_backward(dh, hidden)
+        return dhidden
+    dhidden = torch.ops.aten.threshold_backward(dh, hidden, 0)
     return dhidden
 
 

@@ -3,7 +3,6 @@
 The names below are imported when they are first used; `import selab` alone loads no torch.
 """
 
-import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +82,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         # rich draws a random number when it is imported; the first call of a function must not change what a user's
         # seed gives.
+        import random
+
         state = random.getstate()
         try:
             found = globals()[name] = getattr(import_module(_HOME_OF[name]), name)

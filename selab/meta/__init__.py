@@ -101,7 +101,8 @@ def shapes_of(values: object) -> str:
 
 
 _ABOUT_INPUT = re.compile(
-    r"shape|\bsize|dimension|channel|dtype|\btype|argument|out of range|must match|expected|\binput", re.IGNORECASE
+    r"shape|\bsize|dimension|\bdim\b|channel|dtype|\btype|argument|out of range|must match|expected|\binput",
+    re.IGNORECASE,
 )
 
 
@@ -302,6 +303,8 @@ def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mappin
     except Exception as error:
         given = shapes_of((fakes.args, fakes.kwargs))
         step = "; give the shape that the network expects (input_nchw, --resolution)" if blames_input(error) else ""
+        if isinstance(error, TypeError) and "missing" in str(error):
+            step = "; give every input that the network takes (inputs=, --input)"
         raise ModelError(
             f"{type(model).__name__}: forward fails with an input of shape {given}: {reason_of(error)}{step}"
         ) from error

@@ -84,7 +84,8 @@ def test_without_a_device_nothing_runs(workload):
 def test_operators_that_cannot_be_told_apart_are_refused(workload):
     class Fickle(nn.Module):
         def forward(self, x):
-            return x.relu() if x.is_meta else x.relu() * 2
+            # Only counting has tensors of another class.
+            return x.relu() * 2 if type(x) is torch.Tensor else x.relu()
 
     with pytest.raises(ModelError, match="runs 2 operators on cpu, 1 were counted"):
         roofline(Fickle(), workload(), PEAKS, budget_s=0)

@@ -290,4 +290,4 @@ class TestOptionsThatDoNothing:
     def test_an_error_of_changes_does_not_point_into_the_catalog_s_file(self, selab, one_line):
         status, _, error = selab("count", "--arch", "resnet18", "--se", "reduction=1000")
         assert status == 1
-        assert one_line(error).startswith("error: resnet18+reduction=1000: stage2.0")
+        assert one_line(error).startswith("error: resnet18+reduction=1000: no site is left: stage2.0")

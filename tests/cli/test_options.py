@@ -51,7 +51,7 @@ def test_each_option_reaches_the_request():
         baseline="base",
         device="cpu",
         batch=4,
-        input_size="1x8x9",
+        input_size=["1x8x9"],
         dtype="bf16",
         channels_last=True,
         mode="train",

@@ -421,14 +421,15 @@ def _before_gate(dfactors: Tensor, logits: Tensor, params: BlockParams) -> Tenso
 
 def _before_activation(dh: Tensor, hidden: Tensor, params: BlockParams) -> Tensor:
     """Return the gradient of the hidden values before their activation, (N, K), by torch's own operators."""
-    if params.activation == "silu":
-        if torch.is_grad_enabled():
-            # torch has no derivative of silu_backward.
-            s = torch.sigmoid(hidden)
-            return dh * (s * (1 + hidden * (1 - s)))
-        dhidden: Tensor = torch.ops.aten.silu_backward(dh, hidden)
-        return dhidden
-    dhidden = torch.ops.aten.threshold_backward(dh, hidden, 0)
+    aten = torch.ops.aten
+    if params.activation != "silu":
+        dhidden: Tensor = aten.threshold_backward(dh, hidden, 0)
+    elif torch.is_grad_enabled():
+        # torch has no derivative of silu_backward.
+        s = torch.sigmoid(hidden)
+        dhidden = dh * (s * (1 + hidden * (1 - s)))
+    else:
+        dhidden = aten.silu_backward(dh, hidden)
     return dhidden
 
 

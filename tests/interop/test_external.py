@@ -181,5 +181,5 @@ def test_every_end_is_a_module_that_can_hold_a_block():
     """An Identity that hands a branch on becomes a site with a block of its own in it."""
     model = network("timm:convnext_tiny")
     insert_se(model, ends("timm:convnext_tiny")[:1], input_nchw=(1, 3, 224, 224))
-    assert isinstance(model.get_submodule("stages.0.blocks.0.drop_path"), nn.Identity)
+    assert isinstance(model.get_submodule("stages.0.blocks.0.drop_path.inner"), nn.Identity)
     assert any(key.startswith("stages.0.blocks.0.drop_path.se.") for key in model.state_dict())

@@ -1,5 +1,7 @@
 """The public functions of selab, for scripts and notebooks."""
 
+import copy
+import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -20,6 +22,8 @@ from selab.meta import Example, On
 from selab.models import catalog, external
 from selab.models.build import Built
 from selab.models.build import build as build_variant
+from selab.models.inputs import Input, feed, main_input
+from selab.records.bounds import MOST_IMAGES, MOST_SEED, MOST_THREADS
 from selab.records.types import PHASES, Cost, Device, Dtype, Latency, MemoryFormat, Phase, Record, Workload
 from selab.report.results import RecordChanges, RecordResult, read_any
 
@@ -101,6 +105,8 @@ def count(
         216 parameters, 7.776 k MACs, 15.55 k FLOPs, 2.784 kB moved (forward pass)
     """
     _check_choice("selab.count", "on", on, get_args(On))
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ModelError(f"selab.count: dtype {dtype!r}: expected a torch.dtype, such as torch.float16")
     if input is not None and inputs is not None:
         raise ModelError("selab.count: input and inputs are two names of one thing; give one of them")
     given = inputs if input is None else input
@@ -123,8 +129,13 @@ def _check_choice(where: str, name: str, value: object, allowed: Sequence[str]) 
 
 
 def _check_positive(where: str, name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, int | float) and value > 0):
-        raise ModelError(f"{where}: {name} {value!r}: must be above 0")
+    if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise ModelError(f"{where}: {name} {value!r}: must be a finite number above 0")
+
+
+def _check_whole(where: str, name: str, value: object, least: int, most: int) -> None:
+    if value is not None and (not isinstance(value, int) or not least <= value <= most):
+        raise ModelError(f"{where}: {name} {value!r}: must be a whole number from {least} to {most:,}")
 
 
 def _check_module(model: object, where: str) -> None:
@@ -136,7 +147,7 @@ def measure(
     model: nn.Module | str,
     *,
     baseline: nn.Module | str,
-    input: Sequence[int] = (1, 3, 224, 224),  # noqa: A002 - the usual name
+    input: Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Sequence[int]] = (1, 3, 224, 224),  # noqa: A002
     phase: Phase = "forward",
     quick: bool = False,
     budget: float | None = None,
@@ -155,7 +166,8 @@ def measure(
     Args:
         model: any module, or a network's name as in `build`.
         baseline: what it is compared with; any module or name that takes the same input.
-        input: the input's shape, (N, C, H, W).
+        input: the input's shape, (N, C, H, W); or the shapes of all inputs of networks with several, positional in a
+            sequence or named in a mapping: one of them is (N, C, H, W), and all have the same N.
         phase: `forward` (in eval mode, without gradients), `backward` or `forward_backward` (in train mode).
         quick: stop at ±1 % instead of ±0.5 %, and after 15 s instead of 60.
         budget: seconds of sampling instead; the controls take as much again.
@@ -187,16 +199,21 @@ def measure(
         >>> print(time)
         forward: ...
     """
+    _check_whole("selab.measure", "seed", seed, 0, MOST_SEED)
     networks = [_network(one, seed) for one in (model, baseline)]
-    shape = tuple(input)
+    shape, several = _shapes_of_all(input)
     if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ModelError(f"selab.measure: input {shape}: expected four sizes (N, C, H, W), such as (1, 3, 224, 224)")
+        raise ModelError(f"selab.measure: input {shape}: expected four sizes above 0, (N, C, H, W)")
     _check_choice("selab.measure", "phase", phase, PHASES)
     _check_choice("selab.measure", "device", device, get_args(Device))
     _check_choice("selab.measure", "dtype", dtype, get_args(Dtype))
     _check_choice("selab.measure", "memory_format", memory_format, get_args(MemoryFormat))
-    _check_positive("selab.measure", "threads", threads)
+    _check_whole("selab.measure", "threads", threads, 1, MOST_THREADS)
     _check_positive("selab.measure", "budget", budget)
+    if several:
+        networks = [copy.deepcopy(network) for network in networks]
+        for network in networks:
+            feed(network, several)
     workload = Workload(
         batch=shape[0],
         input_chw=(shape[1], shape[2], shape[3]),
@@ -209,6 +226,21 @@ def measure(
     )
     plan = plan_for(workload, quick=quick, budget_s=budget)
     return measure_pair(networks[0], networks[1], workload, plan, phase=phase, seed=seed)
+
+
+def _shapes_of_all(given: Any) -> tuple[tuple[int, ...], tuple[Input, ...]]:
+    """Return the shape of the first image, and all inputs without the batch if there are several."""
+    if not isinstance(given, Mapping) and (not isinstance(given, Sequence) or not given or isinstance(given[0], int)):
+        return tuple(given) if isinstance(given, Sequence) else (given,), ()
+    items = list(given.items()) if isinstance(given, Mapping) else [("", shape) for shape in given]
+    for _, shape in items:
+        if not isinstance(shape, Sequence) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise ModelError(f"selab.measure: input {shape!r}: expected a shape such as (1, 3, 224, 224)")
+    several = tuple(Input(shape=tuple(shape[1:]), name=name) for name, shape in items)
+    place = main_input(several)
+    if place is None or len({shape[0] for _, shape in items}) > 1:
+        raise ModelError("selab.measure: input: one must be an image (N, C, H, W), and all must have the same N")
+    return tuple(items[place][1]), several
 
 
 def _network(model: nn.Module | str, seed: int) -> nn.Module:
@@ -267,8 +299,9 @@ def profile(
         _check_choice("selab.profile", "phase", phase, PHASES)
     _check_choice("selab.profile", "device", device, get_args(Device))
     _check_choice("selab.profile", "dtype", dtype, get_args(Dtype))
-    for field, number in (("batch", batch), ("threads", threads), ("budget", budget)):
-        _check_positive("selab.profile", field, number)
+    _check_whole("selab.profile", "batch", batch, 1, MOST_IMAGES)
+    _check_whole("selab.profile", "threads", threads, 1, MOST_THREADS)
+    _check_positive("selab.profile", "budget", budget)
     request = Request(
         arch=name,
         baseline=baseline,

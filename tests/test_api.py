@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import io
+import math
 import re
 import subprocess
 import sys
@@ -202,7 +203,7 @@ def test_measure_takes_what_a_workload_takes(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"input": (3, 16, 16)}, r"input \(3, 16, 16\): expected four sizes \(N, C, H, W\)"),
+        ({"input": (3, 16, 16)}, r"input \(3, 16, 16\): expected four sizes above 0, \(N, C, H, W\)"),
         ({"phase": "forwards"}, "phase 'forwards': allowed: forward, backward, forward_backward"),
         ({"input": (1, 4, 16, 16)}, "baseline: forward with an input of shape"),
     ],
@@ -210,6 +211,27 @@ def test_measure_takes_what_a_workload_takes(monkeypatch):
 def test_measure_refuses_nonsense(options, message):
     with pytest.raises(ModelError, match=message):
         selab.measure(net(), **{"baseline": net(), "input": CHW, "budget": 0.1} | options)
+
+
+class Weighted(nn.Module):
+    """Takes an image and a number for each image, or a dictionary of both."""
+
+    def __init__(self, named):
+        super().__init__()
+        self.conv, self.named = nn.Conv2d(3, 4, 3), named
+
+    def forward(self, *given):
+        image, weight = (given[0]["image"], given[0]["weight"]) if self.named else given
+        return self.conv(image) * weight[:, :, None, None]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_measure_takes_the_shapes_of_several_inputs(named):
+    shapes = {"image": (2, 3, 8, 8), "weight": (2, 4)}
+    model = Weighted(named)
+    found = selab.measure(model, baseline=Weighted(named), input=shapes if named else [*shapes.values()], budget=0.1)
+    assert found.interval[0] <= found.ratio <= found.interval[1]
+    assert not model._forward_pre_hooks
 
 
 # ---------------------------------------------------------------------------------------------------- profile, records
@@ -339,9 +361,21 @@ class TestMistakes:
                 lambda net: selab.profile("se_small_cnn", phases=["forwrd"]),
                 "phase 'forwrd': allowed: forward, backward",
             ),
-            (lambda net: selab.profile("se_small_cnn", threads=0), "threads 0: must be above 0"),
-            (lambda net: selab.measure(net, baseline=net, threads=0), "threads 0: must be above 0"),
-            (lambda net: selab.measure(net, baseline=net, budget=-1), "budget -1: must be above 0"),
+            (lambda net: selab.profile("se_small_cnn", threads=0), "threads 0: must be a whole number from 1 to 1,024"),
+            (
+                lambda net: selab.measure(net, baseline=net, threads=0),
+                "threads 0: must be a whole number from 1 to 1,024",
+            ),
+            (lambda net: selab.measure(net, baseline=net, budget=-1), "budget -1: must be a finite number above 0"),
+            (
+                lambda net: selab.measure(net, baseline=net, budget=math.inf),
+                "budget inf: must be a finite number above 0",
+            ),
+            (lambda net: selab.measure(net, baseline=net, threads=10**9), "threads 1000000000: must be a whole number"),
+            (lambda net: selab.measure(net, baseline=net, seed=10**30), "seed 10+: must be a whole number"),
+            (lambda net: selab.measure(net, baseline=net, input=[(3, 8, 8), (2,)]), "one must be an image"),
+            (lambda net: selab.measure(net, baseline=net, input=[(3, 0, 8)]), "expected a shape such as"),
+            (lambda net: selab.count(net, (1, 3, 8, 8), dtype="fp32"), "dtype 'fp32': expected a torch.dtype"),
             (lambda net: selab.measure(net, baseline=net, device="tpu"), "device 'tpu': allowed: cpu, cuda"),
             (lambda net: selab.measure(net, baseline=net, dtype="int8"), "dtype 'int8': allowed: fp32, bf16, fp16"),
         ],

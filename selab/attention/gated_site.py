@@ -103,6 +103,8 @@ class GatedSite(nn.Module):
         modules = self.__dict__.get("_modules", {})
         if name in modules:
             return modules[name]
+        if name in self.__dict__.get("_buffers", {}):
+            return self._buffers[name]
         inner = modules.get(INNER)
         if inner is None or not _is_public(inner, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -116,6 +118,7 @@ class GatedSite(nn.Module):
         modules = self.__dict__.get("_modules", {})
         inner = modules.get(INNER)
         own = name in modules or name in self.__dict__ or hasattr(type(self), name)
+        own = own or name in self.__dict__.get("_buffers", {})
         if inner is None or own or (name.startswith("_") and not _is_public(inner, name)):
             super().__setattr__(name, value)
         else:
@@ -144,8 +147,16 @@ class GatedSite(nn.Module):
         self._refuse_to_hold("parameter", name)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:  # noqa: ARG002
-        """Refuse, as `register_parameter`."""
-        self._refuse_to_hold("buffer", name)
+        """Hold a buffer that counters such as thop add to every module; refuse one that belongs to the inner module.
+
+        It is not part of the state dict, where the inner module's buffer of that name is.
+        """
+        if any(name.startswith(f"{parameter}_") for parameter in self.inner._parameters):
+            # As torch.nn.utils.prune calls what it makes of a weight.
+            self._refuse_to_hold("buffer", name)
+        # Not by the class above, which asks whether there is an attribute of that name: the inner module may have it.
+        self._buffers[name] = tensor
+        self._non_persistent_buffers_set.add(name)
 
     def _refuse_to_hold(self, what: str, name: str) -> None:
         raise AttributeError(

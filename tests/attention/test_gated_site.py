@@ -501,3 +501,24 @@ def test_every_block_can_be_scripted(block, init, image):
     insert_se(model, "1.bn", block=block, init=init, input_nchw=CHW, **options)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(model)(image), model(image))
+
+
+def test_thop_counts_through_a_place():
+    """It adds two buffers to every module, and reads and writes them by their names."""
+    thop = pytest.importorskip("thop")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
+    insert_se(model, "1", input_nchw=(1, 3, 8, 8), reduction=2)
+    keys = list(model.state_dict())
+    macs, params = thop.profile(model, (torch.zeros(1, 3, 8, 8),), verbose=False)
+    # The convolution's products and the block's two layers; thop counts other things too.
+    assert macs >= 3 * 8 * 9 * 36 + 2 * 8 * 4
+    assert params == sum(p.numel() for p in model.parameters())
+    # It leaves buffers of its own at the modules that have children; none of ours is lost or renamed.
+    assert [key for key in model.state_dict() if "total" not in key] == keys
+
+
+def test_pruning_a_place_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
+    insert_se(model, "1", input_nchw=(1, 3, 8, 8), reduction=2)
+    with pytest.raises(AttributeError, match=r"weight_orig|weight_mask"):
+        torch.nn.utils.prune.l1_unstructured(model[1], "weight", 0.5)

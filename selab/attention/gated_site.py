@@ -7,7 +7,7 @@ BatchNorm, to another dtype) neither drops the block nor changes it.
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ BLOCK = "se"
 # What folding a BatchNorm into the convolution before it reads, and no forward pass does.
 _FOLDED = {"running_mean", "running_var"}
 _FOLDED_OF_CONVOLUTION = {"groups"}
+# What it assigns.
+_FOLDED_INTO = ("weight", "bias")
+_CONVOLUTION_OR_LINEAR = (nn.modules.conv._ConvNd, nn.Linear)
 # With these a module converts itself. What calls them walks over all modules, and would take the converted inner module
 # for the site's place, or convert it twice.
 CONVERSIONS = ("fuse", "reparameterize", "switch_to_deploy")
@@ -43,7 +46,11 @@ class GatedSite(nn.Module):
     """A module with an attention block on its output, se(inner(...)), or on its first input, inner(se(x), ...).
 
     Everything but a call goes to the inner module: attributes are read from it and set on it, and containers can be
-    indexed and iterated. Only what a folding of BatchNorm reads is refused, because the folding would bypass the block.
+    indexed and iterated. Only what a folding of BatchNorm reads or assigns is refused: it would bypass the block, or
+    fold across it.
+
+    A conversion of the dtype and `requires_grad_`, called on this module itself, reach the inner module only. Called on
+    the network they reach all its modules, as always.
 
     The state dict has the inner module's keys without `inner.`, and the block's keys under the block's name. So
     `named_modules` and `named_parameters` list `bn.inner` and `bn.inner.weight`, where `state_dict` has `bn.weight`.
@@ -110,7 +117,7 @@ class GatedSite(nn.Module):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name in CONVERSIONS and hasattr(inner, name):
             raise AttributeError(f"{type(inner).__name__}.{name}: an attention block is inserted here; use `.inner`")
-        _check_not_folded(inner, name, self._side)
+        _check_not_folded(inner, name)
         return getattr(inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -122,6 +129,7 @@ class GatedSite(nn.Module):
         if inner is None or own or (name.startswith("_") and not _is_public(inner, name)):
             super().__setattr__(name, value)
         else:
+            _check_not_folded_into(inner, name, value, self._side)
             setattr(inner, name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -135,6 +143,48 @@ class GatedSite(nn.Module):
         """Return the attributes of both modules."""
         return sorted({*object.__dir__(self), *self._modules, *dir(self._modules[INNER])})
 
+    # ------------------------------------------------------------------------------------------------ conversions
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set `requires_grad` of the inner module's parameters."""
+        self.inner.requires_grad_(requires_grad)
+        return self
+
+    def type(self, dst_type: torch.dtype | str) -> Self:
+        """Convert the inner module, as `torch.nn.Module.type` does."""
+        self.inner.type(dst_type)
+        return self
+
+    def float(self) -> Self:
+        """Convert the inner module to float32."""
+        self.inner.float()
+        return self
+
+    def double(self) -> Self:
+        """Convert the inner module to float64."""
+        self.inner.double()
+        return self
+
+    def half(self) -> Self:
+        """Convert the inner module to float16."""
+        self.inner.half()
+        return self
+
+    def bfloat16(self) -> Self:
+        """Convert the inner module to bfloat16."""
+        self.inner.bfloat16()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move both modules to a device; convert the inner module only to a dtype."""
+        parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
+        device, _, non_blocking, _ = parsed
+        self.inner.to(*args, **kwargs)
+        block = self._modules.get(self._block_name)
+        if device is not None and block is not None:
+            block.to(device=device, non_blocking=non_blocking)
+        return self
+
+    # ---------------------------------------------------------------------------------------------------- children
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Replace one of the two children, or add a child to the inner module."""
         if name in self._modules:
@@ -415,13 +465,26 @@ def _is_public(inner: nn.Module, name: str) -> bool:
     return any(name in held.get(group, ()) for group in ("_modules", "_parameters", "_buffers"))
 
 
-def _check_not_folded(inner: nn.Module, name: str, side: str) -> None:
-    is_norm = isinstance(inner, nn.modules.batchnorm._NormBase) and name in _FOLDED
+def _check_not_folded(inner: nn.Module, name: str) -> None:
+    # A frozen BatchNorm of another library holds them as buffers.
+    is_norm = name in _FOLDED and (isinstance(inner, nn.modules.batchnorm._NormBase) or name in inner._buffers)
     is_convolution = isinstance(inner, nn.modules.conv._ConvNd) and name in _FOLDED_OF_CONVOLUTION
-    if is_norm or (is_convolution and side == "output"):
+    if is_norm or is_convolution:
         raise AttributeError(
             f"{type(inner).__name__}.{name}: an attention block is inserted at this module, and folding it into "
             "another layer would drop the block; remove the blocks first (selab.remove_se), or read it from `.inner`"
+        )
+
+
+def _check_not_folded_into(inner: nn.Module, name: str, value: object, side: str) -> None:
+    if name not in _FOLDED_INTO or not isinstance(value, nn.Parameter):
+        return
+    # A BatchNorm after a convolution with a gated input can be folded into it: no block stands between the two.
+    between = isinstance(inner, _CONVOLUTION_OR_LINEAR) and side == "output"
+    if between or isinstance(inner, nn.modules.batchnorm._NormBase):
+        raise AttributeError(
+            f"{type(inner).__name__}.{name}: an attention block is inserted at this module, and a BatchNorm cannot be "
+            "folded across it; remove the blocks first (selab.remove_se), or assign the parameter to `.inner`"
         )
 
 

@@ -173,6 +173,52 @@ class TestConversions:
             nn.Conv2d(8, 8, 3, groups=model[2].conv.groups)
         assert len(blocks(model)) == 2
 
+    @pytest.mark.parametrize("kind", ["convolution", "transposed", "linear"])
+    def test_a_norm_behind_the_gate_cannot_be_folded_into_the_layer_before_it(self, kind):
+        layer, size, fold = {
+            "convolution": (nn.Conv2d(3, 8, 3, bias=False), (1, 3, 8, 8), nn.utils.fusion.fuse_conv_bn_eval),
+            "transposed": (
+                nn.ConvTranspose2d(3, 8, 3),
+                (1, 3, 8, 8),
+                lambda conv, norm: nn.utils.fusion.fuse_conv_bn_eval(conv, norm, transpose=True),
+            ),
+            "linear": (nn.Linear(8, 8), (1, 8, 8, 8), nn.utils.fusion.fuse_linear_bn_eval),
+        }[kind]
+        model = nn.Sequential(layer, nn.BatchNorm2d(8)).eval()
+        insert_se(model, "0", input_nchw=size, reduction=2)
+        with pytest.raises(
+            AttributeError, match=r"\.weight: an attention block is inserted .* cannot be folded across"
+        ):
+            fold(model[0], model[1])
+        with pytest.raises(AttributeError, match=r"\.bias: an attention block is inserted"):
+            model[0].bias = nn.Parameter(torch.zeros(8))
+        model[0].inner.weight = nn.Parameter(layer.weight * 2)
+        assert model[0].weight is layer.weight
+
+    def test_a_norm_behind_a_convolution_with_a_gated_input(self, image):
+        """The gate stands before both, so torch's fold is right; one that makes a new convolution would drop it."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
+        nn.init.uniform_(model[2].running_var, 0.5, 2)
+        insert_se(model, "1", placement="pre", input_nchw=CHW, reduction=2)
+        with torch.no_grad():
+            expected = model(image)
+            folded = nn.Sequential(model[0], nn.utils.fusion.fuse_conv_bn_eval(model[1], model[2]))
+            torch.testing.assert_close(folded(image), expected)
+        with pytest.raises(AttributeError, match=r"Conv2d.groups: an attention block is inserted"):
+            nn.Conv2d(8, 8, 3, groups=model[1].groups)
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_the_statistics_of_a_norm_are_refused(self, frozen):
+        model = network()
+        if frozen:
+            freeze_by_children(model)
+        insert_se(model, "1.bn", input_nchw=CHW, reduction=4)
+        for name in ("running_mean", "running_var"):
+            with pytest.raises(AttributeError, match=f"Norm.*{name}: an attention block is inserted"):
+                getattr(model[1].bn, name)
+            assert getattr(model[1].bn.inner, name).shape == (8,)
+
     def test_quantization_of_conv_and_norm_is_refused(self):
         model = gated("1.bn")
         with pytest.raises((AssertionError, NotImplementedError), match="GatedMap"):
@@ -202,6 +248,45 @@ class TestConversions:
         assert own.isdisjoint(map(id, block.parameters()))
         assert len(own) == 2 * len(norms)
         assert model(image.bfloat16()).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize(
+        ("convert", "dtype"),
+        [
+            (lambda module: module.float(), torch.float32),
+            (lambda module: module.double(), torch.float64),
+            (lambda module: module.half(), torch.float16),
+            (lambda module: module.type(torch.float32), torch.float32),
+            (lambda module: module.to(torch.float64), torch.float64),
+            (lambda module: module.to(torch.zeros(1, dtype=torch.float64)), torch.float64),
+            (lambda module: module.to("cpu", torch.float32), torch.float32),
+        ],
+    )
+    def test_a_conversion_of_the_place_meets_the_site_s_own_module(self, convert, dtype):
+        model = gated("1.bn").bfloat16()
+        assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+        assert convert(model[1].bn) is model[1].bn
+        assert model[1].bn.weight.dtype == model[1].bn.inner.running_mean.dtype == dtype
+        assert {one.dtype for one in model[1].bn.se.parameters()} == {torch.bfloat16}
+        assert {one.dtype for one in convert(model).parameters()} == {dtype}
+
+    def test_a_conversion_of_the_place_to_bfloat16_or_the_meta_device(self):
+        model = gated("1.bn")
+        assert model[1].bn.bfloat16().weight.dtype == torch.bfloat16
+        assert {one.dtype for one in model[1].bn.se.parameters()} == {torch.float32}
+        model[1].bn.to("meta", torch.float64)
+        assert all(one.is_meta for one in model[1].bn.parameters())
+        assert {one.dtype for one in model[1].bn.se.parameters()} == {torch.float32}
+
+    def test_freezing_the_place_freezes_the_site_s_own_module(self):
+        model = gated("1.bn")
+        assert model[1].bn.requires_grad_(False) is model[1].bn
+        frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
+        assert frozen == {"1.bn.inner.weight", "1.bn.inner.bias"}
+        own = {id(one) for one in model[1].bn.inner.parameters()}
+        both = {id(one) for one in model[1].bn.parameters()}
+        assert both == own | {id(one) for one in model[1].bn.se.parameters()}
+        model.requires_grad_(False)
+        assert not any(one.requires_grad for one in model.parameters())
 
     def test_averaged_and_parallel(self, image):
         model = gated()

@@ -3,6 +3,7 @@
 import functools
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -303,3 +304,136 @@ def test_a_count_on_real_tensors_changes_nothing() -> None:
     cost = count(net, (2, 3, 6, 6), on="cpu")
     assert cost.macs.conv_linear == 2 * 36 * 4 * 27
     assert everything(net) == before
+
+
+class ScaledByGrid(Base):
+    """Multiplies by a vector of ones that something outside of the network keeps."""
+
+    def __init__(self, vector: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.vector = vector
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x) * self.vector(x.shape[-1])
+        return out
+
+
+def _cached_vector() -> Callable[[int], Tensor]:
+    @functools.lru_cache
+    def vector(size: int) -> Tensor:
+        return torch.ones(size)
+
+    return vector
+
+
+def _vector_of_closure() -> Callable[[int], Tensor]:
+    kept: dict[int, Tensor] = {}
+    last = None
+
+    def vector(size: int) -> Tensor:
+        nonlocal last
+        last = kept[size] if size in kept else torch.ones(size) if last is None else last
+        return kept.setdefault(size, last)
+
+    return vector
+
+
+def _vector_of_default(size: int, _kept: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006
+    return _kept.setdefault(size, torch.ones(size)) if size not in _kept else _kept[size]
+
+
+def _vector_of_keyword(size: int, *, _kept: list[Tensor] = []) -> Tensor:  # noqa: B006
+    if not _kept:
+        _kept.append(torch.ones(size))
+    return _kept[0]
+
+
+class _Store:
+    def __init__(self) -> None:
+        self.deep: dict[str, dict[int, Tensor]] = {"grids": {}}
+        self.last: Any = None
+
+    def vector(self, size: int) -> Tensor:
+        self.last = torch.ones(size) if self.last is None else self.last
+        return self.deep["grids"].setdefault(size, self.last)
+
+
+def _vector_of_attribute(size: int) -> Tensor:
+    kept: Any = _vector_of_attribute
+    if not hasattr(kept, "ones"):
+        kept.ones = torch.ones(size)
+    return kept.ones  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("attribute", [False, True], ids=["in a method's closure", "an attribute"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        _cached_vector,
+        _vector_of_closure,
+        lambda: _vector_of_default,
+        lambda: _vector_of_keyword,
+        lambda: _vector_of_attribute,
+        lambda: _Store().vector,
+        lambda: functools.partial(_cached_vector()),
+        lambda: functools.wraps(_vector_of_default)(lambda size: _cached_vector()(size)),
+    ],
+    ids=["cached", "closure", "default", "keyword default", "function attribute", "object", "partial", "wrapped"],
+)
+def test_no_cache_outside_of_the_network_keeps_a_fake_tensor(make: Any, attribute: bool) -> None:
+    vector = make()
+
+    class InClosure(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(x) * vector(x.shape[-1])
+            return out
+
+    net = ScaledByGrid(vector) if attribute else InClosure()
+    x = torch.randn(1, 3, 6, 6)
+    count(net, (1, 3, 6, 6))
+    passages(net, ["conv"], (1, 3, 6, 6))
+    out = net(x)
+    assert type(out) is Tensor
+    assert torch.equal(out, net.conv(x))
+    passages(net, ["conv"], (1, 3, 6, 6))
+    assert torch.equal(net(x), net.conv(x))
+
+
+CALLED: Any = None
+
+
+def _call_global(x: Tensor) -> Tensor:
+    out: Tensor = CALLED.conv(x)
+    return out
+
+
+@pytest.mark.parametrize(
+    "way", ["closure", "default", "keyword", "partial", "bound", "global", "cache", "hook", "weak"]
+)
+def test_a_function_that_holds_the_network_runs_its_copy(way: str) -> None:
+    global CALLED
+    inner = Base()
+    net = nn.Sequential(inner)
+    CALLED, weak = inner, weakref.ref(inner)
+    functions: dict[str, Any] = {
+        "closure": lambda x: inner.conv(x),
+        "default": lambda x, block=inner: block.conv(x),
+        "keyword": eval("lambda x, *, block=b: block.conv(x)", {"b": inner, "__name__": __name__}),
+        "partial": functools.partial(lambda block, x: block.conv(x), inner),
+        "bound": (lambda block, x: block.conv(x)).__get__(inner),
+        "global": _call_global,
+        "cache": functools.lru_cache(lambda x, block=inner: block.conv(x)),
+        "weak": lambda x: weak().conv(x),
+    }
+    if way == "hook":
+        net = nn.Sequential(inner, nn.Identity())
+        inner.forward = lambda x: x  # type: ignore[method-assign]
+        net[1].register_forward_hook(lambda _m, args, _out, block=inner: block.conv(args[0]))
+    else:
+        inner.forward = functions[way]  # type: ignore[method-assign]
+    seen = passages(net, ["0.conv"], (1, 3, 6, 6))
+    assert seen["0.conv"].calls == 1
+    assert seen["0.conv"].output_shape == (1, 4, 6, 6)
+    assert type(inner.conv.weight) is nn.Parameter
+    # 6 * 6 positions, 4 filters of 3 * 3 * 3.
+    assert count(net, (1, 3, 6, 6)).macs.all == 36 * 4 * 27

@@ -4,25 +4,23 @@ import functools
 import random
 import sys
 import types
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-_CONTAINERS = (dict, list, set, OrderedDict, defaultdict, deque)
-# Libraries whose classes and modules hold no caches of a network's tensors.
-_LIBRARIES = ("torch", "builtins", "collections", "typing", "selab")
+from selab.meta.reach import CONTAINERS, is_foreign, names_in, reached
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Restore random states, global switches of torch, and caches beside the network, at the end.
 
-    Caches are attributes of the classes of its modules, containers of the Python modules that define these, and results
-    of functions there that `functools.cache` keeps: a tensor without memory must not be found in one of them later.
+    Caches are attributes of the classes of its modules, containers of the Python modules that define these, and
+    whatever the functions of both reach: results that `functools.cache` keeps, containers in closures and default
+    arguments, attributes of other objects. A tensor without memory must not be found in one of them later.
     """
     cuda: Any = torch.cuda
     devices = range(cuda.device_count()) if cuda.is_initialized() else []
@@ -33,7 +31,7 @@ def restored(model: nn.Module) -> Iterator[None]:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         for put_back in _switches():
             stack.callback(put_back)
-        kinds = {base for module in model.modules() for base in type(module).__mro__ if _is_foreign(base.__module__)}
+        kinds = {base for module in model.modules() for base in type(module).__mro__ if is_foreign(base.__module__)}
         for kind in kinds:
             _keep(stack, dict(vars(kind)), functools.partial(setattr, kind), functools.partial(delattr, kind), kind)
         for name in {kind.__module__ for kind in kinds}:
@@ -41,11 +39,69 @@ def restored(model: nn.Module) -> Iterator[None]:
             if place is not None:
                 own = {key: value for key, value in vars(place).items() if not key.startswith("__")}
                 _keep(stack, own, functools.partial(setattr, place), functools.partial(delattr, place), place)
+        own_dicts = {id(vars(module)) for module in model.modules()}
+        attributes = [value for module in model.modules() for value in _functions(module)]
+        for one in reached([*kinds, *attributes]):
+            if id(getattr(one, "__dict__", None)) not in own_dicts:
+                _keep_reached(stack, one, kinds)
         yield
 
 
-def _is_foreign(module: str) -> bool:
-    return module.partition(".")[0] not in _LIBRARIES
+def _functions(module: nn.Module) -> Iterator[Any]:
+    """Yield the functions among a module's attributes and its hooks."""
+    for name, value in vars(module).items():
+        if callable(value) and not isinstance(value, (nn.Module, torch.Tensor, type)):
+            yield value
+        elif name.endswith("_hooks") and isinstance(value, dict):
+            yield from value.values()
+
+
+def _keep_reached(stack: ExitStack, one: Any, kinds: set[type]) -> None:
+    """Restore what an object outside of the network holds."""
+    if isinstance(one, CONTAINERS):
+        stack.callback(_refill, one, list(one.items()) if isinstance(one, dict) else list(one))
+    elif isinstance(one, functools._lru_cache_wrapper):
+        stack.callback(_forget_new, one, one.cache_info().misses)
+    elif isinstance(one, types.CellType):
+        stack.callback(_set_cell, one, _cell(one))
+    elif isinstance(one, types.FunctionType):
+        stack.callback(_put_back, vars(one), dict(vars(one)), None)
+        own, names = one.__globals__, set(names_in(one.__code__))
+        stack.callback(_put_back, own, {name: own[name] for name in names & own.keys()}, names)
+    elif isinstance(one, type):
+        if one not in kinds:
+            _keep(stack, dict(vars(one)), functools.partial(setattr, one), functools.partial(delattr, one), one)
+    elif isinstance(getattr(one, "__dict__", None), dict):
+        stack.callback(_put_back, vars(one), dict(vars(one)), None)
+
+
+_EMPTY = object()
+
+
+def _cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY
+
+
+def _set_cell(cell: types.CellType, content: Any) -> None:
+    if _cell(cell) is content:
+        return
+    if content is _EMPTY:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = content
+
+
+def _put_back(place: MutableMapping[str, Any], before: dict[str, Any], names: Any) -> None:
+    """Restore entries of a namespace; only those of these names, unless they are None."""
+    for name in list(place) if names is None else [name for name in names if name in place]:
+        if name not in before and not isinstance(place[name], types.ModuleType):
+            del place[name]
+    for name, value in before.items():
+        if place.get(name, _EMPTY) is not value:
+            place[name] = value
 
 
 def _keep(
@@ -66,7 +122,7 @@ def _keep(
 
     for value in values.values():
         function = getattr(value, "__func__", value)
-        if isinstance(value, _CONTAINERS):
+        if isinstance(value, CONTAINERS):
             stack.callback(_refill, value, list(value.items()) if isinstance(value, dict) else list(value))
         elif isinstance(function, functools._lru_cache_wrapper):
             stack.callback(_forget_new, function, function.cache_info().misses)

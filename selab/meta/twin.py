@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selab.meta.reach import is_foreign, names_in
+
 # Larger arrays are shared with the copy.
 ARRAY_BYTES = 2**24
 
@@ -24,7 +26,7 @@ _ATOMIC: set[type] = {
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.finfo, torch.iinfo),
 }
 
-
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _HOOKS = [name for name, value in vars(nn.Module()).items() if type(value) is OrderedDict]
 
 
@@ -92,6 +94,8 @@ class Copier:
             return types.MethodType(self(value.__func__), self(value.__self__))
         if kind is functools.partial:
             return functools.partial(self(value.func), *self(value.args), **self(value.keywords))
+        if kind is functools._lru_cache_wrapper:
+            return functools.lru_cache(**value.cache_parameters())(self(value.__wrapped__))
         if kind is weakref.ref:
             referent = value()
             return value if referent is None else weakref.ref(self(referent))
@@ -134,21 +138,46 @@ class Copier:
         return made
 
     def _function(self, value: types.FunctionType) -> types.FunctionType:
-        """Copy a function with a closure, for it may hold a list that a hook appends to."""
-        if value.__closure__ is None and not value.__dict__:
+        """Copy a function with its closure, default arguments and the modules and tensors that it finds as globals.
+
+        A closure may hold a list that a hook appends to; each of them may hold a module of the network.
+        """
+        held = self._held(value) if is_foreign(value.__globals__.get("__name__")) else {}
+        defaults, keywords = self(value.__defaults__), self._items(value.__kwdefaults__ or {})
+        changed = defaults is not value.__defaults__ or any(
+            one is not keywords[key] for key, one in (value.__kwdefaults__ or {}).items()
+        )
+        # What is the same stays the same, for a network may ask `self.act is F.relu`.
+        if not (held or changed or value.__closure__ or value.__dict__):
+            self.memo[id(value)] = value
             return value
         cells = tuple(types.CellType() for _ in value.__closure__ or ())
-        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells or None)
-        made.__kwdefaults__ = value.__kwdefaults__
+        own = {**value.__globals__} if held else value.__globals__
+        made = types.FunctionType(value.__code__, own, value.__name__, None, cells or None)
         made.__qualname__, made.__module__, made.__doc__ = value.__qualname__, value.__module__, value.__doc__
         self.memo[id(value)] = made
-        for cell, own in zip(value.__closure__ or (), cells, strict=True):
+        own.update({name: self(one) for name, one in held.items()})
+        for cell, of_copy in zip(value.__closure__ or (), cells, strict=True):
             try:
-                own.cell_contents = self(cell.cell_contents)
+                of_copy.cell_contents = self(cell.cell_contents)
             except ValueError:
                 continue  # an empty cell
+        made.__defaults__, made.__kwdefaults__ = defaults, keywords or None
         made.__dict__.update(self._items(value.__dict__))
         return made
+
+    def _held(self, value: types.FunctionType) -> dict[str, Any]:
+        """Return the modules, tensors and functions that a function finds as globals, unless a copy is the same."""
+        own = value.__globals__
+        found = {}
+        # It may call itself.
+        self.memo[id(value)] = value
+        for name in set(names_in(value.__code__)) & own.keys():
+            one = own[name]
+            holds = isinstance(one, (nn.Module, Tensor, weakref.ref))
+            if holds or (type(one) in _FUNCTIONS and self(one) is not one):
+                found[name] = one
+        return found
 
     def _object(self, value: Any, kind: type) -> Any:
         """Copy any other object by its own protocol, or share it."""

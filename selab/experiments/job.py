@@ -232,6 +232,7 @@ def _workload_of(request: Request, variant: Variant) -> Workload:
         fused=request.fused,
         held_heap=request.held_heap,
         runtime=request.runtime,
+        inputs=tuple(map(str, variant.inputs)),
     )
 
 

@@ -286,6 +286,7 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
         fused: True if both networks went through `selab.fuse`.
         held_heap: True if the C library kept freed memory, so that buffers are not returned and requested again.
         runtime: the runtime that ran the networks; omitted from JSON for `torch`, as in records that precede it.
+        inputs: all inputs as `--input` takes them, of networks with several; omitted from JSON for others.
     """
 
     batch: int
@@ -295,11 +296,12 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
     memory_format: MemoryFormat
     mode: Mode
     threads: int
-    # Of a struct with omit_defaults only `runtime` may be omitted: a default from a factory is always written.
+    # Of a struct with omit_defaults only `runtime` and `inputs` may be omitted. A default from a factory is written.
     compiled: bool = msgspec.field(default_factory=bool)
     fused: bool = msgspec.field(default_factory=bool)
     held_heap: bool = msgspec.field(default_factory=bool)
     runtime: str = TORCH
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # msgspec recognises a default by identity, and a name read from a file or an option is another object.
@@ -311,7 +313,10 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
         """Return a name for files: only values that differ from the default workload are spelled out."""
         channels, height, width = self.input_chw
         size = f"{height}" if height == width else f"{height}x{width}"
-        parts = [self.device, f"b{self.batch}", f"c{channels}" if channels != 3 else "", size, self.dtype]
+        image = [f"c{channels}" if channels != 3 else "", size]
+        # A name of an argument may hold anything; what a file's name cannot hold is left out.
+        several = [re.sub(r"[^\w.]+", "_", one) for one in self.inputs]
+        parts = [self.device, f"b{self.batch}", *(several or image), self.dtype]
         parts += ["nhwc" if self.memory_format == "channels_last" else ""]
         parts += [self.mode if self.mode != "auto" else "", "compiled" if self.compiled else ""]
         parts += ["fused" if self.fused else "", "held" if self.held_heap else ""]
@@ -325,7 +330,9 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
         Args:
             device: whether to name device and threads, at the end.
         """
-        parts = [f"batch {self.batch}", "×".join(map(str, self.input_chw)), self.dtype]
+        shapes = self.inputs or ("x".join(map(str, self.input_chw)),)
+        sizes = " and ".join(re.sub(r"(?<=\d)x(?=\d)", "×", one) for one in shapes)
+        parts = [f"batch {self.batch}", sizes, self.dtype]
         parts += ["channels last" if self.memory_format == "channels_last" else ""]
         parts += ["compiled" if self.compiled else "", "fused" if self.fused else ""]
         parts += ["heap held" if self.held_heap else "", f"{self.mode} mode" if self.mode != "auto" else ""]

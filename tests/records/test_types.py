@@ -73,3 +73,13 @@ def test_splicing():
     assert spliced(page, "x", "new\n", where="p") == "a\n<!-- table x -->\nnew\n<!-- /table -->\nb\n"
     with pytest.raises(RecordError, match="p: has no lines"):
         spliced(page, "y", "new", where="p")
+
+
+def test_a_workload_of_several_inputs_names_all_of_them(workload):
+    one, other = (workload(inputs=("rgb=3x8x8", second)) for second in ("depth=1x8x8", "depth=1x16x16"))
+    assert one.slug == "cpu-b2-rgb_3x8x8-depth_1x8x8-fp32-t1"
+    assert one.slug != other.slug
+    assert one.words(device=False)[:2] == ["batch 2", "rgb=3×8×8 and depth=1×8×8"]
+    # A record of one input is what it was.
+    assert b"inputs" not in msgspec.json.encode(workload())
+    assert msgspec.json.decode(msgspec.json.encode(other), type=type(other)) == other

@@ -233,10 +233,13 @@ def load(
         if classes and not missing and not unexpected:
             theirs, ours = classes
             hint = (
-                f"; its classifier has {theirs} classes, this network {ours}: build it with {theirs} classes, or use "
-                "head='drop' to leave its own classifier"
+                f"; its classifier has {theirs} classes, this network {ours}: build it with {theirs} classes, or leave "
+                "its own classifier (selab weights convert --head drop; head='drop' in Python)"
             )
         raise WeightsError(f"{where}: does not fit {type(model).__name__}: {listed}{hint}")
+    if isinstance(weights, Path):
+        for key, value in state.items():
+            _check_finite(key, value, where)
     counters = {key: torch.zeros((), dtype=torch.long) for key in expected if key not in state}
     model.load_state_dict({**state, **counters, **{key: expected[key] for key in dropped}})
     return Loaded(taken=found.words, dropped=dropped)
@@ -368,8 +371,7 @@ def _converted(
         value = theirs[key].to(place.dtype, copy=True).contiguous()
         if key.endswith(".bn.running_mean") and _bias_of(key) in theirs and _bias_of(key) not in expected:
             value -= theirs[_bias_of(key)]
-        if not value.isfinite().all():
-            raise WeightsError(f"{where}: {key}: holds NaN or infinite values; get the file again")
+        _check_finite(key, value, where)
         converted[key] = value
     return converted
 
@@ -398,6 +400,12 @@ def _listed(missing: list[str], unexpected: list[str], shapes: list[str], *, sai
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
+def _check_finite(key: str, value: Tensor, where: str) -> None:
+    # float8 has no isfinite of its own.
+    if value.is_floating_point() and not value.double().isfinite().all():
+        raise WeightsError(f"{where}: {key}: holds NaN or infinite values; get the file again")
+
+
 def _check_target(path: Path, source: Path, *, replace: bool) -> None:
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path}: the output is a .safetensors file; give it that suffix")

@@ -303,11 +303,20 @@ def test_a_folder_is_no_file(tmp_path):
         load(Net(), tmp_path / "in.pth")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_before_anything_changes(saved, value):
+    state = {key: tensor.clone() for key, tensor in GOOD.items()}
+    state["conv.weight"][0] = value
+    model = Net()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"conv\.weight: holds NaN or infinite values"):
+        load(model, saved(state))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
 class TestHead:
     def test_keep_says_what_to_do(self, saved):
-        with pytest.raises(
-            WeightsError, match=r"has 10 classes, this network 3: build it with 10 classes, or use head"
-        ):
+        with pytest.raises(WeightsError, match=r"has 10 classes, this network 3: build it with 10 classes, or leave"):
             load(Net(), saved(state_of(3, classes=10)))
 
     def test_drop_leaves_the_classifier_alone(self, saved):

@@ -139,7 +139,8 @@ def print_insertion_notes(variant: "Variant", insertions: "Sequence[Insertion]",
     if "+" not in variant.name:
         return
     narrow = [one.squeeze_channels for one in insertions if (one.squeeze_channels or _NARROW) < _NARROW]
-    if narrow:
+    # A width that was given is meant.
+    if narrow and "latent_channels" not in variant.name:
         print_note(
             f"note: {len(narrow)} of {len(insertions)} blocks squeeze to fewer than {_NARROW} channels, the "
             f"narrowest to {min(one for one in narrow if one)}; give --se divisor={_NARROW}, or a smaller reduction"

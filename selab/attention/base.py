@@ -30,6 +30,8 @@ class Attention(nn.Module, ABC):
     """
 
     inserted: bool = False
+    # Whether `insert_se` made it the last child of an `nn.Sequential`.
+    ends_sequence: bool = False
 
     def __init__(self, channels: int, init: Init = "he") -> None:
         super().__init__()

@@ -362,6 +362,12 @@ def free_name(module: nn.Module) -> str:
     return name
 
 
+def has_block(place: nn.Module) -> bool:
+    """Return whether the place of a block has both its own module and the block: a user may have deleted one."""
+    block = place._block_name if isinstance(place, GatedSite) else BLOCK
+    return place._modules.get(block) is not None and place._modules.get(INNER) is not None
+
+
 def block_of(site: GatedSite) -> Attention:
     """Return the block that was inserted at a site."""
     found: Any = site._modules[site._block_name]
@@ -371,7 +377,7 @@ def block_of(site: GatedSite) -> Attention:
 
 def sites_own(module: nn.Module) -> nn.Module:
     """Return the module of a site itself, without the block that was inserted there."""
-    return module.inner if isinstance(module, GatedSite) else module
+    return module.inner if isinstance(module, GatedSite) and module._modules.get(INNER) is not None else module
 
 
 def named_sites(model: nn.Module, *, prefix: str = "", shared: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -402,7 +408,9 @@ def _named_sites(module: nn.Module, path: str, seen: set[int] | None) -> Iterato
 def named_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the children of a module; those of a `GatedSite` are its inner module's, and the block."""
     own = [(name, child) for name, child in sites_own(module)._modules.items() if child is not None]
-    return [*own, (module._block_name, block_of(module))] if isinstance(module, GatedSite) else own
+    return (
+        [*own, (module._block_name, block_of(module))] if isinstance(module, GatedSite) and has_block(module) else own
+    )
 
 
 def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:

@@ -23,10 +23,12 @@ from selab.attention.gated_site import (
     block_of,
     free_name,
     gated_site,
+    has_block,
     move_hooks,
     replace_modules,
 )
-from selab.attention.inserted import calls_of_modules, check_calls, inserted_blocks
+from selab.attention.given import check_network, example_given, patterns_given
+from selab.attention.inserted import calls_of_modules, check_calls, check_complete, inserted_blocks
 from selab.attention.insertions import Insertions
 from selab.attention.plan import AUTO, Plan, check_changeable, plan_insertion
 from selab.attention.registry import make_block
@@ -89,7 +91,8 @@ def insert_se(
         InsertionError: no site, a pattern that matches nothing, a site inside an SE block, a site whose tensor is
             neither (N, C, H, W) nor (N, H, W, C), a shared module, a reduction larger than the channels, a block that
             would not run exactly once. The message names the module; the model is not changed then.
-        ModelError: the forward pass fails with this input, a TorchScript network, or lazy modules without parameters.
+        ModelError: `model` is no module or a TorchScript network, or has lazy modules without parameters; no example
+            is given; or the forward pass fails with this input.
 
     Examples:
         >>> import torch
@@ -103,8 +106,10 @@ def insert_se(
 
     Source: placements: arXiv 1709.01507, Fig. 5 and Tables 14-15.
     """
+    check_network(model, "insert_se")
+    check_complete(model)
     config = _config(sites, keys)
-    example = input_nchw if inputs is None else inputs
+    example = example_given(input_nchw, inputs, "insert_se")
     found = plan_insertion(model, config, example)
     plans = found.plans
     listed = Insertions((plan.insertion for plan in plans), skipped=found.skipped)
@@ -130,7 +135,7 @@ def _config(sites: str | Sequence[str] | SiteConfig, keys: dict[str, Any]) -> Si
     stages = keys.get("stages")
     if isinstance(stages, Sequence):
         keys = {**keys, "stages": list(stages)}
-    return block_config(sites=sites if isinstance(sites, str) else list(sites), **keys)
+    return block_config(sites=sites if isinstance(sites, str) else patterns_given(sites, "insert_se: sites"), **keys)
 
 
 def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int:
@@ -147,6 +152,7 @@ def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int
 
     Raises:
         InsertionError: a pattern that matches no inserted block; nothing was removed then.
+        ModelError: `model` is no module, a TorchScript network, or has lazy modules without parameters.
 
     Examples:
         >>> from torch import nn
@@ -158,12 +164,13 @@ def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int
         >>> selab.remove_se(net)
         1
     """
-    check_changeable(model)
+    check_changeable(model, "remove_se")
+    check_complete(model, with_blocks=False)
     inserted = inserted_blocks(model)
     if paths is None:
         chosen = set(inserted)
     else:
-        chosen = {path for pattern in ([paths] if isinstance(paths, str) else paths) for path in _of(pattern, inserted)}
+        chosen = {path for pattern in patterns_given(paths, "remove_se: paths") for path in _of(pattern, inserted)}
     _remove(model, [inserted[path][1] for path in chosen])
     return len(chosen)
 
@@ -184,21 +191,40 @@ def _remove(model: nn.Module, blocks: Collection[nn.Module]) -> None:
     replaced: list[tuple[nn.Module, nn.Module]] = []
     for module in list(model.modules()):
         if isinstance(module, GatedSite):
-            if block_of(module) in blocks:
+            # Without a block its forward fails: there is nothing to keep it for.
+            if not has_block(module) or block_of(module) in blocks:
                 move_hooks(module, module.inner)
                 replaced.append((module, module.inner))
             continue
         for name, child in list(module.named_children()):
-            if isinstance(child, GatedJoin) and child.se in blocks:
+            if isinstance(child, GatedJoin) and (not has_block(child) or child.se in blocks):
                 module._modules[name] = child.inner
             elif child in blocks and not isinstance(module, GatedJoin):
-                del module._modules[name]
+                _take_child(module, name)
     replace_modules(model, replaced)
+
+
+def _take_child(parent: nn.Module, name: str) -> None:
+    """Remove a block from a sequence; give layers that were appended to it since the numbers that they would have."""
+    children: dict[str, nn.Module | None] = {}
+    shift = 0
+    for position, (old, child) in enumerate(parent._modules.items()):
+        if old == name:
+            shift = 1
+            continue
+        new = str(position - 1) if shift and old == str(position) else old
+        children[old if new in children else new] = child
+    parent._modules.clear()
+    parent._modules.update(children)
 
 
 def _take_back_work(model: nn.Module, blocks: Collection[nn.Module]) -> None:
     """Let modules do again what `selab.fuse` left to blocks that will be gone, or to their joins."""
-    joins = [module for module in model.modules() if isinstance(module, GatedJoin) and module.se in blocks]
+    joins = [
+        module
+        for module in model.modules()
+        if isinstance(module, GatedJoin) and has_block(module) and module.se in blocks
+    ]
     for module in model.modules():
         consumers = module.__dict__.get("consumers", ())
         if isinstance(module, Swapped) and any(one in blocks or one in joins for one in consumers):
@@ -254,6 +280,7 @@ def _put(model: nn.Module, plans: Sequence[Plan], blocks: Sequence[Attention]) -
         elif _runs_children_in_order(module):
             last = list(module._modules)[-1] if module._modules else None
             _add_child(module, block, after=None if tap.side == "input" else last)
+            block.ends_sequence = tap.side == "output"
         elif tap.module != tap.site and _runs_children_in_order(parent):
             # Inside the named branch of a residual block: a child of the branch, not of a leaf.
             _add_child(parent, block, after=name)

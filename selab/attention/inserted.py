@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from selab.attention.base import Attention
-from selab.attention.gated_site import BLOCK, GatedSite, named_sites
+from selab.attention.gated_site import BLOCK, INNER, GatedSite, has_block, named_sites
+from selab.attention.given import check_network, example_given, patterns_given
 from selab.attention.se import GatedJoin
-from selab.attention.sites import is_residual_block
-from selab.errors import InsertionError
+from selab.attention.sites import is_residual_block, matches
+from selab.errors import InsertionError, nearest
 from selab.meta import Example, Passage, passages
 from selab.records.types import Insertion
 
@@ -44,7 +45,7 @@ def check_inserted(
     *,
     input_nchw: Example = (1, 3, 224, 224),
     inputs: Example | None = None,
-    inserted: Iterable[Insertion | str] = (),
+    inserted: Iterable[Insertion | str] | str = (),
 ) -> tuple[str, ...]:
     """Check that every attention block of a network runs exactly once in a forward pass; no kernel runs.
 
@@ -56,15 +57,18 @@ def check_inserted(
         input_nchw: the shape of an example input, (N, C, H, W).
         inputs: an example input of another form: a tensor, positional arguments in a tuple, keyword arguments in a
             mapping.
-        inserted: the result of `insert_se`, or paths of sites, which must still have their blocks.
+        inserted: the result of `insert_se`, or paths or patterns of sites, which must still have their blocks; of a
+            pattern's sites, at least one.
 
     Returns:
         The sites of the blocks, in the order of the network; a block that belongs to the network itself has its own
         path.
 
     Raises:
-        InsertionError: names the blocks that do not run once, and says what probably happened.
-        ModelError: the forward pass fails with this input.
+        InsertionError: names the blocks that do not run once, are gone, or are no longer the last layer of the
+            sequence whose output they gate, and says what probably happened; or `inserted` names no module.
+        ModelError: `model` is no module or a TorchScript network, no example is given, or the forward pass fails with
+            this input.
 
     Examples:
         >>> from torch import nn
@@ -75,17 +79,74 @@ def check_inserted(
         >>> selab.check_inserted(net, input_nchw=(1, 3, 16, 16), inserted=inserted)
         ('1',)
     """
-    expected = [one if isinstance(one, str) else one.path for one in inserted]
+    check_network(model, "check_inserted")
+    example = example_given(input_nchw, inputs, "check_inserted")
+    given = list(inserted) if isinstance(inserted, Iterable) and not isinstance(inserted, str) else inserted
+    expected = patterns_given(given, "check_inserted: inserted")
+    was_there = {one.path for one in given if isinstance(one, Insertion)} if isinstance(given, list) else set()
+    check_complete(model)
     blocks = _blocks(model)
     sites = {path: site_of(model, path) if getattr(block, "inserted", True) else path for path, block in blocks.items()}
-    gone = [path for path in expected if path not in sites.values()]
+    _check_expected(model, expected, set(sites.values()), was_there)
+    check_calls(model, calls_of_modules(model, example))
+    _check_last(model, blocks)
+    return tuple(sites.values())
+
+
+def check_complete(model: nn.Module, *, with_blocks: bool = True) -> None:
+    """Refuse places of blocks whose own module was deleted, or whose block.
+
+    Args:
+        model: any module.
+        with_blocks: whether a place without a block is refused as well.
+
+    Raises:
+        InsertionError: names the place.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, GatedSite | GatedJoin) or has_block(module):
+            continue
+        if module._modules.get(INNER) is None:
+            raise InsertionError(f"{path}: its own module, `.inner`, was deleted; put it back, or replace {path}")
+        if with_blocks:
+            raise InsertionError(
+                f"{path}: its attention block was deleted, and what is left cannot run; selab.remove_se(network) "
+                "restores the module"
+            )
+
+
+def _check_expected(model: nn.Module, expected: Iterable[str], sites: set[str], was_there: set[str]) -> None:
+    """Check that each path or pattern names a site that still has its block."""
+    paths = [path for path, _ in named_sites(model, shared=True) if path]
+    gone: list[str] = []
+    for pattern in expected:
+        if pattern in sites or any(matches(pattern, site) for site in sites):
+            continue
+        if pattern not in was_there and not any(matches(pattern, path) for path in paths):
+            known = nearest(pattern, paths)
+            raise InsertionError(f"check_inserted: inserted {pattern!r}: no module has that name{known}")
+        gone.append(pattern)
     if gone:
         raise InsertionError(
             f"{', '.join(gone[:_SHOWN])}{_more(len(gone))}: has no attention block any more; something replaced the "
             "module that held it, such as folding a BatchNorm: insert the blocks again afterwards"
         )
-    check_calls(model, calls_of_modules(model, input_nchw if inputs is None else inputs))
-    return tuple(sites.values())
+
+
+def _check_last(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Check that a block on the output of a sequence is still the last child."""
+    for path, block in blocks.items():
+        holder_path = path.rpartition(".")[0]
+        holder = model.get_submodule(holder_path)
+        children = list(holder._modules.items())
+        if not getattr(block, "ends_sequence", False) or not isinstance(holder, nn.Sequential):
+            continue
+        if children[-1][1] is not block:
+            name, last = children[-1][0], type(children[-1][1]).__name__
+            raise InsertionError(
+                f"{path}: this SE block gates the output of {holder_path}, but {name} ({last}) was added "
+                "after it; remove the block first (selab.remove_se), then change the sequence and insert it again"
+            )
 
 
 def calls_of_modules(model: nn.Module, example: Example) -> Mapping[str, Passage]:

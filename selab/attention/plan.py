@@ -14,6 +14,7 @@ from selab.attention.base import Attention
 from selab.attention.channel_dim import ChannelDims
 from selab.attention.config import SEConfig, SiteConfig, block_name
 from selab.attention.gated_site import GatedSite, named_sites, sites_own
+from selab.attention.given import check_network
 from selab.attention.registry import make_block
 from selab.attention.se import GatedJoin, latent_width, squeeze_width
 from selab.attention.sites import (
@@ -67,7 +68,7 @@ def plan_insertion(model: nn.Module, config: SiteConfig, example: Example) -> Pl
         InsertionError: as `insert_se`.
         ModelError: the forward pass fails with this input, or the network cannot be changed.
     """
-    check_changeable(model)
+    check_changeable(model, "insert_se")
     if config.sites == AUTO:
         sites, alone = [end.path for end in block_ends(model, example)], set()
     else:
@@ -94,17 +95,17 @@ def plan_insertion(model: nn.Module, config: SiteConfig, example: Example) -> Pl
     return Plans(plans=tuple(plans), skipped=tuple(skipped), seen=seen)
 
 
-def check_changeable(model: nn.Module) -> None:
+def check_changeable(model: nn.Module, where: str) -> None:
     """Refuse networks whose modules cannot be exchanged, or are not known yet.
 
+    Args:
+        model: what was given.
+        where: the function, for the message.
+
     Raises:
-        ModelError: a compiled TorchScript network, or lazy modules without parameters.
+        ModelError: no module, a compiled TorchScript network, or lazy modules without parameters.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            f"{type(model).__name__}: the modules of a TorchScript network cannot be exchanged; insert or remove "
-            "blocks before torch.jit.script or torch.jit.trace"
-        )
+    check_network(model, where)
     for path, module in model.named_modules():
         lazy: Any = module
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and lazy.has_uninitialized_params():

@@ -668,6 +668,141 @@ class TestCheckInserted:
             insert_se(model, "layers.1", reduction=2, input_nchw=CHW)
         assert repr(model) == text
 
+    def test_a_deleted_block(self, foreign):
+        text = repr(foreign)
+        insert_se(foreign, ["stem", "layers.*"], reduction=4, input_nchw=CHW)
+        del foreign.stem.se
+        self.check(foreign, r"stem: its attention block was deleted.*remove_se\(network\) restores")
+        with pytest.raises(InsertionError, match="stem: its attention block was deleted"):
+            insert_se(foreign, "act", reduction=4, input_nchw=CHW)
+        assert remove_se(foreign) == 2
+        assert repr(foreign) == text
+
+    def test_a_deleted_module_or_block_of_a_join(self, foreign):
+        insert_se(foreign, "stem", reduction=4, input_nchw=CHW)
+        del foreign.stem.inner
+        self.check(foreign, r"stem: its own module, `\.inner`, was deleted")
+        with pytest.raises(InsertionError, match=r"stem: its own module"):
+            remove_se(foreign)
+        model = residual_net()
+        text = repr(model)
+        insert_se(model, "residual", input_nchw=CHW)
+        path = next(path for path, module in model.named_modules() if path.endswith(".join.se")).removesuffix(".se")
+        del model.get_submodule(path).se
+        self.check(model, rf"{path}: its attention block was deleted")
+        remove_se(model)
+        assert repr(model) == text
+
+    def test_paths_and_patterns(self, foreign):
+        insert_se(foreign, ["stem", "layers.*"], reduction=4, input_nchw=CHW)
+        for inserted in ("layers.0", "layers.*", ["stem", "**"], iter(["stem"])):
+            assert len(check_inserted(foreign, input_nchw=CHW, inserted=inserted)) == 3
+        self.check(foreign, "inserted 'stme': no module has that name; did you mean stem", inserted="stme")
+        self.check(foreign, "^head: has no attention block", inserted="head")
+        for inserted in (3, [3], None):
+            self.check(foreign, "check_inserted: inserted: .*expected the path of a module", inserted=inserted)
+
+    def test_a_site_that_was_deleted(self):
+        class Foldable(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+            def forward(self, x):
+                return self.bn(self.conv(x)) if hasattr(self, "bn") else self.conv(x)
+
+        model = Foldable()
+        inserted = insert_se(model, "bn", reduction=2, input_nchw=CHW)
+        del model.bn
+        self.check(model, "^bn: has no attention block any more", inserted=inserted)
+
+    def test_a_layer_appended_to_a_site(self, image):
+        """A number counts the children; the block was one of them."""
+
+        def stages():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(8, 8, 3)))
+
+        def more():
+            torch.manual_seed(1)
+            return [nn.Conv2d(8, 8, 1), nn.ReLU()]
+
+        model, expected = stages(), stages()
+        inserted = insert_se(model, ["0", "1"], reduction=2, input_nchw=CHW)
+        for layer, same in zip(more(), more(), strict=True):
+            model[0].append(layer)
+            expected[0].append(same)
+        self.check(model, r"0\.se: this SE block gates the output of 0, but 4 \(ReLU\) was added", inserted=inserted)
+        assert remove_se(model, "0") == 1
+        assert check_inserted(model, input_nchw=CHW) == ("1",)
+        remove_se(model)
+        assert list(model.state_dict()) == list(expected.state_dict())
+        assert repr(model) == repr(expected)
+        assert torch.equal(model(image), expected(image))
+
+    def test_a_gated_input_of_a_sequence_may_stay_first(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3)))
+        insert_se(model, "1", placement="pre", reduction=2, input_nchw=CHW)
+        model[1].append(nn.ReLU())
+        assert check_inserted(model, input_nchw=CHW) == ("1",)
+        remove_se(model)
+        assert list(model[1]._modules) == ["0", "1"]
+
+
+class TestWhatIsGiven:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (None, "expected a torch.nn.Module, got NoneType"),
+            ("resnet18", "got str; selab.build"),
+            (nn.Conv2d, "got the class Conv2d; give an instance"),
+            (nn.functional.relu, "got function"),
+            (3, "got int"),
+        ],
+    )
+    def test_no_network(self, given, message):
+        for name, call in (
+            ("insert_se", lambda: insert_se(given, "0")),
+            ("remove_se", lambda: remove_se(given)),
+            ("check_inserted", lambda: check_inserted(given)),
+        ):
+            with pytest.raises(ModelError, match=f"^{name}: .*{message}"):
+                call()
+
+    def test_a_compiled_network(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        exported = torch.export.export(model, (torch.zeros(1, 3, 8, 8),))
+        for call in (lambda one: insert_se(one, "0"), remove_se, check_inserted):
+            with pytest.raises(ModelError, match="modules of a TorchScript network cannot be exchanged or checked"):
+                call(torch.jit.script(model))
+            with pytest.raises(ModelError, match="got ExportedProgram; give the network that was exported"):
+                call(exported)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"input_nchw": None}, "input_nchw None: expected a shape"),
+            ({"input_nchw": "abcd"}, "input_nchw 'abcd': expected a shape"),
+            ({"input_nchw": (1.5, 3, 8, 8)}, r"input_nchw \(1\.5, 3, 8, 8\): expected a shape"),
+            ({"inputs": 5}, "inputs 5: expected a shape"),
+            ({"inputs": "x"}, "inputs 'x': expected a shape"),
+        ],
+    )
+    def test_no_example(self, foreign, options, message):
+        with pytest.raises(ModelError, match=f"insert_se: {message}"):
+            insert_se(foreign, "stem", **options)
+        with pytest.raises(ModelError, match=f"check_inserted: {message}"):
+            check_inserted(foreign, **options)
+
+    @pytest.mark.parametrize("given", [5, [5], [None, "stem"]])
+    def test_no_paths(self, foreign, given):
+        with pytest.raises(InsertionError, match=r"insert_se: sites: .*: expected the path of a module or a pattern"):
+            insert_se(foreign, given, input_nchw=CHW)
+        with pytest.raises(InsertionError, match=r"remove_se: paths: .*: expected the path of a module or a pattern"):
+            remove_se(foreign, given)
+        with pytest.raises(InsertionError, match="insert_se: sites: None"):
+            insert_se(foreign, None, input_nchw=CHW)
+
 
 class TestFusedNetworks:
     def test_removal_from_a_fused_network_gives_the_baseline(self, image):

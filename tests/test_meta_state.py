@@ -1,6 +1,7 @@
 """Counting, and every other pass on fake tensors, leaves a network exactly as it was."""
 
 import functools
+import queue
 import random
 import threading
 import weakref
@@ -358,6 +359,11 @@ class _Store:
         return self.deep["grids"].setdefault(size, self.last)
 
 
+def _vector_of_thread(kept: Any, size: int) -> Tensor:
+    kept.ones = kept.ones if hasattr(kept, "ones") else torch.ones(size)
+    return kept.ones  # type: ignore[no-any-return]
+
+
 def _vector_of_attribute(size: int) -> Tensor:
     kept: Any = _vector_of_attribute
     if not hasattr(kept, "ones"):
@@ -375,10 +381,21 @@ def _vector_of_attribute(size: int) -> Tensor:
         lambda: _vector_of_keyword,
         lambda: _vector_of_attribute,
         lambda: _Store().vector,
+        lambda: functools.partial(_vector_of_thread, threading.local()),
         lambda: functools.partial(_cached_vector()),
         lambda: functools.wraps(_vector_of_default)(lambda size: _cached_vector()(size)),
     ],
-    ids=["cached", "closure", "default", "keyword default", "function attribute", "object", "partial", "wrapped"],
+    ids=[
+        "cached",
+        "closure",
+        "default",
+        "keyword default",
+        "function attribute",
+        "object",
+        "thread",
+        "partial",
+        "wrapped",
+    ],
 )
 def test_no_cache_outside_of_the_network_keeps_a_fake_tensor(make: Any, attribute: bool) -> None:
     vector = make()
@@ -437,3 +454,22 @@ def test_a_function_that_holds_the_network_runs_its_copy(way: str) -> None:
     assert type(inner.conv.weight) is nn.Parameter
     # 6 * 6 positions, 4 filters of 3 * 3 * 3.
     assert count(net, (1, 3, 6, 6)).macs.all == 36 * 4 * 27
+
+
+KEPT: "queue.SimpleQueue[Tensor]" = queue.SimpleQueue()
+
+
+class Queues(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        KEPT.put(torch.ones(x.shape[-1]))
+        out: Tensor = self.conv(x)
+        return out
+
+
+def test_a_fake_tensor_that_outlives_its_pass_cannot_be_computed_with() -> None:
+    passages(Queues(), ["conv"], (1, 3, 6, 6))
+    kept = KEPT.get_nowait()
+    with pytest.raises(RuntimeError, match="clear that cache"):
+        kept + torch.ones(6)
+    with pytest.raises(RuntimeError, match="clear that cache"):
+        torch.ones(2, 6) * kept

@@ -167,9 +167,13 @@ class FakePass:
         with _eager(), restored(self._network), _without_mkldnn(), self.mode or nullcontext():
             # The fused paths of transformers are one operator, whose parts could not be told apart.
             torch.backends.mha.set_fastpath_enabled(False)
+            if self.mode is not None:
+                self.mode.closed = False
             try:
                 yield
             finally:
+                if self.mode is not None:
+                    self.mode.closed = True
                 torch.backends.mha.set_fastpath_enabled(fast_path)
 
 

@@ -26,6 +26,10 @@ class ValueNeededError(RuntimeError):
     """What the network computes depends on the value of a tensor, which a fake tensor does not have."""
 
 
+class LeakedError(RuntimeError):
+    """A fake tensor outlived its pass, and is computed with."""
+
+
 VALUE_NEEDED = (ValueNeededError, DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -42,6 +46,8 @@ class FakeMode(FakeTensorMode):
         TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]
         # What making and entering a fake tensor reads; the rest follows in `_complete`.
         self._is_complete = False
+        # Whether its passes are over: what is left of their tensors must not be computed with.
+        self.closed = False
         self.in_kernel_invocation = False
         self.enter_stack = []
         self.allow_meta = True
@@ -179,6 +185,11 @@ class FakeMode(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.closed:
+            raise LeakedError(
+                f"{func}: one of its tensors is a fake that a counting or tracing pass of selab made, without values; "
+                "the network keeps it where a pass cannot put back what was there: clear that cache"
+            )
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
         if not isinstance(func, torch._ops.OpOverload):

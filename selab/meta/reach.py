@@ -76,7 +76,7 @@ def _following(one: Any) -> list[Any] | None:
     if isinstance(one, types.ModuleType) or not isinstance(getattr(one, "__dict__", None), dict):
         return None
     held = [*vars(one).values(), type(one)]
-    library = not is_foreign(type(one).__module__) and type(one).__module__ not in ("weakref", "types", "functools")
+    library = not is_foreign(type(one).__module__) and type(one).__module__ not in ("weakref", "types", "_thread")
     return None if library and not isinstance(one, nn.Module) else held
 
 

@@ -171,7 +171,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
         self.squeeze = Squeeze(squeeze)
         linear = PositionLinear if squeeze == "none" else nn.Linear
         self.fc1 = linear(channels, width, bias=bias)
-        self.activation = ACTIVATIONS[activation](inplace=True)
+        self.activation = ACTIVATIONS[activation]()
         self.fc2 = linear(width, channels, bias=bias)
         self.gate = GATES[gate]()
         affine = _IDENTITY_AFFINE.get(gate) if init == "identity" else None

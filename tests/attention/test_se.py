@@ -156,3 +156,20 @@ def test_without_a_squeeze_the_layers_run_at_every_position():
     torch.testing.assert_close(block(x), x * factor.sigmoid())
     # The same weights as with a squeeze: a checkpoint fits both.
     assert block.state_dict().keys() == SqueezeExcitation(6, 2).state_dict().keys()
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("hooked", ["fc1", "activation", "fc2", "gate"])
+def test_backward_hooks_on_a_layer_see_the_gradients_of_plain_pytorch(activation, hooked):
+    torch.manual_seed(0)
+    block = SqueezeExcitation(8, reduction=2, activation=activation).double()
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(block(x).square().sum(), x)
+    layer, seen, kept = getattr(block, hooked), [], []
+    layer.register_full_backward_hook(lambda _m, _grads_in, grads_out: seen.append(grads_out[0]))
+    block.fc1.register_forward_hook(lambda _m, _args, out: kept.append(out))
+    (grad,) = torch.autograd.grad(block(x).square().sum(), x)
+    torch.testing.assert_close(grad, expected)
+    assert len(seen) == 1
+    # What a forward hook keeps is the layer's output, not that of the activation after it.
+    torch.testing.assert_close(kept[0], x.mean((2, 3)) @ block.fc1.weight.T + block.fc1.bias)

@@ -42,7 +42,8 @@ from selab.kernels.dispatch import Impl, has_hooks, norm_of
 from selab.kernels.ownership import measured
 from selab.kernels.residual import ACTIVATIONS, ADD_RELU, FusedActivation, FusedJoin, formula_of
 from selab.kernels.swap import library_of, swap
-from selab.meta import Example, first_line, is_shape, passages, shapes_of
+from selab.meta import Example, are_shapes, first_line, is_shape, passages, shapes_of
+from selab.meta.fake import VALUE_NEEDED
 from selab.records.display import Displayed
 
 
@@ -175,7 +176,11 @@ def fuse(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"selab.fuse: expected a torch.nn.Module, got {type(model).__name__}")
-    example = _example(input_nchw if inputs is None else inputs)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "selab.fuse: the modules of a TorchScript network cannot be fused; fuse before torch.jit.script"
+        )
+    example = _example(input_nchw, "input_nchw") if inputs is None else _example(inputs, "inputs")
     reason = "" if measured() else "this interpreter's reference counts do not show who holds a feature map"
     defers = in_place and not reason
     absorbed = _absorb(model, defers and blocks)
@@ -215,24 +220,27 @@ def fuse(
     )
 
 
-def _example(example: Example) -> Example:
+def _example(example: Example, name: str) -> Example:
     """Return an example input; raise ModelError if it is neither a shape nor a tensor, nor arguments with tensors."""
     if isinstance(example, (Tensor, Mapping)):
         return example
     if isinstance(example, (tuple, list)):
         if len(example) == 4 and all(isinstance(size, int) and size > 0 for size in example):
             return example
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(example)):
+        if are_shapes(example) or any(isinstance(leaf, Tensor) for leaf in tree_leaves(example)):
             return example
     raise ModelError(
-        f"selab.fuse: input_nchw {example!r}: expected four sizes (N, C, H, W), such as (1, 3, 224, 224); any other "
+        f"selab.fuse: {name} {example!r}: expected four sizes (N, C, H, W), such as (1, 3, 224, 224); any other "
         "example is a tensor, a tuple of arguments or a dict of keyword arguments, as inputs="
     )
 
 
 def _failed(model: nn.Module, example: Example, error: Exception) -> str:
     """Return why the trace failed, and how the network can be traced after all."""
-    shape = example if is_shape(example) else shapes_of(example)
+    causes = (error, error.__cause__, error.__context__)
+    if any(isinstance(one, VALUE_NEEDED) for one in causes):
+        return f"the network cannot be traced without values: {first_line(error)}"
+    shape = example if is_shape(example) or are_shapes(example) else shapes_of(example)
     reason = f"the network fails on the meta device with an input of shape {shape}: {first_line(error)}; "
     reason += "give the shape of its input as input_nchw=(N, C, H, W), or other arguments as inputs="
     part = next((name for name in ("backbone", "encoder", "features", "body") if name in model._modules), None)

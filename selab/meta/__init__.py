@@ -55,6 +55,15 @@ def is_shape(example: Example) -> bool:
     )
 
 
+def are_shapes(example: Example) -> bool:
+    """Return whether an example is a tuple or list of the shapes of several inputs."""
+    return (
+        isinstance(example, (tuple, list))
+        and len(example) > 0
+        and all(isinstance(one, (tuple, list)) and len(one) > 1 and is_shape(one) for one in example)
+    )
+
+
 def example_arguments(
     model: nn.Module, example: Example, *, device: torch.device | str | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,6 +93,8 @@ def example_arguments(
             raise ModelError(
                 f"no input of shape {tuple(example)}: {reason}; pass the input that the network expects"
             ) from error
+    if are_shapes(example):
+        return tuple(example_arguments(model, one, device=device)[0][0] for one in example), {}
     return tuple(_moved(value, device) for value in example), {}
 
 
@@ -145,7 +156,9 @@ class FakePass:
         self.mode: FakeMode | None = FakeMode()
         self._network = model
         self.model: nn.Module = Copier(self.mode.fake)(model)
-        args, kwargs = example_arguments(model, example, device="meta" if is_shape(example) else None)
+        args, kwargs = example_arguments(
+            model, example, device="meta" if is_shape(example) or are_shapes(example) else None
+        )
         device = next((p.device for p in model.parameters() if p.is_floating_point()), torch.device("cpu"))
 
         fake_of = self.mode.fake
@@ -309,9 +322,14 @@ def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mappin
         step = "; give the shape that the network expects (input_nchw, --resolution)" if blames_input(error) else ""
         if isinstance(error, TypeError) and "missing" in str(error):
             step = "; give every input that the network takes (inputs=, --input)"
-        raise ModelError(
-            f"{type(model).__name__}: forward fails with an input of shape {given}: {reason_of(error)}{step}"
-        ) from error
+        if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+            step = "; name the inputs as the network's forward does (inputs=)"
+        if isinstance(error, VALUE_NEEDED):
+            step = "; a pass without values cannot follow it, whatever the input"
+        what = f"an input of shape {given}" if given else "an example without tensors"
+        if not given:
+            step = "; give a shape (N, C, H, W) as input_nchw=, or tensors as inputs="
+        raise ModelError(f"{type(model).__name__}: forward fails with {what}: {reason_of(error)}{step}") from error
     return seen
 
 

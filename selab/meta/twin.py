@@ -128,6 +128,9 @@ class Copier:
         hooks = {name: own.pop(name) for name in _HOOKS if name in own and not own[name]}
         made.__dict__.update(self._items(own))
         made.__dict__.update({name: OrderedDict() for name in hooks})
+        if isinstance(made, _Passing):
+            # torch.compile's wrapper asks the module inside.
+            made.__dict__.setdefault("training", value.training)
         slots: list[str] = _slots(kind)  # type: ignore[arg-type]
         for slot in slots:
             if hasattr(value, slot):

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from selab.attention.auto_sites import block_ends
 from selab.attention.insert import insert_se
 from selab.attention.inserted import check_inserted
+from selab.cost.count import count
 from selab.errors import ModelError
 from selab.fusion.fuse import fuse
 from selab.meta import passages
@@ -48,6 +50,11 @@ def test_several_inputs_are_given_by_their_shapes() -> None:
 def test_the_message_names_what_is_wrong_with_the_example(example: object, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         passages(TwoInputs(), ["conv"], example)  # type: ignore[arg-type]
+    if not example:
+        with pytest.raises(ModelError, match="without tensors"):
+            count(TwoInputs(), example)  # type: ignore[arg-type]
+        with pytest.raises(ModelError, match="without tensors"):
+            block_ends(TwoInputs(), example)  # type: ignore[arg-type]
 
 
 def test_a_network_steered_by_values_does_not_blame_its_input() -> None:

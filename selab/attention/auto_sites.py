@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from selab.attention.dataflow import DataflowTrace
 from selab.attention.site_finder import BlockEnd, Ends, Finder
 from selab.errors import InsertionError, ModelError
-from selab.meta import Example, FakePass, evaluating, first_line, is_shape, passages, shapes_of
+from selab.meta import Example, FakePass, described, evaluating, first_line, is_shape, passages
 
 __all__ = ["BlockEnd", "Ends", "block_ends", "trace_ends"]
 
@@ -73,7 +73,7 @@ def trace_ends(model: nn.Module, example: Example) -> Ends:
             trace.run()
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__}: forward fails with an input of shape {shapes_of((fakes.args, fakes.kwargs))}: "
+            f"{type(model).__name__}: forward fails with {described((fakes.args, fakes.kwargs))}: "
             f"{first_line(error)}; give the shape that the network expects (input_nchw, --input)"
         ) from error
     return _without_tokens(model, example, Finder(trace).ends())

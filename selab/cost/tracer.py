@@ -27,10 +27,10 @@ from selab.meta import (
     RealPass,
     as_written,
     blames_input,
+    described,
     evaluating,
     reason_of,
     set_mode,
-    shapes_of,
 )
 from selab.meta.fake import VALUE_NEEDED
 from selab.records.types import Frozen
@@ -544,15 +544,14 @@ def op_trace(
         # A counting rule of the user's own; the input is not to blame.
         raise
     except Exception as error:
-        given = shapes_of((fakes.args, fakes.kwargs))
+        given = described((fakes.args, fakes.kwargs))
         step = ""
         if isinstance(error, VALUE_NEEDED):
             step = '; count on real tensors (on="cpu", --on cpu)'
         elif blames_input(error):
             step = "; pass the input that the network expects"
         raise ModelError(
-            f"{type(model).__name__}: counting fails in {tracer.where} with an input of shape {given}: "
-            f"{reason_of(error)}{step}"
+            f"{type(model).__name__}: counting fails in {tracer.where} with {given}: {reason_of(error)}{step}"
         ) from error
     return OpTrace(
         operations=tuple(tracer.operations),

@@ -111,6 +111,12 @@ def shapes_of(values: object) -> str:
     return ", ".join(str(tuple(x.shape)) for x in tree_leaves(values) if isinstance(x, Tensor))
 
 
+def described(values: object) -> str:
+    """Return what arguments are, for messages: `an input of shape (1, 3, 8, 8)`."""
+    shapes = shapes_of(values)
+    return f"an input of shape {shapes}" if shapes else "an example without tensors"
+
+
 _ABOUT_INPUT = re.compile(
     r"shape|\bsize|dimension|\bdim\b|channel|dtype|\btype|argument|out of range|must match|expected|\binput",
     re.IGNORECASE,
@@ -326,7 +332,7 @@ def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mappin
             step = "; name the inputs as the network's forward does (inputs=)"
         if isinstance(error, VALUE_NEEDED):
             step = "; a pass without values cannot follow it, whatever the input"
-        what = f"an input of shape {given}" if given else "an example without tensors"
+        what = described((fakes.args, fakes.kwargs))
         if not given:
             step = "; give a shape (N, C, H, W) as input_nchw=, or tensors as inputs="
         raise ModelError(f"{type(model).__name__}: forward fails with {what}: {reason_of(error)}{step}") from error

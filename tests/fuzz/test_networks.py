@@ -105,6 +105,13 @@ def sites(model):
     ]
 
 
+def some_sites(model, seed, *, most):
+    found = sites(model)
+    chosen = random.Random(seed).sample(found, min(len(found), most))
+    note(f"sites {chosen}")
+    return chosen
+
+
 def trains(description):
     """Return whether PyTorch has gradients of the network: it has none where a map that they need is overwritten."""
     try:
@@ -155,11 +162,9 @@ def test_count_agrees_with_torch_and_changes_nothing(description):
 def test_inserted_blocks_gate_their_sites_and_leave_with_no_trace(description, seed):
     model, x = network(description), example()
     expected, before, keys = run(model, x, taps=True), everything(model), list(model.state_dict())
-    found = sites(model)
-    chosen = random.Random(seed).sample(found, min(len(found), 3))
+    chosen = some_sites(model, seed, most=3)
     if not chosen:
         return
-    note(f"sites {chosen}")
     same = network(description)
     selab.insert_se(same, chosen, input_nchw=SIZE, reduction=2, init="identity")
     close(run(same, x, taps=True), expected, "identity")
@@ -223,9 +228,7 @@ def by_hooks(plain, gated, chosen, x):
 def test_fused_networks_compute_the_same_on_every_path(description, seed):
     model, x = network(description), example()
     bare = run(model, x, taps=True)
-    found = sites(model)
-    chosen = random.Random(seed).sample(found, min(len(found), 3))
-    note(f"sites {chosen}")
+    chosen = some_sites(model, seed, most=3)
     if chosen:
         selab.insert_se(model, chosen, input_nchw=SIZE, reduction=2)
         randomise(model)
@@ -267,9 +270,7 @@ def test_fused_networks_compute_the_same_on_every_path(description, seed):
 @given(description=descriptions, seed=st.integers(0, 9), fuse=st.booleans())
 def test_exported_networks_compute_the_same(description, seed, fuse):
     model, x = network(description), example()
-    found = sites(model)
-    chosen = random.Random(seed).sample(found, min(len(found), 2))
-    note(f"sites {chosen}")
+    chosen = some_sites(model, seed, most=2)
     if chosen:
         selab.insert_se(model, chosen, input_nchw=SIZE, reduction=2)
         randomise(model)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selab.attention.config import Init
-from selab.errors import InsertionError
+from selab.errors import InsertionError, ModelError
 
 
 class Attention(nn.Module, ABC):
@@ -53,6 +53,48 @@ class Attention(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Return the widths, for printing."""
         return str(self.channels) + ("" if self.squeeze_channels is None else f" → {self.squeeze_channels}")
+
+
+class MapBlock(Attention):
+    """Base class of the blocks that also take one image without a batch dimension, as torch's convolutions do.
+
+    Shapes: (N, C, H, W) → (N, C, H, W), or (C, H, W) → (C, H, W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) or (C, H, W) → the same shape.
+
+        Raises:
+            ModelError: any other shape.
+        """
+        # The proxy of a symbolic trace has no dimensions.
+        if isinstance(x, Tensor) and x.dim() != 4:
+            return self._gated(batch_of_one(x, self.channels)).squeeze(0)
+        return self._gated(x)
+
+    @abstractmethod
+    def _gated(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+
+
+def batch_of_one(x: Tensor, channels: int) -> Tensor:
+    """Return the feature map of one image as a batch: (C, H, W) → (1, C, H, W).
+
+    Means over the wrong dimensions of another tensor, such as (N, C, D, H, W), would gate it without an error.
+
+    Args:
+        x: not (N, C, H, W).
+        channels: C.
+
+    Raises:
+        ModelError: x is not (C, H, W) with that many channels.
+    """
+    if x.dim() != 3 or x.shape[0] != channels:
+        raise ModelError(
+            f"attention block of {channels} channels: expected a feature map (N, {channels}, H, W) or "
+            f"({channels}, H, W), got the shape {list(x.shape)}; reshape it, or move the block to another place"
+        )
+    return x.unsqueeze(0)
 
 
 class Gate(nn.Module):

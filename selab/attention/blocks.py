@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.attention.base import Attention, Gate, initialise_layers, odd_kernel_size, reduced
+from selab.attention.base import Gate, MapBlock, initialise_layers, odd_kernel_size, reduced
 from selab.attention.config import Init
 from selab.errors import InsertionError
 
 
-class ECA(Attention):
+class ECA(MapBlock):
     """x * sigmoid(conv1d(mean(x))), the convolution going across neighbouring channels: Efficient Channel Attention.
 
-    Shapes: input and output (N, C, H, W); the convolution runs on (N, 1, C).
+    Shapes: input and output (N, C, H, W) or (C, H, W); the convolution runs on (N, 1, C).
 
     `he` draws the weights by He; the convolution has no bias.
 
@@ -51,20 +51,19 @@ class ECA(Attention):
         """Return the MACs of squeeze, convolution, gate and scale."""
         return 2 * self.channels * height * width + (self.conv.kernel_size[0] + self.gate.macs) * self.channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+    def _gated(self, x: Tensor) -> Tensor:
         gate: Tensor = self.gate(self.conv(x.mean((2, 3))[:, None]))
         return x * gate[:, 0, :, None, None]
 
 
-class CBAM(Attention):
+class CBAM(MapBlock):
     """y = x * sigmoid(mlp(mean(x)) + mlp(max(x))), then y * sigmoid(bn(conv([max(y), mean(y)]))).
 
     The Convolutional Block Attention Module: a gate per channel from mean and maximum over the positions, then a
     gate per position from maximum and mean over the channels.
 
-    Shapes: input and output (N, C, H, W); between the two layers of the mlp (N, squeeze_channels); the convolution
-    takes (N, 2, H, W) to (N, 1, H, W).
+    Shapes: input and output (N, C, H, W) or (C, H, W); between the two layers of the mlp (N, squeeze_channels); the
+    convolution takes (N, 2, H, W) to (N, 1, H, W).
 
     `he` draws the weights by He with zero biases. The scale of the batch normalisation starts at zero, as in the
     authors' release, so that all positions start alike and the convolution follows from the second step on.
@@ -101,8 +100,7 @@ class CBAM(Attention):
         per_position = 6 * self.channels + self.conv.weight.numel() + 1 + self.gate.macs
         return 2 * mlp + (1 + self.gate.macs) * self.channels + per_position * height * width
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+    def _gated(self, x: Tensor) -> Tensor:
         from_mean = self.fc2(F.relu(self.fc1(x.mean((2, 3)))))
         from_max = self.fc2(F.relu(self.fc1(x.amax((2, 3)))))
         x = x * self.gate(from_mean + from_max)[:, :, None, None]
@@ -111,12 +109,12 @@ class CBAM(Attention):
         return x * positions
 
 
-class CoordinateAttention(Attention):
+class CoordinateAttention(MapBlock):
     """x * sigmoid(conv_w(z's columns)) * sigmoid(conv_h(z's rows)), with z = hardswish(bn(conv1([rows, columns]))).
 
     For each channel a gate per row and a gate per column, all from the means of the rows and of the columns.
 
-    Shapes: input and output (N, C, H, W); squeezed (N, C, H + W, 1); z (N, squeeze_channels, H + W, 1).
+    Shapes: input and output (N, C, H, W) or (C, H, W); squeezed (N, C, H + W, 1); z (N, squeeze_channels, H + W, 1).
 
     `he` draws the weights by He with zero biases. The parameters have the names of the authors' release.
 
@@ -151,8 +149,7 @@ class CoordinateAttention(Attention):
         per_line = 2 * (self.channels + 1) * self.squeeze_channels + self.gate.macs * self.channels
         return 4 * self.channels * height * width + per_line * (height + width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+    def _gated(self, x: Tensor) -> Tensor:
         squeezed = torch.cat((x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)), 2)
         z = F.hardswish(self.bn1(self.conv1(squeezed)))
         height = x.shape[2]
@@ -161,10 +158,10 @@ class CoordinateAttention(Attention):
         return x * columns * rows
 
 
-class SSE(Attention):
+class SSE(MapBlock):
     """x * sigmoid(conv(x)), one factor per position from a 1x1 convolution to one channel: spatial SE.
 
-    Shapes: input and output (N, C, H, W); the factors (N, 1, H, W).
+    Shapes: input and output (N, C, H, W) or (C, H, W); the factors (N, 1, H, W).
 
     `he` draws the weights by He with zero bias.
 
@@ -185,17 +182,16 @@ class SSE(Attention):
         """Return the MACs of convolution, gate and scale."""
         return (2 * self.channels + self.gate.macs) * height * width
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+    def _gated(self, x: Tensor) -> Tensor:
         gate: Tensor = self.gate(self.conv(x))
         return x * gate
 
 
-class SCSE(Attention):
+class SCSE(MapBlock):
     """x * (sigmoid(fc2(relu(fc1(mean(x))))) + sigmoid(conv(x))): concurrent spatial and channel SE.
 
-    Shapes: input and output (N, C, H, W); between the two layers (N, squeeze_channels); the factors (N, C, 1, 1) and
-    (N, 1, H, W).
+    Shapes: input and output (N, C, H, W) or (C, H, W); between the two layers (N, squeeze_channels); the factors
+    (N, C, 1, 1) and (N, 1, H, W).
 
     `he` draws the weights by He with zero biases. Two gates at one half add up to one, so `identity` stretches nothing.
 
@@ -227,18 +223,18 @@ class SCSE(Attention):
         per_channel = 2 * self.channels * self.squeeze_channels + self.squeeze_channels + self.channels
         return per_channel + (4 * self.channels + 1) * height * width
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+    def _gated(self, x: Tensor) -> Tensor:
         channel = self.fc2(F.relu(self.fc1(x.mean((2, 3))))).sigmoid()[:, :, None, None]
         # Add the gates before scaling: half of the smallest number, twice, would be zero.
         gate: Tensor = channel + self.conv(x).sigmoid()
         return x * gate
 
 
-class GatherExcite(Attention):
+class GatherExcite(MapBlock):
     """x * upsample(sigmoid(average pooling of x)): Gather-Excite without parameters, the paper's GE-θ⁻.
 
-    Shapes: input and output (N, C, H, W); gathered (N, C, ceil(H / extent), ceil(W / extent)), or (N, C, 1, 1).
+    Shapes: input and output (N, C, H, W) or (C, H, W); gathered (N, C, ceil(H / extent), ceil(W / extent)), or
+    (N, C, 1, 1).
 
     There are no parameters, so the block cannot start as the identity.
 
@@ -272,8 +268,7 @@ class GatherExcite(Attention):
         gathered = -(-height // self.extent) * -(-width // self.extent)
         return (((2 * self.extent - 1) ** 2 + 1) * gathered + height * width) * self.channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+    def _gated(self, x: Tensor) -> Tensor:
         if self.extent == 0:
             return x * x.mean((2, 3), keepdim=True).sigmoid()
         size, reach = 2 * self.extent - 1, self.extent - 1
@@ -285,10 +280,10 @@ class GatherExcite(Attention):
         return f"{self.channels}, extent={self.extent}"
 
 
-class ESE(Attention):
+class ESE(MapBlock):
     """x * hardsigmoid(fc(mean(x))): effective SE, one layer from C to C, without a bottleneck.
 
-    Shapes: input and output (N, C, H, W); squeezed (N, C).
+    Shapes: input and output (N, C, H, W) or (C, H, W); squeezed (N, C).
 
     `he` draws the weights by He, as the authors' release does, with zero biases.
 
@@ -310,7 +305,6 @@ class ESE(Attention):
         """Return the MACs of squeeze, layer, gate and scale."""
         return (self.channels + self.gate.macs + 2 * height * width) * self.channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+    def _gated(self, x: Tensor) -> Tensor:
         gate: Tensor = self.gate(self.fc(x.mean((2, 3))))
         return x * gate[:, :, None, None]

@@ -55,7 +55,8 @@ class GatedSite(nn.Module):
     The state dict has the inner module's keys without `inner.`, and the block's keys under the block's name. So
     `named_modules` and `named_parameters` list `bn.inner` and `bn.inner.weight`, where `state_dict` has `bn.weight`.
 
-    Shapes: the gated tensor is (N, C, H, W), or (N, H, W, C) with `channels_last`.
+    Shapes: the gated tensor is (N, C, H, W), or (N, H, W, C) with `channels_last`; or one
+    image of it, without N.
 
     Args:
         inner: the site's own module.
@@ -95,7 +96,7 @@ class GatedSite(nn.Module):
     def _gated(self, x: Tensor) -> Tensor:
         block: Any = self._modules[self._block_name]
         if self._channels_last:
-            last: Tensor = block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            last: Tensor = block(x.movedim(-1, -3)).movedim(-3, -1)
             return last
         out: Tensor = block(x)
         return out

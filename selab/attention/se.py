@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.attention.base import Attention
+from selab.attention.base import Attention, batch_of_one
 from selab.attention.config import Init
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
@@ -101,8 +101,8 @@ class Squeeze(nn.Module):
 class SqueezeExcitation(CachedDispatch, Attention):
     """x * gate(fc2(relu(fc1(squeeze(x))))), one factor per channel.
 
-    Shapes: input and output (N, C, H, W); squeezed (N, C); between the layers (N, squeeze_channels). With squeeze
-    `none` there is a factor per position, and the same layers run as 1x1 convolutions over the feature map.
+    Shapes: input and output (N, C, H, W) or (C, H, W); squeezed (N, C); between the layers (N, squeeze_channels). With
+    squeeze `none` there is a factor per position, and the same layers run as 1x1 convolutions over the feature map.
 
     With `init="he"` the layers start as in the paper. With `init="identity"` the block starts as the identity, bit for
     bit, and still learns. The second layer starts at zero, and the gate is rescaled so that it is one there with a
@@ -233,15 +233,22 @@ class SqueezeExcitation(CachedDispatch, Attention):
         return factor if dtype is None else factor.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
+        """(N, C, H, W) or (C, H, W) → the same shape.
+
+        Raises:
+            ModelError: any other shape, or the implementation that `impl` names cannot run here.
+        """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._scripted(x)
+            return self._scripted(x) if x.dim() == 4 else self._scripted(batch_of_one(x, self.channels)).squeeze(0)
         else:  # noqa: RET505 - the compiler skips this branch, not what follows the statement
             compiling = torch.compiler.is_compiling()
             references = 0 if compiling else getrefcount(x)
             out = self.replay(x, references=references)
             if out is not None:
                 return out
+            # The proxy of a symbolic trace has no dimensions.
+            if isinstance(x, Tensor) and x.dim() != 4:
+                return self.forward(batch_of_one(x, self.channels)).squeeze(0)
             arrival = None if compiling else Arrival(self, sys._getframe(1), references)
             relu = consume_relu(x)
             gated = self.fused(x, arrival=arrival, relu=relu)
@@ -310,9 +317,11 @@ class SqueezeExcitation(CachedDispatch, Attention):
         """Return the implementation that these tensors would take now, and the reason against a faster one (or empty).
 
         Args:
-            x: (N, C, H, W).
+            x: (N, C, H, W) or (C, H, W).
             shortcut: as in `fused`.
         """
+        if x.dim() != 4:
+            x = batch_of_one(x, self.channels)
         reason = "requested" if self.impl == "reference" else self.refuses()
         return ("reference", reason) if reason else self._choose(x, shortcut, self._params())
 
@@ -389,7 +398,7 @@ class GatedJoin(nn.Module):
     `edge="branch"`: inner(se(branch), shortcut), the paper's standard block. `edge="shortcut"`: inner(branch,
     se(shortcut)), its SE-Identity. `edge="output"`: se(inner(branch, shortcut)), its SE-POST.
 
-    Shapes: both inputs and the output (N, C, H, W).
+    Shapes: both inputs and the output (N, C, H, W) or (C, H, W).
 
     Source: arXiv 1709.01507, Fig. 3 and Fig. 5.
     """
@@ -401,7 +410,7 @@ class GatedJoin(nn.Module):
         self.edge = edge
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """(N, C, H, W) twice → (N, C, H, W)."""
+        """(N, C, H, W) or (C, H, W) twice → the same shape."""
         if self.edge == "branch":
             references = 0 if torch.compiler.is_compiling() else getrefcount(branch)
             joined = self._in_one(branch, shortcut, references)
@@ -420,6 +429,8 @@ class GatedJoin(nn.Module):
         outer, se = modules["inner"], modules["se"]
         inner = outer.inner if type(outer) is FusedJoin else outer
         if not isinstance(se, SqueezeExcitation) or se.impl == "reference":
+            return None
+        if isinstance(branch, Tensor) and branch.dim() != 4:
             return None
         if not torch.compiler.is_compiling() and has_hooks(outer, inner, se):
             return None

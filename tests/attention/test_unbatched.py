@@ -1,0 +1,188 @@
+"""Blocks on the feature map of one image, (C, H, W): as on a batch of one; every other shape is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import selab
+from selab.attention.base import Attention
+from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttention, GatherExcite
+from selab.attention.config import BUILT_IN
+from selab.attention.gated_site import gated_site
+from selab.attention.se import GatedJoin, SqueezeExcitation
+from selab.errors import ModelError
+
+C, H, W = 8, 5, 6
+MAKERS = {
+    **{
+        f"se {impl}": lambda impl=impl: SqueezeExcitation(C, 4, impl=impl)
+        for impl in ("auto", "reference", "torch", "operator")
+    },
+    "se max": lambda: SqueezeExcitation(C, 4, squeeze="max"),
+    "se none": lambda: SqueezeExcitation(C, 4, squeeze="none"),
+    "se identity": lambda: SqueezeExcitation(C, 4, init="identity"),
+    "eca": lambda: ECA(C),
+    "cbam": lambda: CBAM(C, reduction=4),
+    "coordinate": lambda: CoordinateAttention(C),
+    "scse": lambda: SCSE(C),
+    "sse": lambda: SSE(C),
+    "gather_excite": lambda: GatherExcite(C),
+    "gather_excite 2": lambda: GatherExcite(C, extent=2),
+    "ese": lambda: ESE(C),
+}
+ALL = pytest.mark.parametrize("name", list(MAKERS))
+
+
+def made(name):
+    torch.manual_seed(0)
+    block = MAKERS[name]().eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.5)
+    return block
+
+
+def image(*size, seed=1):
+    return torch.randn(size or (C, H, W), generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_block_is_tried():
+    assert {name.split()[0] for name in MAKERS} == BUILT_IN
+
+
+@ALL
+@pytest.mark.parametrize("size", [(C, H, W), (C, C, C), (C, 1, 1)])
+def test_one_image_is_gated_as_a_batch_of_one(name, size):
+    block, x = made(name), image(*size)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            out = block(x)
+            assert out.shape == x.shape
+            torch.testing.assert_close(out, block(x[None])[0], rtol=0, atol=0)
+            # Also where the call for a batch of one is cached.
+            torch.testing.assert_close(block(x), out, rtol=0, atol=0)
+
+
+@ALL
+def test_gradients_of_one_image(name):
+    block = made(name).double()
+    grads = []
+    for batched in (False, True):
+        x = image().double().requires_grad_()
+        out = block(x[None])[0] if batched else block(x)
+        out.square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in block.parameters())])
+        block.zero_grad()
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@ALL
+def test_the_input_is_kept(name):
+    block, x = made(name), image()
+    before = x.clone()
+    with torch.no_grad():
+        block(x)
+    assert torch.equal(x, before)
+
+
+@ALL
+@pytest.mark.parametrize("size", [(C,), (H, W), (C + 1, H, W), (2, C, 3, H, W), (C, C, C, C, C), ()])
+def test_other_shapes_are_refused_in_one_line(name, size):
+    """Many of them would be gated by means over the wrong dimensions."""
+    block, x = made(name), torch.ones(size)
+    with pytest.raises(ModelError, match=r"expected a feature map \(N, 8, H, W\) or \(8, H, W\)") as raised:
+        block(x)
+    assert str(list(size)) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@ALL
+def test_as_vmap_script_trace_and_fx_call_it(name):
+    block, x = made(name), image(3, C, H, W)
+    with torch.no_grad():
+        expected = block(x)
+        near = {"rtol": 1e-5, "atol": 1e-6}
+        # An implementation that is asked for by name is refused where the operations are traced.
+        by_name = name in ("se torch", "se operator")
+        if not by_name:
+            torch.testing.assert_close(torch.func.vmap(block)(x), expected, **near)
+        scripted = torch.jit.script(block)
+        torch.testing.assert_close(scripted(x), expected, **near)
+        torch.testing.assert_close(scripted(x[0]), expected[0], **near)
+        if not by_name:
+            torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), expected, **near)
+
+
+@pytest.mark.parametrize("name", ["se auto", "eca", "cbam", "gather_excite 2"])
+def test_compiled_whole(name):
+    torch._dynamo.reset()
+    block, x = made(name), image()
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), block(x))
+    torch.testing.assert_close(compiled(x[None]), block(x[None]))
+
+
+def test_runtime_names_the_implementation_of_a_batch_of_one():
+    block = made("se auto")
+    assert block.runtime(image()) == block.runtime(image(1, C, H, W))
+
+
+class Add(nn.Module):
+    formula = "relu(branch + shortcut)"
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, branch, shortcut):
+        return self.relu(branch + shortcut)
+
+
+@pytest.mark.parametrize("edge", ["branch", "shortcut", "output"])
+@pytest.mark.parametrize("name", ["se auto", "se torch", "eca"])
+def test_joins(name, edge):
+    join = GatedJoin(Add(), made(name), edge)
+    branch, shortcut = image(), image(seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(join(branch, shortcut), join(branch[None], shortcut[None])[0])
+
+
+def test_a_site_with_channels_last():
+    """(H, W, C) of one image."""
+    norm = nn.LayerNorm(C)
+    site = gated_site(norm, made("se auto"), "output", one_tensor=True, channels_last=True)
+    x = image(2, H, W, C)
+    out = site(x)
+    torch.testing.assert_close(out, site.se(norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    torch.testing.assert_close(site(x[0]), out[0])
+
+
+@pytest.mark.parametrize("block", sorted(BUILT_IN))
+def test_a_network_with_blocks_takes_one_image(block):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1)
+    ).eval()
+    selab.insert_se(
+        net, ["1", "2"], input_nchw=(1, 3, 9, 9), block=block, **({"reduction": 4} if block == "se" else {})
+    )
+    x = image(3, 9, 9)
+    with torch.no_grad():
+        expected = net(x[None])[0]
+        torch.testing.assert_close(net(x), expected)
+        selab.fuse(net, input_nchw=(1, 3, 9, 9))
+        for _ in range(2):
+            torch.testing.assert_close(net(x), expected)
+            torch.testing.assert_close(net(x[None])[0], expected)
+
+
+def test_a_block_of_your_own_decides_itself():
+    class Own(Attention):
+        def macs(self, height, width):
+            return 0
+
+        def forward(self, x):
+            return x + x.dim()
+
+    assert torch.equal(Own(C)(torch.zeros(C, 2)), torch.full((C, 2), 2.0))

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from selab._version import __version__
 from selab.attention import user_code
-from selab.cli import faults, streams
+from selab.cli import faults, streams, usage
 from selab.cli.checks import check, diff
 from selab.cli.console import StoppedError, print_error, tell_code
 from selab.cli.measure import profile, roofline, show_machine, tax, timeline
@@ -25,20 +25,21 @@ from selab.cli.training import compare, evaluate, train
 from selab.cli.weights import weights_app
 from selab.errors import SelabError
 
-# typer may bring its own copy of click; this is the base class of wrong usage in it.
-_Usage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class _Commands(TyperGroup):
     """The commands; what a user's network raises cannot be taken for an answer of the command line."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> None:
         try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, _Usage, SelabError, KeyboardInterrupt, BrokenPipeError):
+            super().invoke(ctx)
+        except (typer.Exit, typer.Abort, usage.UsageError, SelabError, KeyboardInterrupt, BrokenPipeError):
             raise
         except BaseException as error:
+            if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+                # rich ends the program where the reader of a table has gone.
+                raise error.__context__ from None
             raise faults.FaultError(faults.line_of(error)) from error
 
 
@@ -81,12 +82,20 @@ def main() -> None:
 def _status(signals: Signals, *, debug: bool) -> int | str | None:
     """Run the command line; return what to exit with, after the line of an error."""
     try:
-        app()
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
+        # Of `typer.Exit` this returns the status; a command itself returns nothing.
+        status: object = app(prog_name="selab", standalone_mode=False)
+        if status == INTERRUPTED:
             print_error("interrupted")
             return signals.status
+        return status if isinstance(status, int) else 0
+    except SystemExit as end:
         return end.code
+    except usage.UsageError as error:
+        if debug:
+            faults.print_traceback(error)
+        if not usage.is_help(error):
+            print_error(usage.line_of(error))
+        return usage.STATUS
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; the interpreter must not complain about it at exit.
         streams.drop()
@@ -104,7 +113,6 @@ def _status(signals: Signals, *, debug: bool) -> int | str | None:
         print_error(faults.line_of(error))
         stopped = error.signal if isinstance(error, SelabError) else None
         return 1 if stopped is None else 128 + stopped
-    return 0
 
 
 @contextmanager
@@ -210,9 +218,12 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
 }
 for _group, _members in _COMMANDS.items():
     for _name, (_command, _epilog) in _members.items():
-        app.command(_name, rich_help_panel=_group, epilog=_epilog)(_command)
+        app.command(_name, cls=usage.Command, rich_help_panel=_group, epilog=_epilog)(_command)
 # What other tools call it.
-app.command("doctor", hidden=True, rich_help_panel="Inspect", epilog=examples("selab machine"))(show_machine)
+_doctor = app.command(
+    "doctor", cls=usage.Command, hidden=True, rich_help_panel="Inspect", epilog=examples("selab machine")
+)
+_doctor(show_machine)
 app.add_typer(new_app, name="new", rich_help_panel="Networks")
 app.add_typer(weights_app, name="weights", rich_help_panel="Networks")
 

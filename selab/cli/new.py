@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from selab.cli.options import OUTPUT, examples, option
+from selab.cli.usage import Command
 from selab.errors import SpecError
 
 new_app = typer.Typer(
@@ -147,7 +148,7 @@ class {title}(Attention):
 '''
 
 
-@new_app.command("family")
+@new_app.command("family", cls=Command)
 def new_family(name: Name, out: Out = Path(), replace: Replace = False) -> None:
     """Write NAME.toml and NAME.py: a small network with and without SE, ready to be counted and measured.
 
@@ -159,7 +160,7 @@ def new_family(name: Name, out: Out = Path(), replace: Replace = False) -> None:
     typer.echo(f"next: selab count --arch {out / name}.toml:se_{name}")
 
 
-@new_app.command("block")
+@new_app.command("block", cls=Command)
 def new_block(name: Name, out: Out = Path(), replace: Replace = False) -> None:
     """Write NAME.py: an attention block, ready for --se block=NAME.py:Class.
 

@@ -7,6 +7,7 @@ import typer
 
 from selab.cli.console import check_outputs, print_note, print_tables, write_json
 from selab.cli.options import OUTPUT, WHAT, Ema, Format, Json, Replace, examples, option
+from selab.cli.usage import Command
 
 weights_app = typer.Typer(
     help="Convert trained weights of other libraries.",
@@ -16,7 +17,7 @@ weights_app = typer.Typer(
 )
 
 
-@weights_app.command("list", epilog=examples("selab weights list"))
+@weights_app.command("list", cls=Command, epilog=examples("selab weights list"))
 def weights_list(json_to: Json = None, look: Format = "rich") -> None:
     """List the networks whose weights can be converted."""
     from selab.models import key_maps
@@ -33,6 +34,7 @@ def weights_list(json_to: Json = None, look: Format = "rich") -> None:
 
 @weights_app.command(
     "convert",
+    cls=Command,
     epilog=examples("selab weights convert in.pth out.safetensors --from timm --arch mobilenet_v2"),
 )
 def weights_convert(

@@ -170,10 +170,10 @@ class TestChanges:
         assert status == 1
         assert re.search(message, one_line(error)), error
 
-    def test_an_input_that_is_none(self, selab):
+    def test_an_input_that_is_none(self, selab, one_line):
         status, _, error = selab("count", "--arch", "resnet18", "--input", "3x224")
         assert status == 2
-        assert "is not CxHxW" in " ".join(error.split())
+        assert "is not CxHxW" in one_line(error)
 
 
 class TestAnybodysNetwork:
@@ -275,10 +275,10 @@ class TestOptionsThatDoNothing:
             (["count", "--all", "--arch", "resnet50"], "cannot be combined with --arch"),
         ],
     )
-    def test_are_refused(self, selab, words, message):
+    def test_are_refused(self, selab, words, message, one_line):
         status, _, error = selab(*words)
         assert status == 2
-        assert message in " ".join(error.replace("│", " ").split())
+        assert message in one_line(error)
 
     def test_a_callable_s_name_is_no_emoji(self, selab, tmp_path, one_line):
         path = tmp_path / "bad.py"

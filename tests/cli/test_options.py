@@ -103,11 +103,11 @@ def test_the_two_spellings_of_a_memory_format_are_one():
         (["show", "se_small_cnn", "--batch", 2], "--batch: is a workload of --runtime"),
     ],
 )
-def test_options_that_mean_nothing_are_refused_in_one_clear_line(selab, words, message):
+def test_options_that_mean_nothing_are_refused_in_one_clear_line(selab, words, message, one_line):
     arch = [] if words[0] in ("check", "show") else ["--arch", "se_small_cnn"]
     status, _, error = selab(words[0], *arch, *words[1:])
     assert status == 2
-    assert message in " ".join(error.replace("│", " ").split())
+    assert message in one_line(error)
 
 
 def test_a_command_is_called_with_its_options_as_one_value():
@@ -185,10 +185,11 @@ class TestBounds:
         ],
         ids=" ".join,
     )
-    def test_wrong_usage(self, selab, words, number):
+    def test_wrong_usage(self, selab, words, number, one_line):
         status, out, error = selab(*words, number)
         assert (status, out) == (2, "")
-        assert "Invalid value for" in error
+        assert f": {words[-1]}: " in one_line(error)
+        assert any(told in error for told in ("is empty; give ", "is not a ", "; for example 3x224x224", "no image"))
         assert len(error) < 1500
 
     @pytest.mark.parametrize("seed", ["-1", str(2**63), "1e3"])
@@ -224,10 +225,10 @@ class TestBounds:
     @pytest.mark.parametrize(
         "text", ["3x99999999999x3", "3x0x3", "3x3", "3x3x3x3", "x".join(["9" * 5000] * 3), "3x-3x3"]
     )
-    def test_an_input(self, selab, text):
+    def test_an_input(self, selab, text, one_line):
         status, _, error = selab("count", "--arch", "resnet18", "--input", text)
         assert status == 2
-        assert "--input" in error
+        assert "--input" in one_line(error)
         assert len(error) < 1500
 
     def test_an_input_whose_elements_have_more_than_64_bits(self, selab, one_line):

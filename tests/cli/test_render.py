@@ -51,10 +51,10 @@ class TestLooksOfTables:
         assert "se\\_resnet50\\_r2 & 45.7 & 45.73 & = &" in texts["latex"][1]
         assert json.loads(texts["json"][1])[0]["rows"][0][0] == "se_resnet50_r2"
 
-    def test_all_needs_a_folder(self, selab):
+    def test_all_needs_a_folder(self, selab, one_line):
         status, _, error = selab("table", "all")
         assert status == 2
-        assert "a folder of files; name it" in " ".join(error.replace("│", " ").split())
+        assert "a folder of files; name it" in one_line(error)
 
 
 class TestFolders:

@@ -195,8 +195,11 @@ def faults_of(case: Case, ended: Ended, folder: Path) -> list[str]:
     errors = re.findall(r"^error: ", ended.err, re.M)
     if ended.status == 1 and len(errors) != 1 and case.words[:1] != ("sweep",):
         found.append(f"status 1 with {len(errors)} lines of an error")
-    if ended.status == 2 and "Usage:" not in ended.err + ended.out:
-        found.append("status 2 without usage")
+    # A group without a command shows its help.
+    if ended.status == 2 and len(errors) != 1 and not (not ended.err and "Usage:" in ended.out):
+        found.append(f"status 2 with {len(errors)} lines of an error")
+    if errors and ended.status == 2 and ended.err.count("\n") > 1 + ended.err.count("running code from "):
+        found.append("status 2 with more than one line")
     if ended.status == 0 and errors:
         found.append("status 0 with an error")
     if any(len(line) > 3000 for line in ended.err.splitlines()):

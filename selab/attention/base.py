@@ -32,6 +32,9 @@ class Attention(nn.Module, ABC):
     inserted: bool = False
     # Whether `insert_se` made it the last child of an `nn.Sequential`.
     ends_sequence: bool = False
+    # The path of the BatchNorm that read its output when it was inserted; a leading dot for each name to go up from
+    # the block's own path.
+    norm_behind: str = ""
 
     def __init__(self, channels: int, init: Init = "he") -> None:
         super().__init__()

@@ -28,7 +28,7 @@ from selab.attention.gated_site import (
     replace_modules,
 )
 from selab.attention.given import check_network, example_given, patterns_given
-from selab.attention.inserted import calls_of_modules, check_calls, check_complete, inserted_blocks
+from selab.attention.inserted import calls_of_modules, check_calls, check_complete, inserted_blocks, note_norms
 from selab.attention.insertions import Insertions
 from selab.attention.plan import AUTO, Plan, check_changeable, plan_insertion
 from selab.attention.registry import make_block
@@ -118,7 +118,7 @@ def insert_se(
     blocks = [_block_for(model, plan, config) for plan in plans]
     _put(model, plans, blocks)
     try:
-        _check_passes(model, found.seen, example)
+        note_norms(model, blocks, _check_passes(model, found.seen, example))
         if optimizer is not None:
             optimizer.add_param_group({"params": [p for block in blocks for p in block.parameters()]})
     except BaseException:
@@ -233,8 +233,8 @@ def _take_back_work(model: nn.Module, blocks: Collection[nn.Module]) -> None:
             restore(module)
 
 
-def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Example) -> None:
-    """Check that every block runs once, and every other module as often as before.
+def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Example) -> Mapping[str, Passage]:
+    """Check that every block runs once, and every other module as often as before; return their calls.
 
     Raises:
         InsertionError: names the module.
@@ -249,6 +249,7 @@ def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Exam
                 f"{path}: runs {after[path].calls} times in a forward pass with the blocks, and {passage.calls} times "
                 "without; the network treats a site by its class, or holds it elsewhere: choose another site"
             )
+    return after
 
 
 def _block_for(model: nn.Module, plan: Plan, config: SiteConfig) -> Attention:

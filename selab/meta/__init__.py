@@ -293,6 +293,8 @@ class Passage:
         output_kind: type of the output.
         input_dtype: of that argument, None if it is not a tensor.
         output_dtype: of the output, None if it is not a tensor.
+        source: the path of the module that returned that argument as it is, if it is one of those that were asked for;
+            of several, the innermost.
     """
 
     calls: int = 0
@@ -302,6 +304,7 @@ class Passage:
     output_kind: str = ""
     input_dtype: torch.dtype | None = None
     output_dtype: torch.dtype | None = None
+    source: str = ""
 
 
 def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mapping[str, Passage]:
@@ -318,8 +321,10 @@ def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mappin
     """
     fakes = FakePass(model, example)
     seen = {path: Passage() for path in paths}
+    # While a tensor lives, no other has its id; one that was changed in place is another value.
+    returned: dict[tuple[int, int], tuple[str, Tensor]] = {}
     for path, passage in seen.items():
-        fakes.model.get_submodule(path).register_forward_hook(_recorder(passage))
+        fakes.model.get_submodule(path).register_forward_hook(_recorder(path, passage, returned))
     try:
         with evaluating(fakes.model), torch.no_grad(), fakes.running():
             fakes()
@@ -343,7 +348,7 @@ def _kind(value: object) -> str:
     return "Tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _recorder(passage: Passage):  # type: ignore[no-untyped-def]
+def _recorder(path: str, passage: Passage, returned: dict[tuple[int, int], tuple[str, Tensor]]):  # type: ignore[no-untyped-def]
     def record(_module: nn.Module, args: tuple[object, ...], output: object) -> None:
         passage.calls += 1
         first = args[0] if args else None
@@ -353,6 +358,10 @@ def _recorder(passage: Passage):  # type: ignore[no-untyped-def]
         passage.output_kind = _kind(output)
         passage.input_dtype = first.dtype if isinstance(first, Tensor) else None
         passage.output_dtype = output.dtype if isinstance(output, Tensor) else None
+        if isinstance(first, Tensor):
+            passage.source = returned.get((id(first), first._version), ("", first))[0]
+        if isinstance(output, Tensor):
+            returned.setdefault((id(output), output._version), (path, output))
 
     return record
 

@@ -1,0 +1,159 @@
+"""Sums that re-parameterisation merges: the site is behind the sum, none on one side of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from selab.attention.auto_sites import trace_ends
+from selab.attention.insert import insert_se
+
+NCHW = (1, 3, 16, 16)
+
+
+def conv(channels=8, kernel_size=3, groups=1, out=None, **keys):
+    return nn.Conv2d(channels, out or channels, kernel_size, padding=kernel_size // 2, groups=groups, **keys)
+
+
+def normed(channels=8, kernel_size=3, groups=1, out=None, **keys):
+    return nn.Sequential(conv(channels, kernel_size, groups, out, **keys), nn.BatchNorm2d(out or channels))
+
+
+def network(*blocks, channels=8, out=8):
+    return nn.Sequential(conv(3, out=channels), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(out, 4))
+
+
+def found(model, input_nchw=NCHW):
+    return [(end.path, end.kind) for end in trace_ends(model, input_nchw).found]
+
+
+def left_out(model, input_nchw=NCHW):
+    return " | ".join(trace_ends(model, input_nchw).left_out)
+
+
+class RepBlock(nn.Module):
+    """RepVGG's: relu(bn(conv3(x)) + bn(conv1(x)) + bn(x)), arXiv 2101.03697, Fig. 2."""
+
+    def __init__(self, identity=True, channels=8, groups=1, pointwise=False):
+        super().__init__()
+        self.large = normed(channels, 1 if pointwise else 3, groups)
+        self.small = normed(channels, 1, groups)
+        self.identity = nn.BatchNorm2d(channels) if identity else None
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        y = self.large(x) + self.small(x)
+        if self.identity is not None:
+            y = y + self.identity(x)
+        return self.act(y)
+
+
+class TestMergedSums:
+    @pytest.mark.parametrize("identity", [True, False])
+    def test_the_site_is_after_the_sum(self, identity):
+        model = network(RepBlock(identity), RepBlock(identity))
+        assert found(model) == [("1", "parallel"), ("2", "parallel")]
+
+    def test_a_block_there_survives_the_merge(self):
+        """Merged by hand: the sum of the branches' outputs is what one convolution will give."""
+        torch.manual_seed(0)
+        model, x = network(RepBlock()).eval(), torch.randn(2, 3, 16, 16)
+        insert_se(model, "auto", reduction=2, input_nchw=NCHW)
+        expected = model(x)
+        block = next(module for module in model.modules() if isinstance(module, RepBlock))
+        y = model[0](x)
+        with torch.no_grad():
+            total = block.large(y) + block.small(y) + block.identity(y)
+
+        class Merged(nn.Module):
+            def forward(self, _):
+                return total
+
+        class Nothing(nn.Module):
+            def forward(self, y):
+                return torch.zeros_like(y)
+
+        block.large, block.small, block.identity = Merged(), Nothing(), None
+        torch.testing.assert_close(model(x), expected)
+
+    def test_an_identity_that_is_not_normalised(self):
+        class Plain(RepBlock):
+            def forward(self, x):
+                return self.act(self.large(x) + self.small(x) + x)
+
+        assert found(network(Plain(identity=False))) == [("1", "parallel")]
+
+    def test_any_number_of_branches_in_a_list(self):
+        class Many(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.branches = nn.ModuleList([normed(), normed(), normed(kernel_size=1)])
+
+            def forward(self, x):
+                return F.relu(sum(branch(x) for branch in self.branches))
+
+        assert found(network(Many())) == [("1", "parallel")]
+
+    def test_a_depthwise_and_a_pointwise_one_are_one_block(self):
+        """MobileOne's, arXiv 2206.04040, Fig. 3."""
+        pair = nn.Sequential(RepBlock(groups=8), RepBlock(pointwise=True))
+        assert found(network(pair, RepBlock())) == [("1.1", "depthwise-separable"), ("2", "parallel")]
+
+    def test_none_inside_a_residual_branch(self):
+        class Outer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.rep, self.last = RepBlock(), conv()
+
+            def forward(self, x):
+                return x + self.last(self.rep(x))
+
+        assert found(network(Outer())) == [("1.last", "residual")]
+
+    def test_the_stem_is_no_block(self):
+        model = nn.Sequential(RepBlock(channels=3), conv(3, out=8), RepBlock())
+        assert found(model) == [("2", "parallel")]
+        assert "the network's input (a stem)" in left_out(model)
+
+    def test_a_sum_that_no_module_returns_is_left_out(self):
+        class Root(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.large, self.small = conv(3, out=8), normed(), normed(kernel_size=1)
+
+            def forward(self, x):
+                y = self.stem(x)
+                return (self.large(y) + self.small(y)).mean((2, 3))
+
+        assert found(Root()) == []
+        assert "re-parameterisation merges them" in left_out(Root())
+
+    def test_a_module_that_merges_itself(self):
+        """With an identity beside one convolution, a method says whether they are merged."""
+
+        class Mixer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.mixer = normed(groups=8)
+
+            def forward(self, x):
+                return x + self.mixer(x)
+
+        class Merging(Mixer):
+            def reparameterize(self):
+                raise NotImplementedError
+
+        assert found(network(Mixer(), conv())) == [("1.mixer", "residual")]
+        assert found(network(Merging(), conv())) == [("1", "parallel")]
+
+    def test_a_branch_with_an_activation_is_a_residual_one(self):
+        class Projected(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.branch = nn.Sequential(normed(), nn.ReLU(), normed())
+                self.shortcut = normed(kernel_size=1)
+
+            def forward(self, x):
+                return self.branch(x) + self.shortcut(x)
+
+        assert found(network(Projected())) == [("1.branch", "residual")]

@@ -173,7 +173,7 @@ def measure(
         budget: seconds of sampling instead; the controls take as much again.
         threads: CPU threads.
         device: `cpu` or `cuda`.
-        dtype: `fp32`, or `bf16` and `fp16` by autocast.
+        dtype: `fp32`, `tf32` (fp32 tensors, TF32 products; CUDA only), or `bf16` and `fp16` by autocast.
         memory_format: `contiguous` or `channels_last`.
         compiled: run both through torch.compile.
         seed: of the input and of the order of the samples.
@@ -277,7 +277,7 @@ def profile(
         budget: seconds of sampling per phase instead.
         threads: CPU threads; None for one, and a second row on all cores.
         device: `cpu` or `cuda`.
-        dtype: `fp32`, or `bf16` and `fp16` by autocast.
+        dtype: `fp32`, `tf32` (fp32 tensors, TF32 products; CUDA only), or `bf16` and `fp16` by autocast.
         progress: called with what is being done.
         options: further fields of `selab.experiments.job.Request`, such as `{"fused": True}`.
 

@@ -149,6 +149,7 @@ def _measured(
         return watch.flagged(runs, extra=timing.flags(baseline, other) if other is not again else ())
 
     before = against(again, plan.for_control(), seed + 1, "control")
+    plan = plan.warmed()
     variant = timing.arm(nets.variant, phase)
     runs = against(variant, plan, seed, phase)
     del variant

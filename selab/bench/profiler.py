@@ -21,7 +21,7 @@ from selab.attention.base import Attention
 from selab.attention.gated_site import named_sites
 from selab.attention.se import SqueezeExcitation
 from selab.bench.machine import threads_and_affinity
-from selab.bench.runner import phase_call, prepare, translated_errors
+from selab.bench.runner import fp32_mode, phase_call, prepare, translated_errors
 from selab.records.types import Phase, Workload
 
 STAGES = ("squeeze", "excitation", "scale")
@@ -96,7 +96,8 @@ def record_steps(
     """
     prepared = prepare(model, workload, seed=seed)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if workload.device == "cuda" else [])]
-    with threads_and_affinity(workload.threads), translated_errors("a step"):
+    mode = fp32_mode(workload.device, workload.dtype)
+    with threads_and_affinity(workload.threads), mode, translated_errors("a step"):
         call = phase_call(prepared, phase)
         for _ in range(_WARM_UP):
             call()
@@ -187,7 +188,12 @@ def _mark_stages(block: SqueezeExcitation, path: str, stack: ExitStack) -> None:
 # ------------------------------------------------------------------------------------------------- events, summed up
 def _timeline(events: Iterable[Any], steps: int, phase: Phase, blocks: int, *, on_gpu: bool) -> Timeline:
     # The trace also contains Python's frames, which are not operators.
-    every = [one for one in events if not one.is_python_function and not one.name.startswith("ProfilerStep")]
+    # Releases of torch before 2.12 have no such mark: calls of Python functions are not among their events.
+    every = [
+        one
+        for one in events
+        if not getattr(one, "is_python_function", False) and not one.name.startswith("ProfilerStep")
+    ]
     ranges = [one for one in every if one.name.startswith(_RANGE)]
     marks = {id(one) for one in ranges}
     stage_of: dict[int, str] = {}

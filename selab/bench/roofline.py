@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selab.bench.devices import copy_bandwidth
 from selab.bench.machine import threads_and_affinity
-from selab.bench.runner import DTYPES, prepare, translated_errors
+from selab.bench.runner import DTYPES, fp32_mode, prepare, translated_errors
 from selab.cost.rules import is_counted
 from selab.cost.tracer import Operation, op_trace
 from selab.errors import ModelError
@@ -126,7 +126,8 @@ def measure_peaks(
         threads: of the CPU.
         clock: seconds.
     """
-    with threads_and_affinity(threads), torch.inference_mode(), translated_errors("measuring the device's peaks"):
+    failing = translated_errors("measuring the device's peaks")
+    with threads_and_affinity(threads), fp32_mode(device, dtype), torch.inference_mode(), failing:
         products = [_product_rate(size, device, dtype, clock) for size in _MATRICES[device]]
         bandwidths = tuple((size, _copy_rate(size, device, dtype, clock)) for size in COPIES)
     return Peaks(dtype=dtype, flops_per_s=max(products), bandwidths=bandwidths, source="measured in this run")
@@ -225,7 +226,8 @@ def roofline(
     plain = prepare(model, workload)
     network = plain.network.eval().to(DTYPES[workload.dtype])
     example = plain.input.to(DTYPES[workload.dtype])
-    with threads_and_affinity(workload.threads), torch.no_grad(), translated_errors("the network's forward"):
+    mode, failing = fp32_mode(workload.device, workload.dtype), translated_errors("the network's forward")
+    with threads_and_affinity(workload.threads), mode, torch.no_grad(), failing:
         names, times = _operator_times(network, example, workload.device, budget_s, clock)
         whole = _best(lambda: network(example), workload.device, clock)
     if names != [operation.operator for operation in traced.operations]:

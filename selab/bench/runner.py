@@ -1,8 +1,8 @@
 """PyTorch networks as closures to be timed: on a device, in a dtype and a memory format."""
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,9 @@ from selab.records.types import Phase, Workload
 
 Call = Callable[[], object]
 ResolvedMode = Literal["train", "eval"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Types in which the whole network is kept: no autocast.
+FULL_PRECISION = ("fp32", "tf32")
 
 
 def mode_of(phase: Phase, workload: Workload) -> ResolvedMode:
@@ -28,13 +30,38 @@ def mode_of(phase: Phase, workload: Workload) -> ResolvedMode:
     return "eval" if phase == "forward" else "train"
 
 
-def check_device(device: str) -> None:
-    """Raise DeviceError, with the next step, if the device is not available."""
+def check_device(device: str, dtype: str = "fp32") -> None:
+    """Raise DeviceError, with the next step, if the device is not available or does not have the type.
+
+    TF32 is a mode of NVIDIA's tensor cores.
+    """
+    if dtype == "tf32" and device != "cuda":
+        raise DeviceError(f"--dtype tf32: is a mode of CUDA devices; with --device {device} use fp32 or bf16")
     if device == "cuda" and not torch.cuda.is_available():
         built = "this torch has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         raise DeviceError(
             f"--device cuda: {built} (torch {torch.__version__}); use --device cpu, or a machine with one"
         )
+
+
+@contextmanager
+def fp32_mode(device: str, dtype: str) -> Iterator[None]:
+    """Compute fp32 products and convolutions of a CUDA device in IEEE fp32 or, for `tf32`, in TF32, within the body.
+
+    By default torch computes convolutions in TF32 and matrix products in fp32. A measurement of `fp32` would then be
+    neither.
+    """
+    if device != "cuda":
+        yield
+        return
+    # These set the newer fp32_precision as well; torch refuses to read them where only one of the newer was set.
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +80,7 @@ class Prepared:
 
     def autocast(self, *, capture: bool = False) -> AbstractContextManager[object]:
         """Return the workload's autocast; a graph capture does not cache cast weights: the cache would outlive it."""
-        if self.workload.dtype == "fp32":
+        if self.workload.dtype in FULL_PRECISION:
             return nullcontext()
         dtype = DTYPES[self.workload.dtype]
         return torch.autocast(self.workload.device, dtype=dtype, cache_enabled=not capture)
@@ -66,7 +93,7 @@ def prepare(model: nn.Module, workload: Workload, *, seed: int = 0) -> Prepared:
         DeviceError: no such device.
         OutOfMemoryError: the copy or the input does not fit.
     """
-    check_device(workload.device)
+    check_device(workload.device, workload.dtype)
     if workload.held_heap:
         hold_heap()
     memory_format = torch.channels_last if workload.memory_format == "channels_last" else torch.contiguous_format

@@ -22,6 +22,8 @@ from selab.records.types import ABBABlock, Flag, Order, Run, Statistic, Status
 Clock = Callable[[], float]
 LOOKS = frozenset(base << doublings for base in (10, 14) for doublings in range(20))
 """Numbers of ABBA blocks after which the width may be looked at: 10, 14, 20, 28, 40, 56, 80, 112, 160 …"""
+# Seconds: the least warm-up of a run that follows another one at once.
+_WARM_S = 1.0
 _STEADY = 0.01
 _LEAST_BELOW_THRESHOLD = 2
 _WINDOW_ROUNDS = 2
@@ -135,6 +137,10 @@ class Plan:
     def quick_request(self) -> "Plan":
         """Return the same plan that stops at ±1 % or after 15 s."""
         return replace(self, target_half_width=0.01, budget_s=15.0)
+
+    def warmed(self) -> "Plan":
+        """Return the same plan for a run that follows another one at once: the device has its working clocks."""
+        return replace(self, warmup_least_s=min(self.warmup_least_s, _WARM_S))
 
     def for_control(self) -> "Plan":
         """Return the plan of the A/A control: ±0.5 % within half the time, even where the measurement stops at ±1 %.

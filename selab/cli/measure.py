@@ -259,7 +259,7 @@ def timeline(
     from selab.records import files
     from selab.report import traces
 
-    check_device(job.workload.device)
+    check_device(job.workload.device, job.workload.dtype)
     path = experiments_timeline.trace_path(job, phase, out)
     files.check_writable(path, replace=replace)
     check_outputs(json_to)
@@ -371,7 +371,7 @@ def _peaks(job: "Job", preset: str | None, report: Any) -> Any:
     if preset is not None:
         published = devices.find_device(preset, workload.dtype)
         return published_peaks(published, workload.dtype), published.title
-    check_device(workload.device)
+    check_device(workload.device, workload.dtype)
     here, threads = machine(workload.device), workload.threads
     report("measuring the peaks", None)
     peaks = measure_peaks(workload.device, workload.dtype, threads=threads)

@@ -260,7 +260,7 @@ class WorkloadOptions(_NetworkOptions):
     resolution: Resolution = None
     dtype: Annotated[
         Dtype | None,
-        option("--dtype", WORKLOAD, "fp32 (default), or autocast to bf16 or fp16.", metavar="NAME"),
+        option("--dtype", WORKLOAD, "fp32 (default), tf32 (CUDA), or autocast to bf16 or fp16.", metavar="NAME"),
     ] = None
     memory_format: Annotated[
         MemoryFormat | None,
@@ -284,7 +284,7 @@ class GridOptions(_NetworkOptions):
         str,
         option("--resolution", WORKLOAD, f"{_LIST}Height and width of the input.", metavar="N,…", show_default=False),
     ] = ""
-    dtype: Annotated[str, option("--dtype", WORKLOAD, f"{_LIST}fp32, bf16, fp16.", metavar="NAME,…")] = "fp32"
+    dtype: Annotated[str, option("--dtype", WORKLOAD, f"{_LIST}fp32, tf32, bf16, fp16.", metavar="NAME,…")] = "fp32"
     memory_format: Annotated[
         str,
         option(
@@ -390,6 +390,9 @@ class TrainOptions:
     amp: Annotated[Amp, option("--amp", TRAINING, "Mixed precision: off, bf16 or fp16.", metavar="NAME")] = "off"
     channels_last: Annotated[bool, option("--channels-last", TRAINING, "Use the memory format NHWC.")] = False
     compiled: Annotated[bool, option("--compile", TRAINING, "Run through torch.compile.")] = False
+    graphed: Annotated[
+        bool, option("--cuda-graph", TRAINING, "Replay forward and backward as CUDA graphs: for small networks.")
+    ] = False
     accumulate: Annotated[
         int, natural("--accumulate", TRAINING, "Micro-batches per step; the batch stays the same.")
     ] = 1

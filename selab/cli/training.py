@@ -313,6 +313,7 @@ def _options(options: TrainOptions) -> "Options":
         amp=options.amp,
         channels_last=options.channels_last,
         compiled=options.compiled,
+        graphed=options.graphed,
         accumulate=options.accumulate,
         epochs=options.epochs,
         batch=options.batch,

@@ -230,7 +230,7 @@ def check(
             jobs[name] = resolve(budget.request(quick=quick, processes=processes))
             _costs(jobs[name])
             if any(getattr(budget, limit) is not None for limit in (*_PHASES, *_PEAKS)):
-                check_device(budget.device)
+                check_device(budget.device, budget.dtype)
         except SelabError as error:
             raise SelabError(f"{HEADER}.{name}: {error}") from None
     for name, budget in budgets.items():

@@ -51,7 +51,7 @@ class Profile:
     """
 
     def __init__(self, job: Job) -> None:
-        check_device(job.workload.device)
+        check_device(job.workload.device, job.workload.dtype)
         self.job = job
         self.variant, self.baseline = job.pair
         self.machine: Machine = machine(job.workload.device)

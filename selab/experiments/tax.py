@@ -18,7 +18,7 @@ from selab.bench.machine import machine
 from selab.bench.profiler import STAGES, WHOLE, record_steps
 from selab.bench.progress import Report
 from selab.bench.roofline import measure_peaks
-from selab.bench.runner import DTYPES, check_device, mode_of
+from selab.bench.runner import DTYPES, FULL_PRECISION, check_device, mode_of
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
 from selab.experiments.job import Job, Request, resolve
 from selab.experiments.tax_implementations import is_plain, reimplement
@@ -124,7 +124,7 @@ class Tax:
 
     def __init__(self, asked: TaxRequest) -> None:
         request = asked.request
-        check_device(request.device)
+        check_device(request.device, request.dtype)
         self.asked = asked
         self.job = resolve(request)
         self.variant, self.baseline = self.job.variant, None
@@ -263,7 +263,7 @@ class Tax:
         if self.workload.compiled:
             return []
         found: Counter[tuple[str, str]] = Counter()
-        workload, half = self.workload, self.workload.dtype != "fp32"
+        workload, half = self.workload, self.workload.dtype not in FULL_PRECISION
         dtype = DTYPES[workload.dtype]
         layout = torch.channels_last if workload.memory_format == "channels_last" else torch.contiguous_format
         with torch.autocast(workload.device, dtype=dtype if half else torch.bfloat16, enabled=half):

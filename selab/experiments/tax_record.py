@@ -41,7 +41,7 @@ _WORDS = {
     FUSED: "fused",
     **{name: f"reference without {stage}" for stage, name in WITHOUT.items()},
 }
-_ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+_ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
 BUILT_IN = (REFERENCE, FUSED)
 """Implementations for a network with built-in SE blocks: as its library wrote them, and fused."""

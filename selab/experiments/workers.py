@@ -60,7 +60,7 @@ def raw_runs(
                     raws = measure_phase(
                         nets,
                         phase,
-                        job.plan,
+                        job.plan.warmed() if done else job.plan,
                         seed=request.seed if quad_seed is None else quad_seed,
                         cold=request.cold,
                         progress=_of_phase(report, phase, threads),

@@ -17,7 +17,7 @@ from selab.records.display import DisplayedValues
 
 SCHEMA = "selab.profile/1"
 Device = Literal["cpu", "cuda"]
-Dtype = Literal["fp32", "bf16", "fp16"]
+Dtype = Literal["fp32", "tf32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Mode = Literal["auto", "train", "eval"]
 Phase = Literal["forward", "backward", "forward_backward"]

@@ -131,6 +131,35 @@ class Engine:
             self.forward = self.parallel
         if self.options.compiled:
             self.forward = torch.compile(self.forward, dynamic=False)
+        if self.options.graphed:
+            self._capture()
+
+    def _capture(self) -> None:
+        """Replace the network's passes in training mode by CUDA graphs, which start all kernels of a pass at once.
+
+        Warming up runs the network on images of zeros, so its buffers are put back afterwards.
+
+        Raises:
+            ModelError: it cannot be captured, for example because it waits for a value on the host.
+        """
+        images = self.recipe.batch // self.options.accumulate
+        layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
+        example = torch.zeros(images, *self.data.input_chw, device=self.group.device).contiguous(memory_format=layout)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self.model.train()
+        amp = self.options.amp
+        try:
+            # A cached cast of a weight would be kept in the graph, and later weights not be seen.
+            with torch.autocast("cuda", dtype=_AMP[amp], enabled=amp != "off", cache_enabled=False):
+                torch.cuda.make_graphed_callables(self.model, (example,))
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"{self.config.arch}: cannot be captured as a CUDA graph ({first_line(error)}); leave out --cuda-graph"
+            ) from error
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
     def _check(self, checkpoint: Checkpoint, tensors: object) -> None:
         average = None if self.average is None else self.average.state

@@ -97,6 +97,8 @@ class Options(Frozen, frozen=True, kw_only=True):
     """Options of a training: changes of the recipe, and what may change the figures slightly.
 
     Attributes:
+        graphed: forward and backward are CUDA graphs, captured once: for small networks on a fast GPU, whose kernels
+            end sooner than the host can start them. Decisions in Python code of the network are then made once.
         accumulate: micro-batches per step; the recipe's batch stays the same.
         epochs: instead of the recipe's.
         batch: instead of the recipe's.
@@ -108,6 +110,7 @@ class Options(Frozen, frozen=True, kw_only=True):
     amp: Amp = "off"
     channels_last: bool = False
     compiled: bool = False
+    graphed: bool = False
     accumulate: int = 1
     epochs: int | None = None
     batch: int | None = None

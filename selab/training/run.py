@@ -313,7 +313,9 @@ def request_key(config: RunConfig) -> str:
 def _deciding(value: Frozen) -> dict[str, object]:
     """Return the result-deciding fields by path, without names, titles and options that only change the speed."""
     skipped = {f"recipe.{key}" for key in TELLING} | {f"options.{key}" for key in _NEUTRAL_OPTIONS} | {"data.title"}
-    return {key: inner for key, inner in _flat(msgspec.to_builtins(value)).items() if key not in skipped}
+    found = {key: inner for key, inner in _flat(msgspec.to_builtins(value)).items() if key not in skipped}
+    # Where it is not asked for, folders keep the names that they had before there was this option.
+    return {key: inner for key, inner in found.items() if (key, inner) != ("options.graphed", False)}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

@@ -114,6 +114,10 @@ def _check(config: RunConfig, group: ProcessGroup) -> None:
     if not data.train_size:
         raise TrainingError(f"{data.title}: holds no training images; put them into a folder named train beside val")
     check_seed(config.seed)
+    if options.graphed and (options.device != "cuda" or options.compiled or group.world > 1):
+        raise TrainingError(
+            "--cuda-graph: is for one process on --device cuda, without --compile; leave out one or the other"
+        )
     parts = group.world * options.accumulate
     if options.accumulate < 1 or recipe.batch % parts:
         raise TrainingError(

@@ -40,7 +40,7 @@ def calls(y: Tensor, shortcut: Tensor) -> Iterator[tuple[str, int, Callable[[], 
     both = [True, True]
     yield "copy", 2, lambda: dz.copy_(y)
     yield "squeeze", 1, lambda: tiled.sums(y, relu_in=False)
-    yield "join", 3, lambda: tiled.join(y, shortcut, factors, out, params)
+    yield "join", 3, lambda: tiled.join(y, shortcut, factors, out, relu_in=False, relu_out=True)
     yield "gate's gradient", 4, lambda: tiled.sums(y, relu_in=False, dout=dout, out=out, dz=dz)
     yield "branch's gradient", 2, lambda: tiled.branch_gradient(dout, None, None, factors, dmean, dz)
     yield "forward", 4, lambda: triton.forward(y, shortcut, params)

@@ -1,5 +1,6 @@
 """PyTorch as a runtime: eager, compiled by torch.compile, or with `selab.fuse`."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -10,7 +11,7 @@ from selab.bench.arms import can_be_captured, clock_asymmetry, cpu_arm, eager_ar
 from selab.bench.backends import Timing
 from selab.bench.backends.torch_memory import memory, saved_for_backward
 from selab.bench.machine import GpuMonitor, threads_and_affinity
-from selab.bench.runner import Prepared, check_output, prepare, translated_errors
+from selab.bench.runner import Prepared, check_output, fp32_mode, prepare, translated_errors
 from selab.bench.sampler import Clock
 from selab.records.types import PHASES, Memory, Phase, Workload
 
@@ -25,12 +26,16 @@ class TorchBackend:
 
     @contextmanager
     def session(self, workload: Workload, *, seed: int) -> Iterator[None]:
-        """Set threads, affinity, random state and the compiler's limits for the body, and restore them."""
+        """Set threads, affinity, random state, fp32's mode and the compiler's limits for the body, and restore them."""
         on_gpu = workload.device == "cuda"
         devices = range(torch.cuda.device_count()) if on_gpu and torch.cuda.is_available() else []
         with ExitStack() as stack:
             stack.enter_context(nullcontext() if on_gpu else threads_and_affinity(workload.threads))
             stack.enter_context(torch.random.fork_rng(devices=devices))
+            stack.enter_context(fp32_mode(workload.device, workload.dtype))
+            stack.enter_context(warnings.catch_warnings())
+            # The first matrix product of autograd's thread on a GPU; torch then does what the warning asks for.
+            warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
             stack.enter_context(_compiler_limits() if workload.compiled else nullcontext())
             torch.manual_seed(seed)
             yield
@@ -72,7 +77,8 @@ class TorchBackend:
 
     def memory(self, model: nn.Module, workload: Workload, *, seed: int, phases: Sequence[Phase]) -> Memory:
         """Measure peaks by torch's profiler on a CPU, by its caching allocator on a GPU."""
-        return memory(model, workload, seed=seed, phases=phases)
+        with fp32_mode(workload.device, workload.dtype):
+            return memory(model, workload, seed=seed, phases=phases)
 
     def saved_for_backward(self, prepared: Prepared) -> int:
         """Return the bytes of the storages that autograd keeps for backward, parameters not included."""

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from selab import units
 from selab.attention import user_code
 from selab.cli.streams import encodes_all
@@ -42,14 +44,37 @@ class StoppedError(SelabError):
     """A command was interrupted; the message says where the results so far are."""
 
 
+class BrokenFiles:
+    """Files that cannot be read and are left out: each is named in a line of its own, once."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def __call__(self, error: SelabError) -> None:
+        """Print the warning of a file."""
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            _print_line("yellow", "warning", f"left out {error}")
+
+    def exit(self) -> None:
+        """End the command with status 1 if a file was left out; what was read has been shown."""
+        if self._told:
+            raise typer.Exit(1)
+
+
 def print_error(message: str) -> None:
     """Print one line on standard error, whatever the message has in it."""
+    _print_line("red", "error", message)
+
+
+def _print_line(colour: str, kind: str, message: str) -> None:
     line = "".join(
         each if each.isprintable() or (each.isspace() and each > "~") else " " if each in "\t\n\r" else repr(each)[1:-1]
         for each in message.strip()
     )
     line = re.sub(rf"(\S{{{_RUN // 2}}})\S{{{_RUN // 2},}}(?=\S{{{_TAIL}}})", r"\1…", line)
-    open_console(stderr=True).print(f"[bold red]error:[/] {escape_markup(line)}", highlight=False, soft_wrap=True)
+    start = f"[bold {colour}]{kind}:[/]"
+    open_console(stderr=True).print(f"{start} {escape_markup(line)}", highlight=False, soft_wrap=True)
 
 
 def is_rank_zero() -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selab.cli.console import check_outputs, open_console, print_parts, reporting, write_json
+from selab.cli.console import BrokenFiles, check_outputs, open_console, print_parts, reporting, write_json
 from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace, option
 from selab.models import catalog
 
@@ -69,7 +69,8 @@ def plot(
     if record is not None and name in registry.OF_ONE_RECORD:
         return _show_picture(_picture_of(name, record), to, json_to)
     axes = registry.axes_of(name, x, y)
-    records, compared = _measured(axes, profiles or ())
+    broken = BrokenFiles()
+    records, compared = _measured(axes, profiles or (), broken)
     needed = scatter.costs_needed(*axes, arch) if axes is not None else ()
     costs: dict[str, Cost] = {}
     if needed:
@@ -81,10 +82,14 @@ def plot(
     shown = registry.picture(
         name, x=x, y=y, records=records, costs=costs, archs=arch, workload=workload, compared=compared
     )
-    return _show_picture(shown, to, json_to)
+    _show_picture(shown, to, json_to)
+    broken.exit()
+    return None
 
 
-def _measured(axes: tuple[str, str] | None, profiles: Sequence[Path]) -> "tuple[list[Record], list[Any]]":
+def _measured(
+    axes: tuple[str, str] | None, profiles: Sequence[Path], broken: BrokenFiles
+) -> "tuple[list[Record], list[Any]]":
     """The profiles that a picture needs, or the comparisons of accuracy, from all folders."""
     from selab.records import store
     from selab.report import pages
@@ -93,10 +98,11 @@ def _measured(axes: tuple[str, str] | None, profiles: Sequence[Path]) -> "tuple[
     folders = [pages.machine_folder(one) for one in profiles]
     trained = axes is not None and figure_axes.TRAINED in [figure_axes.axis(one).origin for one in axes]
     if not trained:
-        return [record for folder in folders for record in store.read_records(folder, partial=True)], []
+        read = store.read_records
+        return [record for folder in folders for record in read(folder, partial=True, on_broken=broken)], []
     from selab.experiments.compare import read_compared
 
-    return [], [one for folder in folders for one in read_compared(folder)]
+    return [], [one for folder in folders for one in read_compared(folder, on_broken=broken)]
 
 
 def _picture_of(name: str, record: Path) -> "Picture":
@@ -154,23 +160,24 @@ def table(
     pages.check_name(name)
     if out is not None:
         files.check_writable(out, replace=replace)
-    tables, records = _named_tables(name, profiles or ())
+    broken = BrokenFiles()
+    tables, records = _named_tables(name, profiles or (), broken)
     if json_to is not None or (look == "json" and into is None):
-        return write_json([one.as_builtins() for one in tables], json_to or out or Path("-"))
-    if look == "rich" and out is None and into is None:
-        return print_parts(*tables)
-    text = _text(name, tables, records, look)
-    if into is not None:
-        spliced = pages.spliced(files.read_text(into), name, text, where=str(into))
+        write_json([one.as_builtins() for one in tables], json_to or out or Path("-"))
+    elif look == "rich" and out is None and into is None:
+        print_parts(*tables)
+    elif into is not None:
+        spliced = pages.spliced(files.read_text(into), name, _text(name, tables, records, look), where=str(into))
         files.write_atomically(into, spliced.encode())
     elif out is not None:
-        files.write_atomically(out, text.encode())
+        files.write_atomically(out, _text(name, tables, records, look).encode())
     else:
-        sys.stdout.write(text)
+        sys.stdout.write(_text(name, tables, records, look))
+    broken.exit()
     return None
 
 
-def _named_tables(name: str, profiles: Sequence[Path]) -> "tuple[list[Table], list[Record]]":
+def _named_tables(name: str, profiles: Sequence[Path], broken: BrokenFiles) -> "tuple[list[Table], list[Record]]":
     """A table by its name, and the profiles in it; of several machines one after the other, each with its name."""
     from selab.experiments.profiling import counted
     from selab.records.store import read_acceptance
@@ -178,7 +185,7 @@ def _named_tables(name: str, profiles: Sequence[Path]) -> "tuple[list[Table], li
 
     folders = list(dict.fromkeys(pages.machine_folder(one) for one in profiles))
     # What cannot be read is found before networks are counted.
-    read = [_read_folder(name, one) for one in folders]
+    read = [_read_folder(name, one, broken) for one in folders]
     needed = pages.costs_needed(name)
     with reporting(open_console(stderr=True)) as report:
         if len(needed) > _MANY:
@@ -190,7 +197,7 @@ def _named_tables(name: str, profiles: Sequence[Path]) -> "tuple[list[Table], li
     for folder, (records, compared, taxes) in zip(folders, read, strict=True):
         tables = pages.named_tables(name, costs, records, compared, taxes)
         if name == pages.REPORT:
-            tables += pages.acceptance_tables(read_acceptance(folder))
+            tables += pages.acceptance_tables(read_acceptance(folder, on_broken=broken))
         if len(folders) > 1:
             tables = [dataclasses.replace(one, title=f"{one.title}, {folder.name}") for one in tables]
         every += tables
@@ -202,16 +209,19 @@ def _named_tables(name: str, profiles: Sequence[Path]) -> "tuple[list[Table], li
 _MANY = 8
 
 
-def _read_folder(name: str, folder: Path) -> "tuple[list[Record], list[Compared], list[TaxRecord]]":
+def _read_folder(
+    name: str, folder: Path, broken: BrokenFiles
+) -> "tuple[list[Record], list[Compared], list[TaxRecord]]":
     """Read what a table shows of a machine's records: profiles, comparisons of accuracy, and of implementations."""
     from selab.experiments.compare import read_compared
     from selab.experiments.tax_record import read_tax_records
     from selab.records import store
     from selab.report import pages
 
-    records = store.read_records(folder, partial=True) if name not in (pages.ACCURACY, pages.TAX) else []
-    compared = read_compared(folder) if name in (pages.ACCURACY, pages.REPORT) else []
-    taxes = read_tax_records(folder) if name in (pages.TAX, pages.REPORT) else []
+    others = (pages.ACCURACY, pages.TAX)
+    records = [] if name in others else store.read_records(folder, partial=True, on_broken=broken)
+    compared = read_compared(folder, on_broken=broken) if name in (pages.ACCURACY, pages.REPORT) else []
+    taxes = read_tax_records(folder, on_broken=broken) if name in (pages.TAX, pages.REPORT) else []
     return records, compared, taxes
 
 

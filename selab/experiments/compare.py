@@ -23,7 +23,7 @@ from selab.models.checkpoint import load
 from selab.models.provenance import address, is_stale, variants_of
 from selab.models.spec import Variant
 from selab.records.files import check_writable
-from selab.records.store import file_name, partial_path, save
+from selab.records.store import OnBroken, file_name, partial_path, save
 from selab.records.types import Frozen, Machine, Phase, Record
 from selab.training.data import Data
 from selab.training.distributed import join
@@ -442,7 +442,7 @@ def _holds_today(profile: Record, here: Machine) -> bool:
     return profile.complete and not is_stale(profile) and len(torches) == 1
 
 
-def compared(record: AccuracyRecord, folder: Path) -> Compared:
+def compared(record: AccuracyRecord, folder: Path, *, on_broken: OnBroken = None) -> Compared:
     """Return a comparison's record with its costs and with the profiles in this machine's folder."""
     variant, baseline = variants_of(record)
     if variant is None or baseline is None:
@@ -453,16 +453,27 @@ def compared(record: AccuracyRecord, folder: Path) -> Compared:
         costs[one.name] = count(built.model, (1, *record.data.input_chw), se_blocks=built.native)
     profiles = {}
     for phase, request in requests_of(record).items():
-        found = job_of(request, variant, baseline).stored(folder.parent, folder.name)
+        try:
+            found = job_of(request, variant, baseline).stored(folder.parent, folder.name)
+        except RecordError as error:
+            if on_broken is None:
+                raise
+            on_broken(error)
+            continue
         if found is not None:
             profiles[phase] = found
     return Compared(record=record, costs=costs, forward=profiles.get("forward"), step=profiles.get("forward_backward"))
 
 
-def read_compared(folder: Path) -> list[Compared]:
+def read_compared(folder: Path, *, on_broken: OnBroken = None) -> list[Compared]:
     """Return every finished comparison in a machine's folder.
+
+    Args:
+        folder: the machine's.
+        on_broken: as in `Store.read_folder`.
 
     Raises:
         RecordError: no such folder, the folder above those of machines, or a record that cannot be trusted.
     """
-    return [compared(record, folder) for record in read_accuracy_records(folder)]
+    records = read_accuracy_records(folder, on_broken=on_broken)
+    return [compared(record, folder, on_broken=on_broken) for record in records]

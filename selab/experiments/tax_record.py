@@ -21,7 +21,7 @@ from selab.records.consistency import (
     mistaken_workload,
 )
 from selab.records.files import read_text, write_atomically
-from selab.records.store import Store
+from selab.records.store import OnBroken, Store
 from selab.records.types import Dtype, Frozen, Insertion, Latency, Machine, Phase, Run, Workload, decoded, lined_json
 from selab.records.verdict import check
 
@@ -170,13 +170,17 @@ def read_tax_record(path: Path) -> TaxRecord:
         raise RecordError(f"{path}: {error}") from None
 
 
-def read_tax_records(folder: Path) -> list[TaxRecord]:
+def read_tax_records(folder: Path, *, on_broken: OnBroken = None) -> list[TaxRecord]:
     """Return every record in a machine's folder, in the order of their names; empty if there is none.
+
+    Args:
+        folder: the machine's.
+        on_broken: as in `Store.read_folder`.
 
     Raises:
         RecordError: no such folder, the folder above those of machines, or a record that fails its check.
     """
-    return TAXES.read_folder(folder, required=False)
+    return TAXES.read_folder(folder, required=False, on_broken=on_broken)
 
 
 TAXES = Store(folder=FOLDER, title="records of `selab tax`", command="selab tax", read=read_tax_record)

@@ -31,6 +31,8 @@ from selab.records.verdict import check
 _NAME_BYTES = 120
 _NO_MACHINES = ("accuracy", "tax", "acceptance", "timeline")
 _PARTIAL, _FAILED = ".partial.json", ".failed.json"
+OnBroken = Callable[[RecordError], None] | None
+"""What is done with the error of a broken file; None to raise it."""
 _K = TypeVar("_K", bound=str)
 _R = TypeVar("_R")
 _T = TypeVar("_T")
@@ -78,16 +80,21 @@ class Store(Generic[_R]):
         left = [path for path in found if path.name.endswith(_PARTIAL)] if partial else []
         return sorted([*complete, *(path for path in left if path not in map(partial_path, complete))])
 
-    def read_folder(self, folder: Path, *, partial: bool = False, required: bool = True) -> list[_R]:
+    def read_folder(
+        self, folder: Path, *, partial: bool = False, required: bool = True, on_broken: OnBroken = None
+    ) -> list[_R]:
         """Return the records of one machine, in the order of their files' names.
 
         Args:
             folder: the machine's.
             partial: as in `files`.
             required: raise where there is none; otherwise only where the folders below hold some.
+            on_broken: called with the error of each file that fails its check, which is then left out. By default the
+                first such error is raised.
 
         Raises:
-            RecordError: no such folder, no record in it, or one that fails its check.
+            RecordError: no such folder, no record in it, or one that fails its check; with `on_broken`, only if none of
+                several required records can be read.
         """
         if not folder.is_dir():
             raise RecordError(f"{folder}: not a folder; name the folder of one machine's records")
@@ -98,7 +105,20 @@ class Store(Generic[_R]):
             raise RecordError(f"{folder}: contains no {self.title}; its subfolders do: {', '.join(below)}")
         if required and not paths:
             raise RecordError(f"{folder}: contains no {self.title}; make some with `{self.command}`")
-        return [self.read(path) for path in paths]
+        if on_broken is None:
+            return [self.read(path) for path in paths]
+        records, broken = [], []
+        for path in paths:
+            try:
+                records.append(self.read(path))
+            except RecordError as error:
+                broken.append(error)
+        if required and not records:
+            more = f"; {len(broken) - 1} more of {folder} cannot be read either" if broken[1:] else ""
+            raise RecordError(f"{broken[0]}{more}") from None
+        for one in broken:
+            on_broken(one)
+        return records
 
     def read_folders(self, folders: Iterable[Path], *, partial: bool = False, required: bool = True) -> list[_R]:
         """Return the records of several machines, folder by folder; a folder that is named twice is read once.
@@ -153,7 +173,7 @@ def save(record: Record, path: Path) -> None:
             partial_path(path).unlink()
 
 
-def read_records(folder: Path, *, partial: bool = False) -> list[Record]:
+def read_records(folder: Path, *, partial: bool = False, on_broken: OnBroken = None) -> list[Record]:
     """Return all profiles in a machine's folder, each checked as by `read_record`.
 
     Profiles of single phases are joined: one network under one workload is one record, and each phase is the newest.
@@ -161,11 +181,12 @@ def read_records(folder: Path, *, partial: bool = False) -> list[Record]:
     Args:
         folder: the machine's.
         partial: include interrupted ones, where there is no complete profile of the same name.
+        on_broken: as in `Store.read_folder`.
 
     Raises:
         RecordError: no such folder, no record in it, or one that fails its check.
     """
-    return join_phases(PROFILES.read_folder(folder, partial=partial))
+    return join_phases(PROFILES.read_folder(folder, partial=partial, on_broken=on_broken))
 
 
 def join_phases(records: Sequence[Record]) -> list[Record]:
@@ -234,8 +255,12 @@ def read_record(path: Path) -> Record:
         raise RecordError(f"{path}: {error}") from None
 
 
-def read_acceptance(folder: Path) -> Acceptance:
+def read_acceptance(folder: Path, *, on_broken: OnBroken = None) -> Acceptance:
     """Return the results of the nox sessions that time selab itself; empty where they were not run.
+
+    Args:
+        folder: the machine's.
+        on_broken: as in `Store.read_folder`.
 
     Raises:
         RecordError: a file is malformed.
@@ -243,15 +268,13 @@ def read_acceptance(folder: Path) -> Acceptance:
 
     def read(name: str, kind: type[_A]) -> _A | None:
         path = folder / "acceptance" / name
-        if not path.exists():
-            return None
         try:
-            found = msgspec.json.decode(read_text(path), type=kind)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
-            raise RecordError(f"{path}: {error}; measure again") from None
-        for wrong in mistaken_acceptance(found):
-            raise RecordError(f"{path}: {wrong}; measure again, or restore the file")
-        return found
+            return _acceptance_of(path, kind) if path.exists() else None
+        except RecordError as error:
+            if on_broken is None:
+                raise
+            on_broken(error)
+            return None
 
     counting = [read(name, CountingTime) for name in ("counts.json", "tables.json")]
     return Acceptance(
@@ -260,6 +283,16 @@ def read_acceptance(folder: Path) -> Acceptance:
         loading=read("data.json", LoadingTime),
         roof=read("roofline.json", RoofDistances),
     )
+
+
+def _acceptance_of(path: Path, kind: type[_A]) -> _A:
+    try:
+        found = msgspec.json.decode(read_text(path), type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise RecordError(f"{path}: {error}; measure again") from None
+    for wrong in mistaken_acceptance(found):
+        raise RecordError(f"{path}: {wrong}; measure again, or restore the file")
+    return found
 
 
 def _checked(latencies: Mapping[_K, Latency]) -> dict[_K, Latency]:

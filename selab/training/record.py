@@ -18,7 +18,7 @@ from selab.errors import RecordError
 from selab.records import stats
 from selab.records.consistency import mistaken_machine
 from selab.records.files import read_text, write_atomically
-from selab.records.store import Store, file_name, partial_path
+from selab.records.store import OnBroken, Store, file_name, partial_path
 from selab.records.types import Device, Frozen, Machine, decoded
 from selab.training.recipe import Recipe
 
@@ -396,13 +396,17 @@ def save_accuracy_record(record: AccuracyRecord, path: Path) -> Path:
     return target
 
 
-def read_accuracy_records(folder: Path) -> list[AccuracyRecord]:
+def read_accuracy_records(folder: Path, *, on_broken: OnBroken = None) -> list[AccuracyRecord]:
     """Return every complete comparison in a machine's folder, in the order of their names; empty if there is none.
+
+    Args:
+        folder: the machine's.
+        on_broken: as in `Store.read_folder`.
 
     Raises:
         RecordError: no such folder, the folder above those of machines, or as `read_accuracy_record`.
     """
-    return ACCURACIES.read_folder(folder, required=False)
+    return ACCURACIES.read_folder(folder, required=False, on_broken=on_broken)
 
 
 def read_accuracy_record(path: Path) -> AccuracyRecord:

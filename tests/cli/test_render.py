@@ -96,6 +96,76 @@ class TestFolders:
         assert "se_toy (partial)" in out
 
 
+class TestBrokenFiles:
+    """One file that cannot be read is named in a line and left out; the rest is shown, and the status is 1."""
+
+    @pytest.fixture
+    def folder(self, selab, toy, quick_plans, tmp_path):
+        words = ["--threads", 1, "--phase", "forward", "--out", tmp_path / "r"]
+        assert selab("profile", "--arch", f"{toy}:se_toy", *words)[0] == 0
+        (folder,) = (tmp_path / "r").iterdir()
+        return folder
+
+    @staticmethod
+    def contents(folder):
+        (whole,) = (path.read_bytes() for path in folder.glob("*.json"))
+        changed = json.loads(whole)
+        changed["cost"]["params"] = -5
+        return {
+            "empty": b"",
+            "half": whole[: len(whole) // 2],
+            "binary": bytes(range(256)),
+            "list": b"[]",
+            "changed": json.dumps(changed).encode(),
+            "deep": b"[" * 100_000,
+        }
+
+    @pytest.mark.parametrize(
+        "words", [["table", "latency"], ["table", "report"], ["table", "added"], ["plot", "added"]]
+    )
+    def test_the_rest_is_shown(self, selab, folder, words):
+        show = [*words, "--json", "-", "--profiles", folder]
+        status, shown, _ = selab(*show)
+        assert status == 0
+        contents = self.contents(folder)
+        for name, content in contents.items():
+            (folder / f"{name}.json").write_bytes(content)
+        status, out, error = selab(*show)
+        assert (status, out) == (1, shown)
+        lines = [line for line in error.splitlines() if not line.startswith("counting ")]
+        assert len(lines) == len(contents), error
+        for name, line in zip(sorted(contents), lines, strict=True):
+            assert line.startswith(f"warning: left out {folder / f'{name}.json'}: ")
+
+    @pytest.mark.parametrize("family", ["tax", "accuracy", "acceptance"])
+    def test_of_every_family(self, selab, folder, family):
+        show = ["table", "report", "--json", "-", "--profiles", folder]
+        shown = selab(*show)[1]
+        path = folder / family / ("aa.json" if family == "acceptance" else "x.json")
+        path.parent.mkdir()
+        path.write_text("{")
+        status, out, error = selab(*show)
+        assert (status, out) == (1, shown)
+        assert error.count("warning: ") == 1
+        assert f"warning: left out {path}: " in error
+        assert "error" not in error
+
+    def test_files_are_written_with_the_rest(self, selab, folder, tmp_path):
+        (folder / "x.json").write_text("{")
+        out = tmp_path / "t.md"
+        assert selab("table", "latency", "--profiles", folder, "--out", out)[0] == 1
+        assert "se_toy" in out.read_text()
+
+    def test_nothing_is_left(self, selab, folder, one_line):
+        (path,) = folder.glob("*.json")
+        path.write_text("{")
+        status, out, error = selab("table", "latency", "--profiles", folder)
+        assert (status, out) == (1, "")
+        warning, end = error.splitlines()
+        assert warning.startswith(f"warning: left out {path}: ")
+        assert one_line(end).startswith(f"error: {folder}: none of its profiles can be read; ")
+
+
 class TestPlot:
     def test_a_picture_is_written_over_only_if_asked(self, selab, tmp_path):
         path = tmp_path / "accuracy.svg"

@@ -193,7 +193,9 @@ def faults_of(case: Case, ended: Ended, folder: Path) -> list[str]:
             found.append(f"{word.split()[0]}: {_last(ended.err)}")
             break
     errors = re.findall(r"^error: ", ended.err, re.M)
-    if ended.status == 1 and len(errors) != 1 and case.words[:1] != ("sweep",):
+    left_out = re.findall(r"^warning: left out ", ended.err, re.M)
+    # What could be read is shown, with a warning for each file that could not.
+    if ended.status == 1 and len(errors) != 1 and not (left_out and not errors) and case.words[:1] != ("sweep",):
         found.append(f"status 1 with {len(errors)} lines of an error")
     # A group without a command shows its help.
     if ended.status == 2 and len(errors) != 1 and not (not ended.err and "Usage:" in ended.out):

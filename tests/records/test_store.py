@@ -88,3 +88,27 @@ def test_the_folders_of_other_families_are_not_machines(tmp_path):
     path.write_text("{}")
     with pytest.raises(RecordError, match="make some with"):
         read_records(tmp_path / "here")
+
+
+def test_broken_files_are_left_out_where_they_are_told_of(written, tmp_path):
+    folder = tmp_path / "m"
+    written(folder, "a.json", arch="a")
+    written(folder, "c.json", arch="c")
+    (folder / "b.json").write_text("{")
+    told = []
+    assert [one.arch for one in read_records(folder, on_broken=told.append)] == ["a", "c"]
+    assert [str(each).startswith(f"{folder / 'b.json'}: ") for each in told] == [True]
+    with pytest.raises(RecordError, match=r"b\.json: "):
+        read_records(folder)
+    for name in "ac":
+        (folder / f"{name}.json").unlink()
+    with pytest.raises(RecordError, match=r"b\.json: [^;]*; [^;]*$"):
+        read_records(folder, on_broken=told.append)
+    (folder / "d.json").write_text("{")
+    with pytest.raises(RecordError, match=r"b\.json: .*; 1 more of .*m cannot be read either$"):
+        read_records(folder, on_broken=told.append)
+    assert len(told) == 1
+    for name in "bd":
+        (folder / f"{name}.json").unlink()
+    with pytest.raises(RecordError, match="make some with"):
+        read_records(folder, on_broken=told.append)

@@ -34,6 +34,22 @@ def exact(value: int) -> str:
     return f"{value:,}"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number of things: 1, `block` → `1 block`; 1200, `block` → `1,200 blocks`.
+
+    Args:
+        number: of the things.
+        noun: for one.
+        plural: for several; by default with an s.
+    """
+    return f"{number:,} {plural_of(number, noun, plural)}"
+
+
+def plural_of(number: int, noun: str, plural: str = "") -> str:
+    """Return a noun as it stands after a number; the arguments are those of `counted`."""
+    return noun if number == 1 else plural or f"{noun}s"
+
+
 def size(value: float, *, digits: int = 4) -> str:
     """Return bytes with a decimal prefix: 66232320 → `66.23 MB`."""
     return _scaled(value, digits, "B")

@@ -32,3 +32,11 @@ def test_percent_is_a_difference():
 @pytest.mark.parametrize(("half_width", "decimals"), [(0.05, 1), (0.01, 1), (0.005, 2), (0.0004, 3), (0.2, 0), (0, 1)])
 def test_digits_follow_the_half_width(half_width, decimals):
     assert units.decimals_for(half_width) == decimals
+
+
+def test_a_number_of_things():
+    assert units.counted(0, "block") == "0 blocks"
+    assert units.counted(1, "block") == "1 block"
+    assert units.counted(1200, "block") == "1,200 blocks"
+    assert units.counted(2, "process", "processes") == "2 processes"
+    assert units.plural_of(1, "class", "classes") == "class"

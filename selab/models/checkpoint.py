@@ -21,6 +21,7 @@ from selab.models.build import build
 from selab.models.key_maps import Port, port_for, renamed
 from selab.models.spec import Variant
 from selab.models.weights_file import (
+    MOST_NAMES,
     Found,
     Target,
     WeightsError,
@@ -394,9 +395,16 @@ def _misfit(key: str, theirs: Tensor, ours: Tensor) -> str:
 
 
 def _listed(missing: list[str], unexpected: list[str], shapes: list[str], *, said: str = "") -> str:
-    """Return the first five keys of each kind of mismatch; `said`: which side's names the missing keys use."""
-    kinds = ((f"missing{said}", missing), ("unexpected", unexpected), ("wrong shape or type", shapes))
-    return "; ".join(f"{name}: {some(keys)}" for name, keys in kinds if keys)
+    """Return how many keys of each kind do not fit, and three of them; `said`: whose names the missing keys use."""
+    kinds = [(f"missing{said}", missing), ("unexpected", unexpected), ("of the wrong shape or type", shapes)]
+    kinds = [kind for kind in kinds if kind[1]]
+    shares = [MOST_NAMES // len(kinds)] * len(kinds)
+    shares[0] += MOST_NAMES - sum(shares)
+    parts = []
+    for (name, keys), most in zip(kinds, shares, strict=True):
+        more = ", …" if len(keys) > most else ""
+        parts.append(f"{len(keys):,} {name}: {', '.join(map(shown, keys[:most]))}{more}")
+    return "; ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from selab import units
 from selab.errors import SelabError
 
 # Where training scripts put a moving average of the weights, and the weights themselves.
@@ -60,6 +61,8 @@ _PRIVATE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 _BOOKKEEPING = frozenset({"n_averaged", "initted", "step", "num_updates", "decay"})
 _PICKLES = (".pt", ".pth", ".tar", ".ckpt", ".bin")
 _KEY_LENGTH = 100
+MOST_NAMES = 3
+"""Keys that a message shows."""
 _COUNTER = "num_batches_tracked"
 
 
@@ -201,10 +204,10 @@ def shown(key: str) -> str:
     return text if len(text) <= _KEY_LENGTH else f"{text[:_KEY_LENGTH]}…"
 
 
-def some(keys: Collection[str]) -> str:
-    """Return the first five keys and how many more there are."""
-    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return ", ".join(shown(key) for key in list(keys)[:5]) + more
+def some(keys: Collection[str], *, most: int = MOST_NAMES) -> str:
+    """Return the first keys and how many more there are."""
+    more = f" and {len(keys) - most:,} more" if len(keys) > most else ""
+    return ", ".join(shown(key) for key in list(keys)[:most]) + more
 
 
 def line(error: BaseException) -> str:
@@ -275,6 +278,43 @@ def _forms(one: Found, path: Path | str, *, free: bool) -> Iterator[Found]:
         path: the file, for messages.
         free: whether also prefixes are removed that a network may have itself; its keys then decide.
     """
+    for form in _unwrapped_forms(one, path, free=free):
+        yield _with_ordered_prefix(form, one.state)
+
+
+def _with_ordered_prefix(form: Found, whole: Mapping[str, Tensor]) -> Found:
+    """Return a form whose prefix has its parts in the order in which the keys of the file have them."""
+    parts = form.prefix.split(".")[:-1]
+    if not _PRIVATE.intersection(parts) or _PRIVATE.issuperset(parts):
+        return form
+    # Tensors are the same objects in both; one object may have several names.
+    keys: dict[int, list[str]] = {}
+    for key, value in whole.items():
+        keys.setdefault(id(value), []).append(key)
+    orders: dict[tuple[str, ...], None] = {}
+    for key, value in form.state.items():
+        for name in keys.get(id(value), ()):
+            if f".{without_private(name)}".endswith(f".{key}"):
+                orders[_removed(name.split("."), key.split("."))] = None
+                break
+    longest = max(orders, key=len, default=())
+    left = [part for part in parts if part not in longest]
+    return replace(form, prefix="".join(f"{part}." for part in (*longest, *left)))
+
+
+def _removed(name: list[str], key: list[str]) -> tuple[str, ...]:
+    """Return the parts of a name in a file that its key lacks, in their order."""
+    left = list(key)
+    removed = []
+    for part in reversed(name):
+        if left and part == left[-1] and part not in _PRIVATE:
+            left.pop()
+        else:
+            removed.append(part)
+    return tuple(reversed(removed))
+
+
+def _unwrapped_forms(one: Found, path: Path | str, *, free: bool) -> Iterator[Found]:
     counters = tuple(key for key in one.state if key in _BOOKKEEPING)
     bare = {key: value for key, value in one.state.items() if key not in counters}
     if "n_averaged" in counters and all("module" in key.split(".") for key in bare):
@@ -308,7 +348,7 @@ def _forms(one: Found, path: Path | str, *, free: bool) -> Iterator[Found]:
             average=average or first in _AVERAGES,
             left=(*left, *rest),
         )
-        yield from _forms(part, path, free=free)
+        yield from _unwrapped_forms(part, path, free=free)
 
 
 def _renamed(one: Found, state: Mapping[str, Tensor], rename: Callable[[str], str], path: Path | str) -> Found:
@@ -342,13 +382,16 @@ def _is_extra(key: object) -> bool:
 
 def _no_state_dict(loaded: object) -> str:
     """Say why a file holds no state dict, and what it does hold."""
-    names = ", ".join((_AVERAGES[0], *_PLAIN, *_AVERAGES[1:]))
-    says = f"has no state dict (tensors by name), neither at the top level nor under {names}; save model.state_dict()"
     if not isinstance(loaded, Mapping):
-        return says
+        return f"has no state dict (tensors by name), but a {type(loaded).__name__}; save model.state_dict()"
+    says = (
+        f"has no state dict (tensors by name) at the top level or under {', '.join(_PLAIN[:2])} or another usual name"
+    )
     inner = [str(key) for key, value in loaded.items() if isinstance(value, Mapping) and _is_state(value)]
     if inner:
         return f"{says}; there are tensors under {some(inner)}: save one of these alone"
+    holds = f", but {units.counted(len(loaded), 'key')}: {some([str(key) for key in loaded])}" if loaded else ""
+    says = f"{says}{holds}; save model.state_dict()"
     for name, part in (("", loaded), *((f"{key}.", value) for key, value in loaded.items())):
         odd = [] if not isinstance(part, Mapping) else [key for key in part if not isinstance(part[key], Tensor)]
         dotted = isinstance(part, Mapping) and any(isinstance(part[key], Tensor) and "." in str(key) for key in part)

@@ -52,7 +52,7 @@ LAYOUTS = {
     "plain": (GOOD, ""),
     "DataParallel": (under("module."), "prefix module. removed"),
     "compiled": (under("_orig_mod."), "prefix _orig_mod. removed"),
-    "compiled, in DDP": (under("module._orig_mod."), "prefix _orig_mod.module. removed"),
+    "compiled, in DDP": (under("module._orig_mod."), "prefix module._orig_mod. removed"),
     "in DDP, compiled": (under("_orig_mod.module."), "prefix _orig_mod.module. removed"),
     "a compiled child": (
         {key.replace("conv.", "conv._orig_mod."): value for key, value in GOOD.items()},
@@ -66,7 +66,12 @@ LAYOUTS = {
         {"state_dict": {**under("net."), "loss.weight": torch.ones(3), "val_acc.total": torch.tensor(9)}},
         "taken from state_dict; prefix net. removed; left out: loss, val_acc",
     ),
-    "Lightning and compiled": ({"state_dict": under("model._orig_mod.")}, "prefix _orig_mod.model. removed"),
+    "Lightning and compiled": ({"state_dict": under("model._orig_mod.")}, "prefix model._orig_mod. removed"),
+    "compiled in Lightning in DDP": (
+        {"state_dict": under("module.model._orig_mod.")},
+        "taken from state_dict; prefix module.model._orig_mod. removed",
+    ),
+    "compiled twice": (under("_orig_mod.module._orig_mod."), "prefix _orig_mod.module._orig_mod. removed"),
     "net": ({"net": under("module."), "acc": 91.2}, "taken from net; prefix module. removed; left out: acc"),
     "tutorial": ({"model_state_dict": GOOD, "optimizer_state_dict": {}}, "taken from model_state_dict"),
     "pycls": ({"model_state": GOOD, "cfg": "x"}, "taken from model_state"),
@@ -212,7 +217,7 @@ def test_a_state_dict_in_memory_has_prefixes_as_well():
 
 def test_mixed_prefixes_are_refused_with_the_keys(saved):
     mixed = {(f"module.{key}" if key.startswith("conv") else key): value for key, value in GOOD.items()}
-    with pytest.raises(WeightsError, match=r"missing: conv\.weight, conv\.bias; unexpected: module\.conv\.weight"):
+    with pytest.raises(WeightsError, match=r"2 missing: conv\.weight, conv\.bias; \d unexpected: module\.conv\.weight"):
         load(Net(), saved(mixed))
 
 

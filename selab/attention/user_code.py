@@ -63,7 +63,8 @@ def imported(target: str) -> Iterator[object]:
     if place.endswith(".py"):
         file = Path(place).resolve()
         if not file.is_file():
-            raise SpecError(f"{target}: there is no file {place}")
+            there = f"{place} is not a regular file" if file.exists() else f"there is no file {place}"
+            raise SpecError(f"{target}: {there}")
         before_code(place)
         with user_code(target, folder=file.parent, home=file.parent):
             yield _attribute(_file_module(file), attribute, where=target)

@@ -16,6 +16,7 @@ from selab.experiments.job import Job, Request, job_of, resolve
 from selab.experiments.profiling import Profile, count_job
 from selab.models.provenance import is_stale
 from selab.records import files, store
+from selab.records.bounds import json_fault
 from selab.records.types import Frozen, Machine, Record
 
 State = Literal["measured", "taken over", "out of memory", "skipped", "failed"]
@@ -252,10 +253,13 @@ class ResultCache:
 
 
 def _read_mark(path: Path) -> Mark:
+    text = files.read_text(path)
     try:
-        return msgspec.json.decode(files.read_text(path), type=Mark)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise RecordError(f"{path}: {error}; remove the file, and the cell is measured again") from None
+        return msgspec.json.decode(text, type=Mark)
+    except msgspec.DecodeError as error:
+        raise RecordError(
+            f"{path}: {json_fault(text, error)}; remove the file, and the cell is measured again"
+        ) from None
 
 
 def is_of_memory(error: str) -> bool:

@@ -83,7 +83,8 @@ def find(name: str, *, option: str = "--arch") -> Variant | None:
         if not attribute:
             raise SpecError(f"{option} {name}: name the function, class or network in it: {path}:NAME")
         if not Path(path).is_file():
-            raise SpecError(f"{option} {name}: there is no file {path}")
+            there = f"{path} is not a regular file" if Path(path).exists() else f"there is no file {path}"
+            raise SpecError(f"{option} {name}: {there}")
         return _variant(
             name,
             family="file",

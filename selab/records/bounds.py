@@ -1,6 +1,7 @@
 """Bounds on what texts may hold: how deep they are nested, and which numbers they may have."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,3 +38,29 @@ def fault_of(data: object) -> str:
 
 def _path(keys: Sequence[object]) -> str:
     return ".".join(str(key)[:_SHOWN_KEY] for key in keys)
+
+
+_ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+
+
+def json_fault(text: str, error: Exception) -> str:
+    """Return why a text is not JSON, given the decoder's error.
+
+    The decoder calls a surrogate without its other half a truncated input.
+    """
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    high, end = "", 0
+    for found in _ESCAPED.finditer(text):
+        code = int(found[1] or "0", 16)
+        follows = high and found.start() == end
+        if high and not (follows and 0xDC00 <= code < 0xE000):
+            return _lone(high)
+        if not high and 0xDC00 <= code < 0xE000:
+            return _lone(found[0])
+        high, end = (found[0] if 0xD800 <= code < 0xDC00 else ""), found.end()
+    return _lone(high) if high else str(error)
+
+
+def _lone(escape: str) -> str:
+    return f"{escape} is half of a surrogate pair, which is no character"

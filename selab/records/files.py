@@ -89,22 +89,22 @@ def check_writable(path: Path, *, replace: bool) -> None:
 
 
 def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
-    """Return a file's content; a pipe without a writer is empty.
+    """Return the content of a regular file; pipes and devices, which may never end, are refused at once.
 
     Args:
         path: of the file.
-        most: bytes; an endless device ends here.
+        most: bytes.
 
     Raises:
-        RecordError: it cannot be read, or is larger.
+        RecordError: it cannot be read, is no regular file, or is larger.
     """
+    check_regular(path)
     try:
-        # Opening a pipe must not wait for somebody to write to it.
+        # A pipe that has taken the file's place meanwhile must not let the program wait for a writer.
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         try:
-            if stat.S_ISDIR(os.fstat(file).st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            os.set_blocking(file, True)
+            if stat.S_ISFIFO(os.fstat(file).st_mode):
+                raise OSError(errno.ESPIPE, "is a pipe")
             parts, size = [], 0
             while size <= most and (part := os.read(file, min(_CHUNK, most + 1 - size))):
                 parts.append(part)
@@ -116,6 +116,23 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
     if size > most:
         raise RecordError(f"{shown(path)}: cannot be read: larger than {most:,} bytes")
     return b"".join(parts)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse to read what is there but no regular file; opening a device or a pipe may wait for ever.
+
+    Raises:
+        RecordError: it is a folder, a pipe, a device or a socket; a file that does not exist is not looked at.
+    """
+    try:
+        status = _status(path)
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
+    if status is None or stat.S_ISREG(status.st_mode):
+        return
+    if stat.S_ISDIR(status.st_mode):
+        raise RecordError(f"{shown(path)}: cannot be read: {os.strerror(errno.EISDIR)}")
+    raise RecordError(f"{shown(path)}: cannot be read: is {_kind(status.st_mode)}; name a regular file")
 
 
 def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
@@ -170,8 +187,15 @@ def _check_kind(path: Path, status: os.stat_result) -> None:
     if stat.S_ISDIR(mode):
         raise RecordError(f"{shown(path)}: is a folder; name a file in it")
     if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
-        kind = "a block device" if stat.S_ISBLK(mode) else "a socket" if stat.S_ISSOCK(mode) else "not a file"
-        raise RecordError(f"{shown(path)}: is {kind}; name a file")
+        raise RecordError(f"{shown(path)}: is {_kind(mode)}; name a file")
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    if stat.S_ISCHR(mode):
+        return "a device"
+    return "a block device" if stat.S_ISBLK(mode) else "a socket" if stat.S_ISSOCK(mode) else "not a file"
 
 
 def _stream_of(status: os.stat_result) -> int | None:

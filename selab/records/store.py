@@ -23,6 +23,7 @@ from selab.records.acceptance import (
     RoofDistances,
     mistaken_acceptance,
 )
+from selab.records.bounds import json_fault
 from selab.records.consistency import mistaken_record
 from selab.records.files import files_ending, read_text, write_atomically
 from selab.records.types import PHASES, Latency, Memory, Phase, Record, from_json, to_json
@@ -286,10 +287,11 @@ def read_acceptance(folder: Path, *, on_broken: OnBroken = None) -> Acceptance:
 
 
 def _acceptance_of(path: Path, kind: type[_A]) -> _A:
+    text = read_text(path)
     try:
-        found = msgspec.json.decode(read_text(path), type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise RecordError(f"{path}: {error}; measure again") from None
+        found = msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError as error:
+        raise RecordError(f"{path}: {json_fault(text, error)}; measure again") from None
     for wrong in mistaken_acceptance(found):
         raise RecordError(f"{path}: {wrong}; measure again, or restore the file")
     return found

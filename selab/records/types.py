@@ -12,7 +12,7 @@ import msgspec
 
 from selab import units
 from selab.errors import RecordError
-from selab.records.bounds import fault_of
+from selab.records.bounds import fault_of, json_fault
 from selab.records.display import DisplayedValues
 
 SCHEMA = "selab.profile/1"
@@ -466,7 +466,7 @@ def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) 
     try:
         head: Any = msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        reason = json_fault(raw.decode(errors="replace"), error)
         raise RecordError(f"{where}: not a record: {reason}; {again} or restore the file") from None
     if fault := fault_of(head):
         raise RecordError(f"{where}: not a record: {fault}; {again} or restore the file")

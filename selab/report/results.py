@@ -14,6 +14,7 @@ from selab.experiments.compared import Compared
 from selab.experiments.diff import RatioChange, check_comparable, grew, ratio_changes
 from selab.experiments.tax_record import SCHEMA as TAX_SCHEMA
 from selab.experiments.tax_record import TaxRecord, read_tax_record, save_tax_record
+from selab.records.bounds import json_fault
 from selab.records.display import Displayed
 from selab.records.files import check_writable, read_text
 from selab.records.store import read_record, save
@@ -224,7 +225,7 @@ def read_any(path: Path) -> AnyRecord:
     try:
         head: Any = msgspec.json.decode(text)
     except msgspec.DecodeError as error:
-        raise RecordError(f"{path}: not a record: {error}") from None
+        raise RecordError(f"{path}: not a record: {json_fault(text, error)}") from None
     found = head.get("schema") if isinstance(head, dict) else None
     kind = found.partition("/")[0] if isinstance(found, str) else ""
     known = {one.partition("/")[0]: one for one in (SCHEMA, TAX_SCHEMA, ACCURACY_SCHEMA)}

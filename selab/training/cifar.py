@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selab.errors import SelabError
-from selab.records.files import write_atomically
+from selab.records.files import check_regular, write_atomically
 from selab.training.download import DownloadError, DownloadProgress, alone, digest, fetch, unpack, whole_folder
 from selab.units import size
 
@@ -272,6 +272,7 @@ def _read(folder: Path, layout: Layout) -> Cifar:
 
 def _rows(path: Path, count: int, layout: Layout) -> Bytes:
     """Return a file's images, each after its labels: (count, row_bytes)."""
+    check_regular(path)
     try:
         found = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
@@ -297,6 +298,8 @@ def _again(path: Path, layout: Layout) -> str:
 def _marked(folder: Path) -> tuple[str, str] | None:
     """Return the checksum of the archive a folder was unpacked from, and the SHA-256 of its files at that time."""
     try:
+        if not (folder / _MARKER).is_file():
+            return None
         marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
         return str(marker["md5"]), str(marker["sha256"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -306,5 +309,6 @@ def _marked(folder: Path) -> tuple[str, str] | None:
 def _sha256(folder: Path, layout: Layout) -> str:
     whole = hashlib.sha256()
     for name in layout.files:
+        check_regular(folder / name)
         whole.update((folder / name).read_bytes())
     return whole.hexdigest()

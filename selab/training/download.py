@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from selab.errors import SelabError
+from selab.errors import RecordError, SelabError
+from selab.records.files import check_regular
 
 _CHUNK = 1 << 20
 # Seconds for a connection, and for the next bytes of an answer.
@@ -117,8 +118,11 @@ def digest(path: Path) -> str:
         DownloadError: the file cannot be read.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except RecordError as error:
+        raise DownloadError(f"{error}; put the published file there") from None
     except OSError as error:
         raise DownloadError(f"{path}: cannot be read: {error.strerror}; put the published file there") from None
 

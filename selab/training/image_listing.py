@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selab.errors import SelabError, nearest
-from selab.records.files import read_text
+from selab.records.files import check_regular, read_text
 from selab.training.problems import NAMED
 
 Kind = Literal["corrupt", "truncated", "grey", "cmyk", "other"]
@@ -212,9 +212,12 @@ def _images_below(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:
                 yield from _images_below(folder / entry.name, prefix + name + b"/")
             elif not entry.name.startswith(".") and Path(entry.name).suffix.lower() in _SUFFIXES:
                 try:
-                    yield prefix + name, entry.stat().st_size
+                    status = entry.stat()
                 except OSError as error:
                     raise FolderError(f"{entry.path}: cannot be read: {error.strerror}") from None
+                # A pipe would let a decoder wait for ever.
+                check_regular(Path(entry.path))
+                yield prefix + name, status.st_size
 
 
 def printable(name: str) -> str:

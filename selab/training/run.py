@@ -26,6 +26,7 @@ from torch import Tensor
 from selab._version import __version__
 from selab.errors import SelabError
 from selab.models.spec import Variant
+from selab.records.bounds import json_fault
 from selab.records.files import read_text, write_atomically
 from selab.records.types import Frozen
 from selab.training.data import Data
@@ -365,10 +366,11 @@ def _is_there(path: Path) -> bool:
 
 
 def _decoded(path: Path, kind: type[_T]) -> _T:
+    text = read_text(path)
     try:
-        return msgspec.json.decode(read_text(path), type=kind)
+        return msgspec.json.decode(text, type=kind)
     except msgspec.DecodeError as error:
-        raise TrainingError(f"{path}: {error}; restore it, or name another folder") from None
+        raise TrainingError(f"{path}: {json_fault(text, error)}; restore it, or name another folder") from None
 
 
 def _json(value: Frozen) -> bytes:

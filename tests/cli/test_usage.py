@@ -1,5 +1,6 @@
 """Wrong usage of every command is one line: where, what, what is allowed, and the next step."""
 
+import os
 import subprocess
 import sys
 
@@ -150,3 +151,37 @@ def test_a_reader_of_the_help_that_leaves():
     assert reading.stderr.read() == ""
     reading.stderr.close()
     assert reading.wait() == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["count", "--arch", "{}.toml"],
+        ["count", "--arch", "{}.py:Net"],
+        ["count", "--arch", "{}"],
+        ["count", "--arch", "resnet18", "--insert", "auto", "--se", "block={}.py:Block"],
+        ["count", "--arch", "resnet18", "--input", "{}"],
+        ["table", "latency", "--profiles", "{}"],
+        ["diff", "{}", "{}"],
+        ["check", "{}.toml"],
+        ["plot", "curves", "--record", "{}"],
+        ["plot", "tax", "--record", "{}"],
+        ["train", "--arch", "small_cnn", "--data", "synthetic", "--recipe", "{}.toml"],
+        ["eval", "--arch", "small_cnn", "--data", "synthetic", "--weights", "{}.pth"],
+        ["eval", "--arch", "small_cnn", "--data", "synthetic", "--weights", "{}.safetensors"],
+        ["eval", "--arch", "small_cnn", "--data", "folder", "--weights", "w.pth", "--data-dir", "{}"],
+        ["table", "reduction", "--into", "{}.md"],
+    ],
+    ids=" ".join,
+)
+def test_pipes_and_devices_are_no_input(selab, one_line, tmp_path, words):
+    """A pipe that nobody writes to, and a device that never ends, are refused before they are opened."""
+    for ending in (".toml", ".py", ".pth", ".safetensors", ".md", ""):
+        for name in ("pipe", "zero"):
+            path = tmp_path / f"{name}{ending}"
+            os.mkfifo(path) if name == "pipe" else path.symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        status, out, error = selab(*(word.format(tmp_path / name) for word in words))
+        assert status != 0
+        assert out == ""
+        assert one_line(error)

@@ -70,3 +70,26 @@ def test_json(value):
     with pytest.raises(RecordError, match=r"^x\.json: not a record: ") as caught:
         from_json(msgspec.json.encode(record), where="x.json")
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "escape"),
+    [
+        (r'{"a": "\ud800"}', r"\ud800"),
+        (r'{"\uDFFF": 1}', r"\uDFFF"),
+        (r'["\ud83d\ude00\ud83d"]', r"\ud83d"),
+        (r'["\ud83dx\ude00"]', r"\ud83d"),
+        (r'["\ude00\ud83d"]', r"\ude00"),
+        (r'["\\\ud800"]', r"\ud800"),
+    ],
+)
+def test_half_a_surrogate_pair_is_named(text, escape):
+    with pytest.raises(RecordError, match="not a record") as caught:
+        from_json(text.encode(), where="x.json")
+    assert f"x.json: not a record: {escape} is half of a surrogate pair, which is no character; " in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [r'["\ud83d\ude00", "\\ud800"', '{"a": 1', ""])
+def test_what_is_truncated_is_called_so(text):
+    with pytest.raises(RecordError, match="truncated"):
+        from_json(text.encode(), where="x.json")

@@ -309,12 +309,25 @@ class TestReading:
         with pytest.raises(RecordError, match="cannot be read: Permission denied"):
             files_ending(tmp_path, ".json")
 
-    def test_endless_and_empty_sources(self, tmp_path):
-        with pytest.raises(RecordError, match="/dev/zero: cannot be read: larger than 1,000 bytes"):
-            read_bytes(files.Path("/dev/zero"), most=1000)
+    def test_what_may_never_end_is_refused_at_once(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
-        assert read_bytes(tmp_path / "pipe") == b""
+        (tmp_path / "link").symlink_to("pipe")
+        for path, kind in (("/dev/zero", "a device"), (tmp_path / "pipe", "a pipe"), (tmp_path / "link", "a pipe")):
+            with pytest.raises(RecordError, match=f"{path}: cannot be read: is {kind}; name a regular file"):
+                read_bytes(files.Path(path), most=1000)
+        with pytest.raises(RecordError, match="cannot be read: Is a directory"):
+            read_bytes(tmp_path)
+
+    def test_a_pipe_that_takes_a_file_s_place(self, tmp_path, monkeypatch):
+        os.mkfifo(tmp_path / "pipe")
+        monkeypatch.setattr(files, "check_regular", lambda _path: None)
+        with pytest.raises(RecordError, match="cannot be read: is a pipe"):
+            read_bytes(tmp_path / "pipe")
+
+    def test_sizes(self, tmp_path):
         (tmp_path / "file").write_bytes(b"x" * 1000)
+        with pytest.raises(RecordError, match="cannot be read: larger than 999 bytes"):
+            read_bytes(tmp_path / "file", most=999)
         assert read_bytes(tmp_path / "file", most=1000) == b"x" * 1000
 
     @pytest.mark.parametrize(

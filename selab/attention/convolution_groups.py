@@ -92,11 +92,17 @@ class ConvolutionGroups:
             return None
         # A convolution beside an identity is an ordinary residual branch, unless its module says that it merges them.
         parallel = weighted > 1 and bool(operations & BATCH_NORMS)
-        return source if parallel or self._merges(total.module) else None
+        return source if parallel or self.merger(total) is not None else None
 
-    def _merges(self, path: str) -> bool:
-        """Return whether a module (not the network itself) has a method that replaces its branches."""
-        return path != "" and any(callable(getattr(self.modules[path], name, None)) for name in _MERGES)
+    def merger(self, total: Value) -> str | None:
+        """Return the path of the outermost module, not the network itself, that merges the branches of a sum.
+
+        It adds them itself, or returns what a module inside of it adds.
+        """
+        around = [one.path for one in total.returned_by if one.began <= total.index]
+        paths = sorted({total.module, *around} - {""}, key=len)
+        found = (path for path in paths if any(callable(getattr(self.modules[path], name, None)) for name in _MERGES))
+        return next(found, None)
 
     def _leaves(self, total: Value) -> Iterator[Value]:
         """Return the terms of a sum; of a term that is a (scaled) sum itself and read only here, its terms."""

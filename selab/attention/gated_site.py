@@ -117,7 +117,11 @@ class GatedSite(nn.Module):
         if inner is None or not _is_public(inner, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name in CONVERSIONS and hasattr(inner, name):
-            raise AttributeError(f"{type(inner).__name__}.{name}: an attention block is inserted here; use `.inner`")
+            raise AttributeError(
+                f"{type(inner).__name__}.{name}: an attention block is inserted at this module, and merging it into "
+                "another layer would drop the block; remove the blocks first (selab.remove_se), insert at the module "
+                "that merges (as `auto` does), or call it on `.inner`"
+            )
         _check_not_folded(inner, name)
         return getattr(inner, name)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from selab.attention.auto_sites import trace_ends
 from selab.attention.insert import insert_se
-from selab.attention.se import SqueezeExcitation
+from selab.attention.inserted import check_inserted
 from selab.meta import passages
 from selab.models import external
 from selab.models.build import build
@@ -114,20 +114,38 @@ def test_no_site_inside_a_block(word, outside):
     assert not [path for path in found if outside in path]
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repghostnet_050"])
-def test_re_parameterisation_keeps_every_block(name):
+@pytest.mark.parametrize(
+    ("name", "pixels", "dtype"),
+    [
+        ("repvgg_a0", 64, torch.float64),
+        ("mobileone_s0", 64, torch.float64),
+        ("fastvit_t8", 64, torch.float64),
+        ("repghostnet_050", 64, torch.float64),
+        ("shvit_s1", 64, torch.float64),
+        ("iformer_t", 64, torch.float64),
+        ("lcnetv2_small", 64, torch.float64),
+        ("efficientvim_m1", 64, torch.float64),
+        # What their `fuse` makes is single precision.
+        ("efficientvit_m0", 224, torch.float32),
+        ("repvit_m1", 64, torch.float32),
+        ("levit_conv_128s", 224, torch.float32),
+    ],
+)
+def test_re_parameterisation_keeps_every_block(name, pixels, dtype):
     """timm's `reparameterize_model` merges the branches; the blocks stay, and so does the output."""
     torch.manual_seed(0)
-    model, size = timm.create_model(name).eval().double(), (1, 3, 64, 64)
+    model, size = timm.create_model(name).eval().to(dtype), (1, 3, pixels, pixels)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.0)
             nn.init.uniform_(module.running_var, 0.5, 1.0)
-    sites = insert_se(model, [end.path for end in trace_ends(model, size).found], reduction=4, input_nchw=size)
+    inserted = insert_se(model, [end.path for end in trace_ends(model, size).found], reduction=4, input_nchw=size)
     merged = timm.utils.model.reparameterize_model(copy.deepcopy(model)).eval()
-    inserted = [one for one in merged.modules() if isinstance(one, SqueezeExcitation) and one.inserted]
-    assert len(inserted) == len(sites)
+    sites = check_inserted(merged, input_nchw=size, inserted=inserted)
+    assert {one.path for one in inserted} <= set(sites)
     assert sum(one.numel() for one in merged.parameters()) < sum(one.numel() for one in model.parameters())
-    x = torch.randn(size, dtype=torch.float64)
+    x = torch.randn(size, dtype=dtype)
     with torch.no_grad():
-        torch.testing.assert_close(merged(x), model(x))
+        expected = model(x)
+        rounding = {torch.float32: 1e-5, torch.float64: 1e-9}[dtype]
+        torch.testing.assert_close(merged(x), expected, rtol=0, atol=rounding * float(expected.abs().max()))

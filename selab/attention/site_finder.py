@@ -290,9 +290,11 @@ class Finder:
             return self._leave_out(place, "they read the network's input (a stem)")
         if not total.is_image:
             return self._leave_out(place, "its feature maps are not (N, C, H, W)")
+        merger = self.groups.merger(total)
         for value in reversed(chain):
-            path = self._site(value, within=total.module)
-            if path is not None:
+            path = self._site(value, within=total.module if merger is None else merger)
+            # What is inside the module that merges them is replaced with it.
+            if path is not None and (merger is None or path == merger or not holds(merger, path)):
                 return self._add(value, path, PARALLEL, f"after {place}")
         return self._leave_out(
             place, "re-parameterisation merges them into one convolution, and no module ends after their sum"
@@ -502,12 +504,15 @@ class Finder:
 
     def _name_tokens(self) -> None:
         """Leave out, in one line, additions of tensors that are not feature maps."""
-        sums = [one for one in self.values if one.terms and len(one.shape) > 2 and not one.is_map]
-        if sums and not self.left_out:
+        sums = [
+            one
+            for one in self.values
+            if len(one.terms) > 1 and len(one.shape) > 2 and not one.is_image and not self._joins(one)
+        ]
+        if sums:
             module, shape = named(sums[0].module), "×".join(map(str, sums[0].shape))
-            self._leave_out(
-                f"the addition in {module} and {len(sums) - 1} more", f"its tensors are {shape}, not feature maps"
-            )
+            more = f" and {len(sums) - 1} more" if len(sums) > 1 else ""
+            self._leave_out(f"the addition in {module}{more}", f"its tensors are {shape}, not feature maps")
 
     def _trunk(self, value: Value) -> Value | None:
         """Return the feature map that an elementwise operation changes; of a gate and its operand, the operand.

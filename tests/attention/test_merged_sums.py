@@ -7,6 +7,7 @@ from torch import nn
 
 from selab.attention.auto_sites import trace_ends
 from selab.attention.insert import insert_se
+from selab.attention.inserted import check_inserted
 
 NCHW = (1, 3, 16, 16)
 
@@ -46,6 +47,17 @@ class RepBlock(nn.Module):
         if self.identity is not None:
             y = y + self.identity(x)
         return self.act(y)
+
+
+class Residual(nn.Module):
+    """An ordinary block, x + bn(conv(x))."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv(), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return x + self.bn(self.conv(x))
 
 
 class TestMergedSums:
@@ -145,6 +157,61 @@ class TestMergedSums:
 
         assert found(network(Mixer(), conv())) == [("1.mixer", "residual")]
         assert found(network(Merging(), conv())) == [("1", "parallel")]
+
+    @pytest.mark.parametrize("method", ["fuse", "reparameterize", "switch_to_deploy"])
+    def test_a_module_that_merges_what_its_child_adds(self, method):
+        """Whatever is inside goes with the merge, so the site is the merging module and not the one that adds."""
+
+        class Sum(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inside = normed(groups=8)
+
+            def forward(self, x):
+                return x + self.inside(x)
+
+        class Merging(nn.Sequential):
+            pass
+
+        def merge(self):
+            merged = nn.utils.fuse_conv_bn_eval(*self[0].inside)
+            with torch.no_grad():
+                merged.weight[:, 0, 1, 1] += 1
+            return merged
+
+        setattr(Merging, method, merge)
+        torch.manual_seed(0)
+        model, x = network(Merging(Sum()), Residual()).eval(), torch.randn(2, 3, 16, 16)
+        nn.init.uniform_(model[1][0].inside[1].running_var, 0.5, 2)
+        assert found(model) == [("1", "parallel"), ("2.bn", "residual")]
+        inserted = insert_se(model, "auto", reduction=2, input_nchw=NCHW)
+        expected = model(x)
+        model[1].inner = getattr(model[1].inner, method)()
+        assert check_inserted(model, input_nchw=NCHW, inserted=inserted) == ("1", "2.bn")
+        assert isinstance(model[1].inner, nn.Conv2d)
+        torch.testing.assert_close(model(x), expected)
+
+    def test_no_site_inside_a_module_that_merges(self):
+        """A sum whose result goes through another layer of the merging module, as RepViT's BatchNorm."""
+
+        class Merging(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.large, self.small, self.bn = normed(groups=8), normed(kernel_size=1, groups=8), nn.BatchNorm2d(8)
+
+            def forward(self, x):
+                return self.bn(self.large(x) + self.small(x) + x)
+
+            def fuse(self):
+                raise NotImplementedError
+
+        class Inlined(Merging):
+            def forward(self, x):
+                return F.relu(super().forward(x)).mean((2, 3))
+
+        assert found(network(Merging())) == [("1", "parallel")]
+        assert found(nn.Sequential(conv(3, out=8), Inlined())) == []
+        assert "re-parameterisation merges them" in left_out(nn.Sequential(conv(3, out=8), Inlined()))
 
     def test_a_branch_with_an_activation_is_a_residual_one(self):
         class Projected(nn.Module):

@@ -127,6 +127,47 @@ class TestSpellings:
             block_ends(model, NCHW)
 
 
+class TestTokens:
+    @pytest.mark.parametrize(
+        ("tokens", "shape"),
+        [
+            (lambda x: x.flatten(2).transpose(1, 2), "1×256×8"),
+            (lambda x: x.permute(0, 2, 3, 1), "1×16×16×8"),
+            # Four patches of 64 pixels.
+            (lambda x: x.permute(0, 2, 3, 1).reshape(1, 4, 64, 8), "1×4×64×8"),
+        ],
+    )
+    def test_additions_of_tokens_are_named(self, tokens, shape):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.patches = conv(3, out=8)
+                self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+            def forward(self, x):
+                x = tokens(self.patches(x))
+                x = x + self.first(x)
+                return x + self.second(x)
+
+        assert found(Net()) == []
+        assert left_out(Net()) == f"the addition in the network and 1 more: its tensors are {shape}, not feature maps"
+
+    def test_they_are_named_beside_other_reasons(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.patches, self.position, self.linear = conv(3, out=8), conv(groups=8), nn.Linear(8, 8)
+
+            def forward(self, x):
+                x = self.patches(x)
+                x = (x + self.position(x)).flatten(2).transpose(1, 2)
+                return x + self.linear(x)
+
+        assert found(Net()) == []
+        assert "a positional encoding" in left_out(Net())
+        assert "the addition in the network: its tensors are 1×256×8, not feature maps" in left_out(Net())
+
+
 class Parallel(nn.Module):
     """torch.cat of branches, and what `after` makes of it."""
 

@@ -1,6 +1,5 @@
 """The public functions of selab, for scripts and notebooks."""
 
-import copy
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,13 +15,13 @@ from selab.attention.config import Init
 from selab.cost.count import count as count_module
 from selab.errors import ModelError, RecordError
 from selab.experiments.job import Request, resolve
-from selab.experiments.pair import measure_pair, plan_for
+from selab.experiments.pair import Fed, measure_pair, plan_for
 from selab.experiments.profiling import Profile
 from selab.meta import Example, On
 from selab.models import catalog, external
 from selab.models.build import Built
 from selab.models.build import build as build_variant
-from selab.models.inputs import Input, feed, main_input
+from selab.models.inputs import Input, main_input
 from selab.records.bounds import MOST_IMAGES, MOST_SEED, MOST_THREADS
 from selab.records.types import PHASES, Cost, Device, Dtype, Latency, MemoryFormat, Phase, Record, Workload
 from selab.report.results import RecordChanges, RecordResult, read_any
@@ -211,9 +210,7 @@ def measure(
     _check_whole("selab.measure", "threads", threads, 1, MOST_THREADS)
     _check_positive("selab.measure", "budget", budget)
     if several:
-        networks = [copy.deepcopy(network) for network in networks]
-        for network in networks:
-            feed(network, several)
+        networks = [Fed(network, several) for network in networks]
     workload = Workload(
         batch=shape[0],
         input_chw=(shape[1], shape[2], shape[3]),

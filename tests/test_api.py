@@ -22,6 +22,7 @@ import selab.api
 import selab.attention
 from selab.attention.insertions import Insertions
 from selab.errors import ModelError, RecordError, SelabError, SpecError, UnknownNameError
+from selab.meta.real import real_copy
 from selab.records.display import shown
 from selab.records.types import Insertion, from_json, to_json
 
@@ -232,6 +233,20 @@ def test_measure_takes_the_shapes_of_several_inputs(named):
     found = selab.measure(model, baseline=Weighted(named), input=shapes if named else [*shapes.values()], budget=0.1)
     assert found.interval[0] <= found.ratio <= found.interval[1]
     assert not model._forward_pre_hooks
+
+
+def test_networks_with_several_inputs_are_copied_once_for_each_arm(monkeypatch):
+    copied = []
+
+    def counted(network):
+        copied.append(network)
+        return real_copy(network)
+
+    monkeypatch.setattr("selab.bench.runner.real_copy", counted)
+    model, baseline = Weighted(False), Weighted(False)
+    selab.measure(model, baseline=baseline, input=[(2, 3, 8, 8), (2, 4)], budget=0.01)
+    # The baseline, the baseline again for the control, and the model.
+    assert [one.network for one in copied] == [baseline, baseline, model]
 
 
 # ---------------------------------------------------------------------------------------------------- profile, records

@@ -6,6 +6,8 @@ import random
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,9 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
+import selab
 from selab.attention.auto_sites import trace_ends
+from selab.attention.user_code import imported
+from selab.bench.memory import memory
 from selab.cost.count import count
+from selab.cost.crosscheck import compare
+from selab.errors import ModelError
+from selab.fusion.fuse import runtimes
 from selab.meta import passages
+from selab.meta.real import real_copy
+from selab.records.types import Workload
 
 GRIDS: dict[int, Tensor] = {}
 CALLS = 0
@@ -236,6 +246,10 @@ def everything(net: nn.Module) -> Any:
 
 
 def outputs(net: nn.Module) -> bytes:
+    return output(net).numpy().tobytes()
+
+
+def output(net: nn.Module) -> Tensor:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         before = torch.get_default_dtype()
@@ -244,15 +258,34 @@ def outputs(net: nn.Module) -> bytes:
         finally:
             torch.set_default_dtype(before)
     assert type(made) is Tensor
-    return made.detach().numpy().tobytes()
+    return made.detach()
 
 
 PASSES: dict[str, Callable[[nn.Module], Any]] = {
     "count": lambda net: count(net, (2, 3, 6, 6)),
+    "counters": lambda net: compare(net, (2, 3, 6, 6)),
+    "counters on real tensors": lambda net: compare(net, (2, 3, 6, 6), on="cpu"),
     "count in train mode": lambda net: count(net, (2, 3, 6, 6), training=True),
     "passages": lambda net: passages(net, [], (2, 3, 6, 6)),
     "block ends": lambda net: trace_ends(net, (2, 3, 6, 6)),
+    "dry run": lambda net: selab.insert_se(net, first_convolution(net), **SMALL, dry_run=True),
+    "check": lambda net: selab.check_inserted(net, input_nchw=(2, 3, 6, 6)),
+    "fuse": lambda net: selab.fuse(net, input_nchw=(2, 3, 6, 6)),
+    "fuse, not in place": lambda net: selab.fuse(net, input_nchw=(2, 3, 6, 6), in_place=False),
+    "runtimes": lambda net: runtimes(net, (2, 3, 6, 6)),
+    "measure": lambda net: selab.measure(net, baseline=net, input=(1, 3, 6, 6), budget=0.01),
+    "measure training": lambda net: selab.measure(
+        net, baseline=net, input=[(1, 3, 6, 6)], phase="forward_backward", budget=0.01
+    ),
 }
+WORKLOAD = Workload(
+    batch=1, input_chw=(3, 6, 6), device="cpu", dtype="fp32", memory_format="contiguous", mode="auto", threads=1
+)
+SMALL: dict[str, Any] = {"input_nchw": (2, 3, 6, 6), "reduction": 2}
+
+
+def first_convolution(net: nn.Module) -> str:
+    return next(path for path, module in net.named_modules() if isinstance(module, nn.Conv2d))
 
 
 @pytest.fixture(autouse=True)
@@ -274,9 +307,58 @@ def test_a_pass_changes_nothing(name: str, run: str) -> None:
     torch.manual_seed(5)
     twin = ZOO[name]()
     before = everything(net)
-    PASSES[run](net)
+    # It switches gradients off in its forward, so there is no backward to measure.
+    no_backward = name == "Switches" and run == "measure training"
+    with pytest.raises(ModelError, match="does not require grad") if no_backward else nullcontext():
+        PASSES[run](net)
     assert everything(net) == before
     assert outputs(net) == outputs(twin)
+
+
+@pytest.mark.parametrize("name", ["Buffers", "CachesInContainers", "Uncopyable", "hooks and a forward of its own"])
+def test_measuring_memory_changes_nothing(name: str) -> None:
+    net = ZOO[name]()
+    before = everything(net)
+    assert memory(net, WORKLOAD, phases=("forward",)).error == ""
+    assert everything(net) == before
+
+
+def tensors_and_hooks(net: nn.Module, left_out: set[int]) -> Any:
+    """Describe the tensors of a network in order, and the hooks of all its modules, without those of some modules."""
+    kept = [module for module in net.modules() if id(module) not in left_out]
+    held = [one for module in kept for one in (*module._parameters.values(), *module._buffers.values())]
+    hooks = [vars(module)[name] for module in kept for name in ("_forward_hooks", "_forward_pre_hooks")]
+    seen: dict[int, int] = {}
+    return [state_of(one, seen) for one in held], [hook for one in hooks for hook in one.values()]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("fused", ["no", "fused", "not in place", "blocks left"])
+@pytest.mark.parametrize("name", ZOO)
+def test_insertion_fusion_and_removal_change_the_modules_alone(name: str, fused: str) -> None:
+    torch.manual_seed(5)
+    net = ZOO[name]()
+    torch.manual_seed(5)
+    twin = ZOO[name]()
+    before, plain = everything(net), tensors_and_hooks(net, set())
+    # The weights of the block are drawn.
+    with torch.random.fork_rng():
+        sites = selab.insert_se(net, first_convolution(net), **SMALL, init="identity")
+    assert len(sites) == 1
+    if fused != "no":
+        selab.fuse(net, input_nchw=(2, 3, 6, 6), in_place=fused != "not in place", blocks=fused != "blocks left")
+    assert everything(net)[1:] == before[1:]
+    blocks = [module for module in net.modules() if isinstance(module, selab.SqueezeExcitation)]
+    added = {id(module) for block in blocks for module in block.modules()}
+    assert len(blocks) == 1
+    assert tensors_and_hooks(net, added) == plain
+    if fused == "no":
+        assert selab.remove_se(net) == 1
+        assert everything(net) == before
+        assert outputs(net) == outputs(twin)
+        return
+    # A block that starts as the identity changes no bit; the fused one may round otherwise.
+    torch.testing.assert_close(output(net), output(twin))
 
 
 def test_a_pass_that_fails_changes_nothing() -> None:
@@ -473,3 +555,75 @@ def test_a_fake_tensor_that_outlives_its_pass_cannot_be_computed_with() -> None:
         kept + torch.ones(6)
     with pytest.raises(RuntimeError, match="clear that cache"):
         torch.ones(2, 6) * kept
+
+
+OF_A_USER = """
+import random, threading
+import torch
+from torch import nn
+
+GRIDS = {}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.lock, self.calls, self.seen = threading.Lock(), 0, []
+        self.conv.register_forward_hook(lambda _m, _a, out, seen=self.seen: seen.append(out.shape))
+
+    def forward(self, x):
+        self.calls += 1
+        random.random()
+        torch.manual_seed(1)
+        with self.lock:
+            y = self.conv(x)
+            return y + GRIDS.setdefault(y.shape[-1], torch.ones(y.shape[-1]))
+
+
+NET = Net()
+"""
+
+
+def test_a_profile_changes_nothing_of_the_module_that_a_file_holds(tmp_path: Path) -> None:
+    file = tmp_path / "of_a_user.py"
+    file.write_text(OF_A_USER)
+    with imported(f"{file}:NET") as found, imported(f"{file}:GRIDS") as grids:
+        assert isinstance(found, nn.Module)
+        before = everything(found)
+        record = selab.profile(
+            f"{file}:NET+reduction=2,sites=conv",
+            baseline=f"{file}:NET",
+            input_chw=(3, 6, 6),
+            phases=["forward", "backward"],
+            budget=0.01,
+            threads=1,
+        )
+        assert record.cost.se.blocks == 1
+        assert record.record.memory.error == ""
+        assert everything(found) == before
+        assert grids == {}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_copy_with_memory_of_its_own_runs_as_the_network_does(compiled: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), torch.jit.script(nn.ReLU())).eval()
+    net.view = net[0].weight.detach()[1:]
+    net.register_forward_hook(lambda _m, _a, out: out + net[0].bias.sum())
+    written: Any = torch.compile(net, backend="eager") if compiled else net
+    made: Any = real_copy(written)
+    assert type(made) is type(written)
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(made(x), net(x))
+    inner = made._orig_mod if compiled else made
+    with torch.no_grad():
+        inner[0].weight += 1
+        inner[0].bias += 1
+        # The hook adds the biases of the copy, each of the four one more.
+        torch.testing.assert_close(made(x), inner[2](inner[1](inner[0](x))) + net[0].bias.sum() + 4)
+    # Tied views stay tied, and the network has other memory.
+    assert torch.equal(inner.view, inner[0].weight[1:])
+    assert torch.equal(inner.view, net.view + 1)
+    assert isinstance(inner[2], torch.jit.ScriptModule)
+    assert inner[2] is not net[2]

@@ -15,6 +15,7 @@ from selab.bench.machine import available_cores
 from selab.bench.progress import Progress
 from selab.bench.runner import mode_of
 from selab.bench.sampler import Arm, Clock, Plan, measure
+from selab.meta.state import restored
 from selab.records.types import Frozen, Phase, Run, Workload
 
 ProgressOf = Callable[[str, Progress], object]
@@ -57,7 +58,8 @@ def networks(
 ) -> Iterator[Networks]:
     """Prepare copies of both networks in the workload's runtime and check their outputs; the models stay unchanged.
 
-    Threads, affinity and random state are set for the body and restored after it.
+    Threads, affinity and random state are set for the body and restored after it, and so are the caches beside the
+    models that their forward fills.
 
     Args:
         baseline: arm A.
@@ -74,7 +76,7 @@ def networks(
     """
     runtime = backend(workload.runtime)
     cores = available_cores()
-    with runtime.session(workload, seed=seed):
+    with restored(baseline), restored(variant), runtime.session(workload, seed=seed):
         made = [runtime.prepare(model, workload, seed=seed) for model in (baseline, baseline, variant)]
         for prepared, name in zip(made, (names[0], *names), strict=True):
             runtime.check_output(prepared, name)

@@ -1,6 +1,5 @@
 """PyTorch networks as closures to be timed: on a device, in a dtype and a memory format."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from selab.bench.machine import hold_heap
 from selab.errors import DeviceError, ModelError, OutOfMemoryError, SelabError
 from selab.fusion.fuse import fuse
 from selab.meta import first_line
+from selab.meta.real import real_copy
 from selab.records.types import Phase, Workload
 
 Call = Callable[[], object]
@@ -98,7 +98,7 @@ def prepare(model: nn.Module, workload: Workload, *, seed: int = 0) -> Prepared:
         hold_heap()
     memory_format = torch.channels_last if workload.memory_format == "channels_last" else torch.contiguous_format
     with translated_errors("preparing the network"):
-        network = copy.deepcopy(model).to(workload.device)
+        network = real_copy(model).to(workload.device)
         if workload.memory_format == "channels_last":
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if workload.fused:
@@ -124,7 +124,10 @@ def check_output(prepared: Prepared, name: str) -> None:
     """
     prepared.network.eval()
     what = f"{name}: forward with an input of shape {_shape(prepared)}"
-    with translated_errors(what), torch.inference_mode(), prepared.autocast():
+    # A network may keep what its first pass makes, and autograd refuses tensors that inference mode made. The graph of
+    # a compiled network is of one mode: that of the phase `forward`.
+    without_gradients = torch.inference_mode() if prepared.workload.compiled else torch.no_grad()
+    with translated_errors(what), without_gradients, prepared.autocast():
         outputs = output_tensors(prepared.run(prepared.input))
     if not outputs:
         raise ModelError(f"{name}: forward returns no floating-point tensor, so there is nothing to measure")

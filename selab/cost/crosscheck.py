@@ -1,9 +1,11 @@
 """Compare with other counters (fvcore, thop, torch) and explain every difference.
 
-Each counter runs through its public interface on a meta copy of the model, so it leaves nothing behind and computes
-nothing. Each difference is predicted from the recorded operators and the rule in the counter's source, never from its
-total. So the remainder checks both sides: `total = ours + sum(differences) + remainder`. A difference of zero names a
-part of SE that the counter leaves out.
+Each counter runs through its public interface on a copy of the model without memory, so it leaves nothing behind and
+computes nothing. Where the values of tensors steer a network, all of them run a copy on real tensors.
+
+Each difference is predicted from the recorded operators and the rule in the counter's source, never from its total. So
+the remainder checks both sides: `total = ours + sum(differences) + remainder`. A difference of zero names a part of SE
+that the counter leaves out.
 """
 
 import io
@@ -11,7 +13,7 @@ import warnings
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from math import prod
 from typing import Any
@@ -25,7 +27,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selab.cost.tracer import ModuleCall, Operation, OpTrace, op_trace
 from selab.errors import ModelError
-from selab.meta import Example, FakePass, as_written, example_arguments, first_line, meta_twin, set_mode
+from selab.meta import (
+    Example,
+    FakePass,
+    On,
+    RealPass,
+    as_written,
+    example_arguments,
+    first_line,
+    meta_twin,
+    set_mode,
+)
+from selab.meta.state import restored
 from selab.records.types import Counter, Difference
 
 # fvcore 0.1.5 and torch 2.13 know these; another operator that holds MACs is zero for them.
@@ -46,7 +59,12 @@ _GATES = {"sigmoid", "hardsigmoid", "tanh", "relu", "hardtanh", "clamp"}
 
 
 def compare(
-    model: nn.Module, example: Example, *, dtype: torch.dtype | None = None, traced: OpTrace | None = None
+    model: nn.Module,
+    example: Example,
+    *,
+    dtype: torch.dtype | None = None,
+    traced: OpTrace | None = None,
+    on: On = "fake",
 ) -> dict[str, Counter]:
     """Run the counters `fvcore`, `thop`, `torch` and `torch_backward` for one pass in eval mode.
 
@@ -57,27 +75,31 @@ def compare(
         example: an input's shape or an example, as for `selab.cost.count.count`.
         dtype: as for `count`; no MAC depends on it.
         traced: the operators of the same pass with `details`, if they were recorded already.
+        on: as for `count`, and for all counters.
 
     Raises:
         ModelError: the model's own forward pass fails.
     """
     model = as_written(model)
-    traced = traced or op_trace(model, example, dtype=dtype, details=True)
-    return {
-        "fvcore": fvcore_counter(model, example, traced),
-        "thop": thop_counter(model, example, traced),
-        "torch": torch_counter(model, example, traced),
-        "torch_backward": torch_counter_backward(model, example, traced),
-    }
+    traced = traced or op_trace(model, example, dtype=dtype, details=True, on=on)
+    # Some run the network outside of our own pass, which restores what forward changes beside it.
+    with restored(model):
+        return {
+            "fvcore": fvcore_counter(model, example, traced, on=on),
+            "thop": thop_counter(model, example, traced, on=on),
+            "torch": torch_counter(model, example, traced, on=on),
+            "torch_backward": torch_counter_backward(model, example, traced, on=on),
+        }
 
 
-def fvcore_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
+def fvcore_counter(model: nn.Module, example: Example, traced: OpTrace, *, on: On = "fake") -> Counter:
     """Run fvcore's FlopCountAnalysis. Its "flops" are MACs, and include BatchNorm and adaptive pooling.
 
     Args:
         model: not changed.
         example: as for `selab.cost.count.count`.
         traced: operators of the same pass in eval mode, with `details`.
+        on: as for `count`.
     """
 
     def run(twin: nn.Module, args: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
@@ -88,16 +110,16 @@ def fvcore_counter(model: nn.Module, example: Example, traced: OpTrace) -> Count
         with (
             ThreadPoolExecutor(max_workers=1) as beside,
             torch.no_grad(),
-            _MetaBeside(beside),
-            _TraceableConvolutions(),
+            _MetaBeside(beside) if on == "fake" else nullcontext(),
+            _TraceableConvolutions() if on == "fake" else nullcontext(),
         ):
             return int(analysis.total()), {name: int(calls) for name, calls in analysis.unsupported_ops().items()}
 
     differences = _fvcore_differences(traced)
-    return _counter("fvcore", "macs", _ours(traced), differences, lambda: run(*_twin(model, example)))
+    return _counter("fvcore", "macs", _ours(traced), differences, lambda: run(*_twin(model, example, on)))
 
 
-def thop_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
+def thop_counter(model: nn.Module, example: Example, traced: OpTrace, *, on: On = "fake") -> Counter:
     """Run thop's profile. It counts MACs of the module types it knows, including BatchNorm; functions are zero.
 
     Its rules for recurrent layers are not predicted and stay in the remainder.
@@ -106,6 +128,7 @@ def thop_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter
         model: not changed.
         example: as for `selab.cost.count.count`.
         traced: operators of the same pass in eval mode, with `details`.
+        on: as for `count`.
     """
 
     def run(twin: nn.Module, args: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
@@ -123,20 +146,21 @@ def thop_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter
     def predicted() -> list[Difference]:
         return _thop_differences(model, traced)
 
-    return _counter("thop", "macs", _ours(traced), predicted, lambda: run(*_twin(model, example)))
+    return _counter("thop", "macs", _ours(traced), predicted, lambda: run(*_twin(model, example, on)))
 
 
-def torch_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
+def torch_counter(model: nn.Module, example: Example, traced: OpTrace, *, on: On = "fake") -> Counter:
     """Run torch's FlopCounterMode on a forward pass. It counts two FLOPs per MAC of convolutions and matrix products.
 
     Args:
         model: not changed.
         example: as for `selab.cost.count.count`.
         traced: operators of the same pass in eval mode.
+        on: as for `count`.
     """
 
     def run() -> tuple[int, dict[str, int]]:
-        fakes = _fake_pass(model, example)
+        fakes = _pass(model, example, on)
         # As in our own pass: torch chooses another attention where no gradient is needed, which its counter leaves out.
         with torch.enable_grad(), fakes.running(), FlopCounterMode(display=False) as counter:
             fakes()
@@ -146,7 +170,7 @@ def torch_counter(model: nn.Module, example: Example, traced: OpTrace) -> Counte
     return _counter("torch", "flops", 2 * _ours(traced), differences, run)
 
 
-def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace) -> Counter:
+def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace, *, on: On = "fake") -> Counter:
     """Run torch's FlopCounterMode on forward and backward of the sum of the outputs.
 
     torch 2.13 counts the weight gradient of a grouped convolution `groups` times.
@@ -155,10 +179,11 @@ def torch_counter_backward(model: nn.Module, example: Example, traced: OpTrace) 
         model: not changed.
         example: as for `selab.cost.count.count`.
         traced: operators of the same pass in eval mode.
+        on: as for `count`.
     """
 
     def run() -> tuple[int, dict[str, int]]:
-        fakes = _fake_pass(model, example)
+        fakes = _pass(model, example, on)
         with torch.enable_grad(), fakes.running(), FlopCounterMode(display=False) as counter:
             outputs = [x for x in tree_leaves(fakes()) if isinstance(x, Tensor) and x.requires_grad]
             if outputs:
@@ -229,21 +254,20 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _fake_pass(model: nn.Module, example: Example) -> FakePass:
-    fakes = FakePass(as_written(model), example)
-    set_mode(fakes.model, training=False)
-    return fakes
+def _pass(model: nn.Module, example: Example, on: On) -> FakePass:
+    made = (RealPass if on == "cpu" else FakePass)(as_written(model), example)
+    set_mode(made.model, training=False)
+    return made
 
 
-def _twin_and_keywords(model: nn.Module, example: Example) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = example_arguments(model, example, device="meta")
-    twin = meta_twin(as_written(model))
-    set_mode(twin, training=False)
-    return twin, args, kwargs
-
-
-def _twin(model: nn.Module, example: Example) -> tuple[nn.Module, tuple[Any, ...]]:
-    twin, args, kwargs = _twin_and_keywords(model, example)
+def _twin(model: nn.Module, example: Example, on: On) -> tuple[nn.Module, tuple[Any, ...]]:
+    if on == "cpu":
+        real = _pass(model, example, on)
+        twin, args, kwargs = real.model, real.args, real.kwargs
+    else:
+        args, kwargs = example_arguments(model, example, device="meta")
+        twin = meta_twin(as_written(model))
+        set_mode(twin, training=False)
     if kwargs:
         raise ModelError("it takes positional inputs only; give the example as a tuple")
     return twin, args

@@ -1,14 +1,20 @@
 """Measure one phase of any two modules against each other, in this process."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from selab.bench.latency import measure_phase, networks
 from selab.bench.runner import mode_of
 from selab.bench.sampler import Plan
+from selab.models.inputs import Input, arguments
 from selab.records import verdict
 from selab.records.types import Latency, Phase, Workload
+
+if TYPE_CHECKING:
+    from selab.models.inputs import Drawn
 
 
 def plan_for(workload: Workload, *, quick: bool, budget_s: float | None) -> Plan:
@@ -72,3 +78,24 @@ def measure_pair(
         controls=list(raw.controls),
         target_half_width=plan.target_half_width,
     )
+
+
+class Fed(nn.Module):
+    """Take one image, and call a network with all its inputs. It holds the network itself: whoever runs it copies it.
+
+    Args:
+        network: not changed.
+        inputs: all inputs of the network; one is an image.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Sequence[Input]) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+        self._inputs = tuple(inputs)
+        self._drawn: Drawn = {}
+
+    def forward(self, image: Tensor) -> object:
+        """Return what the network returns; the other inputs are drawn once."""
+        args, kwargs = arguments(self.network, self._inputs, image, self._drawn)
+        return self.network(*args, **kwargs)

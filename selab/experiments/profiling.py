@@ -211,7 +211,7 @@ def _counted(
     cost = cost_of(model, traced)
     return msgspec.structs.replace(
         cost,
-        counters=compare(model, shape, dtype=dtype, traced=traced) if counters else {},
+        counters=compare(model, shape, dtype=dtype, traced=traced, on=on) if counters else {},
         by_module=cost.by_module if by_module else {},
     )
 

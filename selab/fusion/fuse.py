@@ -18,7 +18,6 @@ nothing else holds the feature map, by its references and the code of the caller
 Otherwise the modules compute as they did before.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -44,6 +43,7 @@ from selab.kernels.residual import ACTIVATIONS, ADD_RELU, FusedActivation, Fused
 from selab.kernels.swap import library_of, swap
 from selab.meta import Example, are_shapes, first_line, is_shape, passages, shapes_of
 from selab.meta.fake import VALUE_NEEDED
+from selab.meta.real import real_copy
 from selab.records.display import Displayed
 
 
@@ -347,7 +347,7 @@ def runtimes(
     Raises:
         ModelError: the network fails on this input.
     """
-    twin = copy.deepcopy(model)
+    twin = real_copy(model)
     blocks = fuse(twin, input_nchw=input_nchw).blocks
     seen = passages(twin, [one.path for one in blocks], input_nchw)
     found = []

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from selab.errors import ModelError, one_line
 from selab.meta.fake import VALUE_NEEDED, FakeMode, ValueNeededError
+from selab.meta.real import OwnMemory
 from selab.meta.state import restored
 from selab.meta.twin import Copier
 
@@ -219,17 +220,7 @@ class RealPass(FakePass):
             raise ModelError(f"{type(model).__name__}: is on the meta device, where tensors have no values to run on")
         self.mode = None
         self._network = model
-        copied: dict[int, torch.UntypedStorage] = {}
-
-        def real(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage._cdata not in copied:
-                copied[storage._cdata] = storage.cpu() if x.device.type != "cpu" else storage.clone()  # type: ignore[no-untyped-call]
-            made = torch.empty(0, dtype=x.dtype)
-            made.set_(copied[storage._cdata], x.storage_offset(), x.shape, x.stride())
-            return nn.Parameter(made, x.requires_grad) if isinstance(x, nn.Parameter) else made
-
-        self.model = Copier(real)(model)
+        self.model = Copier(OwnMemory("cpu"))(model)
         args, kwargs = example_arguments(model, example, device="cpu")
         self.args, self.kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
 

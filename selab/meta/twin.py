@@ -37,10 +37,17 @@ class Copier:
         memo: original's id → its copy, as for `copy.deepcopy`.
     """
 
-    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
-        """Take the function that returns the replacement of a tensor."""
+    def __init__(self, replace: Callable[[Tensor], Tensor], *, as_written: bool = True) -> None:
+        """Take the function that returns the replacement of a tensor.
+
+        Args:
+            replace: called with each tensor once.
+            as_written: run compiled modules as they are written and distributed ones in this process, and share
+                scripted ones; otherwise the copies are compiled, distributed and scripted.
+        """
         self.memo: dict[int, Any] = {}
         self._replace = replace
+        self._as_written = as_written
         # Objects whose id is a key must live.
         self._alive: list[object] = []
 
@@ -116,14 +123,21 @@ class Copier:
     def _module(self, value: nn.Module) -> nn.Module:
         kind = type(value)
         if isinstance(value, torch.jit.ScriptModule):
-            return value
-        if "_orig_mod" in value._modules and kind.__name__ == "OptimizedModule":
+            return value if self._as_written else copy.deepcopy(value)
+        compiled = "_orig_mod" in value._modules and kind.__name__ == "OptimizedModule"
+        if compiled and not self._as_written:
+            # A wrapper is made anew, around the copy, with the compiler's options.
+            wrapped: Any = value
+            return kind(self(wrapped._orig_mod), wrapped.dynamo_ctx)
+        if compiled:
             made: nn.Module = _Passing.__new__(_Passing)
         else:
             made = object.__new__(kind)
         self.memo[id(value)] = made
         own = dict(vars(value))
-        own.pop("_compiled_call_impl", None)
+        # Of weights that the copy does not have.
+        for name in ("_compiled_call_impl", "_cached_call"):
+            own.pop(name, None)
         # Every module has these to itself, mostly empty.
         hooks = {name: own.pop(name) for name in _HOOKS if name in own and not own[name]}
         made.__dict__.update(self._items(own))
@@ -135,7 +149,7 @@ class Copier:
         for slot in slots:
             if hasattr(value, slot):
                 setattr(made, slot, self(getattr(value, slot)))
-        if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if self._as_written and isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             # Their threads and processes know nothing of the modes of this one.
             made.__dict__["forward"] = made._modules["module"]
         return made

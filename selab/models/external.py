@@ -5,7 +5,6 @@ downloaded: weights are random. A user's code runs when the network is built, no
 error.
 """
 
-import copy
 import importlib
 import inspect
 import re
@@ -287,8 +286,10 @@ def _network(target: Any, num_classes: int, *, where: str) -> "nn.Module":
     import torch
     from torch import nn
 
+    from selab.meta.real import real_copy
+
     if isinstance(target, nn.Module):
-        return copy.deepcopy(target).to(torch.get_default_device())
+        return real_copy(target).to(torch.get_default_device())
     if not callable(target):
         raise SpecError(
             f"{where}: is {_kind(target)}; name a function or class that returns an nn.Module, or an nn.Module"

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from selab.meta import Example
 
+    Drawn = dict[tuple[object, ...], list[Tensor]]
+
 
 class Input(Frozen, frozen=True, kw_only=True):
     """One input of a network, without the batch.
@@ -63,27 +65,39 @@ def feed(model: "nn.Module", inputs: Sequence[Input]) -> None:
     The first image takes its place among them. The others are drawn from N(0, 1), once for each batch, device and
     dtype. A call with several arguments is left as it is. The network itself stays as it is: a hook adds the inputs.
     """
-    place = main_input(inputs)
-    if place is None:
+    if main_input(inputs) is None:
         return
-    drawn: dict[tuple[object, ...], list[Tensor]] = {}
+    drawn: Drawn = {}
 
     def complete(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         import torch
 
         if kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor):
             return None
-        image = args[0]
-        every = _others(image, inputs, drawn)
-        every[place] = image
-        return _arranged(module, inputs, every)
+        return arguments(module, inputs, args[0], drawn)
 
     model.register_forward_pre_hook(complete, with_kwargs=True)
 
 
-def _others(
-    image: "Tensor", inputs: Sequence[Input], drawn: "dict[tuple[object, ...], list[Tensor]]"
-) -> "list[Tensor]":
+def arguments(
+    model: "nn.Module", inputs: Sequence[Input], image: "Tensor", drawn: "Drawn"
+) -> "tuple[tuple[Any, ...], dict[str, Any]]":
+    """Return positional and keyword arguments for a network with several inputs, as `feed` does.
+
+    Args:
+        model: decides whether named inputs are arguments of `forward` or the keys of one dictionary.
+        inputs: positional ones first; one is an image.
+        image: takes the place of the first image.
+        drawn: keeps the other inputs from call to call.
+    """
+    every = _others(image, inputs, drawn)
+    place = main_input(inputs)
+    if place is not None:
+        every[place] = image
+    return _arranged(model, inputs, every)
+
+
+def _others(image: "Tensor", inputs: Sequence[Input], drawn: "Drawn") -> "list[Tensor]":
     import torch
 
     if image.is_meta or type(image) is not torch.Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selab.attention.config import BLOCKS
+from selab.attention.se import SqueezeExcitation
 from selab.cost.crosscheck import compare, fvcore_counter, thop_counter, torch_counter_backward
 from selab.cost.tracer import op_trace
 from selab.errors import ModelError
@@ -351,3 +352,31 @@ class Positioned(nn.Module):
 
 def test_attention_with_a_learned_bias_leaves_no_remainder() -> None:
     assert_explained(compare(Positioned(), (2, 4, 16, 8)))
+
+
+class Steered(nn.Module):
+    """Takes another way for inputs with a large mean; a pass without values cannot follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, groups=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=4))
+        self.se, self.head = SqueezeExcitation(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.se(self.features(x))
+        out: Tensor = self.head(y.mean((2, 3)))
+        return out if y.mean() < 5 else out @ out.t()
+
+
+def test_nothing_remains_on_real_tensors() -> None:
+    counters = compare(Steered(), (2, 3, 8, 8), on="cpu")
+    assert_explained(counters)
+    # Of two images: 36 and 16 positions with 8 filters of 27 and 18 weights, SE's and the head's layers.
+    assert counters["torch"].ours == 4 * (36 * 8 * 27 + 16 * 8 * 18 + 2 * 8 * 4 + 8 * 2)
+    with pytest.raises(ModelError, match="--on cpu"):
+        compare(Steered(), (2, 3, 8, 8))
+
+
+def test_real_and_fake_tensors_give_the_same() -> None:
+    net = build(find("se_mobilenet_0_25")).model
+    assert compare(net, (1, 3, 64, 64), on="cpu") == compare(net, (1, 3, 64, 64))

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from selab.bench.runner import Call, Prepared, output_tensors, phase_call, prepare, translated_errors
 from selab.errors import SelabError
+from selab.meta.state import restored
 from selab.records.types import Memory, Phase, Workload
 
 CPU_METHOD = "peak of torch's CPU allocations, from torch.profiler's memory events"
@@ -21,7 +22,8 @@ def memory(model: nn.Module, workload: Workload, *, seed: int, phases: Sequence[
     method = CUDA_METHOD if workload.device == "cuda" else CPU_METHOD
     found: dict[str, int] = {}
     error = ""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if workload.device == "cuda" else []):
+    devices = range(torch.cuda.device_count()) if workload.device == "cuda" else []
+    with restored(model), torch.random.fork_rng(devices=devices):
         try:
             prepared = prepare(model, workload, seed=seed)
             with translated_errors("a pass for the memory"):

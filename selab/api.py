@@ -14,7 +14,7 @@ from torch import nn
 from selab.attention.config import Init
 from selab.cost.count import count as count_module
 from selab.errors import ModelError, RecordError
-from selab.experiments.job import Request, resolve
+from selab.experiments.job import Request, resolve, with_inputs
 from selab.experiments.pair import Fed, measure_pair, plan_for
 from selab.experiments.profiling import Profile
 from selab.meta import Example, On
@@ -27,7 +27,7 @@ from selab.records.types import PHASES, Cost, Device, Dtype, Latency, MemoryForm
 from selab.report.results import RecordChanges, RecordResult, read_any
 
 
-def build(name: str, *, seed: int = 0, se: str | None = None, init: Init | None = None) -> nn.Module:
+def build(name: str, *, seed: int = 0, se: str | None = None, init: Init | None = None, on: On = "fake") -> nn.Module:
     """Build a network by its name, in train mode, with random weights.
 
     Args:
@@ -36,6 +36,7 @@ def build(name: str, *, seed: int = 0, se: str | None = None, init: Init | None 
         seed: of the weights. A variant and its baseline of one seed share the values of all common layers.
         se: attention blocks to insert or change, as `--se`: `reduction=8,stages=2-4`.
         init: how the blocks start, `he` or `identity`; None for what the configuration says.
+        on: as in `insert_se`: `cpu` where the values of tensors decide what the network computes.
 
     Raises:
         UnknownNameError: no such network; the message lists the nearest names.
@@ -48,13 +49,16 @@ def build(name: str, *, seed: int = 0, se: str | None = None, init: Init | None 
         >>> sum(isinstance(module, selab.SqueezeExcitation) for module in net.modules())
         4
     """
-    return _built(name, seed=seed, se=se, init=init).model
+    _check_choice("selab.build", "on", on, get_args(On))
+    return _built(name, seed=seed, se=se, init=init, on=on).model
 
 
-def _built(name: str, *, seed: int = 0, se: str | None = None, init: Init | None = None, device: str = "cpu") -> Built:
+def _built(
+    name: str, *, seed: int = 0, se: str | None = None, init: Init | None = None, device: str = "cpu", on: On = "fake"
+) -> Built:
     if not isinstance(name, str):
         raise ModelError(f"selab.build: expected the name of a network, got {type(name).__name__}")
-    variant = catalog.find(_with_blocks(name, se), option="selab.build")
+    variant = with_inputs(catalog.find(_with_blocks(name, se), option="selab.build"), (), on)
     with redirect_stdout(sys.stderr):
         return build_variant(variant, seed=seed, init=init, device=device)
 
@@ -110,7 +114,7 @@ def count(
         raise ModelError("selab.count: input and inputs are two names of one thing; give one of them")
     given = inputs if input is None else input
     if isinstance(model, str):
-        built = _built(model, device="meta" if on == "fake" else on)
+        built = _built(model, device="meta", on=on)
         blocks = {*built.native, *se_blocks}
         given = (1, *catalog.find(model).input_chw) if given is None else given
         model = built.model

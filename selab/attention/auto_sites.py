@@ -19,16 +19,15 @@ The site is the outermost module that returns exactly this value, so that a bloc
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
+from selab.attention.channel_dim import larger_images
 from selab.attention.dataflow import DataflowTrace
 from selab.attention.site_finder import BlockEnd, Ends, Finder
 from selab.errors import InsertionError, ModelError
-from selab.meta import Example, FakePass, described, evaluating, first_line, is_shape, passages
+from selab.meta import Example, On, evaluating, failed_pass, make_pass, passages
 
 __all__ = ["BlockEnd", "Ends", "block_ends", "trace_ends"]
 
@@ -36,19 +35,20 @@ __all__ = ["BlockEnd", "Ends", "block_ends", "trace_ends"]
 _SHOWN = 3
 
 
-def block_ends(model: nn.Module, example: Example) -> tuple[BlockEnd, ...]:
+def block_ends(model: nn.Module, example: Example, *, on: On = "fake") -> tuple[BlockEnd, ...]:
     """Return the modules at which the blocks of a network end, in the order of the network.
 
     Args:
         model: on any device; not changed.
         example: an example input: a shape (N, C, H, W), a tensor, positional arguments in a tuple or list, or keyword
             arguments in a mapping.
+        on: `cpu` to run the kernels on a copy with real tensors, for a network in which values decide what is computed.
 
     Raises:
         InsertionError: there are none; the message says which were left out, and what to do.
         ModelError: the forward pass fails with this input.
     """
-    ends = trace_ends(model, example)
+    ends = trace_ends(model, example, on=on)
     if not ends.found:
         more = f" and {len(ends.left_out) - _SHOWN} more" if len(ends.left_out) > _SHOWN else ""
         seen = f" (left out: {'; '.join(ends.left_out[:_SHOWN])}{more})" if ends.left_out else ""
@@ -60,26 +60,23 @@ def block_ends(model: nn.Module, example: Example) -> tuple[BlockEnd, ...]:
     return ends.found
 
 
-def trace_ends(model: nn.Module, example: Example) -> Ends:
+def trace_ends(model: nn.Module, example: Example, *, on: On = "fake") -> Ends:
     """Return what `block_ends` finds and the ends that were left out; no error if there is none.
 
     Raises:
         ModelError: the forward pass fails with this input.
     """
-    fakes = FakePass(model, example)
+    fakes = make_pass(model, example, on)
     trace = DataflowTrace(fakes)
     try:
         with evaluating(fakes.model), torch.no_grad():
             trace.run()
     except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__}: forward fails with {described((fakes.args, fakes.kwargs))}: "
-            f"{first_line(error)}; give the shape that the network expects (input_nchw, --input)"
-        ) from error
-    return _without_tokens(model, example, Finder(trace).ends())
+        raise failed_pass(fakes, model, error) from error
+    return _without_tokens(model, example, Finder(trace).ends(), on)
 
 
-def _without_tokens(model: nn.Module, example: Example, ends: Ends) -> Ends:
+def _without_tokens(model: nn.Module, example: Example, ends: Ends, on: On) -> Ends:
     """Leave out sites whose map is not an image's: with an input of twice the height, only the height may change.
 
     Patches and attention maps have four dimensions too, but other sizes follow the input's.
@@ -87,9 +84,9 @@ def _without_tokens(model: nn.Module, example: Example, ends: Ends) -> Ends:
     if not ends.found:
         return ends
     paths = [end.path for end in ends.found]
-    before = passages(model, paths, example)
+    before = passages(model, paths, example, on=on)
     try:
-        after = passages(model, paths, _taller(example))
+        after = passages(model, paths, larger_images(example, 2, 1, on=on), on=on)
     except ModelError:
         # Its input has a fixed size.
         return ends
@@ -106,21 +103,6 @@ def _without_tokens(model: nn.Module, example: Example, ends: Ends) -> Ends:
         else:
             found.append(end)
     return Ends(found=tuple(found), left_out=tuple(left_out))
-
-
-def _taller(example: Example) -> Example:
-    """Return an example with images of twice the height."""
-    if is_shape(example):
-        return [size * (2 if axis == 2 else 1) for axis, size in enumerate(cast("Sequence[int]", example))]
-
-    def taller(image: Tensor) -> Tensor:
-        if image.dim() != 4:
-            return image
-        batch, channels, height, width = image.shape
-        return torch.empty(batch, channels, 2 * height, width, dtype=image.dtype, device="meta")
-
-    made: Example = tree_map_only(Tensor, taller, example)
-    return made
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -1,7 +1,8 @@
 """Which dimension of a site's tensor holds the channels: (N, C, H, W), (N, H, W, C), or none of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Literal, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from selab.attention.dataflow import DataflowTrace
 from selab.attention.gated_site import sites_own
 from selab.errors import ModelError
-from selab.meta import Example, FakePass, Passage, evaluating, is_shape, passages
+from selab.meta import Example, On, Passage, are_shapes, evaluating, is_shape, make_pass, passages
 
 Shape = tuple[int, ...]
 Side = Literal["input", "output"]
@@ -28,16 +29,22 @@ class ChannelDims:
         model: not changed.
         example: an example input.
         seen: the passages of the network's modules with that input.
+        on: as in `insert_se`.
     """
 
-    def __init__(self, model: nn.Module, example: Example, seen: Mapping[str, Passage]) -> None:
+    def __init__(self, model: nn.Module, example: Example, seen: Mapping[str, Passage], *, on: On = "fake") -> None:
         self.model = model
         self.example = example
         self.seen = seen
-        self.larger: Mapping[str, Passage] = {}
-        with suppress(ModelError):
-            self.larger = passages(model, list(seen), _larger(example))
+        self.on = on
         self._traced: dict[str, int] | None = None
+
+    @cached_property
+    def larger(self) -> Mapping[str, Passage]:
+        """The passages with the larger input; none if the network does not take it."""
+        with suppress(ModelError):
+            return passages(self.model, list(self.seen), larger_images(self.example, 2, 2, on=self.on), on=self.on)
+        return {}
 
     def of(self, path: str, side: Side) -> int | None:
         """Return the dimension of the channels, 1 or 3; None if it is neither.
@@ -67,7 +74,7 @@ class ChannelDims:
     def _dims_of_outputs(self) -> dict[str, int]:
         """Return where a trace finds the channels in the last place, by the module that returned the tensor."""
         if self._traced is None:
-            fakes = FakePass(self.model, self.example)
+            fakes = make_pass(self.model, self.example, self.on)
             trace = DataflowTrace(fakes)
             # The network runs with this example: it did so before.
             with evaluating(fakes.model), torch.no_grad():
@@ -89,17 +96,31 @@ def _shape(passage: Passage | None, side: Side) -> Shape | None:
     return passage.input_shape if side == "input" else passage.output_shape
 
 
-def _larger(example: Example) -> Example:
-    """Return an example with images of twice the height and width."""
-    if is_shape(example):
-        sizes = cast("tuple[int, ...]", example)
-        return tuple(size * (2 if len(sizes) == _MAP_DIMS and axis > 1 else 1) for axis, size in enumerate(sizes))
+def larger_images(example: Example, down: int, across: int, *, on: On = "fake") -> Example:
+    """Return an example with images of so many times the height and the width.
+
+    Args:
+        example: an example input.
+        down: factor of the height.
+        across: factor of the width.
+        on: `fake` for images without memory; otherwise each is repeated, so that its values stay in their range.
+    """
+    factors = (1, 1, down, across)
+    if is_shape(example) or are_shapes(example):
+        several = cast("tuple[tuple[int, ...], ...]", example if are_shapes(example) else (example,))
+        made = tuple(_times(sizes, factors) if len(sizes) == _MAP_DIMS else sizes for sizes in several)
+        return made if are_shapes(example) else made[0]
 
     def larger(image: Tensor) -> Tensor:
         if image.dim() != _MAP_DIMS:
             return image
-        batch, channels, height, width = image.shape
-        return torch.empty(batch, channels, 2 * height, 2 * width, dtype=image.dtype, device="meta")
+        if on == "fake":
+            return torch.empty(_times(image.shape, factors), dtype=image.dtype, device="meta")
+        return image.repeat(factors)
 
-    made: Example = tree_map_only(Tensor, larger, example)
-    return made
+    enlarged: Example = tree_map_only(Tensor, larger, example)
+    return enlarged
+
+
+def _times(sizes: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size * factor for size, factor in zip(sizes, factors, strict=True))

@@ -1,12 +1,13 @@
 """Check what a caller of `insert_se`, `remove_se` and `check_inserted` gave."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from selab.errors import InsertionError, ModelError
-from selab.meta import Example, is_shape
+from selab.meta import Example, On, is_shape
 
 
 def check_network(model: object, where: str) -> None:
@@ -34,6 +35,20 @@ def check_network(model: object, where: str) -> None:
         elif isinstance(model, str):
             step = "; selab.build(name) makes a network"
         raise ModelError(f"{where}: expected a torch.nn.Module, got {kind}{step}")
+
+
+def check_on(on: object, where: str) -> None:
+    """Refuse a value of `on` that is none.
+
+    Args:
+        on: what was given.
+        where: the function, for the message.
+
+    Raises:
+        ModelError: neither `fake` nor `cpu`.
+    """
+    if on not in get_args(On):
+        raise ModelError(f"{where}: on {on!r}: allowed: {', '.join(get_args(On))}")
 
 
 def example_given(input_nchw: Example, inputs: Example | None, where: str) -> Example:

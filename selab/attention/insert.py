@@ -27,7 +27,7 @@ from selab.attention.gated_site import (
     move_hooks,
     replace_modules,
 )
-from selab.attention.given import check_network, example_given, patterns_given
+from selab.attention.given import check_network, check_on, example_given, patterns_given
 from selab.attention.inserted import calls_of_modules, check_calls, check_complete, inserted_blocks, note_norms
 from selab.attention.insertions import Insertions
 from selab.attention.plan import AUTO, Plan, check_changeable, plan_insertion
@@ -36,7 +36,7 @@ from selab.attention.se import GatedJoin
 from selab.attention.sites import matches
 from selab.errors import InsertionError, nearest
 from selab.kernels.swap import Swapped, restore
-from selab.meta import Example, Passage
+from selab.meta import Example, On, Passage
 
 __all__ = ["AUTO", "insert_se", "remove_se"]
 
@@ -49,6 +49,7 @@ def insert_se(
     inputs: Example | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     dry_run: bool = False,
+    on: On = "fake",
     **keys: object,
 ) -> Insertions:
     """Insert SE (or other attention) blocks into a network, in place; check that each runs once in a forward pass.
@@ -63,6 +64,8 @@ def insert_se(
             mapping.
         optimizer: gets the new parameters as one more group, with its defaults.
         dry_run: only list what would be done.
+        on: `fake` for passes over tensors without memory; `cpu` to run the kernels on copies with real tensors, for a
+            network in which the values of tensors decide what is computed, such as one for detection.
         keys: keys of the block, as in `--se` and in a family's TOML. For every block:
 
             * `block`: `se` (the default), `eca`, `cbam`, `coordinate`, `scse`, `sse`, `gather_excite`, `ese`, a
@@ -107,10 +110,11 @@ def insert_se(
     Source: placements: arXiv 1709.01507, Fig. 5 and Tables 14-15.
     """
     check_network(model, "insert_se")
+    check_on(on, "insert_se")
     check_complete(model)
     config = _config(sites, keys)
     example = example_given(input_nchw, inputs, "insert_se")
-    found = plan_insertion(model, config, example)
+    found = plan_insertion(model, config, example, on=on)
     plans = found.plans
     listed = Insertions((plan.insertion for plan in plans), skipped=found.skipped)
     if dry_run:
@@ -118,7 +122,7 @@ def insert_se(
     blocks = [_block_for(model, plan, config) for plan in plans]
     _put(model, plans, blocks)
     try:
-        note_norms(model, blocks, _check_passes(model, found.seen, example))
+        note_norms(model, blocks, _check_passes(model, found.seen, example, on))
         if optimizer is not None:
             optimizer.add_param_group({"params": [p for block in blocks for p in block.parameters()]})
     except BaseException:
@@ -233,14 +237,14 @@ def _take_back_work(model: nn.Module, blocks: Collection[nn.Module]) -> None:
             restore(module)
 
 
-def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Example) -> Mapping[str, Passage]:
+def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Example, on: On) -> Mapping[str, Passage]:
     """Check that every block runs once, and every other module as often as before; return their calls.
 
     Raises:
         InsertionError: names the module.
         ModelError: the forward pass fails with this input.
     """
-    after = calls_of_modules(model, example)
+    after = calls_of_modules(model, example, on=on, open_gates=on == "cpu")
     check_calls(model, after)
     for path, passage in before.items():
         # What is below a residual block's join has another path now.

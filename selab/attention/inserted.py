@@ -7,11 +7,11 @@ from torch import nn
 
 from selab.attention.base import Attention
 from selab.attention.gated_site import BLOCK, INNER, GatedSite, has_block, named_sites, sites_own
-from selab.attention.given import check_network, example_given, patterns_given
+from selab.attention.given import check_network, check_on, example_given, patterns_given
 from selab.attention.se import GatedJoin
 from selab.attention.sites import is_residual_block, matches
 from selab.errors import InsertionError, nearest
-from selab.meta import Example, Passage, passages
+from selab.meta import Example, On, Passage, passages
 from selab.records.types import Insertion
 
 # How many blocks a message explains.
@@ -46,6 +46,7 @@ def check_inserted(
     input_nchw: Example = (1, 3, 224, 224),
     inputs: Example | None = None,
     inserted: Iterable[Insertion | str] | str = (),
+    on: On = "fake",
 ) -> tuple[str, ...]:
     """Check that every attention block of a network runs exactly once in a forward pass; no kernel runs.
 
@@ -59,6 +60,8 @@ def check_inserted(
             mapping.
         inserted: the result of `insert_se`, or paths or patterns of sites, which must still have their blocks; of a
             pattern's sites, at least one.
+        on: `fake` for tensors without memory; `cpu` to run the kernels on a copy with real tensors, for a network in
+            which the values of tensors decide what is computed.
 
     Returns:
         The sites of the blocks, in the order of the network; a block that belongs to the network itself has its own
@@ -81,6 +84,7 @@ def check_inserted(
         ('1',)
     """
     check_network(model, "check_inserted")
+    check_on(on, "check_inserted")
     example = example_given(input_nchw, inputs, "check_inserted")
     given = list(inserted) if isinstance(inserted, Iterable) and not isinstance(inserted, str) else inserted
     expected = patterns_given(given, "check_inserted: inserted")
@@ -89,7 +93,7 @@ def check_inserted(
     blocks = _blocks(model)
     sites = {path: site_of(model, path) if getattr(block, "inserted", True) else path for path, block in blocks.items()}
     _check_expected(model, expected, set(sites.values()), was_there)
-    seen = calls_of_modules(model, example)
+    seen = calls_of_modules(model, example, on=on)
     check_calls(model, seen)
     _check_last(model, blocks)
     _check_norms(model, blocks, seen)
@@ -217,15 +221,30 @@ def _absolute(relative: str, start: str) -> str:
     return ".".join([*start.split(".")[: len(start.split(".")) - up], relative[up:]])
 
 
-def calls_of_modules(model: nn.Module, example: Example) -> Mapping[str, Passage]:
-    """Run a network once without arithmetic; return the calls of its modules, by their paths without blocks.
+def calls_of_modules(
+    model: nn.Module, example: Example, *, on: On = "fake", open_gates: bool = False
+) -> Mapping[str, Passage]:
+    """Run a network once; return the calls of its modules, by their paths without blocks.
+
+    Args:
+        model: not changed.
+        example: an example input.
+        on: as in `check_inserted`.
+        open_gates: whether each inserted block returns its input, so that the values are those of the network without
+            blocks, and lead the same way.
 
     Raises:
         ModelError: the forward pass fails with this input.
     """
     modules = dict(named_sites(model))
     inner = [f"{path}.inner" for path, module in modules.items() if isinstance(module, GatedSite)]
-    return passages(model, [*modules, *inner], example)
+    return passages(model, [*modules, *inner], example, on=on, prepare=_open_gates if open_gates else None)
+
+
+def _open_gates(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Attention) and module.inserted:
+            module.register_forward_hook(lambda _module, args, _output: args[0].view_as(args[0]))
 
 
 def check_calls(model: nn.Module, seen: Mapping[str, Passage]) -> None:

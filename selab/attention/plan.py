@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from selab.attention.sites import (
     tap_for,
 )
 from selab.errors import InsertionError, ModelError
-from selab.meta import Example, Passage, passages
+from selab.meta import Example, On, Passage, passages
 from selab.records.types import Insertion
 
 AUTO = "auto"
@@ -61,8 +60,8 @@ class Plans:
     seen: Mapping[str, Passage]
 
 
-def plan_insertion(model: nn.Module, config: SiteConfig, example: Example) -> Plans:
-    """Return the blocks that a configuration puts into a network.
+def plan_insertion(model: nn.Module, config: SiteConfig, example: Example, *, on: On = "fake") -> Plans:
+    """Return the blocks that a configuration puts into a network; the arguments are those of `insert_se`.
 
     Raises:
         InsertionError: as `insert_se`.
@@ -70,7 +69,7 @@ def plan_insertion(model: nn.Module, config: SiteConfig, example: Example) -> Pl
     """
     check_changeable(model, "insert_se")
     if config.sites == AUTO:
-        sites, alone = [end.path for end in block_ends(model, example)], set()
+        sites, alone = [end.path for end in block_ends(model, example, on=on)], set()
     else:
         sites = find_sites(model, config.sites)
         alone = _named_alone(model, config.sites, sites)
@@ -80,8 +79,8 @@ def plan_insertion(model: nn.Module, config: SiteConfig, example: Example) -> Pl
     check_unshared(model, [tap.module for tap in taps])
     for tap in taps:
         _check_free(model, tap)
-    seen = passages(model, [path for path, _ in named_sites(model)], example)
-    planner = _Planner(model, config, example, seen)
+    seen = passages(model, [path for path, _ in named_sites(model)], example, on=on)
+    planner = _Planner(model, config, ChannelDims(model, example, seen, on=on))
     plans, skipped = [], []
     for tap in taps:
         too_small = planner.too_small(tap, named=tap.site in alone)
@@ -136,15 +135,11 @@ def _check_free(model: nn.Module, tap: Tap) -> None:
 class _Planner:
     """Fit blocks to the tensors of sites."""
 
-    def __init__(self, model: nn.Module, config: SiteConfig, example: Example, seen: Mapping[str, Passage]) -> None:
+    def __init__(self, model: nn.Module, config: SiteConfig, channel_dims: ChannelDims) -> None:
         self.model = model
         self.config = config
-        self.example = example
-        self.seen = seen
-
-    @cached_property
-    def channel_dims(self) -> ChannelDims:
-        return ChannelDims(self.model, self.example, self.seen)
+        self.channel_dims = channel_dims
+        self.seen = channel_dims.seen
 
     def too_small(self, tap: Tap, *, named: bool) -> str:
         """Return why a site is left out: too few channels, for `min_channels`, or for a reduction; else nothing.

@@ -23,7 +23,7 @@ from selab.bench.runner import DTYPES, fp32_mode, prepare, translated_errors
 from selab.cost.rules import is_counted
 from selab.cost.tracer import Operation, op_trace
 from selab.errors import ModelError
-from selab.records.types import Dtype, Workload
+from selab.records.types import Dtype, On, Workload
 
 Bound = Literal["arithmetic", "memory"]
 COPIES = (2**16, 2**18, 2**20, 2**22, 2**24, 2**26, 2**28)
@@ -203,6 +203,7 @@ def roofline(
     budget_s: float = 5.0,
     measured: bool = True,
     clock: Callable[[], float] = time.perf_counter,
+    on: On = "fake",
 ) -> Roofline:
     """Return the least time of every operator of an inference pass and, if the device is present, its measured time.
 
@@ -214,13 +215,13 @@ def roofline(
         budget_s: seconds to repeat the pass for; it is run at least five times.
         measured: whether to run it here at all.
         clock: seconds.
+        on: `cpu` to count its operators on real tensors, where values decide what it computes.
 
     Raises:
         ModelError: the network fails, or runs other operators here than on the meta device.
     """
-    traced = op_trace(
-        model, (workload.batch, *workload.input_chw), dtype=DTYPES[workload.dtype], se_blocks=tuple(native)
-    )
+    shape = (workload.batch, *workload.input_chw)
+    traced = op_trace(model, shape, dtype=DTYPES[workload.dtype], se_blocks=tuple(native), on=on)
     if not measured:
         return Roofline(peaks=peaks, points=_points(traced.operations, peaks, None), whole_s=None)
     plain = prepare(model, workload)

@@ -37,6 +37,7 @@ from selab.cli.options import (
     Insert,
     Json,
     Look,
+    On,
     Replace,
     Se,
     natural,
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from selab.report.table import Table
 
 By = Literal["operator", "module"]
-CountOn = Literal["fake", "cpu"]
 
 
 def archs(
@@ -97,13 +97,14 @@ def show(
     ] = "fp32",
     channels_last: ChannelsLast = False,
     input_size: Inputs = None,
+    on: On = None,
     json_to: Json = None,
     look: Format = "rich",
 ) -> None:
     """Show one architecture: facts, SE sites, published numbers."""
     check_outputs(json_to)
     size, inputs = shapes_of(input_size)
-    variant = with_inputs(find(name, option="show"), inputs)
+    variant = with_inputs(find(name, option="show"), inputs, on or "fake")
     if size is not None:
         variant = msgspec.structs.replace(variant, input_chw=size)
     if runtime:
@@ -122,7 +123,7 @@ def show(
     if json_to is not None:
         return write_json({**as_builtins(variant), "insertions": [builtins(one) for one in insertions]}, json_to)
     example = example_of(built.model, inputs, batch=1) if inputs else (1, *variant.input_chw)
-    total = count_cost(built.model, example)
+    total = count_cost(built.model, example, on=variant.on)
     published = [published_table(variant)] if variant.published else []
     sites = [sites_table(insertions)] if insertions else []
     return print_tables([facts_table(variant, total), *sites, *published], look)
@@ -133,6 +134,7 @@ def sites(
     se: Se = None,
     insert: Insert = None,
     input_size: Inputs = None,
+    on: On = None,
     depth: Annotated[
         int | None,
         natural("--depth", OUTPUT, "Levels of modules to show."),
@@ -142,7 +144,7 @@ def sites(
     """Show where attention blocks stand, or could stand, in the module tree."""
     check_outputs(json_to)
     size, inputs = shapes_of(input_size)
-    variant = with_inputs(find(network_address(arch, se, insert or ())), inputs)
+    variant = with_inputs(find(network_address(arch, se, insert or ())), inputs, on or "fake")
     from selab.attention.auto_sites import Ends, trace_ends
     from selab.attention.sites import declared_groups
     from selab.models.build import build
@@ -152,20 +154,20 @@ def sites(
     size = size or variant.input_chw
     shape: Any = (1, *size)
     with redirect_stdout(sys.stderr):
-        bare = with_inputs(catalog.baseline_of(variant) or variant, inputs)
+        bare = with_inputs(catalog.baseline_of(variant) or variant, inputs, variant.on)
         network = build(bare, device="meta", input_chw=size).model
         if inputs:
             shape = example_of(network, inputs, batch=1)
         insertions = build(variant, device="meta", input_chw=size).insertions
         groups = declared_groups(network)
-        found = trace_ends(network, shape) if not groups or "auto" in (insert or ()) else Ends(found=(), left_out=())
-        tree = site_tree(network, insertions, ends=found.found, groups=groups, input_nchw=shape, depth=depth)
+        traced = not groups or "auto" in (insert or ())
+        found = trace_ends(network, shape, on=variant.on) if traced else Ends(found=(), left_out=())
+        known: dict[str, Any] = {"ends": found.found, "groups": groups, "input_nchw": shape, "on": variant.on}
+        tree = site_tree(network, insertions, depth=depth, **known)
     announce_sites(variant, insertions)
     print_insertion_notes(variant, insertions, sum(one.numel() for one in network.parameters()))
     if json_to is not None:
-        return write_json(
-            sites_as_builtins(network, insertions, ends=found.found, groups=groups, input_nchw=shape), json_to
-        )
+        return write_json(sites_as_builtins(network, insertions, **known), json_to)
     lines = [f"auto: {end.path}: {end.reason} [{end.kind}]" for end in found.found]
     lines += [f"left out: {one}" for one in found.left_out]
     legend = [f"[{', '.join(groups)}]: site groups (--insert NAME)"] if groups else []
@@ -194,10 +196,6 @@ def count(
         bool,
         option("--explain", OUTPUT, "Explain each difference to fvcore, thop and torch."),
     ] = False,
-    on: Annotated[
-        CountOn,
-        option("--on", WORKLOAD, "fake (default), or cpu: run it on real tensors, if values steer it.", metavar="NAME"),
-    ] = "fake",
     out: Annotated[
         Path | None,
         option("--out", OUTPUT, "Also write each record to FOLDER/NAME.json.", metavar="FOLDER"),
@@ -229,13 +227,13 @@ def count(
     with reporting(open_console(stderr=True)) as report:
         for index, job in enumerate(jobs):
             report(f"counting {job.request.arch}" if len(jobs) > 1 else "counting", None)
-            one = profiling.count_job(job, by_module=by == "module", counters=counters, on=on)
+            one = profiling.count_job(job, by_module=by == "module", counters=counters)
             announce_sites(job.variant, one.insertions)
             print_insertion_notes(job.variant, one.insertions, params_of(one.baseline_cost))
             records.append(one)
             if paths:
                 store.save(one, paths[index])
-    if on == "cpu":
+    if options.on == "cpu":
         open_console(stderr=True).print("counted on real tensors on the CPU; the kernels ran")
     if json_to is not None:
         write_json([builtins(one) for one in records] if len(records) > 1 else builtins(records[0]), json_to)
@@ -281,6 +279,7 @@ def _show_runtime(
         device=device,
         dtype=DTYPES[dtype],
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        on=variant.on,
     )
     if json_to is not None:
         return write_json([dataclasses.asdict(one) for one in found], json_to)

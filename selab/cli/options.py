@@ -23,6 +23,7 @@ from selab.records.bounds import (
     MOST_THREADS,
 )
 from selab.records.types import PHASES, Device, Dtype, MemoryFormat, Mode
+from selab.records.types import On as OnName
 
 # The panels of every command's help.
 WHAT, WORKLOAD, TIME, OUTPUT = "What to measure", "Workload", "How long", "Output"
@@ -103,6 +104,15 @@ Inputs = Annotated[
     list[str] | None,
     option("--input", WORKLOAD, "Shape, if not the network's own; NAME=CxHxW. Once per input.", metavar="CxHxW"),
 ]
+On = Annotated[
+    OnName | None,
+    option(
+        "--on",
+        WORKLOAD,
+        "fake (default), or cpu: trace it on real tensors, if values steer it.",
+        metavar="NAME",
+    ),
+]
 Resolution = Annotated[
     int | None, natural("--resolution", WORKLOAD, "Height and width of the input.", most=MOST_PIXELS)
 ]
@@ -149,6 +159,7 @@ class _BlockOptions:
 
     se: Se = None
     insert: Insert = None
+    on: On = None
 
     def given(self) -> dict[str, Any]:
         """Return the options that were given, by the name of their field."""

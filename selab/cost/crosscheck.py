@@ -25,16 +25,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from selab.attention.gated_site import sites_own
 from selab.cost.tracer import ModuleCall, Operation, OpTrace, op_trace
 from selab.errors import ModelError
 from selab.meta import (
     Example,
     FakePass,
     On,
-    RealPass,
     as_written,
     example_arguments,
     first_line,
+    make_pass,
     meta_twin,
     set_mode,
 )
@@ -139,7 +140,7 @@ def thop_counter(model: nn.Module, example: Example, traced: OpTrace, *, on: On 
         unseen = Tally(
             o.name
             for o in traced.operations
-            if type(model.get_submodule(o.path)) not in known and (o.macs or o.other or not o.known)
+            if type(_at(model, o.path)) not in known and (o.macs or o.other or not o.known)
         )
         return int(macs), dict(unseen)
 
@@ -255,7 +256,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _pass(model: nn.Module, example: Example, on: On) -> FakePass:
-    made = (RealPass if on == "cpu" else FakePass)(as_written(model), example)
+    made = make_pass(as_written(model), example, on)
     set_mode(made.model, training=False)
     return made
 
@@ -451,7 +452,7 @@ def _thop_differences(model: nn.Module, traced: OpTrace) -> list[Difference]:
     known = _thop_rules()
     hooked, summed = _thop_visits(model, known)
     squeezes = {o.path for o in traced.operations if o.stage == "squeeze"}
-    modules = {path: model.get_submodule(path) for path in dict.fromkeys([c.path for c in traced.module_calls])}
+    modules = {path: _at(model, path) for path in dict.fromkeys([c.path for c in traced.module_calls])}
     theirs: Tally[str] = Tally()
     for call in traced.module_calls:
         if type(modules[call.path]) in known:
@@ -464,7 +465,7 @@ def _thop_differences(model: nn.Module, traced: OpTrace) -> list[Difference]:
             names[o.path] = o.name
     amounts: Tally[str] = Tally()
     for path in dict.fromkeys([*theirs, *ours]):
-        module = model.get_submodule(path)
+        module = _at(model, path)
         title = type(module).__name__
         if type(module) not in known:
             amounts[f"{names[path]} in {title}, a type without a rule"] -= ours[path]
@@ -480,6 +481,11 @@ def _thop_differences(model: nn.Module, traced: OpTrace) -> list[Difference]:
             amounts[f"{title} shared by several modules, counted {times} times"] += (times - 1) * theirs[path]
     counted = bool(squeezes) and all(theirs[path] for path in squeezes)
     return [*_amounts(amounts), *_se_note(traced, squeeze_counted=counted)]
+
+
+def _at(model: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path of a trace; an inserted block stands around it."""
+    return sites_own(model.get_submodule(path))
 
 
 def _thop_visits(model: nn.Module, known: Mapping[type[nn.Module], object]) -> tuple[Tally[int], Tally[int]]:

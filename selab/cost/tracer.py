@@ -21,14 +21,15 @@ from selab.cost.operators.backward import gradients
 from selab.cost.rules import FOUND, VIEW, Rule, Work, rule_of
 from selab.errors import ModelError, SpecError, nearest
 from selab.meta import (
+    ON_REAL_TENSORS,
     Example,
     FakePass,
     On,
-    RealPass,
     as_written,
     blames_input,
     described,
     evaluating,
+    make_pass,
     reason_of,
     set_mode,
 )
@@ -524,7 +525,7 @@ def op_trace(
         ModelError: the forward pass fails; names the module in which it did.
     """
     model = as_written(model)
-    fakes = RealPass(model, example) if on == "cpu" else FakePass(model, example)
+    fakes = make_pass(model, example, on)
     tracer = _Tracer(fakes, dtype=dtype, se_blocks=se_blocks, details=details)
     try:
         # With gradients, so that autograd marks the tensors that need them. A scripted module is not copied, so
@@ -547,7 +548,7 @@ def op_trace(
         given = described((fakes.args, fakes.kwargs))
         step = ""
         if isinstance(error, VALUE_NEEDED):
-            step = '; count on real tensors (on="cpu", --on cpu)'
+            step = f"; {ON_REAL_TENSORS}"
         elif blames_input(error):
             step = "; pass the input that the network expects"
         raise ModelError(

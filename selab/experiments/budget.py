@@ -14,7 +14,7 @@ from selab.models import catalog
 from selab.records import verdict
 from selab.records.bounds import MOST_IMAGES, MOST_PIXELS, MOST_THREADS
 from selab.records.toml import converted, read_tables
-from selab.records.types import PHASE_NAMES, Cost, Device, Dtype, Frozen, Latency, Memory, MemoryFormat, Mode, Phase
+from selab.records.types import PHASE_NAMES, Cost, Device, Dtype, Frozen, Latency, Memory, MemoryFormat, Mode, On, Phase
 from selab.records.verdict import change_words
 from selab.units import NONE
 
@@ -54,6 +54,7 @@ class Budget(Frozen, frozen=True, kw_only=True):
     batch: Natural = 1
     input: str | None = None
     resolution: Side | None = None
+    on: On = "fake"
     device: Device = "cpu"
     dtype: Dtype = "fp32"
     memory_format: MemoryFormat = "contiguous"
@@ -93,6 +94,7 @@ class Budget(Frozen, frozen=True, kw_only=True):
             batch=self.batch,
             input_chw=None if self.input is None else parse_input(self.input, option="input"),
             resolution=self.resolution,
+            on=self.on,
             dtype=self.dtype,
             memory_format=self.memory_format,
             mode=self.mode,

@@ -18,7 +18,7 @@ from selab.models.spec import Variant
 from selab.records.bounds import MOST_PIXELS
 from selab.records.files import shown
 from selab.records.store import read_record, record_path
-from selab.records.types import PHASES, TORCH, Device, Dtype, Frozen, MemoryFormat, Mode, Phase, Record, Workload
+from selab.records.types import PHASES, TORCH, Device, Dtype, Frozen, MemoryFormat, Mode, On, Phase, Record, Workload
 
 
 class Request(Frozen, frozen=True, kw_only=True):
@@ -29,6 +29,8 @@ class Request(Frozen, frozen=True, kw_only=True):
         input_chw: channels, height and width of the input; None for the network's own.
         inputs: all inputs, of a network that takes several or a named one; the first image is `input_chw`.
         resolution: height and width of the input; None for those of `input_chw`.
+        on: `cpu` to look at the networks (to count, and to find sites) on real tensors, where values decide what they
+            compute.
         threads: CPU threads of the headline; None for one thread, and a second row on all cores.
         budget_s: seconds of sampling per phase; None for 60 (quick: 15).
         processes: fresh processes per figure; 1 measures in this process.
@@ -43,6 +45,7 @@ class Request(Frozen, frozen=True, kw_only=True):
     input_chw: tuple[int, int, int] | None = None
     inputs: tuple[Input, ...] = ()
     resolution: int | None = None
+    on: On = "fake"
     dtype: Dtype = "fp32"
     memory_format: MemoryFormat = "contiguous"
     mode: Mode = "auto"
@@ -86,6 +89,7 @@ _OPTIONS = {
     "device": "--device",
     "batch": "--batch",
     "resolution": "--resolution",
+    "on": "--on",
     "dtype": "--dtype",
     "mode": "--mode",
     "compiled": "--compile",
@@ -183,16 +187,18 @@ def resolve(request: Request) -> Job:
         SpecError: the two networks have inputs of different shapes, or a file is malformed.
         UnknownNameError: no such name.
     """
-    variant = with_inputs(catalog.find(request.arch), request.inputs)
+    inputs, on = request.inputs, request.on
+    variant = with_inputs(catalog.find(request.arch), inputs, on)
     if request.baseline is None:
         base = catalog.baseline_of(variant)
-        return job_of(request, variant, None if base is None else with_inputs(base, request.inputs))
-    return job_of(request, variant, with_inputs(catalog.find(request.baseline, option="--baseline"), request.inputs))
+        return job_of(request, variant, None if base is None else with_inputs(base, inputs, on))
+    return job_of(request, variant, with_inputs(catalog.find(request.baseline, option="--baseline"), inputs, on))
 
 
-def with_inputs(variant: Variant, inputs: tuple[Input, ...]) -> Variant:
-    """Return a variant that takes these inputs; the same one where there are none."""
-    return msgspec.structs.replace(variant, inputs=inputs) if inputs else variant
+def with_inputs(variant: Variant, inputs: tuple[Input, ...], on: On = "fake") -> Variant:
+    """Return a variant that takes these inputs, where there are some, and that is looked at on fake or real tensors."""
+    variant = msgspec.structs.replace(variant, inputs=inputs) if inputs else variant
+    return variant if on == variant.on else msgspec.structs.replace(variant, on=on)
 
 
 def job_of(request: Request, variant: Variant, baseline: Variant | None) -> Job:

@@ -24,7 +24,6 @@ from selab.cost.tracer import op_trace
 from selab.errors import ModelError, RecordError
 from selab.experiments.job import Job, Request, resolve
 from selab.experiments.workers import Failed, build_pair, raw_runs, raw_runs_of_children
-from selab.meta import On
 from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.inputs import example_of
@@ -196,13 +195,12 @@ def _counted(
     *,
     by_module: bool = False,
     counters: bool = True,
-    on: On = "fake",
 ) -> Cost:
     """Count a network, also with the other counters. By module only if asked: that is 100 kB for a deep network."""
     shape: Example = (workload.batch, *workload.input_chw)
     if variant.inputs:
         shape = example_of(built.model, variant.inputs, batch=workload.batch)
-    dtype = DTYPES[workload.dtype]
+    dtype, on = DTYPES[workload.dtype], variant.on
     model = built.model
     try:
         traced = op_trace(model, shape, dtype=dtype, se_blocks=built.native, details=counters, on=on)
@@ -262,14 +260,13 @@ def count_record(
     return count_job(resolve(request), by_module=by_module, counters=counters)
 
 
-def count_job(job: Job, *, by_module: bool = False, counters: bool = True, on: On = "fake") -> Record:
-    """Count a variant and its baseline. Nothing is timed, and no weight has memory (meta device).
+def count_job(job: Job, *, by_module: bool = False, counters: bool = True) -> Record:
+    """Count a variant and its baseline. Nothing is timed, and no weight has memory (meta device) unless values steer.
 
     Args:
-        job: of the network; it may have no baseline.
+        job: of the network; it may have no baseline. Its request says whether to count on real tensors.
         by_module: whether to keep the cost of each module.
         counters: whether to ask the other counters, which takes most of the time.
-        on: `cpu` to run the kernels on real tensors, for a network in which values decide what is computed.
 
     Raises:
         SelabError: the network cannot be built, or fails on this input.
@@ -281,9 +278,9 @@ def count_job(job: Job, *, by_module: bool = False, counters: bool = True, on: O
         if one is None:
             continue
         with redirect_stdout(sys.stderr):
-            built = build(one, device="meta" if on == "fake" else on, input_chw=job.workload.input_chw)
+            built = build(one, device="meta", input_chw=job.workload.input_chw)
             insertions = insertions or built.insertions
-            costs.append(_counted(one, built, job.workload, by_module=by_module, counters=counters, on=on))
+            costs.append(_counted(one, built, job.workload, by_module=by_module, counters=counters))
     return Record(
         schema=SCHEMA,
         selab=__version__,
@@ -294,7 +291,7 @@ def count_job(job: Job, *, by_module: bool = False, counters: bool = True, on: O
         baseline_origin="" if baseline is None else baseline.file,
         facts_hash=pair_hash(variant, baseline),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=job.command("count") + ("" if on == "fake" else f" --on {on}"),
+        command=job.command("count"),
         complete=True,
         workload=job.workload,
         machine=machine(),

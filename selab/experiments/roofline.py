@@ -32,7 +32,8 @@ def roofline_of(job: Job, peaks: Peaks, *, measured: bool, budget_s: float) -> R
     built = build(
         job.variant, input_chw=workload.input_chw, device="cpu" if measured else "meta", seed=job.request.seed
     )
-    return roofline(built.model, workload, peaks, native=built.native, measured=measured, budget_s=budget_s)
+    more: dict[str, Any] = {"native": built.native, "on": job.variant.on}
+    return roofline(built.model, workload, peaks, measured=measured, budget_s=budget_s, **more)
 
 
 # ----------------------------------------------------------------------------------------------- how good a prediction

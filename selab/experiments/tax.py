@@ -45,7 +45,7 @@ from selab.models.build import Built, build
 from selab.models.provenance import bare_name
 from selab.models.spec import Variant, pair_hash
 from selab.records import verdict
-from selab.records.types import Frozen, Insertion, Phase, Workload
+from selab.records.types import Frozen, Insertion, On, Phase, Workload
 
 _OTHERS = "other implementations"
 _NOT_COMPILED = "without_scale was skipped: torch.compile would remove the unused squeeze and excitation"
@@ -136,7 +136,7 @@ class Tax:
         self._left_in = ""
         if built.native and not built.insertions and request.baseline is None:
             self.implementations = _built_in_implementations(asked)
-            self.blocks = _built_in_blocks(built, request.arch, self.workload)
+            self.blocks = _built_in_blocks(built, request.arch, self.workload, request.on)
             self._left_in = _left_in(built)
         else:
             _check_any(built, self.variant, request.arch)
@@ -350,13 +350,13 @@ def _built_in_implementations(asked: TaxRequest) -> tuple[str, ...]:
     return tuple(name for name in BUILT_IN if name in asked.implementations)
 
 
-def _built_in_blocks(built: Built, arch: str, workload: Workload) -> tuple[Insertion, ...]:
+def _built_in_blocks(built: Built, arch: str, workload: Workload, on: On) -> tuple[Insertion, ...]:
     """Return the built-in blocks that the baseline will lack.
 
     Raises:
         InsertionError: `fuse` knows none of them.
     """
-    blocks = external_insertions(built.model, (1, *workload.input_chw))
+    blocks = external_insertions(built.model, (1, *workload.input_chw), on=on)
     if not blocks:
         raise InsertionError(
             f"--arch {arch}: none of its built-in blocks is an SE block that selab.fuse knows "

@@ -14,7 +14,7 @@ from selab.kernels.dispatch import CachedDispatch, Impl, choose, has_hooks, hold
 from selab.kernels.ownership import Arrival
 from selab.kernels.squeeze_scale import refuses, run_stepwise
 from selab.kernels.swap import Swapped, library_of
-from selab.meta import Passage, passages
+from selab.meta import On, Passage, passages
 from selab.records.types import Insertion
 
 PLACEMENT = "its own"
@@ -48,18 +48,19 @@ def external_squeeze_channels(block: nn.Module) -> int | None:
     return first.out_channels if isinstance(first, nn.Conv2d) else None
 
 
-def external_insertions(model: nn.Module, input_nchw: tuple[int, ...]) -> tuple[Insertion, ...]:
+def external_insertions(model: nn.Module, input_nchw: tuple[int, ...], *, on: On = "fake") -> tuple[Insertion, ...]:
     """Return the SE blocks of torchvision and timm that run in a forward pass.
 
     Args:
         model: not changed, on any device.
         input_nchw: the shape of an example input, (N, C, H, W).
+        on: as in `selab.fuse`.
 
     Raises:
         ModelError: the network fails on this input.
     """
     blocks = external_blocks(model)
-    seen = passages(model, blocks, input_nchw)
+    seen = passages(model, blocks, input_nchw, on=on)
     found = (_insertion(path, block, seen[path]) for path, block in blocks.items())
     return tuple(one for one in found if one is not None)
 

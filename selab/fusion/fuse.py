@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from selab.kernels.dispatch import Impl, has_hooks, norm_of
 from selab.kernels.ownership import measured
 from selab.kernels.residual import ACTIVATIONS, ADD_RELU, FusedActivation, FusedJoin, formula_of
 from selab.kernels.swap import library_of, swap
-from selab.meta import Example, are_shapes, first_line, is_shape, passages, shapes_of
+from selab.meta import ON_REAL_TENSORS, Example, On, are_shapes, first_line, is_shape, passages, shapes_of
 from selab.meta.fake import VALUE_NEEDED
 from selab.meta.real import real_copy
 from selab.records.display import Displayed
@@ -145,6 +145,7 @@ def fuse(
     inputs: Example | None = None,
     blocks: bool = True,
     in_place: bool = True,
+    on: On = "fake",
 ) -> Fusion:
     """Fuse the SE blocks of a network, in place: the same mathematics, parameters and checkpoint keys.
 
@@ -158,6 +159,8 @@ def fuse(
         blocks: whether to fuse the blocks; otherwise only what surrounds them, as in a network without SE.
         in_place: whether feature maps that nothing else holds may be overwritten, and BatchNorms and ReLUs be left to
             the module that consumes their output; otherwise every module computes its own output in new memory.
+        on: `fake` for a pass over tensors without memory; `cpu` to run the kernels on a copy with real tensors, for a
+            network in which the values of tensors decide what is computed.
 
     Returns:
         What was fused, and what was not and why; `str()` gives a sentence.
@@ -176,6 +179,8 @@ def fuse(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"selab.fuse: expected a torch.nn.Module, got {type(model).__name__}")
+    if on not in get_args(On):
+        raise ModelError(f"selab.fuse: on {on!r}: allowed: {', '.join(get_args(On))}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             "selab.fuse: the modules of a TorchScript network cannot be fused; fuse before torch.jit.script"
@@ -191,7 +196,7 @@ def fuse(
     seen = Liveness(overwritable=set(), consumer={}, exclusive={}, producers={})
     try:
         if defers:
-            seen = analyze(model, example, norms=_norms, consumers=partial(_consumers, blocks=blocks))
+            seen = analyze(model, example, norms=_norms, consumers=partial(_consumers, blocks=blocks), on=on)
     except (SelabError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as error:
         reason = _failed(model, example, error)
     # An earlier call may have found otherwise. An in-place ReLU before a block is proof that its input is not needed.
@@ -239,7 +244,7 @@ def _failed(model: nn.Module, example: Example, error: Exception) -> str:
     """Return why the trace failed, and how the network can be traced after all."""
     causes = (error, error.__cause__, error.__context__)
     if any(isinstance(one, VALUE_NEEDED) for one in causes):
-        return f"the network cannot be traced without values: {first_line(error)}"
+        return f"the network cannot be traced without values: {first_line(error)}; {ON_REAL_TENSORS}"
     shape = example if is_shape(example) or are_shapes(example) else shapes_of(example)
     reason = f"the network fails on the meta device with an input of shape {shape}: {first_line(error)}; "
     reason += "give the shape of its input as input_nchw=(N, C, H, W), or other arguments as inputs="
@@ -334,6 +339,7 @@ def runtimes(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
+    on: On = "fake",
 ) -> tuple[Runtime, ...]:
     """Return the implementation that each block would take after `fuse`.
 
@@ -343,13 +349,14 @@ def runtimes(
         device: where it would run.
         dtype: of the feature maps.
         memory_format: of the feature maps.
+        on: as in `fuse`.
 
     Raises:
         ModelError: the network fails on this input.
     """
     twin = real_copy(model)
-    blocks = fuse(twin, input_nchw=input_nchw).blocks
-    seen = passages(twin, [one.path for one in blocks], input_nchw)
+    blocks = fuse(twin, input_nchw=input_nchw, on=on).blocks
+    seen = passages(twin, [one.path for one in blocks], input_nchw, on=on)
     found = []
     for one in blocks:
         module: Any = twin.get_submodule(one.path)

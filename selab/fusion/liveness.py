@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selab.kernels.deferred_relu import DeferredReLU
-from selab.meta import Example, FakePass
+from selab.meta import Example, On, make_pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ class DataflowTrace:
 Named = Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]
 
 
-def analyze(model: nn.Module, example: Example, *, norms: Named, consumers: Named) -> Liveness:
+def analyze(model: nn.Module, example: Example, *, norms: Named, consumers: Named, on: On = "fake") -> Liveness:
     """Run a copy of the network on fake tensors, at inference.
 
     Args:
@@ -159,11 +159,12 @@ def analyze(model: nn.Module, example: Example, *, norms: Named, consumers: Name
         norms: yields (path, module) of the BatchNorms that might be deferred.
         consumers: yields (path, module) of the modules that might apply them, or overwrite what they read; the latter
             have an attribute `can_overwrite`.
+        on: `cpu` to run the kernels on a copy with real tensors.
 
     Raises:
         Whatever the network raises.
     """
-    fakes = FakePass(model, example)
+    fakes = make_pass(model, example, on)
     twin = fakes.model.eval()
     for parent in twin.modules():
         for name, child in parent._modules.items():

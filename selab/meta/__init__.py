@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from selab.meta.twin import Copier
 
 On = Literal["fake", "cpu"]
 """Whether a pass runs on fake tensors, or its kernels on real ones."""
+ON_REAL_TENSORS = 'run it on real tensors: on="cpu", --on cpu'
+"""The next step where the values of tensors decide what a network computes."""
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 """An example input: a shape (N, C, H, W), a tensor, positional arguments in a tuple or list, or keyword arguments in a
 mapping. Arguments may be nested lists, tuples and dicts of tensors and other values."""
@@ -225,6 +227,30 @@ class RealPass(FakePass):
         self.args, self.kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
 
 
+def make_pass(model: nn.Module, example: Example, on: On = "fake") -> FakePass:
+    """Return a pass on fake tensors or, on `cpu`, on real ones.
+
+    Raises:
+        ModelError: as `FakePass` and `RealPass`.
+    """
+    return RealPass(model, example) if on == "cpu" else FakePass(model, example)
+
+
+def failed_pass(made: FakePass, model: nn.Module, error: BaseException) -> ModelError:
+    """Return the error of a network whose forward failed in a pass: what failed, on what, and the next step."""
+    step = "; give the shape that the network expects (input_nchw, --input)" if blames_input(error) else ""
+    if isinstance(error, TypeError) and "missing" in str(error):
+        step = "; give every input that the network takes (inputs=, --input)"
+    if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+        step = "; name the inputs as the network's forward does (inputs=)"
+    if isinstance(error, VALUE_NEEDED):
+        step = f"; {ON_REAL_TENSORS}"
+    if not shapes_of((made.args, made.kwargs)):
+        step = "; give a shape (N, C, H, W) as input_nchw=, or tensors as inputs="
+    what = described((made.args, made.kwargs))
+    return ModelError(f"{type(model).__name__}: forward fails with {what}: {reason_of(error)}{step}")
+
+
 @contextmanager
 def _without_mkldnn() -> Iterator[None]:
     """Let recurrent layers run as products instead of as one operator of a library."""
@@ -298,7 +324,14 @@ class Passage:
     source: str = ""
 
 
-def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mapping[str, Passage]:
+def passages(
+    model: nn.Module,
+    paths: Iterable[str],
+    example: Example,
+    *,
+    on: On = "fake",
+    prepare: Callable[[nn.Module], object] | None = None,
+) -> Mapping[str, Passage]:
     """Run the model once on fake tensors; return the shapes and calls of the modules at these paths.
 
     Args:
@@ -306,11 +339,15 @@ def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mappin
         paths: module paths, as in `named_modules`.
         example: an example input: a shape such as (N, C, H, W), a tensor, positional arguments in a tuple or list, or
             keyword arguments in a mapping.
+        on: `cpu` to run the kernels on a copy with real tensors.
+        prepare: called with the copy before it runs.
 
     Raises:
         ModelError: the forward pass fails with this input.
     """
-    fakes = FakePass(model, example)
+    fakes = make_pass(model, example, on)
+    if prepare is not None:
+        prepare(fakes.model)
     seen = {path: Passage() for path in paths}
     # While a tensor lives, no other has its id; one that was changed in place is another value.
     returned: dict[tuple[int, int], tuple[str, Tensor]] = {}
@@ -320,18 +357,7 @@ def passages(model: nn.Module, paths: Iterable[str], example: Example) -> Mappin
         with evaluating(fakes.model), torch.no_grad(), fakes.running():
             fakes()
     except Exception as error:
-        given = shapes_of((fakes.args, fakes.kwargs))
-        step = "; give the shape that the network expects (input_nchw, --resolution)" if blames_input(error) else ""
-        if isinstance(error, TypeError) and "missing" in str(error):
-            step = "; give every input that the network takes (inputs=, --input)"
-        if isinstance(error, TypeError) and "unexpected keyword" in str(error):
-            step = "; name the inputs as the network's forward does (inputs=)"
-        if isinstance(error, VALUE_NEEDED):
-            step = "; a pass without values cannot follow it, whatever the input"
-        what = described((fakes.args, fakes.kwargs))
-        if not given:
-            step = "; give a shape (N, C, H, W) as input_nchw=, or tensors as inputs="
-        raise ModelError(f"{type(model).__name__}: forward fails with {what}: {reason_of(error)}{step}") from error
+        raise failed_pass(fakes, model, error) from error
     return seen
 
 

@@ -48,6 +48,8 @@ def build(
 ) -> Built:
     """Build a variant, in train mode.
 
+    A variant that is to be looked at on real tensors is built with values, where none would be allocated otherwise.
+
     A variant and its baseline of one seed share the initial values of all common layers, because the blocks are
     initialised after the network. The caller's random state is not changed. The SE blocks run their reference
     implementation; `selab.fuse` makes them fast.
@@ -64,6 +66,8 @@ def build(
         InsertionError: a block cannot be inserted at its site.
         ModelError: the network fails on this input.
     """
+    if variant.on == "cpu" and device == "meta":
+        device = "cpu"
     builder = _builder(variant)
     if not callable(builder):
         raise SpecError(f"{variant.origin}: builder: {variant.builder!r} is not callable; name a function or a class")
@@ -89,7 +93,7 @@ def build(
             example: Example = (1, *(input_chw or variant.input_chw))
             if variant.inputs:
                 example = example_of(model, variant.inputs, batch=1)
-            insertions = insert_se(model, _config(variant, init), inputs=example)
+            insertions = insert_se(model, _config(variant, init), inputs=example, on=variant.on)
             _run_as_written(model)
         except (InsertionError, ModelError) as error:
             raise type(error)(f"{variant.place}: {error}") from error

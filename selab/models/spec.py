@@ -16,7 +16,7 @@ from selab.attention.config import SiteConfig, as_keys, check_positive, read_blo
 from selab.errors import SpecError, nearest
 from selab.models.inputs import Input
 from selab.records.toml import convert, parse, read_toml_text
-from selab.records.types import Frozen
+from selab.records.types import Frozen, On
 
 Metric = Literal["top1_error_pct", "top5_error_pct", "params", "macs", "forward_s", "forward_backward_s"]
 
@@ -80,6 +80,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
         origin: its file, for messages.
         file: the path of a user's own TOML; empty for installed families.
         inputs: where it takes several, all of them; `input_chw` is the first image among them.
+        on: `cpu` to look at it on real tensors, because values decide what it computes; no part of the network.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Variant(Frozen, frozen=True, kw_only=True):
     origin: str
     file: str
     inputs: tuple[Input, ...] = ()
+    on: On = "fake"
 
     def __post_init__(self) -> None:
         """Read the keys of the blocks that JSON gives."""
@@ -226,6 +228,7 @@ def as_builtins(variant: Variant) -> dict[str, Any]:
     """Return a variant as plain dictionaries and lists, for `--json`."""
     se = None if variant.se is None else as_keys(variant.se)
     plain = {**msgspec.to_builtins(variant), "se": se, "facts_hash": variant.facts_hash}
+    del plain["on"]
     if not variant.inputs:
         del plain["inputs"]
     return plain

@@ -13,7 +13,7 @@ from torch import nn
 from selab import units
 from selab.attention.auto_sites import BlockEnd
 from selab.attention.gated_site import named_children, named_sites, sites_own
-from selab.meta import Example, Passage, passages
+from selab.meta import Example, On, Passage, passages
 from selab.records.types import Insertion
 
 
@@ -67,6 +67,7 @@ def site_tree(
     groups: Mapping[str, Sequence[str]] | None = None,
     input_nchw: Example | None = None,
     depth: int | None = None,
+    on: On = "fake",
 ) -> Tree:
     """Return the module tree; equal neighbours are folded into one line.
 
@@ -77,11 +78,12 @@ def site_tree(
         groups: the site groups that the network declares, name → paths.
         input_nchw: the shape of an example input; without it no output shapes are shown.
         depth: levels of modules to show; None for all of them.
+        on: `cpu` to run the kernels on a copy with real tensors.
 
     Raises:
         ModelError: the forward pass fails with this input.
     """
-    root = _node("", model, type(model).__name__, _marks(model, insertions, ends, groups, input_nchw))
+    root = _node("", model, type(model).__name__, _marks(model, insertions, ends, groups, input_nchw, on))
     tree = Tree(_line(root, root.name), guide_style="dim")
     _hang(tree, root, depth)
     return tree
@@ -94,13 +96,14 @@ def sites_as_builtins(
     ends: Sequence[BlockEnd] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
     input_nchw: Example | None = None,
+    on: On = "fake",
 ) -> list[dict[str, Any]]:
     """Return every module with what `site_tree` shows of it, for `--json`; nothing is folded.
 
     Raises:
         ModelError: the forward pass fails with this input.
     """
-    marks = _marks(model, insertions, ends, groups, input_nchw)
+    marks = _marks(model, insertions, ends, groups, input_nchw, on)
     listed = []
     for path, module in named_sites(model):
         if not path:
@@ -126,6 +129,7 @@ def _marks(
     ends: Sequence[BlockEnd],
     groups: Mapping[str, Sequence[str]] | None,
     input_nchw: Example | None,
+    on: On,
 ) -> _Marks:
     member_of: dict[str, tuple[str, ...]] = {}
     for name, paths in (groups or {}).items():
@@ -136,7 +140,7 @@ def _marks(
         insertions={one.path: one for one in insertions},
         ends={end.path: end for end in ends},
         groups=member_of,
-        seen={} if input_nchw is None else passages(model, every, input_nchw),
+        seen={} if input_nchw is None else passages(model, every, input_nchw, on=on),
     )
 
 

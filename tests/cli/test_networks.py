@@ -291,3 +291,78 @@ class TestOptionsThatDoNothing:
         status, _, error = selab("count", "--arch", "resnet18", "--se", "reduction=1000")
         assert status == 1
         assert one_line(error).startswith("error: resnet18+reduction=1000: no site is left: stage2.0")
+
+
+STEERED = """
+from torch import nn
+
+class Steered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, bias=False), nn.Linear(16, 10, bias=False)
+        self.branch = nn.Conv2d(16, 16, 1, bias=False)
+    def forward(self, x):
+        y = self.stem(x)
+        y = y + self.branch(y) if y.mean() < 1e9 else y
+        return self.head(y.mean((2, 3)))
+"""
+
+
+class TestOnRealTensors:
+    """A network in which the values of tensors decide what is computed."""
+
+    @pytest.fixture
+    def steered(self, tmp_path):
+        path = tmp_path / "steered.py"
+        path.write_text(STEERED)
+        return ["--arch", f"{path}:Steered", "--input", "3x10x10"]
+
+    @pytest.mark.parametrize(
+        "command", [["sites"], ["count"], ["sites", "--insert", "auto"], ["count", "--insert", "stem"]]
+    )
+    def test_the_message_names_the_option(self, selab, steered, command, one_line):
+        status, out, error = selab(*command, *steered)
+        assert (status, out) == (1, "")
+        assert one_line(error).endswith(
+            'values of a tensor (aten::_local_scalar_dense); run it on real tensors: on="cpu", --on cpu'
+        )
+
+    def test_sites(self, selab, steered):
+        status, out, error = selab("sites", *steered, "--on", "cpu", "--insert", "auto")
+        assert status == 0, error
+        assert "auto: branch: before the addition in the network" in out
+        assert "← SE 16→1, 49 params" in out
+        listed = json.loads(selab("sites", *steered, "--on", "cpu", "--json", "-")[1])
+        assert {one["path"]: one["output_shape"] for one in listed}["branch"] == [1, 16, 8, 8]
+
+    def test_count_with_the_other_counters(self, selab, steered):
+        status, out, error = selab("count", *steered, "--on", "cpu", "--insert", "auto", "--explain", "--json", "-")
+        assert status == 0, error
+        record = msgspec.json.decode(out, type=Record)
+        assert record.command.endswith("--on cpu --input 3x10x10")
+        # 8 × 8 positions of 27 and 16 weights for each of 16 channels; the head; SE of 16 → 1 → 16.
+        assert record.cost.macs.conv_linear == 64 * 16 * (27 + 16) + 160 + 32
+        assert record.cost.params - 33 - 16 == 16 * 27 + 16 * 16 + 160
+        assert [counter.remainder for counter in record.cost.counters.values()] == [0] * 4
+
+    def test_profile(self, selab, steered, tmp_path):
+        network = ["profile", *steered, "--insert", "branch", "--baseline", steered[1]]
+        short = ["--phase", "forward", "--budget", "0.1", "--threads", "1", "--out", tmp_path / "out"]
+        status, _, error = selab(*network, *short)
+        assert status == 1
+        assert "--on cpu" in error
+        status, out, error = selab(*network, *short, "--on", "cpu", "--json", "-")
+        assert status == 0, error
+        record = msgspec.json.decode(out, type=Record)
+        assert [one.path for one in record.insertions] == ["branch"]
+        assert " --on cpu " in record.command
+        assert record.cost.se.blocks == 1
+
+    def test_show(self, selab, steered):
+        assert "--on cpu" in selab("show", steered[1], *steered[2:])[2]
+        assert selab("show", steered[1], *steered[2:], "--on", "cpu")[0] == 0
+
+    def test_another_place_is_refused(self, selab, steered, one_line):
+        status, _, error = selab("sites", *steered, "--on", "meta")
+        assert status == 2
+        assert "--on" in error

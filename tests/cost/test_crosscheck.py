@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selab.attention.config import BLOCKS
+from selab.attention.insert import insert_se
 from selab.attention.se import SqueezeExcitation
 from selab.cost.crosscheck import compare, fvcore_counter, thop_counter, torch_counter_backward
 from selab.cost.tracer import op_trace
@@ -380,3 +381,10 @@ def test_nothing_remains_on_real_tensors() -> None:
 def test_real_and_fake_tensors_give_the_same() -> None:
     net = build(find("se_mobilenet_0_25")).model
     assert compare(net, (1, 3, 64, 64), on="cpu") == compare(net, (1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("on", ["fake", "cpu"])
+def test_nothing_remains_for_a_layer_with_an_inserted_block(on: Any) -> None:
+    net = Steered() if on == "cpu" else nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 2))
+    insert_se(net, "features.2" if on == "cpu" else "0", input_nchw=(2, 3, 8, 8), reduction=4, on=on)
+    assert_explained(compare(net, (2, 3, 8, 8), on=on))

@@ -48,7 +48,7 @@ from selab.cli.signals import held_back
 from selab.errors import SelabError
 from selab.models import catalog
 from selab.records.bounds import MOST_PROCESSES
-from selab.records.types import Device, Phase
+from selab.records.types import PHASE_NAMES, PHASES, Device, Phase
 
 if TYPE_CHECKING:
     from selab.experiments.job import Job
@@ -125,13 +125,16 @@ def _keep_partial(growing: "Profile", shown: _Shown) -> str:
     from selab.records import store
 
     with held_back():
-        if growing.cost is None:
+        if growing.cost is None or growing.baseline_cost is None:
             return "nothing was measured yet, and nothing was written"
         partial = store.partial_path(shown.path)
         store.save(growing.record(), partial)
         if str(shown.json_to) != "-":
             _show_profile(store.read_record(partial), dataclasses.replace(shown, path=partial, json_to=None, svg=None))
-    return f"what was measured until then is in {partial}"
+    phases = [phase for phase in PHASES if growing.latency.get(phase) or growing.latency_all_cores.get(phase)]
+    if not phases:
+        return f"no time was measured yet; the counted costs are in {partial}"
+    return f"what was measured until then ({', '.join(PHASE_NAMES[phase] for phase in phases)}) is in {partial}"
 
 
 def _show_profile(record: "Record", shown: _Shown) -> None:

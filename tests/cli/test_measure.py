@@ -201,7 +201,7 @@ class TestProfile:
     def test_interrupted_in_process(self, selab, toy, tmp_path, one_line):
         status, _, error = selab("profile", "--arch", f"{toy}:slow", "--threads", 1, "--out", tmp_path / "r")
         assert status == 130
-        assert "interrupted; what was measured until then is in" in one_line(error)
+        assert "interrupted; no time was measured yet; the counted costs are in" in one_line(error)
         (path,) = (tmp_path / "r").rglob("*.json")
         assert path.name.endswith(".partial.json")
         found = msgspec.json.decode(path.read_bytes(), type=Record)
@@ -210,6 +210,35 @@ class TestProfile:
 
 
 class TestInterruption:
+    """What is said to be kept is what the file has."""
+
+    @pytest.mark.parametrize(
+        ("place", "words", "phases"),
+        [
+            ("build_pair", "nothing was measured yet, and nothing was written", None),
+            ("raw_runs", "no time was measured yet; the counted costs are in {}", []),
+            ("memory", "what was measured until then (forward) is in {}", ["forward"]),
+        ],
+    )
+    def test_what_was_kept(self, selab, toy, quick_plans, tmp_path, monkeypatch, one_line, place, words, phases):
+        def interrupt(*_args, **_options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(f"selab.experiments.profiling.{place}", interrupt)
+        options = ["--threads", 1, "--phase", "forward", "--out", tmp_path / "r"]
+        status, _, error = selab("profile", "--arch", f"{toy}:se_toy", *options)
+        assert status == 130
+        written = list((tmp_path / "r").rglob("*.json"))
+        assert one_line(error) == f"error: interrupted; {words.format(*written)}"
+        if phases is None:
+            assert written == []
+        else:
+            (path,) = written
+            assert path.name.endswith(".partial.json")
+            record = json.loads(path.read_text())
+            assert record["cost"]["params"] > record["baseline_cost"]["params"]
+            assert list(record["latency"]) == phases
+
     def test_sigterm_keeps_what_was_measured_and_has_its_own_status(self, toy, tmp_path):
         words = ["profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r"]
         command = [sys.executable, "-m", "selab", *map(str, words)]
@@ -236,7 +265,7 @@ class TestInterruption:
         running.send_signal(signal.SIGINT)
         _, error = running.communicate(timeout=60)
         assert running.returncode == 130
-        assert "interrupted; what was measured until then is in" in one_line(error)
+        assert "interrupted; no time was measured yet; the counted costs are in" in one_line(error)
         (path,) = (tmp_path / "r").rglob("*.json")
         assert path.name.endswith(".partial.json")
         assert not list((tmp_path / "r").rglob(".*"))

@@ -137,7 +137,9 @@ def _check_positive(where: str, name: str, value: float | None) -> None:
 
 
 def _check_whole(where: str, name: str, value: object, least: int, most: int) -> None:
-    if value is not None and (not isinstance(value, int) or not least <= value <= most):
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ModelError(f"{where}: {name} {value!r}: must be a whole number from {least} to {most:,}")
 
 

@@ -1,6 +1,7 @@
 """The base class of attention blocks."""
 
 from abc import ABC, abstractmethod
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -38,6 +39,7 @@ class Attention(nn.Module, ABC):
 
     def __init__(self, channels: int, init: Init = "he") -> None:
         super().__init__()
+        check_whole(channels=channels)
         if channels < 1:
             raise InsertionError(f"channels {channels}: must be at least 1")
         if init not in ("he", "identity"):
@@ -142,8 +144,16 @@ def initialise_layers(init: Init, *layers: _Layer, last: tuple[_Layer, ...]) -> 
             nn.init.zeros_(layer.weight)
 
 
+def check_whole(**options: object) -> None:
+    """Raise InsertionError if an option is not a whole number; `True` is none, although Python counts with it."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise InsertionError(f"{name} {value!r}: must be a whole number, got {type(value).__name__}")
+
+
 def reduced(channels: int, reduction: int) -> int:
     """Return the width between the two layers, `channels // reduction`, or raise InsertionError."""
+    check_whole(reduction=reduction)
     if not 1 <= reduction <= channels:
         raise InsertionError(f"reduction {reduction}: must be from 1 to the number of channels, {channels}")
     return channels // reduction
@@ -151,6 +161,7 @@ def reduced(channels: int, reduction: int) -> int:
 
 def odd_kernel_size(kernel_size: int) -> int:
     """Return the kernel size, or raise InsertionError if it is even or below 1."""
+    check_whole(kernel_size=kernel_size)
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise InsertionError(f"kernel_size {kernel_size}: must be odd and at least 1")
     return kernel_size

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.attention.base import Gate, MapBlock, initialise_layers, odd_kernel_size, reduced
+from selab.attention.base import Gate, MapBlock, check_whole, initialise_layers, odd_kernel_size, reduced
 from selab.attention.config import Init
 from selab.errors import InsertionError
 
@@ -134,6 +134,7 @@ class CoordinateAttention(MapBlock):
 
     def __init__(self, channels: int, *, reduction: int = 32, init: Init = "he") -> None:
         super().__init__(channels, init)
+        check_whole(reduction=reduction)
         if reduction < 1:
             raise InsertionError(f"reduction {reduction}: must be at least 1")
         self.squeeze_channels = max(8, channels // reduction)
@@ -257,6 +258,7 @@ class GatherExcite(MapBlock):
             raise InsertionError(
                 "init 'identity': gather_excite without parameters cannot start as the identity; use init 'he'"
             )
+        check_whole(extent=extent)
         if extent < 0:
             raise InsertionError(f"extent {extent}: must be at least 1, or 0 for the whole feature map")
         self.extent = extent

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, Literal
 
 import msgspec
@@ -247,10 +248,21 @@ def _check_sizes(config: SiteConfig, *, place: str) -> None:
         if isinstance(value, int):
             check_positive((value,), place=_at(place, name))
     latent = getattr(config, "latent_channels", None)
-    if latent is not None and not 0 < latent < math.inf:
-        raise SpecError(f"{_at(place, 'latent_channels')}: {latent}; must be above 0: a width, or below 1 a fraction")
+    if latent is not None and not is_latent(latent):
+        raise SpecError(f"{_at(place, 'latent_channels')}: {latent}; must be above 0: {LATENT}")
     if config.stages:
         check_positive(config.stages, place=_at(place, "stages"))
+
+
+LATENT = "a whole number as the width, or below 1 a fraction of the channels"
+
+
+def is_latent(value: object) -> bool:
+    """Return whether a value is allowed for `latent_channels`; 2.0 is a whole number, `True` is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    number = float(value)
+    return 0 < number < 1 or (1 <= number < math.inf and number == int(number))
 
 
 def check_positive(values: tuple[int, ...], *, place: str) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.attention.base import Attention, batch_of_one
-from selab.attention.config import Init
+from selab.attention.base import Attention, batch_of_one, check_whole
+from selab.attention.config import LATENT, Init, is_latent
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
 from selab.kernels.cpu import BlockParams
@@ -40,8 +40,9 @@ def squeeze_width(channels: int, reduction: int, divisor: int = 1) -> int:
     Source: the rounding by a divisor is that of MobileNetV3, Howard et al., arXiv 1905.02244.
 
     Raises:
-        InsertionError: an argument below 1, or a reduction larger than the channels.
+        InsertionError: an argument that is no whole number or below 1, or a reduction larger than the channels.
     """
+    check_whole(channels=channels, reduction=reduction, divisor=divisor)
     if min(channels, reduction, divisor) < 1:
         raise InsertionError(f"channels {channels}, reduction {reduction}, divisor {divisor}: each must be at least 1")
     if reduction > channels:
@@ -53,10 +54,16 @@ def squeeze_width(channels: int, reduction: int, divisor: int = 1) -> int:
 
 
 def latent_width(channels: int, latent_channels: float, divisor: int = 1) -> int:
-    """Return the squeeze width that is given itself, or below 1 as a fraction of the channels; rounded down.
+    """Return the squeeze width that is given itself, or below 1 as a fraction of the channels, which is rounded down.
 
     Source: SqueezeExcite2d of mosaicml/composer, composer/algorithms/squeeze_excite.
+
+    Raises:
+        InsertionError: a width above 1 that is no whole number.
     """
+    check_whole(channels=channels, divisor=divisor)
+    if not is_latent(latent_channels):
+        raise InsertionError(f"latent_channels {latent_channels!r}: must be {LATENT}")
     return _rounded(latent_channels if latent_channels >= 1 else latent_channels * channels, divisor)
 
 
@@ -165,6 +172,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
                 "init 'identity' with gate 'relu' needs bias=True: a ReLU is one only through its bias"
             )
         width = squeeze_width(channels, reduction, divisor) if squeeze_channels is None else squeeze_channels
+        check_whole(squeeze_channels=width)
         if width < 1:
             raise InsertionError(f"squeeze_channels {width}: must be at least 1")
         self.squeeze_channels = width

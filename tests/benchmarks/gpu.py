@@ -49,6 +49,7 @@ TAXED = (
     ("se_mobilenet", 256, "bf16", "forward_backward", False),
     ("timm:seresnet50", 256, "bf16", "forward_backward", False),
 )
+IMPLEMENTATIONS = ("reference", "torchvision", "timm", "fused")
 # Baseline, variants, recipe, epochs (None: the recipe's), seeds.
 TRAINED = (
     ("small_cnn", ("se_small_cnn", "se_small_cnn+init=identity"), "keras_cnn", 25, 5),
@@ -140,7 +141,8 @@ def _profiles(options: argparse.Namespace, dry: bool) -> Iterator[Step]:
 
 def _taxes(options: argparse.Namespace, dry: bool) -> Iterator[Step]:
     for arch, batch, dtype, phase, compiled in TAXED[: 1 if dry else None]:
-        words = ("tax", "--arch", "se_resnet18" if dry else arch, "--phase", phase)
+        words = ["tax", "--arch", "se_resnet18" if dry else arch, "--phase", phase]
+        words += [word for name in IMPLEMENTATIONS for word in ("--impl", name)]
         chosen = _workload(batch, dtype, "channels_last", compiled, options)
         name = f"tax {arch} b{batch} {dtype} {phase}{' compiled' if compiled else ''}"
         yield Step(name=name, words=(*SELAB, *words, *chosen, *_out(options)), most_s=300)

@@ -65,7 +65,7 @@ def group(name: str) -> tuple[str, ...]:
 def tests(session: nox.Session) -> None:
     """Install the project and run every test on two processes; arguments after -- go to pytest (`-n 0`: in one)."""
     session.install("-e", ".", *group("test"))
-    session.run("pytest", "-n", "2", *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)
 
 
 @nox.session

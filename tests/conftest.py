@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import torch
 from fake_runs import paired_run
 from torch import nn
 
-from selab.records.types import Workload
+from selab.records.types import Cost, Macs, SECost, StageCost, Workload
 
 # Triton decides when it is imported whether it compiles kernels or interprets them, which needs no GPU.
 if not torch.cuda.is_available():
@@ -132,6 +133,32 @@ def selab(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def root():
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def committed_costs(root):
+    """Return what docs/tables/costs.json says of every variant; what no table by name shows is zero.
+
+    A test in tests/report compares the file with what is counted.
+    """
+    none = StageCost(macs=0, bytes=0)
+    return {
+        name: Cost(
+            params=one["params"],
+            buffer_elements=one["buffer_elements"],
+            macs=Macs(**one["macs"]),
+            macs_backward=Macs(conv_linear=0, paper=0, all=one["macs_backward"]),
+            flops=one["flops"],
+            flops_backward=0,
+            bytes=one["bytes"],
+            activations=one["activations"],
+            se=SECost(**one["se"], squeeze=none, excitation=none, scale=none),
+            by_operator={},
+            by_module={},
+            unknown={},
+        )
+        for name, one in json.loads((root / "docs" / "tables" / "costs.json").read_text()).items()
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
 """Networks for CIFAR: totals, sites, shortcuts, pre-activation, and the random mixture of Shake-Shake."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from catalog_networks import built, cost
 from torch import Tensor, nn
 
 from selab.archs.mobilenet_cifar import mobilenet_cifar
@@ -17,7 +17,6 @@ from selab.archs.wide_resnet import wide_resnet
 from selab.attention.insert import insert_se
 from selab.cost.count import count
 from selab.errors import InsertionError
-from selab.models.build import Built, build
 from selab.models.catalog import installed
 
 FAMILIES = ("resnet_cifar", "wide_resnet", "shake_shake", "vgg_cifar", "mobilenet_cifar", "shufflenet_cifar")
@@ -205,19 +204,14 @@ TOTALS: dict[str, tuple[int, int]] = {
 }
 
 
-@cache
-def built(name: str) -> Built:
-    return build(installed()[name], device="meta")
-
-
 def test_every_variant_has_its_totals() -> None:
     assert set(TOTALS) == set(VARIANTS)
 
 
+@pytest.mark.xdist_group("catalog")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_has_the_parameters_and_macs_of_its_source(name: str) -> None:
-    cost = count(built(name).model, (1, *installed()[name].input_chw))
-    assert (cost.params, cost.macs.conv_linear) == TOTALS[name]
+    assert (cost(name).params, cost(name).macs.conv_linear) == TOTALS[name]
 
 
 def test_arithmetic_agrees_with_published_integers() -> None:

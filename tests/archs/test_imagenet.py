@@ -1,10 +1,10 @@
 """ResNeXt, SENet-154, BN-Inception and Inception-ResNet-v2: counts, sites and the conventions of their releases."""
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from catalog_networks import built, cost
 from torch import nn
 
 from selab.archs.bn_inception import bn_inception
@@ -12,8 +12,7 @@ from selab.archs.inception_resnet_v2 import ScaledAdd, inception_resnet_v2
 from selab.archs.resnext import resnext
 from selab.archs.senet import AddReLU, senet154
 from selab.attention.insert import insert_se
-from selab.cost.count import count
-from selab.models.build import Built, build
+from selab.models.build import build
 from selab.models.catalog import installed
 
 FAMILIES = {"resnext", "senet", "bn_inception", "inception_resnet_v2"}
@@ -137,20 +136,15 @@ TOTALS: dict[str, tuple[int, int]] = {
 }
 
 
-@cache
-def on_meta(name: str) -> Built:
-    return build(installed()[name], device="meta")
-
-
 def test_every_variant_has_its_totals() -> None:
     assert set(TOTALS) == {name for name, variant in installed().items() if variant.family in FAMILIES}
 
 
+@pytest.mark.xdist_group("catalog")
 @pytest.mark.parametrize("name", TOTALS)
 def test_parameters_and_macs(name: str) -> None:
-    cost = count(on_meta(name).model, (1, *installed()[name].input_chw))
-    assert (cost.params, cost.macs.conv_linear) == TOTALS[name]
-    assert not cost.unknown
+    assert (cost(name).params, cost(name).macs.conv_linear) == TOTALS[name]
+    assert not cost(name).unknown
 
 
 def test_arithmetic_agrees_with_the_totals() -> None:
@@ -203,19 +197,19 @@ def test_sites(name: str, paths: list[str], channels: list[int]) -> None:
     variant = installed()[name]
     assert variant.baseline is not None
     assert variant.se is not None
-    groups = on_meta(variant.baseline).model.site_groups()
+    groups = built(variant.baseline).model.site_groups()
     assert groups[variant.se.sites] == paths
-    assert [(at.path, at.channels, at.squeeze_channels) for at in on_meta(name).insertions] == [
+    assert [(at.path, at.channels, at.squeeze_channels) for at in built(name).insertions] == [
         (path, c, c // 16) for path, c in zip(paths, channels, strict=True)
     ]
 
 
 def test_bn_inception_is_squeezed_as_released() -> None:
-    assert [at.squeeze_channels for at in on_meta("se_bn_inception").insertions] == BN_INCEPTION_SQUEEZED
+    assert [at.squeeze_channels for at in built("se_bn_inception").insertions] == BN_INCEPTION_SQUEEZED
 
 
 def test_senet154_is_gated_at_every_block() -> None:
-    groups = on_meta("senet154_no_se").model.site_groups()
+    groups = built("senet154_no_se").model.site_groups()
     assert groups["native"] == groups["residual"]
     assert len(groups["native"]) == 50
 
@@ -267,14 +261,14 @@ def test_stem_pools_see_their_windows() -> None:
             stem = resnext(50, stem_pool=stem_pool).stem
             assert stem.eval()(torch.empty(1, 3, 224, 224)).shape == (1, 64, 56, 56)
         assert stem.get_submodule("pool")(x).flatten().tolist() == expected
-    for network in (on_meta("senet154_no_se").model, on_meta("bn_inception").model):
+    for network in (built("senet154_no_se").model, built("bn_inception").model):
         pools = [module for module in network.stem.modules() if isinstance(module, nn.MaxPool2d)]
         for pool in pools:
             assert pool(x).flatten().tolist() == [10.0, 11.0, 14.0, 15.0]
 
 
 def test_resnext_and_senet_stride_in_the_grouped_3x3() -> None:
-    for network, groups in ((on_meta("resnext50_32x4d").model, 32), (on_meta("senet154_no_se").model, 64)):
+    for network, groups in ((built("resnext50_32x4d").model, 32), (built("senet154_no_se").model, 64)):
         for number, stride in ((2, 1), (3, 2), (4, 2), (5, 2)):
             block = network.get_submodule(f"stage{number}.0")
             strides = [block.branch.get_submodule(f"conv{conv}").stride for conv in (1, 2, 3)]
@@ -284,7 +278,7 @@ def test_resnext_and_senet_stride_in_the_grouped_3x3() -> None:
 
 
 def test_senet154_projects_by_3x3_from_stage_3_on() -> None:
-    network = on_meta("senet154_no_se").model
+    network = built("senet154_no_se").model
     for number, in_channels, out, kernel in ((2, 128, 256, 1), (3, 256, 512, 3), (4, 512, 1024, 3), (5, 1024, 2048, 3)):
         block = network.get_submodule(f"stage{number}.0")
         assert tuple(block.shortcut.conv.weight.shape) == (out, in_channels, kernel, kernel)
@@ -295,7 +289,7 @@ def test_senet154_projects_by_3x3_from_stage_3_on() -> None:
 
 
 def test_bn_inception_pools_as_caffe_does() -> None:
-    network = on_meta("bn_inception").model
+    network = built("bn_inception").model
     ones, ramp = torch.ones(1, 1, 3, 3), torch.arange(16.0).reshape(1, 1, 4, 4)
     for path in network.site_groups()["concat"]:
         pool = network.get_submodule(f"{path}.branches.path_pool")
@@ -334,7 +328,7 @@ def test_joins_do_what_they_say() -> None:
 
 
 def test_inception_resnet_scales_its_branches_as_released() -> None:
-    network = on_meta("inception_resnet_v2").model
+    network = built("inception_resnet_v2").model
     joins = [network.get_submodule(f"{path}.join") for path in network.site_groups()["residual"]]
     assert [join.scale for join in joins] == [0.17] * 10 + [0.1] * 20 + [0.2] * 9 + [1.0]
     assert [isinstance(join.relu, nn.ReLU) for join in joins] == [True] * 39 + [False]

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from catalog_networks import built, cost
 from torch import nn
 
 from selab.archs.efficientnet import StochasticAdd, efficientnet_b0
 from selab.archs.mnasnet import mnasnet_a1
 from selab.archs.mobilenet_v2 import mobilenet_v2
 from selab.archs.mobilenet_v3 import mobilenet_v3
-from selab.cost.count import count
 from selab.models.build import build
 from selab.models.catalog import installed
 
@@ -170,11 +170,10 @@ def test_every_variant_has_its_totals() -> None:
     assert set(TOTALS) == {name for name, variant in installed().items() if variant.family in families}
 
 
+@pytest.mark.xdist_group("catalog")
 @pytest.mark.parametrize("name", TOTALS)
 def test_parameters_and_macs_are_those_of_its_source(name: str) -> None:
-    variant = installed()[name]
-    counts = count(build(variant, device="meta").model, (1, *variant.input_chw))
-    assert (counts.params, counts.macs.conv_linear) == TOTALS[name]
+    assert (cost(name).params, cost(name).macs.conv_linear) == TOTALS[name]
 
 
 def test_arithmetic_agrees_with_the_published_parameters() -> None:
@@ -202,13 +201,13 @@ def test_macs_round_to_those_of_the_release(name: str, millions: int) -> None:
     [("mobilenet_v3_large", V3_LARGE), ("mobilenet_v3_small", V3_SMALL), ("mnasnet_a1", A1), ("efficientnet_b0", B0)],
 )
 def test_native_se_stands_behind_the_depthwise_convolutions_of_the_table(name: str, blocks: list[Block]) -> None:
-    insertions = build(installed()[name], device="meta").insertions
+    insertions = built(name).insertions
     assert [(i.channels, i.squeeze_channels) for i in insertions] == [(b.wide, b.squeeze) for b in blocks if b.squeeze]
     assert all(i.path.endswith(".branch.depthwise") for i in insertions)
 
 
 def test_se_mobilenet_v2_gates_every_block_before_the_addition() -> None:
-    insertions = build(installed()["se_mobilenet_v2"], device="meta").insertions
+    insertions = built("se_mobilenet_v2").insertions
     assert [(i.channels, i.squeeze_channels) for i in insertions] == [(b.out, b.out // 16) for b in V2]
     assert all(i.path.endswith(".branch.project") for i in insertions)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from catalog_networks import built, cost
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,8 +16,6 @@ from selab.archs.resnet import AddReLU, resnet
 from selab.archs.shufflenet import ConcatReLU, shufflenet_v1
 from selab.archs.small_cnn import small_cnn
 from selab.archs.vgg import vgg16
-from selab.cost.count import count
-from selab.models.build import build as se_build
 from selab.models.catalog import installed
 
 ARCHS = files("selab.archs")
@@ -260,13 +259,14 @@ def test_arithmetic_agrees_with_the_totals() -> None:
     assert BASE_TOTALS["vgg16"][0] == sum(convs) + 25_089 * 4096 + 4097 * 4096 + 4097 * 1000
 
 
+@pytest.mark.xdist_group("catalog")
 @pytest.mark.parametrize(("family", "name"), SE_VARIANTS)
 def test_se_stands_where_the_weights_say(family: str, name: str) -> None:
-    built = se_build(installed()[name], device="meta")
-    assert [one.channels for one in built.insertions] == SE_CHANNELS[name]
-    cost = count(built.model, (1, *FAMILIES[family]["input_chw"]))
-    assert (cost.params, cost.macs.conv_linear) == TOTALS[name]
-    assert cost.params == SE_PARAMS.get(name, cost.params)
+    assert [one.channels for one in built(name).insertions] == SE_CHANNELS[name]
+    assert installed()[name].input_chw == tuple(FAMILIES[family]["input_chw"])
+    counts = cost(name)
+    assert (counts.params, counts.macs.conv_linear) == TOTALS[name]
+    assert counts.params == SE_PARAMS.get(name, counts.params)
 
 
 def test_ablations_are_the_paper_s() -> None:

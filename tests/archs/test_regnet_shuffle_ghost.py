@@ -1,19 +1,18 @@
 """ShuffleNet V2, RegNet and GhostNet: totals, sites, the RegNet rule, and what each unit does."""
 
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from catalog_networks import built, cost
 from torch import nn
 
 from selab.archs.ghostnet import GhostModule, ghostnet
 from selab.archs.regnet import regnet, stage_shapes
 from selab.archs.shufflenet_v2 import ConcatShuffle, shufflenet_v2
 from selab.attention.se import SqueezeExcitation
-from selab.cost.count import count
-from selab.models.build import Built, build
+from selab.models.build import build
 from selab.models.catalog import installed
 
 FAMILIES = ("shufflenet_v2", "regnet", "ghostnet")
@@ -161,19 +160,14 @@ TOTALS: dict[str, tuple[int, int]] = {
 }
 
 
-@cache
-def built(name: str) -> Built:
-    return build(installed()[name], device="meta")
-
-
 def test_every_variant_has_its_totals() -> None:
     assert set(TOTALS) == set(VARIANTS)
 
 
+@pytest.mark.xdist_group("catalog")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_totals(name: str) -> None:
-    cost = count(built(name).model, (1, *installed()[name].input_chw))
-    assert (cost.params, cost.macs.conv_linear) == TOTALS[name]
+    assert (cost(name).params, cost(name).macs.conv_linear) == TOTALS[name]
 
 
 def test_arithmetic_agrees_with_the_published_totals() -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from catalog_networks import built
 from safetensors.torch import load_file, save_file
 
 from selab._version import __version__
@@ -87,12 +88,13 @@ class TestKeys:
         assert not any(port.unequal for port in key_maps.PORTS)
         assert all(port.unequal for port in key_maps.UNEQUAL)
 
+    @pytest.mark.xdist_group("catalog")
     def test_every_recorded_network_becomes_ours(self, listings):
         """Names and number of values; that the functions are equal is tests/interop's."""
         ports = {(port.source, port.model): port for port in key_maps.PORTS}
         for pair, shapes in listings.items():
             port = ports[pair]
-            ours = build(installed()[port.arch], device="meta").model.state_dict()
+            ours = built(port.arch).model.state_dict()
             sizes = {key_maps.renamed(key, port.rules): torch.Size(shape).numel() for key, shape in shapes.items()}
             if port.folds_bias:
                 sizes = {key: size for key, size in sizes.items() if not key.endswith(".conv.bias")}
@@ -118,7 +120,7 @@ class TestConvert:
     def test_every_value_arrives(self, foreign, saved, tmp_path):
         done = convert(saved(), tmp_path / "out.safetensors", **SMALL)
         written = load_file(tmp_path / "out.safetensors")
-        ours = build(installed()["mobilenet_v3_small"], device="meta").model.state_dict()
+        ours = built("mobilenet_v3_small").model.state_dict()
         assert {key: value.shape for key, value in written.items()} == {key: v.shape for key, v in ours.items()}
         assert len(done.renamed) == len(foreign)
         for step in done.renamed:

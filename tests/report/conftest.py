@@ -1,6 +1,5 @@
 """Every table that committed records and the catalog give, without counting or measuring."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,32 +10,9 @@ from selab.experiments.diff import check_comparable
 from selab.experiments.tax_record import read_tax_records
 from selab.models.catalog import installed
 from selab.records import store
-from selab.records.types import Cost, Macs, Record, SECost, StageCost
+from selab.records.types import Cost, Record
 from selab.report import accuracy, checks, networks, pages, profiles, tax
 from selab.report.table import Table
-
-_NONE = StageCost(macs=0, bytes=0)
-
-
-def committed_costs(root: Path) -> dict[str, Cost]:
-    """What docs/tables/costs.json says of every variant; the fields that no table by name shows are zero."""
-    return {
-        name: Cost(
-            params=one["params"],
-            buffer_elements=one["buffer_elements"],
-            macs=Macs(**one["macs"]),
-            macs_backward=Macs(conv_linear=0, paper=0, all=one["macs_backward"]),
-            flops=one["flops"],
-            flops_backward=0,
-            bytes=one["bytes"],
-            activations=one["activations"],
-            se=SECost(**one["se"], squeeze=_NONE, excitation=_NONE, scale=_NONE),
-            by_operator={},
-            by_module={},
-            unknown={},
-        )
-        for name, one in json.loads((root / "docs" / "tables" / "costs.json").read_text()).items()
-    }
 
 
 def folders(root: Path) -> list[Path]:
@@ -44,9 +20,8 @@ def folders(root: Path) -> list[Path]:
     return sorted(folder for folder in (root / "profiles").iterdir() if any(folder.glob("*.json")))
 
 
-def all_tables(root: Path) -> Iterator[Table]:
+def all_tables(root: Path, costs: dict[str, Cost]) -> Iterator[Table]:
     """Tables of the catalog, then of each machine."""
-    costs = committed_costs(root)
     for name in pages.COST_TABLES:
         yield from pages.named_tables(name, costs, ())
     for variant in installed().values():
@@ -91,6 +66,6 @@ def _of_record(record: Record) -> Iterator[Table]:
 
 
 @pytest.fixture(scope="session")
-def tables(root):
+def tables(root, committed_costs):
     """All of them."""
-    return list(all_tables(root))
+    return list(all_tables(root, committed_costs))

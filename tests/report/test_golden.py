@@ -3,14 +3,13 @@
 import re
 
 import pytest
+from catalog_networks import built, cost
 
 from selab.cost.count import count
 from selab.experiments.compare import read_compared
-from selab.experiments.profiling import counted
 from selab.experiments.tax_record import read_tax_records
 from selab.models import provenance
-from selab.models.build import build
-from selab.models.catalog import find, installed
+from selab.models.catalog import installed
 from selab.records import store
 from selab.records.types import from_json
 from selab.report import pages
@@ -29,6 +28,7 @@ def test_there_are_profiles(root):
     assert any(name.startswith("se_mobilenet.") for name in names)
 
 
+@pytest.mark.xdist_group("catalog")
 def test_costs_are_those_of_today_s_counter(root):
     fresh = {}
     for path in committed(root):
@@ -41,7 +41,7 @@ def test_costs_are_those_of_today_s_counter(root):
                 continue
             key = (name, work.batch, work.input_chw)
             if key not in fresh:
-                fresh[key] = count(build(find(name), device="meta").model, (work.batch, *work.input_chw))
+                fresh[key] = count(built(name).model, (work.batch, *work.input_chw))
             for field in SAME:
                 assert getattr(stored, field) == getattr(fresh[key], field), f"{path.name}: {name}: {field}"
 
@@ -68,9 +68,10 @@ def test_comparisons_of_implementations_are_fresh_and_those_of_their_quads(root)
             assert not provenance.is_stale(record), record.command
 
 
+@pytest.mark.xdist_group("catalog")
 def test_cost_tables_are_those_of_today_s_counter(root):
     """docs/tables holds every variant's cost in exact integers; `nox -s cost_tables` renders it."""
-    rendered = pages.cost_pages(counted(installed()))
+    rendered = pages.cost_pages({name: cost(name) for name in installed()})
     committed_pages = {path.name: path.read_text() for path in (root / "docs" / "tables").glob("*")}
     assert committed_pages == rendered
 
@@ -90,9 +91,10 @@ def test_the_taxes_in_the_docs_are_rendered(root):
 
 
 @pytest.mark.parametrize("name", ["added", "mobile", "paper-2"])
-def test_tables_in_the_docs_are_rendered(root, name):
+def test_tables_in_the_docs_are_rendered(root, committed_costs, name):
     text = (root / "docs" / "results.md").read_text()
     folder = re.search(r"\(\.\./(profiles/[^)]+)\)", text)[1]
     records = store.read_records(root / folder)
-    body = pages.page(name, pages.named_tables(name, counted(pages.costs_needed(name)), records), records)
+    costs = {one: committed_costs[one] for one in pages.costs_needed(name)}
+    body = pages.page(name, pages.named_tables(name, costs, records), records)
     assert pages.spliced(text, name, body, where="docs/results.md") == text

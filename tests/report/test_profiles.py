@@ -91,11 +91,10 @@ def test_changed_facts_are_stale(record):
     assert provenance.is_stale(msgspec.structs.replace(record, facts_hash="0" * 12))
 
 
-def test_the_mobile_table_takes_only_the_plain_workload():
-    costs = {name: count_record(name, batch=1, counters=False).cost for name in pages.costs_needed("mobile")}
+def test_the_mobile_table_takes_only_the_plain_workload(committed_costs):
     measured, batched = profiled("se_mobilenet"), profiled("se_mobilenet", batch=64)
     for records, shown in (([measured], "+9.989 % [9.978, 10.000]"), ([batched], "–"), ([], "–")):
-        rows = {row[0]: row for row in published.mobile_table(costs, records).rows}
+        rows = {row[0]: row for row in published.mobile_table(committed_costs, records).rows}
         assert rows["se_mobilenet"][4] == shown
 
 
@@ -107,8 +106,8 @@ def test_one_s_own_family_shows_its_own_published_numbers(toy):
     assert grid.notes == ("published: a paper, Table 7",)
 
 
-def test_a_report_without_measurements_shows_what_needs_none():
-    costs = {name: count_record(name, batch=1, counters=False).cost for name in pages.costs_needed("report")}
+def test_a_report_without_measurements_shows_what_needs_none(committed_costs):
+    costs = {name: committed_costs[name] for name in pages.costs_needed("report")}
     assert len(pages.named_tables("report", costs, [])) == 4
 
 
@@ -196,11 +195,10 @@ def test_a_partial_record_is_marked(record):
     assert profiles.profile_table(partial).title.endswith(" (partial)")
 
 
-def test_mobile_networks_of_several_machines_have_a_column_each():
-    costs = {name: count_record(name, batch=1, counters=False).cost for name in pages.costs_needed("mobile")}
+def test_mobile_networks_of_several_machines_have_a_column_each(committed_costs):
     one = profiled("se_mobilenet")
     other = msgspec.structs.replace(one, machine=msgspec.structs.replace(one.machine, name="elsewhere"))
-    table = published.mobile_table(costs, [one, other])
+    table = published.mobile_table(committed_costs, [one, other])
     assert [head.split(" with ")[0] for head in table.columns[4:6]] == [
         f"forward, {one.machine.name}",
         "forward, elsewhere",

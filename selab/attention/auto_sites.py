@@ -29,7 +29,7 @@ from selab.attention.site_finder import BlockEnd, Ends, Finder
 from selab.errors import InsertionError, ModelError
 from selab.meta import Example, On, evaluating, failed_pass, make_pass, passages
 
-__all__ = ["BlockEnd", "Ends", "block_ends", "trace_ends"]
+__all__ = ["BlockEnd", "Ends", "block_ends", "trace_ends", "usable_ends"]
 
 # How many of the ends that were left out an error message names.
 _SHOWN = 3
@@ -48,6 +48,16 @@ def block_ends(model: nn.Module, example: Example, *, on: On = "fake") -> tuple[
         InsertionError: there are none; the message says which were left out, and what to do.
         ModelError: the forward pass fails with this input.
     """
+    return usable_ends(model, example, on=on).found
+
+
+def usable_ends(model: nn.Module, example: Example, *, on: On = "fake") -> Ends:
+    """Return what `block_ends` finds, with the ends that were left out.
+
+    Raises:
+        InsertionError: as `block_ends`.
+        ModelError: the forward pass fails with this input.
+    """
     ends = trace_ends(model, example, on=on)
     if not ends.found:
         more = f" and {len(ends.left_out) - _SHOWN} more" if len(ends.left_out) > _SHOWN else ""
@@ -57,7 +67,7 @@ def block_ends(model: nn.Module, example: Example, *, on: On = "fake") -> tuple[
             f"concatenation of feature maps (N, C, H, W), and no stages of a plain network{seen}; "
             "name modules: --insert PATTERN (`selab sites` lists them)"
         )
-    return ends.found
+    return ends
 
 
 def trace_ends(model: nn.Module, example: Example, *, on: On = "fake") -> Ends:

@@ -47,6 +47,11 @@ BATCH_NORMS = {
 }
 _UPSAMPLES = ("upsample", "_upsample", "pixel_shuffle", "grid_sampler", "max_unpool")
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"}
+# These read no more of an operand than its shape.
+_CONSTANTS = {
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"),
+}
 # Products of matrices and the like: the result's dimensions are not those of an operand.
 _MIXES = {"bmm", "baddbmm", "matmul", "einsum", "unfold", "im2col", "col2im", "gather", "index", "as_strided"}
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -175,7 +180,7 @@ class DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {key: value for key, value in kwargs.items() if key != "out"}
         operands = {id(one): self._now[id(one)] for one in tree_leaves((args, given)) if id(one) in self._now}
         result = func(*args, **kwargs)
-        if operands:
+        if operands and _operation(func) not in _CONSTANTS:
             # The first result is the feature map; statistics or indices follow.
             results = tree_leaves(result[0] if isinstance(result, tuple) else result)
             for tensor in results if result is not None else tree_leaves(args[:1]):
@@ -192,7 +197,7 @@ class DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _value(self, func: Any, args: Any, kwargs: Any, tensor: Tensor, operands: tuple[Value, ...]) -> Value:
         index = len(self.values)
-        name = func._schema.name.partition("::")[2].removesuffix("_")
+        name = _operation(func)
         value = Value(
             index=index,
             operation=name,
@@ -244,6 +249,12 @@ class DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return ()
             terms.append(trunk)
         return tuple(dict.fromkeys(terms)) if len(set(map(id, terms))) > 1 else ()
+
+
+def _operation(func: Any) -> str:
+    """Return an operator's name without its namespace, its overload and the underscore of in-place forms."""
+    name: str = func._schema.name
+    return name.partition("::")[2].removesuffix("_")
 
 
 def _before_channels_last(value: Value) -> Value | None:
@@ -334,8 +345,11 @@ def _dims_after(name: str, args: Any, kwargs: Any, value: Value) -> Dims | None:
     if name == "unsqueeze":
         axis = int(args[1]) % len(shape)
         return (*dims[:axis], (), *dims[axis:])
-    if name in ("select", "unbind"):
-        axis = int(args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(dims)
+    if name == "stack" and value.dim is not None:
+        return (*dims[: value.dim], (("?", shape[value.dim]),), *dims[value.dim :])
+    if name in ("select", "unbind") or (name in ("sum", "mean") and len(shape) == len(dims) - 1):
+        given = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        axis = int(given if isinstance(given, int) else given[0]) % len(dims)
         return (*dims[:axis], *dims[axis + 1 :])
     if name == "squeeze":
         kept = tuple(dim for dim in dims if math.prod(size for _, size in dim) != 1)

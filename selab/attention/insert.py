@@ -86,8 +86,8 @@ def insert_se(
 
     Returns:
         The inserted blocks (with `dry_run`, those that would be), in the order of the network. Its attribute `skipped`
-        names the sites that were left out for too few channels. A site that a pattern names alone is not left out for
-        a reduction that is too large: that is an error.
+        names the sites that were left out, for too few channels or because `auto` finds no place there. A site that a
+        pattern names alone is not left out for a reduction that is too large: that is an error.
 
     Raises:
         SpecError: an unknown key, a wrong type or a value that is not allowed; the message names the key.

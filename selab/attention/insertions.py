@@ -17,7 +17,7 @@ class Insertions(Displayed, tuple[Insertion, ...]):
     """The blocks that `insert_se` inserted, in the order of the network: a tuple that prints well.
 
     Attributes:
-        skipped: sites that were left out, each with the reason.
+        skipped: sites that were left out, each with the reason; of `auto`, also the ends of blocks that are none.
     """
 
     skipped: tuple[str, ...]
@@ -51,7 +51,7 @@ class Insertions(Displayed, tuple[Insertion, ...]):
 
 def _left_out(skipped: Sequence[str]) -> str:
     more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-    return f"left out {len(skipped)} site{'s' * (len(skipped) > 1)}: {', '.join(skipped[:_SHOWN])}{more}"
+    return f"left out {len(skipped)} site{'s' * (len(skipped) > 1)}: {'; '.join(skipped[:_SHOWN])}{more}"
 
 
 def insertion_remarks(insertions: Iterable[Insertion]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selab.attention.auto_sites import block_ends
+from selab.attention.auto_sites import usable_ends
 from selab.attention.base import Attention
 from selab.attention.channel_dim import ChannelDims
 from selab.attention.config import SEConfig, SiteConfig, block_name
@@ -68,8 +68,11 @@ def plan_insertion(model: nn.Module, config: SiteConfig, example: Example, *, on
         ModelError: the forward pass fails with this input, or the network cannot be changed.
     """
     check_changeable(model, "insert_se")
+    skipped: list[str] = []
     if config.sites == AUTO:
-        sites, alone = [end.path for end in block_ends(model, example, on=on)], set()
+        ends = usable_ends(model, example, on=on)
+        sites, alone = [end.path for end in ends.found], set()
+        skipped += ends.left_out
     else:
         sites = find_sites(model, config.sites)
         alone = _named_alone(model, config.sites, sites)
@@ -81,7 +84,7 @@ def plan_insertion(model: nn.Module, config: SiteConfig, example: Example, *, on
         _check_free(model, tap)
     seen = passages(model, [path for path, _ in named_sites(model)], example, on=on)
     planner = _Planner(model, config, ChannelDims(model, example, seen, on=on))
-    plans, skipped = [], []
+    plans = []
     for tap in taps:
         too_small = planner.too_small(tap, named=tap.site in alone)
         if too_small:

@@ -143,9 +143,13 @@ class Finder:
 
     def _additions(self) -> Iterator[_Join]:
         for value in self.values:
-            if not self._joins(value) or value in self.groups or self.groups.holds(value):
-                continue
             place = f"the addition in {named(value.module)}"
+            if value in self.groups or self.groups.holds(value):
+                continue
+            if not self._joins(value):
+                if len(value.terms) > 1 and value.is_map and self._differ(value.terms):
+                    self._leave_out(place, "it adds the network's input")
+                continue
             if len(value.terms) > 2:
                 self._leave_out(place, f"{len(value.terms)} feature maps are added, so no one is the branch")
                 continue

@@ -371,3 +371,125 @@ def test_the_model_is_left_alone():
 def test_a_forward_pass_that_fails():
     with pytest.raises(ModelError, match=r"forward fails with an input of shape \(1, 5, 16, 16\)"):
         block_ends(Stem(Basic()), (1, 5, 16, 16))
+
+
+class Branches(nn.Module):
+    """The sum of parallel convolutions and BatchNorms, spelled in many ways, and ReLU as a function."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.join = join
+        self.branches = nn.ModuleList(
+            [nn.Sequential(conv(kernel_size=size), nn.BatchNorm2d(8)) for size in (3, 1)] + [nn.BatchNorm2d(8)]
+        )
+
+    def forward(self, x):
+        return F.relu(self.join([branch(x) for branch in self.branches]))
+
+
+def _in_a_loop(maps):
+    total = 0
+    for one in maps:
+        total = total + one
+    return total
+
+
+def _in_place(maps):
+    total = torch.zeros_like(maps[0])
+    for one in maps:
+        total += one
+    return total
+
+
+SUMS = {
+    "operators": lambda maps: maps[0] + maps[1] + maps[2],
+    "sum": sum,
+    "a loop": _in_a_loop,
+    "in place": _in_place,
+    "stack and sum": lambda maps: torch.stack(maps).sum(0),
+    "stack behind the channels": lambda maps: torch.stack(maps, 2).sum(2),
+    "stack in the last place": lambda maps: torch.stack(maps, dim=-1).sum(dim=-1),
+    "mean": lambda maps: torch.stack(maps, 1).mean(1),
+    "concatenation and sum": lambda maps: torch.cat([one[None] for one in maps]).sum(0),
+    "weights": lambda maps: 0.5 * maps[0] + 0.25 * maps[1] + maps[2],
+}
+
+
+class TestParallelSums:
+    @pytest.mark.parametrize("join", SUMS.values(), ids=SUMS)
+    def test_a_sum_is_found_however_it_is_spelled(self, join):
+        ends = trace_ends(Stem(Branches(join), Branches(join)), NCHW)
+        assert [(end.path, end.kind) for end in ends.found] == [("blocks.0", "parallel"), ("blocks.1", "parallel")]
+        assert ends.left_out == ()
+
+    @pytest.mark.parametrize("join", SUMS.values(), ids=SUMS)
+    def test_a_sum_that_no_module_returns_is_listed(self, join):
+        class Inline(Stem):
+            def forward(self, x):
+                for block in self.blocks:
+                    x = Branches.forward(block, x if x.shape[1] == 8 else self.stem(x))
+                return self.last(x)
+
+        model = Inline(Branches(join), Branches(join))
+        model.last = Basic()
+        done = insert_se(model, "auto", input_nchw=NCHW, reduction=4, dry_run=True)
+        assert [one.path for one in done] == ["last.bn2"]
+        assert done.skipped == (
+            "the sum of parallel convolutions in the network: re-parameterisation merges them into one convolution, "
+            "and no module ends after their sum",
+        )
+        assert "; left out 1 site: the sum of parallel" in str(done)
+
+    @pytest.mark.parametrize(
+        ("join", "reason"),
+        [
+            (lambda maps: torch.stack(maps).cumsum(0)[-1], "`stack` is neither an addition nor a concatenation"),
+            (lambda maps: torch.maximum(maps[0], maps[1]), "`maximum` is neither"),
+            (lambda maps: torch.einsum("bnchw->nchw", torch.stack(maps)), "blocks.0"),
+            (lambda maps: F.relu(maps[0]) + F.relu(maps[1]), "both sides have as many convolutions"),
+            (lambda maps: F.relu(maps[0]) + F.relu(maps[1]) + F.tanh(maps[2] + maps[0]), "addition in blocks.0"),
+        ],
+    )
+    def test_what_is_no_sum_of_linear_branches_is_listed(self, join, reason):
+        ends = trace_ends(Stem(Branches(join), Basic()), NCHW)
+        assert [end.path for end in ends.found] == ["blocks.1.bn2"]
+        assert any(reason in one for one in ends.left_out)
+
+    @pytest.mark.parametrize("branch", ["F.batch_norm", "F.conv2d"])
+    def test_layers_as_functions(self, branch):
+        class Functional(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.bn, self.other = conv(), nn.BatchNorm2d(8), conv(kernel_size=1)
+
+            def forward(self, x):
+                y = F.conv2d(x, self.conv.weight, padding=1) if branch == "F.conv2d" else self.conv(x)
+                if branch == "F.batch_norm":
+                    y = F.batch_norm(y, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+                else:
+                    y = self.bn(y)
+                return F.relu(y + self.other(x))
+
+        assert paths(Stem(Functional(), Functional())) == ["blocks.0", "blocks.1"]
+
+    def test_a_residual_branch_of_functions_is_listed(self):
+        class Functional(Basic):
+            def forward(self, x):
+                return F.relu(x + F.conv2d(x, self.conv1.weight, padding=1))
+
+        done = insert_se(Stem(Functional(), Basic()), "auto", input_nchw=NCHW, reduction=4, dry_run=True)
+        assert [one.path for one in done] == ["blocks.1.bn2"]
+        assert done.skipped == ("the addition in blocks.0: no single module to attach to at the end of its branch",)
+
+    def test_an_addition_of_the_input_is_listed(self):
+        class Denoiser(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.blocks, self.last = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Basic()), nn.Conv2d(8, 3, 1)
+
+            def forward(self, x):
+                return x - self.last(self.blocks(x))
+
+        ends = trace_ends(Denoiser(), NCHW)
+        assert [end.path for end in ends.found] == ["blocks.1.bn2"]
+        assert ends.left_out == ("the addition in the network: it adds the network's input",)

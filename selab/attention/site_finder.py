@@ -102,7 +102,7 @@ class Finder:
             in_branches |= addition.inside
         self._end_separables(in_branches, concatenations)
         self._end_merged_sums(in_branches, concatenations)
-        preferred = bool(self.found)
+        preferred = bool(self.found) and not self._are_parts_of_concatenations(concatenations)
         # Blocks of the same class with and without a shortcut: with one they end in an addition, and without at theirs.
         classes = {self._class_of(one) for one in cells}
         classes |= {self._class_of(one) for one in concatenations for block in blocks if _is_inside(one.total, block)}
@@ -332,6 +332,14 @@ class Finder:
             else:
                 self._end_separable(one)
 
+    def _are_parts_of_concatenations(self, concatenations: Sequence[_Join]) -> bool:
+        """Return whether only depthwise-separable blocks were found, and concatenating blocks consist of most of them.
+
+        The others are a stem or transitions, as in VoVNet with depthwise convolutions.
+        """
+        parts = sum(any(_is_inside(one.pointwise, join) for join in concatenations) for one in self.separables)
+        return all(end.kind == SEPARABLE for _, end in self.found.values()) and 2 * parts > len(self.separables)
+
     def _expands(self, one: _Separable, other: _Separable) -> bool:
         """Return whether the first is the expansion of an inverted block of which the second is the end."""
         owner = self._owner(one.block)
@@ -359,6 +367,8 @@ class Finder:
             return self._leave_out(place, "its feature map is concatenated with others")
         if not one.pointwise.is_image:
             return self._leave_out(place, "its feature maps are not (N, C, H, W)")
+        if one.pointwise.shape[1] == 1:
+            return self._leave_out(place, "its output has one channel (a mask or an attention map)")
         for value in reversed(one.chain):
             path = self._site(value, outside=one.depthwise.module)
             if path is not None:

@@ -464,6 +464,55 @@ class TestSeparable:
             ("2.project", "depthwise-separable"),
         ]
 
+    def test_blocks_of_concatenating_blocks(self):
+        """VoVNet with depthwise convolutions, arXiv 1911.06667: the stem's block does not stand for those."""
+
+        class Separable(nn.Sequential):
+            def __init__(self):
+                super().__init__(conv(groups=8), conv(kernel_size=1), nn.BatchNorm2d(8), nn.ReLU())
+
+        class Aggregation(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers, self.mix = nn.ModuleList([Separable(), Separable()]), conv(24, 1, out=8)
+
+            def forward(self, x):
+                maps = [x]
+                for layer in self.layers:
+                    maps.append(layer(maps[-1]))
+                return self.mix(torch.cat(maps, 1))
+
+        stem = (Separable(), conv(), Separable())
+        aggregations = [("4", "concatenation"), ("5", "concatenation")]
+        alone, whole = network(*stem), network(*stem[:2], nn.ReLU(), Aggregation(), Aggregation())
+        assert found(alone) == [("1.3", "depthwise-separable"), ("3.3", "depthwise-separable")]
+        assert found(whole) == [("1.3", "depthwise-separable"), *aggregations]
+        # One concatenation among many separable blocks is not what they are parts of.
+        many = network(*(Separable() for _ in range(5)), Aggregation())
+        assert found(many) == [(f"{place}.3", "depthwise-separable") for place in range(1, 5)]
+
+    def test_a_map_of_weights_is_no_end(self):
+        """Global context, arXiv 1904.11492: a convolution to one channel makes the weights of the positions."""
+
+        class Context(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.depthwise, self.weigh, self.project = (
+                    conv(groups=8),
+                    conv(kernel_size=1, out=1),
+                    conv(kernel_size=1),
+                )
+
+            def forward(self, x):
+                x = self.depthwise(x)
+                weights = self.weigh(x).flatten(2).softmax(-1)
+                context = (x.flatten(2) * weights).sum(-1)[:, :, None, None]
+                return self.project(x * context.sigmoid())
+
+        model = network(Context(), Context())
+        assert found(model) == [("1.project", "depthwise-separable"), ("2.project", "depthwise-separable")]
+        assert "its output has one channel (a mask or an attention map)" in left_out(model)
+
     def test_a_norm_with_the_channels_at_the_end(self):
         class LayerNorm(nn.LayerNorm):
             def forward(self, x):

@@ -36,6 +36,8 @@ KINDS = {
     # 1 + 1 + 2 + 2 one-shot aggregations; with a shortcut in the second of a stage.
     "timm:vovnet39a": {C: 6},
     "timm:ese_vovnet39b": {C: 4, R: 2},
+    # 4 one-shot aggregations, and the separable block of the stem that they do not concatenate.
+    "timm:ese_vovnet19b_slim_dw": {C: 4, D: 1},
     # 3 + 4 + 12 + 3 dual-path blocks.
     "timm:dpn68": {C: 22},
     # 2 + 4 + 14 + 1 blocks behind the stem; 2 + 8 + 10 + 1 pairs.

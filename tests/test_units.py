@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from selab import units
@@ -40,3 +42,15 @@ def test_a_number_of_things():
     assert units.counted(1200, "block") == "1,200 blocks"
     assert units.counted(2, "process", "processes") == "2 processes"
     assert units.plural_of(1, "class", "classes") == "class"
+
+
+def test_plurals_are_formed_in_one_place(root):
+    by_hand = re.compile(r"""['"]s['"] (if|\*) |else ['"]s['"]|\}s\b(?!\{)""")
+    found = [
+        f"{path.name}:{number}"
+        for path in sorted((root / "selab").rglob("*.py"))
+        if path.name != "units.py"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if by_hand.search(line) and " else marker" not in line
+    ]
+    assert found == []

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from selab import units
 from selab.attention.base import Attention
 from selab.attention.base import Gate as BaseGate
 from selab.attention.gated_site import named_sites
@@ -55,7 +56,10 @@ class GateConversions(Displayed, tuple[GateConversion, ...]):
         """Return one line: `16 gates converted from sigmoid to hardsigmoid; 2 left: …`."""
         done = Counter((one.before, one.after) for one in self if not one.reason and one.before != one.after)
         left = Counter(one.reason for one in self if one.reason)
-        words = [f"{count} gates converted from {before} to {after}" for (before, after), count in done.items()]
+        words = [
+            f"{units.counted(count, 'gate')} converted from {before} to {after}"
+            for (before, after), count in done.items()
+        ]
         words += [f"{count} left: {reason}" for reason, count in left.items()]
         return "; ".join(words) or "no gates to convert"
 

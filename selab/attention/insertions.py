@@ -32,7 +32,7 @@ class Insertions(Displayed, tuple[Insertion, ...]):
         """Return one line: how many blocks, their parameters and MACs."""
         if not self:
             return "no blocks inserted"
-        kinds = ", ".join(f"{count} {kind} block{'s' * (count > 1)}" for kind, count in self._kinds().items())
+        kinds = ", ".join(f"{units.counted(count, f'{kind} block')}" for kind, count in self._kinds().items())
         params, macs = sum(one.params for one in self), sum(one.macs for one in self)
         left = f"; {_left_out(self.skipped)}" if self.skipped else ""
         return f"{kinds} inserted: +{units.exact(params)} parameters, +{units.exact(macs)} MACs per image{left}"
@@ -51,7 +51,7 @@ class Insertions(Displayed, tuple[Insertion, ...]):
 
 def _left_out(skipped: Sequence[str]) -> str:
     more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-    return f"left out {len(skipped)} site{'s' * (len(skipped) > 1)}: {'; '.join(skipped[:_SHOWN])}{more}"
+    return f"left out {units.counted(len(skipped), 'site')}: {'; '.join(skipped[:_SHOWN])}{more}"
 
 
 def insertion_remarks(insertions: Iterable[Insertion]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from selab import units
 from selab.attention.auto_sites import usable_ends
 from selab.attention.base import Attention
 from selab.attention.channel_dim import ChannelDims
@@ -153,16 +154,20 @@ class _Planner:
         """
         channels, _, _ = self.sizes(tap)
         if channels < self.config.min_channels:
-            return f"{channels} channels, fewer than min_channels {self.config.min_channels}"
+            return f"{units.counted(channels, 'channel')}, fewer than min_channels {self.config.min_channels}"
         if named:
             return ""
         reduction, latent = getattr(self.config, "reduction", None), getattr(self.config, "latent_channels", None)
         divided = self._divided(tap, channels)
         if latent is not None:
-            return f"{divided} channels, of which {latent} is none" if latent_width(divided, latent) < 1 else ""
+            return (
+                f"{units.counted(divided, 'channel')}, of which {latent} is none"
+                if latent_width(divided, latent) < 1
+                else ""
+            )
         if self.config.__struct_config__.tag == "coordinate" or reduction is None or reduction <= divided:
             return ""
-        return f"{divided} channels, fewer than reduction {reduction}"
+        return f"{units.counted(divided, 'channel')}, fewer than reduction {reduction}"
 
     def plan(self, tap: Tap) -> Plan:
         channels, height, width = self.sizes(tap)

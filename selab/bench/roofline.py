@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selab import units
 from selab.bench.devices import copy_bandwidth
 from selab.bench.machine import threads_and_affinity
 from selab.bench.runner import DTYPES, fp32_mode, prepare, translated_errors
@@ -232,8 +233,9 @@ def roofline(
         names, times = _operator_times(network, example, workload.device, budget_s, clock)
         whole = _best(lambda: network(example), workload.device, clock)
     if names != [operation.operator for operation in traced.operations]:
+        ran = units.counted(len(names), "operator")
         raise ModelError(
-            f"{type(model).__name__}: runs {len(names)} operators on {workload.device}, {len(traced.operations)} were "
+            f"{type(model).__name__}: runs {ran} on {workload.device}, {len(traced.operations)} were "
             "counted; they cannot be told apart, so there is no roofline: leave --dtype at fp32, or use eager mode"
         )
     return Roofline(peaks=peaks, points=_points(traced.operations, peaks, times), whole_s=whole)

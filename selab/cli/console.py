@@ -145,8 +145,8 @@ def announce_sites(variant: "Variant", insertions: "Sequence[Insertion]") -> Non
         return
     first = ", ".join(one.path for one in insertions[:_NAMED_SITES])
     more = ", …" if len(insertions) > _NAMED_SITES else ""
-    plural = "s" if len(insertions) > 1 else ""
-    print_note(f"auto: {len(insertions)} site{plural} found: {first}{more}; `selab sites` shows them in the network")
+    found = units.counted(len(insertions), "site")
+    print_note(f"auto: {found} found: {first}{more}; `selab sites` shows them in the network")
 
 
 def print_insertion_notes(variant: "Variant", insertions: "Sequence[Insertion]", base_params: int) -> None:
@@ -160,15 +160,16 @@ def print_insertion_notes(variant: "Variant", insertions: "Sequence[Insertion]",
     skipped: tuple[str, ...] = getattr(insertions, "skipped", ())
     if skipped:
         shown = ", ".join(skipped[:_NAMED_SITES]) + (", …" if len(skipped) > _NAMED_SITES else "")
-        print_note(f"note: left out {len(skipped)} site{'s' * (len(skipped) > 1)}: {shown}")
+        print_note(f"note: left out {units.counted(len(skipped), 'site')}: {shown}")
     if "+" not in variant.name:
         return
     narrow = [one.squeeze_channels for one in insertions if (one.squeeze_channels or _NARROW) < _NARROW]
     # A width that was given is meant.
     if narrow and "latent_channels" not in variant.name:
+        blocks = f"{units.counted(len(insertions), 'block')} {units.plural_of(len(narrow), 'squeezes', 'squeeze')}"
         print_note(
-            f"note: {len(narrow)} of {len(insertions)} blocks squeeze to fewer than {_NARROW} channels, the "
-            f"narrowest to {min(one for one in narrow if one)}; give --se divisor={_NARROW}, or a smaller reduction"
+            f"note: {len(narrow)} of {blocks} to fewer than {_NARROW} channels, "
+            f"the narrowest to {min(one for one in narrow if one)}; give --se divisor={_NARROW}, or a smaller reduction"
         )
     added = sum(one.params for one in insertions)
     if added > base_params > 0:

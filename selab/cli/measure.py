@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selab import units
 from selab.cli.console import (
     StoppedError,
     announce_sites,
@@ -268,7 +269,7 @@ def timeline(
     check_outputs(json_to)
     announce_sites(job.variant, sites_of(job))
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        report(f"recording {steps} step{'s' if steps > 1 else ''} of {job.request.arch}", None)
+        report(f"recording {units.counted(steps, 'step')} of {job.request.arch}", None)
         found = experiments_timeline.recorded(job, phase, steps=steps)
     experiments_timeline.write_trace(found, path, replace=replace)
     if json_to is not None:
@@ -378,7 +379,7 @@ def _peaks(job: "Job", preset: str | None, report: Any) -> Any:
     here, threads = machine(workload.device), workload.threads
     report("measuring the peaks", None)
     peaks = measure_peaks(workload.device, workload.dtype, threads=threads)
-    return peaks, here.gpu or f"{here.cpu}, {threads} thread{'s' if threads > 1 else ''}"
+    return peaks, here.gpu or f"{here.cpu}, {units.counted(threads, 'thread')}"
 
 
 def _all_rooflines(json_to: Path | None, look: Look) -> None:

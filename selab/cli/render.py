@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selab import units
 from selab.cli.console import BrokenFiles, check_outputs, open_console, print_parts, reporting, write_json
 from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace, option
 from selab.models import catalog
@@ -77,7 +78,7 @@ def plot(
         from selab.experiments.profiling import counted
 
         with reporting(open_console(stderr=True)) as report:
-            report(f"counting {len(needed)} networks", None)
+            report(f"counting {units.counted(len(needed), 'network')}", None)
             costs = counted(needed)
     shown = registry.picture(
         name, x=x, y=y, records=records, costs=costs, archs=arch, workload=workload, compared=compared
@@ -189,7 +190,7 @@ def _named_tables(name: str, profiles: Sequence[Path], broken: BrokenFiles) -> "
     needed = pages.costs_needed(name)
     with reporting(open_console(stderr=True)) as report:
         if len(needed) > _MANY:
-            report(f"counting {len(needed)} networks", None)
+            report(f"counting {units.counted(len(needed), 'network')}", None)
         costs = counted(needed)
     if not profiles:
         return pages.named_tables(name, costs, []), []

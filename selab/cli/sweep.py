@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from selab import units
 from selab.cli.console import (
     StoppedError,
     announce_code,
@@ -107,8 +108,13 @@ def sweep(
     if json_to is not None:
         write_json(report_sweep.rows(done), json_to)
     show(done)
+    _check_failed(done)
+
+
+def _check_failed(done: "Sequence[Outcome]") -> None:
     if failed := sum(one.state == "failed" for one in done):
-        raise SelabError(f"{failed} of {len(done)} cells failed; the table says why, and the same command tries again")
+        cells = units.counted(len(done), "cell")
+        raise SelabError(f"{failed} of {cells} failed; the table says why, and the same command tries again")
 
 
 def _cells(arch: Sequence[str], options: GridOptions, own: dict[str, Any], wrong: list[str]) -> "Iterator[Request]":

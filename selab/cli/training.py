@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selab import units
 from selab._version import __version__
 from selab.cli.console import (
     StoppedError,
@@ -146,7 +147,9 @@ def evaluate(
     if look != "rich":
         return print_tables([_tested_table(found, variant, images)], look)
     words = ", ".join(text for text in (amp if amp != "off" else "", "channels last" if channels_last else "") if text)
-    typer.echo(f"{variant.name} on {images.title}, {found.images:,} images{f', {words}' if words else ''}")
+    typer.echo(
+        f"{variant.name} on {images.title}, {units.counted(found.images, 'image')}{f', {words}' if words else ''}"
+    )
     if prepared is not None:
         typer.echo(f"images: {prepared.test_words} ({whose})")
     for name, percent, (low, high) in _top_rows(found):
@@ -194,7 +197,7 @@ def _tested_table(found: "Accuracy", variant: "Variant", images: "Data") -> "Tab
 
     rows = [(name, f"{value:.2f} %", f"[{low:.2f}, {high:.2f}]") for name, value, (low, high) in _top_rows(found)]
     return Table(
-        title=f"{variant.name} on {images.title}, {found.images:,} images",
+        title=f"{variant.name} on {images.title}, {units.counted(found.images, 'image')}",
         columns=("", "accuracy", "95 % interval"),
         rows=(*rows, ("loss", f"{found.loss:.4f}", "")),
         notes=("Wilson intervals over images.",),

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from selab import units
 from selab.cli.console import check_outputs, print_note, print_tables, write_json
 from selab.cli.options import OUTPUT, WHAT, Ema, Format, Json, Replace, examples, option
 from selab.cli.usage import Command
@@ -82,7 +83,8 @@ def weights_convert(
         words = frozenset(range(3))
         print_tables([Table(title=f"{done.port.model} → {arch}", columns=columns, rows=rows, words=words)])
     verb = "would be read" if dry_run else "was read"
-    started = f"; {len(done.filled)} counters of seen batches start at zero" if done.filled else ""
+    starts = units.plural_of(len(done.filled), "starts", "start")
+    started = f"; {units.counted(len(done.filled), 'counter')} of seen batches {starts} at zero" if done.filled else ""
     typer.echo(f"{source_path} {verb} as {source}'s {done.port.model}: {len(done.renamed)} tensors{started}")
     if not dry_run:
         typer.echo(f"weights: {target_path}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from selab import units
 from selab.bench.machine import available_cores
 from selab.bench.machine import machine as this_machine
 from selab.bench.progress import Report
@@ -308,7 +309,9 @@ def _taken(cluster: _Cluster, done: Any, one: _Running) -> Iterator[Outcome]:
         elif one.ended + 1 < _MOST_ENDED:
             one.kind.waiting.appendleft((one.job, one.ended + 1))
         else:
-            yield cache.failed(one.job, f"{where}: {_MOST_ENDED} workers ended in it: {first_line(error)}")
+            yield cache.failed(
+                one.job, f"{where}: {units.counted(_MOST_ENDED, 'worker')} ended in it: {first_line(error)}"
+            )
         return
     one.kind.idle.append(one.seat)
     try:

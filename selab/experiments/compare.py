@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 from torch import nn
 
+from selab import units
 from selab._version import __version__
 from selab.bench.machine import machine
 from selab.cost.count import count
@@ -226,7 +227,7 @@ class Comparison:
             SelabError: as `selab.training.train.train`; finished trainings are in the partial record.
         """
         if self._finished:
-            say(f"{self.variant.name}: {self._finished} of {len(self.seeds)} seeds already finished")
+            say(f"{self.variant.name}: {self._finished} of {units.counted(len(self.seeds), 'seed')} already finished")
         schedule = schedule or Schedule([self])
         for seed, arm in self.left():
             variant = self.baseline if arm == "baseline" else self.variant
@@ -339,10 +340,10 @@ def run_all(comparisons: Sequence[Comparison], report: Report, say: Say = lambda
     """
     schedule = Schedule(comparisons)
     if schedule.count:
-        trainings = "1 training" if schedule.count == 1 else f"{schedule.count} trainings"
+        trainings = units.counted(schedule.count, "training")
         epochs = comparisons[0].recipe.epochs
         say(
-            f"{trainings} × {epochs} epoch{'s' if epochs > 1 else ''} on {comparisons[0].facts.title}; "
+            f"{trainings} × {units.counted(epochs, 'epoch')} on {comparisons[0].facts.title}; "
             "Ctrl-C saves everything, the same command resumes"
         )
     for one in comparisons:

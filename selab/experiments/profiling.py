@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from torch import nn
 
+from selab import units
 from selab._version import __version__
 from selab.bench.latency import RawPhase
 from selab.bench.machine import available_cores, machine
@@ -162,7 +163,8 @@ class Profile:
 def warnings_of(cost: Cost) -> tuple[str, ...]:
     """Return what a reader of these costs must know: operators that are not in them, counters that failed."""
     unknown = [
-        f"no counting rule for {name} ({calls} calls): not in the totals" for name, calls in cost.unknown.items()
+        f"no counting rule for {name} ({units.counted(calls, 'call')}): not in the totals"
+        for name, calls in cost.unknown.items()
     ]
     failed = [f"{counter.name} failed: {counter.error}" for counter in cost.counters.values() if counter.error]
     return (*unknown, *failed)

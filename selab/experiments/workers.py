@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 from torch import nn
 
+from selab import units
 from selab.bench.latency import RawPhase, measure_phase, networks
 from selab.bench.progress import Progress, Report, prefixed
 from selab.errors import ModelError, OutOfMemoryError, SelabError
@@ -49,7 +50,7 @@ def raw_runs(
     processes differ in nothing else.
     """
     request, workload = job.request, job.workload
-    threads = f", {workload.threads} thread{'s' if workload.threads > 1 else ''}" if workload.device == "cpu" else ""
+    threads = f", {units.counted(workload.threads, 'thread')}" if workload.device == "cpu" else ""
     report(f"preparing{threads}", None)
     names = (request.baseline or f"the baseline of {request.arch}", request.arch)
     done: set[Phase] = set()

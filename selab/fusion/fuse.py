@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from selab import units
 from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.errors import ModelError, SelabError
 from selab.fusion.external import FusedExternal, external_params, hooked, is_external
@@ -114,28 +115,24 @@ class Fusion(Displayed):
             )
             # A number is given only where it differs from that of the blocks.
             shown = [way if count == len(fused) else f"{count} {way}" for count, way in ways if count]
-            objects.append(_counted(len(fused), "SE block") + (f" ({', '.join(shown)})" if shown else ""))
+            objects.append(units.counted(len(fused), "SE block") + (f" ({', '.join(shown)})" if shown else ""))
         if self.joins:
-            objects.append(_counted(self.joins, "residual join"))
+            objects.append(units.counted(self.joins, "residual join"))
         done = [f"fused {' and '.join(objects)}"] if objects else []
         if self.norms:
-            done.append(f"folded {_counted(self.norms, 'BatchNorm')}")
+            done.append(f"folded {units.counted(self.norms, 'BatchNorm')}")
         stepped = Counter(one.reason for one in self.blocks if one.stepwise)
-        kept = [f"fused squeeze and scale of {_counted(count, 'block')}: {why}" for why, count in stepped.items()]
+        kept = [f"fused squeeze and scale of {units.counted(count, 'block')}: {why}" for why, count in stepped.items()]
         left = Counter(one.reason for one in self.blocks if one.reason and not one.stepwise)
-        kept += [f"left {_counted(count, 'SE block')} unchanged: {why}" for why, count in left.items()]
+        kept += [f"left {units.counted(count, 'SE block')} unchanged: {why}" for why, count in left.items()]
         if self.inline_joins:
             kinds = ", ".join(dict.fromkeys(self.inline_joins))
-            count = _counted(len(self.inline_joins), "residual addition")
+            count = units.counted(len(self.inline_joins), "residual addition")
             kept.append(f"left {count} unchanged: written in the code of {kinds}")
         sentence = (" and " if len(objects) < 2 else ", ").join(done) or ("" if stepped else "nothing to fuse")
         return "; ".join(
             [*([sentence] if sentence else []), *kept, *([self.in_place_reason] if self.in_place_reason else [])]
         )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def fuse(

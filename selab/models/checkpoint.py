@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from selab import units
 from selab._version import __version__
 from selab.models import catalog
 from selab.models.build import build
@@ -329,9 +330,11 @@ def _steps(
                 if head == "drop" and _same_kind(tensor, place):
                     dropped.append(ours)
                     continue
+                has = units.counted(len(tensor), "class", "classes")
+                needs = units.counted(variant.num_classes, "class", "classes")
                 raise WeightsError(
-                    f"{where}: its classifier {shown(theirs)} has {len(tensor)} classes, and {variant.name} has "
-                    f"{variant.num_classes}; give weights of {variant.num_classes} classes, or --head drop to "
+                    f"{where}: its classifier {shown(theirs)} has {has}, and {variant.name} has "
+                    f"{variant.num_classes}; give weights of {needs}, or --head drop to "
                     "initialise the classifier anew"
                 )
             shapes.append(_misfit(theirs, tensor, place))
@@ -452,4 +455,4 @@ def _as_trained(variant: Variant, metadata: Mapping[str, str]) -> Variant | None
 
 
 def _size(variant: Variant) -> str:
-    return f"{variant.num_classes} classes, {'×'.join(map(str, variant.input_chw))}"
+    return f"{units.counted(variant.num_classes, 'class', 'classes')}, {'×'.join(map(str, variant.input_chw))}"

@@ -112,6 +112,6 @@ def merged_flags(runs: Sequence[Run], statistic: Statistic) -> tuple[Flag, ...]:
     if len(runs) == 1:
         return tuple(Flag(name=name, detail=details[0]) for name, details in sorted(shown.items()))
     return tuple(
-        Flag(name=name, detail=f"in {len(details)} of {len(runs)} processes: {details[0]}")
+        Flag(name=name, detail=f"in {len(details)} of {units.counted(len(runs), 'process', 'processes')}: {details[0]}")
         for name, details in sorted(shown.items())
     )

@@ -123,7 +123,7 @@ def trainings(records: Sequence[AccuracyRecord]) -> list[str]:
     names: dict[str, list[str]] = {}
     for record in records:
         seeds = len(record.seeds)
-        words = f"{training_words(record)}, {seeds} seed{'s' if seeds > 1 else ''}"
+        words = f"{training_words(record)}, {units.counted(seeds, 'seed')}"
         names.setdefault(words, []).append(name_of(record))
     return [words + (f" ({', '.join(which)})" if len(names) > 1 else "") for words, which in names.items()]
 
@@ -182,7 +182,7 @@ def _size(one: Compared) -> tuple[int, str]:
 
 def training_words(record: AccuracyRecord) -> str:
     """Return `cifar_short, 5 epochs`."""
-    return f"{record.recipe.name}, {record.recipe.epochs} epoch{'s' if record.recipe.epochs > 1 else ''}"
+    return f"{record.recipe.name}, {units.counted(record.recipe.epochs, 'epoch')}"
 
 
 def not_published(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:

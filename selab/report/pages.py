@@ -216,8 +216,9 @@ def _loading_table(one: LoadingTime) -> Table:
         columns=("", "ours", "torchvision", "ratio of times", "95 % interval", "verdict"),
         rows=rows,
         notes=(
-            f"{one.data.get('title', '')}, batch {one.batch}, {one.arch}, {threads} threads, torchvision "
-            f"{one.torchvision} with its DataLoader and so many workers; crop, flip and normalisation in both.",
+            f"{one.data.get('title', '')}, batch {one.batch}, {one.arch}, {units.counted(threads, 'thread')}, "
+            f"torchvision {one.torchvision} with its DataLoader and so many workers; "
+            "crop, flip and normalisation in both.",
             *(f"flag {flag.name}: {flag.detail}" for flag in one.flags),
         ),
         words=frozenset({0, 5}),
@@ -253,7 +254,8 @@ def spliced(text: str, name: str, body: str, *, where: str) -> str:
 
 def machine_lines(machine: Machine) -> list[str]:
     """Return machine and libraries in words, one line each."""
-    lines = [f"{machine.cpu}, {machine.cores} cores, {units.size(machine.memory_bytes, digits=3)}; {machine.system}"]
+    cores = units.counted(machine.cores, "core")
+    lines = [f"{machine.cpu}, {cores}, {units.size(machine.memory_bytes, digits=3)}; {machine.system}"]
     if machine.gpu is not None:
         lines.append(f"{machine.gpu}, driver {machine.driver}")
     libraries = ", ".join(f"{name} {version}" for name, version in machine.libraries.items())

@@ -143,7 +143,7 @@ def stage_table(cost: Cost) -> Table:
                 units.percent(stage.bytes / cost.bytes).lstrip("+"),
             )
         )
-    title = f"The blocks by part ({cost.se.blocks} blocks, {units.exact(cost.se.params)} parameters)"
+    title = f"The blocks by part ({units.counted(cost.se.blocks, 'block')}, {units.exact(cost.se.params)} parameters)"
     return Table(title=title, columns=("", "MACs, all", "of network", "bytes", "of network"), rows=tuple(rows))
 
 
@@ -165,7 +165,7 @@ def verdict_lines(record: Record, *, verbose: bool = False) -> list[str]:
     most = max(0, _MOST_REMARKS - len(warnings))
     if len(found) > most:
         rest = len(found) - most + 1
-        found = [*found[: max(0, most - 1)], f"{rest} more remark{'s' if rest > 1 else ''}: --verbose shows all."]
+        found = [*found[: max(0, most - 1)], f"{units.counted(rest, 'more remark')}: --verbose shows all."]
     return [*warnings, *sentences, *found]
 
 

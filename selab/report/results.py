@@ -99,9 +99,11 @@ class RecordResult(Displayed):
         head = f"{record.arch} against {record.baseline}" if record.baseline else record.arch
         if isinstance(record, AccuracyRecord):
             done = sum(seed.pair is not None for seed in record.seeds)
-            return f"{head}: accuracy on {record.data.name}, {done} of {len(record.seeds)} seeds"
+            return f"{head}: accuracy on {record.data.name}, {done} of {units.counted(len(record.seeds), 'seed')}"
         if isinstance(record, TaxRecord):
-            return f"{head}: {PHASE_NAMES[record.phase]}, {len(record.implementations)} implementations"
+            return (
+                f"{head}: {PHASE_NAMES[record.phase]}, {units.counted(len(record.implementations), 'implementation')}"
+            )
         parts = [_costs(record)]
         parts += [f"{PHASE_NAMES[phase]} {change_words(latency)}" for phase, latency in record.latency.items()]
         return f"{head}: {'; '.join(parts)}"

@@ -227,7 +227,7 @@ def _place(machine: Machine) -> str:
 def _notes(group: Sequence[Outcome]) -> list[str]:
     """Return why cells were not measured, each reason once."""
     reasons: dict[str, int] = Counter(one.text for one in group if one.text and one.state != "skipped")
-    return [f"{reason} ({count} cell{'s' if count > 1 else ''})" for reason, count in reasons.items()]
+    return [f"{reason} ({units.counted(count, 'cell')})" for reason, count in reasons.items()]
 
 
 def _lines(outcome: Outcome, varying: Sequence[str]) -> list[tuple[str, ...]]:

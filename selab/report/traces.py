@@ -125,11 +125,11 @@ def distances_table(all_of: RoofDistances) -> Table:
     low, high = (quantiles(factors, n=20)[index] for index in (0, -1)) if len(factors) > 1 else factors * 2
     notes = [
         f"Measured over predicted: median {median(factors):.2f}, nine of ten between {low:.2f} and {high:.2f}, over "
-        f"{len(factors)} networks (one image, fp32, {all_of.place}).",
+        f"{units.counted(len(factors), 'network')} (one image, fp32, {all_of.place}).",
         f"Multiplied by {median(factors):.2f}, a prediction is off by {units.share(_spread(factors))} in the median.",
     ]
     if all_of.failed:
-        notes.append(f"{all_of.failed} networks failed and are left out.")
+        notes.append(f"{units.counted(all_of.failed, 'network')} failed, and left out.")
     return Table(
         title="How far the roof is from what networks take",
         columns=("", "predicted (least)", "measured", "measured / predicted"),
@@ -165,13 +165,13 @@ def timeline_tables(arch: str, found: Timeline) -> list[Table]:
     if rest:
         left = sum(one.self_s for one in rest)
         calls = f"{sum(one.calls for one in rest):g}"
-        rows += ((f"{len(rest)} others", calls, units.seconds(left), units.share(left / found.total_s)),)
+        rows += ((units.counted(len(rest), "other"), calls, units.seconds(left), units.share(left / found.total_s)),)
     operators = Table(
         title=f"{arch}: operators of a step ({found.phase.replace('_', '+')}, {units.seconds(found.total_s)})",
         columns=("", "calls", "own time", "of the step"),
         rows=rows,
         notes=(
-            f"Mean of {found.steps} step{'s' if found.steps > 1 else ''} under the profiler, which slows small "
+            f"Mean of {units.counted(found.steps, 'step')} under the profiler, which slows small "
             "operators more than large ones: this says where to look; how much it is, `selab profile` measures.",
         ),
     )
@@ -182,7 +182,7 @@ def timeline_tables(arch: str, found: Timeline) -> list[Table]:
 def _stages_table(found: Timeline) -> Table:
     lines = [*found.stages.items(), ("together", sum(found.stages.values()))]
     return Table(
-        title=f"The blocks by stage ({found.blocks} blocks)",
+        title=f"The blocks by stage ({units.counted(found.blocks, 'block')})",
         columns=("", "own time", "of the step"),
         rows=tuple(
             (name, units.seconds(value), units.share(value / found.total_s, decimals=2)) for name, value in lines

@@ -174,7 +174,7 @@ def _kind(module: nn.Module) -> str:
         text += f" /{max(module.stride)}"
     if module.groups == module.in_channels > 1:
         return f"{text} depthwise"
-    return text if module.groups == 1 else f"{text}, {module.groups} groups"
+    return text if module.groups == 1 else f"{text}, {units.counted(module.groups, 'group')}"
 
 
 def _shape(passage: Passage | None) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from selab import units
 from selab.errors import SelabError
 
 
@@ -33,6 +34,9 @@ def check_share(batch: int, rank: int, world: int, *, error: type[SelabError] = 
         SelabError: of the given kind, if not.
     """
     if batch < 1 or world < 1 or batch % world:
-        raise error(f"batch: {batch} images cannot be shared by {world} processes; give a multiple of {world}")
+        raise error(
+            f"batch: {units.counted(batch, 'image')} cannot be shared by "
+            f"{units.counted(world, 'process', 'processes')}; give a multiple of {world}"
+        )
     if not 0 <= rank < world:
         raise error(f"rank: {rank}; allowed are 0 to {world - 1}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from selab import units
 from selab.errors import ModelError, OutOfMemoryError, SelabError
 from selab.meta import first_line
 from selab.models.build import build
@@ -494,7 +495,7 @@ class Engine:
             )
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             return OutOfMemoryError(
-                f"{self._where()}: out of memory with {self.recipe.batch} images per step; split it: "
+                f"{self._where()}: out of memory with {units.counted(self.recipe.batch, 'image')} per step; split it: "
                 f"--accumulate {2 * self.options.accumulate}"
             )
         return ModelError(f"{self._where()}: the network fails: {first_line(error)}")

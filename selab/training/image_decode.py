@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from selab import units
 from selab.training.image_listing import ImageSplit, Kind, printable
 
 
@@ -107,8 +108,8 @@ class ImageFiles(Dataset[Loaded]):
                 findings.append(ImageFinding(kind, name, reason))
             if image is not None:
                 return Loaded(self.transform(image, seed), label, tuple(findings), "")
-        count = len(self.members[label])
-        fault = f"{self.split.below}{printable(self.classes[label])}: none of its {count:,} images can be decoded"
+        count = units.counted(len(self.members[label]), "image")
+        fault = f"{self.split.below}{printable(self.classes[label])}: none of its {count} can be decoded"
         return Loaded(None, label, tuple(findings), "" if seed is None else f"{fault}; get them again")
 
     def _candidates(self, index: int, label: int, seed: int) -> Iterable[int]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from selab import units
 from selab.training.batches import BatchPlan, check_share
 from selab.training.distributed import number_of
 from selab.training.image_decode import (
@@ -190,7 +191,8 @@ class ImageFolder:
         check_share(batch, rank, world, error=FolderError)
         if batch > self.train_size:
             raise FolderError(
-                f"{self._train.split.root}: holds {self.train_size:,} images, less than a batch of {batch:,}"
+                f"{self._train.split.root}: holds {units.counted(self.train_size, 'image')}, less than a batch "
+                f"of {batch:,}"
             )
         order = epoch_order(self._train.split.labels, seed=seed, epoch=epoch, balanced=self.image.balanced)
 
@@ -300,8 +302,10 @@ def open_folder(
         raise FolderError(f"workers: {workers}; must be 0 or more")
     listing = find_images(data_dir, name=name, classes_file=classes_file)
     sizes = [("training", listing.train)] if listing.train is not None else []
-    counted = ", ".join(f"{len(split.files):,} {what} images" for what, split in [*sizes, ("test", listing.val)])
-    for sentence in (*listing.assumed, f"{counted}, {len(listing.classes):,} classes"):
+    counted = ", ".join(
+        units.counted(len(split.files), f"{what} image") for what, split in [*sizes, ("test", listing.val)]
+    )
+    for sentence in (*listing.assumed, f"{counted}, {units.counted(len(listing.classes), 'class', 'classes')}"):
         if report is not None:
             report(sentence)
     return ImageFolder(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from selab import units
 from selab.training.recipe import Recipe, lr_at
 from selab.training.record import mistaken_accuracy, mistaken_end, mistaken_epochs, mistaken_top5
 from selab.training.run import Checkpoint
@@ -62,7 +63,7 @@ def mistaken_progress(found: Checkpoint, recipe: Recipe, data: "Data") -> Iterat
 def _mistaken_sums(found: Checkpoint, recipe: Recipe) -> Iterator[str]:
     """Yield what is impossible in the sums of the running epoch: of losses and of right answers, by rank."""
     if not 1 <= len(found.sums) <= recipe.batch:
-        yield f"sums: are of {len(found.sums)} processes, expected 1 to {recipe.batch}"
+        yield f"sums: are of {units.counted(len(found.sums), 'process', 'processes')}, expected 1 to {recipe.batch}"
         return
     if not all(0 <= loss < math.inf for loss, _ in found.sums):
         yield f"sums: {found.sums}; losses are finite and not negative"

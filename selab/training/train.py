@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from selab import units
 from selab.models.spec import Variant
 from selab.training.augment import check_seed
 from selab.training.data import Data
@@ -121,8 +122,9 @@ def _check(config: RunConfig, group: ProcessGroup) -> None:
     parts = group.world * options.accumulate
     if options.accumulate < 1 or recipe.batch % parts:
         raise TrainingError(
-            f"a batch of {recipe.batch} cannot be divided among {group.world} processes by {options.accumulate} "
-            "micro-batches; choose another --batch or --accumulate"
+            f"a batch of {recipe.batch} cannot be divided among {units.counted(group.world, 'process', 'processes')} "
+            f"by {units.counted(options.accumulate, 'micro-batch', 'micro-batches')}; "
+            "choose another --batch or --accumulate"
         )
     if recipe.batch > data.train_size:
         raise TrainingError(

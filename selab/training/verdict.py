@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from selab import units
 from selab.records import stats
 from selab.training.record import Accuracy, AccuracyRecord
 
@@ -174,7 +175,7 @@ def _level(metric: Metric, values: Sequence[Fraction]) -> Level | None:
 
 
 def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
+    return units.counted(count, "seed")
 
 
 def _diverged(record: AccuracyRecord) -> str:
@@ -186,7 +187,7 @@ def _diverged(record: AccuracyRecord) -> str:
     if not either:
         return ""
     which = "; ".join(
-        f"{name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" for name, seeds in arms if seeds
+        f"{name}, {units.plural_of(len(seeds), 'seed')} {', '.join(map(str, seeds))}" for name, seeds in arms if seeds
     )
     return f"{len(either)} of {_seeds(len(record.seeds))} diverged ({which})"
 

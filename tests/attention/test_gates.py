@@ -47,7 +47,7 @@ def test_other_blocks():
         ("sigmoid", "sigmoid", True),
     ]
     assert model[0].gate.hard
-    assert "1 gates converted from sigmoid to hardsigmoid; 1 left: GatherExcite has no gate" in str(done)
+    assert "1 gate converted from sigmoid to hardsigmoid; 1 left: GatherExcite has no gate" in str(done)
     assert "takes sigmoid and hardsigmoid only" in str(convert_gates(nn.Sequential(ECA(8)), "tanh"))
 
 
@@ -69,7 +69,7 @@ def test_a_block_of_another_library(monkeypatch):
     model = nn.Sequential(SqueezeExcitation())
     expected = X * model[0].fc2(model[0].fc1(X.mean((2, 3), keepdim=True)).relu())
     expected = X * nn.functional.hardsigmoid(model[0].fc2(model[0].fc1(X.mean((2, 3), keepdim=True)).relu()))
-    assert str(convert_gates(model, "hardsigmoid")) == "1 gates converted from sigmoid to hardsigmoid"
+    assert str(convert_gates(model, "hardsigmoid")) == "1 gate converted from sigmoid to hardsigmoid"
     torch.testing.assert_close(model(X), expected)
 
 

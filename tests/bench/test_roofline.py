@@ -167,7 +167,7 @@ def test_how_far_the_roof_is_away():
     assert "median 3.00" in grid.notes[0]
     # 3/2 - 1 = 0.5, 3/3 - 1 = 0, 1 - 3/4 = 0.25: the middle one.
     assert "off by 25.0 %" in grid.notes[1]
-    assert "1 networks failed" in grid.notes[2]
+    assert "1 network failed" in grid.notes[2]
     assert [row[3] for row in grid.rows] == ["2.00", "3.00", "4.00"]
 
 

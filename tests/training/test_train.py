@@ -638,7 +638,7 @@ def test_out_of_memory_says_how_to_split(run, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"accumulate": 3}, "a batch of 16 cannot be divided among 1 processes by 3 micro-batches"),
+        ({"accumulate": 3}, "a batch of 16 cannot be divided among 1 process by 3 micro-batches"),
         ({"accumulate": 0}, "a batch of 16 cannot be divided"),
         ({"batch": 128}, "tiny: holds 100 training images, less than a batch of 128"),
     ],

@@ -99,7 +99,9 @@ def bars_figure(shown: Bars) -> "Figure":
         notes.append(NOT_RESOLVED)
     missing = sum(row.interval is None for row in shown.rows)
     if missing:
-        notes.append(f"{TOO_NOISY}: no bar for {missing} of {len(shown.rows)} times; their records say why.")
+        notes.append(
+            f"{TOO_NOISY}: no bar for {missing} of {units.counted(len(shown.rows), 'time')}; their records say why."
+        )
     notes += left_out_note(shown.left_out, len(shown.rows))
     handles = [Patch(facecolor=fill, edgecolor=FAINT, linewidth=0.5, label=name) for name, fill in FILLS.items()]
     left_in = 0.3 + 0.075 * max(len(row.name) for row in shown.rows)

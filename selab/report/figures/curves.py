@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from selab import units
 from selab.errors import RecordError
 from selab.records import stats
 from selab.report.figures.style import new_figure
@@ -56,7 +57,7 @@ def curves(record: AccuracyRecord) -> Curves:
                 high=tuple(max(values) for values in by_epoch),
             )
         )
-    seeds = "1 seed" if len(done) == 1 else f"{len(done)} seeds"
+    seeds = units.counted(len(done), "seed")
     machine = record.machine.gpu or record.machine.cpu
     recipe = f"recipe {record.recipe.name}, batch {record.recipe.batch}"
     return Curves(

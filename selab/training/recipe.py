@@ -7,7 +7,6 @@ the device are not part of it.
 import hashlib
 import math
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -292,9 +291,6 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise SpecError(f"{place}: a recipe's name is lower-case letters, digits and _")
     recipe = converted(table, Recipe, place=place, name=name)
-    for key, value in _numbers(msgspec.to_builtins(recipe)):
-        if not math.isfinite(value):
-            raise SpecError(f"{place}.{key}: {value}: must be finite")
     if not recipe.source.strip() or not recipe.where.strip():
         raise SpecError(f"{place}: source and where must say where the recipe is from")
     if list(recipe.milestones) != sorted(set(recipe.milestones)) or max(recipe.milestones, default=0) >= recipe.epochs:
@@ -306,18 +302,6 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
             f"{place}.warmup_epochs: {recipe.warmup_epochs:g}: must be fewer than the {recipe.epochs} epochs"
         )
     return recipe
-
-
-def _numbers(value: object, key: str = "") -> Iterator[tuple[str, float]]:
-    """Yield every number in dictionaries and lists, with its path."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _numbers(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _numbers(inner, key)
-    elif isinstance(value, int | float):
-        yield key, value
 
 
 def read_image_recipe(path: Path) -> ImageRecipe | None:

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import tiny_family
 
 
 def _one_line(error):
@@ -52,38 +53,7 @@ def network(tmp_path):
     return f"{path}:Net"
 
 
-TINY_TOML = """
-family = "tiny"
-source = "this test"
-builder = "tiny_networks:build"
-input_chw = [3, 32, 32]
-num_classes = 10
-[variants.tiny]
-title = "Tiny"
-[variants.se_tiny]
-title = "Tiny with SE"
-baseline = "tiny"
-[variants.se_tiny.se]
-sites = ["0"]
-reduction = 4
-bias = true
-"""
-
-
-TINY_MODULE = """
-from torch import nn
-
-
-def build(num_classes):
-    conv = nn.Conv2d(3, 16, 5, stride=4)
-    return nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, num_classes))
-"""
-
-
 @pytest.fixture
 def tiny(tmp_path):
-    (tmp_path / "tiny_networks.py").write_text(TINY_MODULE)
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY_TOML)
-    yield path
+    yield tiny_family.write(tmp_path)
     sys.modules.pop("tiny_networks", None)

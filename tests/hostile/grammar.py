@@ -9,6 +9,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import tiny_family
 import typer
 
 from selab.cli.main import app
@@ -364,30 +365,6 @@ def _without(words: list[str], option: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-NETS = """
-family = "tiny"
-source = "this test"
-builder = "tiny_nets:build"
-input_chw = [3, 8, 8]
-num_classes = 10
-[variants.tiny]
-title = "Tiny"
-[variants.se_tiny]
-title = "Tiny with SE"
-baseline = "tiny"
-[variants.se_tiny.se]
-sites = ["0"]
-reduction = 4
-bias = true
-"""
-BUILDER = """
-from torch import nn
-
-
-def build(num_classes):
-    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pooled, nn.Linear(8, num_classes))
-"""
 RAISES = """
 import torch
 from torch import nn
@@ -436,14 +413,13 @@ def make_files(folder: Path) -> None:
     """Fill a folder with everything that the words of the cases name."""
     import msgspec
     import safetensors.torch
-    import torch
 
     from selab.experiments.profiling import count_record
     from selab.records.types import to_json
 
     files: dict[str, str | bytes] = {
-        "nets.toml": NETS,
-        "tiny_nets.py": BUILDER,
+        "tiny_networks.py": tiny_family.MODULE,
+        TOML: tiny_family.TOML,
         "raises.py": RAISES,
         "syntax.py": "def (",
         "exits.py": "raise SystemExit('bye')",
@@ -454,12 +430,14 @@ def make_files(folder: Path) -> None:
         "binary.toml": bytes(range(256)),
         "nul": b"\0" * 100,
         "utf16": "x = 1".encode("utf-16"),
-        "utf16.toml": NETS.encode("utf-16"),
+        "utf16.toml": tiny_family.TOML.encode("utf-16"),
         "deep.toml": "a = " + "[" * 20_000 + "]" * 20_000,
-        "digits.toml": NETS.replace("10", "9" * 5000),
+        "digits.toml": tiny_family.TOML.replace("10", "9" * 5000),
         "infinite.toml": "[budgets.x]\nparams = inf\n",
-        "shell.toml": NETS.replace("tiny_nets:build", "os:system"),
-        "cyclic.toml": NETS.replace("tiny", "a").replace('title = "Tiny"', 'title = "Tiny"\nbaseline = "se_a"'),
+        "shell.toml": tiny_family.TOML.replace("tiny_networks:build", "os:system"),
+        "cyclic.toml": tiny_family.TOML.replace("tiny", "a").replace(
+            'title = "Tiny"', 'title = "Tiny"\nbaseline = "se_a"'
+        ),
         "deep.json": "[" * 100_000 + "]" * 100_000,
         "digits.json": '{"schema": ' + "9" * 5000 + "}",
         "list.json": "[1, 2]",
@@ -471,8 +449,7 @@ def make_files(folder: Path) -> None:
     }
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), *[torch.nn.ReLU()] * 3, torch.nn.Linear(8, 10))
-    safetensors.torch.save_file(model.state_dict(), folder / "good.safetensors")
+    safetensors.torch.save_file(tiny_family.build().state_dict(), folder / "good.safetensors")
     record = to_json(count_record("se_small_cnn", batch=1, counters=False))
     (folder / "record.json").write_bytes(record)
     (folder / "record.partial").write_bytes(record[: len(record) // 2])

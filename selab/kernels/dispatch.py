@@ -26,9 +26,11 @@ def choose(impl: Impl, x: Tensor, shortcut: Tensor | None, params: BlockParams) 
     if impl == "reference":
         return "reference", "requested"
     compiling = torch.compiler.is_compiling()
-    reason = (_NO_BATCH if x.dim() != 4 else "") if compiling else needs_reference(x)
+    reason = "" if compiling else needs_reference(x)
     if reason:
         return "reference", reason
+    if x.dim() != 4:
+        return "reference", "the feature map is not (N, C, H, W)"
     if compiling and x.is_cpu and impl in ("auto", "torch"):
         return "torch", "the compiler generates the loops"
     if compiling or not x.is_cpu or impl == "operator":
@@ -319,9 +321,6 @@ def norm_of(module: nn.BatchNorm2d) -> Norm | None:
     return Norm(held["weight"], held["bias"], mean, var, module.eps, activation)
 
 
-_NO_BATCH = "the feature map is not (N, C, H, W)"
-
-
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
 
@@ -351,8 +350,6 @@ def needs_reference(x: Tensor) -> str:
     """Return why only the separate torch operations can take a tensor; empty for a plain one on a CPU or a GPU."""
     if type(x) is not Tensor:
         return f"the input is a {type(x).__name__}"
-    if x.dim() != 4:
-        return _NO_BATCH
     if not (x.is_cpu or x.is_cuda):
         return f"unsupported device: {x.device.type}"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():

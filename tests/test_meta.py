@@ -19,6 +19,11 @@ class Net(nn.Module):
         return self.bn(self.conv(x) + self.tied(x)) * self.plain
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
 def test_a_twin_has_no_values_and_keeps_ties():
     net = Net()
     net.conv.weight.requires_grad_(False)
@@ -28,6 +33,35 @@ def test_a_twin_has_no_values_and_keeps_ties():
     assert not twin.conv.weight.requires_grad
     assert twin(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 4, 6, 6)
     assert not net.conv.weight.is_meta
+
+
+def test_passages_name_the_module_whose_output_a_module_takes_as_it_is():
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity())
+    net = nn.Sequential(inner, nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), Doubled())
+    seen = passages(net, [path for path, _ in net.named_modules() if path], (1, 3, 8, 8))
+    # The innermost and first one: nn.Identity and the nn.Sequential return what the convolution returned.
+    assert {path: one.source for path, one in seen.items()} == {
+        "0": "",
+        "0.0": "",
+        "0.1": "0.0",
+        "1": "0.0",
+        "2": "1",
+        # Changed in place, it is another value than the norm's.
+        "3": "2",
+        "4": "3",
+    }
+    seen = passages(nn.Sequential(net[4], nn.ReLU()), ["1"], (1, 3, 8, 8))
+    assert seen["1"].source == ""
+
+
+def test_sources_in_inference_mode():
+    class Inferring(nn.Sequential):
+        def forward(self, x):
+            with torch.inference_mode():
+                return super().forward(x)
+
+    seen = passages(Inferring(nn.Conv2d(3, 4, 3), nn.ReLU()), ["0", "1"], (1, 3, 8, 8))
+    assert (seen["0"].source, seen["1"].source) == ("", "0")
 
 
 def test_passages_report_shapes_and_calls_and_leave_the_model_alone():

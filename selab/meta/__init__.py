@@ -352,7 +352,9 @@ def passages(
     # While a tensor lives, no other has its id; one that was changed in place is another value.
     returned: dict[tuple[int, int], tuple[str, Tensor]] = {}
     for path, passage in seen.items():
-        fakes.model.get_submodule(path).register_forward_hook(_recorder(path, passage, returned))
+        module = fakes.model.get_submodule(path)
+        module.register_forward_pre_hook(_finder(passage, returned))
+        module.register_forward_hook(_recorder(path, passage, returned))
     try:
         with evaluating(fakes.model), torch.no_grad(), fakes.running():
             fakes()
@@ -365,6 +367,21 @@ def _kind(value: object) -> str:
     return "Tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
+def _identity(x: Tensor) -> tuple[int, int]:
+    """Return what tells the value of a tensor from others; in-place changes within inference mode are not seen."""
+    return id(x), 0 if x.is_inference() else x._version
+
+
+def _finder(passage: Passage, returned: dict[tuple[int, int], tuple[str, Tensor]]):  # type: ignore[no-untyped-def]
+    # Before the module runs, which may change its input in place.
+    def find(_module: nn.Module, args: tuple[object, ...]) -> None:
+        first = args[0] if args else None
+        found = returned.get(_identity(first)) if isinstance(first, Tensor) else None
+        passage.source = found[0] if found else ""
+
+    return find
+
+
 def _recorder(path: str, passage: Passage, returned: dict[tuple[int, int], tuple[str, Tensor]]):  # type: ignore[no-untyped-def]
     def record(_module: nn.Module, args: tuple[object, ...], output: object) -> None:
         passage.calls += 1
@@ -375,10 +392,8 @@ def _recorder(path: str, passage: Passage, returned: dict[tuple[int, int], tuple
         passage.output_kind = _kind(output)
         passage.input_dtype = first.dtype if isinstance(first, Tensor) else None
         passage.output_dtype = output.dtype if isinstance(output, Tensor) else None
-        if isinstance(first, Tensor):
-            passage.source = returned.get((id(first), first._version), ("", first))[0]
         if isinstance(output, Tensor):
-            returned.setdefault((id(output), output._version), (path, output))
+            returned.setdefault(_identity(output), (path, output))
 
     return record
 

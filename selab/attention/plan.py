@@ -219,6 +219,12 @@ class _Planner:
             what = kind if shape is None else f"a tensor of shape {shape}"
             tokens = ", and tokens (N, L, C) have no height and width" if shape is not None and len(shape) == 3 else ""
             raise InsertionError(f"{tap.module}: its {tap.side} is {what}; SE needs (N, C, H, W){tokens}")
+        dtype = passage.input_dtype if tap.side == "input" else passage.output_dtype
+        if dtype is not None and not dtype.is_floating_point:
+            raise InsertionError(
+                f"{tap.module}: its {tap.side} is of {dtype}, and a block computes in floating point; insert the "
+                "blocks before the network is quantised"
+            )
         dim = self.channel_dims.of(tap.module, tap.side)
         if dim is None:
             other = self.channel_dims.shape_of_larger(tap.module, tap.side)

@@ -139,7 +139,8 @@ def reason_of(error: BaseException) -> str:
     line = first_line(error)
     if isinstance(error, VALUE_NEEDED) and not isinstance(error, ValueNeededError):
         line = f"what it computes depends on the values of a tensor ({error.func})" if line else line
-    named = type(error) in (RuntimeError, ValueError, TypeError, ValueNeededError) or line == type(error).__name__
+    general = type(error) in (RuntimeError, ValueError, TypeError) or isinstance(error, ValueNeededError)
+    named = general or line == type(error).__name__
     return line if named else f"{type(error).__name__}: {line}"
 
 

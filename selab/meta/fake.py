@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    UnsupportedOperatorException,
     in_kernel_invocation_manager,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,10 @@ KNOWN_NUMEL = 1024
 
 class ValueNeededError(RuntimeError):
     """What the network computes depends on the value of a tensor, which a fake tensor does not have."""
+
+
+class NoFakeKernelError(ValueNeededError):
+    """An operator has no kernel that computes without values, as most of `quantized::` and of libraries."""
 
 
 class LeakedError(RuntimeError):
@@ -250,6 +255,11 @@ class FakeMode(FakeTensorMode):
                     made = func(*args, **kwargs)
             except NotImplementedError:
                 return self._by_torch(func, types, args, kwargs)
+            except RuntimeError as error:
+                # What torch.library raises for a custom operator.
+                if "no fake impl registered" in str(error):
+                    raise _without_kernel(name) from error
+                raise
         return self.wrap(made, device)
 
     def _made_quickly(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -265,8 +275,13 @@ class FakeMode(FakeTensorMode):
     def _by_torch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Let torch's own mode run an operator."""
         self._complete()
-        with _silent():
-            return self.dispatch(func, types, args, kwargs)
+        try:
+            with _silent():
+                return self.dispatch(func, types, args, kwargs)
+        except (NotImplementedError, UnsupportedOperatorException) as error:
+            if isinstance(func, torch._ops.OpOverload):
+                raise _without_kernel(func._schema.name) from error
+            raise
 
     def _with_indices(self, name: str, args: Any) -> Any:
         """Return the arguments of `index` with indices instead of masks whose values are known."""
@@ -337,6 +352,10 @@ class FakeMode(FakeTensorMode):
         return out if small else _UNKNOWN
 
 
+def _without_kernel(name: str) -> NoFakeKernelError:
+    return NoFakeKernelError(f"{name} has no kernel for tensors without values")
+
+
 _UNKNOWN = object()
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 # torch's mode has rules of its own for these.
@@ -393,6 +412,8 @@ def _has_fixed_shape(name: str, args: Any) -> bool:
     """Return whether an operator that may read values has a shape that follows from the inputs' shapes."""
     if name == "aten::index":
         return not any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    if name == "aten::_ctc_loss":
+        return not isinstance(args[3], Tensor) or getattr(args[3], "known", None) is not None
     return name == "aten::repeat_interleave" and len(args) > 1 and args[1] is not None
 
 

@@ -198,6 +198,17 @@ def _copied(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     return None if kwargs else _like(args[0])
 
 
+def _aligned(args: Sequence[Any], _kwargs: Mapping[str, Any]) -> Any:
+    """Return the outputs of the CTC loss; the longest target, where it is known, gives the number of states."""
+    scores, lengths = args[0], args[3]
+    known = getattr(lengths, "known", None) if isinstance(lengths, Tensor) else lengths
+    if known is None or scores.dim() != 3 or not len(known):
+        return None
+    steps, batch, _ = scores.shape
+    states = 2 * max(int(one) for one in known) + 1
+    return _empty((batch,), scores), _empty((batch, steps, states), scores)
+
+
 _UNARY = """
 relu sigmoid hardsigmoid hardtanh silu hardswish tanh gelu elu celu selu mish leaky_relu softplus softsign threshold
 clamp clamp_min clamp_max exp log sqrt rsqrt reciprocal neg abs erf square
@@ -212,6 +223,7 @@ MAKES: dict[str, Makes] = {
     "aten::max_pool2d_with_indices": _max_pooled,
     "aten::avg_pool2d": _averaged,
     "aten::cat": _joined,
+    "aten::_ctc_loss": _aligned,
     "aten::clone": _copied,
     **{f"aten::{name}": _reduced for name in ("mean", "sum", "amax", "amin")},
     **{f"aten::{name}": _broadcast for name in ("add", "sub", "rsub", "mul", "addcmul", "div", "maximum", "minimum")},

@@ -214,7 +214,7 @@ def compared_small_cnn():
     from selab.training.recipe import find_recipe
     from selab.training.record import Accuracy, AccuracyRecord, DataSpec, Epoch, Options, Seed, SeedOutcome
 
-    def outcome(percent):
+    def outcome(percent, recipe):
         right = round(100 * percent)
         test = Accuracy(images=10_000, top1_correct=right, top5_correct=(right + 10_000) // 2, loss=2 - percent / 50)
         epochs = tuple(
@@ -223,17 +223,18 @@ def compared_small_cnn():
                 lr=0.1,
                 train_loss=1.0,
                 train_top1_pct=50.0,
-                test_loss=1.0,
-                test_top1_pct=percent * number / 3,
+                test_loss=2 - percent / 50,
+                test_top1_pct=right / 100 * number / recipe.epochs,
                 test_top5_pct=90.0,
                 seconds=20.0,
                 images_per_s=600.0,
             )
-            for number in (1, 2, 3)
+            for number in range(1, recipe.epochs + 1)
         )
         return SeedOutcome(test=test, seconds=60.0, images_per_s=600.0, epochs=epochs)
 
-    def make(base, variant, **changes):
+    def make(base, variant, *, epochs=10, **changes):
+        recipe = msgspec.structs.replace(find_recipe("cifar_short"), epochs=epochs)
         networks = find("se_small_cnn"), find("small_cnn")
         record = AccuracyRecord(
             selab="0",
@@ -256,11 +257,11 @@ def compared_small_cnn():
                 train_size=50_000,
                 test_size=10_000,
             ),
-            recipe=find_recipe("cifar_short"),
+            recipe=recipe,
             options=Options(threads=1),
             machine=machine(),
             seeds=tuple(
-                Seed(seed=seed, baseline=outcome(left), variant=outcome(right))
+                Seed(seed=seed, baseline=outcome(left, recipe), variant=outcome(right, recipe))
                 for seed, (left, right) in enumerate(zip(base, variant, strict=True))
             ),
         )

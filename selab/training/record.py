@@ -306,7 +306,11 @@ def _mistaken(outcome: SeedOutcome, data: DataSpec, recipe: Recipe) -> Iterator[
         if not 0 < value < math.inf:
             yield f"{name}: is {value!r}, no positive number"
     yield from (f"test.{wrong}" for wrong in mistaken_accuracy(outcome.test, data.test_size, data.num_classes))
+    if len(outcome.epochs) != recipe.epochs:
+        yield f"epochs: holds {len(outcome.epochs)}, the recipe has {recipe.epochs}"
     yield from mistaken_epochs(outcome.epochs, recipe)
+    yield from mistaken_top5(outcome.epochs, data.num_classes)
+    yield from mistaken_end(outcome.epochs, outcome.test)
 
 
 def mistaken_accuracy(test: Accuracy, test_size: int, num_classes: int) -> Iterator[str]:

@@ -39,9 +39,13 @@ def outcome(top1_correct=9000, **fields):
     known = {
         "seconds": 45.0,
         "images_per_s": 2500.0,
-        "epochs": (epoch, msgspec.structs.replace(epoch, epoch=2)),
         "torch": "",
     }
+    last = {"test_top1_pct": 100 * top1_correct / 10_000, "test_loss": 0.3, "test_top5_pct": 100.0}
+    if fields.get("top5_correct", 9900) is None:
+        last["test_top5_pct"] = None
+        epoch = msgspec.structs.replace(epoch, test_top5_pct=None)
+    known["epochs"] = (epoch, msgspec.structs.replace(epoch, epoch=2, **last))
     changed = {**known, **{name: value for name, value in fields.items() if name in known}}
     test = {**plain, **{name: value for name, value in fields.items() if name not in known}}
     return SeedOutcome(test=Accuracy(**test), **changed)
@@ -68,7 +72,7 @@ def record_of(*seeds, complete=True, classes=10, **fields):
             train_size=50_000,
             test_size=10_000,
         ),
-        "recipe": next(iter(recipes().values())),
+        "recipe": of_two_epochs(next(iter(recipes().values()))),
         "options": Options(),
         "machine": Machine(
             name="m-2c",
@@ -86,6 +90,10 @@ def record_of(*seeds, complete=True, classes=10, **fields):
     return AccuracyRecord(seeds=seeds, complete=complete, **{**known, **fields})
 
 
+def of_two_epochs(recipe):
+    return msgspec.structs.replace(recipe, epochs=2)
+
+
 def pair(seed, **fields):
     return Seed(seed=seed, baseline=outcome(**fields), variant=outcome(9089, **fields))
 
@@ -97,7 +105,7 @@ def finished():
 
 def test_json_and_back_for_every_recipe(finished):
     for recipe in recipes().values():
-        record = msgspec.structs.replace(finished, recipe=recipe)
+        record = msgspec.structs.replace(finished, recipe=of_two_epochs(recipe))
         raw = training_record.to_json(record)
         assert training_record.from_json(raw, where="x") == record
     assert raw.endswith(b"\n")
@@ -291,3 +299,39 @@ def test_a_diverged_training_is_no_record(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(RecordError, match=r"gone.json: cannot be read: No such file"):
         read_accuracy_record(tmp_path / "gone.json")
+
+
+class TestEpochs:
+    """The curve of a finished training has every epoch of its recipe, once and in order, and ends at its test."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda one: {"epochs": one.epochs[:1]}, r"epochs: holds 1, the recipe has 2"),
+            (lambda one: {"epochs": ()}, r"epochs: holds 0, the recipe has 2"),
+            (lambda one: {"epochs": (*one.epochs, one.epochs[1])}, r"epochs: holds 3, the recipe has 2"),
+            (lambda one: {"epochs": one.epochs[::-1]}, r"epochs\[0\].epoch: is 2, expected 1 of 2"),
+            (lambda one: {"epochs": (one.epochs[0],) * 2}, r"epochs\[1\].epoch: is 1, expected 2 of 2"),
+            (lambda one: {"epochs": first(one, train_top1_pct=100.1)}, r"epochs\[0\].train_top1_pct: is 100.1"),
+            (lambda one: {"epochs": first(one, test_top1_pct=-0.1)}, r"epochs\[0\].test_top1_pct: is -0.1"),
+            (lambda one: {"epochs": first(one, test_top5_pct=None)}, r"epochs\[0\].test_top5_pct: is None of 10"),
+            (lambda one: {"epochs": last(one, test_top1_pct=91.0)}, r"epochs\[1\].test_top1_pct: is 91.0, the last"),
+            (
+                lambda one: {"epochs": last(one, test_loss=0.4)},
+                r"epochs\[1\].test_loss: is 0.4, the last",
+            ),
+        ],
+    )
+    def test_curves_that_cannot_be(self, change, message):
+        whole = outcome()
+        record = record_of(Seed(seed=0, baseline=msgspec.structs.replace(whole, **change(whole)), variant=whole))
+        with pytest.raises(RecordError, match=rf"x.json: seeds\[0\].baseline.{message}"):
+            training_record.from_json(training_record.to_json(record), where="x.json")
+
+
+def first(one, **changes):
+    return (msgspec.structs.replace(one.epochs[0], **changes), *one.epochs[1:])
+
+
+def last(one, **changes):
+    return (*one.epochs[:-1], msgspec.structs.replace(one.epochs[-1], **changes))

@@ -463,7 +463,7 @@ def test_a_label_makes_room_for_what_is_drawn():
 
 
 def test_learning_curves_are_means_over_the_seeds(compared_small_cnn, tmp_path):
-    record = compared_small_cnn((60, 66), (66, 69))
+    record = compared_small_cnn((60, 66), (66, 69), epochs=3)
     unfinished = msgspec.structs.replace(record.seeds[0], seed=2, variant=None)
     shown = curves.curves(msgspec.structs.replace(record, complete=False, seeds=(*record.seeds, unfinished)))
     base, variant = shown.curves
@@ -484,7 +484,7 @@ def test_curves_need_a_finished_seed(compared_small_cnn):
 
 
 def test_curves_leave_out_seeds_that_diverged(compared_small_cnn):
-    record = compared_small_cnn((60, 66), (66, 69))
+    record = compared_small_cnn((60, 66), (66, 69), epochs=3)
     diverged = msgspec.structs.replace(record.seeds[0], variant=None, variant_diverged="the loss is nan")
     shown = curves.curves(msgspec.structs.replace(record, seeds=(diverged, record.seeds[1])))
     assert shown.curves[0].mean == pytest.approx((22, 44, 66))

@@ -91,9 +91,9 @@ def _status(signals: Signals, *, debug: bool) -> int | str | None:
     except SystemExit as end:
         return end.code
     except usage.UsageError as error:
-        if debug:
-            faults.print_traceback(error)
         if not usage.is_help(error):
+            if debug:
+                faults.print_traceback(error)
             print_error(usage.line_of(error))
         return usage.STATUS
     except BrokenPipeError:

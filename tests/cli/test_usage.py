@@ -127,7 +127,7 @@ def test_lines(wrong, words, line):
 
 
 def test_a_group_without_a_command_shows_its_help(selab):
-    for words in ([], ["new"], ["weights"]):
+    for words in ([], ["new"], ["weights"], ["--debug"], ["new", "--debug"]):
         status, out, error = selab(*words)
         assert (status, error) == (2, "")
         assert out.count("Usage: selab") == 1

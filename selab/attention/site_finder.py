@@ -24,6 +24,7 @@ _PROJECTION = 2
 _JOINS = {"cat", "stack", "bmm", "baddbmm", "mm", "addmm"}
 # Operations on two feature maps that end no block: products gate, and the others are attention or bookkeeping.
 _NOT_SUMS = {*_JOINS, "mul", "div", "copy", "where", "index_put", "convolution", "eq"} - {"stack"}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SHUFFLES = {"view", "_unsafe_view", "reshape", "transpose", "permute", "clone", "pixel_shuffle", "channel_shuffle"}
 
 
@@ -333,10 +334,7 @@ class Finder:
                 self._end_separable(one)
 
     def _are_parts_of_concatenations(self, concatenations: Sequence[_Join]) -> bool:
-        """Return whether only depthwise-separable blocks were found, and concatenating blocks consist of most of them.
-
-        The others are a stem or transitions, as in VoVNet with depthwise convolutions.
-        """
+        """Return whether only separable blocks were found, and most are parts of concatenating blocks (VoVNet)."""
         parts = sum(any(_is_inside(one.pointwise, join) for join in concatenations) for one in self.separables)
         return all(end.kind == SEPARABLE for _, end in self.found.values()) and 2 * parts > len(self.separables)
 
@@ -353,9 +351,12 @@ class Finder:
 
     def _owner(self, path: str) -> str:
         """Return the innermost module around a path, or at it, that is no plain container."""
-        while path and isinstance(self.modules[path], nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        while path and isinstance(self.modules[path], _CONTAINERS):
             path = path.rpartition(".")[0]
         return path
+
+    def _is_in_one_block(self, path: str, other: str) -> bool:
+        return not isinstance(self.modules[common(path, other)], _CONTAINERS)
 
     def _end_separable(self, one: _Separable) -> None:
         readers = one.chain[-1].readers
@@ -363,7 +364,8 @@ class Finder:
         if readers and all(self._joins(reader) for reader in readers):
             # A shortcut of this form is not a block.
             return None
-        if any(reader.operation == "cat" for reader in readers):
+        # The next block of a sequence may concatenate its input with what it makes of it.
+        if any(reader.operation == "cat" and self._is_in_one_block(reader.module, one.block) for reader in readers):
             return self._leave_out(place, "its feature map is concatenated with others")
         if not one.pointwise.is_image:
             return self._leave_out(place, "its feature maps are not (N, C, H, W)")
@@ -518,11 +520,8 @@ class Finder:
 
     def _name_tokens(self) -> None:
         """Leave out, in one line, additions of tensors that are not feature maps."""
-        sums = [
-            one
-            for one in self.values
-            if len(one.terms) > 1 and len(one.shape) > 2 and not one.is_image and not self._joins(one)
-        ]
+        tokens = [one for one in self.values if len(one.shape) > 2 and not one.is_image]
+        sums = [one for one in tokens if len(one.terms) > 1 and not self._joins(one)]
         if sums:
             module, shape = named(sums[0].module), "×".join(map(str, sums[0].shape))
             more = f" and {len(sums) - 1} more" if len(sums) > 1 else ""

@@ -489,7 +489,7 @@ class TestSeparable:
         assert found(whole) == [("1.3", "depthwise-separable"), *aggregations]
         # One concatenation among many separable blocks is not what they are parts of.
         many = network(*(Separable() for _ in range(5)), Aggregation())
-        assert found(many) == [(f"{place}.3", "depthwise-separable") for place in range(1, 5)]
+        assert found(many) == [(f"{place}.3", "depthwise-separable") for place in range(1, 6)]
 
     def test_a_map_of_weights_is_no_end(self):
         """Global context, arXiv 1904.11492: a convolution to one channel makes the weights of the positions."""

@@ -38,6 +38,8 @@ KINDS = {
     "timm:ese_vovnet39b": {C: 4, R: 2},
     # 4 one-shot aggregations, and the separable block of the stem that they do not concatenate.
     "timm:ese_vovnet19b_slim_dw": {C: 4, D: 1},
+    # Inverted blocks: 1 + 2 with a shortcut, 4 at a new resolution.
+    "timm:mobilevit_xxs": {R: 3, D: 4},
     # 3 + 4 + 12 + 3 dual-path blocks.
     "timm:dpn68": {C: 22},
     # 2 + 4 + 14 + 1 blocks behind the stem; 2 + 8 + 10 + 1 pairs.

@@ -262,7 +262,7 @@ def tax_foreign(session: nox.Session) -> None:
 def readme(session: nox.Session) -> None:
     """Render the tables and pictures of the docs and README.md again, from the records of the linked machines."""
     session.install("-e", ".")
-    linked = re.findall(r"\(\.\./(profiles/[^)]+)\)", RESULTS.read_text(encoding="utf-8"))
+    linked = re.findall(r"\(\.\./(profiles/[^)/]+)\)", RESULTS.read_text(encoding="utf-8"))
     folder = linked[0] if linked else machine_folder(session)
     for trained in dict.fromkeys(one for one in linked if (Path(one) / "accuracy").is_dir()):
         session.run("selab", "table", "accuracy", "--profiles", trained, "--into", str(RESULTS))
@@ -330,6 +330,15 @@ def bench_counts(session: nox.Session) -> None:
     session.install("-e", ".")
     out = f"{machine_folder(session)}/acceptance/counts.json"
     session.run("python", "tests/benchmarks/bench_counts.py", "--out", out, *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run everything that needs a CUDA device, in order of value; goes on where it was stopped; see -- --help."""
+    session.install("-e", ".", *group("test"))
+    session.run("python", "tests/benchmarks/gpu.py", *session.posargs)
+    if has_gpu(session) and Path(machine_folder(session)).is_dir():
+        report(session, machine_folder(session))
 
 
 @nox.session

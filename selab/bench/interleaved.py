@@ -81,15 +81,16 @@ def measure_networks(
             found.failed.update({(method, name): why for method in timing.methods for name, why in failed.items()})
             arms = _arms(runtime, ready, timing, workload, phase, next(iter(networks)), found, words_of)
             watch = Watch(workload, cores)
-            runs = measure_together(
-                arms,
-                [pair for pair in pairs if set(pair) <= set(arms)],
-                timing.plan(plan),
-                clock=clock,
-                seed=seed,
-                progress=partial(report, f"{phase.replace('_', '+')}, {len(arms)} networks, {timing.methods[0]}"),
-                between_blocks=None if timing.watch is None else timing.watch(),
-            )
+            with runtime.translated_errors(f"{phase} of {len(arms)} networks"):
+                runs = measure_together(
+                    arms,
+                    [pair for pair in pairs if set(pair) <= set(arms)],
+                    timing.plan(plan),
+                    clock=clock,
+                    seed=seed,
+                    progress=partial(report, f"{phase.replace('_', '+')}, {len(arms)} networks, {timing.methods[0]}"),
+                    between_blocks=None if timing.watch is None else timing.watch(),
+                )
             for (method, pair), run in watch.flagged(_by_method(runs, arms, timing)).items():
                 found.runs.setdefault(method, {})[pair] = run
         if phase != "forward":

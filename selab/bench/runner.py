@@ -199,5 +199,11 @@ class translated_errors(AbstractContextManager[None]):  # noqa: N801 - used like
         text = first_line(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
             raise OutOfMemoryError(f"out of memory: {text}; use a smaller --batch or --resolution") from error
+        if isinstance(error, torch.AcceleratorError):
+            # A kernel failed, at this call or an earlier one; afterwards this process can no longer use the device.
+            raise DeviceError(
+                f"{self._what}: {text}; the device cannot be used any more in this process: run it again with "
+                "CUDA_LAUNCH_BLOCKING=1 to find the kernel"
+            ) from error
         if isinstance(error, (RuntimeError, ValueError, TypeError, AttributeError, LookupError)):
             raise ModelError(f"{self._what} fails: {text}") from error

@@ -1,11 +1,13 @@
 """Records of acceptance measurements."""
 
+import math
 from collections.abc import Iterator
+from statistics import median
 from typing import Literal
 
 from selab.errors import RecordError
 from selab.records.consistency import mistaken_machine
-from selab.records.types import Flag, Frozen, Latency, Machine, VerdictKind
+from selab.records.types import Dtype, Flag, Frozen, Latency, Machine, MemoryFormat, VerdictKind
 from selab.records.verdict import check
 
 
@@ -98,6 +100,34 @@ class RoofDistances(Frozen, frozen=True, kw_only=True):
     failed: int
 
 
+class KernelTime(Frozen, frozen=True, kw_only=True):
+    """Calls of one GPU kernel, or of all kernels of a pass, on one feature map.
+
+    Attributes:
+        kernel: its name; `copy` is torch's copy of the same map.
+        shape: (N, C, H, W).
+        bytes: of the maps that it must read and write once.
+        times_s: seconds of its calls, measured in turn with the other kernels.
+        share_of_copy: its bytes per second over those of the copy, by the medians.
+    """
+
+    kernel: str
+    dtype: Dtype
+    memory_format: MemoryFormat
+    shape: tuple[int, int, int, int]
+    bytes: int
+    times_s: tuple[float, ...]
+    share_of_copy: float
+
+
+class KernelBandwidth(Frozen, frozen=True, kw_only=True):
+    """The share of the copy bandwidth that each GPU kernel reaches on the maps of ResNet-50's stages."""
+
+    kind: Literal["kernels"] = "kernels"
+    machine: Machine
+    rows: tuple[KernelTime, ...]
+
+
 class Acceptance(Frozen, frozen=True, kw_only=True):
     """Results of the measurements of selab itself on one machine.
 
@@ -106,15 +136,19 @@ class Acceptance(Frozen, frozen=True, kw_only=True):
         counting: by `nox -s bench_counts` and `nox -s bench_tables`.
         loading: by `nox -s bench_data`.
         roof: by `selab roofline --all`.
+        kernels: by `nox -s gpu`.
     """
 
     live: LiveAcceptance | None
     counting: tuple[CountingTime, ...]
     loading: LoadingTime | None
     roof: RoofDistances | None
+    kernels: KernelBandwidth | None = None
 
 
-def mistaken_acceptance(found: LiveAcceptance | CountingTime | LoadingTime | RoofDistances) -> Iterator[str]:
+def mistaken_acceptance(
+    found: LiveAcceptance | CountingTime | LoadingTime | RoofDistances | KernelBandwidth,
+) -> Iterator[str]:
     """Yield what is impossible in one of these results: field and reason. Latencies are checked by their samples."""
     yield from mistaken_machine(found.machine)
     if isinstance(found, CountingTime | LoadingTime):
@@ -123,6 +157,22 @@ def mistaken_acceptance(found: LiveAcceptance | CountingTime | LoadingTime | Roo
                 check(latency)
             except RecordError as error:
                 yield f"comparisons.{name}: {error}"
+        return
+    if isinstance(found, KernelBandwidth):
+        copies = {
+            (one.dtype, one.memory_format, one.shape): median(one.times_s)
+            for one in found.rows
+            if one.kernel == "copy" and one.times_s
+        }
+        for index, row in enumerate(found.rows):
+            copy_s = copies.get((row.dtype, row.memory_format, row.shape))
+            if copy_s is None or not row.times_s or min(row.times_s) <= 0 or row.bytes < 1:
+                yield f"rows[{index}]: has no times above 0, no bytes, or no copy beside it"
+                continue
+            maps = row.bytes / (math.prod(row.shape) * (2 if row.dtype in ("bf16", "fp16") else 4))
+            share = maps / median(row.times_s) * copy_s / 2
+            if not math.isclose(share, row.share_of_copy, rel_tol=1e-9):
+                yield f"rows[{index}].share_of_copy: is {row.share_of_copy!r}, its times say {share!r}"
         return
     if isinstance(found, RoofDistances):
         times = {"flops_per_s": found.flops_per_s}

@@ -18,6 +18,7 @@ from selab.errors import RecordError
 from selab.records.acceptance import (
     Acceptance,
     CountingTime,
+    KernelBandwidth,
     LiveAcceptance,
     LoadingTime,
     RoofDistances,
@@ -37,7 +38,7 @@ OnBroken = Callable[[RecordError], None] | None
 _K = TypeVar("_K", bound=str)
 _R = TypeVar("_R")
 _T = TypeVar("_T")
-_A = TypeVar("_A", LiveAcceptance, CountingTime, LoadingTime, RoofDistances)
+_A = TypeVar("_A", LiveAcceptance, CountingTime, LoadingTime, RoofDistances, KernelBandwidth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +284,7 @@ def read_acceptance(folder: Path, *, on_broken: OnBroken = None) -> Acceptance:
         counting=tuple(one for one in counting if one is not None),
         loading=read("data.json", LoadingTime),
         roof=read("roofline.json", RoofDistances),
+        kernels=read("kernels.json", KernelBandwidth),
     )
 
 

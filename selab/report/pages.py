@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from selab import units
 from selab.errors import RecordError, UnknownNameError, nearest
@@ -11,7 +12,7 @@ from selab.experiments import tax_record
 from selab.experiments.compared import Compared
 from selab.experiments.tax_record import TaxRecord
 from selab.models import catalog
-from selab.records.acceptance import Acceptance, LoadingTime
+from selab.records.acceptance import Acceptance, KernelBandwidth, LoadingTime
 from selab.records.files import files_ending
 from selab.records.types import Cost, Latency, Machine, Record
 from selab.report.accuracy import accuracy_tables
@@ -199,7 +200,26 @@ def acceptance_tables(found: Acceptance) -> list[Table]:
         grids.append(_loading_table(found.loading))
     if found.roof is not None:
         grids.append(distances_table(found.roof))
+    if found.kernels is not None:
+        grids.append(_kernels_table(found.kernels))
     return grids
+
+
+def _kernels_table(one: KernelBandwidth) -> Table:
+    names = tuple(dict.fromkeys(row.kernel for row in one.rows if row.kernel != "copy"))
+    maps: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in one.rows:
+        layout = "channels last" if row.memory_format == "channels_last" else row.memory_format
+        place = (row.dtype, layout, "×".join(map(str, row.shape)))
+        cell = f"{units.size(row.bytes / median(row.times_s), digits=3)}/s"
+        maps.setdefault(place, {})[row.kernel] = cell if row.kernel == "copy" else units.share(row.share_of_copy)
+    return Table(
+        title="Bandwidth of the GPU kernels, in percent of a copy's",
+        columns=("type", "memory format", "map", "copy", *names),
+        rows=tuple((*place, *(cells.get(name, NONE) for name in ("copy", *names))) for place, cells in maps.items()),
+        notes=("Bytes are those of the maps that a kernel must read and write once; the copy is torch's, in turn.",),
+        words=frozenset({0, 1, 2}),
+    )
 
 
 def _loading_table(one: LoadingTime) -> Table:

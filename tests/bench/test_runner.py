@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from selab.bench import machine
-from selab.bench.runner import check_output, mode_of, phase_call, prepare, translated_errors
+from selab.bench.runner import check_output, fp32_mode, mode_of, phase_call, prepare, translated_errors
 from selab.errors import DeviceError, ModelError, OutOfMemoryError
 from selab.models.build import build
 from selab.models.catalog import find
@@ -96,6 +96,36 @@ def test_nothing_to_differentiate(net, workload):
 def test_other_errors_pass_untranslated(error):
     with pytest.raises(type(error)), translated_errors("this"):
         raise error
+
+
+def test_a_failed_kernel_is_of_the_device():
+    with (
+        pytest.raises(DeviceError, match=r"^this: an illegal access; .*CUDA_LAUNCH_BLOCKING=1"),
+        translated_errors("this"),
+    ):
+        raise torch.AcceleratorError("an illegal access")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16"])
+def test_torch_computes_fp32_as_asked_within_a_measurement_and_as_before_after_it(dtype):
+    def modes():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = modes()
+    assert before == (False, True)  # torch's default mixes the two
+    with fp32_mode("cuda", dtype):
+        assert modes() == (dtype == "tf32",) * 2
+    assert modes() == before
+    with pytest.raises(KeyError), fp32_mode("cuda", "tf32"):
+        raise KeyError
+    assert modes() == before
+
+
+def test_a_cpu_has_no_tf32(net, workload):
+    with pytest.raises(
+        DeviceError, match="--dtype tf32: is a mode of CUDA devices; with --device cpu use fp32 or bf16"
+    ):
+        prepare(net(), workload(dtype="tf32"))
 
 
 def test_what_fails_is_named():

@@ -1,23 +1,25 @@
 """What share of the device's copy bandwidth each GPU kernel reaches on large maps.
 
-`python tests/benchmarks/bench_kernels.py --out FILE` goes over the maps of ResNet-50's stages at batch 256, prints a
-row for each kernel and map, and writes them all, with the raw times, as JSON. Bytes are those of the maps that a kernel
-must read and write once; the copy is torch's, of the same map, timed in turn with the kernels. `forward` and `backward`
-are all the kernels of a pass.
+`python tests/benchmarks/bench_kernels.py` goes over the maps of ResNet-50's stages at batch 256, prints a row for each
+kernel and map, and writes them all, with the raw times, into the machine's folder. Bytes are those of the maps that a
+kernel must read and write once; the copy is torch's, of the same map, timed in turn with the kernels. `forward` and
+`backward` are all the kernels of a pass.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
 from selab.bench.machine import machine
 from selab.kernels import ops
 from selab.kernels.cpu import BlockParams
+from selab.records.acceptance import KernelBandwidth, KernelTime
+from selab.records.files import write_atomically
 
 STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -73,18 +75,18 @@ def measured(y: Tensor, repeats: int) -> dict[str, tuple[int, list[float]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("profiles"), help="folder of the records")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: bf16")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: bf16 and fp32")
     parser.add_argument("--memory-format", choices=FORMATS, action="append", help="default: both")
     options = parser.parse_args()
     reason = ops.gpu_reason()
     if reason:
         parser.exit(1, f"{reason}\n")
 
-    rows = []
-    for dtype in options.dtype or ["bf16"]:
+    rows: list[KernelTime] = []
+    for dtype in options.dtype or ["bf16", "fp32"]:
         for memory_format in options.memory_format or FORMATS:
             for channels, side in STAGES:
                 shape = (options.batch, channels, side, side)
@@ -97,19 +99,20 @@ def main() -> None:
                     print(
                         f"{dtype} {memory_format:13} {shape!s:20} {name:17} {rates[name] / 1e9:6.0f} GB/s {share:7.1%}"
                     )
-                    rows.append(
-                        {
-                            "kernel": name,
-                            "dtype": dtype,
-                            "memory_format": memory_format,
-                            "shape": shape,
-                            "bytes": size,
-                            "times_s": times,
-                            "share_of_copy": share,
-                        }
+                    row = KernelTime(
+                        kernel=name,
+                        dtype=dtype,
+                        memory_format=memory_format,
+                        shape=shape,
+                        bytes=size,
+                        times_s=tuple(times),
+                        share_of_copy=share,
                     )
-    record = {"machine": machine("cuda").name, "torch": torch.__version__, "rows": rows}
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                    rows.append(row)
+    record = KernelBandwidth(machine=machine("cuda"), rows=tuple(rows))
+    out = options.out / record.machine.name / "acceptance" / "kernels.json"
+    write_atomically(out, msgspec.json.encode(record) + b"\n")
+    print(out)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,12 @@ class TestAccuracy:
         assert "has 100 classes, synthetic has 10" in error
         assert not list(tmp_path.glob("out/runs/*"))
 
+    def test_cuda_graphs_are_refused_on_the_cpu(self, selab, one_line, tmp_path):
+        words = ("train", "--arch", "small_cnn", "--data", "synthetic", "--cuda-graph", "--out", tmp_path)
+        status, _, error = selab(*words)
+        assert status == 1
+        assert "--cuda-graph: is for one process on --device cuda, without --compile" in one_line(error)
+
     def test_half_precision_of_the_gpu_is_refused_on_the_cpu(self, selab, one_line):
         status, _, error = selab("train", "--arch", "small_cnn", "--data", "synthetic", "--amp", "fp16")
         assert status == 1

@@ -5,6 +5,7 @@ import re
 import pytest
 from catalog_networks import built, cost
 
+from selab.bench.runner import DTYPES
 from selab.cost.count import count
 from selab.experiments.compare import read_compared
 from selab.experiments.tax_record import read_tax_records
@@ -39,9 +40,9 @@ def test_costs_are_those_of_today_s_counter(root):
         for name, stored in ((record.arch, record.cost), (record.baseline, record.baseline_cost)):
             if stored is None:
                 continue
-            key = (name, work.batch, work.input_chw)
+            key = (name, work.batch, work.input_chw, work.dtype)
             if key not in fresh:
-                fresh[key] = count(built(name).model, (work.batch, *work.input_chw))
+                fresh[key] = count(built(name).model, (work.batch, *work.input_chw), dtype=DTYPES[work.dtype])
             for field in SAME:
                 assert getattr(stored, field) == getattr(fresh[key], field), f"{path.name}: {name}: {field}"
 

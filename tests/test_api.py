@@ -392,7 +392,10 @@ class TestMistakes:
             (lambda net: selab.measure(net, baseline=net, input=[(3, 0, 8)]), "expected a shape such as"),
             (lambda net: selab.count(net, (1, 3, 8, 8), dtype="fp32"), "dtype 'fp32': expected a torch.dtype"),
             (lambda net: selab.measure(net, baseline=net, device="tpu"), "device 'tpu': allowed: cpu, cuda"),
-            (lambda net: selab.measure(net, baseline=net, dtype="int8"), "dtype 'int8': allowed: fp32, tf32, bf16, fp16"),
+            (
+                lambda net: selab.measure(net, baseline=net, dtype="int8"),
+                "dtype 'int8': allowed: fp32, tf32, bf16",
+            ),
         ],
     )
     def test_are_refused(self, call, words):

@@ -94,7 +94,7 @@ def convert_gates(model: nn.Module, gate: str) -> GateConversions:
         >>> import selab
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), selab.SqueezeExcitation(16, 4))
         >>> selab.convert_gates(net, "hardsigmoid")
-        1 gates converted from sigmoid to hardsigmoid
+        1 gate converted from sigmoid to hardsigmoid
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"selab.convert_gates: expected a torch.nn.Module, got {type(model).__name__}")

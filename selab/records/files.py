@@ -22,6 +22,7 @@ MOST_BYTES = 1 << 30
 
 # The name does not depend on the target's, which may be as long as a file system allows; no reader takes it.
 _TEMPORARY = re.compile(r"\.selab-[0-9a-f]{16}\.tmp")
+_INHERITED = re.compile(r"/dev/stdin|/dev/fd/\d+|/proc/self/fd/\d+")
 # Where the file system has no locks, a temporary file of this age is taken for a left one.
 _OLD_S = 24 * 3600.0
 _CHUNK = 1 << 20
@@ -91,6 +92,8 @@ def check_writable(path: Path, *, replace: bool) -> None:
 def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
     """Return the content of a regular file; pipes and devices, which may never end, are refused at once.
 
+    A pipe that this process has open already is read to its end: `/dev/stdin`, and what a shell's `<(command)` gives.
+
     Args:
         path: of the file.
         most: bytes.
@@ -100,10 +103,12 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
     """
     check_regular(path)
     try:
+        inherited = _is_inherited(path)
         # A pipe that has taken the file's place meanwhile must not let the program wait for a writer.
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        waiting = 0 if inherited else getattr(os, "O_NONBLOCK", 0)
+        file = os.open(path, os.O_RDONLY | waiting | getattr(os, "O_CLOEXEC", 0))
         try:
-            if stat.S_ISFIFO(os.fstat(file).st_mode):
+            if stat.S_ISFIFO(os.fstat(file).st_mode) and not inherited:
                 raise OSError(errno.ESPIPE, "is a pipe")
             parts, size = [], 0
             while size <= most and (part := os.read(file, min(_CHUNK, most + 1 - size))):
@@ -118,6 +123,11 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
     return b"".join(parts)
 
 
+def _is_inherited(path: Path) -> bool:
+    """Return True for the name of a file that this process has open: a pipe of that name has or had its writer."""
+    return _INHERITED.fullmatch(str(path)) is not None
+
+
 def check_regular(path: Path) -> None:
     """Refuse to read what is there but no regular file; opening a device or a pipe may wait for ever.
 
@@ -129,6 +139,8 @@ def check_regular(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise RecordError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
     if status is None or stat.S_ISREG(status.st_mode):
+        return
+    if stat.S_ISFIFO(status.st_mode) and _is_inherited(path):
         return
     if stat.S_ISDIR(status.st_mode):
         raise RecordError(f"{shown(path)}: cannot be read: {os.strerror(errno.EISDIR)}")

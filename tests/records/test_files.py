@@ -318,6 +318,17 @@ class TestReading:
         with pytest.raises(RecordError, match="cannot be read: Is a directory"):
             read_bytes(tmp_path)
 
+    @pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd"])
+    def test_a_pipe_that_is_open_already_is_read_to_its_end(self, folder):
+        if not files.Path(folder).exists():
+            pytest.skip(f"this system has no {folder}")
+        content = b"x" * 200_000  # more than a pipe holds
+        with subprocess.Popen(
+            [sys.executable, "-c", "import sys; sys.stdout.write('x' * 200_000)"], stdout=subprocess.PIPE
+        ) as process:
+            path = files.Path(f"{folder}/{process.stdout.fileno()}")
+            assert read_bytes(path) == content
+
     def test_a_pipe_that_takes_a_file_s_place(self, tmp_path, monkeypatch):
         os.mkfifo(tmp_path / "pipe")
         monkeypatch.setattr(files, "check_regular", lambda _path: None)

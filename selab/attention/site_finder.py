@@ -356,7 +356,10 @@ class Finder:
         return path
 
     def _is_in_one_block(self, path: str, other: str) -> bool:
-        return not isinstance(self.modules[common(path, other)], _CONTAINERS)
+        around = self.modules[common(path, other)]
+        # A sequence with a forward of its own may be the block.
+        runs_in_order = not isinstance(around, nn.Sequential) or type(around).forward is nn.Sequential.forward
+        return not (isinstance(around, _CONTAINERS) and runs_in_order)
 
     def _end_separable(self, one: _Separable) -> None:
         readers = one.chain[-1].readers

@@ -487,6 +487,19 @@ class TestSeparable:
         alone, whole = network(*stem), network(*stem[:2], nn.ReLU(), Aggregation(), Aggregation())
         assert found(alone) == [("1.3", "depthwise-separable"), ("3.3", "depthwise-separable")]
         assert found(whole) == [("1.3", "depthwise-separable"), *aggregations]
+
+        class Appending(nn.Sequential):
+            """timm's spelling: a sequence with a forward of its own concatenates."""
+
+            def forward(self, x):
+                maps = [x]
+                for layer in self:
+                    maps.append(layer(maps[-1]))
+                return torch.cat(maps, 1)
+
+        spelled = [nn.Sequential(Appending(Separable(), Separable()), conv(24, 1, out=8)) for _ in range(2)]
+        found_there = found(network(*stem[:2], nn.ReLU(), *spelled))
+        assert [kind for _, kind in found_there] == ["depthwise-separable", "concatenation", "concatenation"]
         # One concatenation among many separable blocks is not what they are parts of.
         many = network(*(Separable() for _ in range(5)), Aggregation())
         assert found(many) == [(f"{place}.3", "depthwise-separable") for place in range(1, 6)]

@@ -119,6 +119,14 @@ class Value:
         """Whether it has four dimensions."""
         return len(self.shape) == _MAP_DIMS
 
+    @property
+    def uncropped(self) -> "Value | None":
+        """The feature map of which it is a part, or which it pads, with the same channels."""
+        if self.operation not in ("slice", "narrow", "constant_pad_nd") or len(self.operands) != 1:
+            return None
+        before = self.operands[0]
+        return before if before.is_map and before.shape[:2] == self.shape[:2] else None
+
 
 class DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record the values of one forward pass.

@@ -241,7 +241,7 @@ class Finder:
             if path is not None:
                 block = common(place, path.rpartition(".")[0])
                 return self._add(value, path, RESIDUAL, f"before the addition in {named(block)}")
-            value = self._trunk(value) or _uncropped(value) or self._branch_of_sum(value)
+            value = self._trunk(value) or value.uncropped or self._branch_of_sum(value)
         return self._leave_out(
             f"the addition in {named(place)}", "no single module to attach to at the end of its branch"
         )
@@ -298,8 +298,14 @@ class Finder:
         merger = self.groups.merger(total)
         for value in reversed(chain):
             path = self._site(value, within=total.module if merger is None else merger)
-            # What is inside the module that merges them is replaced with it.
-            if path is not None and (merger is None or path == merger or not holds(merger, path)):
+            # What is inside the module that merges them may go with it; one with an SE block keeps what follows.
+            free = (
+                merger is None
+                or path == merger
+                or not holds(merger, path or "")
+                or hasattr(self.modules[merger], BLOCK)
+            )
+            if path is not None and free:
                 return self._add(value, path, PARALLEL, f"after {place}")
         return self._leave_out(
             place, "re-parameterisation merges them into one convolution, and no module ends after their sum"
@@ -357,9 +363,8 @@ class Finder:
 
     def _is_in_one_block(self, path: str, other: str) -> bool:
         around = self.modules[common(path, other)]
-        # A sequence with a forward of its own may be the block.
-        runs_in_order = not isinstance(around, nn.Sequential) or type(around).forward is nn.Sequential.forward
-        return not (isinstance(around, _CONTAINERS) and runs_in_order)
+        is_sequence = type(around).forward is nn.Sequential.forward
+        return not (is_sequence or isinstance(around, nn.ModuleList | nn.ModuleDict))
 
     def _end_separable(self, one: _Separable) -> None:
         readers = one.chain[-1].readers
@@ -590,11 +595,3 @@ def _reads_several(value: Value) -> bool:
     """Return whether an operation adds, concatenates or compares several values that are more than vectors."""
     sides = [one for one in value.operands if len(one.shape) > 2]
     return len(sides) > 1 and (bool(value.terms) or value.operation in _JOINS or "attention" in value.operation)
-
-
-def _uncropped(value: Value) -> Value | None:
-    """Return the feature map of which a value is a part, or which it pads, with the same channels."""
-    if value.operation not in ("slice", "narrow", "constant_pad_nd") or len(value.operands) != 1:
-        return None
-    before = value.operands[0]
-    return before if before.is_map and before.shape[:2] == value.shape[:2] else None

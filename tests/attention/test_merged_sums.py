@@ -191,6 +191,26 @@ class TestMergedSums:
         assert isinstance(model[1].inner, nn.Conv2d)
         torch.testing.assert_close(model(x), expected)
 
+    def test_a_module_that_merges_and_keeps_an_se_block(self):
+        """MobileOne's, with SE: the name is taken there, and what follows the sum is not merged."""
+
+        class Gate(nn.Sequential):
+            def forward(self, x):
+                return x * super().forward(x).sigmoid()
+
+        class Merging(RepBlock):
+            def __init__(self):
+                super().__init__()
+                self.se = Gate(nn.AdaptiveAvgPool2d(1), conv(kernel_size=1))
+
+            def forward(self, x):
+                return self.act(self.se(self.large(x) + self.small(x) + self.identity(x)))
+
+            def reparameterize(self):
+                raise NotImplementedError
+
+        assert found(network(Merging())) == [("1.act", "parallel")]
+
     def test_no_site_inside_a_module_that_merges(self):
         """A sum whose result goes through another layer of the merging module, as RepViT's BatchNorm."""
 

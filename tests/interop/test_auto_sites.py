@@ -45,6 +45,8 @@ KINDS = {
     # 2 + 4 + 14 + 1 blocks behind the stem; 2 + 8 + 10 + 1 pairs.
     "timm:repvgg_a0": {P: 21},
     "timm:mobileone_s1": {D: 21},
+    # 2 + 2 + 4 + 2 blocks of two branches, one of them a merged sum; a stem, 3 transitions and a last convolution.
+    "timm:fastvit_t8": {P: 11, R: 10, D: 4},
     # 2 + 2 + 6 + 2 focal blocks of two branches each.
     "timm:focalnet_tiny_srf": {R: 24},
     # Positional encodings on maps, and tokens.

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab import units
 from selab.attention.config import Init
 from selab.errors import InsertionError, ModelError
 
@@ -97,7 +96,7 @@ def batch_of_one(x: Tensor, channels: int) -> Tensor:
     """
     if x.dim() != 3 or x.shape[0] != channels:
         raise ModelError(
-            f"attention block of {units.counted(channels, 'channel')}: expected a feature map (N, {channels}, H, W) or "
+            f"attention block of width {channels}: expected a feature map (N, {channels}, H, W) or "
             f"({channels}, H, W), got the shape {list(x.shape)}; reshape it, or move the block to another place"
         )
     return x.unsqueeze(0)

@@ -52,6 +52,7 @@ _PLAIN = (
 )
 # These hold no tensors themselves, but one of the above.
 _CONTAINERS = ("checkpoint", "tensors", "state")
+_KNOWN = frozenset({*_AVERAGES, *_PLAIN, *_CONTAINERS})
 _DEEPEST = 3
 # Modules that hold the network as their child: DistributedDataParallel, LightningModules, averages.
 _WRAPPERS = frozenset({"module", "model", "net", "network", "backbone", "online_model", *_AVERAGES})
@@ -101,6 +102,9 @@ class Found:
         average: whether they are a moving average of the weights.
         left: what else the file holds.
         other: whether what was left has the weights of the other kind, averaged or not.
+        unfit: where weights of the other kind are that are not the network's; empty if there are none.
+        unusual: whether they are at a place that training scripts do not use; such tensors are never taken, but make
+            the choice ambiguous if they are the network's too.
         sha256: of the file.
     """
 
@@ -110,6 +114,8 @@ class Found:
     average: bool = False
     left: tuple[str, ...] = ()
     other: bool = False
+    unfit: str = ""
+    unusual: bool = False
     sha256: str = ""
 
     @property
@@ -123,6 +129,9 @@ class Found:
             parts.append(f"left out: {some(self.left)}")
         if self.other:
             parts.append("--no-ema takes the weights without averaging" if self.average else "--ema takes the average")
+        elif self.unfit:
+            kind = "weights without averaging" if self.average else "average of the weights"
+            parts.append(f"the {kind} under {shown(self.unfit)} cannot be taken: the keys are not the network's")
         return "; ".join(parts)
 
 
@@ -141,14 +150,13 @@ def read(path: Path, *, target: Target | None = None, ema: bool | None = None) -
     check_readable(path)
     content = path.read_bytes()
     loaded = _from_safetensors(path, content) if path.suffix == ".safetensors" else _from_pickle(path, content)
-    forms = [form for one in _candidates(loaded) for form in _forms(one, path, free=target is not None)]
-    if not forms:
+    forms = [form for one in _candidates(loaded) for form in _forms(one, path, target)]
+    if all(form.unusual for form in forms):
         raise WeightsError(f"{path}: {_no_state_dict(loaded)}")
     chosen = _chosen(forms, path, target, ema)
     for key, value in chosen.state.items():
         _check_plain(path, key, value)
-    other = any(form.average != chosen.average for form in forms)
-    return replace(chosen, other=other, sha256=hashlib.sha256(content).hexdigest())
+    return replace(chosen, sha256=hashlib.sha256(content).hexdigest())
 
 
 def pick(state: Mapping[str, Tensor], target: Target) -> Found:
@@ -158,7 +166,7 @@ def pick(state: Mapping[str, Tensor], target: Target) -> Found:
         WeightsError: several parts of the state dict fit.
     """
     there = "the state dict"
-    return _chosen(list(_forms(Found(state=dict(state)), there, free=True)), there, target, None)
+    return replace(_chosen(list(_forms(Found(state=dict(state)), there, target)), there, target, None), other=False)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -218,31 +226,44 @@ def line(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------------------- choosing
 def _chosen(forms: list[Found], path: Path | str, target: Target | None, ema: bool | None) -> Found:
     """Return the tensors that are meant; refuse several that could be."""
-    if ema is not None and not any(form.average == ema for form in forms):
+    usual = [form for form in forms if not form.unusual]
+    if ema is not None and not any(form.average == ema for form in usual):
         what, there = ("average of the weights", "--no-ema") if ema else ("weights without averaging", "--ema")
-        held = some(list(dict.fromkeys(form.under or "the top level" for form in forms)))
+        held = some(list(dict.fromkeys(_place(form) for form in usual)))
         raise WeightsError(f"{path}: holds no {what}, only what is under {held}; use {there}, or leave the option out")
-    wanted = [form for form in forms if ema is None or form.average == ema]
     if target is None:
         # The last form of a state dict has all prefixes removed.
-        fitting = list({form.under: form for form in wanted}.values())
+        every = list({form.under: form for form in usual}.values())
+        fitting = [form for form in every if ema is None or form.average == ema]
     else:
-        scores = [target.score(form.state.keys()) for form in wanted]
-        fitting = [form for form, (fits, _) in zip(wanted, scores, strict=True) if fits]
-        if not fitting:
+        scores = [target.score(form.state.keys()) for form in forms]
+        every = [form for form, (fits, _) in zip(forms, scores, strict=True) if fits]
+        fitting = [form for form in every if ema is None or form.average == ema]
+        if all(form.unusual for form in fitting):
             # The nearest one, whose mismatches a message will list.
-            return max(zip(wanted, scores, strict=True), key=lambda pair: pair[1][1])[0]
+            near = [
+                (form, score[1])
+                for form, score in zip(forms, scores, strict=True)
+                if not form.unusual and (ema is None or form.average == ema)
+            ]
+            return max(near, key=lambda pair: pair[1])[0]
     averages = [form for form in fitting if form.average]
-    fitting = averages or fitting
+    if any(not form.unusual for form in averages):
+        fitting = averages
     distinct = [form for index, form in enumerate(fitting) if not any(_equal(form, one) for one in fitting[:index])]
     if len(distinct) > 1:
-        places = some(
-            [f"{form.under or 'the top level'}{f' ({form.prefix})' if form.prefix else ''}" for form in distinct]
-        )
+        places = some([f"{_place(form)}{f' ({form.prefix})' if form.prefix else ''}" for form in distinct])
         raise WeightsError(
             f"{path}: holds several networks that could be meant: {places}; save the state dict of one alone"
         )
-    return distinct[0]
+    chosen = distinct[0] if not distinct[0].unusual else next(form for form in fitting if not form.unusual)
+    other = any(form.average != chosen.average and not form.unusual for form in every)
+    unfit = "" if other else next((_place(form) for form in usual if form.average != chosen.average), "")
+    return replace(chosen, other=other, unfit=unfit)
+
+
+def _place(form: Found) -> str:
+    return form.under or "the top level"
 
 
 def _equal(one: Found, other: Found) -> bool:
@@ -268,17 +289,43 @@ def _candidates(
         if isinstance(loaded.get(name), Mapping):
             others = tuple(str(key) for key in loaded if key != name)
             yield from _candidates(loaded[name], (*under, name), (*left, *others), average=average or name in _AVERAGES)
+    yield from _unusual(loaded, under, average=average)
 
 
-def _forms(one: Found, path: Path | str, *, free: bool) -> Iterator[Found]:
+def _unusual(loaded: Mapping[object, object], under: tuple[str, ...], *, average: bool) -> Iterator[Found]:
+    """Yield the state dicts that training scripts would not put where they are: beside others, or under other names."""
+    loose = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if loose:
+        yield Found(state=loose, under=".".join(under), average=average, unusual=True)
+    for name, part in loaded.items():
+        if name in _KNOWN or not isinstance(part, Mapping):
+            continue
+        # Not deeper, as a dictionary may hold itself.
+        inner = {(): part} | {(known,): part[known] for known in (*_AVERAGES, *_PLAIN) if known in part}
+        for path, one in inner.items():
+            if _is_state(one):
+                names = (str(name), *path)
+                yield Found(
+                    state={key: value for key, value in one.items() if isinstance(value, Tensor)},
+                    under=".".join((*under, *names)),
+                    average=average or any(map(_says_average, names)),
+                    unusual=True,
+                )
+
+
+def _says_average(name: str) -> bool:
+    return not {"ema", "average", "averaged", "avg", "swa"}.isdisjoint(re.split(r"[\W_]+", name.lower()))
+
+
+def _forms(one: Found, path: Path | str, target: Target | None) -> Iterator[Found]:
     """Yield a state dict as it is, and without the prefixes that wrappers may have put before its keys.
 
     Args:
         one: a state dict of a file.
         path: the file, for messages.
-        free: whether also prefixes are removed that a network may have itself; its keys then decide.
+        target: the network, whose keys decide; without it, no prefixes are removed that a network may have itself.
     """
-    for form in _unwrapped_forms(one, path, free=free):
+    for form in _unwrapped_forms(one, path, target):
         yield _with_ordered_prefix(form, one.state)
 
 
@@ -314,7 +361,7 @@ def _removed(name: list[str], key: list[str]) -> tuple[str, ...]:
     return tuple(reversed(removed))
 
 
-def _unwrapped_forms(one: Found, path: Path | str, *, free: bool) -> Iterator[Found]:
+def _unwrapped_forms(one: Found, path: Path | str, target: Target | None) -> Iterator[Found]:
     counters = tuple(key for key in one.state if key in _BOOKKEEPING)
     bare = {key: value for key, value in one.state.items() if key not in counters}
     if "n_averaged" in counters and all("module" in key.split(".") for key in bare):
@@ -326,7 +373,7 @@ def _unwrapped_forms(one: Found, path: Path | str, *, free: bool) -> Iterator[Fo
     yield one
     prefix = one.prefix
     # A LightningModule's state dict is under this name.
-    names = _WRAPPERS if free or one.under == "state_dict" else frozenset({"module"})
+    names = _WRAPPERS if target is not None or one.under == "state_dict" else frozenset({"module"})
     state, average, left = bare, one.average, one.left
     while True:
         firsts = {key.partition(".")[0] if "." in key else "" for key in state}
@@ -336,19 +383,46 @@ def _unwrapped_forms(one: Found, path: Path | str, *, free: bool) -> Iterator[Fo
         state = {key.removeprefix(f"{first}."): value for key, value in state.items()}
         prefix += f"{first}."
         average = average or first in _AVERAGES
-        yield Found(state=state, under=one.under, prefix=prefix, average=average, left=left)
-    for first in sorted(firsts & _WRAPPERS) if free and len(firsts) > 1 else ():
-        # A module that holds the network beside others: a loss with weights, metrics, an average.
-        inside = {key.removeprefix(f"{first}."): value for key, value in state.items() if key.startswith(f"{first}.")}
-        rest = tuple(f"{prefix}{name}" for name in sorted(firsts - {first, ""}))
-        part = Found(
-            state=inside,
-            under=one.under,
-            prefix=f"{prefix}{first}.",
-            average=average or first in _AVERAGES,
-            left=(*left, *rest),
+        yield replace(one, state=state, prefix=prefix, average=average, left=left)
+    if target is not None and len(firsts) > 1:
+        whole = replace(one, state=state, prefix=prefix, average=average, left=left)
+        yield from _parts(whole, path, target, counters={key: one.state[key] for key in counters})
+
+
+def _parts(whole: Found, path: Path | str, target: Target, *, counters: Mapping[str, Tensor]) -> Iterator[Found]:
+    """Yield the children of a module that holds the network beside others: a loss with weights, metrics, an average.
+
+    Where one of them is the network, others that are it too make the choice ambiguous, whatever their names are: also
+    the rest, if its keys have no prefix.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in whole.state.items():
+        first, dot, inner = key.partition(".")
+        groups.setdefault(first if dot else "", {})[inner if dot else key] = value
+    names = sorted(groups.keys() - {""})
+    networks = []
+    for first in (name for name in names if name in _WRAPPERS):
+        part = replace(
+            whole,
+            state=groups[first],
+            prefix=f"{whole.prefix}{first}.",
+            average=whole.average or first in _AVERAGES,
+            left=(*whole.left, *(f"{whole.prefix}{name}" for name in names if name != first)),
         )
-        yield from _unwrapped_forms(part, path, free=free)
+        forms = list(_unwrapped_forms(part, path, target))
+        yield from forms
+        if any(target.score(form.state.keys())[0] for form in forms):
+            networks.append(first)
+    if not networks:
+        return
+    for first in (name for name in names if name not in _WRAPPERS):
+        average = whole.average or _says_average(first)
+        prefix = f"{whole.prefix}{first}."
+        yield replace(whole, state=groups[first], prefix=prefix, average=average, unusual=True)
+    rest = {key: value for key, value in whole.state.items() if key.partition(".")[0] not in networks}
+    left = (*whole.left, *(f"{whole.prefix}{name}" for name in networks))
+    for own in (rest, {**rest, **counters}) if counters else (rest,):
+        yield replace(whole, state=own, left=left)
 
 
 def _renamed(one: Found, state: Mapping[str, Tensor], rename: Callable[[str], str], path: Path | str) -> Found:

@@ -148,6 +148,20 @@ def test_an_average_of_another_form_is_left(saved):
         ({"state_dict": GOOD, "model": OTHER}, "state_dict, model"),
         ({"ema": GOOD, "model_ema": OTHER, "model": OTHER}, "model_ema, ema"),
         ({"state_dict": {**under("model."), **under("net.", OTHER)}}, r"state_dict \(model\.\), state_dict \(net\.\)"),
+        ({**GOOD, **under("module.", OTHER)}, r"the top level \(module\.\), the top level"),
+        ({**under("module."), **GOOD, "bn.weight": OTHER["bn.weight"]}, r"the top level \(module\.\), the top level"),
+        ({**under("module."), **under("module.model.", OTHER)}, r".*\(module\.model\.\), the top level \(module\.\)"),
+        ({**under("model.net."), **under("model.", OTHER)}, r".*\(model\.net\.\), the top level \(model\.\)"),
+        ({"state_dict": {**GOOD, **under("net.", OTHER)}}, r"state_dict \(net\.\), state_dict"),
+        (
+            {"state_dict": {**under("model."), **under("teacher.", OTHER)}},
+            r"state_dict \(model\.\), state_dict \(teacher\.\)",
+        ),
+        ({"state_dict": GOOD, **OTHER}, "state_dict, the top level"),
+        ({"state_dict": GOOD, "teacher": OTHER}, "state_dict, teacher"),
+        ({"state_dict": GOOD, "best": {"model": under("module.", OTHER)}}, r"state_dict, best\.model \(module\.\)"),
+        ({"state_dict": GOOD, "swa_weights": OTHER}, "state_dict, swa_weights"),
+        ({"model_ema": GOOD, "best_ema": OTHER}, "model_ema, best_ema"),
     ],
 )
 def test_several_networks_are_refused_with_their_list(saved, content, places):
@@ -156,6 +170,87 @@ def test_several_networks_are_refused_with_their_list(saved, content, places):
     with pytest.raises(WeightsError, match=f"several networks that could be meant: {places}; save the state dict"):
         load(model, saved(content))
     assert holds(model, before)
+
+
+def test_several_networks_in_memory_are_refused():
+    with pytest.raises(WeightsError, match=r"the state dict: holds several networks .*the top level \(module\.\), the"):
+        load(Net(), {**GOOD, **under("module.", OTHER)})
+
+
+def test_the_same_network_twice_is_no_choice(saved):
+    for content in ({**GOOD, **under("module.")}, {"state_dict": GOOD, "teacher": GOOD}, {"state_dict": GOOD, **GOOD}):
+        model = Net()
+        load(model, saved(content))
+        assert holds(model, GOOD)
+
+
+def test_weights_at_the_top_level_beside_their_average(saved):
+    path = saved({**OTHER, **under("ema.")})
+    for ema, state, words in (
+        (None, GOOD, "prefix ema. removed; left out: bn, conv, fc; --no-ema takes the weights"),
+        (True, GOOD, "--no-ema takes the weights"),
+        (False, OTHER, "left out: ema; --ema takes the average"),
+    ):
+        model = Net()
+        assert words in load(model, path, ema=ema).words
+        assert holds(model, state), ema
+
+
+def test_an_average_under_an_unusual_name_is_no_rival_of_the_weights_asked_for(saved):
+    model = Net()
+    load(model, saved({"state_dict": GOOD, "swa_weights": OTHER}), ema=False)
+    assert holds(model, GOOD)
+
+
+def test_rivals_with_a_buffer_called_as_a_counter(saved):
+    model = Net()
+    model.register_buffer("step", torch.tensor(0))
+    own, other = {**GOOD, "step": torch.tensor(7)}, {**OTHER, "step": torch.tensor(8)}
+    with pytest.raises(WeightsError, match="holds several networks"):
+        load(model, saved({**own, **under("module.", other)}))
+
+
+@pytest.mark.parametrize("extra", [{"module.other": torch.ones(1)}, {"teacher.fc.weight": torch.ones(3, 4)}])
+def test_tensors_that_are_no_network_stay_unexpected(saved, extra):
+    with pytest.raises(WeightsError, match=f"1 unexpected: {next(iter(extra))}"):
+        load(Net(), saved({**GOOD, **extra}))
+
+
+def test_a_part_that_does_not_fit_is_no_rival(saved):
+    """An optimiser's tensors, a network of other keys, a part of the network."""
+    few = {"conv.weight": GOOD["conv.weight"]}
+    for beside in (
+        {"optimizer": {"state": {0: few}}},
+        {"teacher": {**OTHER, "more": torch.ones(1)}},
+        {"best": few},
+        few,
+    ):
+        model = Net()
+        load(model, saved({"state_dict": GOOD, **beside}))
+        assert holds(model, GOOD)
+
+
+@pytest.mark.parametrize("average", [{"fc.bias": GOOD["fc.bias"]}, {**GOOD, "more": torch.ones(1)}])
+def test_an_average_that_does_not_fit_is_named_and_not_offered(saved, average):
+    path = saved({"state_dict": OTHER, "state_dict_ema": average})
+    for ema in (None, False):
+        model = Net()
+        words = load(model, path, ema=ema).words
+        assert holds(model, OTHER)
+        assert words.endswith(
+            "the average of the weights under state_dict_ema cannot be taken: the keys are not the network's"
+        )
+        assert "--ema" not in words
+    with pytest.raises(WeightsError, match=r"does not fit Net: \d+ (missing|unexpected)"):
+        load(Net(), path, ema=True)
+
+
+def test_weights_that_do_not_fit_beside_their_average(saved):
+    model = Net()
+    words = load(model, saved({"state_dict_ema": GOOD, "state_dict": {"fc.bias": GOOD["fc.bias"]}})).words
+    assert holds(model, GOOD)
+    assert "the weights without averaging under state_dict cannot be taken" in words
+    assert "--no-ema" not in words
 
 
 def test_only_one_of_several_fits(saved):

@@ -33,6 +33,8 @@ class Attention(nn.Module, ABC):
     inserted: bool = False
     # Whether `insert_se` made it the last child of an `nn.Sequential`.
     ends_sequence: bool = False
+    # How many names the path of its site is shorter than its own path; 0 if that is not known.
+    site_depth: int = 0
     # The path of the BatchNorm that read its output when it was inserted; a leading dot for each name to go up from
     # the block's own path.
     norm_behind: str = ""

@@ -28,7 +28,14 @@ from selab.attention.gated_site import (
     replace_modules,
 )
 from selab.attention.given import check_network, check_on, example_given, patterns_given
-from selab.attention.inserted import calls_of_modules, check_calls, check_complete, inserted_blocks, note_norms
+from selab.attention.inserted import (
+    calls_of_modules,
+    check_calls,
+    check_complete,
+    inserted_blocks,
+    note_norms,
+    wrapper_prefixes,
+)
 from selab.attention.insertions import Insertions
 from selab.attention.plan import AUTO, Plan, check_changeable, plan_insertion
 from selab.attention.registry import make_block
@@ -149,7 +156,8 @@ def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int
 
     Args:
         model: any module.
-        paths: paths or patterns of sites (as `Insertion.path`) or of the blocks themselves; None for all.
+        paths: paths or patterns of sites (as `Insertion.path`) or of the blocks themselves; None for all. In a wrapper
+            such as `DataParallel` the paths of the network that it holds are known too.
 
     Returns:
         The number of blocks removed.
@@ -174,20 +182,28 @@ def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int
     if paths is None:
         chosen = set(inserted)
     else:
-        chosen = {path for pattern in patterns_given(paths, "remove_se: paths") for path in _of(pattern, inserted)}
+        chosen = {
+            path for pattern in patterns_given(paths, "remove_se: paths") for path in _of(model, pattern, inserted)
+        }
     _remove(model, [inserted[path][1] for path in chosen])
     return len(chosen)
 
 
-def _of(pattern: str, inserted: dict[str, tuple[str, Attention]]) -> list[str]:
-    found = [path for path, (site, _) in inserted.items() if matches(pattern, path) or matches(pattern, site)]
-    if not found:
-        sites = [site for site, _ in inserted.values()]
-        raise InsertionError(
-            f"remove_se: {pattern!r} matches no inserted block"
-            + (nearest(pattern, sites) if sites else "; the network has none")
-        )
-    return found
+def _of(model: nn.Module, pattern: str, inserted: dict[str, tuple[str, Attention]]) -> list[str]:
+    for prefix in wrapper_prefixes(model):
+        below = {path: site for path, (site, _) in inserted.items() if path.startswith(prefix)}
+        found = [
+            path
+            for path, site in below.items()
+            if any(matches(pattern, one.removeprefix(prefix)) for one in (path, site) if one.startswith(prefix))
+        ]
+        if found:
+            return found
+    sites = [site for site, _ in inserted.values()]
+    raise InsertionError(
+        f"remove_se: {pattern!r} matches no inserted block"
+        + (nearest(pattern, sites) if sites else "; the network has none")
+    )
 
 
 def _remove(model: nn.Module, blocks: Collection[nn.Module]) -> None:
@@ -273,6 +289,9 @@ def _put(model: nn.Module, plans: Sequence[Plan], blocks: Sequence[Attention]) -
     replaced: list[tuple[nn.Module, nn.Module]] = []
     for plan, block in zip(plans, blocks, strict=True):
         tap = plan.tap
+        below = _depth(tap.module) - _depth(tap.site)
+        # What a residual block's join holds is below the join, whichever edge is gated.
+        block.site_depth = 2 if tap.edge else below + 1
         if tap.edge:
             owner = model.get_submodule(tap.site)
             owner.join = GatedJoin(owner.get_submodule("join"), block, tap.edge).train(owner.training)
@@ -289,9 +308,14 @@ def _put(model: nn.Module, plans: Sequence[Plan], blocks: Sequence[Attention]) -
         elif tap.module != tap.site and _runs_children_in_order(parent):
             # Inside the named branch of a residual block: a child of the branch, not of a leaf.
             _add_child(parent, block, after=name)
+            block.site_depth = below
         else:
             replaced.append((module, gated_site(module, block, tap.side, one_tensor=plan.one_tensor)))
     replace_modules(model, replaced)
+
+
+def _depth(path: str) -> int:
+    return len(path.split("."))
 
 
 def _runs_children_in_order(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """The inserted blocks of a network, and whether each of them runs."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -31,13 +31,42 @@ def inserted_blocks(model: nn.Module) -> dict[str, tuple[str, Attention]]:
 def site_of(model: nn.Module, path: str) -> str:
     """Return the site of a block: the module that holds it, or the residual block whose join or branch holds it."""
     holder = path.rpartition(".")[0]
-    names = holder.split(".")
-    for depth in (1, 2):
-        above = ".".join(names[:-depth])
-        part = names[-depth] if depth <= len(names) else ""
-        if part in ("join", "branch") and is_residual_block(model.get_submodule(above)):
-            return above
+    names = path.split(".")
+    depth = getattr(model.get_submodule(path), "site_depth", 0)
+    if depth == 1:
+        # A branch or a join may be the site itself.
+        return holder
+    for up in (depth,) if depth else (2, 3):
+        site = ".".join(names[:-up])
+        part = names[-up] if up <= len(names) else ""
+        if part in ("join", "branch") and _is_residual(model.get_submodule(site)):
+            return site
     return holder
+
+
+def _is_residual(module: nn.Module) -> bool:
+    """Return whether a module is a residual block, or what torch.fx makes of it: its join has a block's parameters."""
+    of_graph = type(module) is nn.Module and {"branch", "join"} <= module._modules.keys()
+    return of_graph or is_residual_block(module)
+
+
+def wrapper_prefixes(model: nn.Module) -> list[str]:
+    """Return what stands before the paths of the network that wrappers such as `DataParallel` hold; first nothing.
+
+    A wrapper has no other child with parameters.
+    """
+    prefixes, module = [""], model
+    while not isinstance(module, GatedSite | GatedJoin | Attention):
+        held = [
+            (name, child)
+            for name, child in module.named_children()
+            if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None
+        ]
+        if len(held) != 1 or next(module.parameters(recurse=False), None) is not None:
+            break
+        prefixes.append(f"{prefixes[-1]}{held[0][0]}.")
+        module = held[0][1]
+    return prefixes
 
 
 def check_inserted(
@@ -59,7 +88,8 @@ def check_inserted(
         inputs: an example input of another form: a tensor, positional arguments in a tuple, keyword arguments in a
             mapping.
         inserted: the result of `insert_se`, or paths or patterns of sites, which must still have their blocks; of a
-            pattern's sites, at least one.
+            pattern's sites, at least one. In a wrapper such as `DataParallel` the paths of the network that it holds
+            are known too.
         on: `fake` for tensors without memory; `cpu` to run the kernels on a copy with real tensors, for a network in
             which the values of tensors decide what is computed.
 
@@ -122,22 +152,32 @@ def check_complete(model: nn.Module, *, with_blocks: bool = True) -> None:
             )
 
 
-def _check_expected(model: nn.Module, expected: Iterable[str], sites: set[str], was_there: set[str]) -> None:
+def _check_expected(model: nn.Module, expected: Sequence[str], sites: set[str], was_there: set[str]) -> None:
     """Check that each path or pattern names a site that still has its block."""
     paths = [path for path, _ in named_sites(model, shared=True) if path]
-    gone: list[str] = []
-    for pattern in expected:
-        if pattern in sites or any(matches(pattern, site) for site in sites):
-            continue
-        if pattern not in was_there and not any(matches(pattern, path) for path in paths):
+    # Names that the network has itself are not those of what it wraps.
+    prefixes = wrapper_prefixes(model) if _unmatched(expected, set(paths)) else [""]
+    missing = {prefix: _unmatched(expected, _below(prefix, sites)) for prefix in prefixes}
+    # The paths may be those of the network that a wrapper holds: all of them then.
+    prefix = min(prefixes, key=lambda one: len(missing[one]))
+    for pattern in missing[prefix]:
+        if pattern not in was_there and not any(matches(pattern, path) for path in _below(prefix, paths)):
             known = nearest(pattern, paths)
             raise InsertionError(f"check_inserted: inserted {pattern!r}: no module has that name{known}")
-        gone.append(pattern)
+    gone = [prefix + pattern for pattern in missing[prefix]]
     if gone:
         raise InsertionError(
             f"{', '.join(gone[:_SHOWN])}{_more(len(gone))}: has no attention block any more; something replaced the "
             "module that held it, such as folding a BatchNorm: insert the blocks again afterwards"
         )
+
+
+def _below(prefix: str, paths: Iterable[str]) -> set[str]:
+    return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
+
+
+def _unmatched(patterns: Iterable[str], sites: set[str]) -> list[str]:
+    return [one for one in patterns if one not in sites and not any(matches(one, site) for site in sites)]
 
 
 def _check_last(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:

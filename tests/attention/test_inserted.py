@@ -301,3 +301,158 @@ class TestNormsThatAreGone:
         assert remove_se(model, ["conv2"]) == 1
         insert_se(model, "conv2", input_nchw=CHW, reduction=2)
         assert check_inserted(model, input_nchw=CHW) == ("conv1", "conv2")
+
+
+class Residual(nn.Module):
+    """relu(bn(conv(x)) + x), with the children that selab takes for those of a residual block."""
+
+    class Add(nn.Module):
+        def forward(self, branch, shortcut):
+            return (branch + shortcut).relu()
+
+    after_3x3 = "0"
+
+    def __init__(self, branch=None):
+        super().__init__()
+        self.branch = branch or nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.shortcut, self.join = nn.Identity(), self.Add()
+
+    def forward(self, x):
+        return self.join(self.branch(x), self.shortcut(x))
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def residual(branch=None):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), Residual(branch), Residual()).eval()
+
+
+class TestSitesOfResidualBlocks:
+    """A block is known under the path that `insert_se` returned."""
+
+    def check(self, model, inserted, expected):
+        sites = [one.path for one in inserted]
+        assert sites == expected
+        assert check_inserted(model, input_nchw=CHW, inserted=inserted) == tuple(expected)
+        kept = copy.deepcopy(model)
+        assert check_inserted(kept, input_nchw=CHW, inserted=inserted) == tuple(expected)
+        assert check_inserted(nn.Sequential(kept), input_nchw=CHW) == tuple(f"0.{site}" for site in expected)
+        for index, site in reversed(list(enumerate(sites))):
+            assert remove_se(model, site) == 1
+            gone = ", ".join(sites[index:]).replace(".", r"\.")
+            with pytest.raises(InsertionError, match=f"^{gone}: has no attention block any more"):
+                check_inserted(model, input_nchw=CHW, inserted=inserted)
+        assert not blocks(model)
+
+    @pytest.mark.parametrize("branch", [None, Branch])
+    @pytest.mark.parametrize(
+        ("sites", "placement"),
+        [
+            (["1.branch", "2.branch"], "standard"),
+            (["1.branch", "2.branch"], "pre"),
+            (["1", "2.branch"], "standard"),
+            (["1", "2"], "standard"),
+            (["1", "2"], "pre"),
+            (["1", "2"], "post"),
+            (["1", "2"], "identity"),
+            (["1.join", "2.shortcut"], "standard"),
+        ],
+    )
+    def test_each_placement_and_child(self, sites, placement, branch):
+        model = residual(branch and branch())
+        inserted = insert_se(model, sites, placement=placement, reduction=2, input_nchw=CHW)
+        self.check(model, inserted, sites)
+
+    @pytest.mark.parametrize(("branch", "after"), [(None, "0"), (Branch, "conv")])
+    def test_inside_the_branch(self, branch, after):
+        model = residual(branch and branch())
+        model[1].after_3x3 = after
+        self.check(model, insert_se(model, "1", placement="3x3", reduction=2, input_nchw=CHW), ["1"])
+        inserted = insert_se(model, f"1.branch.{after}", reduction=2, input_nchw=CHW)
+        self.check(model, inserted, [f"1.branch.{after}"])
+
+    @pytest.mark.parametrize("name", ["resnet18", "shufflenet"])
+    def test_automatic_sites_of_the_catalog(self, name):
+        model = build(catalog.find(name)).model.eval()
+        shape = (1, 3, 64, 64)
+        inserted = insert_se(model, "auto", reduction=4, input_nchw=shape)
+        sites = tuple(one.path for one in inserted)
+        assert check_inserted(model, input_nchw=shape, inserted=inserted) == sites
+        fuse(model, input_nchw=shape)
+        assert check_inserted(model, input_nchw=shape, inserted=inserted) == sites
+        assert remove_se(model, [sites[0]]) == 1
+        assert remove_se(model) == len(sites) - 1
+
+    def test_a_graph_of_fx(self):
+        for sites in (["1", "2"], ["1.branch", "2.branch"]):
+            model = residual()
+            inserted = insert_se(model, sites, reduction=2, input_nchw=CHW)
+            graph = torch.fx.symbolic_trace(model)
+            assert check_inserted(graph, input_nchw=CHW, inserted=inserted) == tuple(sites)
+
+    def test_a_branch_that_was_moved(self):
+        model = residual()
+        insert_se(model, "1", placement="pre", reduction=2, input_nchw=CHW)
+        model[1] = model[1].branch
+        assert check_inserted(model, input_nchw=CHW) == ("1",)
+        assert remove_se(model, "1") == 1
+
+
+class Wrapper(nn.Module):
+    """A network with what prepares its input."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.prepare, self.net = nn.Identity(), net
+
+    def forward(self, x):
+        return self.net(self.prepare(x))
+
+
+class TestInsideWrappers:
+    @pytest.mark.parametrize(
+        ("wrap", "prefix"),
+        [
+            (nn.DataParallel, "module"),
+            (torch.optim.swa_utils.AveragedModel, "module"),
+            (Wrapper, "net"),
+            (lambda net: nn.DataParallel(Wrapper(net)), "module.net"),
+        ],
+    )
+    def test_the_paths_are_those_of_the_network(self, wrap, prefix):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+        inserted = insert_se(model, ["0", "2"], reduction=2, input_nchw=CHW)
+        wrapped = wrap(model)
+        found = (f"{prefix}.0", f"{prefix}.2")
+        for given in (inserted, found, ["?"], "2"):
+            assert check_inserted(wrapped, input_nchw=CHW, inserted=given) == found
+        assert remove_se(wrapped, inserted[1].path) == 1
+        message = f"^{prefix}.2: has no attention block any more"
+        with pytest.raises(InsertionError, match=message.replace(".", r"\.")):
+            check_inserted(wrapped, input_nchw=CHW, inserted=inserted)
+        with pytest.raises(InsertionError, match="inserted '7': no module has that name"):
+            check_inserted(wrapped, input_nchw=CHW, inserted=["7"])
+        assert remove_se(wrapped, f"{prefix}.0") == 1
+
+    def test_the_network_s_own_names_come_first(self):
+        model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())).eval()
+        insert_se(model, ["0", "0.0"], reduction=2, input_nchw=CHW)
+        assert remove_se(model, "0") == 1
+        with pytest.raises(InsertionError, match=r"^0: has no attention block any more"):
+            check_inserted(model, input_nchw=CHW, inserted="0")
+        assert check_inserted(model, input_nchw=CHW, inserted="0.0") == ("0.0",)
+
+    def test_another_layer_beside_it_makes_no_wrapper(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+        inserted = insert_se(model, "0", reduction=2, input_nchw=CHW)
+        other = nn.ModuleDict({"net": model, "head": nn.Linear(8, 2)})
+        other.forward = lambda x: other["head"](model(x).mean((2, 3)))
+        with pytest.raises(InsertionError, match=r"inserted '0': no module has that name; known: .*net\.0"):
+            check_inserted(other, input_nchw=CHW, inserted=[one.path for one in inserted])

@@ -31,6 +31,8 @@ class Attention(nn.Module, ABC):
     """
 
     inserted: bool = False
+    # Whether `selab.fuse` has changed the network since the block was inserted.
+    was_fused: bool = False
     # Whether `insert_se` made it the last child of an `nn.Sequential`.
     ends_sequence: bool = False
     # How many names the path of its site is shorter than its own path; 0 if that is not known.

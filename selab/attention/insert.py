@@ -41,8 +41,9 @@ from selab.attention.plan import AUTO, Plan, check_changeable, plan_insertion
 from selab.attention.registry import make_block
 from selab.attention.se import GatedJoin
 from selab.attention.sites import matches
+from selab.attention.unfuse import unfuse, unswap
 from selab.errors import InsertionError, nearest
-from selab.kernels.swap import Swapped, restore
+from selab.kernels.swap import Swapped
 from selab.meta import Example, On, Passage
 
 __all__ = ["AUTO", "insert_se", "remove_se"]
@@ -152,7 +153,9 @@ def _config(sites: str | Sequence[str] | SiteConfig, keys: dict[str, Any]) -> Si
 def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int:
     """Remove blocks that `insert_se` inserted, in place; without any of them the network is exactly the baseline.
 
-    Blocks that belong to the network itself stay. An optimizer that was given their parameters keeps them.
+    Blocks that belong to the network itself stay. An optimizer that was given their parameters keeps them. If
+    `selab.fuse` ran after the insertion, removing the last block undoes what it changed: outputs are those of the
+    baseline to the bit. Call `selab.fuse` again for a fused baseline.
 
     Args:
         model: any module.
@@ -185,7 +188,14 @@ def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int
         chosen = {
             path for pattern in patterns_given(paths, "remove_se: paths") for path in _of(model, pattern, inserted)
         }
-    _remove(model, [inserted[path][1] for path in chosen])
+    removed = [inserted[path][1] for path in chosen]
+    kept = [block for path, (_, block) in inserted.items() if path not in chosen]
+    _remove(model, removed)
+    if any(block.was_fused for block in removed):
+        for block in kept:
+            block.was_fused = True
+        if not kept:
+            unfuse(model)
     return len(chosen)
 
 
@@ -248,9 +258,7 @@ def _take_back_work(model: nn.Module, blocks: Collection[nn.Module]) -> None:
     for module in model.modules():
         consumers = module.__dict__.get("consumers", ())
         if isinstance(module, Swapped) and any(one in blocks or one in joins for one in consumers):
-            for name in ("consumers", "producers", "can_overwrite", "_cached_call"):
-                module.__dict__.pop(name, None)
-            restore(module)
+            unswap(module)
 
 
 def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Example, on: On) -> Mapping[str, Passage]:

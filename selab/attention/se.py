@@ -145,6 +145,8 @@ class SqueezeExcitation(CachedDispatch, Attention):
     """
 
     gate_affine: Tensor | None
+    # `impl` before `selab.fuse` changed it; empty if it did not.
+    unfused_impl: str = ""
 
     def __init__(
         self,

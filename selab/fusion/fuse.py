@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from selab import units
+from selab.attention.base import Attention
 from selab.attention.se import GatedJoin, SqueezeExcitation
 from selab.errors import ModelError, SelabError
 from selab.fusion.external import FusedExternal, external_params, hooked, is_external
@@ -185,6 +186,9 @@ def fuse(
     example = _example(input_nchw, "input_nchw") if inputs is None else _example(inputs, "inputs")
     reason = "" if measured() else "this interpreter's reference counts do not show who holds a feature map"
     defers = in_place and not reason
+    for module in model.modules():
+        if isinstance(module, Attention) and module.inserted:
+            module.was_fused = True
     absorbed = _absorb(model, defers and blocks)
     joins = _join(model, blocks)
     if blocks:
@@ -412,7 +416,8 @@ def _fused(path: str, module: nn.Module, absorbed: set[nn.Module]) -> FusedBlock
     """Fuse one block, in place."""
     kind = type(module).__name__
     if isinstance(module, SqueezeExcitation):
-        module.impl = "auto"
+        if module.impl != "auto":
+            module.unfused_impl, module.impl = module.impl, "auto"
         return FusedBlock(path=path, kind=kind, absorbed=module in absorbed, reason=module.refuses())
     native = not cpu.native_reason()
     if isinstance(module, SteppedBlock):

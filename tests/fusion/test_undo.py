@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import selab
 from selab.attention.insert import insert_se, remove_se
 from selab.attention.se import SqueezeExcitation
 from selab.fusion.fuse import fuse
@@ -43,6 +44,156 @@ def test_without_its_blocks_a_fused_network_is_the_baseline_to_the_bit(copied):
     for _ in range(2):
         assert torch.equal(model(x), expected)
     assert (str(model), list(model.state_dict())) == (text, keys)
+
+
+class Residual(nn.Module):
+    """x + act(bn(conv(x))), or with `late` act(x + bn(conv(x)))."""
+
+    def __init__(self, act, late=False):
+        super().__init__()
+        self.conv, self.bn, self.act, self.late = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), act, late
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return self.act(x + y) if self.late else x + self.act(y)
+
+
+class Join(nn.Module):
+    formula = "relu(branch + shortcut)"
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, branch, shortcut):
+        return self.relu(branch + shortcut)
+
+
+class Joined(nn.Module):
+    """A residual block of three children, with a gate of its own class in the branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), Gate())
+        self.shortcut, self.join = nn.Identity(), Join()
+
+    def forward(self, x):
+        return self.join(self.branch(x), self.shortcut(x))
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 4), nn.Linear(4, 16)
+
+    def forward(self, x):
+        return x * self.fc2(self.fc1(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+
+
+PARTS = {
+    "SiLU": lambda: Residual(nn.SiLU()),
+    "Hardswish": lambda: Residual(nn.Hardswish()),
+    "ReLU": lambda: Residual(nn.ReLU()),
+    "ReLU in place": lambda: Residual(nn.ReLU(inplace=True)),
+    "ReLU6": lambda: Residual(nn.ReLU6()),
+    "GELU": lambda: Residual(nn.GELU()),
+    "SiLU after the addition": lambda: Residual(nn.SiLU(), late=True),
+    "a join and a gate": Joined,
+    "the network's own block": lambda: nn.Sequential(
+        nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.SiLU(), SqueezeExcitation(16, 4)
+    ),
+    "the network's own reference": lambda: nn.Sequential(
+        nn.BatchNorm2d(16), nn.ReLU(inplace=True), SqueezeExcitation(16, 4, impl="reference")
+    ),
+}
+
+
+def three_parts(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), PARTS[name](), PARTS[name]()).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return model
+
+
+def described(model):
+    return [(path, type(module), sorted(vars(module))) for path, module in model.named_modules()]
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("options", [{}, {"in_place": False}, {"blocks": False}])
+@torch.no_grad
+def test_what_was_fused_away_from_the_blocks_is_undone_with_the_last_of_them(name, options):
+    model, x = three_parts(name), torch.randn(2, 3, 18, 18)
+    impls = [one.impl for one in model.modules() if isinstance(one, SqueezeExcitation)]
+    expected, before = model(x), described(model)
+    insert_se(model, ["0", "1"], input_nchw=(1, 3, 18, 18), reduction=4)
+    fuse(model, input_nchw=(1, 3, 18, 18), **options)
+    fuse(model, input_nchw=(1, 3, 18, 18), **options)
+    gated = [model(x) for _ in range(2)][-1]
+    assert remove_se(model, "1") == 1
+    assert remove_se(model) == 1
+    for _ in range(3):
+        assert torch.equal(model(x), expected)
+    assert not torch.equal(gated, expected)
+    assert described(model) == before
+    assert [one.impl for one in model.modules() if isinstance(one, SqueezeExcitation)] == impls
+    assert all(not one.can_overwrite for one in model.modules() if isinstance(one, SqueezeExcitation))
+
+
+@torch.no_grad
+def test_a_baseline_that_was_fused_before_the_insertion_stays_fused():
+    model, x = three_parts("SiLU"), torch.randn(2, 3, 18, 18)
+    assert fuse(model, input_nchw=(1, 3, 18, 18)).norms == 2
+    expected, before = model(x), [type(module) for module in model.modules()]
+    insert_se(model, "0", input_nchw=(1, 3, 18, 18), reduction=4)
+    assert remove_se(model) == 1
+    assert torch.equal(model(x), expected)
+    assert [type(module) for module in model.modules()] == before
+
+
+@torch.no_grad
+def test_a_block_that_was_inserted_after_fuse_is_removed_last():
+    model, x = three_parts("Hardswish"), torch.randn(2, 3, 18, 18)
+    expected, before = model(x), described(model)
+    insert_se(model, "0", input_nchw=(1, 3, 18, 18), reduction=4)
+    fuse(model, input_nchw=(1, 3, 18, 18))
+    insert_se(model, "2", input_nchw=(1, 3, 18, 18), reduction=4)
+    assert (remove_se(model, "0"), remove_se(model)) == (1, 1)
+    assert torch.equal(model(x), expected)
+    assert described(model) == before
+
+
+@torch.no_grad
+def test_a_hook_on_a_fused_join_survives_its_undoing():
+    model, seen = three_parts("a join and a gate"), []
+    insert_se(model, "0", input_nchw=(1, 3, 18, 18), reduction=4)
+    fuse(model, input_nchw=(1, 3, 18, 18))
+    handle = model[1].join.register_forward_hook(lambda _module, _args, out: seen.append(out.shape))
+    remove_se(model)
+    model(torch.randn(1, 3, 18, 18))
+    assert type(model[1].join) is Join
+    assert seen == [(1, 16, 16, 16)]
+    handle.remove()
+    model(torch.randn(1, 3, 18, 18))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0_no_se", "mobilenet_v3_large_no_se", "resnet18"])
+@torch.no_grad
+def test_networks_of_the_catalog_come_back_to_the_bit(name):
+    model, x = selab.build(name).eval(), torch.randn(1, 3, 64, 64)
+    expected, before = model(x), described(model)
+    insert_se(model, "auto", input_nchw=(1, 3, 64, 64), reduction=4)
+    fuse(model, input_nchw=(1, 3, 64, 64))
+    model(x)
+    remove_se(model)
+    assert torch.equal(model(x), expected)
+    assert described(model) == before
 
 
 @torch.no_grad

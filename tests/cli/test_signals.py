@@ -46,7 +46,7 @@ def test_a_profile_keeps_what_there_is_and_ends_its_children(toy, tmp_path, numb
     _, error = running.communicate(timeout=60)
     assert running.returncode == STATUSES[number]
     assert "Traceback" not in error
-    assert error.splitlines()[-1].startswith("error: interrupted; what was measured until then is in")
+    assert error.splitlines()[-1].startswith("error: interrupted; no time was measured yet; the counted costs are in")
     assert is_alone(running.pid)
     assert [path.name for path in (tmp_path / "r").rglob("*")][1:] == ["se_toy.cpu-b1-16-fp32-t1.partial.json"]
 

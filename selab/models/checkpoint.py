@@ -52,6 +52,7 @@ __all__ = [
 ]
 Head = Literal["keep", "drop"]
 """What becomes of a classifier of another number of classes: it is refused, or ours stays as it was initialised."""
+_VARIANCE = "running_var"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +242,9 @@ def load(
         raise WeightsError(f"{where}: does not fit {type(model).__name__}: {listed}{hint}")
     if isinstance(weights, Path):
         for key, value in state.items():
-            _check_finite(key, value, where)
+            if key not in dropped:
+                # Also a value that the network's type cannot hold becomes infinite.
+                _check_values(key, value.to(expected[key].dtype), where)
     counters = {key: torch.zeros((), dtype=torch.long) for key in expected if key not in state}
     model.load_state_dict({**state, **counters, **{key: expected[key] for key in dropped}})
     return Loaded(taken=found.words, dropped=dropped)
@@ -326,8 +329,9 @@ def _steps(
         place = places[ours]
         if not _fits(tensor, place):
             inner = (tensor.shape[1:].numel(), place.shape[1:].numel())
-            if ours.rpartition(".")[0] == classifier and tensor.dim() and len(set(inner)) == 1:
-                if head == "drop" and _same_kind(tensor, place):
+            resized = tensor.dim() and place.dim() and len(tensor) != len(place) and len(set(inner)) == 1
+            if ours.rpartition(".")[0] == classifier and resized and _same_kind(tensor, place):
+                if head == "drop":
                     dropped.append(ours)
                     continue
                 has = units.counted(len(tensor), "class", "classes")
@@ -375,7 +379,7 @@ def _converted(
         value = theirs[key].to(place.dtype, copy=True).contiguous()
         if key.endswith(".bn.running_mean") and _bias_of(key) in theirs and _bias_of(key) not in expected:
             value -= theirs[_bias_of(key)]
-        _check_finite(key, value, where)
+        _check_values(key, value, where)
         converted[key] = value
     return converted
 
@@ -391,10 +395,12 @@ def _same_kind(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _misfit(key: str, theirs: Tensor, ours: Tensor) -> str:
-    if theirs.shape == ours.shape:
-        kinds = (str(one.dtype).removeprefix("torch.") for one in (theirs, ours))
-        return f"{shown(key)} {' instead of '.join(kinds)}"
-    return f"{shown(key)} {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
+    kinds = [str(one.dtype).removeprefix("torch.") for one in (theirs, ours)]
+    shapes = [str(tuple(one.shape)) for one in (theirs, ours)]
+    if not _same_kind(theirs, ours):
+        said = kinds if theirs.shape == ours.shape else map(" ".join, zip(kinds, shapes, strict=True))
+        return f"{shown(key)} {' instead of '.join(said)}"
+    return f"{shown(key)} {' instead of '.join(shapes)}"
 
 
 def _listed(missing: list[str], unexpected: list[str], shapes: list[str], *, said: str = "") -> str:
@@ -411,10 +417,16 @@ def _listed(missing: list[str], unexpected: list[str], shapes: list[str], *, sai
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-def _check_finite(key: str, value: Tensor, where: str) -> None:
+def _check_values(key: str, value: Tensor, where: str) -> None:
+    """Refuse NaN, infinity, and a running variance below zero, whose square root would be NaN."""
+    if not value.is_floating_point():
+        return
     # float8 has no isfinite of its own.
-    if value.is_floating_point() and not value.double().isfinite().all():
+    exact = value.double()
+    if not exact.isfinite().all():
         raise WeightsError(f"{where}: {key}: holds NaN or infinite values; get the file again")
+    if key.rpartition(".")[2] == _VARIANCE and (exact < 0).any():
+        raise WeightsError(f"{where}: {key}: holds negative values, and a variance has none; get the file again")
 
 
 def _check_target(path: Path, source: Path, *, replace: bool) -> None:

@@ -43,10 +43,11 @@ def listings(root):
 def filled(shapes):
     """A state dict of these shapes, no two tensors alike."""
     random = torch.Generator().manual_seed(0)
-    return {
+    state = {
         key: torch.randn(shape, generator=random) if shape else torch.tensor(7 + index)
         for index, (key, shape) in enumerate(shapes.items())
     }
+    return {key: value.abs() if key.endswith("running_var") else value for key, value in state.items()}
 
 
 @pytest.fixture(scope="session")
@@ -322,6 +323,33 @@ class TestRefused:
             state["features.0.0.weight"] = torch.full((16, 3, 3, 3), torch.inf)
 
         refused(saved(spoil), ["stem.conv.weight", "NaN or infinite"])
+
+    @pytest.mark.parametrize("value", [-1.0, -1e-30])
+    def test_a_variance_below_zero(self, saved, value):
+        def spoil(state):
+            state["features.0.1.running_var"] = torch.full((16,), value)
+
+        refused(saved(spoil), ["stem.bn.running_var: holds negative values, and a variance has none; get the file"])
+
+    def test_a_variance_of_zero_is_one(self, saved, tmp_path):
+        path = saved(lambda state: state.update({"features.0.1.running_var": torch.zeros(16)}))
+        assert convert(path, None, **SMALL).renamed
+
+    @pytest.mark.parametrize("head", ["keep", "drop"])
+    @pytest.mark.parametrize(
+        ("dtype", "size", "words"),
+        [
+            (torch.complex64, 1000, "1 of the wrong shape or type: classifier.3.bias complex64 instead of float32"),
+            (torch.bool, 1000, "classifier.3.bias bool instead of float32"),
+            (torch.int8, 1000, "classifier.3.bias int8 instead of float32"),
+            (torch.complex64, 10, "classifier.3.bias complex64 (10,) instead of float32 (1000,)"),
+        ],
+    )
+    def test_a_classifier_of_another_type(self, saved, dtype, size, words, head):
+        def spoil(state):
+            state["classifier.3.bias"] = torch.zeros(size, dtype=dtype)
+
+        refused(saved(spoil), words, head=head)
 
     def test_a_network_that_is_not_equal(self, saved):
         refused(saved(), "strides in the 3x3", arch="resnet50", error=UnknownNameError)

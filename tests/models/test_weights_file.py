@@ -25,7 +25,10 @@ class Net(nn.Module):
 def state_of(seed, **options):
     torch.manual_seed(seed)
     state = Net(**options).state_dict()
-    return {key: torch.randn_like(value) if value.is_floating_point() else value + seed for key, value in state.items()}
+    drawn = {
+        key: torch.randn_like(value) if value.is_floating_point() else value + seed for key, value in state.items()
+    }
+    return {key: value.abs() if key.endswith("running_var") else value for key, value in drawn.items()}
 
 
 GOOD, OTHER = state_of(1), state_of(2)
@@ -412,6 +415,22 @@ def test_values_that_are_not_finite_are_refused_before_anything_changes(saved, v
     with pytest.raises(WeightsError, match=r"conv\.weight: holds NaN or infinite values"):
         load(model, saved(state))
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_variance_below_zero_is_refused_before_anything_changes(saved):
+    model = Net()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = {**GOOD, "bn.running_var": torch.tensor([1.0, -0.5, 1.0, 1.0])}
+    with pytest.raises(WeightsError, match=r"bn\.running_var: holds negative values, and a variance has none"):
+        load(model, saved(state))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_values_that_the_networks_type_cannot_hold_are_refused(saved):
+    state = {**GOOD, "fc.bias": torch.full((3,), 1e300, dtype=torch.float64)}
+    with pytest.raises(WeightsError, match=r"fc\.bias: holds NaN or infinite values"):
+        load(Net(), saved(state))
+    load(Net().double(), saved(state))
 
 
 class TestHead:

@@ -33,10 +33,10 @@ from selab.attention.inserted import (
     check_calls,
     check_complete,
     inserted_blocks,
-    note_norms,
     wrapper_prefixes,
 )
 from selab.attention.insertions import Insertions
+from selab.attention.norms import note_norms
 from selab.attention.plan import AUTO, Plan, check_changeable, plan_insertion
 from selab.attention.registry import make_block
 from selab.attention.se import GatedJoin
@@ -130,7 +130,9 @@ def insert_se(
     blocks = [_block_for(model, plan, config) for plan in plans]
     _put(model, plans, blocks)
     try:
-        note_norms(model, blocks, _check_passes(model, found.seen, example, on))
+        seen = _check_passes(model, found.seen, example, on)
+        new = {id(block) for block in blocks}
+        note_norms(model, {path: one for path, (_, one) in inserted_blocks(model).items() if id(one) in new}, seen)
         if optimizer is not None:
             optimizer.add_param_group({"params": [p for block in blocks for p in block.parameters()]})
     except BaseException:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from selab.attention.base import Attention
-from selab.attention.gated_site import BLOCK, INNER, GatedSite, has_block, named_sites, sites_own
+from selab.attention.gated_site import BLOCK, INNER, GatedSite, has_block, named_sites
 from selab.attention.given import check_network, check_on, example_given, patterns_given
+from selab.attention.norms import check_norms
 from selab.attention.se import GatedJoin
 from selab.attention.sites import is_residual_block, matches
 from selab.errors import InsertionError, nearest
@@ -126,7 +127,7 @@ def check_inserted(
     seen = calls_of_modules(model, example, on=on)
     check_calls(model, seen)
     _check_last(model, blocks)
-    _check_norms(model, blocks, seen)
+    check_norms(model, blocks, sites, seen, example, on=on)
     return tuple(sites.values())
 
 
@@ -194,71 +195,6 @@ def _check_last(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
                 f"{path}: this SE block gates the output of {holder_path}, but {name} ({last}) was added "
                 "after it; remove the block first (selab.remove_se), then change the sequence and insert it again"
             )
-
-
-def note_norms(model: nn.Module, blocks: Iterable[nn.Module], seen: Mapping[str, Passage]) -> None:
-    """Note on each new block which BatchNorm reads its output, given the calls of a network's modules."""
-    new = {id(block) for block in blocks}
-    readers = _norms_by_source(model, seen)
-    for path, block in _blocks(model).items():
-        if id(block) in new and path in readers and _has_statistics(model.get_submodule(readers[path])):
-            block.norm_behind = _relative(readers[path], path)  # type: ignore[assignment]
-
-
-def _check_norms(model: nn.Module, blocks: Mapping[str, nn.Module], seen: Mapping[str, Passage]) -> None:
-    """Check that what normalised the output of a block still does: no layer before a block can take over its work."""
-    readers = _norms_by_source(model, seen)
-    for path, block in blocks.items():
-        noted = str(getattr(block, "norm_behind", ""))
-        norm = _absolute(noted, path)
-        if not noted or path in readers or norm in readers.values():
-            continue
-        if norm in seen and seen[norm].calls and _normalises(model.get_submodule(norm)):
-            continue
-        site = site_of(model, path)
-        raise InsertionError(
-            f"{path}: the BatchNorm behind this SE block, {norm}, is gone; if it was folded into {site}, the outputs "
-            "are wrong, because the block stands between the two: load the weights again, and fold before you insert "
-            "the blocks; if you only removed it, remove and insert the block again (selab.remove_se, selab.insert_se)"
-        )
-
-
-def _norms_by_source(model: nn.Module, seen: Mapping[str, Passage]) -> dict[str, str]:
-    """Return block → the normalisation that reads its output as it is, by their paths without blocks."""
-    return {
-        passage.source: path
-        for path, module in named_sites(model)
-        if (passage := seen.get(path)) is not None
-        and passage.source
-        and _normalises(module)
-        and isinstance(model.get_submodule(passage.source), Attention)
-    }
-
-
-def _normalises(module: nn.Module) -> bool:
-    """Return whether a module is a normalisation, also of another library."""
-    return _has_statistics(module) or "norm" in type(sites_own(module)).__name__.lower()
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    """Return whether a module is a BatchNorm, also a frozen one of another library."""
-    own = sites_own(module)
-    return isinstance(own, nn.modules.batchnorm._BatchNorm) or "running_mean" in own._buffers
-
-
-def _relative(path: str, start: str) -> str:
-    """Return a path as seen from another, with a leading dot for each name to go up."""
-    names, above = path.split("."), start.split(".")
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(names, above, strict=False)) if a != b), min(len(names), len(above))
-    )
-    return "." * (len(above) - shared) + ".".join(names[shared:])
-
-
-def _absolute(relative: str, start: str) -> str:
-    """Return the path that `_relative` was given."""
-    up = len(relative) - len(relative.lstrip("."))
-    return ".".join([*start.split(".")[: len(start.split(".")) - up], relative[up:]])
 
 
 def calls_of_modules(

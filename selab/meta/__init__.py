@@ -313,6 +313,7 @@ class Passage:
         output_dtype: of the output, None if it is not a tensor.
         source: the path of the module that returned that argument as it is, if it is one of those that were asked for;
             of several, the innermost.
+        returns_input: whether the last call returned that argument as it was.
     """
 
     calls: int = 0
@@ -323,6 +324,7 @@ class Passage:
     input_dtype: torch.dtype | None = None
     output_dtype: torch.dtype | None = None
     source: str = ""
+    returns_input: bool = False
 
 
 def passages(
@@ -352,10 +354,11 @@ def passages(
     seen = {path: Passage() for path in paths}
     # While a tensor lives, no other has its id; one that was changed in place is another value.
     returned: dict[tuple[int, int], tuple[str, Tensor]] = {}
+    given: dict[int, tuple[int, int]] = {}
     for path, passage in seen.items():
         module = fakes.model.get_submodule(path)
-        module.register_forward_pre_hook(_finder(passage, returned))
-        module.register_forward_hook(_recorder(path, passage, returned))
+        module.register_forward_pre_hook(_finder(passage, returned, given))
+        module.register_forward_hook(_recorder(path, passage, returned, given))
     try:
         with evaluating(fakes.model), torch.no_grad(), fakes.running():
             fakes()
@@ -373,17 +376,28 @@ def _identity(x: Tensor) -> tuple[int, int]:
     return id(x), 0 if x.is_inference() else x._version
 
 
-def _finder(passage: Passage, returned: dict[tuple[int, int], tuple[str, Tensor]]):  # type: ignore[no-untyped-def]
+def _finder(  # type: ignore[no-untyped-def]
+    passage: Passage, returned: dict[tuple[int, int], tuple[str, Tensor]], given: dict[int, tuple[int, int]]
+):
     # Before the module runs, which may change its input in place.
     def find(_module: nn.Module, args: tuple[object, ...]) -> None:
         first = args[0] if args else None
-        found = returned.get(_identity(first)) if isinstance(first, Tensor) else None
-        passage.source = found[0] if found else ""
+        passage.source, passage.returns_input = "", False
+        if isinstance(first, Tensor):
+            before = _identity(first)
+            found = returned.get(before)
+            passage.source = found[0] if found else ""
+            given[id(passage)] = before
 
     return find
 
 
-def _recorder(path: str, passage: Passage, returned: dict[tuple[int, int], tuple[str, Tensor]]):  # type: ignore[no-untyped-def]
+def _recorder(  # type: ignore[no-untyped-def]
+    path: str,
+    passage: Passage,
+    returned: dict[tuple[int, int], tuple[str, Tensor]],
+    given: dict[int, tuple[int, int]],
+):
     def record(_module: nn.Module, args: tuple[object, ...], output: object) -> None:
         passage.calls += 1
         first = args[0] if args else None
@@ -394,6 +408,7 @@ def _recorder(path: str, passage: Passage, returned: dict[tuple[int, int], tuple
         passage.input_dtype = first.dtype if isinstance(first, Tensor) else None
         passage.output_dtype = output.dtype if isinstance(output, Tensor) else None
         if isinstance(output, Tensor):
+            passage.returns_input = output is first and given.get(id(passage)) == _identity(output)
             returned.setdefault(_identity(output), (path, output))
 
     return record

@@ -20,7 +20,7 @@ from selab.attention.user_code import before_code, beside, imported
 from selab.errors import InsertionError, ModelError, SelabError, SpecError
 from selab.meta import Example, first_line
 from selab.models import external
-from selab.models.inputs import example_of, feed
+from selab.models.inputs import check_inputs, example_of, feed
 from selab.models.spec import Variant
 from selab.records.types import Insertion
 
@@ -85,6 +85,10 @@ def build(
             ) from error
         if not isinstance(model, nn.Module):
             raise SpecError(f"{variant.origin}: builder: {variant.builder} does not return a torch.nn.Module")
+        try:
+            check_inputs(model, variant.inputs)
+        except ModelError as error:
+            raise ModelError(f"{variant.place}: {error}") from None
         native = external.se_blocks(model)
         if variant.se is None:
             feed(model, variant.inputs)

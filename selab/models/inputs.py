@@ -2,8 +2,11 @@
 
 import inspect
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from selab import units
+from selab.errors import ModelError, nearest
 from selab.records.types import Frozen
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ def main_input(inputs: Sequence[Input]) -> int | None:
 
 
 _IMAGE = 3
+_CLOSE = 0.75
 
 
 def example_of(model: "nn.Module", inputs: Sequence[Input], *, batch: int) -> "Example":
@@ -57,6 +61,54 @@ def example_of(model: "nn.Module", inputs: Sequence[Input], *, batch: int) -> "E
         return args
     names = list(inspect.signature(model.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def check_inputs(model: "nn.Module", inputs: Sequence[Input]) -> None:
+    """Check that a network's forward has a place for every input.
+
+    Args:
+        model: an `nn.Module`; one whose signature cannot be read, or which takes any arguments, is not checked.
+        inputs: positional ones first.
+
+    Raises:
+        ModelError: forward has no argument of an input's name, and takes no dictionary in its place; an input without a
+            name and one with a name are the same argument; or there are more inputs without a name than forward takes.
+    """
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return
+    kinds = {one.kind for one in parameters.values()}
+    positional = [one for one in parameters.values() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    names = [one.name for one in inputs if one.name]
+    count = len(inputs) - len(names)
+    what = f"{type(model).__name__}.forward"
+    if count > len(positional) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        known = ", ".join(parameters) or "none"
+        raise ModelError(
+            f"--input: {count} without a name, and {what} takes {units.counted(len(positional), 'such input')}; its "
+            f"arguments: {known}"
+        )
+    for index, one in enumerate(positional[:count]):
+        if one.name in names and one.kind is not one.POSITIONAL_ONLY:
+            raise ModelError(
+                f"--input {one.name}: is given twice: the input without a name in place {index + 1} ({inputs[index]}) "
+                f"is the argument {one.name} of {what}; name every input, as in --input {one.name}={inputs[index]}"
+            )
+    taken = [one.name for one in parameters.values() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    unknown = [name for name in names if name not in taken]
+    if not unknown or inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
+        return
+    needed = [one for one in positional[count:] if one.default is one.empty]
+    only_named = [one for one in parameters.values() if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
+    free = [name for name in taken if name not in names and name not in {one.name for one in positional[:count]}]
+    as_dictionary = len(positional) > count and len(needed) <= 1 and not only_named
+    # A name that is nearly that of an argument is taken for it where the inputs could be arguments.
+    arguments_too = len(names) <= len(free) and (count > 0 or len(free) > 1)
+    misspelt = arguments_too and any(get_close_matches(name, free, cutoff=_CLOSE) for name in unknown)
+    if as_dictionary and not misspelt and (len(unknown) == len(names) or len(taken) == count + 1):
+        return
+    raise ModelError(f"--input {unknown[0]}: {what} has no argument of this name{nearest(unknown[0], free or taken)}")
 
 
 def feed(model: "nn.Module", inputs: Sequence[Input]) -> None:

@@ -36,6 +36,21 @@ class Mapped(Two):
         return super().forward(batch["rgb"], batch["depth"])
 
 
+class Optional(Two):
+    def forward(self, rgb, depth=None):
+        return super().forward(rgb, depth)
+
+
+class Several(Two):
+    def forward(self, *images, scale=None):
+        return super().forward(*images)
+
+
+class Free(Two):
+    def forward(self, rgb, **others):
+        return super().forward(rgb, others["other"])
+
+
 class Vector(Two):
     def forward(self, scale, rgb, depth):
         return super().forward(rgb, depth) * scale.mean()
@@ -62,6 +77,78 @@ def file(tmp_path):
     path = tmp_path / "two.py"
     path.write_text(NETWORKS)
     return path
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        (
+            "Two",
+            ["dept=1x6x6", "rgb=3x6x6"],
+            "--input dept: Two.forward has no argument of this name; did you mean depth?",
+        ),
+        ("Two", ["3x6x6", "dept=1x6x6"], "--input dept: Two.forward has no argument of this name; did you mean depth?"),
+        (
+            "Two",
+            ["image=3x6x6", "more=1x6x6"],
+            "--input image: Two.forward has no argument of this name; known: depth, rgb",
+        ),
+        (
+            "Named",
+            ["rgb=3x6x6", "dept=1x6x6"],
+            "--input dept: Named.forward has no argument of this name; did you mean",
+        ),
+        (
+            "Optional",
+            ["rgb=3x6x6", "dept=1x6x6"],
+            "--input dept: Optional.forward has no argument of this name; did you",
+        ),
+        (
+            "Two",
+            ["3x6x6", "rgb=1x6x6"],
+            "--input rgb: is given twice: the input without a name in place 1 (3x6x6) is the argument rgb of "
+            "Two.forward; name every input, as in --input rgb=3x6x6",
+        ),
+        (
+            "Vector",
+            ["5", "3x6x6", "rgb=3x6x6"],
+            "--input rgb: is given twice: the input without a name in place 2 (3x6x6)",
+        ),
+        (
+            "Two",
+            ["3x6x6", "1x6x6", "2x6x6"],
+            "--input: 3 without a name, and Two.forward takes 2 such inputs; its arguments: rgb, depth",
+        ),
+        (
+            "Named",
+            ["3x6x6", "depth=1x6x6"],
+            "--input: 1 without a name, and Named.forward takes 0 such inputs; its arguments: rgb, depth",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["count", "show", "sites"])
+def test_inputs_without_a_place_in_forward(selab, file, name, given, words, command):
+    network = ([] if command == "show" else ["--arch"]) + [f"{file}:{name}"]
+    status, _, error = selab(command, *network, *(word for text in given for word in ("--input", text)))
+    assert status == 1
+    assert words in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("Several", ["3x6x6", "1x6x6"]),
+        ("Free", ["rgb=3x6x6", "other=1x6x6"]),
+        ("Optional", ["3x6x6", "depth=1x6x6"]),
+        ("Mapped", ["rgb=3x6x6", "depth=1x6x6", "batch=2"]),
+        ("Mapped", ["rgb=3x6x6", "depth=1x6x6", "batches=2"]),
+    ],
+)
+def test_inputs_that_forward_takes_in_another_way(selab, file, name, given):
+    words = [word for text in given for word in ("--input", text)]
+    status, out, error = selab("count", "--arch", f"{file}:{name}", *words, "--json", "-")
+    assert status == 0, error
+    assert json.loads(out)["cost"]["macs"]["conv_linear"] == MACS
 
 
 @pytest.mark.parametrize(("name", "given"), FORMS)

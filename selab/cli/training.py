@@ -230,7 +230,7 @@ def compare(
 ) -> None:
     """Train networks with SE and without, several seeds each (hours)."""
     for one in archs:
-        find(one)
+        find(one, option="compare")
     from selab.experiments import compare as experiments_compare
     from selab.training.distributed import join, leave
     from selab.training.record import read_accuracy_record

@@ -79,8 +79,8 @@ def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
         SpecError: there is no baseline.
         UnknownNameError: no such name.
     """
-    variant = catalog.find(arch)
-    other = catalog.find(baseline) if baseline is not None else catalog.baseline_of(variant)
+    variant = catalog.find(arch, option="compare")
+    other = catalog.find(baseline, option="compare") if baseline is not None else catalog.baseline_of(variant)
     if other is None:
         raise SpecError(f"{arch}: is a baseline itself; name both: selab compare BASELINE VARIANT")
     if other.name == variant.name:

@@ -39,7 +39,9 @@ class TestAccuracy:
         ("words", "message"),
         [
             (["compare", "small_cnn"], "is a baseline itself"),
-            (["compare", "small_cn"], "no such architecture; did you mean small_cnn"),
+            (["compare", "small_cn"], "error: compare small_cn: no such architecture; did you mean small_cnn"),
+            (["compare", "small_cnn", "se_small_cn"], "error: compare se_small_cn: no such architecture; did you mean"),
+            (["compare", "small_cnn", "no/file.py:Net"], "error: compare no/file.py:Net: there is no file no/file.py"),
             (["train", "--arch", "small_cnn", "--recipe", "cifar_shor"], "no such recipe; did you mean cifar_short"),
             (
                 ["train", "--arch", "small_cnn", "--seed", 2**64],

@@ -1,4 +1,4 @@
-"""Count a network: parameters, MACs, FLOPs and bytes of one forward pass in which no kernel runs.
+"""Count a network: parameters, MACs, FLOPs and bytes of one forward pass; by default no kernel runs in it.
 
 "FLOPs" is not a well-defined quantity: papers and tools differ in what they count. These are the conventions of selab,
 and every total names its convention.
@@ -42,6 +42,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import nn
 
+from selab.cost.packed import parameter_sizes
 from selab.cost.tracer import Operation, OpTrace, Stage, op_trace
 from selab.meta import Example, On, as_written
 from selab.records.types import Cost, Macs, OperatorCost, SECost, StageCost
@@ -118,20 +119,16 @@ def _macs_backward(operations: Sequence[Operation]) -> Macs:
 
 def _sizes(model: nn.Module) -> tuple[int, int]:
     """Return the elements of parameters and of persistent buffers; shared tensors count once."""
-    params: dict[int, int] = {}
     buffers: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                params[id(parameter)] = parameter.numel()
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 buffers[id(buffer)] = buffer.numel()
-    return sum(params.values()), sum(buffers.values())
+    return sum(parameter_sizes(model.modules()).values()), sum(buffers.values())
 
 
 def _se_cost(model: nn.Module, traced: OpTrace) -> SECost:
-    params = {id(p): p for path in traced.se_blocks for p in model.get_submodule(path).parameters()}
+    params = parameter_sizes(module for path in traced.se_blocks for module in model.get_submodule(path).modules())
     inside = [o for o in traced.operations if o.stage]
 
     def stage(name: Stage) -> StageCost:
@@ -140,7 +137,7 @@ def _se_cost(model: nn.Module, traced: OpTrace) -> SECost:
 
     return SECost(
         blocks=len({o.block for o in inside}),
-        params=sum(p.numel() for p in params.values()),
+        params=sum(params.values()),
         squeeze=stage("squeeze"),
         excitation=stage("excitation"),
         scale=stage("scale"),

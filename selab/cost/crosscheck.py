@@ -9,6 +9,7 @@ that the counter leaves out.
 """
 
 import io
+import re
 import warnings
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,8 @@ _TORCH_PRODUCTS = {
     *("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     *("aten::_scaled_mm", *_TORCH_ATTENTION),
 }
+# How Python prints an object or a function that has no text of its own.
+_ADDRESS = re.compile(r"<(?:__torch__\.)?([\w.<> ]+?)(?: object)? at 0x[0-9a-fA-F]+>")
 _GATES = {"sigmoid", "hardsigmoid", "tanh", "relu", "hardtanh", "clamp"}
 
 
@@ -230,7 +233,7 @@ def _counter(
             total, uncounted = run()
             explained = tuple(differences() if callable(differences) else differences)
     except Exception as error:
-        failed = f"{name} fails on this model: {type(error).__name__}: {first_line(error)}"
+        failed = f"{name} fails on this model: {_reason(error)}"
         return Counter(
             name=name, version=installed, direction=direction, unit=unit, total=None, ours=ours, error=failed
         )
@@ -245,6 +248,14 @@ def _counter(
         remainder=total - ours - sum(difference.amount for difference in explained),
         uncounted=uncounted,
     )
+
+
+def _reason(error: Exception) -> str:
+    """Return one line on an exception, without the addresses of objects, which differ from run to run."""
+    text = _ADDRESS.sub(r"\1", first_line(error))
+    if "PackedParams" in text:
+        return "torch.jit.trace cannot follow the packed weights of its layers"
+    return f"{type(error).__name__}: {text}"
 
 
 @contextmanager

@@ -109,7 +109,7 @@ class Cost(DisplayedValues, Frozen, frozen=True, kw_only=True):
     """The counted cost of a network; nothing in it was timed.
 
     Attributes:
-        params: learnable parameters, shared ones once.
+        params: parameters, shared ones once; also weights and biases that quantised layers have packed.
         buffer_elements: elements of persistent buffers (the BN's running statistics and counters), shared ones once.
         macs: one forward pass.
         macs_backward: one backward pass (weight gradients and the input gradients that are needed).

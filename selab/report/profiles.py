@@ -276,7 +276,8 @@ def counters_table(cost: Cost) -> Table:
     for counter in cost.counters.values():
         name = f"{counter.name} {counter.version}, {counter.direction.replace('_', '+')}"
         if counter.total is None:
-            rows.append((f"{name}: failed: {counter.error}", NONE, counter.unit))
+            # Why is said once, by the warnings of the record.
+            rows.append((f"{name}: failed", NONE, counter.unit))
             continue
         rows.append((f"{name}: total", units.exact(counter.total), counter.unit))
         rows.append(("  ours, conv+linear", units.exact(counter.ours), counter.unit))

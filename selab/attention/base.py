@@ -77,7 +77,7 @@ class MapBlock(Attention):
             ModelError: any other shape.
         """
         # The proxy of a symbolic trace has no dimensions.
-        if isinstance(x, Tensor) and x.dim() != 4:
+        if isinstance(x, Tensor) and (x.dim() != 4 or has_other_width(x, self.channels)):
             return self._gated(batch_of_one(x, self.channels)).squeeze(0)
         return self._gated(x)
 
@@ -86,13 +86,25 @@ class MapBlock(Attention):
         """(N, C, H, W) → (N, C, H, W)."""
 
 
+def has_other_width(x: Tensor, channels: int) -> bool:
+    """Return whether a feature map (N, C, H, W) has another number of channels.
+
+    Without this, a block whose layers do not depend on the width would gate it.
+    """
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return x.shape[1] != channels
+    else:  # noqa: RET505 - the compiler skips this branch, not what follows the statement
+        # A trace would warn that it cannot record the comparison.
+        return torch._C._get_tracing_state() is None and x.shape[1] != channels
+
+
 def batch_of_one(x: Tensor, channels: int) -> Tensor:
     """Return the feature map of one image as a batch: (C, H, W) → (1, C, H, W).
 
     Means over the wrong dimensions of another tensor, such as (N, C, D, H, W), would gate it without an error.
 
     Args:
-        x: not (N, C, H, W).
+        x: not (N, C, H, W) with that many channels.
         channels: C.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.attention.base import Attention, batch_of_one, check_whole
+from selab.attention.base import Attention, batch_of_one, check_whole, has_other_width
 from selab.attention.config import LATENT, Init, is_latent
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
@@ -249,7 +249,9 @@ class SqueezeExcitation(CachedDispatch, Attention):
             ModelError: any other shape, or the implementation that `impl` names cannot run here.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._scripted(x) if x.dim() == 4 else self._scripted(batch_of_one(x, self.channels)).squeeze(0)
+            if x.dim() != 4 or has_other_width(x, self.channels):
+                return self._scripted(batch_of_one(x, self.channels)).squeeze(0)
+            return self._scripted(x)
         else:  # noqa: RET505 - the compiler skips this branch, not what follows the statement
             compiling = torch.compiler.is_compiling()
             references = 0 if compiling else getrefcount(x)
@@ -257,7 +259,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
             if out is not None:
                 return out
             # The proxy of a symbolic trace has no dimensions.
-            if isinstance(x, Tensor) and x.dim() != 4:
+            if isinstance(x, Tensor) and (x.dim() != 4 or self._refuses_width(x)):
                 return self.forward(batch_of_one(x, self.channels)).squeeze(0)
             arrival = None if compiling else Arrival(self, sys._getframe(1), references)
             relu = consume_relu(x)
@@ -269,6 +271,10 @@ class SqueezeExcitation(CachedDispatch, Attention):
                 x = x.relu_() if relu is not None or self.may_overwrite(x, arrival) else x.relu()
             factor = self.excite(self.squeeze(x))
             return x * (factor if self.kinds[0] == "none" else factor[:, :, None, None])
+
+    def _refuses_width(self, x: Tensor) -> bool:
+        # Pruning of whole channels changes the layers, and does not know `channels`.
+        return has_other_width(x, self.channels) and x.shape[1] != getattr(self.fc1, "in_features", self.channels)
 
     def _scripted(self, x: Tensor) -> Tensor:
         """Compute the reference in what torch.jit.script compiles."""
@@ -313,6 +319,8 @@ class SqueezeExcitation(CachedDispatch, Attention):
         if reason:
             self._check_reference_allowed(reason)
             return None
+        if join is not None and self._refuses_width(x):
+            batch_of_one(x, self.channels)
         params = self._params(relu_in=relu is not None, relu_out=relu_out)
         x = supported(x)
         impl, reason = self._choose(x, shortcut, params)

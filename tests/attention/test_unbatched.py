@@ -30,6 +30,7 @@ MAKERS = {
     "gather_excite 2": lambda: GatherExcite(C, extent=2),
     "ese": lambda: ESE(C),
 }
+OTHER_WIDTHS = [(1, C - 1, H, W), (2, C + 1, H, W), (C, 1, H, W), (1, H, W, C), (2, 2 * C, H, W)]
 ALL = pytest.mark.parametrize("name", list(MAKERS))
 
 
@@ -87,7 +88,7 @@ def test_the_input_is_kept(name):
 
 
 @ALL
-@pytest.mark.parametrize("size", [(C,), (H, W), (C + 1, H, W), (2, C, 3, H, W), (C, C, C, C, C), ()])
+@pytest.mark.parametrize("size", [(C,), (H, W), (C + 1, H, W), (2, C, 3, H, W), (C, C, C, C, C), (), *OTHER_WIDTHS])
 def test_other_shapes_are_refused_in_one_line(name, size):
     """Many of them would be gated by means over the wrong dimensions."""
     block, x = made(name), torch.ones(size)
@@ -95,6 +96,52 @@ def test_other_shapes_are_refused_in_one_line(name, size):
         block(x)
     assert str(list(size)) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@ALL
+@pytest.mark.parametrize("size", OTHER_WIDTHS)
+def test_another_width_is_refused_however_the_block_is_called(name, size):
+    """Where no layer depends on the width, the block would gate such a feature map."""
+    block, x = made(name), torch.ones(size)
+    ways = {
+        "training": lambda: made(name).train()(x),
+        "inference": lambda: torch.inference_mode()(made(name))(x),
+        "after a right one": lambda: (block(image()[None]), block(image()[None]), block(x)),
+        "join": lambda: GatedJoin(Add(), made(name), "branch")(x, x),
+        "output of a join": lambda: GatedJoin(Add(), made(name), "output")(x, x),
+    }
+    for way, call in ways.items():
+        with pytest.raises(ModelError, match=r"expected a feature map \(N, 8, H, W\)"):
+            pytest.fail(f"{way}: {call()}")
+    with pytest.raises(torch.jit.Error, match=r"expected a feature map \(N, 8, H, W\)"):
+        torch.jit.script(block)(x)
+
+
+@pytest.mark.parametrize("name", ["eca", "gather_excite", "ese", "se auto"])
+def test_another_width_is_refused_by_a_fused_block(name):
+    network = nn.Sequential(nn.Identity(), made(name), nn.ReLU()).eval()
+    selab.fuse(network, input_nchw=(1, C, H, W))
+    with torch.no_grad():
+        assert network(image()[None]).shape == (1, C, H, W)
+        for size in OTHER_WIDTHS:
+            with pytest.raises(ModelError, match=r"expected a feature map \(N, 8, H, W\)"):
+                network(torch.ones(size))
+
+
+def test_a_block_whose_channels_were_pruned():
+    """What removes whole channels gives the layers another width, and does not know the block's own attribute."""
+    block, x = made("se auto"), image(2, C - 2, H, W)
+    block.fc1, block.fc2 = nn.Linear(C - 2, 2), nn.Linear(2, C - 2)
+    with torch.no_grad():
+        gate = block.fc2(block.fc1(x.mean((2, 3))).relu()).sigmoid()
+        torch.testing.assert_close(block(x), x * gate[:, :, None, None])
+
+
+@pytest.mark.filterwarnings("error", "ignore:.*torch.jit.trace.* is deprecated")
+def test_a_trace_does_not_warn_about_the_width():
+    for name in ("se auto", "eca"):
+        block, x = made(name), image(1, C, H, W)
+        torch.testing.assert_close(torch.jit.trace(block, x)(x), block(x))
 
 
 @ALL

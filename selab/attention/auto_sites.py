@@ -20,12 +20,14 @@ The site is the outermost module that returns exactly this value, so that a bloc
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
 
-from selab.attention.channel_dim import larger_images
+from selab.attention.channel_dim import batch_of_one, larger_images, shapes_at_convolutions, shapes_in
 from selab.attention.dataflow import DataflowTrace
+from selab.attention.gated_site import named_sites
 from selab.attention.site_finder import BlockEnd, Ends, Finder
 from selab.errors import InsertionError, ModelError
 from selab.meta import Example, On, evaluating, failed_pass, make_pass, passages
@@ -77,6 +79,21 @@ def trace_ends(model: nn.Module, example: Example, *, on: On = "fake") -> Ends:
     Raises:
         ModelError: the forward pass fails with this input.
     """
+    if _takes_one_image(model, example, on):
+        with suppress(ModelError):
+            return _traced(model, batch_of_one(example), on)
+    return _traced(model, example, on)
+
+
+def _takes_one_image(model: nn.Module, example: Example, on: On) -> bool:
+    """Return whether the convolutions of a network run on one image, (C, H, W); a trace needs a batch."""
+    if any(len(shape) != 3 for shape in shapes_in(example)):
+        return False
+    seen = passages(model, [path for path, _ in named_sites(model)], example, on=on)
+    return bool(shapes_at_convolutions(model, seen))
+
+
+def _traced(model: nn.Module, example: Example, on: On) -> Ends:
     fakes = make_pass(model, example, on)
     trace = DataflowTrace(fakes)
     try:

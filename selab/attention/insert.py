@@ -100,8 +100,8 @@ def insert_se(
     Raises:
         SpecError: an unknown key, a wrong type or a value that is not allowed; the message names the key.
         InsertionError: no site, a pattern that matches nothing, a site inside an SE block, a site whose tensor is
-            neither (N, C, H, W) nor (N, H, W, C), a shared module, a reduction larger than the channels, a block that
-            would not run exactly once. The message names the module; the model is not changed then.
+            none of (N, C, H, W), (N, H, W, C) and (C, H, W), a shared module, a reduction larger than the channels, a
+            block that would not run exactly once. The message names the module; the model is not changed then.
         ModelError: `model` is no module or a TorchScript network, or has lazy modules without parameters; no example
             is given; or the forward pass fails with this input.
 

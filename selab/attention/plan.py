@@ -214,17 +214,22 @@ class _Planner:
                 f"{tap.module}: {how} in a forward pass, so it cannot be a site; it must run exactly once"
             )
         shape = passage.input_shape if tap.side == "input" else passage.output_shape
-        if shape is None or len(shape) != 4:
+        one_image = shape is not None and len(shape) == 3 and self.channel_dims.is_one_image(tap.module, tap.side)
+        if shape is None or (len(shape) != 4 and not one_image):
             kind = passage.input_kind if tap.side == "input" else passage.output_kind
             what = kind if shape is None else f"a tensor of shape {shape}"
-            tokens = ", and tokens (N, L, C) have no height and width" if shape is not None and len(shape) == 3 else ""
-            raise InsertionError(f"{tap.module}: its {tap.side} is {what}; SE needs (N, C, H, W){tokens}")
+            needed = "SE needs (N, C, H, W), or (C, H, W) of one image"
+            if shape is not None and len(shape) == 3:
+                needed += ", and height and width of this one do not follow those of an image"
+            raise InsertionError(f"{tap.module}: its {tap.side} is {what}; {needed}")
         dtype = passage.input_dtype if tap.side == "input" else passage.output_dtype
         if dtype is not None and not dtype.is_floating_point:
             raise InsertionError(
                 f"{tap.module}: its {tap.side} is of {dtype}, and a block computes in floating point; insert the "
                 "blocks before the network is quantised"
             )
+        if one_image:
+            return shape[0], shape[1], shape[2]
         dim = self.channel_dims.of(tap.module, tap.side)
         if dim is None:
             other = self.channel_dims.shape_of_larger(tap.module, tap.side)
@@ -247,6 +252,8 @@ class _Planner:
         if not isinstance(config, SEConfig) or config.squeeze_from == "site":
             return channels
         block_input = self.seen[tap.block].input_shape
+        if block_input is not None and len(block_input) == 3 and self.channel_dims.is_one_image(tap.block, "input"):
+            return block_input[0]
         if block_input is None or len(block_input) != 4:
             raise InsertionError(
                 f"{tap.module}: the input of {tap.block or 'the network'} is not (N, C, H, W); use squeeze_from='site'"

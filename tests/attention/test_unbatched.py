@@ -1,5 +1,7 @@
 """Blocks on the feature map of one image, (C, H, W): as on a batch of one; every other shape is refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,9 @@ from selab.attention.base import Attention
 from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttention, GatherExcite
 from selab.attention.config import BUILT_IN
 from selab.attention.gated_site import gated_site
+from selab.attention.inserted import inserted_blocks
 from selab.attention.se import GatedJoin, SqueezeExcitation
-from selab.errors import ModelError
+from selab.errors import InsertionError, ModelError
 
 C, H, W = 8, 5, 6
 MAKERS = {
@@ -233,3 +236,122 @@ def test_a_block_of_your_own_decides_itself():
             return x + x.dim()
 
     assert torch.equal(Own(C)(torch.zeros(C, 2)), torch.full((C, 2), 2.0))
+
+
+# ---------------------------------------------------------------------- networks that take one image, (C, H, W)
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c1, self.relu, self.c2 = nn.Conv2d(3, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1, stride=2)
+
+    def forward(self, x):
+        return self.c2(self.relu(self.c1(x)))
+
+
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, C, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(C, C, 3, padding=1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x + self.body(x)
+
+
+class Classified(nn.Module):
+    """Takes one size of image only."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.fc = Plain(), nn.Linear(C * 10 * 14, 5)
+
+    def forward(self, x):
+        return self.fc(self.features(x).flatten())
+
+
+def gated_by_hand(model, site, block, x):
+    """Run a network without blocks and gate the output of a site as the definition says."""
+
+    def gate(_module, _args, out):
+        s = block.fc2(block.fc1(out.mean((1, 2))[None]).relu()).sigmoid()[0]
+        return out * s[:, None, None]
+
+    handle = model.get_submodule(site).register_forward_hook(gate)
+    out = model(x)
+    handle.remove()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "site", "size"),
+    [
+        (Plain, "c1", (C, 20, 28)),
+        (Plain, "relu", (C, 20, 28)),
+        (Plain, "c2", (C, 10, 14)),
+        (Added, "body", (C, 18, 26)),
+        (Added, "body.0", (C, 18, 26)),
+        (Classified, "features.c1", (C, 20, 28)),
+        (Classified, "features.relu", (C, 20, 28)),
+        (Classified, "features", (C, 10, 14)),
+    ],
+)
+@pytest.mark.parametrize("given", ["a tensor", "keywords", "a shape"])
+@pytest.mark.parametrize("on", ["fake", "cpu"])
+@torch.no_grad
+def test_a_site_of_a_network_that_takes_one_image(kind, site, size, given, on):
+    x = torch.randn(3, 20, 28)
+    example = {"a tensor": {"inputs": x}, "keywords": {"inputs": {"x": x}}, "a shape": {"input_nchw": (3, 20, 28)}}[
+        given
+    ]
+    model = kind().eval()
+    plain = copy.deepcopy(model)
+    (one,) = selab.insert_se(model, site, reduction=4, on=on, **example)
+    assert (one.path, one.channels, one.height, one.width) == (site, *size)
+    ((_, block),) = inserted_blocks(model).values()
+    torch.testing.assert_close(model(x), gated_by_hand(plain, site, block, x))
+    assert selab.check_inserted(model, inserted=[site], on=on, **example) == (site,)
+    expected = selab.count(plain, x).macs.all + one.macs
+    assert selab.count(model, x).macs.all == expected
+    selab.remove_se(model)
+    assert torch.equal(model(x), plain(x))
+
+
+@torch.no_grad
+def test_automatic_sites_of_a_network_that_takes_one_image():
+    x, model = torch.randn(3, 20, 28), Added().eval()
+    found = selab.insert_se(model, "auto", inputs=x, reduction=4)
+    batched = selab.insert_se(Added().eval(), "auto", inputs=x[None], reduction=4)
+    assert [one.path for one in found] == [one.path for one in batched] == ["body"]
+    assert model(x).shape == (C, 18, 26)
+
+
+class Tokens(nn.Module):
+    def __init__(self, images):
+        super().__init__()
+        self.images, self.conv, self.fc = images, nn.Conv2d(16, 16, 1), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).flatten(2).transpose(1, 2) if self.images else x)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_tokens_are_no_image(images):
+    x = torch.randn(2, 16, 4, 4) if images else torch.randn(2, 6, 16)
+    with pytest.raises(
+        InsertionError, match=r"fc: its output is a tensor of shape \(2, \d+, 16\); SE needs \(N, C, H, W\)"
+    ):
+        selab.insert_se(Tokens(images), "fc", inputs=x, reduction=4)
+
+
+def test_attention_scores_are_no_image():
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.soft = nn.Conv2d(3, C, 1), nn.Softmax(2)
+
+        def forward(self, x):
+            y = self.conv(x).flatten(1)
+            return self.soft(y[:, :, None] * y[:, None, :])
+
+    with pytest.raises(InsertionError, match="height and width of this one do not follow those of an image"):
+        selab.insert_se(Scores(), "soft", inputs=torch.randn(3, 4, 5), reduction=4)

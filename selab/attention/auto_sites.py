@@ -14,9 +14,11 @@ in the order of preference (a kind is looked for only if no earlier one gave a s
 2. `concatenation`: after the concatenation of feature maps that share an input, or after the pointwise convolutions
    behind it where these are part of the block. With residual ends too, for blocks of the same class without a shortcut,
    and with depthwise-separable ends where most blocks of that kind are parts of concatenating ones;
-3. `stage`: in a network without additions and concatenations, the last layer before the resolution changes.
+3. `stage`: in a network without additions and concatenations up to its last feature map, the last layer before the
+   resolution changes.
 
-The site is the outermost module that returns exactly this value, so that a block there gates nothing else.
+The site is the outermost module that returns exactly this value, so that a block there gates nothing else. That of a
+stage holds no earlier stage.
 """
 
 from collections.abc import Sequence

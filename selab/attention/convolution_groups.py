@@ -45,6 +45,11 @@ class ConvolutionGroups:
         """Return the feature map that a convolution or a group of convolutions reads."""
         return self._sources.get(value.index) or value.operands[0]
 
+    def has_shortcut(self, total: Value) -> bool:
+        """Return whether a merged sum also adds the feature map that its convolutions read."""
+        source = self.source(total)
+        return any(leaf is source for leaf in self._leaves(total))
+
     def is_depthwise(self, value: Value) -> bool:
         """Return whether a value is a depthwise convolution, or a group of those."""
         return value.depthwise or (value in self and all(one.depthwise for one in self._members(value)))

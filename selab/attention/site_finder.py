@@ -1,11 +1,11 @@
 """Find the ends of blocks in the values of a pass; `selab.attention.auto_sites` says which."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from selab.attention import levels
 from selab.attention.base import Attention
 from selab.attention.convolution_groups import ConvolutionGroups
 from selab.attention.dataflow import BATCH_NORMS, INPUT, DataflowTrace, Value, bits, common_ancestors, union_ancestors
@@ -21,9 +21,8 @@ RESIDUAL, PARALLEL, SEPARABLE, CONCATENATION, STAGE = (
 )
 # A shortcut has no convolution or is a projection: a convolution, or a depthwise and a pointwise one.
 _PROJECTION = 2
-_JOINS = {"cat", "stack", "bmm", "baddbmm", "mm", "addmm"}
 # Operations on two feature maps that end no block: products gate, and the others are attention or bookkeeping.
-_NOT_SUMS = {*_JOINS, "mul", "div", "copy", "where", "index_put", "convolution", "eq"} - {"stack"}
+_NOT_SUMS = {*levels.JOINS, "mul", "div", "copy", "where", "index_put", "convolution", "eq"} - {"stack"}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SHUFFLES = {"view", "_unsafe_view", "reshape", "transpose", "permute", "clone", "pixel_shuffle", "channel_shuffle"}
 
@@ -86,6 +85,7 @@ class Finder:
         self.shared = shared_paths(trace.fakes.model)
         self.groups = ConvolutionGroups(self.values, self.modules)
         self.convolutions = self.groups.convolutions
+        self.maps = [one for one in self.values if one.is_image and one.ancestors & self.convolutions]
         self.found: dict[str, tuple[int, BlockEnd]] = {}
         self.left_out: dict[str, None] = {}
         self.separables: list[_Separable] = []
@@ -113,9 +113,9 @@ class Finder:
                 self._end_concatenation(one)
         if not self.found:
             for module in resampled:
-                self._leave_out(
-                    f"the concatenation in {named(module)}", "it joins feature maps of different resolutions"
-                )
+                self._leave_out(f"the concatenation in {named(module)}", levels.RESAMPLED)
+            if resampled:
+                self._name_levels()
             self._end_stages()
         if not self.found:
             self._name_tokens()
@@ -307,8 +307,9 @@ class Finder:
             )
             if path is not None and free:
                 return self._add(value, path, PARALLEL, f"after {place}")
+        shortcut = " with a shortcut (a residual addition)" if self.groups.has_shortcut(total) else ""
         return self._leave_out(
-            place, "re-parameterisation merges them into one convolution, and no module ends after their sum"
+            place + shortcut, "re-parameterisation merges them into one convolution, and no module ends after their sum"
         )
 
     # ------------------------------------------------------------------------------------ depthwise-separable blocks
@@ -475,34 +476,39 @@ class Finder:
     # -------------------------------------------------------------------------------------------------------- stages
 
     def _end_stages(self) -> None:
-        """Find the ends of stages, if each operation reads one feature map."""
-        if not self.is_plain or any(_reads_several(value) for value in self.values):
-            return
-        maps = [one for one in self.values if one.is_image and one.ancestors & self.convolutions]
+        """Find the ends of stages, if each operation up to the last feature map reads one."""
+        maps = self.maps
         if not maps or (maps[-1].ancestors & self.convolutions).bit_count() == 1:
             return
-        before = 0
-        for end in self._before_resampling(maps[-1]):
+        joins = [value for value in self.values if levels.reads_several(value)]
+        if not self.is_plain or not all(levels.is_in_head(value, maps[-1]) for value in joins):
+            return
+        before, begin = 0, 0
+        for end in levels.before_resampling(maps[-1]):
             convolutions = end.ancestors & self.convolutions & ~before
             if convolutions and min(end.shape[2:]) > 1:
-                self._end_stage(end, convolutions)
+                self._end_stage(end, convolutions, begin)
             before |= convolutions
+            begin = end.index + 1
 
-    @staticmethod
-    def _before_resampling(last: Value) -> list[Value]:
-        """Return the values after which the resolution changes, and the last feature map."""
-        ends = [last]
-        value: Value | None = last
-        shape = last.shape[2:]
-        while value is not None and value.operation != INPUT:
-            if value.is_image and value.shape[2:] != shape:
-                ends.append(value)
-                shape = value.shape[2:]
-            # Of a gate and its operand, the operand.
-            value = max(value.operands, key=lambda one: math.prod(one.shape), default=None)
-        return ends[::-1]
+    def _name_levels(self) -> None:
+        """Leave out, in one line, the ends of the levels of an encoder and decoder."""
+        maps, before, begin, paths = self.maps, 0, 0, []
+        for end in levels.level_ends(maps):
+            value: Value | None = end
+            last = self.values[(end.ancestors & self.convolutions & ~before).bit_length() - 1]
+            if end is maps[-1] and self._is_head(last):
+                value = last.operands[0]
+            while value is not None and (path := self._site(value, begin=begin)) is None:
+                value = self._trunk(value)
+            if value is not None and path and min(end.shape[2:]) > 1:
+                paths.append(path)
+            before |= end.ancestors
+            begin = end.index + 1
+        if paths:
+            self._leave_out(", ".join(dict.fromkeys(paths)), levels.LEVELS)
 
-    def _end_stage(self, end: Value, convolutions: int) -> None:
+    def _end_stage(self, end: Value, convolutions: int, begin: int) -> None:
         value: Value | None = end
         last = self.values[convolutions.bit_length() - 1]
         if self._is_head(last):
@@ -510,7 +516,7 @@ class Finder:
                 return None
             value = last.operands[0]
         while value is not None and value.operation != INPUT:
-            path = self._site(value)
+            path = self._site(value, begin=begin)
             if path is not None:
                 stage = common(*(self.values[index].module for index in bits(convolutions)))
                 return self._add(value, path, STAGE, f"the last layer of a stage in {named(stage)}")
@@ -547,7 +553,7 @@ class Finder:
         maps = [operand for operand in value.operands if operand.shape == value.shape]
         return next((one for one in maps if all(other.comes_from(one) for other in maps)), None)
 
-    def _site(self, value: Value, *, outside: str | None = None, within: str = "") -> str | None:
+    def _site(self, value: Value, *, outside: str | None = None, within: str = "", begin: int = 0) -> str | None:
         """Return the outermost module that computed a value, returned it before it was read, and can hold a block.
 
         A module that only passes the value on (Identity, DropPath in eval mode) is used if no other computed it.
@@ -556,6 +562,7 @@ class Finder:
             value: its output.
             outside: the path of a convolution that the module should not contain, if there is another module.
             within: the path of the module to prefer to those outside of it.
+            begin: the number of values before which the module should not begin, if there is another module.
         """
         if self.groups.holds(value):
             return None
@@ -564,6 +571,7 @@ class Finder:
         made = [one.path for one in returns if one.began <= value.index]
         if outside is not None:
             made = [path for path in made if not holds(path, outside)] or made[:1]
+        made = [one.path for one in returns if one.path in made and one.began >= begin] or made
         if within in made:
             return within
         handed = [one.path for one in returns if one.began > value.index]
@@ -589,9 +597,3 @@ def _around(value: Value, concatenations: Sequence[_Join]) -> _Join | None:
     """Return the concatenation of the module that contains a value in one of its branches."""
     around = [join for join in concatenations if join.total.module and holds(join.total.module, value.module)]
     return next((join for join in around if _is_inside(value, join)), None)
-
-
-def _reads_several(value: Value) -> bool:
-    """Return whether an operation adds, concatenates or compares several values that are more than vectors."""
-    sides = [one for one in value.operands if len(one.shape) > 2]
-    return len(sides) > 1 and (bool(value.terms) or value.operation in _JOINS or "attention" in value.operation)

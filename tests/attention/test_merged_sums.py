@@ -140,6 +140,41 @@ class TestMergedSums:
         assert found(Root()) == []
         assert "re-parameterisation merges them" in left_out(Root())
 
+    @pytest.mark.parametrize(
+        ("layer", "text"), [(normed, "with a shortcut (a residual addition): re-param"), (conv, "")]
+    )
+    def test_a_shortcut_that_is_added_to_a_sum_is_named(self, layer, text):
+        """sum(w * b(x)) and x + y in one forward: two lines, or one that names both."""
+
+        class Root(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.branches = conv(3, out=8), nn.ModuleList([layer(), layer(), layer()])
+                self.weights = nn.Parameter(torch.ones(3))
+
+            def forward(self, x):
+                x = self.stem(x)
+                y = sum(w * b(x) for w, b in zip(self.weights, self.branches, strict=True))
+                return (x + y).mean((2, 3))
+
+        reasons = left_out(Root())
+        assert text in reasons
+        if not text:
+            assert "neither is the branch" in reasons
+            assert "no single module to attach to at the end of its branch" in reasons
+
+    def test_a_sum_without_a_shortcut_names_none(self):
+        class Root(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.one, self.two = conv(3, out=8), normed(), normed()
+
+            def forward(self, x):
+                x = self.stem(x)
+                return (self.one(x) + self.two(x)).mean((2, 3))
+
+        assert "the sum of parallel convolutions in the network: re-parameterisation" in left_out(Root())
+
     def test_a_module_that_merges_itself(self):
         """With an identity beside one convolution, a method says whether they are merged."""
 

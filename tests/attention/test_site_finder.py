@@ -285,8 +285,110 @@ class TestConcatenations:
         assert found(UNet()) == []
         assert "different resolutions" in left_out(UNet())
 
+    @pytest.mark.parametrize("transposed", [True, False])
+    def test_the_levels_of_a_decoder_are_named(self, transposed):
+        def double(channels, out):
+            return nn.Sequential(
+                *(conv(channels, out=out), nn.BatchNorm2d(out), nn.ReLU(), conv(out), nn.BatchNorm2d(out), nn.ReLU())
+            )
+
+        def up(channels, out):
+            if transposed:
+                return nn.ConvTranspose2d(channels, out, 2, 2)
+            return nn.Sequential(nn.Upsample(scale_factor=2), conv(channels, 1, out=out))
+
+        class UNet(nn.Module):
+            """arXiv 1505.04597, Fig. 1, with three levels."""
+
+            def __init__(self):
+                super().__init__()
+                self.pool = nn.MaxPool2d(2)
+                self.e1, self.e2, self.e3 = double(3, 4), double(4, 8), double(8, 16)
+                self.u2, self.d2, self.u1, self.d1 = up(16, 8), double(16, 8), up(8, 4), double(8, 4)
+                self.out = conv(4, 1, out=2)
+
+            def forward(self, x):
+                a = self.e1(x)
+                b = self.e2(self.pool(a))
+                y = self.d2(torch.cat([self.u2(self.e3(self.pool(b))), b], 1))
+                return self.out(self.d1(torch.cat([self.u1(y), a], 1)))
+
+        text = left_out(UNet())
+        assert found(UNet()) == []
+        assert "one of its feature maps was upsampled" in text
+        assert "e1, e2, e3, d2, d1: the last layers of the levels of an encoder and decoder" in text
+
+
+class Recurrent(nn.Module):
+    """Convolutions, then the rows of their feature map as steps."""
+
+    def __init__(self, *head):
+        super().__init__()
+        self.f = nn.Sequential(normed(3, out=8), nn.ReLU(), nn.MaxPool2d(2), normed(), nn.ReLU())
+        self.head = nn.ModuleList(head)
+
+    def forward(self, x):
+        x = self.f(x).mean(2).transpose(1, 2)
+        for layer in self.head:
+            x = layer(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+class Both(nn.Module):
+    """The sum, or the concatenation, of two recurrent layers."""
+
+    def __init__(self, cat):
+        super().__init__()
+        self.one, self.two, self.cat = nn.GRU(8, 4, batch_first=True), nn.GRU(8, 4, batch_first=True), cat
+
+    def forward(self, x):
+        one, two = self.one(x)[0], self.two(x.flip(1))[0].flip(1)
+        return torch.cat([one, two], 2) if self.cat else one + two
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return x + self.rnn(x)[0]
+
 
 class TestStages:
+    @pytest.mark.parametrize(
+        "head",
+        [
+            lambda: [nn.LSTM(8, 5, batch_first=True, bidirectional=True)],
+            lambda: [nn.GRU(8, 5, batch_first=True, bidirectional=True, num_layers=2)],
+            lambda: [nn.RNN(8, 5, bidirectional=True)],
+            lambda: [nn.LSTM(8, 5, batch_first=True), nn.LSTM(5, 3, batch_first=True, bidirectional=True)],
+            lambda: [nn.LSTM(8, 5, batch_first=True)],
+            lambda: [Both(cat=True)],
+            lambda: [Both(cat=False), nn.Linear(4, 2)],
+        ],
+    )
+    def test_before_recurrent_layers(self, head):
+        """Their own concatenations and sums join no feature maps."""
+        assert found(Recurrent(*head()).eval()) == [("f.1", "stage"), ("f.4", "stage")]
+
+    @pytest.mark.parametrize("head", [Residual, lambda: nn.TransformerEncoderLayer(8, 2, batch_first=True)])
+    def test_not_where_tokens_are_added(self, head):
+        assert found(Recurrent(head()).eval()) == []
+        assert "not feature maps" in left_out(Recurrent(head()).eval())
+
+    def test_a_site_holds_no_earlier_stage(self):
+        def layer(channels=8):
+            return nn.Sequential(normed(channels, out=8), nn.ReLU())
+
+        assert found(nn.Sequential(layer(3), nn.MaxPool2d(2), layer())) == [("0", "stage"), ("2", "stage")]
+        parts = nn.Sequential(layer(3), nn.MaxPool2d(2), layer()), nn.Sequential(nn.MaxPool2d(2), layer())
+        model = nn.Sequential(*parts)
+        assert found(model) == [("0.0", "stage"), ("0.2", "stage"), ("1", "stage")]
+        # One stage alone is the whole of its sequence.
+        assert found(nn.Sequential(nn.Sequential(layer(3), layer()), nn.MaxPool2d(2))) == [("0", "stage")]
+
     def test_the_last_layer_before_each_pooling(self):
         model = nn.Sequential(
             *(conv(3, out=8), nn.BatchNorm2d(8), nn.ReLU(True), conv(), nn.ReLU(True), nn.MaxPool2d(2)),

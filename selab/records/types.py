@@ -14,6 +14,7 @@ from selab import units
 from selab.errors import RecordError
 from selab.records.bounds import fault_of, json_fault
 from selab.records.display import DisplayedValues
+from selab.records.files import shown
 
 SCHEMA = "selab.profile/1"
 Device = Literal["cpu", "cuda"]
@@ -451,6 +452,9 @@ def from_json(raw: bytes, *, where: str) -> Record:
     return decoded(raw, Record, schema=SCHEMA, where=where, again="measure again")
 
 
+_PROJECT = "selab."
+
+
 def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) -> _T:
     """Decode JSON as one of the record types.
 
@@ -472,10 +476,14 @@ def decoded(raw: bytes, kind: type[_T], *, schema: str, where: str, again: str) 
     if fault := fault_of(head):
         raise RecordError(f"{where}: not a record: {fault}; {again} or restore the file")
     found = head.get("schema") if isinstance(head, dict) else None
-    if isinstance(found, str) and found.split("/")[0] != schema.split("/")[0]:
-        raise RecordError(f"{where}: is a record of another kind, {found!r}; expected {schema!r}")
+    if not isinstance(found, str) or not found.startswith(_PROJECT):
+        raise RecordError(
+            f"{where}: schema is {shown(repr(found))}, which no record of selab has; name a file with {schema!r}"
+        )
+    if found.split("/")[0] != schema.split("/")[0]:
+        raise RecordError(f"{where}: is a record of another kind, {shown(repr(found))}; expected {schema!r}")
     if found != schema:
-        raise RecordError(f"{where}: schema is {found!r}, this version reads {schema!r}; {again}")
+        raise RecordError(f"{where}: schema is {shown(repr(found))}, this version reads {schema!r}; {again}")
     try:
         return msgspec.convert(head, kind)
     except msgspec.ValidationError as error:

@@ -36,7 +36,25 @@ def test_lists_of_numbers_stay_on_a_line():
     ("raw", "message"),
     [
         (b"", "x.json: not a record"),
-        (b"[]", "x.json: schema is None"),
+        *(
+            (raw, r"x.json: schema is None, which no record of selab has; name a file with 'selab.profile/1'")
+            for raw in (
+                b"[]",
+                b"{}",
+                b"null",
+                b"3",
+                b'"selab.profile/1"',
+                b'{"model": 1}',
+                b'[{"schema": "selab.profile/1"}]',
+            )
+        ),
+        (b'{"schema": 3}', "x.json: schema is 3, which no record of selab has"),
+        (b'{"schema": ["selab.profile/1"]}', r"x.json: schema is \['selab.profile/1'\], which no record of selab has"),
+        (b'{"schema": "other/1"}', "x.json: schema is 'other/1', which no record of selab has"),
+        (
+            b'{"schema": "selab.tax/1"}',
+            "x.json: is a record of another kind, 'selab.tax/1'; expected 'selab.profile/1'",
+        ),
         (b'{"schema": "selab.profile/99"}', "schema is 'selab.profile/99', this version reads"),
         (b'{"schema": "selab.profile/1"}', "x.json: Object missing required field"),
     ],

@@ -137,7 +137,7 @@ def test_an_accuracy_and_what_it_may_be():
     ("raw", "message"),
     [
         (b"", "x.json: not a record"),
-        (b"[]", "x.json: schema is None"),
+        (b"[]", "x.json: schema is None, which no record of selab has; name a file with 'selab.accuracy/1'"),
         (
             b'{"schema": "selab.profile/1"}',
             "is a record of another kind, 'selab.profile/1'; expected 'selab.accuracy/1'",

@@ -20,7 +20,18 @@ from selab.cli.console import (
     resolve_job,
     write_json,
 )
-from selab.cli.options import OUTPUT, TIME, WHAT, Format, Json, Processes, WorkloadOptions, option, with_options
+from selab.cli.options import (
+    OUTPUT,
+    TIME,
+    WHAT,
+    Format,
+    Json,
+    Processes,
+    WorkloadOptions,
+    input_file,
+    option,
+    with_options,
+)
 from selab.errors import SelabError
 from selab.experiments.job import Job, Request
 
@@ -28,9 +39,9 @@ from selab.experiments.job import Job, Request
 @with_options
 def check(
     options: WorkloadOptions,
-    file: Annotated[Path, typer.Argument(help="A TOML file with a table budgets.NAME for each budget.")] = Path(
-        "budgets.toml"
-    ),
+    file: Annotated[
+        Path, typer.Argument(help="A TOML file with a table budgets.NAME for each budget; - is standard input.")
+    ] = Path("budgets.toml"),
     only: Annotated[
         list[str] | None,
         option("--only", WHAT, "Check only this budget. Repeatable.", metavar="NAME"),
@@ -53,7 +64,7 @@ def check(
 
     check_outputs(json_to)
     changes = experiments_budget.changes_of(options.fields_of_request(), se=options.se, insert=options.insert or ())
-    budgets = experiments_budget.read_budgets(file, only=only or (), changes=changes)
+    budgets = experiments_budget.read_budgets(input_file(file), only=only or (), changes=changes)
     from selab.experiments.profiling import sites_of
     from selab.report import checks
 
@@ -87,7 +98,9 @@ def check(
 
 
 def diff(
-    before: Annotated[Path, typer.Argument(help="A record of `selab profile` or `selab count --out`.")],
+    before: Annotated[
+        Path, typer.Argument(help="A record of `selab profile` or `selab count --out`; - is standard input.")
+    ],
     after: Annotated[Path, typer.Argument(help="Another, of the same workload, machine and baseline.")],
     strict: Annotated[
         bool,
@@ -102,7 +115,9 @@ def diff(
     from selab.report import checks
 
     check_outputs(json_to)
-    records = [store.read_record(path) for path in (before, after)]
+    if str(before) == str(after) == "-":
+        raise typer.BadParameter("standard input can be read once only; name a file for one of the two records")
+    records = [store.read_record(input_file(path)) for path in (before, after)]
     experiments_diff.check_comparable(*records, names=(str(before), str(after)))
     worse = experiments_diff.grew(*records)
     if json_to is not None:

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from selab.cli.options import OUTPUT, examples, option
-from selab.cli.usage import Command
+from selab.cli.usage import Command, Group
 from selab.errors import SpecError
 
 new_app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     help="Write a commented, working template: a family or a block.",
     epilog=examples("selab new family my_nets", "selab new block my_gate"),

@@ -463,6 +463,11 @@ def shapes_of(texts: Sequence[str] | None) -> tuple[tuple[int, int, int] | None,
         raise typer.BadParameter(str(error).removeprefix("--input: "), param_hint="--input") from None
 
 
+def input_file(path: Path) -> Path:
+    """Return the file that an argument names: standard input for `-`."""
+    return Path("/dev/stdin") if str(path) == "-" else path
+
+
 def examples(*lines: str) -> str:
     """Return the end of a command's help: one example a line."""
     return "\n\n".join(("Examples:", *(f"$ {line}" for line in lines)))

@@ -10,7 +10,7 @@ import typer
 
 from selab import units
 from selab.cli.console import BrokenFiles, check_outputs, open_console, print_parts, reporting, write_json
-from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace, option
+from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace, input_file, option
 from selab.models import catalog
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def plot(
     profiles: Profiles = None,
     record: Annotated[
         Path | None,
-        option("--record", WHAT, "For curves and tax: the one record.", metavar="FILE"),
+        option("--record", WHAT, "For curves and tax: the one record; - is standard input.", metavar="FILE"),
     ] = None,
     workload: Annotated[
         str | None,
@@ -56,7 +56,10 @@ def plot(
     replace: Replace = False,
     json_to: Json = None,
 ) -> None:
-    """Draw what SE costs and buys, from counts and records."""
+    """Draw what SE costs and buys, from counts and records.
+
+    A record that cannot be read is named in a warning and left out; the rest is drawn, and the exit status is 1.
+    """
     from selab.records import files
     from selab.report.figures import registry, scatter
 
@@ -68,7 +71,7 @@ def plot(
         files.check_writable(to, replace=replace)
     check_outputs(json_to)
     if record is not None and name in registry.OF_ONE_RECORD:
-        return _show_picture(_picture_of(name, record), to, json_to)
+        return _show_picture(_picture_of(name, input_file(record)), to, json_to)
     axes = registry.axes_of(name, x, y)
     broken = BrokenFiles()
     records, compared = _measured(axes, profiles or (), broken)
@@ -149,7 +152,10 @@ def table(
     replace: Replace = False,
     json_to: Json = None,
 ) -> None:
-    """Print a table of counted, measured and published numbers."""
+    """Print a table of counted, measured and published numbers.
+
+    A record that cannot be read is named in a warning and left out; the rest is shown, and the exit status is 1.
+    """
     if out is not None and into is not None:
         raise typer.BadParameter("give --out or --into, not both", param_hint="--into")
     from selab.records import files

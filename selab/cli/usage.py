@@ -5,7 +5,9 @@ from difflib import get_close_matches
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+
+from selab.cli.console import print_error
 
 # typer may bring its own copy of click; these are the base classes of wrong usage in it, known by their names.
 UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -43,6 +45,17 @@ class Command(TyperCommand):
             allowed = parameter.param_type_name == "argument" and parameter.default == ""
             if not allowed and "" in (value if isinstance(value, list | tuple) else [value]):
                 raise typer.BadParameter(f"is empty; {_allowed(parameter)}", ctx=ctx, param=parameter)
+
+
+class Group(TyperGroup):
+    """A group of commands; called without one, it says so in one line and shows its help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words behind the group's name."""
+        if not args and self.no_args_is_help and not ctx.resilient_parsing:
+            names = ", ".join(self.commands)
+            print_error(f"{' '.join(_path(ctx)[1:])}: command missing; give one of {names}")
+        return super().parse_args(ctx, args)
 
 
 def is_help(error: BaseException) -> bool:

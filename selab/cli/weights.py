@@ -8,9 +8,10 @@ import typer
 from selab import units
 from selab.cli.console import check_outputs, print_note, print_tables, write_json
 from selab.cli.options import OUTPUT, WHAT, Ema, Format, Json, Replace, examples, option
-from selab.cli.usage import Command
+from selab.cli.usage import Command, Group
 
 weights_app = typer.Typer(
+    cls=Group,
     help="Convert trained weights of other libraries.",
     no_args_is_help=True,
     epilog=examples("selab weights list", "selab weights convert --help"),

@@ -210,3 +210,10 @@ class TestPlot:
         status, _, error = selab("plot", *words)
         assert status == 1
         assert message in one_line(error)
+
+
+@pytest.mark.parametrize("command", ["table", "plot"])
+def test_the_help_says_what_a_broken_record_does(selab, command):
+    text = " ".join(selab(command, "--help")[1].split())
+    assert "A record that cannot be read is named in a warning and left out" in text
+    assert "exit status is 1" in text

@@ -127,9 +127,19 @@ def test_lines(wrong, words, line):
 
 
 def test_a_group_without_a_command_shows_its_help(selab):
+    lines = {
+        "": "",
+        "new": "error: new: command missing; give one of family, block\n",
+        "weights": "error: weights: command missing; give one of list, convert\n",
+    }
     for words in ([], ["new"], ["weights"], ["--debug"], ["new", "--debug"]):
+        group = "".join(one for one in words if one != "--debug")
         status, out, error = selab(*words)
-        assert (status, error) == (2, "")
+        assert (status, error) == (2, lines[group])
+        assert out.count("Usage: selab") == 1
+    for words in (["new", "--help"], ["weights", "-h"]):
+        status, out, error = selab(*words)
+        assert (status, error) == (0, "")
         assert out.count("Usage: selab") == 1
 
 

@@ -99,7 +99,7 @@ def test_nothing_is_overwritten(folder):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        *((name, "a name begins with a letter") for name in ("My", "3net", "a-b", "")),
+        *((name, "a name begins with a letter") for name in ("My", "3net", "a-b")),
         *((name, "is a module or keyword that the template needs") for name in ("torch", "class")),
     ],
 )
@@ -107,6 +107,11 @@ def test_a_name_that_cannot_be(folder, name, words):
     with pytest.raises(SpecError, match=words):
         CliRunner().invoke(app, ["new", "block", name], catch_exceptions=False)
     assert not list(folder.iterdir())
+
+
+def test_a_name_that_is_missing(folder):
+    done = CliRunner().invoke(app, ["new", "block", ""])
+    assert (done.exit_code, list(folder.iterdir())) == (2, [])
 
 
 def test_families_of_one_folder_and_of_two(folder):

@@ -220,7 +220,7 @@ class _Planner:
             what = kind if shape is None else f"a tensor of shape {shape}"
             needed = "SE needs (N, C, H, W), or (C, H, W) of one image"
             if shape is not None and len(shape) == 3:
-                needed += ", and height and width of this one do not follow those of an image"
+                needed += ", with a height and width that follow the input's; tokens (N, L, C) have no height and width"
             raise InsertionError(f"{tap.module}: its {tap.side} is {what}; {needed}")
         dtype = passage.input_dtype if tap.side == "input" else passage.output_dtype
         if dtype is not None and not dtype.is_floating_point:

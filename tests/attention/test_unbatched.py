@@ -353,5 +353,5 @@ def test_attention_scores_are_no_image():
             y = self.conv(x).flatten(1)
             return self.soft(y[:, :, None] * y[:, None, :])
 
-    with pytest.raises(InsertionError, match="height and width of this one do not follow those of an image"):
+    with pytest.raises(InsertionError, match=r"SE needs .* with a height and width that follow the input's"):
         selab.insert_se(Scores(), "soft", inputs=torch.randn(3, 4, 5), reduction=4)

@@ -31,6 +31,8 @@ class Attention(nn.Module, ABC):
     """
 
     inserted: bool = False
+    # torch.ao.quantization leaves a block and its layers in floating point.
+    qconfig: ClassVar[None] = None
     # Whether `selab.fuse` has changed the network since the block was inserted.
     was_fused: bool = False
     # Whether `insert_se` made it the last child of an `nn.Sequential`.
@@ -77,6 +79,8 @@ class MapBlock(Attention):
             ModelError: any other shape.
         """
         # The proxy of a symbolic trace has no dimensions.
+        if isinstance(x, Tensor) and x.is_quantized:
+            return quantised_like(self.forward(x.dequantize()), x)
         if isinstance(x, Tensor) and (x.dim() != 4 or has_other_width(x, self.channels)):
             return self._gated(batch_of_one(x, self.channels)).squeeze(0)
         return self._gated(x)
@@ -96,6 +100,16 @@ def has_other_width(x: Tensor, channels: int) -> bool:
     else:  # noqa: RET505 - the compiler skips this branch, not what follows the statement
         # A trace would warn that it cannot record the comparison.
         return torch._C._get_tracing_state() is None and x.shape[1] != channels
+
+
+def quantised_like(y: Tensor, x: Tensor) -> Tensor:
+    """Quantise the output of a block that gated a quantised feature map, by its own range.
+
+    Args:
+        y: floating point, any shape.
+        x: the block's input, quantised.
+    """
+    return torch.quantize_per_tensor_dynamic(y, x.dtype, False)
 
 
 def batch_of_one(x: Tensor, channels: int) -> Tensor:

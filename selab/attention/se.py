@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.attention.base import Attention, batch_of_one, check_whole, has_other_width
+from selab.attention.base import Attention, batch_of_one, check_whole, has_other_width, quantised_like
 from selab.attention.config import LATENT, Init, is_latent
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
@@ -259,6 +259,8 @@ class SqueezeExcitation(CachedDispatch, Attention):
             if out is not None:
                 return out
             # The proxy of a symbolic trace has no dimensions.
+            if isinstance(x, Tensor) and x.is_quantized:
+                return quantised_like(self.forward(x.dequantize()), x)
             if isinstance(x, Tensor) and (x.dim() != 4 or self._refuses_width(x)):
                 return self.forward(batch_of_one(x, self.channels)).squeeze(0)
             arrival = None if compiling else Arrival(self, sys._getframe(1), references)

@@ -9,6 +9,7 @@ from gated_networks import CHW, blocks, example, gated, network
 from torch import nn
 from torch.nn.utils import prune
 
+import selab
 from selab.attention.insert import insert_se, remove_se
 from selab.attention.se import SqueezeExcitation
 
@@ -301,3 +302,55 @@ class TestConversions:
         assert torch.equal(seen[0], seen[1])
         before.remove()
         after.remove()
+
+
+class Quantised(nn.Module):
+    """A network as static quantisation in eager mode wants it, without an activation at its end."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+        self.c1, self.relu, self.c2 = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)
+
+    def forward(self, x):
+        return self.dequant(self.c2(self.relu(self.c1(self.quant(x)))))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("site", ["c1", "relu", "c2", "dequant"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"reduction": 4},
+        {"reduction": 4, "init": "identity"},
+        {"block": "eca"},
+        {"block": "cbam", "reduction": 4},
+        {"block": "scse", "reduction": 4},
+        {"block": "ese"},
+    ],
+    ids=lambda keys: " ".join(map(str, keys.values())),
+)
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad
+def test_a_network_with_blocks_can_be_quantised_statically(site, keys, fused, monkeypatch):
+    engines = [one for one in ("fbgemm", "x86", "qnnpack") if one in torch.backends.quantized.supported_engines]
+    if not engines:
+        pytest.skip("torch was built without an engine for quantised convolutions")
+    monkeypatch.setattr(torch.backends.quantized, "engine", engines[0])
+    torch.manual_seed(0)
+    model, x = Quantised().eval(), torch.randn(4, 3, 12, 12)
+    selab.insert_se(model, site, input_nchw=(1, 3, 12, 12), **keys)
+    if fused:
+        selab.fuse(model, input_nchw=(1, 3, 12, 12))
+    expected = model(x)
+    model.qconfig = torch.ao.quantization.get_default_qconfig(engines[0])
+    torch.ao.quantization.prepare(model, inplace=True)
+    model(x)
+    torch.ao.quantization.convert(model, inplace=True)
+    assert "Quantized" in str(model)
+    out = model(x)
+    assert out.dtype == torch.float32
+    # Four tensors of 8 bits follow each other.
+    assert (out - expected).norm() < 0.06 * expected.norm()
+    assert selab.check_inserted(model, input_nchw=(1, 3, 12, 12), on="cpu") == (site,)
+    assert selab.remove_se(model) == 1

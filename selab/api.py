@@ -79,7 +79,7 @@ def count(
     inputs: Example | None = None,
     on: On = "fake",
 ) -> Cost:
-    """Count parameters, MACs, FLOPs and bytes of one forward pass; no kernel runs, and the network is left as it is.
+    """Count parameters, MACs, FLOPs and bytes of one forward pass; the network is left as it is.
 
     The numbers depend on conventions, which `docs/counting.md` states: `macs.paper` is the one of the SE paper's
     tables. Operators without a rule are listed in `unknown`; `selab.cost.register_rule` adds rules.
@@ -92,8 +92,8 @@ def count(
         training: count in train mode.
         se_blocks: paths of modules to count as SE besides the blocks of selab, timm and torchvision.
         inputs: another name of `input`, as in `insert_se` and `fuse`.
-        on: `fake` for tensors without memory; `cpu` to run the kernels on a copy with real tensors, for a network in
-            which the values of tensors decide what is computed.
+        on: `fake` for tensors without memory, on which no kernel runs; `cpu` to run the kernels on a copy with real
+            tensors, for a network in which the values of tensors decide what is computed.
 
     Raises:
         ModelError: the forward pass fails, or no input was given for a module.

@@ -78,7 +78,7 @@ def check_inserted(
     inserted: Iterable[Insertion | str] | str = (),
     on: On = "fake",
 ) -> tuple[str, ...]:
-    """Check that every attention block of a network runs exactly once in a forward pass; no kernel runs.
+    """Check that every attention block of a network runs exactly once in a forward pass; the network stays as it is.
 
     A conversion of a network, such as folding its BatchNorms, can leave a block's parameters in the state dict without
     the block. The network then runs, and nothing says so. Call this after whatever changed the modules of a network.
@@ -91,8 +91,8 @@ def check_inserted(
         inserted: the result of `insert_se`, or paths or patterns of sites, which must still have their blocks; of a
             pattern's sites, at least one. In a wrapper such as `DataParallel` the paths of the network that it holds
             are known too.
-        on: `fake` for tensors without memory; `cpu` to run the kernels on a copy with real tensors, for a network in
-            which the values of tensors decide what is computed.
+        on: `fake` for tensors without memory, on which no kernel runs; `cpu` to run the kernels on a copy with real
+            tensors, for a network in which the values of tensors decide what is computed.
 
     Returns:
         The sites of the blocks, in the order of the network; a block that belongs to the network itself has its own

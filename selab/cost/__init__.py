@@ -1,4 +1,4 @@
-"""Count what a network costs: parameters, MACs, FLOPs and bytes, from one pass in which no kernel runs.
+"""Count what a network costs: parameters, MACs, FLOPs and bytes, from one pass, in which by default no kernel runs.
 
 "FLOPs" is not a well-defined quantity. `selab.cost.count` states the conventions used here, and every total names its
 convention. `RULES` holds one rule per operator; `register_rule` adds rules for operators of your own.

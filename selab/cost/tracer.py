@@ -510,7 +510,7 @@ def op_trace(
     details: bool = False,
     on: On = "fake",
 ) -> OpTrace:
-    """Record every operator of one forward pass with its cost; no kernel runs, and the model is not changed.
+    """Record every operator of one forward pass with its cost; the model is not changed.
 
     Args:
         model: any module on any device, the meta device included.

@@ -150,15 +150,15 @@ def fuse(
     Args:
         model: a network with blocks of selab, torchvision (`torchvision.ops.SqueezeExcitation`), timm (`SEModule`,
             `SqueezeExcite`) or any other class, or without blocks.
-        input_nchw: the shape of an example input, (N, C, H, W); a pass over it on the meta device shows which feature
-            maps are read only once.
+        input_nchw: the shape of an example input, (N, C, H, W); a pass over it shows which feature maps are read only
+            once.
         inputs: an example input of another form: a tensor, positional arguments in a tuple, keyword arguments in a
-            dict. Its values are not read.
+            dict. Its values are read with `on="cpu"` only.
         blocks: whether to fuse the blocks; otherwise only what surrounds them, as in a network without SE.
         in_place: whether feature maps that nothing else holds may be overwritten, and BatchNorms and ReLUs be left to
             the module that consumes their output; otherwise every module computes its own output in new memory.
-        on: `fake` for a pass over tensors without memory; `cpu` to run the kernels on a copy with real tensors, for a
-            network in which the values of tensors decide what is computed.
+        on: `fake` for a pass over fake tensors, which have no memory, and for which no kernel runs; `cpu` to run the
+            kernels on a copy with real tensors, for a network in which the values of tensors decide what is computed.
 
     Returns:
         What was fused, and what was not and why; `str()` gives a sentence.
@@ -247,7 +247,7 @@ def _failed(model: nn.Module, example: Example, error: Exception) -> str:
     if any(isinstance(one, VALUE_NEEDED) for one in causes):
         return f"the network cannot be traced without values: {first_line(error)}; {ON_REAL_TENSORS}"
     shape = example if is_shape(example) or are_shapes(example) else shapes_of(example)
-    reason = f"the network fails on the meta device with an input of shape {shape}: {first_line(error)}; "
+    reason = f"the network fails on fake tensors with an input of shape {shape}: {first_line(error)}; "
     reason += "give the shape of its input as input_nchw=(N, C, H, W), or other arguments as inputs="
     part = next((name for name in ("backbone", "encoder", "features", "body") if name in model._modules), None)
     return reason if part is None else f"{reason}, or fuse a part that takes images, such as selab.fuse(model.{part})"

@@ -183,7 +183,7 @@ def test_without_a_pass_on_the_meta_device_nothing_is_overwritten_and_the_reason
     fused = copy.deepcopy(model)
     fusion = fuse(fused, input_nchw=(1, 5, 64, 64))
     assert fusion.in_place_reason.startswith(
-        "the network fails on the meta device with an input of shape (1, 5, 64, 64): "
+        "the network fails on fake tensors with an input of shape (1, 5, 64, 64): "
     )
     assert not any(one.in_place for one in fusion.blocks)
     assert_same(model, fused, torch.randn(SMALL))

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Sequence
 
-from selab.attention.dataflow import INPUT, Value
+from selab.attention.dataflow import BATCH_NORMS, INPUT, Value
 
 JOINS = {"cat", "stack", "bmm", "baddbmm", "mm", "addmm"}
 # Why a concatenation with an upsampled feature map ends no block, and what the ends of the levels around it are.
 RESAMPLED = "one of its feature maps was upsampled, so it joins levels of different resolutions and ends no block"
 LEVELS = "the last layers of the levels of an encoder and decoder, which are no blocks; name those to gate"
+
+# Why a network without other blocks has no stages either.
+NOT_PLAIN = "it joins several tensors, so the network is no plain sequence of stages"
+_WEIGHTED = {"convolution", "mm", "addmm", "bmm", *BATCH_NORMS}
 
 
 def before_resampling(last: Value) -> list[Value]:
@@ -41,6 +45,13 @@ def is_in_head(join: Value, last: Value) -> bool:
     """
     residual = any(one is not other and one.comes_from(other) for one in join.terms for other in join.terms)
     return not residual and all(one.comes_from(last) and not one.is_image for one in join.operands)
+
+
+def is_head(last: Value, values: Sequence[Value], outputs: Sequence[Value]) -> bool:
+    """Return whether a convolution computes the network's outputs: no weights follow, and it is not normalised."""
+    if any(one.operation in _WEIGHTED and one.comes_from(last) and one is not last for one in values):
+        return False
+    return any(one.comes_from(last) for one in outputs)
 
 
 def reads_several(value: Value) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 from selab.attention import levels
 from selab.attention.base import Attention
 from selab.attention.convolution_groups import ConvolutionGroups
-from selab.attention.dataflow import BATCH_NORMS, INPUT, DataflowTrace, Value, bits, common_ancestors, union_ancestors
+from selab.attention.dataflow import INPUT, DataflowTrace, Value, bits, common_ancestors, union_ancestors
 from selab.attention.gated_site import BLOCK, named_sites
 from selab.attention.module_paths import common, holds, named, shared_paths
 
@@ -481,7 +481,11 @@ class Finder:
         if not maps or (maps[-1].ancestors & self.convolutions).bit_count() == 1:
             return
         joins = [value for value in self.values if levels.reads_several(value)]
-        if not self.is_plain or not all(levels.is_in_head(value, maps[-1]) for value in joins):
+        blocking = [value for value in joins if not levels.is_in_head(value, maps[-1])]
+        # Added tokens get a line of their own.
+        if blocking and not self.left_out and not any(one.terms and not one.is_image for one in blocking):
+            self._leave_out(f"`{blocking[0].operation}` in {named(blocking[0].module)}", levels.NOT_PLAIN)
+        if blocking or not self.is_plain:
             return
         before, begin = 0, 0
         for end in levels.before_resampling(maps[-1]):
@@ -497,7 +501,7 @@ class Finder:
         for end in levels.level_ends(maps):
             value: Value | None = end
             last = self.values[(end.ancestors & self.convolutions & ~before).bit_length() - 1]
-            if end is maps[-1] and self._is_head(last):
+            if end is maps[-1] and levels.is_head(last, self.values, self.outputs):
                 value = last.operands[0]
             while value is not None and (path := self._site(value, begin=begin)) is None:
                 value = self._trunk(value)
@@ -511,7 +515,7 @@ class Finder:
     def _end_stage(self, end: Value, convolutions: int, begin: int) -> None:
         value: Value | None = end
         last = self.values[convolutions.bit_length() - 1]
-        if self._is_head(last):
+        if levels.is_head(last, self.values, self.outputs):
             if convolutions == 1 << last.index:
                 return None
             value = last.operands[0]
@@ -522,13 +526,6 @@ class Finder:
                 return self._add(value, path, STAGE, f"the last layer of a stage in {named(stage)}")
             value = self._trunk(value)
         return self._leave_out(f"the stage that ends in {named(end.module)}", "no single module to attach to")
-
-    def _is_head(self, last: Value) -> bool:
-        """Return whether a convolution computes the network's outputs: no weights follow, and it is not normalised."""
-        weighted = {"convolution", "mm", "addmm", "bmm", *BATCH_NORMS}
-        if any(one.operation in weighted and one.comes_from(last) and one is not last for one in self.values):
-            return False
-        return any(one.comes_from(last) for one in self.outputs)
 
     # ------------------------------------------------------------------------------------------------------- of all
 

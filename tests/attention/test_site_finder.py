@@ -377,6 +377,20 @@ class TestStages:
     def test_not_where_tokens_are_added(self, head):
         assert found(Recurrent(head()).eval()) == []
         assert "not feature maps" in left_out(Recurrent(head()).eval())
+        assert "|" not in left_out(Recurrent(head()).eval())
+
+    def test_what_makes_a_network_not_plain_is_named(self):
+        class Pyramid(nn.Module):
+            """Poolings of several sizes, concatenated (arXiv 1406.4729)."""
+
+            def forward(self, x):
+                return torch.cat([x, F.max_pool2d(x, 3, 1, 1), F.max_pool2d(x, 5, 1, 2)], 1)
+
+        model = network(nn.ReLU(), conv(), Pyramid(), out=24)
+        assert found(model) == []
+        assert left_out(model) == "`cat` in 3: it joins several tensors, so the network is no plain sequence of stages"
+        with pytest.raises(InsertionError, match=r"no plain sequence of stages\); name modules"):
+            block_ends(model, NCHW)
 
     def test_a_site_holds_no_earlier_stage(self):
         def layer(channels=8):

@@ -79,11 +79,13 @@ class MapBlock(Attention):
             ModelError: any other shape.
         """
         # The proxy of a symbolic trace has no dimensions.
-        if isinstance(x, Tensor) and x.is_quantized:
-            return quantised_like(self.forward(x.dequantize()), x)
-        if isinstance(x, Tensor) and (x.dim() != 4 or has_other_width(x, self.channels)):
-            return self._gated(batch_of_one(x, self.channels)).squeeze(0)
-        return self._gated(x)
+        quantised = isinstance(x, Tensor) and x.is_quantized
+        y = x.dequantize() if quantised else x
+        if isinstance(y, Tensor) and (y.dim() != 4 or has_other_width(y, self.channels)):
+            gated = self._gated(batch_of_one(y, self.channels)).squeeze(0)
+        else:
+            gated = self._gated(y)
+        return quantised_like(gated, x) if quantised else gated
 
     @abstractmethod
     def _gated(self, x: Tensor) -> Tensor:

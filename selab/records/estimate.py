@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from selab.errors import RecordError, SelabError
 from selab.records import stats
-from selab.records.types import ABBABlock, Estimate, Run, Statistic
+from selab.records.types import ABBABlock, Estimate, Run, Statistic, Unit
 
 MIN_PAIRS = 20
+LEAST_PROCESSES = 3
+"""Fewer short runs have no interval: Student's t of one degree of freedom is 12.7."""
 
 
 class InsufficientPairsError(SelabError):
@@ -69,6 +71,19 @@ def _within(blocks: Sequence[ABBABlock], statistic: Statistic, confidence: float
     return _LogEstimate(centre=stats.median(logs), low=interval[0], high=interval[1])
 
 
+def _between(runs: Sequence[Run], statistic: Statistic, confidence: float) -> _LogEstimate:
+    """Return the mean of the runs' medians with Student's t interval; what varies within a run is part of it."""
+    centres = [stats.median(logs) for logs in (_log_ratios(run.quads, statistic) for run in runs) if logs]
+    if len(centres) < LEAST_PROCESSES:
+        raise InsufficientPairsError(
+            f"{len(centres)} of {LEAST_PROCESSES} processes that an interval needs; raise the budget"
+        )
+    error = stats.sample_deviation(centres) / math.sqrt(len(centres))
+    half = stats.student_quantile(len(centres) - 1, confidence) * error
+    centre = stats.mean(centres)
+    return _LogEstimate(centre=centre, low=centre - half, high=centre + half)
+
+
 def _across(runs: Sequence[Run], statistic: Statistic, confidence: float) -> _LogEstimate:
     if not runs:
         raise InsufficientPairsError(f"no runs; at least one with {MIN_PAIRS} pairs is needed")
@@ -90,6 +105,12 @@ def _across(runs: Sequence[Run], statistic: Statistic, confidence: float) -> _Lo
         stats.student_quantile(len(centres) - 1, confidence) * error,
     )
     return _LogEstimate(centre=centre, low=centre - half, high=centre + half)
+
+
+def centre_of(runs: Sequence[Run], statistic: Statistic) -> float | None:
+    """Return exp(mean of the runs' medians of ln(variant / baseline)); None where there is no pair yet."""
+    centres = [stats.median(logs) for logs in (_log_ratios(run.quads, statistic) for run in runs) if logs]
+    return math.exp(stats.mean(centres)) if centres else None
 
 
 def half_width(blocks: Sequence[ABBABlock], statistic: Statistic) -> float | None:
@@ -115,25 +136,28 @@ def sample_medians(runs: Iterable[Run], statistic: Statistic) -> tuple[float, fl
     return stats.median([pair[0] for pair in both]), stats.median([pair[1] for pair in both])
 
 
-def estimate(runs: Sequence[Run], statistic: Statistic, *, confidence: float = 0.95) -> Estimate:
+def estimate(runs: Sequence[Run], statistic: Statistic, *, confidence: float = 0.95, unit: Unit = "pair") -> Estimate:
     """Return exp(median of ln(variant / baseline)) with an exact interval, by default of 95 %.
 
-    One process: the order-statistic interval of the median. Several: the mean of their medians, with a half-width of
-    max(median of the half-widths within, t sd / sqrt(P)), both on the logarithm.
+    Unit `process`: the runs are short and each is one sample, its median. Their mean has Student's t interval.
+
+    Unit `pair`: one process has the order-statistic interval of the median. Several have the mean of their medians,
+    with a half-width of max(median of the half-widths within, t sd / sqrt(P)), both on the logarithm.
 
     Args:
         runs: one per process.
         statistic: the value that represents a sample.
         confidence: the interval's coverage.
+        unit: what the interval counts.
 
     Raises:
-        InsufficientPairsError: no run, or one with fewer than 20 pairs.
+        InsufficientPairsError: no run, or one with fewer than 20 pairs; of short runs, fewer than three.
         RecordError: a sample is not a positive time.
 
     Source: Hahn and Meeker, Statistical Intervals (1991), section 5.2 (within); Student's t on P means (across);
         Kalibera and Jones, Rigorous benchmarking in reasonable time, ISMM 2013 (why processes are the unit).
     """
-    found = _across(runs, statistic, confidence)
+    found = (_between if unit == "process" else _across)(runs, statistic, confidence)
     baseline_s, variant_s = sample_medians(runs, statistic)
     return Estimate(
         baseline_s=baseline_s,
@@ -166,12 +190,17 @@ def paired_difference_s(runs: Sequence[Run], statistic: Statistic) -> float:
     return stats.mean(medians)
 
 
-def noise_floor(controls: Sequence[Run], statistic: Statistic) -> float:
+def noise_floor(controls: Sequence[Run], statistic: Statistic, *, unit: Unit = "pair") -> float:
     """Return the greatest |ratio - 1| + half-width of the controls: differences below it are the machine's noise.
 
+    Of short runs, each in a process, all controls are one estimate.
+
     Raises:
-        InsufficientPairsError: no control, or one with fewer than 20 pairs.
+        InsufficientPairsError: no control, or one with fewer than 20 pairs; of short runs, fewer than three.
     """
+    if unit == "process" and controls:
+        pooled = estimate(controls, statistic, unit=unit)
+        return abs(pooled.ratio - 1) + relative_half_width(pooled)
     if not controls:
         raise InsufficientPairsError("no control run; measure the baseline against a second instance of itself")
     found = [estimate([control], statistic) for control in controls]

@@ -26,6 +26,7 @@ Phase = Literal["forward", "backward", "forward_backward"]
 Order = Literal["ABBA", "BAAB"]
 Statistic = Literal["floor", "typical", "mean"]
 Status = Literal["converged", "budget"]
+Unit = Literal["pair", "process"]
 VerdictKind = Literal["slower", "faster", "equal", "undecided", "no_result"]
 TORCH = "torch"
 _T = TypeVar("_T")
@@ -225,6 +226,7 @@ class Latency(DisplayedValues, Frozen, frozen=True, kw_only=True):
         runs: one per process, raw.
         controls: baseline against a second baseline, before and after each run, raw.
         error: the reason why there is no result, in one line; empty if there is one.
+        unit: what the interval counts: pairs of samples of few long runs, or short runs, each in a fresh process.
     """
 
     phase: Phase
@@ -246,6 +248,7 @@ class Latency(DisplayedValues, Frozen, frozen=True, kw_only=True):
     runs: tuple[Run, ...] = ()
     controls: tuple[Run, ...] = ()
     error: str = ""
+    unit: Unit = "pair"
 
     @property
     def interval(self) -> tuple[float, float] | None:

@@ -25,6 +25,7 @@ from selab.records.types import (
     Phase,
     Run,
     Statistic,
+    Unit,
     VerdictKind,
 )
 from selab.units import NONE
@@ -160,10 +161,10 @@ def _signed_time(value_s: float, half_s: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
-def _estimated(runs: Sequence[Run], statistic: Statistic) -> tuple[Estimate | None, list[str]]:
+def _estimated(runs: Sequence[Run], statistic: Statistic, unit: Unit) -> tuple[Estimate | None, list[str]]:
     """Return the estimate if there is one, and the reasons against quoting it."""
     try:
-        found = estimate(runs, statistic)
+        found = estimate(runs, statistic, unit=unit)
     except InsufficientPairsError as short:
         return None, [str(short)]
     half = relative_half_width(found)
@@ -175,10 +176,10 @@ def _estimated(runs: Sequence[Run], statistic: Statistic) -> tuple[Estimate | No
     return found, [f"{reason}; quiet the machine or raise the budget"]
 
 
-def _controlled(controls: Sequence[Run], statistic: Statistic) -> tuple[float | None, list[str]]:
+def _controlled(controls: Sequence[Run], statistic: Statistic, unit: Unit) -> tuple[float | None, list[str]]:
     """Return the noise floor if there is one, and the reasons why the control fails."""
     try:
-        floor = noise_floor(controls, statistic)
+        floor = noise_floor(controls, statistic, unit=unit)
     except InsufficientPairsError as short:
         return None, [f"control: {short}"]
     if floor <= WIDEST_HALF_WIDTH:
@@ -197,19 +198,24 @@ def _contended(runs: Sequence[Run], threads: int) -> list[str]:
 
 
 def _judged(
-    runs: Sequence[Run], controls: Sequence[Run], statistic: Statistic, threads: int, error: str
+    runs: Sequence[Run], controls: Sequence[Run], statistic: Statistic, threads: int, error: str, unit: Unit
 ) -> tuple[Estimate | None, float | None, list[str]]:
     """Return the estimate and the noise floor, where they exist, and every reason against a result."""
     if error and not runs and not controls:
         return None, None, [error]
-    found, against = _estimated(runs, statistic)
-    floor, failing = _controlled(controls, statistic)
-    return found, floor, [*([error] if error else []), *against, *failing, *_contended(runs, threads)]
+    found, against = _estimated(runs, statistic, unit)
+    floor, failing = _controlled(controls, statistic, unit)
+    return (
+        found,
+        floor,
+        [*([error] if error else []), *against, *failing, *(_contended(runs, threads) if unit == "pair" else [])],
+    )
 
 
 def no_result_reasons(latency: Latency) -> list[str]:
     """Return the reasons why there is no result; empty if there is one."""
-    return _judged(latency.runs, latency.controls, latency.statistic, latency.threads, latency.error)[2]
+    one = latency
+    return _judged(one.runs, one.controls, one.statistic, one.threads, one.error, one.unit)[2]
 
 
 def summarise(
@@ -223,6 +229,7 @@ def summarise(
     controls: Sequence[Run],
     target_half_width: float = 0.005,
     error: str = "",
+    unit: Unit = "pair",
 ) -> Latency:
     """Summarise raw runs and controls as a `Latency` with all figures, flags and the verdict.
 
@@ -241,6 +248,7 @@ def summarise(
         controls: baseline against a second baseline instance.
         target_half_width: the sampler's target; stored, not judged.
         error: the reason why nothing could be measured; it becomes the verdict's reason.
+        unit: what the interval counts; of short runs a process is one sample, and three processes are needed.
 
     Raises:
         RecordError: a sample is not a positive time.
@@ -248,15 +256,17 @@ def summarise(
     baseline_s = variant_s = difference = None
     if any(run.quads for run in runs):
         baseline_s, variant_s = sample_medians(runs, statistic)
-    found, floor, against = _judged(runs, controls, statistic, threads, error)
+    found, floor, against = _judged(runs, controls, statistic, threads, error, unit)
     if found is not None:
         difference = paired_difference_s(runs, statistic)
     if against or found is None or floor is None or difference is None:
         verdict = no_result(against)
     else:
         verdict = sentence(found, floor, difference)
-        if len(runs) == 1:
+        if len(runs) == 1 and unit == "pair":
             verdict = Verdict(kind=verdict.kind, text=f"{verdict.text}; in one process")
+        if unit == "process":
+            verdict = Verdict(kind=verdict.kind, text=f"{verdict.text}; {found.processes} processes")
     return Latency(
         phase=phase,
         method=method,
@@ -277,6 +287,7 @@ def summarise(
         runs=tuple(runs),
         controls=tuple(controls),
         error=error,
+        unit=unit,
     )
 
 
@@ -292,6 +303,7 @@ def recompute(latency: Latency) -> Latency:
         controls=latency.controls,
         target_half_width=latency.target_half_width,
         error=latency.error,
+        unit=latency.unit,
     )
 
 
@@ -336,6 +348,9 @@ def change_words(latency: Latency | None) -> str:
     if latency is None or latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
         return NONE
     left = not_excluded(latency)
+    if left is None and latency.unit == "process":
+        # Each process is a sample, so the interval is honest however wide it is.
+        return f"{TOO_NOISY} [{100 * (latency.ratio_low - 1):.0f}, {100 * (latency.ratio_high - 1):.0f}]"
     if left is None:
         return TOO_NOISY
     decimals = units.decimals_for((latency.ratio_high - latency.ratio_low) / 2)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from selab.bench.backends import Timing, backend, check_phase
 from selab.bench.machine import available_cores
 from selab.bench.progress import Progress
 from selab.bench.runner import mode_of
-from selab.bench.sampler import Arm, Clock, Plan, measure
+from selab.bench.sampler import Arm, Clock, Plan, measure, measure_together
 from selab.meta.state import restored
 from selab.records.types import Frozen, Phase, Run, Workload
 
@@ -55,6 +56,7 @@ def networks(
     *,
     seed: int = 0,
     names: tuple[str, str] = ("baseline", "variant"),
+    shuffle: int | None = None,
 ) -> Iterator[Networks]:
     """Prepare copies of both networks in the workload's runtime and check their outputs; the models stay unchanged.
 
@@ -67,6 +69,8 @@ def networks(
         workload: of both.
         seed: of the input, the same for both.
         names: the names of the two in messages.
+        shuffle: seed of the order in which the copies are made, which decides where they lie in memory; None for
+            baseline, second instance, variant.
 
     Raises:
         UnknownNameError: there is no such runtime.
@@ -77,7 +81,10 @@ def networks(
     runtime = backend(workload.runtime)
     cores = available_cores()
     with restored(baseline), restored(variant), runtime.session(workload, seed=seed):
-        made = [runtime.prepare(model, workload, seed=seed) for model in (baseline, baseline, variant)]
+        models = (baseline, baseline, variant)
+        order = list(range(3)) if shuffle is None else Random(f"order {shuffle}").sample(range(3), 3)
+        copies = {place: runtime.prepare(models[place], workload, seed=seed) for place in order}
+        made = [copies[place] for place in range(3)]
         for prepared, name in zip(made, (names[0], *names), strict=True):
             runtime.check_output(prepared, name)
         yield Networks(baseline=made[0], again=made[1], variant=made[2], workload=workload, cores=cores)
@@ -119,6 +126,60 @@ def measure_phase(
     with runtime.translated_errors(f"{phase} in {mode_of(phase, nets.workload)} mode"):
         for timing in runtime.timings(nets.workload, phase, clock=clock, cold=cold):
             found |= _measured(nets, phase, timing.plan(plan), timing, seed=seed, clock=clock, progress=progress)
+    return found
+
+
+def measure_short(
+    nets: Networks,
+    phase: Phase,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    control: bool = True,
+    cold: bool = False,
+    clock: Clock = time.perf_counter,
+) -> dict[str, RawPhase]:
+    """Measure one phase for a short time by every method of the runtime, comparison and control interleaved.
+
+    One of many such runs, each in a fresh process; alone it has no interval.
+
+    Args:
+        nets: as from `networks`, whose block must still be open.
+        phase: what one call is.
+        plan: as of `Plan.short`; its method is replaced by the runtime's.
+        seed: of the order of the ABBA blocks.
+        control: whether the baseline is also measured against its second instance.
+        cold: as in `measure_phase`.
+        clock: the host clock, seconds.
+
+    Returns:
+        Method name → its run with no control or one, the headline first.
+
+    Raises:
+        OutOfMemoryError, ModelError: as `measure_phase`.
+    """
+    runtime = backend(nets.workload.runtime)
+    check_phase(runtime, phase)
+    found: dict[str, RawPhase] = {}
+    with runtime.translated_errors(f"{phase} in {mode_of(phase, nets.workload)} mode"):
+        for timing in runtime.timings(nets.workload, phase, clock=clock, cold=cold):
+            prepared = {"baseline": nets.baseline, "variant": nets.variant}
+            prepared |= {"again": nets.again} if control else {}
+            arms = {name: timing.arm(one, phase) for name, one in prepared.items()}
+            watch = Watch(nets.workload, nets.cores)
+            runs = measure_together(
+                arms,
+                [("baseline", name) for name in arms if name != "baseline"],
+                timing.plan(plan),
+                clock=clock,
+                seed=seed,
+                between_blocks=None if timing.watch is None else timing.watch(),
+            )
+            compared, controls = runs["baseline", "variant"], runs.get(("baseline", "again"), {})
+            compared = watch.flagged(compared, extra=timing.flags(arms["baseline"], arms["variant"]))
+            for method, run in compared.items():
+                controlled = (controls[method],) if controls else ()
+                found[method] = RawPhase(phase=phase, method=method, run=run, controls=controlled)
     return found
 
 

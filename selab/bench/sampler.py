@@ -24,6 +24,8 @@ LOOKS = frozenset(base << doublings for base in (10, 14) for doublings in range(
 """Numbers of ABBA blocks after which the width may be looked at: 10, 14, 20, 28, 40, 56, 80, 112, 160 …"""
 # Seconds: the least warm-up of a run that follows another one at once.
 _WARM_S = 1.0
+# Of a short run; it is not judged, for no time is left to wait.
+_SHORT_WARMUP_S = 0.25
 _STEADY = 0.01
 _LEAST_BELOW_THRESHOLD = 2
 _WINDOW_ROUNDS = 2
@@ -110,6 +112,7 @@ class Plan:
         target_half_width: stop when half the interval of ln(variant / baseline) is this narrow.
         budget_s: seconds of sampling, warm-up not counted, after which to stop: as soon as there are enough pairs for
             an interval, and after `most_overrun` budgets in any case.
+        least_pairs: so many are enough for an interval.
     """
 
     method: str = "wall"
@@ -122,6 +125,7 @@ class Plan:
     target_half_width: float = 0.005
     budget_s: float = 60.0
     most_overrun: float = 5.0
+    least_pairs: int = estimate.MIN_PAIRS
 
     @classmethod
     def for_cpu(cls, *, quick: bool = False) -> "Plan":
@@ -141,6 +145,23 @@ class Plan:
     def warmed(self) -> "Plan":
         """Return the same plan for a run that follows another one at once: the device has its working clocks."""
         return replace(self, warmup_least_s=min(self.warmup_least_s, _WARM_S))
+
+    def short(self, seconds: float) -> "Plan":
+        """Return the plan of one of many short runs, each in a fresh process: a fixed warm-up, then so many seconds.
+
+        It takes at least one ABBA block of each pair, however long that lasts. The width of the interval of one process
+        has no part in when it ends.
+        """
+        return replace(
+            self,
+            warmup_least_s=_SHORT_WARMUP_S,
+            warmup_most_s=_SHORT_WARMUP_S,
+            warmup_least_calls=2,
+            target_half_width=0.0,
+            budget_s=seconds,
+            least_pairs=2,
+            most_overrun=math.inf,
+        )
 
     def for_control(self) -> "Plan":
         """Return the plan of the A/A control: ±0.5 % within half the time, even where the measurement stops at ±1 %.
@@ -169,7 +190,7 @@ class WarmUp:
     Attributes:
         calls: of all arms together, the first ones included.
         calls_s: of each arm, its median call in the last window.
-        steady: True if the last two equal windows agreed within 1 %.
+        steady: True if the last two equal windows agreed within 1 %, and where its duration was fixed.
     """
 
     calls: int
@@ -198,7 +219,7 @@ def warm_up(arms: Sequence[Arm], plan: Plan, clock: Clock) -> WarmUp:
         over = elapsed >= plan.warmup_most_s * share
         if not over and (elapsed < next_check_s or 2 * len(rounds) < plan.warmup_least_calls):
             continue
-        steady = is_steady(rounds)
+        steady = plan.warmup_least_s == plan.warmup_most_s or is_steady(rounds)
         if steady or over:
             last = rounds[-_window(rounds) :]
             calls_s = tuple(stats.median([each[arm] for each in last]) for arm in range(count))
@@ -364,7 +385,7 @@ def gc_disabled() -> Iterator[None]:
 
 def _is_spent(plan: Plan, elapsed_s: float, blocks: int) -> bool:
     """Return True when the budget is spent; a slow network overruns it until it has enough pairs for an interval."""
-    enough = 2 * blocks >= estimate.MIN_PAIRS
+    enough = 2 * blocks >= plan.least_pairs
     return elapsed_s >= plan.budget_s * (1.0 if enough else plan.most_overrun)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,11 +53,16 @@ from selab.records.bounds import MOST_PROCESSES
 from selab.records.types import PHASE_NAMES, PHASES, Device, Phase
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from selab.bench.progress import Progress, Report
     from selab.experiments.job import Job
     from selab.experiments.profiling import Profile
     from selab.records.types import Record
 
 RESULTS = Path("results")
+# The time of a command counts from here: about when the program started.
+STARTED = time.monotonic()
 
 
 @with_options
@@ -64,7 +70,10 @@ def profile(
     arch: Arch,
     options: WorkloadOptions,
     quick: Quick = False,
-    budget: Budget = None,
+    budget: Annotated[
+        float | None,
+        seconds("--budget", TIME, "Seconds of sampling per phase; with --processes, of the whole command.", least=0.1),
+    ] = None,
     processes: Processes = 1,
     cold: Annotated[bool, option("--cold", TIME, "On a GPU: flush the L2 cache before each call.")] = False,
     out: Out = RESULTS,
@@ -87,7 +96,7 @@ def profile(
     from selab.experiments import profiling
     from selab.records import files, store
 
-    growing = profiling.Profile(job)
+    growing = profiling.Profile(job, began=STARTED)
     path = growing.path(out)
     files.check_writable(path, replace=replace)
     if svg is not None:
@@ -96,8 +105,9 @@ def profile(
     announce_sites(job.variant, profiling.sites_of(job))
     shown = _Shown(path=path, json_to=json_to, svg=svg, look=look, verbose=verbose)
     try:
-        with reporting(open_console(stderr=True)) as report:
-            growing.run(report)
+        console = open_console(stderr=True)
+        with reporting(console) as report:
+            growing.run(_showing_counts(growing, console, report))
     except KeyboardInterrupt:
         raise StoppedError(f"interrupted; {_keep_partial(growing, shown)}") from None
     except BaseException:
@@ -108,6 +118,22 @@ def profile(
     record = store.read_record(path)
     print_insertion_notes(job.variant, record.insertions, params_of(record.baseline_cost))
     _show_profile(record, shown)
+
+
+def _showing_counts(growing: "Profile", console: "Console", report: "Report") -> "Report":
+    """Return a report that prints the counted costs as soon as they are there; the times take longer."""
+    from selab.experiments.profiling import COUNTED
+    from selab.report.profiles import profile_table
+
+    def tell(label: str, state: "Progress | None") -> object:
+        if label != COUNTED:
+            return report(label, state)
+        console.print(profile_table(growing.record()), highlight=False)
+        if growing.expected_noise:
+            console.print(escape_markup(growing.expected_noise), highlight=False)
+        return None
+
+    return tell
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -204,7 +204,7 @@ def count(
     json_to: Json = None,
     look: Format = "rich",
 ) -> None:
-    """Count parameters, MACs (the GFLOPs of papers), FLOPs and bytes; only --on cpu runs kernels."""
+    """Count parameters, MACs (GFLOPs of papers), FLOPs and bytes; nothing is timed."""
     if every and (arch or options.se is not None or options.insert):
         raise typer.BadParameter("cannot be combined with --arch, --se or --insert", param_hint="--all")
     names = list(catalog.installed()) if every else list(arch)

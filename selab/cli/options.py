@@ -135,7 +135,12 @@ Quick = Annotated[bool, option("--quick", TIME, "Stop at ±1 % or after 15 s of 
 Budget = Annotated[float | None, seconds("--budget", TIME, "Seconds of sampling per phase.", least=0.1)]
 Processes = Annotated[
     int,
-    natural("--processes", TIME, "Fresh processes per ratio; 3 for what you publish.", most=MOST_PROCESSES),
+    natural(
+        "--processes",
+        TIME,
+        "Short runs in so many fresh processes, 3 or more; 1: a long one in this process.",
+        most=MOST_PROCESSES,
+    ),
 ]
 Out = Annotated[Path, option("--out", OUTPUT, "Folder of the records.", metavar="FOLDER")]
 Ema = Annotated[

@@ -16,6 +16,7 @@ from selab.models import catalog
 from selab.models.inputs import Input, main_input
 from selab.models.spec import Variant
 from selab.records.bounds import MOST_PIXELS
+from selab.records.estimate import LEAST_PROCESSES
 from selab.records.files import shown
 from selab.records.store import read_record, record_path
 from selab.records.types import PHASES, TORCH, Device, Dtype, Frozen, MemoryFormat, Mode, On, Phase, Record, Workload
@@ -32,8 +33,9 @@ class Request(Frozen, frozen=True, kw_only=True):
         on: `cpu` to look at the networks (to count, and to find sites) on real tensors, where values decide what they
             compute.
         threads: CPU threads of the headline; None for one thread, and a second row on all cores.
-        budget_s: seconds of sampling per phase; None for 60 (quick: 15).
-        processes: fresh processes per figure; 1 measures in this process.
+        budget_s: seconds of sampling per phase; with several processes of the whole profile. None for the defaults.
+        processes: fresh processes, each of which measures every phase for a short time. 1 measures for a long time in
+            this process, and says nothing about another one.
         cold: on a GPU, flush the L2 cache before each call.
         runtime: name of the backend that runs both networks (`selab.bench.backends`).
     """
@@ -205,12 +207,17 @@ def job_of(request: Request, variant: Variant, baseline: Variant | None) -> Job:
     """Return the job of two networks that are at hand.
 
     Raises:
-        SpecError: their inputs have different shapes, and the request names none.
+        SpecError: their inputs have different shapes, and the request names none; too few processes for an interval.
     """
     if baseline is not None and request.input_chw is None and baseline.input_chw != variant.input_chw:
         raise SpecError(
             f"--baseline {baseline.name}: its input is {list(baseline.input_chw)}, that of {variant.name} is "
             f"{list(variant.input_chw)}; only networks of equal input can be compared"
+        )
+    if 1 < request.processes < LEAST_PROCESSES:
+        raise SpecError(
+            f"--processes {request.processes}: have no interval; give at least {LEAST_PROCESSES}, or 1 to measure in "
+            "this process"
         )
     workload = _workload_of(request, variant)
     return Job(

@@ -1,6 +1,7 @@
 """Count and measure one variant against its baseline, and make the record."""
 
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -14,26 +15,35 @@ from torch import nn
 
 from selab import units
 from selab._version import __version__
-from selab.bench.latency import RawPhase
-from selab.bench.machine import available_cores, machine
+from selab.bench.machine import CpuReading, available_cores, contention_flags, machine, read_cpu
 from selab.bench.memory import memory
 from selab.bench.progress import Report
-from selab.bench.runner import DTYPES, check_device, mode_of
+from selab.bench.runner import DTYPES, check_device
+from selab.bench.sampler import Clock
 from selab.cost.count import cost_of, count
 from selab.cost.crosscheck import compare
 from selab.cost.tracer import op_trace
-from selab.errors import ModelError, RecordError
+from selab.errors import ModelError, RecordError, SelabError
 from selab.experiments.job import Job, Request, resolve
-from selab.experiments.workers import Failed, build_pair, raw_runs, raw_runs_of_children
+from selab.experiments.placements import Placements, method_of, schedule_of, summary
+from selab.experiments.schedule import Schedule
+from selab.experiments.workers import Failed, Placed, WorkerJob, build_pair, raw_runs, short_runs_of_child
 from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.inputs import example_of
 from selab.models.spec import Variant, pair_hash
-from selab.records import verdict
+from selab.records.estimate import LEAST_PROCESSES
 from selab.records.types import SCHEMA, Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
 
 if TYPE_CHECKING:
+    from selab.bench.latency import RawPhase
     from selab.meta import Example
+
+
+COUNTED = "counted"
+"""The label that is reported when the counted costs are there."""
+# More processes that die are no accident.
+_MOST_DEATHS = 3
 
 
 def sites_of(job: Job) -> tuple[Insertion, ...]:
@@ -45,12 +55,17 @@ def sites_of(job: Job) -> tuple[Insertion, ...]:
 class Profile:
     """A profile while it grows; `record()` returns what has been measured, also after an interruption.
 
+    Args:
+        job: what to measure.
+        clock: seconds, monotone.
+        began: when the command began, by the clock; its time budget counts from there.
+
     Raises:
         SpecError: the job has no baseline.
         DeviceError: the device is not there.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, clock: Clock = time.monotonic, began: float | None = None) -> None:
         check_device(job.workload.device, job.workload.dtype)
         self.job = job
         self.variant, self.baseline = job.pair
@@ -64,6 +79,9 @@ class Profile:
         self.memory: Memory | None = None
         self.baseline_memory: Memory | None = None
         self.complete = False
+        self.remarks: tuple[str, ...] = ()
+        self.expected_noise = ""
+        self.clock, self.began = clock, clock() if began is None else began
 
     def path(self, out: Path) -> Path:
         """Return where its record goes, under this folder."""
@@ -90,40 +108,95 @@ class Profile:
         built, other = build_pair(self.job)
         self.insertions = built.insertions
         variant, baseline = built.model, other.model
-        workload, seed = self.job.workload, self.job.request.seed
+        before = read_cpu()
         report("counting", None)
-        self.cost = _counted(self.variant, built, workload)
-        self.baseline_cost = _counted(self.baseline, other, workload)
-        self._time(variant, baseline, report)
+        self.cost = _counted(self.variant, built, self.job.workload)
+        self.baseline_cost = _counted(self.baseline, other, self.job.workload)
+        self._note_noise(before)
+        report(COUNTED, None)
+        if self.job.request.processes == 1:
+            self._time(variant, baseline, report)
+            self._measure_memory(variant, baseline, report)
+        else:
+            self._time_in_short_processes(variant, baseline, report)
+        self.complete = True
+
+    def _schedule(self, *, rows: int) -> Schedule:
+        methods = 2 if self.job.workload.device == "cuda" else 1
+        runs = methods * rows * len(self.job.request.phases)
+        return schedule_of(self.job.request, began=self.began, clock=self.clock, runs=runs)
+
+    def _note_noise(self, before: CpuReading | None) -> None:
+        """Note what other programs used while the networks were counted, in a sentence of what to expect."""
+        workload = self.job.workload
+        found = contention_flags(before, read_cpu(), threads=workload.threads, cores=self.machine.cores)
+        seen = [one.detail for one in found if one.name in ("contention", "neighbours", "stolen_time")]
+        if seen:
+            self.expected_noise = f"{'; '.join(seen)}: expect wide intervals; stop other programs for exact ones"
+
+    def _measure_memory(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:
         report("memory", None)
-        phases = self.job.request.phases
+        workload, seed, phases = self.job.workload, self.job.request.seed, self.job.request.phases
         self.memory = memory(variant, workload, seed=seed, phases=phases)
         self.baseline_memory = memory(baseline, workload, seed=seed, phases=phases)
-        self.complete = True
 
     def _time(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:
         rows = [(self.job, self.latency)]
         if self.measures_all_cores:
             rows.append((self.job.changed(threads=self.machine.cores, quick=True), self.latency_all_cores))
         for job, into in rows:
-            source = (
-                raw_runs(job, variant, baseline, report)
-                if job.request.processes == 1
-                else raw_runs_of_children(job, report)
-            )
-            headline = _method(job.workload, cold=job.request.cold)
             gathered: dict[tuple[Phase, str], list[RawPhase]] = {}
-            for raw in source:
+            for raw in raw_runs(job, variant, baseline, report):
                 if isinstance(raw, Failed):
-                    into.setdefault(raw.phase, _summary(raw.phase, _method(job.workload), job, [], raw.error))
+                    into.setdefault(raw.phase, summary(raw.phase, method_of(job.workload), job, [], raw.error))
                     continue
                 both = gathered.setdefault((raw.phase, raw.method), [])
                 both.append(raw)
-                latency = _summary(raw.phase, raw.method, job, both)
-                if raw.method == headline:
-                    into[raw.phase] = latency
-                if job.workload.device == "cuda":
-                    self.gpu_methods.setdefault(raw.phase, {})[raw.method] = latency
+                self._keep(into, raw.phase, raw.method, summary(raw.phase, raw.method, job, both))
+
+    def _keep(self, into: dict[Phase, Latency], phase: Phase, method: str, latency: Latency) -> None:
+        if method == method_of(self.job.workload, cold=self.job.request.cold):
+            into[phase] = latency
+        if self.job.workload.device == "cuda":
+            self.gpu_methods.setdefault(phase, {})[method] = latency
+
+    def _time_in_short_processes(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:
+        """Measure in fresh processes until the time is spent; the memory after the first, whose answer comes early."""
+        job, request = self.job, self.job.request
+        rows = [(job, self.latency)]
+        if self.measures_all_cores:
+            rows.append((job.changed(threads=self.machine.cores), self.latency_all_cores))
+        placements = Placements(rows=rows, keep=self._keep)
+        schedule = self._schedule(rows=len(rows))
+        number, died = 0, 0
+        while schedule.left:
+            seconds, control = schedule.sampling_s(), number % 2 == 0 or schedule.processes < 2 * LEAST_PROCESSES
+            order = WorkerJob(
+                job=job,
+                quad_seed=request.seed + number,
+                rows=tuple(row.workload.threads for row, _ in rows),
+                seconds=seconds,
+                control=control,
+            )
+            where = f"process {schedule.done + 1} of {schedule.processes}"
+            report(where, None)
+            for event in short_runs_of_child(order, number, self.clock):
+                if isinstance(event, Placed):
+                    placements.add(event)
+                    report(f"{where}: {placements.words()}", None)
+                elif event.died:
+                    died += 1
+                    placements.drop(number)
+                    self.remarks += (f"process {number + 1}: {event.died}; its samples are left out",)
+                    report(self.remarks[-1], None)
+                    if died > _MOST_DEATHS:
+                        raise SelabError(f"{units.counted(died, 'process', 'processes')} died: {event.died}")
+                else:
+                    sampled = seconds * (2 if control else 1)
+                    schedule.ended(ready_s=event.ready_s, elapsed_s=event.elapsed_s, sampled_s=sampled)
+            number += 1
+            if self.memory is None:
+                self._measure_memory(variant, baseline, report)
 
     def record(self) -> Record:
         """Return what has been measured so far.
@@ -156,7 +229,7 @@ class Profile:
             gpu_methods=self.gpu_methods,
             memory=self.memory,
             baseline_memory=self.baseline_memory,
-            warnings=warnings_of(self.cost),
+            warnings=(*warnings_of(self.cost), *self.remarks),
         )
 
 
@@ -168,26 +241,6 @@ def warnings_of(cost: Cost) -> tuple[str, ...]:
     ]
     failed = [f"{counter.name} failed: {counter.error}" for counter in cost.counters.values() if counter.error]
     return (*unknown, *failed)
-
-
-def _method(workload: Workload, *, cold: bool = False) -> str:
-    if workload.device == "cpu":
-        return "wall"
-    return "eager_event" if cold else "eager_wall"
-
-
-def _summary(phase: Phase, method: str, job: Job, raws: list[RawPhase], error: str = "") -> Latency:
-    return verdict.summarise(
-        phase=phase,
-        method=method,
-        statistic=job.plan.statistic,
-        threads=job.workload.threads,
-        mode=mode_of(phase, job.workload),
-        runs=[raw.run for raw in raws],
-        controls=[control for raw in raws for control in raw.controls],
-        target_half_width=job.plan.target_half_width,
-        error=error,
-    )
 
 
 def _counted(

@@ -246,7 +246,11 @@ class ResultCache:
             and not one.error
             and one.target_half_width <= job.plan.target_half_width
             and len(one.runs) >= job.request.processes
-            and all(run.status == "converged" or run.elapsed_s >= job.plan.budget_s for run in one.runs)
+            # Of short runs their number decides, and none of them is long.
+            and (
+                one.unit == "process"
+                or all(run.status == "converged" or run.elapsed_s >= job.plan.budget_s for run in one.runs)
+            )
             and not (self.retry and one.verdict_kind == "no_result")
             for one in found
         )

@@ -1,21 +1,23 @@
-"""Measure in this process or in fresh ones; both give raw runs.
+"""Measure for a long time in this process, or for a short time in each of many fresh ones.
 
-A fresh process is `worker_main`. It reads a `WorkerJob` as JSON from its standard input. It writes one
-JSON object per line, progress and raw runs, to its standard output.
+A fresh process is `worker_main`. It reads a `WorkerJob` as JSON from its standard input. It writes one JSON object per
+line, its raw runs, to its standard output.
 """
 
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from random import Random
 
 import msgspec
 from torch import nn
 
 from selab import units
-from selab.bench.latency import RawPhase, measure_phase, networks
-from selab.bench.progress import Progress, Report, prefixed
+from selab.bench.latency import RawPhase, measure_phase, measure_short, networks
+from selab.bench.progress import Progress, Report
 from selab.errors import ModelError, OutOfMemoryError, SelabError
 from selab.experiments.job import Job
 from selab.models.build import Built, build
@@ -41,13 +43,10 @@ def build_pair(job: Job) -> tuple[Built, Built]:
     return made[0], made[1]
 
 
-def raw_runs(
-    job: Job, variant: nn.Module, baseline: nn.Module, report: Report, *, quad_seed: int | None = None
-) -> Iterator[RawPhase | Failed]:
+def raw_runs(job: Job, variant: nn.Module, baseline: nn.Module, report: Report) -> Iterator[RawPhase | Failed]:
     """Measure every phase of a job in this process. A phase that fails is yielded as `Failed`; the next one is tried.
 
-    The weights and the input come from the request's seed. The order of the quads may have a seed of its own, so that
-    processes differ in nothing else.
+    Weights, input and the order of the quads come from the request's seed.
     """
     request, workload = job.request, job.workload
     threads = f", {units.counted(workload.threads, 'thread')}" if workload.device == "cpu" else ""
@@ -62,7 +61,7 @@ def raw_runs(
                         nets,
                         phase,
                         job.plan.warmed() if done else job.plan,
-                        seed=request.seed if quad_seed is None else quad_seed,
+                        seed=request.seed,
                         cold=request.cold,
                         progress=_of_phase(report, phase, threads),
                     )
@@ -86,35 +85,142 @@ def _of_phase(report: Report, phase: Phase, threads: str) -> Report:
     return labelled
 
 
-class _Line(Frozen, frozen=True, kw_only=True):
-    """One line of a child process: progress, a result, or an error."""
+class Placed(Frozen, frozen=True, kw_only=True):
+    """A short run of one process, or why it has none.
 
-    label: str = ""
-    blocks: int = 0
-    half_width: float | None = None
+    Attributes:
+        process: its number, from 0.
+        threads: of the row.
+    """
+
+    process: int
+    threads: int
+    found: RawPhase | Failed
+
+
+class Ended(Frozen, frozen=True, kw_only=True):
+    """The end of a process of short runs.
+
+    Attributes:
+        process: its number, from 0.
+        died: why its runs must not count; empty if it ended well.
+        ready_s: from its start to its first run.
+        elapsed_s: from its start to its end.
+    """
+
+    process: int
+    died: str = ""
+    ready_s: float = 0.0
     elapsed_s: float = 0.0
-    budget_s: float = 0.0
+
+
+class _Line(Frozen, frozen=True, kw_only=True):
+    """One line of a child process: a result with the threads of its row, that the networks are ready, or an error."""
+
+    threads: int = 0
     raw: RawPhase | None = None
     failed: Failed | None = None
+    ready: bool = False
     error: str = ""
 
 
 class WorkerJob(Frozen, frozen=True, kw_only=True):
-    """The input of a child process: a job, and the seed of the order of its quads."""
+    """The input of a child process.
+
+    Attributes:
+        quad_seed: of the order of the quads.
+        rows: the number of threads of each.
+        seconds: of sampling in a run.
+        control: whether a run also measures the baseline against its second instance.
+    """
 
     job: Job
     quad_seed: int
+    rows: tuple[int, ...]
+    seconds: float
+    control: bool
 
 
-def raw_runs_of_children(job: Job, report: Report) -> Iterator[RawPhase | Failed]:
-    """Measure as `raw_runs` does, in as many fresh processes as the request names, one after the other."""
-    processes = job.request.processes
-    for number in range(processes):
-        order = WorkerJob(job=job, quad_seed=job.request.seed + number)
-        yield from _child(order, prefixed(report, f"process {number + 1} of {processes}"))
+def short_runs(order: WorkerJob, ready: Callable[[], object]) -> Iterator[tuple[int, RawPhase | Failed]]:
+    """Measure every phase of a job for a short time, on so many threads as each row says; yield the row's threads.
+
+    The order in which the networks are built and copied is drawn by the seed, so that they lie elsewhere in memory in
+    each process. A phase that fails is yielded as `Failed`.
+
+    Args:
+        order: what to measure.
+        ready: called when the networks of a row are ready.
+    """
+    request = order.job.request
+    drawn = Random(f"placement {order.quad_seed}")
+    pair = list(enumerate(order.job.pair))
+    drawn.shuffle(pair)
+    built = {place: build(one, seed=request.seed, input_chw=order.job.workload.input_chw) for place, one in pair}
+    names = (request.baseline or f"the baseline of {request.arch}", request.arch)
+    for threads in order.rows:
+        workload = msgspec.structs.replace(order.job.workload, threads=threads)
+        try:
+            with networks(
+                built[1].model, built[0].model, workload, seed=request.seed, names=names, shuffle=order.quad_seed
+            ) as nets:
+                ready()
+                for phase in request.phases:
+                    try:
+                        raws = measure_short(
+                            nets,
+                            phase,
+                            order.job.plan.short(order.seconds),
+                            seed=order.quad_seed,
+                            control=order.control,
+                            cold=request.cold,
+                        )
+                    except (ModelError, OutOfMemoryError) as error:
+                        yield threads, Failed(phase=phase, error=str(error))
+                    else:
+                        for raw in raws.values():
+                            yield threads, raw
+        except OutOfMemoryError as error:
+            for phase in request.phases:
+                yield threads, Failed(phase=phase, error=str(error))
 
 
-def _child(order: WorkerJob, report: Report) -> Iterator[RawPhase | Failed]:
+def short_runs_of_child(order: WorkerJob, process: int, clock: Callable[[], float]) -> Iterator[Placed | Ended]:
+    """Measure as `short_runs` does in a fresh process; its end is yielded last, also where it died.
+
+    Args:
+        order: what the process does.
+        process: its number, from 0.
+        clock: seconds.
+
+    Raises:
+        SelabError: the networks cannot be measured at all.
+    """
+    began = clock()
+    ready_s: float | None = None
+    try:
+        for line in _lines_of_child(order):
+            found = line.raw or line.failed
+            if found is not None:
+                yield Placed(process=process, threads=line.threads, found=found)
+            elif line.ready and ready_s is None:
+                ready_s = clock() - began
+    except _DiedError as error:
+        yield Ended(process=process, died=str(error), elapsed_s=clock() - began)
+    else:
+        yield Ended(process=process, ready_s=ready_s or 0.0, elapsed_s=clock() - began)
+
+
+class _DiedError(SelabError):
+    """A measuring process ended before its work was done."""
+
+
+def _lines_of_child(order: WorkerJob) -> Iterator[_Line]:
+    """Start a process and yield its lines.
+
+    Raises:
+        SelabError: it says why it cannot measure.
+        _DiedError: it ended otherwise.
+    """
     # Without -P, the current folder would be the first place to import from: a random.py in it would run.
     command = [sys.executable, "-P", "-c", _START]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -127,23 +233,15 @@ def _child(order: WorkerJob, report: Report) -> Iterator[RawPhase | Failed]:
                 line = msgspec.json.decode(text, type=_Line)
                 if line.error:
                     raise SelabError(line.error)
-                if line.raw is not None:
-                    yield line.raw
-                elif line.failed is not None:
-                    yield line.failed
-                else:
-                    report(line.label, _progress(line))
+                yield line
         except BaseException:
             process.terminate()
             raise
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        raise _DiedError(f"a measuring process was ended by {name}; is the memory full?")
     if process.returncode:
-        raise SelabError(f"a measuring process ended with status {process.returncode}; see its message above")
-
-
-def _progress(line: _Line) -> Progress | None:
-    if not line.budget_s:
-        return None
-    return Progress(blocks=line.blocks, half_width=line.half_width, elapsed_s=line.elapsed_s, budget_s=line.budget_s)
+        raise _DiedError(f"a measuring process ended with status {process.returncode}; see its message above")
 
 
 def worker_main() -> None:
@@ -154,20 +252,15 @@ def worker_main() -> None:
         lines.write(msgspec.json.encode(line) + b"\n")
         lines.flush()
 
-    def report(label: str, state: Progress | None) -> None:
-        if state is None:
-            write(_Line(label=label))
-        else:
-            width, elapsed = state.half_width, state.elapsed_s
-            write(_Line(label=label, blocks=state.blocks, half_width=width, elapsed_s=elapsed, budget_s=state.budget_s))
-
     try:
         order = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerJob)
         # A user's network may print; standard output is for the lines alone.
         with redirect_stdout(sys.stderr):
-            first, second = (built.model for built in build_pair(order.job))
-            for raw in raw_runs(order.job, first, second, report, quad_seed=order.quad_seed):
-                write(_Line(failed=raw) if isinstance(raw, Failed) else _Line(raw=raw))
+            for threads, one in short_runs(order, lambda: write(_Line(ready=True))):
+                if isinstance(one, Failed):
+                    write(_Line(threads=threads, failed=one))
+                else:
+                    write(_Line(threads=threads, raw=one))
     except SelabError as error:
         write(_Line(error=str(error)))
     except KeyboardInterrupt:

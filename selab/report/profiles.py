@@ -65,6 +65,8 @@ def _latency_row(latency: Latency, *, label: str) -> tuple[str, ...]:
     change = units.percent(latency.ratio - 1, decimals=units.decimals_for(half))
     sign = "+" if latency.difference_s > 0 else ""
     shown = change if word in ("slower", "faster") else word
+    if latency.unit == "process":
+        shown = change_words(latency)
     return (label, base, variant, f"{sign}{units.seconds(latency.difference_s, digits=3)}", shown)
 
 

@@ -51,7 +51,7 @@ class Net(nn.Sequential):
 
 @pytest.mark.slow
 def test_workers_import_nothing_from_the_current_folder(trapped):
-    words = ("profile", "--arch", "se_small_cnn", "--quick", "--processes", 2, "--phase", "forward")
+    words = ("profile", "--arch", "se_small_cnn", "--quick", "--processes", 3, "--phase", "forward")
     done = command(trapped, *words, "--out", trapped.parent / "out")
     assert done.returncode == 0, done.stderr
     assert traces(trapped) == []

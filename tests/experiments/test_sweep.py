@@ -215,8 +215,8 @@ def test_measuring_again_is_no_less_thorough(tmp_path):
     record = without_result(Fake()(resolve(asked[0]), None), status="budget", elapsed_s=0.1)
     store.save(record, path_of(asked[0], tmp_path))
     again = Fake()
-    swept(grid(batches=(1,), resolutions=(16,), processes=2), tmp_path, again)
-    assert (again.asked[0].quick, again.asked[0].processes) == (False, 2)
+    swept(grid(batches=(1,), resolutions=(16,), processes=4), tmp_path, again)
+    assert (again.asked[0].quick, again.asked[0].processes) == (False, 4)
 
 
 def test_a_record_of_all_phases_is_taken_over_for_some(tmp_path):

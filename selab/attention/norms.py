@@ -9,6 +9,7 @@ from torch import nn
 
 from selab.attention.base import Attention
 from selab.attention.gated_site import INNER, named_sites, sites_own
+from selab.attention.module_paths import holds
 from selab.errors import InsertionError
 from selab.meta import Example, On, Passage, passages
 
@@ -31,11 +32,19 @@ def note_norms(model: nn.Module, blocks: Mapping[str, nn.Module], seen: Mapping[
     readers = _readers(model, blocks, seen)
     for path, block in blocks.items():
         norms = [one for one in readers.get(path, ()) if _has_statistics(model.get_submodule(one))]
-        if norms:
+        # Where other layers read the output as well, nothing before the block can take over the BatchNorm's work: what
+        # removes it merges it with those layers.
+        if norms and not _other_readers(path, norms[-1], seen):
             noted = _relative(norms[-1], path)
             # A graph of torch.fx keeps the layers of a block, but not the block.
             for module in block.modules():
                 module.norm_behind = noted  # type: ignore[assignment]
+
+
+def _other_readers(block: str, norm: str, seen: Mapping[str, Passage]) -> list[str]:
+    """Return the modules beside a norm that read a block's output as it is, and do not only pass it on."""
+    reading = [path for path, one in seen.items() if one.calls and one.source == block and not one.returns_input]
+    return [path for path in reading if not (holds(path, norm) or holds(norm, path) or holds(path, block))]
 
 
 def check_norms(

@@ -200,6 +200,23 @@ class TestFolds:
         renamed = torch.fx.symbolic_trace(nn.Sequential(nn.Identity(), *network(block)))
         assert sites(renamed) == ("1",)
 
+    def test_a_norm_that_is_merged_with_layers_beside_it(self):
+        """The identity branch of RepVGG, arXiv 2101.03697: it merges with the convolutions beside it."""
+
+        class Branches(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.norm, self.merged = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), None
+
+            def forward(self, x):
+                return self.conv(x) + self.norm(x) if self.merged is None else self.merged(x)
+
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), Branches(), nn.ReLU()).eval()
+        inserted = insert_se(model, "0", input_nchw=CHW, reduction=2)
+        model[1].merged = nn.Conv2d(8, 8, 3, padding=1)
+        del model[1].conv, model[1].norm
+        assert check_inserted(model, input_nchw=CHW, inserted=inserted) == ("0",)
+
     def test_on_real_tensors(self):
         for change, is_fault in ((FOLDS["forward = clone"], True), (KEPT["frozen"], False)):
             model = change(network())

@@ -249,9 +249,12 @@ class SqueezeExcitation(CachedDispatch, Attention):
             ModelError: any other shape, or the implementation that `impl` names cannot run here.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if x.dim() != 4 or has_other_width(x, self.channels):
-                return self._scripted(batch_of_one(x, self.channels)).squeeze(0)
-            return self._scripted(x)
+            y = x.dequantize() if x.is_quantized else x
+            if y.dim() != 4 or has_other_width(y, self.channels):
+                y = self._scripted(batch_of_one(y, self.channels)).squeeze(0)
+            else:
+                y = self._scripted(y)
+            return quantised_like(y, x) if x.is_quantized else y
         else:  # noqa: RET505 - the compiler skips this branch, not what follows the statement
             compiling = torch.compiler.is_compiling()
             references = 0 if compiling else getrefcount(x)

@@ -352,5 +352,6 @@ def test_a_network_with_blocks_can_be_quantised_statically(site, keys, fused, mo
     assert out.dtype == torch.float32
     # Four tensors of 8 bits follow each other.
     assert (out - expected).norm() < 0.06 * expected.norm()
+    torch.testing.assert_close(torch.jit.script(copy.deepcopy(model))(x), out)
     assert selab.check_inserted(model, input_nchw=(1, 3, 12, 12), on="cpu") == (site,)
     assert selab.remove_se(model) == 1

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from plain_networks import ReluJoin
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -498,17 +499,6 @@ def test_what_is_no_shape_of_images_is_refused(shape):
         fuse(nn.Sequential(nn.Conv2d(3, 4, 1)), input_nchw=shape)
 
 
-class Residual(nn.Module):
-    formula = "relu(branch + shortcut)"
-
-    def __init__(self):
-        super().__init__()
-        self.relu = nn.ReLU()
-
-    def forward(self, branch, shortcut):
-        return self.relu(branch + shortcut)
-
-
 class Observed(nn.Module):
     """A block behind a convolution, one in a join, and a join alone."""
 
@@ -516,8 +506,8 @@ class Observed(nn.Module):
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(3, 8, 3), SqueezeExcitation(8, 2))
         self.branch = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid())
-        self.gated = GatedJoin(Residual(), SqueezeExcitation(8, 2), "branch")
-        self.last, self.join = nn.Conv2d(8, 8, 1), Residual()
+        self.gated = GatedJoin(ReluJoin(), SqueezeExcitation(8, 2), "branch")
+        self.last, self.join = nn.Conv2d(8, 8, 1), ReluJoin()
 
     def forward(self, x):
         x = self.first(x)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from plain_networks import ReluJoin
 from torch import nn
 
 import selab
@@ -58,24 +59,13 @@ class Residual(nn.Module):
         return self.act(x + y) if self.late else x + self.act(y)
 
 
-class Join(nn.Module):
-    formula = "relu(branch + shortcut)"
-
-    def __init__(self):
-        super().__init__()
-        self.relu = nn.ReLU()
-
-    def forward(self, branch, shortcut):
-        return self.relu(branch + shortcut)
-
-
 class Joined(nn.Module):
     """A residual block of three children, with a gate of its own class in the branch."""
 
     def __init__(self):
         super().__init__()
         self.branch = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), Gate())
-        self.shortcut, self.join = nn.Identity(), Join()
+        self.shortcut, self.join = nn.Identity(), ReluJoin()
 
     def forward(self, x):
         return self.join(self.branch(x), self.shortcut(x))
@@ -176,7 +166,7 @@ def test_a_hook_on_a_fused_join_survives_its_undoing():
     handle = model[1].join.register_forward_hook(lambda _module, _args, out: seen.append(out.shape))
     remove_se(model)
     model(torch.randn(1, 3, 18, 18))
-    assert type(model[1].join) is Join
+    assert type(model[1].join) is ReluJoin
     assert seen == [(1, 16, 16, 16)]
     handle.remove()
     model(torch.randn(1, 3, 18, 18))

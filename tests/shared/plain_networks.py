@@ -20,3 +20,16 @@ class Foreign(nn.Module):
     def forward(self, x):
         x = self.act(self.layers(self.act(self.stem(x))))
         return self.head(x.mean((2, 3)))
+
+
+class ReluJoin(nn.Module):
+    """An addition with a formula, as the joins of the catalog, in a class that is no part of it."""
+
+    formula = "relu(branch + shortcut)"
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, branch, shortcut):
+        return self.relu(branch + shortcut)

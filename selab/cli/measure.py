@@ -121,15 +121,17 @@ def profile(
 
 
 def _showing_counts(growing: "Profile", console: "Console", report: "Report") -> "Report":
-    """Return a report that prints the counted costs as soon as they are there; the times take longer."""
+    """Return a report that shows the counted costs on a terminal as soon as they are there; times take longer."""
     from selab.experiments.profiling import COUNTED
     from selab.report.profiles import profile_table
 
     def tell(label: str, state: "Progress | None") -> object:
         if label != COUNTED:
             return report(label, state)
-        console.print(profile_table(growing.record()), highlight=False)
-        if growing.expected_noise:
+        # A log gets the table once, at the end.
+        if console.is_terminal:
+            console.print(profile_table(growing.record()), highlight=False)
+        if console.is_terminal and growing.expected_noise:
             console.print(escape_markup(growing.expected_noise), highlight=False)
         return None
 

@@ -13,7 +13,7 @@ from selab.attention.config import LATENT, Init, is_latent
 from selab.errors import InsertionError, ModelError
 from selab.kernels import cpu
 from selab.kernels.cpu import BlockParams
-from selab.kernels.deferred_bn import consume_relu, materialize, pending_norm, run_block, supported
+from selab.kernels.deferred_bn import consume_relu, is_deferred, materialize, pending_norm, run_block, supported
 from selab.kernels.dispatch import IMPLS, CachedDispatch, Impl, choose, has_hooks, holds_weights
 from selab.kernels.ownership import Arrival
 from selab.kernels.residual import ADD_RELU, FusedJoin, formula_of
@@ -262,10 +262,11 @@ class SqueezeExcitation(CachedDispatch, Attention):
             if out is not None:
                 return out
             # The proxy of a symbolic trace has no dimensions.
-            if isinstance(x, Tensor) and x.is_quantized:
-                return quantised_like(self.forward(x.dequantize()), x)
-            if isinstance(x, Tensor) and (x.dim() != 4 or self._refuses_width(x)):
-                return self.forward(batch_of_one(x, self.channels)).squeeze(0)
+            if isinstance(x, Tensor) and not is_deferred(x):
+                if x.is_quantized:
+                    return quantised_like(self.forward(x.dequantize()), x)
+                if x.dim() != 4 or self._refuses_width(x):
+                    return self.forward(batch_of_one(x, self.channels)).squeeze(0)
             arrival = None if compiling else Arrival(self, sys._getframe(1), references)
             relu = consume_relu(x)
             gated = self.fused(x, arrival=arrival, relu=relu)
@@ -324,7 +325,7 @@ class SqueezeExcitation(CachedDispatch, Attention):
         if reason:
             self._check_reference_allowed(reason)
             return None
-        if join is not None and self._refuses_width(x):
+        if join is not None and not is_deferred(x) and self._refuses_width(x):
             batch_of_one(x, self.channels)
         params = self._params(relu_in=relu is not None, relu_out=relu_out)
         x = supported(x)
@@ -453,7 +454,7 @@ class GatedJoin(nn.Module):
         inner = outer.inner if type(outer) is FusedJoin else outer
         if not isinstance(se, SqueezeExcitation) or se.impl == "reference":
             return None
-        if isinstance(branch, Tensor) and branch.dim() != 4:
+        if isinstance(branch, Tensor) and not is_deferred(branch) and branch.dim() != 4:
             return None
         if not torch.compiler.is_compiling() and has_hooks(outer, inner, se):
             return None

@@ -45,6 +45,11 @@ class DeferredTensor(Tensor):
         return func(*args, **(kwargs or {}))
 
 
+def is_deferred(x: object) -> bool:
+    """Return whether x is a feature map (N, C, H, W) with a deferred BatchNorm; any question to it normalises it."""
+    return type(x) is DeferredTensor
+
+
 def _materialize_in_place(*values: object) -> None:
     """Normalise the deferred tensors among these, for everyone who holds them."""
     for leaf in tree_leaves(values):

@@ -24,6 +24,8 @@ from selab.kernels.deferred_bn import (
 )
 from selab.kernels.residual import ADD_RELU, FusedActivation
 from selab.kernels.swap import swap
+from selab.models.build import build
+from selab.models.catalog import find
 
 pytestmark = pytest.mark.skipif(bool(cpu.native_reason()), reason=cpu.native_reason() or "it is there")
 SIZE = (2, 3, 10, 9)
@@ -509,3 +511,17 @@ def test_an_activation_that_is_changed_after_the_norm_decided_is_the_one_that_ru
         change(fused[index])
         torch.testing.assert_close(fused(example), model(example))
         assert not torch.allclose(fused(example), before)
+
+
+@pytest.mark.parametrize(("name", "left"), [("se_mobilenet", 0), ("se_resnet18", 3)])
+def test_no_batchnorm_before_a_block_or_a_join_runs_alone(name, left):
+    """Of ResNet-18 three are left: those of the shortcuts that change the resolution."""
+    model = build(find(name)).model.eval()
+    x = torch.randn(1, 3, 32, 32)
+    fuse(model, input_nchw=tuple(x.shape))
+    with torch.inference_mode():
+        for _ in range(3):
+            model(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as seen:
+            model(x)
+    assert sum(event.name == "aten::native_batch_norm" for event in seen.events()) == left

@@ -4,13 +4,16 @@ A fresh process is `worker_main`. It reads a `WorkerJob` as JSON from its standa
 line, its raw runs, to its standard output.
 """
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from random import Random
+from typing import IO, Any
 
 import msgspec
 from torch import nn
@@ -223,25 +226,58 @@ def _lines_of_child(order: WorkerJob) -> Iterator[_Line]:
     """
     # Without -P, the current folder would be the first place to import from: a random.py in it would run.
     command = [sys.executable, "-P", "-c", _START]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with ExitStack() as ended:
+        with _signals_postponed():
+            process = ended.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            ended.push(lambda kind, *_: process.terminate() if kind is not None else None)
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(msgspec.json.encode(order))
-        process.stdin.close()
-        try:
-            for text in process.stdout:
-                line = msgspec.json.decode(text, type=_Line)
-                if line.error:
-                    raise SelabError(line.error)
-                yield line
-        except BaseException:
-            process.terminate()
-            raise
+        _write_all(process.stdin, msgspec.json.encode(order))
+        for text in process.stdout:
+            line = msgspec.json.decode(text, type=_Line)
+            if line.error:
+                raise SelabError(line.error)
+            yield line
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
         raise _DiedError(f"a measuring process was ended by {name}; is the memory full?")
     if process.returncode:
         raise _DiedError(f"a measuring process ended with status {process.returncode}; see its message above")
+
+
+@contextmanager
+def _signals_postponed() -> Iterator[None]:
+    """Let signals that would interrupt the program wait until the end of the block.
+
+    An exception in the midst of a start leaves a process that nobody knows of.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    came: list[int] = []
+    before: dict[int, Callable[[int, Any], object]] = {}
+    for one in signal.valid_signals():
+        handler = signal.getsignal(one)
+        if callable(handler):
+            before[one] = handler
+            signal.signal(one, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _write_all(pipe: IO[bytes], order: bytes) -> None:
+    """Write an order and close the pipe.
+
+    A process that ended before it read the order is no error here: its status says how.
+    """
+    for step in (lambda: pipe.write(order), pipe.close):
+        with suppress(BrokenPipeError):
+            step()
 
 
 def worker_main() -> None:
@@ -253,7 +289,10 @@ def worker_main() -> None:
         lines.flush()
 
     try:
-        order = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerJob)
+        try:
+            order = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerJob)
+        except msgspec.DecodeError:
+            sys.exit(1)  # the parent ended while it wrote
         # A user's network may print; standard output is for the lines alone.
         with redirect_stdout(sys.stderr):
             for threads, one in short_runs(order, lambda: write(_Line(ready=True))):
@@ -265,6 +304,10 @@ def worker_main() -> None:
         write(_Line(error=str(error)))
     except KeyboardInterrupt:
         sys.exit(1)  # the parent was interrupted as well, and says so
+    except BrokenPipeError:
+        # The parent has ended. Nobody reads what the interpreter would still flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), lines.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -99,10 +99,15 @@ def toy(tmp_path):
 
 @pytest.fixture
 def quick_plans(monkeypatch):
-    """Measurements that last milliseconds: what is tested is what happens, not how well it is measured."""
+    """Measurements that last milliseconds: what is tested is what happens, not how well it is measured.
+
+    They stay in this process, and leave its heap alone, unless a test asks for more.
+    """
     from selab.experiments import job
 
     patient = job._plan_of
+    monkeypatch.setattr(job.Request, "in_this_process", property(lambda request: request.processes in (None, 1)))
+    monkeypatch.setattr(job.Request, "holds_heap", property(lambda request: bool(request.held_heap)))
 
     def quick(request):
         plan = patient(request)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selab.attention.gated_site import named_sites
 from selab.meta import FakePass
+from selab.meta.modes import DispatchMode
 
 INPUT = "input"
 _MAP_DIMS = 4
@@ -128,7 +128,7 @@ class Value:
         return before if before.is_map and before.shape[:2] == self.shape[:2] else None
 
 
-class DataflowTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class DataflowTrace(DispatchMode):
     """Record the values of one forward pass.
 
     Attributes:

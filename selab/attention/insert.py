@@ -45,6 +45,7 @@ from selab.attention.unfuse import unfuse, unswap
 from selab.errors import InsertionError, nearest
 from selab.kernels.swap import Swapped
 from selab.meta import Example, On, Passage
+from selab.meta.modes import made_on
 
 __all__ = ["AUTO", "insert_se", "remove_se"]
 
@@ -285,7 +286,7 @@ def _check_passes(model: nn.Module, before: Mapping[str, Passage], example: Exam
 def _block_for(model: nn.Module, plan: Plan, config: SiteConfig) -> Attention:
     site = model.get_submodule(plan.tap.site)
     like = next((p for owner in (site, model) for p in owner.parameters() if p.is_floating_point()), None)
-    with nullcontext() if like is None else torch.device(like.device):
+    with nullcontext() if like is None else made_on(like.device):
         block = make_block(config, plan.insertion.channels, plan.insertion.squeeze_channels)
     block.inserted = True
     # A half-precision network may keep its norms in float32: what the block gates has the dtype of the feature map.

@@ -29,6 +29,7 @@ from selab.attention.sites import (
 )
 from selab.errors import InsertionError, ModelError
 from selab.meta import Example, On, Passage, passages
+from selab.meta.modes import made_on
 from selab.records.types import Insertion
 
 AUTO = "auto"
@@ -174,7 +175,7 @@ class _Planner:
         passage, config = self.seen[tap.module], self.config
         try:
             squeezed = self._squeezed(self._divided(tap, channels))
-            with torch.device("meta"):
+            with made_on("meta"):
                 block = make_block(config, channels, squeezed)
         except InsertionError as error:
             raise InsertionError(f"{tap.module}: {error}") from None

@@ -39,6 +39,8 @@ class Watch:
     def __init__(self, workload: Workload, cores: int) -> None:
         self._threads = workload.threads if workload.device == "cpu" else 1
         self._cores = cores
+        # A heap that is held has page faults only while it grows.
+        self._ignored = {"page_faults"} if workload.held_heap else set()
         self.restart()
 
     def restart(self) -> None:
@@ -49,6 +51,7 @@ class Watch:
         """Return the runs with the flags since the last restart, and restart."""
         found = contention_flags(self._before, read_cpu(), threads=self._threads, cores=self._cores)
         self.restart()
+        found = [one for one in found if one.name not in self._ignored]
         return {name: msgspec.structs.replace(run, flags=(*run.flags, *found, *extra)) for name, run in runs.items()}
 
 

@@ -1,6 +1,5 @@
 """Describe the machine for a record, and read what disturbs a measurement for its flags."""
 
-import ctypes
 import importlib.metadata
 import math
 import os
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 
-from selab.errors import DeviceError
 from selab.records.flag_texts import flag
 from selab.records.types import Device, Flag, Machine
 
@@ -247,31 +245,6 @@ def threads_and_affinity(threads: int) -> Iterator[None]:
         if threads == 1 and allowed:
             os.sched_setaffinity(0, allowed)
         torch.set_num_threads(before)
-
-
-# Parameters of mallopt, and what they are set to: nothing freed goes back to the system, nothing comes from mmap.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MOST = 2**31 - 1
-
-
-def hold_heap() -> None:
-    """Make the C library keep freed memory until this process ends.
-
-    By default glibc returns large buffers to the system, which clears and maps every page again at the next request.
-    For a small network that is half of its time, and a different share with SE than without.
-
-    Raises:
-        DeviceError: a C library without `mallopt`.
-
-    Source: mallopt(3).
-    """
-    try:
-        library = ctypes.CDLL(None)
-        done = library.mallopt(_M_MMAP_THRESHOLD, _MOST) and library.mallopt(_M_TRIM_THRESHOLD, _MOST)
-    except (OSError, AttributeError):
-        done = 0
-    if not done:
-        raise DeviceError("--hold-heap: this system's C library has no mallopt; omit the option")
 
 
 # ------------------------------------------------------------------------------------------------- while measuring: GPU

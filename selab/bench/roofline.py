@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from selab import units
 from selab.bench.devices import copy_bandwidth
@@ -24,6 +23,7 @@ from selab.bench.runner import DTYPES, fp32_mode, prepare, translated_errors
 from selab.cost.rules import is_counted
 from selab.cost.tracer import Operation, op_trace
 from selab.errors import ModelError
+from selab.meta.modes import DispatchMode
 from selab.records.types import Dtype, On, Workload
 
 Bound = Literal["arithmetic", "memory"]
@@ -171,7 +171,7 @@ def _wait(device: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
-class _Timed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Timed(DispatchMode):
     """Times each counted operator as it passes."""
 
     def __init__(self, device: str, clock: Callable[[], float]) -> None:

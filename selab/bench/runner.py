@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from selab.bench.machine import hold_heap
+from selab.bench.heap import hold_heap
 from selab.errors import DeviceError, ModelError, OutOfMemoryError, SelabError
 from selab.fusion.fuse import fuse
 from selab.meta import first_line

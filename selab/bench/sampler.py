@@ -25,7 +25,7 @@ LOOKS = frozenset(base << doublings for base in (10, 14) for doublings in range(
 # Seconds: the least warm-up of a run that follows another one at once.
 _WARM_S = 1.0
 # Of a short run; it is not judged, for no time is left to wait.
-_SHORT_WARMUP_S = 0.25
+_SHORT_WARMUP_S = 0.15
 _STEADY = 0.01
 _LEAST_BELOW_THRESHOLD = 2
 _WINDOW_ROUNDS = 2
@@ -138,9 +138,26 @@ class Plan:
         plan = cls(method=method, statistic="typical", warmup_least_s=3.0, sample_s=0.020)
         return plan.quick_request() if quick else plan
 
+    def thorough_request(self) -> "Plan":
+        """Return the same plan that stops at ±0.25 % or after 3 minutes."""
+        return replace(self, target_half_width=0.0025, budget_s=180.0)
+
     def quick_request(self) -> "Plan":
         """Return the same plan that stops at ±1 % or after 15 s."""
         return replace(self, target_half_width=0.01, budget_s=15.0)
+
+    def sampling(self, seconds: float) -> "Plan":
+        """Return the same plan with another budget; warm-up and samples shrink with it.
+
+        A budget of less than a second is then possible for a small network.
+        """
+        return replace(
+            self,
+            budget_s=seconds,
+            warmup_least_s=min(self.warmup_least_s, seconds / 5),
+            warmup_most_s=min(self.warmup_most_s, seconds),
+            sample_s=min(self.sample_s, seconds / 100),
+        )
 
     def warmed(self) -> "Plan":
         """Return the same plan for a run that follows another one at once: the device has its working clocks."""

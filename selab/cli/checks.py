@@ -22,11 +22,10 @@ from selab.cli.console import (
 )
 from selab.cli.options import (
     OUTPUT,
-    TIME,
     WHAT,
+    EffortOptions,
     Format,
     Json,
-    Processes,
     WorkloadOptions,
     input_file,
     option,
@@ -39,6 +38,7 @@ from selab.experiments.job import Job, Request
 @with_options
 def check(
     options: WorkloadOptions,
+    effort: EffortOptions,
     file: Annotated[
         Path, typer.Argument(help="A TOML file with a table budgets.NAME for each budget; - is standard input.")
     ] = Path("budgets.toml"),
@@ -46,11 +46,6 @@ def check(
         list[str] | None,
         option("--only", WHAT, "Check only this budget. Repeatable.", metavar="NAME"),
     ] = None,
-    thorough: Annotated[
-        bool,
-        option("--thorough", TIME, "Stop at ±0.5 % or after 60 s, not ±1 % or 15 s."),
-    ] = False,
-    processes: Processes = 1,
     json_to: Json = None,
     look: Format = "rich",
 ) -> None:
@@ -78,7 +73,7 @@ def check(
         if str(json_to) != "-":
             print_tables([checks.check_table(found)], look)
 
-    how: dict[str, Any] = {"quick": not thorough, "processes": processes, "resolve": resolve}
+    how: dict[str, Any] = {"effort": effort.fields_of_request(quick=True), "resolve": resolve}
     findings: list[experiments_budget.Finding] = []
     try:
         with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):

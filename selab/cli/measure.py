@@ -31,13 +31,11 @@ from selab.cli.options import (
     WHAT,
     WORKLOAD,
     Arch,
-    Budget,
+    EffortOptions,
     Format,
     Json,
     Look,
     Out,
-    Processes,
-    Quick,
     Replace,
     Verbose,
     WorkloadOptions,
@@ -69,12 +67,7 @@ STARTED = time.monotonic()
 def profile(
     arch: Arch,
     options: WorkloadOptions,
-    quick: Quick = False,
-    budget: Annotated[
-        float | None,
-        seconds("--budget", TIME, "Seconds of sampling per phase; with --processes, of the whole command.", least=0.1),
-    ] = None,
-    processes: Processes = 1,
+    effort: EffortOptions,
     cold: Annotated[bool, option("--cold", TIME, "On a GPU: flush the L2 cache before each call.")] = False,
     out: Out = RESULTS,
     replace: Replace = False,
@@ -87,7 +80,7 @@ def profile(
     verbose: Verbose = False,
 ) -> None:
     """Measure a network against its baseline: cost, latency, memory."""
-    request = options.request(arch, quick=quick, budget_s=budget, processes=processes, cold=cold)
+    request = options.request(arch, cold=cold, **effort.fields_of_request())
     if cold and request.device == "cpu":
         raise typer.BadParameter("flushes a GPU's cache; add --device cuda, or leave --cold out", param_hint="--cold")
     if svg is not None and svg.suffix.lower() != ".svg":
@@ -131,8 +124,8 @@ def _showing_counts(growing: "Profile", console: "Console", report: "Report") ->
         # A log gets the table once, at the end.
         if console.is_terminal:
             console.print(profile_table(growing.record()), highlight=False)
-        if console.is_terminal and growing.expected_noise:
-            console.print(escape_markup(growing.expected_noise), highlight=False)
+        if console.is_terminal and growing.expectation:
+            console.print(escape_markup(growing.expectation), highlight=False)
         return None
 
     return tell
@@ -203,6 +196,7 @@ def _show_profile(record: "Record", shown: _Shown) -> None:
 def tax(
     arch: Arch,
     options: WorkloadOptions,
+    effort: EffortOptions,
     impl: Annotated[
         list[str] | None,
         option(
@@ -213,8 +207,6 @@ def tax(
             metavar="NAME",
         ),
     ] = None,
-    quick: Quick = False,
-    budget: Budget = None,
     out: Out = RESULTS,
     replace: Replace = False,
     json_to: Json = None,
@@ -224,7 +216,7 @@ def tax(
     options.reject("is what tax measures: compare --impl reference with --impl fused", "fused")
     threads = None if options.device == "cuda" else 1
     phases = (_step_phase(options),)
-    job = resolve_job(options.request(arch, quick=quick, budget_s=budget, threads=threads, phases=phases))
+    job = resolve_job(options.request(arch, threads=threads, phases=phases, **effort.fields_of_request()))
     from selab.experiments import tax as experiments_tax
     from selab.experiments import tax_record
     from selab.records import files

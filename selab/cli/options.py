@@ -131,17 +131,6 @@ PhaseNames = Annotated[
 Seed = Annotated[
     int | None, natural("--seed", WORKLOAD, "Of weights and input; 0 by default.", least=0, most=MOST_SEED)
 ]
-Quick = Annotated[bool, option("--quick", TIME, "Stop at ±1 % or after 15 s of sampling, not ±0.5 % or 60 s.")]
-Budget = Annotated[float | None, seconds("--budget", TIME, "Seconds of sampling per phase.", least=0.1)]
-Processes = Annotated[
-    int,
-    natural(
-        "--processes",
-        TIME,
-        "Short runs in so many fresh processes, 3 or more; 1: a long one in this process.",
-        most=MOST_PROCESSES,
-    ),
-]
 Out = Annotated[Path, option("--out", OUTPUT, "Folder of the records.", metavar="FOLDER")]
 Ema = Annotated[
     bool | None,
@@ -245,8 +234,13 @@ class _NetworkOptions(_BlockOptions):
     compiled: Annotated[bool, option("--compile", WORKLOAD, "Run through torch.compile.")] = False
     fused: Annotated[bool, option("--fused", WORKLOAD, "Run both networks through selab.fuse.")] = False
     hold_heap: Annotated[
-        bool, option("--hold-heap", WORKLOAD, "Keep freed memory (glibc): no page faults are measured.")
-    ] = False
+        bool | None,
+        option(
+            "--hold-heap/--free-heap",
+            WORKLOAD,
+            "Keep freed memory, as a server that runs for long does (default on glibc); or give it back.",
+        ),
+    ] = None
     seed: Seed = None
 
     def fields_of_request(self) -> dict[str, Any]:
@@ -256,12 +250,14 @@ class _NetworkOptions(_BlockOptions):
             typer.BadParameter: options contradict each other, or the input is not CxHxW.
         """
         found = super().fields_of_request()
-        if self.hold_heap and self.device == "cuda":
-            raise typer.BadParameter("keeps the CPU's heap; leave it out with --device cuda", param_hint="--hold-heap")
+        if self.hold_heap is not None and self.device == "cuda":
+            name = "--hold-heap" if self.hold_heap else "--free-heap"
+            raise typer.BadParameter("is of the CPU's heap; leave it out with --device cuda", param_hint=name)
         if found.pop("channels_last", False) and found.setdefault("memory_format", "channels_last") != "channels_last":
             raise typer.BadParameter("contradicts --memory-format; leave one of them out", param_hint="--channels-last")
-        if found.pop("hold_heap", False):
-            found["held_heap"] = True
+        if self.hold_heap is not None:
+            found["held_heap"] = self.hold_heap
+        found.pop("hold_heap", None)
         if "phase" in found:
             chosen = found.pop("phase")
             found["phases"] = tuple(one for one in PHASES if one in chosen)
@@ -286,6 +282,45 @@ class WorkloadOptions(_NetworkOptions):
         int | None,
         natural("--threads", WORKLOAD, "CPU threads; 1 by default, in `profile` all cores too.", most=MOST_THREADS),
     ] = None
+
+
+@dataclass(kw_only=True)
+class EffortOptions:
+    """How long a command measures."""
+
+    quick: Annotated[bool, option("--quick", TIME, "About 25 s in 4 to 6 fresh processes.")] = False
+    thorough: Annotated[
+        bool, option("--thorough", TIME, "Up to 5 minutes in 12 to 24 fresh processes: for what you publish.")
+    ] = False
+    budget: Annotated[float | None, seconds("--budget", TIME, "Seconds of the whole measurement.", least=0.1)] = None
+    processes: Annotated[
+        int | None,
+        natural(
+            "--processes",
+            TIME,
+            "Short runs in so many fresh processes, 3 or more; 1: a long one in this process.",
+            most=MOST_PROCESSES,
+        ),
+    ] = None
+
+    def fields_of_request(self, *, quick: bool = False) -> dict[str, Any]:
+        """Return the fields of a `Request`, in its own names.
+
+        Args:
+            quick: what holds where no option says how long.
+
+        Raises:
+            typer.BadParameter: quick and thorough at once.
+        """
+        if self.quick and self.thorough:
+            raise typer.BadParameter("contradicts --quick; leave one of them out", param_hint="--thorough")
+        unsaid = not self.thorough and self.budget is None
+        return {
+            "quick": self.quick or (quick and unsaid),
+            "thorough": self.thorough,
+            "budget_s": self.budget,
+            "processes": self.processes,
+        }
 
 
 _LIST = "Comma list. "

@@ -29,12 +29,11 @@ from selab.cli.options import (
     OUTPUT,
     TIME,
     WHAT,
-    Budget,
+    EffortOptions,
     Format,
     GridOptions,
     Json,
     Out,
-    Processes,
     option,
     option_of,
     with_options,
@@ -56,12 +55,7 @@ def sweep(
         option("--arch", WHAT, "Networks, as for `profile`; comma list or repeated.", metavar="NAME,…"),
     ],
     options: GridOptions,
-    quick: Annotated[
-        bool,
-        option("--quick/--thorough", TIME, "Stop at ±1 % or 15 s; thorough: at ±0.5 % or 60 s."),
-    ] = True,
-    budget: Budget = None,
-    processes: Processes = 1,
+    effort: EffortOptions,
     retry: Annotated[bool, option("--retry", TIME, "Retry cells without memory or result.")] = False,
     ray: Annotated[
         str | None,
@@ -81,7 +75,7 @@ def sweep(
 ) -> None:
     """Measure a grid of networks and workloads; rerun to resume."""
     wrong: list[str] = []
-    own: dict[str, Any] = {"quick": quick, "budget_s": budget, "processes": processes}
+    own = effort.fields_of_request(quick=True)
     asked = list(_cells(arch, options, own, wrong))
     from selab.bench.runner import check_device
     from selab.experiments import sweep as experiments_sweep

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,6 +39,7 @@ from selab.meta import (
     meta_twin,
     set_mode,
 )
+from selab.meta.modes import DispatchMode
 from selab.meta.state import restored
 from selab.records.types import Counter, Difference
 
@@ -285,7 +285,7 @@ def _twin(model: nn.Module, example: Example, on: On) -> tuple[nn.Module, tuple[
     return twin, args
 
 
-class _MetaBeside(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _MetaBeside(DispatchMode):
     """Let `torch.jit` trace a model on the meta device: run the kernels in another thread, outside of the trace.
 
     Most meta kernels of torch 2.13 are Python; inside a trace, their sizes would become traced tensors. Tracing state

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selab.attention.base import Attention
@@ -34,6 +33,7 @@ from selab.meta import (
     set_mode,
 )
 from selab.meta.fake import VALUE_NEEDED
+from selab.meta.modes import DispatchMode
 from selab.records.types import Frozen
 
 Stage = Literal["", "squeeze", "excitation", "scale"]
@@ -157,7 +157,7 @@ def _numel(x: Tensor) -> int:
     return count
 
 
-class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Tracer(DispatchMode):
     """Intercept every operator of a model, before it runs on fake tensors."""
 
     def __init__(self, fakes: FakePass, *, dtype: torch.dtype | None, se_blocks: Collection[str], details: bool):
@@ -179,11 +179,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._nodes: dict[int, Any] = {}
         # The source of the copy that was the last operator.
         self._copied: Tensor | None = None
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # torch 2.13 otherwise imports torch._dynamo at the first operator, which takes longer than any count.
-        return False
 
     # The module hooks.
 

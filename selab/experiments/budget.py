@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -61,7 +62,7 @@ class Budget(Frozen, frozen=True, kw_only=True):
     mode: Mode = "auto"
     compiled: bool = False
     fused: bool = False
-    hold_heap: bool = False
+    hold_heap: bool | None = None
     threads: Threads | None = None
     seed: Seed = 0
     macs_convention: Literal["conv_linear", "paper", "all"] = "conv_linear"
@@ -81,8 +82,11 @@ class Budget(Frozen, frozen=True, kw_only=True):
         insert = (self.insert,) if isinstance(self.insert, str) else self.insert
         return network_address(self.arch, self.se, insert)
 
-    def request(self, *, quick: bool = True, processes: int = 1) -> Request:
+    def request(self, effort: Mapping[str, Any]) -> Request:
         """Return what must be measured for the limits; no phase where no limit is a time.
+
+        Args:
+            effort: fields of the request that say how long to measure.
 
         Raises:
             SpecError: `input` is not CxHxW.
@@ -103,8 +107,7 @@ class Budget(Frozen, frozen=True, kw_only=True):
             held_heap=self.hold_heap,
             threads=self.threads or 1,
             seed=self.seed,
-            quick=quick,
-            processes=processes,
+            **effort,
             phases=tuple(phase for limit, phase in _PHASES.items() if getattr(self, limit) is not None),
         )
 
@@ -206,8 +209,7 @@ def check(
     budgets: Mapping[str, Budget],
     report: Callable[[str, Any], object],
     *,
-    quick: bool = True,
-    processes: int = 1,
+    effort: Mapping[str, Any] = MappingProxyType({"quick": True}),
     resolve: Callable[[Request], Job] = resolve,
 ) -> Iterator[Finding]:
     """Count all networks, so that mistakes are found at once; then measure where a limit needs it, limit by limit.
@@ -215,8 +217,7 @@ def check(
     Args:
         budgets: by name.
         report: called with the progress.
-        quick: whether to stop at ±1 % or after 15 s.
-        processes: fresh processes per ratio.
+        effort: fields of the request that say how long to measure.
         resolve: how to look up a budget's networks.
 
     Raises:
@@ -229,7 +230,7 @@ def check(
     for name, budget in budgets.items():
         report(f"{name}: counting", None)
         try:
-            jobs[name] = resolve(budget.request(quick=quick, processes=processes))
+            jobs[name] = resolve(budget.request(effort))
             _costs(jobs[name])
             if any(getattr(budget, limit) is not None for limit in (*_PHASES, *_PEAKS)):
                 check_device(budget.device, budget.dtype)

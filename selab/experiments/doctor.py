@@ -161,7 +161,7 @@ def _hidden(found: Snapshot) -> list[Problem]:
         listed.append(
             Problem(
                 what="a virtual machine: other guests share its caches and memory; only stolen time is visible",
-                advice="rely on ratios, not times; use --processes 3 for what you publish",
+                advice="rely on ratios, not times; use --thorough for what you publish",
             )
         )
     return listed

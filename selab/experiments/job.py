@@ -3,13 +3,13 @@
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from selab.bench.heap import has_mallopt
 from selab.bench.sampler import Plan
 from selab.errors import SpecError
 from selab.models import catalog
@@ -33,9 +33,13 @@ class Request(Frozen, frozen=True, kw_only=True):
         on: `cpu` to look at the networks (to count, and to find sites) on real tensors, where values decide what they
             compute.
         threads: CPU threads of the headline; None for one thread, and a second row on all cores.
-        budget_s: seconds of sampling per phase; with several processes of the whole profile. None for the defaults.
-        processes: fresh processes, each of which measures every phase for a short time. 1 measures for a long time in
-            this process, and says nothing about another one.
+        held_heap: whether freed memory is kept, as in a program that runs for long; None for yes on a CPU whose C
+            library has `mallopt`.
+        quick: short and to about ±2 %.
+        thorough: long, for published results.
+        budget_s: seconds of the whole command; None for those of its degree, as in `selab.experiments.schedule`.
+        processes: fresh processes, each of which measures every phase for a short time; None for as many as fit, and on
+            a GPU for 1. That one is this process: it measures for long, and says nothing about another one.
         cold: on a GPU, flush the L2 cache before each call.
         runtime: name of the backend that runs both networks (`selab.bench.backends`).
     """
@@ -53,15 +57,26 @@ class Request(Frozen, frozen=True, kw_only=True):
     mode: Mode = "auto"
     compiled: bool = False
     fused: bool = False
-    held_heap: bool = False
+    held_heap: bool | None = None
     threads: int | None = None
     quick: bool = False
+    thorough: bool = False
     budget_s: float | None = None
     seed: int = 0
-    processes: int = 1
+    processes: int | None = None
     cold: bool = False
     runtime: str = TORCH
     phases: tuple[Phase, ...] = PHASES
+
+    @property
+    def in_this_process(self) -> bool:
+        """Whether to measure for long in this process, and not for a short time in each of several fresh ones."""
+        return self.processes == 1 or (self.processes is None and self.device == "cuda")
+
+    @property
+    def holds_heap(self) -> bool:
+        """Whether freed memory is kept."""
+        return self.device == "cpu" and has_mallopt() if self.held_heap is None else self.held_heap
 
     def command(self, verb: str = "profile") -> str:
         """Return the command line that asks for the same again.
@@ -81,6 +96,8 @@ class Request(Frozen, frozen=True, kw_only=True):
             words += ["--input", "x".join(map(str, self.input_chw))]
         if self.memory_format == "channels_last":
             words.append("--channels-last")
+        if self.held_heap is not None:
+            words.append("--hold-heap" if self.held_heap else "--free-heap")
         for phase in self.phases if self.phases != PHASES else ():
             words += ["--phase", phase]
         return shlex.join(words)
@@ -96,9 +113,9 @@ _OPTIONS = {
     "mode": "--mode",
     "compiled": "--compile",
     "fused": "--fused",
-    "held_heap": "--hold-heap",
     "threads": "--threads",
     "quick": "--quick",
+    "thorough": "--thorough",
     "budget_s": "--budget",
     "seed": "--seed",
     "processes": "--processes",
@@ -159,10 +176,13 @@ class Job(Frozen, frozen=True, kw_only=True):
     def stored(self, out: Path, machine: str) -> Record | None:
         """Return the record of its phases that lies under a folder; None where there is none.
 
+        Where the request leaves the heap open, a record of the other heap is the next best.
+
         Raises:
             RecordError: a record cannot be trusted.
         """
-        for path in self.paths(out, machine):
+        others = [self.changed(held_heap=not self.workload.held_heap)] if self.request.held_heap is None else []
+        for path in (path for job in (self, *others) for path in job.paths(out, machine)):
             if path.exists():
                 record = read_record(path)
                 if record.latency.keys() >= set(self.request.phases):
@@ -214,7 +234,7 @@ def job_of(request: Request, variant: Variant, baseline: Variant | None) -> Job:
             f"--baseline {baseline.name}: its input is {list(baseline.input_chw)}, that of {variant.name} is "
             f"{list(variant.input_chw)}; only networks of equal input can be compared"
         )
-    if 1 < request.processes < LEAST_PROCESSES:
+    if 1 < (request.processes or 1) < LEAST_PROCESSES:
         raise SpecError(
             f"--processes {request.processes}: have no interval; give at least {LEAST_PROCESSES}, or 1 to measure in "
             "this process"
@@ -243,7 +263,7 @@ def _workload_of(request: Request, variant: Variant) -> Workload:
         threads=request.threads or 1,
         compiled=request.compiled,
         fused=request.fused,
-        held_heap=request.held_heap,
+        held_heap=request.holds_heap,
         runtime=request.runtime,
         inputs=tuple(map(str, variant.inputs)),
     )
@@ -251,7 +271,7 @@ def _workload_of(request: Request, variant: Variant) -> Workload:
 
 def _plan_of(request: Request) -> Plan:
     plan = Plan.for_gpu(quick=request.quick) if request.device == "cuda" else Plan.for_cpu(quick=request.quick)
-    return plan if request.budget_s is None else replace(plan, budget_s=request.budget_s)
+    return plan.thorough_request() if request.thorough else plan
 
 
 # ------------------------------------------------------------------------------------------------ parts of an address

@@ -1,7 +1,6 @@
 """Measure one phase of any two modules against each other, in this process."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -23,19 +22,10 @@ def plan_for(workload: Workload, *, quick: bool, budget_s: float | None) -> Plan
     Args:
         workload: its device decides the method.
         quick: stop at ±1 %, after 15 s at most.
-        budget_s: seconds of sampling; the warm-up and each sample shrink with it, so that a budget of less than a
-            second is possible for a small network.
+        budget_s: seconds of sampling, as `Plan.sampling`.
     """
     plan = Plan.for_gpu(quick=quick) if workload.device == "cuda" else Plan.for_cpu(quick=quick)
-    if budget_s is None:
-        return plan
-    return replace(
-        plan,
-        budget_s=budget_s,
-        warmup_least_s=min(plan.warmup_least_s, budget_s / 5),
-        warmup_most_s=min(plan.warmup_most_s, budget_s),
-        sample_s=min(plan.sample_s, budget_s / 100),
-    )
+    return plan if budget_s is None else plan.sampling(budget_s)
 
 
 def measure_pair(

@@ -1,18 +1,15 @@
 """Figures of many short processes: each is one sample of where weights and buffers lie in memory."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from selab import units
 from selab.bench.latency import RawPhase
 from selab.bench.runner import mode_of
-from selab.experiments.job import Job, Request
-from selab.experiments.schedule import Schedule
-from selab.experiments.workers import Failed, Placed
+from selab.experiments.job import Job
+from selab.experiments.workers import Placed
 from selab.records import estimate, verdict
 from selab.records.types import PHASE_NAMES, Estimate, Latency, Phase, Unit, Workload
-
-# Seconds of a whole profile.
-_DEFAULT_S, _QUICK_S = 80.0, 27.0
 
 Keep = Callable[[dict[Phase, Latency], Phase, str, Latency], None]
 """Receives a row, a phase, a method and the figures of all processes so far."""
@@ -32,15 +29,15 @@ class Placements:
         self._runs: dict[tuple[int, Phase, str], dict[int, RawPhase]] = {}
         self._errors: dict[tuple[int, Phase], tuple[int, str]] = {}
 
-    def add(self, placed: Placed) -> None:
-        """Keep one short run, or why there is none, and compute the figures anew."""
-        found, threads = placed.found, placed.threads
-        if isinstance(found, Failed):
-            self._errors.setdefault((threads, found.phase), (placed.process, found.error))
-            self._show(threads, found.phase, method_of(self._rows[threads][0].workload))
-            return
-        self._runs.setdefault((threads, found.phase, found.method), {})[placed.process] = found
-        self._show(threads, found.phase, found.method)
+    def add(self, process: int, placed: Placed) -> None:
+        """Keep one short run of a process, or why there is none, and compute the figures anew."""
+        threads = placed.threads
+        if placed.failed is not None:
+            self._errors.setdefault((threads, placed.failed.phase), (process, placed.failed.error))
+            self._show(threads, placed.failed.phase, method_of(self._rows[threads][0].workload))
+        if placed.raw is not None:
+            self._runs.setdefault((threads, placed.raw.phase, placed.raw.method), {})[process] = placed.raw
+            self._show(threads, placed.raw.phase, placed.raw.method)
 
     def drop(self, process: int) -> None:
         """Leave out the runs of a process that died."""
@@ -71,28 +68,23 @@ def _estimate(latency: Latency) -> Estimate | None:
 
 
 def so_far(latency: Latency) -> str:
-    """Return a figure that is still growing: with its interval from three processes on, else without."""
+    """Return a figure that is still growing: its interval is that within the processes until there are three."""
     found = _estimate(latency)
     if found is not None:
-        half = estimate.relative_half_width(found)
-        places = units.decimals_for(half)
-        low, high = (f"{100 * (bound - 1):.{places}f}" for bound in (found.ratio_low, found.ratio_high))
-        return f"{units.percent(found.ratio - 1, decimals=places)} [{low}, {high}]"
+        return _with_interval(found.ratio, found.ratio_low, found.ratio_high)
     centre = estimate.centre_of(latency.runs, latency.statistic)
-    return "…" if centre is None else f"about {units.percent(centre - 1, decimals=0)}"
+    if centre is None:
+        return "…"
+    within = estimate.interval_within(latency.runs, latency.statistic)
+    if within is None:
+        return f"about {units.percent(centre - 1, decimals=0)}"
+    return f"about {_with_interval(centre, *within)}"
 
 
-def schedule_of(request: Request, *, began: float, clock: Callable[[], float], runs: int) -> Schedule:
-    """Return when the processes of a request end.
-
-    Args:
-        request: how long, how exact, how many processes.
-        began: when the command began, by the clock.
-        clock: seconds.
-        runs: short runs of each process.
-    """
-    budget_s = request.budget_s or (_QUICK_S if request.quick else _DEFAULT_S)
-    return Schedule(end=began + budget_s, runs=runs, processes=request.processes, clock=clock)
+def _with_interval(ratio: float, low: float, high: float) -> str:
+    places = units.decimals_for((math.log(high) - math.log(low)) / 2)
+    bounds = ", ".join(f"{100 * (bound - 1):.{places}f}" for bound in (low, high))
+    return f"{units.percent(ratio - 1, decimals=places)} [{bounds}]"
 
 
 def method_of(workload: Workload, *, cold: bool = False) -> str:

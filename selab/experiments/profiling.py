@@ -23,16 +23,17 @@ from selab.bench.sampler import Clock
 from selab.cost.count import cost_of, count
 from selab.cost.crosscheck import compare
 from selab.cost.tracer import op_trace
-from selab.errors import ModelError, RecordError, SelabError
+from selab.errors import ModelError, RecordError
+from selab.experiments import workers
+from selab.experiments.children import Found, Started, Turn, in_processes
 from selab.experiments.job import Job, Request, resolve
-from selab.experiments.placements import Placements, method_of, schedule_of, summary
-from selab.experiments.schedule import Schedule
-from selab.experiments.workers import Failed, Placed, WorkerJob, build_pair, raw_runs, short_runs_of_child
+from selab.experiments.placements import Placements, method_of, summary
+from selab.experiments.schedule import Schedule, effort_of
+from selab.experiments.workers import Failed, Placed, WorkerJob, build_pair, raw_runs
 from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.inputs import example_of
 from selab.models.spec import Variant, pair_hash
-from selab.records.estimate import LEAST_PROCESSES
 from selab.records.types import SCHEMA, Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
 
 COUNTED = "counted"
 """The label that is reported when the counted costs are there."""
-# More processes that die are no accident.
-_MOST_DEATHS = 3
+# Of a run in this process, in seconds.
+_LEAST_SAMPLING_S = 0.05
+# So many seconds more than the budget are said.
+_NOTEWORTHY_S = 2.0
 
 
 def sites_of(job: Job) -> tuple[Insertion, ...]:
@@ -80,7 +83,7 @@ class Profile:
         self.baseline_memory: Memory | None = None
         self.complete = False
         self.remarks: tuple[str, ...] = ()
-        self.expected_noise = ""
+        self.expectation = ""
         self.clock, self.began = clock, clock() if began is None else began
 
     def path(self, out: Path) -> Path:
@@ -112,31 +115,38 @@ class Profile:
         report("counting", None)
         self.cost = _counted(self.variant, built, self.job.workload)
         self.baseline_cost = _counted(self.baseline, other, self.job.workload)
-        self._note_noise(before)
+        schedule = self._schedule()
+        self.expectation = self._expected(schedule, before)
         report(COUNTED, None)
-        if self.job.request.processes == 1:
+        if self.job.request.in_this_process:
             self._time(variant, baseline, report)
             self._measure_memory(variant, baseline, report)
         else:
-            self._time_in_short_processes(variant, baseline, report)
+            self._time_in_short_processes(schedule, variant, baseline, report)
         self.complete = True
 
-    def _schedule(self, *, rows: int) -> Schedule:
-        methods = 2 if self.job.workload.device == "cuda" else 1
-        runs = methods * rows * len(self.job.request.phases)
-        return schedule_of(self.job.request, began=self.began, clock=self.clock, runs=runs)
+    def _schedule(self) -> Schedule:
+        request = self.job.request
+        runs = (2 if request.device == "cuda" else 1) * (1 + self.measures_all_cores) * len(request.phases)
+        return Schedule(began=self.began, effort=effort_of(request), runs=runs, clock=self.clock)
 
-    def _note_noise(self, before: CpuReading | None) -> None:
-        """Note what other programs used while the networks were counted, in a sentence of what to expect."""
+    def _expected(self, schedule: Schedule, before: CpuReading | None) -> str:
+        """Return in words how long this will take, and what other programs used while the networks were counted."""
         workload = self.job.workload
         found = contention_flags(before, read_cpu(), threads=workload.threads, cores=self.machine.cores)
         seen = [one.detail for one in found if one.name in ("contention", "neighbours", "stolen_time")]
-        if seen:
-            self.expected_noise = f"{'; '.join(seen)}: expect wide intervals; stop other programs for exact ones"
+        noise = f"{'; '.join(seen)}: expect wide intervals; stop other programs for exact ones" if seen else ""
+        time = ""
+        if self.job.request.phases and not self.job.request.in_this_process:
+            number = units.counted(schedule.total, "fresh process", "fresh processes")
+            time = f"measuring for about {schedule.expected_s():.0f} s in {number}"
+        return "; ".join(filter(None, [time, noise]))
 
     def _measure_memory(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:
         report("memory", None)
-        workload, seed, phases = self.job.workload, self.job.request.seed, self.job.request.phases
+        # What memory is used does not depend on the heap, and the heap of this process may be the user's.
+        workload = msgspec.structs.replace(self.job.workload, held_heap=False)
+        seed, phases = self.job.request.seed, self.job.request.phases
         self.memory = memory(variant, workload, seed=seed, phases=phases)
         self.baseline_memory = memory(baseline, workload, seed=seed, phases=phases)
 
@@ -144,6 +154,14 @@ class Profile:
         rows = [(self.job, self.latency)]
         if self.measures_all_cores:
             rows.append((self.job.changed(threads=self.machine.cores, quick=True), self.latency_all_cores))
+        budget_s = self.job.request.budget_s
+        if budget_s is not None:
+            share = max(0.0, self.began + budget_s - self.clock()) / len(rows) / max(1, len(self.job.request.phases))
+            # The two controls take as much together, and each of the three has its warm-up.
+            rows = [
+                (msgspec.structs.replace(job, plan=job.plan.sampling(max(_LEAST_SAMPLING_S, share / 3))), into)
+                for job, into in rows
+            ]
         for job, into in rows:
             gathered: dict[tuple[Phase, str], list[RawPhase]] = {}
             for raw in raw_runs(job, variant, baseline, report):
@@ -160,43 +178,44 @@ class Profile:
         if self.job.workload.device == "cuda":
             self.gpu_methods.setdefault(phase, {})[method] = latency
 
-    def _time_in_short_processes(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:
+    def _time_in_short_processes(
+        self, schedule: Schedule, variant: nn.Module, baseline: nn.Module, report: Report
+    ) -> None:
         """Measure in fresh processes until the time is spent; the memory after the first, whose answer comes early."""
         job, request = self.job, self.job.request
         rows = [(job, self.latency)]
         if self.measures_all_cores:
             rows.append((job.changed(threads=self.machine.cores), self.latency_all_cores))
         placements = Placements(rows=rows, keep=self._keep)
-        schedule = self._schedule(rows=len(rows))
-        number, died = 0, 0
-        while schedule.left:
-            seconds, control = schedule.sampling_s(), number % 2 == 0 or schedule.processes < 2 * LEAST_PROCESSES
-            order = WorkerJob(
+
+        def order_of(turn: Turn) -> WorkerJob:
+            return WorkerJob(
                 job=job,
-                quad_seed=request.seed + number,
+                quad_seed=request.seed + turn.number,
                 rows=tuple(row.workload.threads for row, _ in rows),
-                seconds=seconds,
-                control=control,
+                seconds=turn.sampling_s,
+                control=turn.control,
             )
-            where = f"process {schedule.done + 1} of {schedule.processes}"
-            report(where, None)
-            for event in short_runs_of_child(order, number, self.clock):
-                if isinstance(event, Placed):
-                    placements.add(event)
-                    report(f"{where}: {placements.words()}", None)
-                elif event.died:
-                    died += 1
-                    placements.drop(number)
-                    self.remarks += (f"process {number + 1}: {event.died}; its samples are left out",)
-                    report(self.remarks[-1], None)
-                    if died > _MOST_DEATHS:
-                        raise SelabError(f"{units.counted(died, 'process', 'processes')} died: {event.died}")
-                else:
-                    sampled = seconds * (2 if control else 1)
-                    schedule.ended(ready_s=event.ready_s, elapsed_s=event.elapsed_s, sampled_s=sampled)
-            number += 1
-            if self.memory is None:
-                self._measure_memory(variant, baseline, report)
+
+        for event in in_processes(schedule, workers.__name__, order_of, Placed):
+            if isinstance(event, Started):
+                report(event.where, None)
+            elif isinstance(event, Found):
+                placements.add(event.number, event.what)
+                report(f"{event.where}: {placements.words()}", None)
+            else:
+                if event.died:
+                    placements.drop(event.number)
+                    self.remarks += (event.remark,)
+                    report(event.remark, None)
+                if self.memory is None:
+                    self._measure_memory(variant, baseline, report)
+        if schedule.exceeded_s() > _NOTEWORTHY_S and request.budget_s is not None:
+            self.remarks += (
+                f"--budget {request.budget_s:g}: the command took {self.clock() - self.began:.0f} s; that is what "
+                f"{units.counted(schedule.done, 'process', 'processes')} need, the fewest with an interval",
+            )
+            report(self.remarks[-1], None)
 
     def record(self) -> Record:
         """Return what has been measured so far.

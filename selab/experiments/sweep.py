@@ -14,6 +14,7 @@ from selab.bench.progress import Report, prefixed
 from selab.errors import OutOfMemoryError, RecordError, SelabError
 from selab.experiments.job import Job, Request, job_of, resolve
 from selab.experiments.profiling import Profile, count_job
+from selab.experiments.schedule import effort_of
 from selab.models.provenance import is_stale
 from selab.records import files, store
 from selab.records.bounds import json_fault
@@ -191,10 +192,12 @@ class ResultCache:
         if record is None or not self._is_current(record):
             return job
         there = [one for one in record.latency.values() if not one.error]
-        return job.changed(
-            processes=max(job.request.processes, *(len(one.runs) for one in there), 1),
-            quick=job.request.quick and all(one.target_half_width >= job.plan.target_half_width for one in there),
-        )
+        request, target = job.request, min((one.target_half_width for one in there), default=1.0)
+        processes = request.processes and max(request.processes, *(len(one.runs) for one in there))
+        thorough = job.changed(quick=False, thorough=True)
+        if target <= thorough.plan.target_half_width:
+            return thorough.changed(processes=processes)
+        return job.changed(processes=processes, quick=request.quick and target >= job.plan.target_half_width)
 
     def measured(self, job: Job, record: Record) -> Outcome:
         """Keep a cell's record, unless every phase failed; a cell that ran out of memory is marked.
@@ -241,15 +244,18 @@ class ResultCache:
     def _holds(self, record: Record, job: Job) -> bool:
         """Whether a record has all that is asked for: each phase, as narrowly, as long and from as many processes."""
         found = [record.latency.get(phase) for phase in job.request.phases]
+        # Of a whole budget the controls take as much as the comparisons, and something goes beside the sampling.
+        whole = job.request.budget_s
+        budget_s = job.plan.budget_s if whole is None else whole / len(job.request.phases) / 4
         return self._is_current(record) and all(
             one is not None
             and not one.error
             and one.target_half_width <= job.plan.target_half_width
-            and len(one.runs) >= job.request.processes
+            and (one.unit == "process" or job.request.in_this_process)
+            and len(one.runs) >= effort_of(job.request).least
             # Of short runs their number decides, and none of them is long.
             and (
-                one.unit == "process"
-                or all(run.status == "converged" or run.elapsed_s >= job.plan.budget_s for run in one.runs)
+                one.unit == "process" or all(run.status == "converged" or run.elapsed_s >= budget_s for run in one.runs)
             )
             and not (self.retry and one.verdict_kind == "no_result")
             for one in found

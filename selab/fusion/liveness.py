@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from selab.kernels.deferred_relu import DeferredReLU
 from selab.meta import Example, On, make_pass
+from selab.meta.modes import DispatchMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Liveness:
     producers: dict[str, set[str]]
 
 
-class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Reads(DispatchMode):
     """Record which watched storages are read."""
 
     def __init__(self, permanent: set[int]) -> None:

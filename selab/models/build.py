@@ -19,6 +19,7 @@ from selab.attention.se import SqueezeExcitation
 from selab.attention.user_code import before_code, beside, imported
 from selab.errors import InsertionError, ModelError, SelabError, SpecError
 from selab.meta import Example, first_line
+from selab.meta.modes import made_on
 from selab.models import external
 from selab.models.inputs import check_inputs, example_of, feed
 from selab.models.spec import Variant
@@ -74,7 +75,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            with torch.device(device):
+            with made_on(device):
                 model = builder(num_classes=variant.num_classes, **variant.arguments)
         except SelabError:
             raise

@@ -71,9 +71,14 @@ def _within(blocks: Sequence[ABBABlock], statistic: Statistic, confidence: float
     return _LogEstimate(centre=stats.median(logs), low=interval[0], high=interval[1])
 
 
+def _process_centres(runs: Iterable[Run], statistic: Statistic) -> list[float]:
+    """Return the median of ln(variant / baseline) of each run that has a pair."""
+    return [stats.median(logs) for logs in (_log_ratios(run.quads, statistic) for run in runs) if logs]
+
+
 def _between(runs: Sequence[Run], statistic: Statistic, confidence: float) -> _LogEstimate:
     """Return the mean of the runs' medians with Student's t interval; what varies within a run is part of it."""
-    centres = [stats.median(logs) for logs in (_log_ratios(run.quads, statistic) for run in runs) if logs]
+    centres = _process_centres(runs, statistic)
     if len(centres) < LEAST_PROCESSES:
         raise InsufficientPairsError(
             f"{len(centres)} of {LEAST_PROCESSES} processes that an interval needs; raise the budget"
@@ -109,8 +114,23 @@ def _across(runs: Sequence[Run], statistic: Statistic, confidence: float) -> _Lo
 
 def centre_of(runs: Sequence[Run], statistic: Statistic) -> float | None:
     """Return exp(mean of the runs' medians of ln(variant / baseline)); None where there is no pair yet."""
-    centres = [stats.median(logs) for logs in (_log_ratios(run.quads, statistic) for run in runs) if logs]
+    centres = _process_centres(runs, statistic)
     return math.exp(stats.mean(centres)) if centres else None
+
+
+def interval_within(runs: Sequence[Run], statistic: Statistic) -> tuple[float, float] | None:
+    """Return Student's t interval of the ratio over all ABBA blocks, as if the processes had no effect of their own.
+
+    A provisional answer, for as long as there are too few processes: it is narrower than the truth.
+
+    Returns:
+        None below three blocks.
+    """
+    logs = [stats.mean(_log_ratios([block], statistic)) for run in runs for block in run.quads]
+    if len(logs) < LEAST_PROCESSES:
+        return None
+    half = stats.student_quantile(len(logs) - 1, 0.95) * stats.sample_deviation(logs) / math.sqrt(len(logs))
+    return math.exp(stats.mean(logs) - half), math.exp(stats.mean(logs) + half)
 
 
 def half_width(blocks: Sequence[ABBABlock], statistic: Statistic) -> float | None:
@@ -190,17 +210,34 @@ def paired_difference_s(runs: Sequence[Run], statistic: Statistic) -> float:
     return stats.mean(medians)
 
 
-def noise_floor(controls: Sequence[Run], statistic: Statistic, *, unit: Unit = "pair") -> float:
+def noise_floor(
+    controls: Sequence[Run], statistic: Statistic, *, unit: Unit = "pair", runs: Sequence[Run] = ()
+) -> float:
     """Return the greatest |ratio - 1| + half-width of the controls: differences below it are the machine's noise.
 
-    Of short runs, each in a process, all controls are one estimate.
+    Of short runs, each in a process, all controls are one estimate. Its half-width follows from how much processes
+    differ, both in the controls and in the comparisons: that of the few controls alone would be known badly.
+
+    Args:
+        controls: baseline against a second instance.
+        statistic: the value that represents a sample.
+        unit: as in `estimate`.
+        runs: the comparisons beside the controls, of short runs.
 
     Raises:
         InsufficientPairsError: no control, or one with fewer than 20 pairs; of short runs, fewer than three.
     """
     if unit == "process" and controls:
-        pooled = estimate(controls, statistic, unit=unit)
-        return abs(pooled.ratio - 1) + relative_half_width(pooled)
+        both = [_process_centres(some, statistic) for some in (controls, runs)]
+        if len(both[0]) < LEAST_PROCESSES:
+            raise InsufficientPairsError(
+                f"{len(both[0])} of {LEAST_PROCESSES} processes that an interval needs; raise the budget"
+            )
+        known = [centres for centres in both if len(centres) > 1]
+        degrees = sum(len(centres) - 1 for centres in known)
+        squares = math.fsum((len(centres) - 1) * stats.sample_deviation(centres) ** 2 for centres in known)
+        error = math.sqrt(squares / degrees / len(both[0]))
+        return abs(math.expm1(stats.mean(both[0]))) + stats.student_quantile(degrees, 0.95) * error
     if not controls:
         raise InsufficientPairsError("no control run; measure the baseline against a second instance of itself")
     found = [estimate([control], statistic) for control in controls]

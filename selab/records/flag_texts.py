@@ -40,7 +40,7 @@ CAUSES: Mapping[Cause, str] = MappingProxyType(
         "oversubscribed": "More threads than cores: the threads wait for each other; use fewer --threads.",
         "unsteady": "Timings not steady: the speed changed during the run; wait for a quiet machine and measure again.",
         "gpu_clock": "GPU clock below its maximum or not constant: compare ratios, not times.",
-        "allocator": "Many page faults: part of the time is the memory allocator's; use --hold-heap or --processes 3.",
+        "allocator": "Many page faults: part of the time is the memory allocator's; leave out --free-heap.",
         "gpu_allocator": "GPU memory grew while measuring: some samples include allocations; warm up longer.",
         "order": "The order of the samples mattered: the interval is wider; let the machine cool or measure longer.",
         "unwatched": "GPU clocks and throttling were not monitored: install NVML (nvidia-ml-py) to see them.",
@@ -80,7 +80,7 @@ FLAGS: Mapping[str, FlagText] = MappingProxyType(
             seen="{faults:.0f} page faults per second",
             means="the allocator returns freed memory to the system and requests it again, more in some processes than "
             "in others",
-            do="use --hold-heap, or --processes 3",
+            do="leave out --free-heap",
         ),
         # Seen while sampling on a GPU.
         "voided": FlagText(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from selab.bench import machine
+from selab.bench import heap
 from selab.bench.runner import check_output, fp32_mode, mode_of, phase_call, prepare, translated_errors
 from selab.errors import DeviceError, ModelError, OutOfMemoryError
 from selab.models.build import build
@@ -158,9 +158,9 @@ def test_a_held_heap_is_asked_of_the_c_library(monkeypatch, workload, net):
             asked.append((parameter, value))
             return 1
 
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: Library())
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: Library())
     prepare(net(), workload(held_heap=True))
     assert asked == [(-3, 2**31 - 1), (-1, 2**31 - 1)]
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
     with pytest.raises(DeviceError, match="--hold-heap: this system's C library has no mallopt; omit the option"):
         prepare(net(), workload(held_heap=True))

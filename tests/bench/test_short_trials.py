@@ -62,7 +62,7 @@ def test_one_long_run_says_nothing_of_the_next_process():
 def test_a_short_run_ends_by_its_time_alone():
     run = process(0, 0.0)
     assert (run.status, run.steady) == ("budget", True)
-    assert run.warmup_s == pytest.approx(0.25, abs=0.05)
+    assert run.warmup_s == pytest.approx(0.15, abs=0.05)
     assert 0.5 <= run.elapsed_s <= 0.5 + 12 * 0.017
 
 

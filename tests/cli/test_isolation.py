@@ -51,21 +51,22 @@ class Net(nn.Sequential):
 
 @pytest.mark.slow
 def test_workers_import_nothing_from_the_current_folder(trapped):
-    words = ("profile", "--arch", "se_small_cnn", "--quick", "--processes", 3, "--phase", "forward")
+    words = ("profile", "--arch", "se_small_cnn", "--budget", 1, "--processes", 3, "--phase", "forward")
     done = command(trapped, *words, "--out", trapped.parent / "out")
     assert done.returncode == 0, done.stderr
     assert traces(trapped) == []
 
 
 def test_a_worker_imports_nothing_from_the_current_folder(trapped):
-    """A fresh process, as `profile` starts it: it reads no job, and says so without a trace."""
+    """A fresh process, as `profile` starts it: it says that it cannot read its order."""
     code = (
-        "import subprocess, sys; from selab.experiments import workers; "
-        "print(subprocess.run([sys.executable, '-P', '-c', workers._START], input=b'', capture_output=True).stderr)"
+        "import subprocess, sys; from selab.experiments import children; "
+        "start = children._START.format(module='selab.experiments.workers'); "
+        "print(subprocess.run([sys.executable, '-P', '-c', start], input=b'{}', capture_output=True).stderr)"
     )
     done = command(trapped, code, start=("-P", "-c"))
     assert done.returncode == 0
-    assert "truncated" in done.stdout, "it has reached the reading of its job"
+    assert "required field" in done.stdout, "it has reached the reading of its order"
     assert traces(trapped) == []
 
 

@@ -244,12 +244,12 @@ class TestInterruption:
         command = [sys.executable, "-m", "selab", *map(str, words)]
         running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for line in running.stderr:
-            if line.startswith("forward"):
+            if "forward about" in line:
                 break
         running.send_signal(signal.SIGTERM)
         running.communicate(timeout=60)
         assert running.returncode == 143
-        assert [path.name for path in (tmp_path / "r").rglob("*.json")] == ["se_toy.cpu-b1-16-fp32-t1.partial.json"]
+        assert [path.name for path in (tmp_path / "r").rglob("*.json")] == ["se_toy.cpu-b1-16-fp32-held-t1.partial.json"]
 
     def test_control_c_in_a_shell(self, toy, tmp_path, one_line):
         words = ["profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r"]
@@ -260,12 +260,13 @@ class TestInterruption:
             text=True,
         )
         for line in running.stderr:
-            if line.startswith("forward"):
+            if "forward about" in line:
                 break
         running.send_signal(signal.SIGINT)
-        _, error = running.communicate(timeout=60)
+        shown, error = running.communicate(timeout=60)
         assert running.returncode == 130
-        assert "interrupted; no time was measured yet; the counted costs are in" in one_line(error)
+        assert "interrupted; what was measured until then (forward" in one_line(error)
+        assert "forward, 1 thr" in shown
         (path,) = (tmp_path / "r").rglob("*.json")
         assert path.name.endswith(".partial.json")
         assert not list((tmp_path / "r").rglob(".*"))

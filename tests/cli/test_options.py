@@ -87,7 +87,7 @@ def test_the_two_spellings_of_a_memory_format_are_one():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["profile", "--hold-heap", "--device", "cuda"], "--hold-heap: keeps the CPU's heap"),
+        (["profile", "--hold-heap", "--device", "cuda"], "--hold-heap: is of the CPU's heap"),
         (["profile", "--input", "3x8x8", "--resolution", 8], "--resolution: is in --input already"),
         (["profile", "--channels-last", "--memory-format", "contiguous"], "--channels-last: contradicts"),
         (["profile", "--phase", "forwards"], "'forwards' is not one of forward, backward, forward_backward"),

@@ -40,7 +40,7 @@ def is_alone(group):
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGHUP, 1), (signal.SIGTERM, 3)])
 def test_a_profile_keeps_what_there_is_and_ends_its_children(toy, tmp_path, number, processes):
-    words = ["profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r", "--processes", processes]
+    words = ["profile", "--arch", f"{toy}:se_toy", "--free-heap", "--out", tmp_path / "r", "--processes", processes]
     running = started(words, "forward" if processes == 1 else "process 1 of 3")
     running.send_signal(number)
     _, error = running.communicate(timeout=60)

@@ -188,7 +188,7 @@ latency_ratio_forward_backward = 2.0
     path = tmp_path / "budgets.toml"
     path.write_text(text)
     one = budget.converted(budget.read_tables(path, "budgets")["mine"], budget.Budget, place="it")
-    assert one.request(quick=False, processes=3) == Request(
+    assert one.request({"quick": False, "processes": 3}) == Request(
         arch="small_cnn+reduction=8,sites=conv1+conv2",
         baseline="small_cnn",
         input_chw=(3, 40, 48),

@@ -5,6 +5,7 @@ import shlex
 import msgspec
 import pytest
 
+from selab.bench.heap import has_mallopt
 from selab.errors import SpecError, UnknownNameError
 from selab.experiments.job import Job, Request, job_of, resolve
 from selab.models import catalog
@@ -19,7 +20,8 @@ def test_the_workload_and_the_plan_come_from_the_request():
     made = job(batch=4, resolution=64, threads=2, quick=True, budget_s=3.0, fused=True)
     assert (made.workload.batch, made.workload.input_chw, made.workload.threads) == (4, (3, 64, 64), 2)
     assert made.workload.fused
-    assert (made.plan.budget_s, made.plan.target_half_width) == (3.0, 0.01)
+    assert made.plan.target_half_width == 0.01
+    assert job(thorough=True).plan.target_half_width < job().plan.target_half_width < made.plan.target_half_width
     assert job().workload.threads == 1
 
 
@@ -50,7 +52,7 @@ def test_another_process_looks_no_name_up(monkeypatch):
 def test_a_record_of_some_phases_has_a_path_of_its_own(tmp_path):
     whole, forward, two = (job(phases=phases) for phases in (PHASES, PHASES[:1], PHASES[1:]))
     names = [one.path(tmp_path, "m").name for one in (whole, forward, two)]
-    start = "se_small_cnn.cpu-b1-32-fp32-t1"
+    start = f"se_small_cnn.cpu-b1-32-fp32{'-held' if has_mallopt() else ''}-t1"
     assert names == [f"{start}.json", f"{start}.forward.json", f"{start}.backward+forward_backward.json"]
     assert forward.paths(tmp_path, "m") == (tmp_path / "m" / names[1], tmp_path / "m" / names[0])
     assert whole.paths(tmp_path, "m") == (tmp_path / "m" / names[0],)
@@ -65,9 +67,34 @@ def test_the_path_names_another_baseline_alone(tmp_path):
 
 def test_the_command_asks_for_the_same_again():
     made = job(batch=8, memory_format="channels_last", held_heap=True, phases=("forward",), cold=True)
-    options = "--arch se_small_cnn --batch 8 --hold-heap --cold --channels-last --phase forward"
+    options = "--arch se_small_cnn --batch 8 --cold --channels-last --hold-heap --phase forward"
     assert made.command() == f"selab profile {options}"
     assert shlex.split(made.command("tax"))[:2] == ["selab", "tax"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "held"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"device": "cuda"}, True, False),
+        ({"held_heap": False}, True, False),
+        ({"held_heap": True}, False, True),
+    ],
+)
+def test_the_heap_is_held_where_that_can_be_done_unless_the_user_says(monkeypatch, asked, there, held):
+    monkeypatch.setattr("selab.experiments.job.has_mallopt", lambda: there)
+    made = job(**asked)
+    assert made.workload.held_heap is held
+    said = {True: ["--hold-heap"], False: ["--free-heap"], None: []}[asked.get("held_heap")]
+    assert [word for word in made.command().split() if "heap" in word] == said
+
+
+def test_fresh_processes_are_the_default_on_a_cpu():
+    assert not Request(arch="x").in_this_process
+    assert Request(arch="x", processes=1).in_this_process
+    assert Request(arch="x", device="cuda").in_this_process
+    assert not Request(arch="x", device="cuda", processes=3).in_this_process
 
 
 def test_a_baseline_is_missed_only_where_it_is_needed(toy):

@@ -2,16 +2,20 @@
 
 import pytest
 
-from selab.experiments.schedule import Schedule
+from selab.experiments.job import Request
+from selab.experiments.schedule import DEFAULT, QUICK, THOROUGH, Effort, Schedule, effort_of
 
 
-def schedule(now, **changes):
-    return Schedule(**{"end": 80.0, "runs": 6, "processes": 8, "clock": lambda: now[0]} | changes)
+def schedule(now, *, seconds=80.0, least=8, most=8, **changes):
+    effort = Effort(seconds=seconds, least=least, most=most)
+    return Schedule(**{"began": 0.0, "runs": 6, "effort": effort, "clock": lambda: now[0]} | changes)
 
 
 def test_the_first_process_takes_its_share_of_the_time():
     # (80 / 8 - 3 to start) / 6 runs, less 0.5 beside the sampling; every second process samples twice.
-    assert schedule([0.0]).sampling_s() == pytest.approx(((80 / 8 - 3) / 6 - 0.5) / 1.5)
+    plan = schedule([0.0])
+    assert plan.sampling_s() == pytest.approx(((80 / 8 - 3) / 6 - 0.5) / 1.5)
+    assert plan.expected_s() == pytest.approx(80.0)
 
 
 def test_what_a_process_showed_is_used_for_the_next():
@@ -23,12 +27,38 @@ def test_what_a_process_showed_is_used_for_the_next():
     assert plan.sampling_s() == pytest.approx(((68 / 7 - 2) / 6 - beside) / 1.5)
 
 
-def test_a_time_that_is_over_leaves_the_least_sampling():
+def test_a_time_that_is_over_leaves_the_least_processes_and_the_least_sampling():
     now = [500.0]
-    plan = schedule(now)
-    assert plan.sampling_s() == 0.15
-    assert plan.left == 8
+    plan = schedule(now, least=4, most=12)
+    assert (plan.sampling_s(), plan.left, plan.exceeded_s()) == (0.15, 4, 420.0)
 
 
 def test_much_time_is_not_all_used():
-    assert schedule([0.0], end=1e6).sampling_s() == 10.0
+    plan = schedule([0.0], seconds=1e6, most=20)
+    assert (plan.sampling_s(), plan.total) == (2.0, 20)
+    assert plan.expected_s() < 1e6
+
+
+@pytest.mark.parametrize(("ready_s", "total"), [(1.0, 8), (5.0, 7), (8.0, 6), (30.0, 4)])
+def test_as_many_processes_as_fit(ready_s, total):
+    """After the first, 70 s are left; each takes its start and 6 runs of 1 s, sampling for 0.45 s of them."""
+    plan = schedule([10.0], least=4, most=8)
+    plan.ended(ready_s=ready_s, elapsed_s=ready_s + 6.0, sampled_s=0.45)
+    assert (plan.total, plan.left) == (total, total - 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "effort"),
+    [
+        ({}, DEFAULT),
+        ({"quick": True}, QUICK),
+        ({"thorough": True}, THOROUGH),
+        ({"budget_s": 12.0}, Effort(seconds=12.0, least=3, most=THOROUGH.most)),
+        ({"quick": True, "processes": 5}, Effort(seconds=QUICK.seconds, least=5, most=5)),
+        ({"budget_s": 12.0, "processes": 9}, Effort(seconds=12.0, least=9, most=9)),
+        ({"processes": 1}, Effort(seconds=DEFAULT.seconds, least=1, most=1)),
+        ({"device": "cuda"}, Effort(seconds=DEFAULT.seconds, least=1, most=1)),
+    ],
+)
+def test_a_budget_and_a_number_replace_those_of_the_degree(asked, effort):
+    assert effort_of(Request(arch="se_small_cnn", **asked)) == effort

@@ -16,6 +16,7 @@ from selab.errors import ModelError, OutOfMemoryError, RecordError, SelabError
 from selab.experiments import sweep
 from selab.experiments.job import Request, resolve
 from selab.experiments.profiling import Profile, count_record
+from selab.experiments.schedule import effort_of
 from selab.records import store, verdict
 from selab.records.files import write_atomically
 from selab.records.types import PHASES, from_json
@@ -46,6 +47,7 @@ class Fake:
         if isinstance(fault, BaseException):
             raise fault
         errors = fault or {}
+        processes = effort_of(request).least
         latency = {
             phase: verdict.summarise(
                 phase=phase,
@@ -53,10 +55,11 @@ class Fake:
                 statistic="floor",
                 threads=1,
                 mode="eval",
-                runs=[] if phase in errors else [paired_run(1.1)] * request.processes,
-                controls=[] if phase in errors else [paired_run(1.0)],
+                runs=[] if phase in errors else [paired_run(1.1)] * processes,
+                controls=[] if phase in errors else [paired_run(1.0)] * processes,
                 target_half_width=job.plan.target_half_width,
                 error=errors.get(phase, ""),
+                unit="pair" if processes == 1 else "process",
             )
             for phase in request.phases
         }
@@ -71,7 +74,8 @@ class Fake:
 
 
 def grid(*, archs=(ARCH,), batches=(1, 2, 4), resolutions=(16, 32), **axes):
-    axes = {"phases": ("forward",), "quick": True, "threads": 1, **axes}
+    """Cells measured in one process unless `axes` says more."""
+    axes = {"phases": ("forward",), "quick": True, "threads": 1, "processes": 1, "held_heap": False, **axes}
     return sweep.cells(archs, resolutions, batches, **axes)
 
 
@@ -173,6 +177,23 @@ def test_a_longer_budget_measures_again_what_the_time_was_too_short_for(tmp_path
     store.save(record, path_of(asked[0], tmp_path))
     assert states(swept(asked, tmp_path)) == ["taken over"]
     assert states(swept(grid(batches=(1,), resolutions=(16,), budget_s=9.0), tmp_path)) == ["measured"]
+
+
+def test_short_runs_are_taken_over_for_no_more_than_they_are(tmp_path):
+    def asked(**changes):
+        return grid(batches=(1,), resolutions=(16,), **{"processes": None, **changes})
+
+    assert states(swept(asked(), tmp_path)) == ["measured"]
+    for less in ({}, {"processes": 1}, {"processes": 4}):
+        assert states(swept(asked(**less), tmp_path)) == ["taken over"], less
+    for more in ({"processes": 5}, {"quick": False}, {"quick": False, "thorough": True}):
+        assert states(swept(asked(**more), tmp_path)) == ["measured"], more
+    assert states(swept(asked(), tmp_path)) == ["taken over"]
+
+
+def test_a_long_run_is_not_taken_over_for_short_ones(tmp_path):
+    assert states(swept(grid(batches=(1,), resolutions=(16,)), tmp_path)) == ["measured"]
+    assert states(swept(grid(batches=(1,), resolutions=(16,), processes=None), tmp_path)) == ["measured"]
 
 
 def test_what_gave_no_result_is_tried_again_if_asked(tmp_path):
@@ -520,7 +541,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(selab, tmp_path, monkeypatch):
 
 
 def test_a_request_of_a_sweep_is_that_of_profile():
-    (request,) = grid(batches=(2,), resolutions=(16,))
+    (request,) = grid(batches=(2,), resolutions=(16,), processes=None, held_heap=None)
     assert request == Request(arch=ARCH, batch=2, resolution=16, threads=1, quick=True, phases=("forward",))
 
 

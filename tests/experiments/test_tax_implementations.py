@@ -41,7 +41,7 @@ def test_a_network_as_others_write_it_computes_the_same(arch, style):
     x = torch.randn(2, 3, NETWORKS[arch], NETWORKS[arch])
     with torch.inference_mode():
         expected, found = reference(x), other(x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-6 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("style", AS_OTHERS)

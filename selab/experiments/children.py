@@ -137,7 +137,7 @@ def in_processes(
         except _DiedError as error:
             why, died = str(error), died + 1
         else:
-            sampled_s = turn.sampling_s * (2 if turn.control else 1)
+            sampled_s = turn.sampling_s * (2 if turn.control and schedule.control_share else 1)
             schedule.ended(ready_s=ready_s, elapsed_s=schedule.clock() - began, sampled_s=sampled_s)
         yield Ended(number=number, died=why)
         if died > _MOST_DEATHS:

@@ -156,7 +156,9 @@ class Profile:
             rows.append((self.job.changed(threads=self.machine.cores, quick=True), self.latency_all_cores))
         budget_s = self.job.request.budget_s
         if budget_s is not None:
-            share = max(0.0, self.began + budget_s - self.clock()) / len(rows) / max(1, len(self.job.request.phases))
+            methods = 2 if self.job.workload.device == "cuda" else 1
+            runs = methods * len(rows) * max(1, len(self.job.request.phases))
+            share = max(0.0, self.began + budget_s - self.clock()) / runs
             # The two controls take as much together, and each of the three has its warm-up.
             rows = [
                 (msgspec.structs.replace(job, plan=job.plan.sampling(max(_LEAST_SAMPLING_S, share / 3))), into)

@@ -14,8 +14,6 @@ from selab.records.estimate import LEAST_PROCESSES
 _READY_S, _BESIDE_S = 3.0, 0.5
 # Seconds of sampling in a run: when there must be more time for further processes, when there is no time, at most.
 _ENOUGH_S, _LEAST_S, _MOST_S = 0.3, 0.15, 2.0
-# Every second process, or every one of few, also measures the control, for as long again.
-_WITH_CONTROL = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +54,7 @@ class Schedule:
         effort: how long, in how many processes.
         runs: short runs of each process: phases times rows times ways of timing.
         clock: seconds.
+        control_share: how many processes also measure a control, for as long again; every second one, or all of few.
         done: processes that have ended well.
     """
 
@@ -63,6 +62,7 @@ class Schedule:
     effort: Effort
     runs: int
     clock: Callable[[], float]
+    control_share: float = 0.5
     done: int = 0
     _ready_s: float = field(default=_READY_S, init=False)
     _beside_s: float = field(default=_BESIDE_S, init=False)
@@ -70,7 +70,7 @@ class Schedule:
     @property
     def total(self) -> int:
         """Return how many processes there will be, as far as is known by now."""
-        of_one = self._ready_s + self.runs * (self._beside_s + _WITH_CONTROL * _ENOUGH_S)
+        of_one = self._ready_s + self.runs * (self._beside_s + (1 + self.control_share) * _ENOUGH_S)
         fitting = self.done + int(self._left_s() / of_one)
         return max(self.done, self.effort.least, min(self.effort.most, fitting))
 
@@ -82,11 +82,11 @@ class Schedule:
     def sampling_s(self) -> float:
         """Return the seconds of sampling of each short run of the next process."""
         share = self._left_s() / max(1, self.left) - self._ready_s
-        return min(_MOST_S, max(_LEAST_S, (share / self.runs - self._beside_s) / _WITH_CONTROL))
+        return min(_MOST_S, max(_LEAST_S, (share / self.runs - self._beside_s) / (1 + self.control_share)))
 
     def expected_s(self) -> float:
         """Return the seconds that are expected from now to the end."""
-        sampling = _WITH_CONTROL * self.sampling_s()
+        sampling = (1 + self.control_share) * self.sampling_s()
         return self.left * (self._ready_s + self.runs * (self._beside_s + sampling))
 
     def exceeded_s(self) -> float:

@@ -1,11 +1,13 @@
 """Measure the SE overhead of several implementations (torchvision, timm, reference, fused) in one run."""
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -13,14 +15,18 @@ from torch import nn
 
 from selab._version import __version__
 from selab.attention.se import SqueezeExcitation
-from selab.bench.interleaved import Pair, Together, measure_networks
+from selab.bench.interleaved import Pair, measure_networks
 from selab.bench.machine import machine
 from selab.bench.profiler import STAGES, WHOLE, record_steps
-from selab.bench.progress import Report
+from selab.bench.progress import Progress, Report
 from selab.bench.roofline import measure_peaks
 from selab.bench.runner import DTYPES, FULL_PRECISION, check_device, mode_of
+from selab.bench.sampler import Plan
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
+from selab.experiments.children import Found, Started, Turn, child, in_processes
 from selab.experiments.job import Job, Request, resolve
+from selab.experiments.schedule import Schedule, effort_of
+from selab.experiments.tax_gathered import Gathered, TaxFound
 from selab.experiments.tax_implementations import is_plain, reimplement
 from selab.experiments.tax_record import (
     AGAIN,
@@ -33,7 +39,6 @@ from selab.experiments.tax_record import (
     SCHEMA,
     WITHOUT,
     StageTimes,
-    TaxPair,
     TaxRecord,
     tax_path,
     words_of,
@@ -44,7 +49,6 @@ from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.provenance import bare_name
 from selab.models.spec import Variant, pair_hash
-from selab.records import verdict
 from selab.records.types import Frozen, Insertion, On, Phase, Workload
 
 _OTHERS = "other implementations"
@@ -122,11 +126,12 @@ class Tax:
     baseline: Variant | None
     blocks: tuple[Insertion, ...]
 
-    def __init__(self, asked: TaxRequest) -> None:
+    def __init__(self, asked: TaxRequest, *, job: Job | None = None) -> None:
+        """Look up the networks of a request, unless they are at hand in its job."""
         request = asked.request
         check_device(request.device, request.dtype)
         self.asked = asked
-        self.job = resolve(request)
+        self.job = resolve(request) if job is None else job
         self.variant, self.baseline = self.job.variant, None
         self.workload = self.job.workload
         with redirect_stdout(sys.stderr):
@@ -149,6 +154,7 @@ class Tax:
                     "network without them; compare these two with `selab profile`"
                 )
         self.machine = machine(request.device)
+        self.clock = time.monotonic
 
     def path(self, out: Path) -> Path:
         """Return the path of its record under this folder."""
@@ -176,15 +182,15 @@ class Tax:
         report("measuring the bandwidth of copies", None)
         peaks = measure_peaks(workload.device, workload.dtype, threads=workload.threads)
         measured = self._implementations()
-        networks = self._networks(measured)
-        pairs = _pairs(measured)
-        found = measure_networks(
-            networks, pairs, workload, phase, self.job.plan, report, seed=request.seed, words_of=words_of
-        )
+        gathered = Gathered(job=self.job, pairs=_pairs(measured))
+        if request.in_this_process:
+            gathered.add(0, self.measured(self._plan(len(gathered.pairs)), report, seed=request.seed))
+        else:
+            self._measure_in_processes(gathered, report)
         profiled = None
-        if REFERENCE in measured and not workload.compiled and not _failed(found, REFERENCE):
+        if REFERENCE in measured and not workload.compiled and not gathered.has_failed(REFERENCE):
             report("profiling the reference", None)
-            profiled = self._profiled(networks[REFERENCE]())
+            profiled = self._profiled(self._networks(measured)[REFERENCE]())
         return TaxRecord(
             schema=SCHEMA,
             selab=__version__,
@@ -202,17 +208,82 @@ class Tax:
             implementations=self.implementations,
             blocks=self.blocks,
             bandwidths=peaks.bandwidths,
-            pairs=tuple(_summaries(found, pairs, self.job, phase)),
+            pairs=tuple(gathered.summaries()),
             profiled=profiled,
             saved_for_backward_bytes={
-                name: size for name, size in found.saved_for_backward.items() if name not in (AGAIN, *WITHOUT.values())
+                name: size for name, size in gathered.saved.items() if name not in (AGAIN, *WITHOUT.values())
             },
             remarks=(
                 *([self._left_in] if self._left_in else []),
-                *(self._remarks[name] for name in (BASELINE, _OTHERS, FUSED) if name in self._remarks),
+                *(gathered.remarks[name] for name in (BASELINE, _OTHERS, FUSED) if name in gathered.remarks),
                 *(() if measured == self.implementations else (_NOT_COMPILED,)),
+                *gathered.deaths,
             ),
         )
+
+    def measured(self, plan: Plan, report: Report, *, seed: int, shuffle: bool = False) -> TaxFound:
+        """Measure all networks in one interleaved run in this process.
+
+        Args:
+            plan: durations.
+            report: called with the progress.
+            seed: of the input and of the orders.
+            shuffle: whether to make the networks in an order of the seed, which decides where they lie in memory.
+
+        Raises:
+            SelabError: the baseline fails.
+        """
+        names = self._implementations()
+        networks, phase = self._networks(names), self.asked.phase
+        if shuffle:
+            others = [name for name in networks if name != BASELINE]
+            order = [BASELINE, *Random(f"tax {seed}").sample(others, len(others))]
+            networks = {name: networks[name] for name in order}
+        found = measure_networks(
+            networks, _pairs(names), self.workload, phase, plan, report, seed=seed, words_of=words_of
+        )
+        return TaxFound(
+            runs=tuple((method, *pair, run) for method, runs in found.runs.items() for pair, run in runs.items()),
+            failed=tuple((*where, why) for where, why in found.failed.items()),
+            saved=found.saved_for_backward,
+            remarks=self._remarks,
+        )
+
+    def _measure_in_processes(self, gathered: Gathered, report: Report) -> None:
+        request = self.asked.request
+        methods = 2 if request.device == "cuda" else 1
+        schedule = Schedule(
+            began=self.clock(),
+            effort=effort_of(request),
+            runs=len(gathered.pairs) * methods,
+            clock=self.clock,
+            control_share=0.0,
+        )
+
+        def order_of(turn: Turn) -> TaxOrder:
+            return TaxOrder(
+                job=self.job,
+                implementations=self.asked.implementations,
+                seed=request.seed + turn.number,
+                seconds=turn.sampling_s,
+            )
+
+        for event in in_processes(schedule, __name__, order_of, TaxFound):
+            if isinstance(event, Started):
+                report(f"{event.where}: {gathered.words()}", None)
+            elif isinstance(event, Found):
+                gathered.add(event.number, event.what)
+                report(f"{event.where}: {gathered.words()}", None)
+            elif event.died:
+                gathered.drop(event.number, event.remark)
+                report(event.remark, None)
+
+    def _plan(self, pairs: int) -> Plan:
+        """Return the plan of one long run; its budget is that of one pair."""
+        request, plan = self.asked.request, self.job.plan
+        if request.budget_s is None:
+            return plan
+        return plan.sampling(request.budget_s / pairs / (2 if request.device == "cuda" else 1))
 
     def _implementations(self) -> tuple[str, ...]:
         """Return the implementations without the one that a compiler would change."""
@@ -387,26 +458,32 @@ def _pairs(implementations: Sequence[str]) -> list[Pair]:
     return [*pairs, *([(REFERENCE, FUSED)] if both else [])]
 
 
-def _failed(found: Together, name: str) -> bool:
-    return any(failed == name for _, failed in found.failed)
+# ----------------------------------------------------------------------------------------------------- fresh processes
+class TaxOrder(Frozen, frozen=True, kw_only=True):
+    """The order of a fresh process.
+
+    Attributes:
+        seed: of its order of networks and samples.
+        seconds: of sampling of each pair.
+    """
+
+    job: Job
+    implementations: tuple[str, ...]
+    seed: int
+    seconds: float
 
 
-def _summaries(found: Together, pairs: Sequence[Pair], job: Job, phase: Phase) -> Iterator[TaxPair]:
-    plan, workload = job.plan, job.workload
-    for method, runs in found.runs.items():
-        control = runs.get((BASELINE, AGAIN))
-        for one in pairs:
-            run = runs.get(one)
-            why = [found.failed[method, name] for name in one if (method, name) in found.failed]
-            latency = verdict.summarise(
-                phase=phase,
-                method=method,
-                statistic=plan.statistic,
-                threads=workload.threads,
-                mode=mode_of(phase, workload),
-                runs=[] if run is None else [run],
-                controls=[] if run is None or control is None else [control],
-                target_half_width=plan.target_half_width,
-                error=why[0] if why else "",
-            )
-            yield TaxPair(baseline=one[0], variant=one[1], latency=latency)
+def child_main() -> None:
+    """Run the program of a process."""
+    child(TaxOrder, _short_run)
+
+
+def _short_run(order: TaxOrder, ready: Callable[[], object]) -> Iterator[TaxFound]:
+    asked = TaxRequest(request=order.job.request, implementations=order.implementations)
+
+    def report(_label: str, state: Progress | None) -> None:
+        if state is not None:
+            ready()
+
+    tax = Tax(asked, job=order.job)
+    yield tax.measured(order.job.plan.short(order.seconds), report, seed=order.seed, shuffle=True)

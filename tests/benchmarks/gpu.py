@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("profiles"), help="folder of the records")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is, or is downloaded to")
     parser.add_argument("--minutes", type=float, default=25, help="no step begins that may end later")
-    parser.add_argument("--budget", type=float, default=3, help="seconds of sampling per phase and method")
+    parser.add_argument("--budget", type=float, default=40, help="seconds of a profile or a tax")
     parser.add_argument("--jobs", type=int, default=min(6, os.cpu_count() or 1), help="trainings at a time")
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to run, in this order")
     parser.add_argument("--dry-run", action="store_true", help="the same steps on a CPU, as small as possible")
@@ -123,7 +123,7 @@ def _tests(options: argparse.Namespace, dry: bool) -> Iterator[Step]:
 
 def _workload(batch: int, dtype: str, layout: str, compiled: bool, options: argparse.Namespace) -> list[str]:
     if options.dry_run:
-        device = ["--device", "cpu", "--threads", "1", "--batch", "1", "--resolution", "64"]
+        device = ["--device", "cpu", "--threads", "1", "--batch", "1", "--resolution", "64", "--processes", "1"]
         dtype = "fp32" if dtype == "tf32" else dtype
     else:
         device = ["--device", "cuda", "--batch", str(batch)]

@@ -65,6 +65,6 @@ def test_dry_run(tmp_path):
     done = subprocess.run([*words, "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(statuses(tmp_path / "gpu.dry-run.jsonl").values()) == {0}
-    assert "se_resnet18 cpu-b1-64-fp32-t1 forward wall:" in done.stdout
+    assert "se_resnet18 cpu-b1-64-fp32-held-t1 forward wall:" in done.stdout
     (roofline,) = tmp_path.glob("roofline*.json")
     assert json.loads(roofline.read_text())

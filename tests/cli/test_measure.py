@@ -249,7 +249,8 @@ class TestInterruption:
         running.send_signal(signal.SIGTERM)
         running.communicate(timeout=60)
         assert running.returncode == 143
-        assert [path.name for path in (tmp_path / "r").rglob("*.json")] == ["se_toy.cpu-b1-16-fp32-held-t1.partial.json"]
+        (path,) = (tmp_path / "r").rglob("*.json")
+        assert path.name == "se_toy.cpu-b1-16-fp32-held-t1.partial.json"
 
     def test_control_c_in_a_shell(self, toy, tmp_path, one_line):
         words = ["profile", "--arch", f"{toy}:se_toy", "--out", tmp_path / "r"]

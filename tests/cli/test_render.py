@@ -66,6 +66,11 @@ class TestLooksOfTables:
 
 
 class TestFolders:
+    @pytest.fixture(autouse=True)
+    def no_counting(self, monkeypatch, committed_costs):
+        """Every one of these commands would count all networks, which takes ten seconds."""
+        monkeypatch.setattr(profiling, "counted", lambda names: {name: committed_costs[name] for name in names})
+
     @pytest.fixture
     def folder(self, selab, toy, quick_plans, tmp_path):
         words = ["--threads", 1, "--phase", "forward", "--out", tmp_path / "r"]
@@ -106,6 +111,11 @@ class TestFolders:
 
 class TestBrokenFiles:
     """One file that cannot be read is named in a line and left out; the rest is shown, and the status is 1."""
+
+    @pytest.fixture(autouse=True)
+    def no_counting(self, monkeypatch, committed_costs):
+        """Every one of these commands would count all networks, which takes ten seconds."""
+        monkeypatch.setattr(profiling, "counted", lambda names: {name: committed_costs[name] for name in names})
 
     @pytest.fixture
     def folder(self, selab, toy, quick_plans, tmp_path):

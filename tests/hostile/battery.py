@@ -140,16 +140,16 @@ WRITING = (
 )
 
 
-def kills(template: Path, scratch: Path) -> list[str]:
-    """Kill every writing command at every step; return what is wrong with the folder afterwards."""
+def kills(template: Path, scratch: Path, stride: int) -> list[str]:
+    """Kill every writing command at every so manieth step; return what is wrong with the folder afterwards."""
     from selab.records.files import read_bytes
     from selab.records.store import PROFILES
 
     found = []
     for words in WRITING:
-        case, step = Case(words=words, slow=False), 0
+        case, step, times = Case(words=words, slow=False), 1 - stride, 0
         while True:
-            step += 1
+            step += stride
             folder = scratch / "case"
             fresh(template, folder)
             records = folder / "records"
@@ -173,7 +173,8 @@ def kills(template: Path, scratch: Path) -> list[str]:
             shutil.rmtree(folder)
             if ended.status != -signal.SIGKILL:
                 break
-        print(f"{' '.join(words[:2])}: killed at {step - 1} steps", flush=True)
+            times += 1
+        print(f"{' '.join(words[:2])}: killed at {times} steps", flush=True)
     return found
 
 
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("part", nargs="?", default="", help="only cases with this in their name")
     parser.add_argument("--fast", action="store_true", help="leave out commands that measure and train")
     parser.add_argument("--kills", action="store_true", help="also kill commands at every step of writing")
-    parser.add_argument("--stride", type=int, default=1, help="only every so manieth case")
+    parser.add_argument("--stride", type=int, default=1, help="only every so manieth case, and step")
     parser.add_argument("--start", type=int, default=0, help="the first of them")
     chosen = parser.parse_args()
     every = [one for one in grammar.cases() if chosen.part in one.name and not (chosen.fast and one.slow)]
@@ -270,7 +271,7 @@ def main() -> None:
                 print(f"FAULT {fault}: {case.name}: {_last(ended.err)}", flush=True)
             if number % 100 == 0:
                 print(f"{number} of {len(every)} cases, {len(kinds)} kinds of faults", flush=True)
-        for fault in kills(template, scratch) if chosen.kills else []:
+        for fault in kills(template, scratch, chosen.stride) if chosen.kills else []:
             kinds.setdefault("kill", []).append(fault)
             print(f"FAULT {fault}", flush=True)
     print(f"{len(every)} cases, {sum(map(len, kinds.values()))} faults of {len(kinds)} kinds")

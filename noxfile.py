@@ -241,8 +241,7 @@ def tax(session: nox.Session) -> None:
     session.install("-e", ".")
     on_gpu = has_gpu(session)
     for words in (*(TAXED_ON_GPU if on_gpu else ()), *(() if on_gpu else TAXED)):
-        heap = () if on_gpu else ("--hold-heap",)
-        session.run("selab", "tax", *words, *heap, *session.posargs, "--out", "profiles", "--replace")
+        session.run("selab", "tax", *words, *session.posargs, "--out", "profiles", "--replace")
     report(session, machine_folder(session))
 
 
@@ -250,7 +249,7 @@ def tax(session: nox.Session) -> None:
 def tax_foreign(session: nox.Session) -> None:
     """Measure what selab.fuse saves of the tax that timm's own SE networks pay; arguments go to `selab tax`."""
     session.install("torch==2.12.1", "torchvision==0.27.1", "timm==1.0.31", "-e", ".")
-    device = ("--device", "cuda") if has_gpu(session) else ("--hold-heap",)
+    device = ("--device", "cuda") if has_gpu(session) else ()
     for name in TAXED_FOREIGN:
         session.run(
             "selab", "tax", "--arch", f"timm:{name}", *device, *session.posargs, "--out", "profiles", "--replace"
@@ -301,9 +300,9 @@ def cost_tables(session: nox.Session) -> None:
 
 @nox.session
 def latency_tables(session: nox.Session) -> None:
-    """Measure SE against base in three fresh processes each; on a CPU, names after -- choose the baselines."""
+    """Measure SE against base; on a CPU, names after -- choose the baselines."""
     session.install("-e", ".")
-    common = ["--processes", "3", "--out", "profiles", "--replace"]
+    common = ["--out", "profiles", "--replace"]
     if has_gpu(session):
         for dtype in ("fp32", "bf16"):
             for layout in ([], ["--channels-last"]):
@@ -322,6 +321,14 @@ def aa(session: nox.Session) -> None:
     session.install("-e", ".")
     out = f"{machine_folder(session)}/acceptance/aa.json"
     session.run("python", "tests/benchmarks/aa.py", "--out", out, *session.posargs)
+
+
+@nox.session
+def error_rates(session: nox.Session) -> None:
+    """Run `selab profile` again and again to see how often it is wrong; interrupt it, and it goes on the next time."""
+    session.install("-e", ".")
+    journal = f"{machine_folder(session)}/acceptance/error_rates.jsonl"
+    session.run("python", "tests/benchmarks/error_rates.py", "--journal", journal, *session.posargs)
 
 
 @nox.session

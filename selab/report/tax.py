@@ -108,7 +108,7 @@ def removed(record: TaxRecord, method: str) -> tuple[float, tuple[float, float] 
     left = not_excluded(fused)
     if left is None or reference.ratio is None or fused.ratio is None:
         return None
-    whole, rest = (estimate(one.runs, one.statistic, confidence=0.975) for one in (reference, fused))
+    whole, rest = (estimate(one.runs, one.statistic, confidence=0.975, unit=one.unit) for one in (reference, fused))
     share = 1 - (fused.ratio - 1) / (reference.ratio - 1)
     if whole.ratio_low <= 1:
         return share, None

@@ -13,6 +13,17 @@ from selab.cli.signals import ENDING, Signals, held_back
 STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    """Programs inherit what is ignored, and tests may run under nohup."""
+    ignored = [number for number in ENDING if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def started(words, awaited, **how):
     """Start the program in a session of its own, and wait for a line of its standard error."""
     running = subprocess.Popen(

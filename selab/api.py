@@ -276,7 +276,7 @@ def profile(
         batch: images.
         input_chw: channels, height and width; None for the network's own.
         phases: `forward`, `backward`, `forward_backward`.
-        quick: about 25 s in 4 to 6 fresh processes, instead of 80 s in 6 to 12.
+        quick: about 30 s in 3 to 6 fresh processes, instead of 80 s in 6 to 12.
         budget: seconds of the whole measurement instead.
         threads: CPU threads; None for one, and a second row on all cores.
         device: `cpu` or `cuda`.

@@ -288,7 +288,7 @@ class WorkloadOptions(_NetworkOptions):
 class EffortOptions:
     """How long a command measures."""
 
-    quick: Annotated[bool, option("--quick", TIME, "About 25 s in 4 to 6 fresh processes.")] = False
+    quick: Annotated[bool, option("--quick", TIME, "About 30 s in 3 to 6 fresh processes.")] = False
     thorough: Annotated[
         bool, option("--thorough", TIME, "Up to 5 minutes in 12 to 24 fresh processes: for what you publish.")
     ] = False

@@ -21,7 +21,6 @@ import msgspec
 from selab import units
 from selab.errors import SelabError
 from selab.experiments.schedule import Schedule
-from selab.records.estimate import LEAST_PROCESSES
 from selab.records.types import Frozen
 
 # More processes that die are no accident.
@@ -119,8 +118,7 @@ def in_processes(
     line_type: Any = _Line[finds]  # type: ignore[valid-type]
     number, died = 0, 0
     while schedule.left:
-        few = schedule.total < 2 * LEAST_PROCESSES
-        turn = Turn(number=number, sampling_s=schedule.sampling_s(), control=number % 2 == 0 or few)
+        turn = Turn(number=number, sampling_s=schedule.sampling_s(), control=number % 2 == 0)
         where = f"process {schedule.done + 1} of {schedule.total}"
         yield Started(where=where)
         began, ready_s, why = schedule.clock(), 0.0, ""

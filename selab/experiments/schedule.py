@@ -31,7 +31,7 @@ class Effort:
     most: int
 
 
-QUICK = Effort(seconds=27.0, least=4, most=6)
+QUICK = Effort(seconds=27.0, least=LEAST_PROCESSES, most=6)
 DEFAULT = Effort(seconds=80.0, least=6, most=12)
 THOROUGH = Effort(seconds=300.0, least=12, most=24)
 
@@ -54,7 +54,7 @@ class Schedule:
         effort: how long, in how many processes.
         runs: short runs of each process: phases times rows times ways of timing.
         clock: seconds.
-        control_share: how many processes also measure a control, for as long again; every second one, or all of few.
+        control_share: of the processes that also measure a control, for as long again.
         done: processes that have ended well.
     """
 

@@ -11,6 +11,7 @@ from selab.records.types import ABBABlock, Estimate, Run, Statistic, Unit
 MIN_PAIRS = 20
 LEAST_PROCESSES = 3
 """Fewer short runs have no interval: Student's t of one degree of freedom is 12.7."""
+LEAST_CONTROLS = 2
 
 
 class InsufficientPairsError(SelabError):
@@ -210,34 +211,23 @@ def paired_difference_s(runs: Sequence[Run], statistic: Statistic) -> float:
     return stats.mean(medians)
 
 
-def noise_floor(
-    controls: Sequence[Run], statistic: Statistic, *, unit: Unit = "pair", runs: Sequence[Run] = ()
-) -> float:
-    """Return the greatest |ratio - 1| + half-width of the controls: differences below it are the machine's noise.
+def noise_floor(controls: Sequence[Run], statistic: Statistic, *, unit: Unit = "pair") -> float:
+    """Return by how much the baseline differs from a second instance of itself: no difference below it is real.
 
-    Of short runs, each in a process, all controls are one estimate. Its half-width follows from how much processes
-    differ, both in the controls and in the comparisons: that of the few controls alone would be known badly.
-
-    Args:
-        controls: baseline against a second instance.
-        statistic: the value that represents a sample.
-        unit: as in `estimate`.
-        runs: the comparisons beside the controls, of short runs.
+    Of one long run, this is the greatest |ratio - 1| + half-width of its controls. Of short runs, each in a process,
+    it is |ratio - 1| of all controls together: how much processes differ is in the comparison's interval already, and
+    what the controls show is a bias.
 
     Raises:
-        InsufficientPairsError: no control, or one with fewer than 20 pairs; of short runs, fewer than three.
+        InsufficientPairsError: no control, or one with fewer than 20 pairs; of short runs, fewer than two.
     """
     if unit == "process" and controls:
-        both = [_process_centres(some, statistic) for some in (controls, runs)]
-        if len(both[0]) < LEAST_PROCESSES:
+        centres = _process_centres(controls, statistic)
+        if len(centres) < LEAST_CONTROLS:
             raise InsufficientPairsError(
-                f"{len(both[0])} of {LEAST_PROCESSES} processes that an interval needs; raise the budget"
+                f"{len(centres)} of {LEAST_CONTROLS} processes that it needs; raise the budget"
             )
-        known = [centres for centres in both if len(centres) > 1]
-        degrees = sum(len(centres) - 1 for centres in known)
-        squares = math.fsum((len(centres) - 1) * stats.sample_deviation(centres) ** 2 for centres in known)
-        error = math.sqrt(squares / degrees / len(both[0]))
-        return abs(math.expm1(stats.mean(both[0]))) + stats.student_quantile(degrees, 0.95) * error
+        return abs(math.expm1(stats.mean(centres)))
     if not controls:
         raise InsufficientPairsError("no control run; measure the baseline against a second instance of itself")
     found = [estimate([control], statistic) for control in controls]

@@ -176,21 +176,13 @@ def _estimated(runs: Sequence[Run], statistic: Statistic, unit: Unit) -> tuple[E
     return found, [f"{reason}; quiet the machine or raise the budget"]
 
 
-def _controlled(
-    controls: Sequence[Run], runs: Sequence[Run], statistic: Statistic, unit: Unit, found: Estimate | None
-) -> tuple[float | None, list[str]]:
-    """Return the noise floor if there is one, and the reasons why the control fails.
-
-    The few controls of short processes have a wide interval on a noisy machine, as wide as the comparison's own. That
-    is no failure where the difference exceeds it.
-    """
+def _controlled(controls: Sequence[Run], statistic: Statistic, unit: Unit) -> tuple[float | None, list[str]]:
+    """Return the noise floor if there is one, and the reasons why the control fails."""
     try:
-        floor = noise_floor(controls, statistic, unit=unit, runs=runs)
+        floor = noise_floor(controls, statistic, unit=unit)
     except InsufficientPairsError as short:
         return None, [f"control: {short}"]
     if floor <= WIDEST_HALF_WIDTH:
-        return floor, []
-    if unit == "process" and found is not None and decide(found, floor) in ("slower", "faster"):
         return floor, []
     widest = units.share(WIDEST_HALF_WIDTH, decimals=0)
     reason = f"control: the baseline against itself shows up to {units.share(floor)}, more than {widest}"
@@ -212,7 +204,7 @@ def _judged(
     if error and not runs and not controls:
         return None, None, [error]
     found, against = _estimated(runs, statistic, unit)
-    floor, failing = _controlled(controls, runs, statistic, unit, found)
+    floor, failing = _controlled(controls, statistic, unit)
     return (
         found,
         floor,

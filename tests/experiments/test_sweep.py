@@ -184,9 +184,9 @@ def test_short_runs_are_taken_over_for_no_more_than_they_are(tmp_path):
         return grid(batches=(1,), resolutions=(16,), **{"processes": None, **changes})
 
     assert states(swept(asked(), tmp_path)) == ["measured"]
-    for less in ({}, {"processes": 1}, {"processes": 4}):
+    for less in ({}, {"processes": 1}, {"processes": 3}):
         assert states(swept(asked(**less), tmp_path)) == ["taken over"], less
-    for more in ({"processes": 5}, {"quick": False}, {"quick": False, "thorough": True}):
+    for more in ({"processes": 4}, {"quick": False}, {"quick": False, "thorough": True}):
         assert states(swept(asked(**more), tmp_path)) == ["measured"], more
     assert states(swept(asked(), tmp_path)) == ["taken over"]
 

@@ -118,7 +118,7 @@ def in_processes(
     line_type: Any = _Line[finds]  # type: ignore[valid-type]
     number, died = 0, 0
     while schedule.left:
-        turn = Turn(number=number, sampling_s=schedule.sampling_s(), control=number % 2 == 0)
+        turn = Turn(number=number, sampling_s=schedule.sampling_s(), control=schedule.done % 2 == 0)
         where = f"process {schedule.done + 1} of {schedule.total}"
         yield Started(where=where)
         began, ready_s, why = schedule.clock(), 0.0, ""

@@ -35,8 +35,7 @@ class Request(Frozen, frozen=True, kw_only=True):
         threads: CPU threads of the headline; None for one thread, and a second row on all cores.
         held_heap: whether freed memory is kept, as in a program that runs for long; None for yes on a CPU whose C
             library has `mallopt`.
-        quick: short and to about ±2 %.
-        thorough: long, for published results.
+        quick: short, as `selab.experiments.schedule` says; `thorough` is long, for what is published.
         budget_s: seconds of the whole command; None for those of its degree, as in `selab.experiments.schedule`.
         processes: fresh processes, each of which measures every phase for a short time; None for as many as fit, and on
             a GPU for 1. That one is this process: it measures for long, and says nothing about another one.

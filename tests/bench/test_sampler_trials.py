@@ -121,22 +121,26 @@ def share(trials, name):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("trials")
 def test_two_thousand_trials(trials):
     assert len(trials) == 2000
     assert Counter(each.weather for each in trials) == dict.fromkeys(WEATHERS, TRIALS)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("trials")
 def test_coverage_at_a_fixed_number_of_pairs(trials):
     assert 0.93 <= share(trials, "covers_at_first_look") <= 0.985
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("trials")
 def test_coverage_after_stopping(trials):
     assert 0.93 <= share(trials, "covers") <= 0.985
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("trials")
 @pytest.mark.parametrize("weather", WEATHERS)
 def test_no_weather_breaks_the_coverage(trials, weather):
     # 400 trials have a standard error of 1.1 %; the bounds are two of them outside the ones for all.
@@ -146,6 +150,7 @@ def test_no_weather_breaks_the_coverage(trials, weather):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("trials")
 def test_two_percent_is_detected_where_the_interval_is_narrow_enough(trials):
     narrow = [each for each in trials if each.ratio > 1 and each.half_width <= 0.01]
     assert len(narrow) > 900
@@ -153,6 +158,7 @@ def test_two_percent_is_detected_where_the_interval_is_narrow_enough(trials):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("trials")
 def test_false_verdicts_are_rare(trials):
     for ratio in (1.0, 1.02):
         alike = [each for each in trials if each.ratio == ratio]
@@ -160,6 +166,7 @@ def test_false_verdicts_are_rare(trials):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("trials")
 def test_every_trial_is_reproduced_from_its_raw_samples(trials):
     for each in trials[::40]:
         verdict.check(each.latency)

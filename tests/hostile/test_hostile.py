@@ -31,7 +31,7 @@ def test_a_part_of_the_cases():
 
 @pytest.mark.slow
 def test_kills_at_steps_of_writing():
-    status, text = battery("no such case", "--kills", "--stride", "3")
+    status, text = battery("no such case", "--kills", "--stride", "5")
     assert status == 0, text
     assert text.count("killed at") == 6
 

@@ -12,8 +12,8 @@ from selab.records.estimate import LEAST_PROCESSES
 
 # Until the first process shows them: seconds from a start to the first run, and of a run beside its sampling.
 _READY_S, _BESIDE_S = 3.0, 0.5
-# Seconds of sampling in a run: when there must be more time for further processes, when there is no time, at most.
-_ENOUGH_S, _LEAST_S, _MOST_S = 0.3, 0.15, 2.0
+# Seconds of sampling in a run: at least, and at most. Another process is worth more than longer samples.
+_LEAST_S, _MOST_S = 0.15, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Schedule:
     @property
     def total(self) -> int:
         """Return how many processes there will be, as far as is known by now."""
-        of_one = self._ready_s + self.runs * (self._beside_s + (1 + self.control_share) * _ENOUGH_S)
+        of_one = self._ready_s + self.runs * (self._beside_s + (1 + self.control_share) * _LEAST_S)
         fitting = self.done + int(self._left_s() / of_one)
         return max(self.done, self.effort.least, min(self.effort.most, fitting))
 

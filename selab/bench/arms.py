@@ -9,23 +9,68 @@ import msgspec
 import torch
 
 from selab.bench.machine import GpuMonitor, contention_flags, read_cpu
-from selab.bench.runner import Call, Prepared, phase_call
+from selab.bench.runner import Call, Prepared, TrainingStep, phase_call, training_step
 from selab.bench.sampler import Arm, Clock, Discarded, Sample, WallArm
 from selab.records.flag_texts import flag
 from selab.records.types import Flag, Phase, Run, Workload
 
 ArmOf = Callable[[Prepared, Phase], Arm]
+STEP_PHASES: tuple[Phase, Phase] = ("forward_backward", "backward")
+"""The phases that the calls of one run can time together on a CPU, the headline first."""
 _CLOCK_ASYMMETRY = 0.01
 _K = TypeVar("_K")
 
 
 def cpu_arm(clock: Clock) -> ArmOf:
-    """Return a maker of arms of the method `wall`."""
+    """Return a maker of arms of the method `wall`; `backward` follows an untimed forward pass."""
 
     def arm(prepared: Prepared, phase: Phase) -> Arm:
+        if phase == "backward":
+            return StepArm(step=training_step(prepared), clock=clock, names={"backward": "wall"})
         return WallArm(call=phase_call(prepared, phase), clock=clock)
 
     return arm
+
+
+def step_arm(clock: Clock) -> ArmOf:
+    """Return a maker of arms that time both phases of training; their samples have the phases' names."""
+
+    def arm(prepared: Prepared, _phase: Phase) -> Arm:
+        return StepArm(step=training_step(prepared), clock=clock, names={one: one for one in STEP_PHASES})
+
+    return arm
+
+
+@dataclass(kw_only=True)
+class StepArm:
+    """An arm on a CPU whose call is a forward and a backward pass, with the clock read between the two.
+
+    Attributes:
+        step: the two passes.
+        names: `forward_backward` for the time of both, or `backward` → the name of its sample.
+    """
+
+    step: TrainingStep
+    clock: Clock
+    names: Mapping[str, str]
+
+    def warm_call(self) -> float:
+        """Make one call; return the seconds of both passes."""
+        return self._times()["forward_backward"]
+
+    def sample(self, calls: int) -> dict[str, Sample]:
+        """Make `calls` calls in a row, each timed."""
+        times = [self._times() for _ in range(calls)]
+        return {name: Sample.of_calls([one[part] for one in times]) for part, name in self.names.items()}
+
+    def _times(self) -> dict[str, float]:
+        start = self.clock()
+        outputs = self.step.forward()
+        middle = self.clock()
+        self.step.backward(outputs)
+        del outputs
+        end = self.clock()
+        return {"forward_backward": end - start, "backward": end - middle}
 
 
 class Watch:

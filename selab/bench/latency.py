@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from selab.bench.progress import Progress
 from selab.bench.runner import mode_of
 from selab.bench.sampler import Arm, Clock, Plan, measure, measure_together
 from selab.meta.state import restored
-from selab.records.types import Frozen, Phase, Run, Workload
+from selab.records.types import PHASES, Frozen, Phase, Run, Workload
 
 ProgressOf = Callable[[str, Progress], object]
 
@@ -131,21 +131,21 @@ def measure_phase(
 
 def measure_short(
     nets: Networks,
-    phase: Phase,
+    phases: tuple[Phase, ...],
     plan: Plan,
     *,
     seed: int = 0,
     control: bool = True,
     cold: bool = False,
     clock: Clock = time.perf_counter,
-) -> dict[str, RawPhase]:
-    """Measure one phase for a short time by every method of the runtime, comparison and control interleaved.
+) -> list[RawPhase]:
+    """Measure phases for a short time by every method of the runtime, comparison and control interleaved.
 
     One of many such runs, each in a fresh process; alone it has no interval.
 
     Args:
         nets: as from `networks`, whose block must still be open.
-        phase: what one call is.
+        phases: one, or those that the same calls can time: a group of `selab.bench.backends.together`.
         plan: as of `Plan.short`; its method is replaced by the runtime's.
         seed: of the order of the ABBA blocks.
         control: whether the baseline is also measured against its second instance.
@@ -153,16 +153,19 @@ def measure_short(
         clock: the host clock, seconds.
 
     Returns:
-        Method name → its run with no control or one, the headline first.
+        The run of each phase and method, with no control or one, the headline first.
 
     Raises:
         OutOfMemoryError, ModelError: as `measure_phase`.
     """
     runtime = backend(nets.workload.runtime)
+    phase = phases[0]
     check_phase(runtime, phase)
-    found: dict[str, RawPhase] = {}
+    found = []
     with runtime.translated_errors(f"{phase} in {mode_of(phase, nets.workload)} mode"):
-        for timing in runtime.timings(nets.workload, phase, clock=clock, cold=cold):
+        step = runtime.training_step(nets.workload, clock=clock) if len(phases) > 1 else None
+        alone = runtime.timings(nets.workload, phase, clock=clock, cold=cold)
+        for timing in alone if step is None else [step]:
             prepared = {"baseline": nets.baseline, "variant": nets.variant}
             prepared |= {"again": nets.again} if control else {}
             arms = {name: timing.arm(one, phase) for name, one in prepared.items()}
@@ -177,10 +180,11 @@ def measure_short(
             )
             compared, controls = runs["baseline", "variant"], runs.get(("baseline", "again"), {})
             compared = watch.flagged(compared, extra=timing.flags(arms["baseline"], arms["variant"]))
-            for method, run in compared.items():
-                controlled = (controls[method],) if controls else ()
-                found[method] = RawPhase(phase=phase, method=method, run=run, controls=controlled)
-    return found
+            for name, run in compared.items():
+                controlled = (controls[name],) if controls else ()
+                which, method = (phase, name) if step is None else (cast("Phase", name), step.method)
+                found.append(RawPhase(phase=which, method=method, run=run, controls=controlled))
+    return sorted(found, key=lambda raw: PHASES.index(raw.phase))
 
 
 def _measured(

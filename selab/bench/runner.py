@@ -1,8 +1,8 @@
 """PyTorch networks as closures to be timed: on a device, in a dtype and a memory format."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -147,12 +147,17 @@ def phase_call(prepared: Prepared, phase: Phase, *, capture: bool = False) -> Ca
 
     * `forward` in eval mode is inference, without autograd; in train mode autograd records.
     * `backward` is the gradient of a fixed random cotangent with respect to all parameters, over a graph that is
-      built once and retained.
+      built once and retained. `training_step` has that of a new graph.
     * `forward_backward` is both, one after the other. No gradient is accumulated, no weight moves.
     """
     mode = mode_of(phase, prepared.workload)
     prepared.network.train(mode == "train")
-    parameters = [p for p in prepared.network.parameters() if p.requires_grad]
+    if phase != "forward":
+        step = training_step(prepared, capture=capture)
+        if phase == "forward_backward":
+            return lambda: step.backward(step.forward())
+        kept = step.forward()
+        return lambda: step.backward(kept, retain_graph=True)
 
     def forward() -> object:
         with prepared.autocast(capture=capture):
@@ -162,22 +167,48 @@ def phase_call(prepared: Prepared, phase: Phase, *, capture: bool = False) -> Ca
         with torch.inference_mode():
             return forward()
 
-    if phase == "forward":
-        return infer if mode == "eval" else forward
+    return infer if mode == "eval" else forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """Forward and backward of a network as two calls. No gradient is accumulated, no weight moves.
+
+    Attributes:
+        parameters: those that need a gradient.
+        cotangents: fixed and random, one for each tensor of the output.
+    """
+
+    prepared: Prepared
+    parameters: Sequence[nn.Parameter]
+    cotangents: Sequence[Tensor]
+    capture: bool
+
+    def forward(self) -> list[Tensor]:
+        """Return the tensors of the output; autograd records."""
+        with self.prepared.autocast(capture=self.capture):
+            return output_tensors(self.prepared.run(self.prepared.input))
+
+    def backward(self, outputs: Sequence[Tensor], *, retain_graph: bool = False) -> object:
+        """Return the gradients of all parameters; the graph is freed unless it is retained."""
+        return torch.autograd.grad(
+            outputs, self.parameters, self.cotangents, retain_graph=retain_graph, allow_unused=True
+        )
+
+
+def training_step(prepared: Prepared, *, capture: bool = False) -> TrainingStep:
+    """Return forward and backward as two calls; the network is put into the mode of training, or the workload's.
+
+    Raises:
+        ModelError: no parameter needs a gradient.
+    """
+    prepared.network.train(mode_of("backward", prepared.workload) == "train")
+    parameters = [p for p in prepared.network.parameters() if p.requires_grad]
     if not parameters:
         raise ModelError(f"{type(prepared.network).__name__}: no parameter needs a gradient, so there is no backward")
-
-    kept = output_tensors(forward())
-    cotangents = [torch.randn_like(tensor) for tensor in kept]
-
-    def backward() -> object:
-        return torch.autograd.grad(kept, parameters, cotangents, retain_graph=True, allow_unused=True)
-
-    def forward_backward() -> object:
-        return torch.autograd.grad(output_tensors(forward()), parameters, cotangents, allow_unused=True)
-
-    # Only `backward` keeps the graph of this first pass: otherwise it would count towards a peak.
-    return backward if phase == "backward" else forward_backward
+    step = TrainingStep(prepared=prepared, parameters=parameters, cotangents=(), capture=capture)
+    # The graph of this pass ends here: it would count towards a peak.
+    return replace(step, cotangents=[torch.randn_like(tensor) for tensor in step.forward()])
 
 
 class translated_errors(AbstractContextManager[None]):  # noqa: N801 - used like a function, as contextlib's own

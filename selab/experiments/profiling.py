@@ -15,6 +15,7 @@ from torch import nn
 
 from selab import units
 from selab._version import __version__
+from selab.bench.backends import backend, together
 from selab.bench.machine import CpuReading, available_cores, contention_flags, machine, read_cpu
 from selab.bench.memory import memory
 from selab.bench.progress import Report
@@ -127,7 +128,8 @@ class Profile:
 
     def _schedule(self) -> Schedule:
         request = self.job.request
-        runs = (2 if request.device == "cuda" else 1) * (1 + self.measures_all_cores) * len(request.phases)
+        groups = together(backend(request.runtime), self.job.workload, request.phases)
+        runs = (2 if request.device == "cuda" else 1) * (1 + self.measures_all_cores) * len(groups)
         return Schedule(began=self.began, effort=effort_of(request), runs=runs, clock=self.clock)
 
     def _expected(self, schedule: Schedule, before: CpuReading | None) -> str:

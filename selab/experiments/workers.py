@@ -7,6 +7,7 @@ import msgspec
 from torch import nn
 
 from selab import units
+from selab.bench.backends import backend, together
 from selab.bench.latency import RawPhase, measure_phase, measure_short, networks
 from selab.bench.progress import Progress, Report
 from selab.errors import ModelError, OutOfMemoryError
@@ -123,20 +124,21 @@ def short_runs(order: WorkerJob, ready: Callable[[], object]) -> Iterator[Placed
                 built[1].model, built[0].model, workload, seed=request.seed, names=names, shuffle=order.quad_seed
             ) as nets:
                 ready()
-                for phase in request.phases:
+                for phases in together(backend(workload.runtime), workload, request.phases):
                     try:
                         raws = measure_short(
                             nets,
-                            phase,
+                            phases,
                             order.job.plan.short(order.seconds),
                             seed=order.quad_seed,
                             control=order.control,
                             cold=request.cold,
                         )
                     except (ModelError, OutOfMemoryError) as error:
-                        yield Placed(threads=threads, failed=Failed(phase=phase, error=str(error)))
+                        for phase in phases:
+                            yield Placed(threads=threads, failed=Failed(phase=phase, error=str(error)))
                     else:
-                        for raw in raws.values():
+                        for raw in raws:
                             yield Placed(threads=threads, raw=raw)
         except OutOfMemoryError as error:
             for phase in request.phases:

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from selab.bench import arms, interleaved, latency
-from selab.bench.arms import EventArm, GraphArm
+from selab.bench import arms, backends, interleaved, latency
+from selab.bench.arms import EventArm, GraphArm, StepArm
+from selab.bench.backends import together
 from selab.bench.backends import torch as torch_backend
-from selab.bench.latency import measure_phase, networks
+from selab.bench.latency import measure_phase, measure_short, networks
 from selab.bench.sampler import Plan
 from selab.errors import ModelError, OutOfMemoryError
+from selab.records.types import PHASES
 
 PLAN = Plan(warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.05)
 
@@ -233,3 +235,54 @@ def test_on_a_device(phase, net, workload):
         found = measure_phase(nets, phase, Plan(budget_s=0.5))
     assert {"eager_wall", "eager_event"} <= set(found)
     assert ("graph" in found) == (phase != "backward")
+
+
+class FakeStep:
+    """A forward pass of 3 s and a backward pass of 5 s, on a clock that only they advance."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.outputs = []
+
+    def forward(self):
+        self.now += 3
+        return ["output"]
+
+    def backward(self, outputs):
+        self.now += 5
+        self.outputs.append(outputs)
+
+    def clock(self):
+        return self.now
+
+
+def test_the_two_phases_of_training_are_timed_by_the_same_calls():
+    step = FakeStep()
+    arm = StepArm(step=step, clock=step.clock, names={"forward_backward": "forward_backward", "backward": "backward"})
+    assert arm.warm_call() == 8
+    both = arm.sample(2)
+    assert (both["forward_backward"].min_s, both["backward"].min_s) == (8, 5)
+    assert step.now == 24
+    alone = StepArm(step=step, clock=step.clock, names={"backward": "wall"}).sample(1)
+    assert alone["wall"].mean_s == 5
+    assert step.outputs == [["output"]] * 4
+
+
+def test_short_runs_of_training_share_their_calls(net, workload):
+    plan = PLAN.short(0.02)
+    runtime = backends.backend("torch")
+    assert together(runtime, workload(), PHASES) == [("forward",), ("backward", "forward_backward")]
+    assert together(runtime, workload(), ("backward",)) == [("backward",)]
+    with networks(net(), net(), workload()) as nets:
+        both = measure_short(nets, ("backward", "forward_backward"), plan)
+        alone = measure_short(nets, ("backward",), plan, control=False)
+    assert [(raw.phase, raw.method, len(raw.controls)) for raw in [*both, *alone]] == [
+        ("backward", "wall", 1),
+        ("forward_backward", "wall", 1),
+        ("backward", "wall", 0),
+    ]
+    backward, step = (raw.run for raw in both)
+    assert len(backward.quads) == len(step.quads)
+    for part, whole in zip(backward.quads, step.quads, strict=True):
+        assert part.order == whole.order
+        assert all(0 < one < all_of_it for one, all_of_it in zip(part.floor, whole.floor, strict=True))

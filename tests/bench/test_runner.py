@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from selab.bench import heap
-from selab.bench.runner import check_output, fp32_mode, mode_of, phase_call, prepare, translated_errors
+from selab.bench.runner import check_output, fp32_mode, mode_of, phase_call, prepare, training_step, translated_errors
 from selab.errors import DeviceError, ModelError, OutOfMemoryError
 from selab.models.build import build
 from selab.models.catalog import find
@@ -31,6 +31,18 @@ def test_gradients_are_those_of_autograd(net, workload):
     assert [grad.shape for grad in both] == [p.shape for p in prepared.network.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     assert all(p.grad is None for p in prepared.network.parameters())
+
+
+def test_a_training_step_is_the_same_two_passes(net, workload):
+    prepared = prepare(net(), workload())
+    step = training_step(prepared)
+    once, again = step.backward(step.forward()), step.backward(step.forward())
+    assert [grad.shape for grad in once] == [p.shape for p in prepared.network.parameters()]
+    assert all(torch.allclose(a, b) for a, b in zip(once, again, strict=True))
+    outputs = step.forward()
+    step.backward(outputs)
+    with pytest.raises(RuntimeError, match="second time"):
+        step.backward(outputs)  # the graph was freed, as in training
 
 
 def test_the_model_is_left_alone(net, workload):

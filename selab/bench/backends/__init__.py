@@ -3,6 +3,7 @@
 A new runtime is one module with a `Backend` and one line in `REGISTRY`.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import nn
 
 from selab.bench.sampler import Arm, Clock, Plan, WatchBlocks
 from selab.errors import DeviceError, ModelError, UnknownNameError, nearest
-from selab.records.types import Flag, Memory, Phase, Statistic, Workload
+from selab.records.types import PHASES, Flag, Memory, Phase, Statistic, Workload
 
 REGISTRY = {"torch": "selab.bench.backends.torch:BACKEND"}
 """`Workload.runtime` → `module:object` of its backend, imported when it is asked for."""
@@ -27,7 +28,9 @@ class Timing:
     """One interleaved run: how its arms are made and which methods it times.
 
     Attributes:
-        methods: names, the headline first; every arm samples all of them.
+        methods: names, the headline first; every arm samples all of them. Where one run measures several phases, these
+            are the phases' names.
+        method: then the name of the way of timing.
         arm: makes the arm of a prepared network for a phase.
         statistic: of the headline; None for the plan's.
         watch: makes the watcher of a run; None where there is nothing to watch.
@@ -39,6 +42,7 @@ class Timing:
     statistic: Statistic | None = None
     watch: Callable[[], WatchBlocks] | None = None
     pair_flags: Callable[[Arm, Arm], Sequence[Flag]] | None = None
+    method: str = ""
 
     def plan(self, plan: Plan) -> Plan:
         """Return the plan with this run's headline."""
@@ -96,6 +100,12 @@ class Backend(Protocol[P]):
             cold: on a GPU, flush the L2 cache before each call.
         """
 
+    def training_step(self, workload: Workload, *, clock: Clock) -> Timing | None:
+        """Return the run that times `backward` and `forward_backward` by the same calls; None where there is none.
+
+        Its methods are the names of the two phases.
+        """
+
     def translated_errors(self, what: str) -> AbstractContextManager[None]:
         """Turn the runtime's exceptions in the body into ModelError or OutOfMemoryError; `what` begins the message."""
 
@@ -125,6 +135,15 @@ def backend(name: str) -> Backend[Any]:
             f"runtime {name}: needs the package {error.name}, which is not installed; install it or use runtime torch"
         ) from None
     return found
+
+
+def together(runtime: Backend[Any], workload: Workload, phases: Sequence[Phase]) -> list[tuple[Phase, ...]]:
+    """Return the phases in groups: those that the same calls of a short run can time are one group."""
+    step = runtime.training_step(workload, clock=time.perf_counter)
+    both = () if step is None else tuple(one for one in PHASES if one in step.methods)
+    if not both or not set(both) <= set(phases):
+        return [(one,) for one in phases]
+    return [*((one,) for one in phases if one not in both), both]
 
 
 def check_phase(runtime: Backend[Any], phase: Phase) -> None:

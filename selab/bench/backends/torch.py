@@ -7,7 +7,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from torch import nn
 
-from selab.bench.arms import can_be_captured, clock_asymmetry, cpu_arm, eager_arm, gpu_watch, graph_arm, l2_flush
+from selab.bench.arms import (
+    STEP_PHASES,
+    can_be_captured,
+    clock_asymmetry,
+    cpu_arm,
+    eager_arm,
+    gpu_watch,
+    graph_arm,
+    l2_flush,
+    step_arm,
+)
 from selab.bench.backends import Timing
 from selab.bench.backends.torch_memory import memory, saved_for_backward
 from selab.bench.machine import GpuMonitor, threads_and_affinity
@@ -70,6 +80,12 @@ class TorchBackend:
             yield Timing(
                 methods=("graph",), arm=graph_arm(clock), statistic="typical", watch=lambda: gpu_watch(monitor)
             )
+
+    def training_step(self, workload: Workload, *, clock: Clock) -> Timing | None:
+        """Return the run of both phases of training on a CPU."""
+        if workload.device != "cpu":
+            return None
+        return Timing(methods=STEP_PHASES, method="wall", arm=step_arm(clock))
 
     def translated_errors(self, what: str) -> AbstractContextManager[None]:
         """Turn what torch and a network raise into ModelError or OutOfMemoryError."""

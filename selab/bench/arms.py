@@ -205,10 +205,17 @@ def eager_arm(clock: Clock, monitor: GpuMonitor | None, *, flush: Call | None = 
 
 
 def graph_arm(clock: Clock) -> ArmOf:
-    """Return a maker of arms of the method `graph`."""
+    """Return a maker of arms of the method `graph`.
+
+    Its graphs share one pool of memory: none runs beside another, and none reads what another one wrote. Apart, the
+    graphs of a training step of seven networks would not fit a device that each of them fits.
+    """
+    pool: list[Any] = []
 
     def arm(prepared: Prepared, phase: Phase) -> Arm:
-        replay = captured(phase_call(prepared, phase, capture=True))
+        if not pool:
+            pool.append(torch.cuda.graph_pool_handle())
+        replay = captured(phase_call(prepared, phase, capture=True), pool[0])
         return GraphArm(replay=replay, clock=clock, synchronize=torch.cuda.synchronize)
 
     return arm
@@ -219,8 +226,33 @@ def can_be_captured(phase: Phase, workload: Workload) -> bool:
     return phase != "backward" and not workload.compiled
 
 
-def captured(call: Call) -> Call:
-    """Capture one call in a CUDA graph, after the required warm-up on a side stream; return its replay."""
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """The replay of a captured call.
+
+    Attributes:
+        call: holds the tensors that the graph reads. Their memory is not the graph's: once freed, a replay reads what
+            others wrote there, or no memory at all.
+        result: the graph writes into these tensors.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    call: Call
+    result: object
+
+    def __call__(self) -> object:
+        """Replay the call; return its result, the same tensors every time."""
+        self.graph.replay()
+        return self.result
+
+
+def captured(call: Call, pool: Any = None) -> Captured:
+    """Capture one call in a CUDA graph, after the required warm-up on a side stream; return its replay.
+
+    Args:
+        call: reads the same tensors every time.
+        pool: as of `torch.cuda.graph_pool_handle`; None for one of its own.
+    """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -228,14 +260,9 @@ def captured(call: Call) -> Call:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-
-    def replay() -> object:
-        graph.replay()
-        return kept  # the graph writes into these tensors, so they must live as long as it does
-
-    return replay
+    with torch.cuda.graph(graph, pool=pool):
+        result = call()
+    return Captured(graph=graph, call=call, result=result)
 
 
 def l2_flush() -> Call:

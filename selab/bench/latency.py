@@ -100,9 +100,25 @@ def measure_phase(
     clock: Clock = time.perf_counter,
     progress: ProgressOf | None = None,
 ) -> dict[str, RawPhase]:
+    """Measure one phase by every method of the runtime, as `phase_runs`; return method name → its runs."""
+    runs = phase_runs(nets, phase, plan, seed=seed, cold=cold, clock=clock, progress=progress)
+    return {raw.method: raw for raw in runs}
+
+
+def phase_runs(
+    nets: Networks,
+    phase: Phase,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    cold: bool = False,
+    clock: Clock = time.perf_counter,
+    progress: ProgressOf | None = None,
+) -> Iterator[RawPhase]:
     """Measure one phase by every method of the runtime: a control, the comparison, a control.
 
-    The methods of PyTorch are listed at `selab.bench.backends.torch.TorchBackend.timings`.
+    What was yielded stands, also where a later method fails. The methods of PyTorch are listed at
+    `selab.bench.backends.torch.TorchBackend.timings`.
 
     Args:
         nets: as from `networks`, whose block must still be open.
@@ -113,8 +129,8 @@ def measure_phase(
         clock: the host clock, seconds.
         progress: called with a label (`control`, `forward` …) after every ABBA block.
 
-    Returns:
-        Method name → its runs, the headline first.
+    Yields:
+        The runs of each method, the headline first.
 
     Raises:
         OutOfMemoryError: the pass does not fit.
@@ -122,11 +138,9 @@ def measure_phase(
     """
     runtime = backend(nets.workload.runtime)
     check_phase(runtime, phase)
-    found: dict[str, RawPhase] = {}
     with runtime.translated_errors(f"{phase} in {mode_of(phase, nets.workload)} mode"):
         for timing in runtime.timings(nets.workload, phase, clock=clock, cold=cold):
-            found |= _measured(nets, phase, timing.plan(plan), timing, seed=seed, clock=clock, progress=progress)
-    return found
+            yield from _measured(nets, phase, timing.plan(plan), timing, seed=seed, clock=clock, progress=progress)
 
 
 def measure_short(
@@ -196,7 +210,7 @@ def _measured(
     seed: int,
     clock: Clock,
     progress: ProgressOf | None,
-) -> dict[str, RawPhase]:
+) -> Iterator[RawPhase]:
     """Run control, comparison and control, with the machine watched around each."""
     between = None if timing.watch is None else timing.watch()
     baseline, again = timing.arm(nets.baseline, phase), timing.arm(nets.again, phase)
@@ -221,7 +235,5 @@ def _measured(
     runs = against(variant, plan, seed, phase)
     del variant
     after = against(again, plan.for_control(), seed + 2, "control")
-    return {
-        method: RawPhase(phase=phase, method=method, run=run, controls=(before[method], after[method]))
-        for method, run in runs.items()
-    }
+    for method, run in runs.items():
+        yield RawPhase(phase=phase, method=method, run=run, controls=(before[method], after[method]))

@@ -1,5 +1,9 @@
 """Networks as arms. The GPU's arms run here against a fake device whose time only work advances."""
 
+import contextlib
+import gc
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +14,7 @@ from selab.bench.arms import EventArm, GraphArm, StepArm
 from selab.bench.backends import together
 from selab.bench.backends import torch as torch_backend
 from selab.bench.latency import measure_phase, measure_short, networks
+from selab.bench.runner import phase_call
 from selab.bench.sampler import Plan
 from selab.errors import ModelError, OutOfMemoryError
 from selab.records.types import PHASES
@@ -136,7 +141,8 @@ def test_the_whole_gpu_path_on_a_fake_device(monkeypatch, workload):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch_backend, "GpuMonitor", lambda: FakeMonitor(None))
     monkeypatch.setattr(arms, "phase_call", lambda prepared, phase, capture=False: gpu.call)
-    monkeypatch.setattr(arms, "captured", lambda call: call)
+    monkeypatch.setattr(arms, "captured", lambda call, pool: call)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     cuda = workload(device="cuda")
     nets = latency.Networks(baseline=None, again=None, variant=None, workload=cuda, cores=2)
     plan = Plan(budget_s=5.0)  # of the fake clock
@@ -161,7 +167,7 @@ def test_several_networks_on_a_fake_device(phase, compiled, methods, net, worklo
     gpu = FakeGpu()
     captures = []
 
-    def captured(call):
+    def captured(call, pool):
         captures.append(call)
         if len(captures) == 3:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -176,6 +182,7 @@ def test_several_networks_on_a_fake_device(phase, compiled, methods, net, worklo
     monkeypatch.setattr(torch_backend, "saved_for_backward", lambda prepared: 7)
     monkeypatch.setattr(arms, "phase_call", lambda prepared, phase, capture=False: gpu.call)
     monkeypatch.setattr(arms, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     networks = dict.fromkeys(("baseline", "again", "other"), net)
     pairs = [("baseline", "again"), ("baseline", "other")]
     work = workload(device="cuda", compiled=compiled)
@@ -225,6 +232,75 @@ def test_out_of_memory_in_a_phase(monkeypatch, net, workload):
         monkeypatch.setattr(arms, "phase_call", exhausted)
         with pytest.raises(OutOfMemoryError, match="smaller --batch"):
             measure_phase(nets, "forward", PLAN)
+
+
+def test_a_later_method_that_fails_leaves_what_was_measured(monkeypatch, net, workload):
+    runtime = backends.backend("torch")
+    timing = next(iter(runtime.timings(workload(), "forward", clock=lambda: 0.0)))
+
+    def exhausted(prepared, phase):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    def timings(workload, phase, *, clock, cold=False):
+        yield replace(timing, arm=arms.cpu_arm(clock))
+        yield replace(timing, arm=exhausted)
+
+    found = []
+    with networks(net(), net(), workload()) as nets:
+        monkeypatch.setattr(runtime, "timings", timings, raising=False)
+        with pytest.raises(OutOfMemoryError):
+            found.extend(latency.phase_runs(nets, "forward", PLAN))
+    assert [raw.method for raw in found] == ["wall"]
+
+
+def test_a_captured_call_lives_as_long_as_its_replay(monkeypatch):
+    """The memory of tensors that a graph reads is not the graph's: the replay of a freed one is an illegal access."""
+
+    class Fake:
+        def __getattr__(self, name):
+            return lambda *_, **__: contextlib.nullcontext()
+
+    replays = []
+    monkeypatch.setattr(arms.torch, "cuda", Fake())
+    monkeypatch.setattr(Fake, "Stream", lambda _: SimpleNamespace(wait_stream=lambda _: None), raising=False)
+    monkeypatch.setattr(Fake, "current_stream", lambda _: SimpleNamespace(wait_stream=lambda _: None), raising=False)
+    graph = SimpleNamespace(replay=lambda: replays.append(1))
+    monkeypatch.setattr(Fake, "CUDAGraph", lambda _: graph, raising=False)
+
+    cotangents = torch.ones(3)
+    alive = weakref.ref(cotangents)
+
+    def call(cotangents=cotangents):
+        return cotangents.sum()
+
+    replay = arms.captured(call)
+    del call, cotangents
+    gc.collect()
+    assert alive() is not None
+    assert replay() == 3
+    assert replays == [1]
+    del replay
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replays_on_a_device_give_what_the_call_gives(net, workload):
+    with networks(net(), net(), workload(device="cuda")) as nets:
+        pool = torch.cuda.graph_pool_handle()
+        expected, replays = [], []
+        for prepared in (nets.baseline, nets.variant):
+            call = phase_call(prepared, "forward_backward", capture=True)
+            expected.append([grad.clone() for grad in call()])
+            replays.append(arms.captured(call, pool))
+            del call
+            # What was freed and given back is taken by others.
+            torch.cuda.empty_cache()
+            torch.full((1 << 24,), float("nan"), device="cuda")
+        for wanted, replay in zip(expected, replays, strict=True):
+            for grad, other in zip(wanted, replay(), strict=True):
+                torch.testing.assert_close(other, grad)
 
 
 @pytest.mark.cuda

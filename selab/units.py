@@ -63,6 +63,14 @@ def seconds(value: float, *, digits: int = 4) -> str:
     return f"{value / 1e-9:.3g} ns"
 
 
+def joules(value: float, *, digits: int = 4) -> str:
+    """Return an energy in J, mJ or µJ: 0.1234 → `123.4 mJ`."""
+    for factor, unit in ((1.0, "J"), (1e3, "mJ")):
+        if abs(value) * factor >= 1:
+            return f"{_significant(value * factor, digits)} {unit}"
+    return f"{_significant(value * 1e6, digits)} µJ"
+
+
 def percent(fraction: float, *, decimals: int = 2) -> str:
     """Return a difference in percent, always with its sign: 0.1061 → `+10.61 %`."""
     return f"{fraction * 100:+.{decimals}f} %"
@@ -81,6 +89,13 @@ def decimals_for(half_width: float) -> int:
     if not half_width or not math.isfinite(half_width):
         return 1
     return min(3, max(0, 1 - math.floor(math.log10(half_width * 100))))
+
+
+def change(ratio: float, low: float, high: float) -> str:
+    """Return a ratio and its interval as differences in percent: 1.089, 1.074, 1.104 → `+8.9 % [7.4, 10.4]`."""
+    places = decimals_for((math.log(high) - math.log(low)) / 2)
+    bounds = ", ".join(f"{100 * (bound - 1):.{places}f}" for bound in (low, high))
+    return f"{percent(ratio - 1, decimals=places)} [{bounds}]"
 
 
 NONE = "–"

@@ -302,6 +302,16 @@ class GpuMonitor:
                 found[name] = ask()
         return found
 
+    def energy_j(self) -> float | None:
+        """Return the energy of the GPU since its driver was loaded, in joules; None, with `problem`, if unknown."""
+        if self._nvml is None:
+            return None
+        try:
+            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+        except Exception as error:
+            self.problem = f"NVML does not tell this GPU's energy ({error})"
+            return None
+
     def read(self) -> GpuReading | None:
         """Return one reading, or None without NVML."""
         if self._nvml is None:

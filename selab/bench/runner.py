@@ -211,6 +211,23 @@ def training_step(prepared: Prepared, *, capture: bool = False) -> TrainingStep:
     return replace(step, cotangents=[torch.randn_like(tensor) for tensor in step.forward()])
 
 
+def _device_fault(what: str, error: BaseException) -> DeviceError:
+    """A kernel failed, at this call or an earlier one; afterwards this process can no longer use the device."""
+    return DeviceError(
+        f"{what}: {first_line(error)}; the device cannot be used any more in this process: run it again with "
+        "CUDA_LAUNCH_BLOCKING=1 to find the kernel"
+    )
+
+
+@contextmanager
+def device_faults(what: str) -> Iterator[None]:
+    """Turn the failure of a kernel into DeviceError, also one that only what is done at the end of the body meets."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise _device_fault(what, error) from error
+
+
 class translated_errors(AbstractContextManager[None]):  # noqa: N801 - used like a function, as contextlib's own
     """Turn exceptions of torch or a network into OutOfMemoryError or ModelError, with a message of one line.
 
@@ -231,10 +248,6 @@ class translated_errors(AbstractContextManager[None]):  # noqa: N801 - used like
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
             raise OutOfMemoryError(f"out of memory: {text}; use a smaller --batch or --resolution") from error
         if isinstance(error, torch.AcceleratorError):
-            # A kernel failed, at this call or an earlier one; afterwards this process can no longer use the device.
-            raise DeviceError(
-                f"{self._what}: {text}; the device cannot be used any more in this process: run it again with "
-                "CUDA_LAUNCH_BLOCKING=1 to find the kernel"
-            ) from error
+            raise _device_fault(self._what, error) from error
         if isinstance(error, (RuntimeError, ValueError, TypeError, AttributeError, LookupError)):
             raise ModelError(f"{self._what} fails: {text}") from error

@@ -1,6 +1,5 @@
 """Figures of many short processes: each is one sample of where weights and buffers lie in memory."""
 
-import math
 from collections.abc import Callable, Sequence
 
 from selab import units
@@ -71,20 +70,14 @@ def so_far(latency: Latency) -> str:
     """Return a figure that is still growing: its interval is that within the processes until there are three."""
     found = _estimate(latency)
     if found is not None:
-        return _with_interval(found.ratio, found.ratio_low, found.ratio_high)
+        return units.change(found.ratio, found.ratio_low, found.ratio_high)
     centre = estimate.centre_of(latency.runs, latency.statistic)
     if centre is None:
         return "…"
     within = estimate.interval_within(latency.runs, latency.statistic)
     if within is None:
         return f"about {units.percent(centre - 1, decimals=0)}"
-    return f"about {_with_interval(centre, *within)}"
-
-
-def _with_interval(ratio: float, low: float, high: float) -> str:
-    places = units.decimals_for((math.log(high) - math.log(low)) / 2)
-    bounds = ", ".join(f"{100 * (bound - 1):.{places}f}" for bound in (low, high))
-    return f"{units.percent(ratio - 1, decimals=places)} [{bounds}]"
+    return f"about {units.change(centre, *within)}"
 
 
 def method_of(workload: Workload, *, cold: bool = False) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from selab import units
 from selab._version import __version__
 from selab.bench.backends import backend, together
+from selab.bench.energy import ENERGY_PHASES, EnergyMeter, energy_meter
 from selab.bench.machine import CpuReading, available_cores, contention_flags, machine, read_cpu
 from selab.bench.memory import memory
 from selab.bench.progress import Report
@@ -24,18 +25,31 @@ from selab.bench.sampler import Clock
 from selab.cost.count import cost_of, count
 from selab.cost.crosscheck import compare
 from selab.cost.tracer import op_trace
-from selab.errors import ModelError, RecordError
+from selab.errors import DeviceError, ModelError, RecordError
 from selab.experiments import workers
 from selab.experiments.children import Found, Started, Turn, in_processes
 from selab.experiments.job import Job, Request, resolve
 from selab.experiments.placements import Placements, method_of, summary
 from selab.experiments.schedule import Schedule, effort_of
-from selab.experiments.workers import Failed, Placed, WorkerJob, build_pair, raw_runs
+from selab.experiments.workers import Failed, Placed, Spent, WorkerJob, build_pair, raw_runs
 from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.inputs import example_of
 from selab.models.spec import Variant, pair_hash
-from selab.records.types import SCHEMA, Cost, Insertion, Latency, Machine, Memory, Phase, Record, Workload
+from selab.records.energy import summarise as summarise_energy
+from selab.records.types import (
+    PHASE_NAMES,
+    SCHEMA,
+    Cost,
+    Energy,
+    Insertion,
+    Latency,
+    Machine,
+    Memory,
+    Phase,
+    Record,
+    Workload,
+)
 
 if TYPE_CHECKING:
     from selab.bench.latency import RawPhase
@@ -44,8 +58,8 @@ if TYPE_CHECKING:
 
 COUNTED = "counted"
 """The label that is reported when the counted costs are there."""
-# Of a run in this process, in seconds.
-_LEAST_SAMPLING_S = 0.05
+# Of a run in this process, in seconds; on a GPU it takes more for the fewest samples with an interval.
+_LEAST_SAMPLING_S = {"cpu": 0.05, "cuda": 0.8}
 # So many seconds more than the budget are said.
 _NOTEWORTHY_S = 2.0
 
@@ -82,6 +96,8 @@ class Profile:
         self.gpu_methods: dict[Phase, dict[str, Latency]] = {}
         self.memory: Memory | None = None
         self.baseline_memory: Memory | None = None
+        self.energy: dict[Phase, Energy] = {}
+        self.energy_left_out = ""
         self.complete = False
         self.remarks: tuple[str, ...] = ()
         self.expectation = ""
@@ -118,12 +134,14 @@ class Profile:
         self.baseline_cost = _counted(self.baseline, other, self.job.workload)
         schedule = self._schedule()
         self.expectation = self._expected(schedule, before)
+        meter = self._meter()
         report(COUNTED, None)
         if self.job.request.in_this_process:
-            self._time(variant, baseline, report)
+            self._time(variant, baseline, report, meter)
             self._measure_memory(variant, baseline, report)
+            self._note_excess("the fewest samples with an interval need", report)
         else:
-            self._time_in_short_processes(schedule, variant, baseline, report)
+            self._time_in_short_processes(schedule, variant, baseline, report, energy=meter is not None)
         self.complete = True
 
     def _schedule(self) -> Schedule:
@@ -152,25 +170,47 @@ class Profile:
         self.memory = memory(variant, workload, seed=seed, phases=phases)
         self.baseline_memory = memory(baseline, workload, seed=seed, phases=phases)
 
-    def _time(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:
+    def _meter(self) -> EnergyMeter | None:
+        """Return the counter of energy; None, with the reason in `energy_left_out`, where there is none."""
+        if not set(self.job.request.phases) & set(ENERGY_PHASES):
+            return None
+        try:
+            return energy_meter(self.job.workload.device)
+        except DeviceError as error:
+            self.energy_left_out = str(error)
+            return None
+
+    def _keep_energy(self, spent: Spent) -> None:
+        known = self.energy.get(spent.phase)
+        blocks = (*known.blocks, *spent.blocks) if known is not None else spent.blocks
+        error = spent.error or (known.error if known is not None else "")
+        batch = self.job.workload.batch
+        self.energy[spent.phase] = summarise_energy(spent.phase, spent.counter, blocks, batch=batch, error=error)
+
+    def _time(self, variant: nn.Module, baseline: nn.Module, report: Report, meter: EnergyMeter | None) -> None:
         rows = [(self.job, self.latency)]
         if self.measures_all_cores:
             rows.append((self.job.changed(threads=self.machine.cores, quick=True), self.latency_all_cores))
         budget_s = self.job.request.budget_s
         if budget_s is not None:
             methods = 2 if self.job.workload.device == "cuda" else 1
-            runs = methods * len(rows) * max(1, len(self.job.request.phases))
+            runs = methods * len(rows) * max(1, len(self.job.request.phases)) + (meter is not None)
             share = max(0.0, self.began + budget_s - self.clock()) / runs
             # The two controls take as much together, and each of the three has its warm-up.
-            rows = [
-                (msgspec.structs.replace(job, plan=job.plan.sampling(max(_LEAST_SAMPLING_S, share / 3))), into)
-                for job, into in rows
-            ]
+            seconds = max(_LEAST_SAMPLING_S[self.job.request.device], share / 3)
+            rows = [(msgspec.structs.replace(job, plan=job.plan.sampling(seconds)), into) for job, into in rows]
         for job, into in rows:
             gathered: dict[tuple[Phase, str], list[RawPhase]] = {}
-            for raw in raw_runs(job, variant, baseline, report):
+            for raw in raw_runs(job, variant, baseline, report, meter if into is self.latency else None):
+                if isinstance(raw, Spent):
+                    self._keep_energy(raw)
+                    continue
                 if isinstance(raw, Failed):
-                    into.setdefault(raw.phase, summary(raw.phase, method_of(job.workload), job, [], raw.error))
+                    if raw.phase in into:
+                        # What was measured before stands.
+                        self.remarks += (f"{PHASE_NAMES[raw.phase]}, by another method: {raw.error}",)
+                    else:
+                        into[raw.phase] = summary(raw.phase, method_of(job.workload), job, [], raw.error)
                     continue
                 both = gathered.setdefault((raw.phase, raw.method), [])
                 both.append(raw)
@@ -183,7 +223,7 @@ class Profile:
             self.gpu_methods.setdefault(phase, {})[method] = latency
 
     def _time_in_short_processes(
-        self, schedule: Schedule, variant: nn.Module, baseline: nn.Module, report: Report
+        self, schedule: Schedule, variant: nn.Module, baseline: nn.Module, report: Report, *, energy: bool
     ) -> None:
         """Measure in fresh processes until the time is spent; the memory after the first, whose answer comes early."""
         job, request = self.job, self.job.request
@@ -199,6 +239,7 @@ class Profile:
                 rows=tuple(row.workload.threads for row, _ in rows),
                 seconds=turn.sampling_s,
                 control=turn.control,
+                energy=energy,
             )
 
         for event in in_processes(schedule, workers.__name__, order_of, Placed):
@@ -206,6 +247,8 @@ class Profile:
                 report(event.where, None)
             elif isinstance(event, Found):
                 placements.add(event.number, event.what)
+                if event.what.spent is not None:
+                    self._keep_energy(event.what.spent)
                 report(f"{event.where}: {placements.words()}", None)
             else:
                 if event.died:
@@ -214,11 +257,13 @@ class Profile:
                     report(event.remark, None)
                 if self.memory is None:
                     self._measure_memory(variant, baseline, report)
-        if schedule.exceeded_s() > _NOTEWORTHY_S and request.budget_s is not None:
-            self.remarks += (
-                f"--budget {request.budget_s:g}: the command took {self.clock() - self.began:.0f} s; that is what "
-                f"{units.counted(schedule.done, 'process', 'processes')} need, the fewest with an interval",
-            )
+        number = units.counted(schedule.done, "process", "processes")
+        self._note_excess(f"{number} need, the fewest with an interval", report)
+
+    def _note_excess(self, needed: str, report: Report) -> None:
+        budget_s, took_s = self.job.request.budget_s, self.clock() - self.began
+        if budget_s is not None and took_s > budget_s + _NOTEWORTHY_S:
+            self.remarks += (f"--budget {budget_s:g}: the command took {took_s:.0f} s; that is what {needed}",)
             report(self.remarks[-1], None)
 
     def record(self) -> Record:
@@ -252,6 +297,8 @@ class Profile:
             gpu_methods=self.gpu_methods,
             memory=self.memory,
             baseline_memory=self.baseline_memory,
+            energy=self.energy,
+            energy_left_out=self.energy_left_out,
             warnings=(*warnings_of(self.cost), *self.remarks),
         )
 

@@ -89,10 +89,6 @@ class Schedule:
         sampling = (1 + self.control_share) * self.sampling_s()
         return self.left * (self._ready_s + self.runs * (self._beside_s + sampling))
 
-    def exceeded_s(self) -> float:
-        """Return how many seconds the command has run longer than its effort allows; 0 if it has not."""
-        return max(0.0, -self._left_s())
-
     def ended(self, *, ready_s: float, elapsed_s: float, sampled_s: float) -> None:
         """Take note of a process that ended well.
 

@@ -8,13 +8,27 @@ from torch import nn
 
 from selab import units
 from selab.bench.backends import backend, together
-from selab.bench.latency import RawPhase, measure_phase, measure_short, networks
+from selab.bench.energy import ENERGY_PHASES, EnergyMeter, energy_blocks, energy_meter
+from selab.bench.latency import Networks, RawPhase, measure_short, networks, phase_runs
 from selab.bench.progress import Progress, Report
-from selab.errors import ModelError, OutOfMemoryError
+from selab.errors import DeviceError, ModelError, OutOfMemoryError
 from selab.experiments.children import child
 from selab.experiments.job import Job
 from selab.models.build import Built, build
-from selab.records.types import Frozen, Phase
+from selab.records.types import Device, EnergyBlock, Frozen, Phase
+
+# Seconds of a sample of energy, at least and at most; NVML's counter moves every 0.1 s. ABBA blocks in a long run.
+_ENERGY_SAMPLE_S: dict[Device, tuple[float, float]] = {"cpu": (0.15, 1.0), "cuda": (0.4, 1.0)}
+_ENERGY_BLOCKS = 4
+
+
+class Spent(Frozen, frozen=True, kw_only=True):
+    """Energy of a phase: joules of a call in ABBA order, or why there is none."""
+
+    phase: Phase
+    counter: str
+    blocks: tuple[EnergyBlock, ...] = ()
+    error: str = ""
 
 
 class Failed(Frozen, frozen=True, kw_only=True):
@@ -30,10 +44,19 @@ def build_pair(job: Job) -> tuple[Built, Built]:
     return made[0], made[1]
 
 
-def raw_runs(job: Job, variant: nn.Module, baseline: nn.Module, report: Report) -> Iterator[RawPhase | Failed]:
+def raw_runs(
+    job: Job, variant: nn.Module, baseline: nn.Module, report: Report, meter: EnergyMeter | None = None
+) -> Iterator[RawPhase | Failed | Spent]:
     """Measure every phase of a job in this process. A phase that fails is yielded as `Failed`; the next one is tried.
 
     Weights, input and the order of the quads come from the request's seed.
+
+    Args:
+        job: what to measure.
+        variant: the network; it is left unchanged.
+        baseline: likewise.
+        report: called with what is measured, after every ABBA block.
+        meter: also measures the energy of the phases.
     """
     request, workload = job.request, job.workload
     threads = f", {units.counted(workload.threads, 'thread')}" if workload.device == "cpu" else ""
@@ -44,7 +67,7 @@ def raw_runs(job: Job, variant: nn.Module, baseline: nn.Module, report: Report) 
         with networks(baseline, variant, workload, seed=request.seed, names=names) as nets:
             for phase in request.phases:
                 try:
-                    raws = measure_phase(
+                    yield from phase_runs(
                         nets,
                         phase,
                         job.plan.warmed() if done else job.plan,
@@ -54,13 +77,29 @@ def raw_runs(job: Job, variant: nn.Module, baseline: nn.Module, report: Report) 
                     )
                 except (ModelError, OutOfMemoryError) as error:
                     yield Failed(phase=phase, error=str(error))
-                else:
-                    yield from raws.values()
                 done.add(phase)
+                if meter is not None and phase in ENERGY_PHASES:
+                    report(f"energy of {phase.replace('_', '+')}{threads}", None)
+                    least_s, most_s = _ENERGY_SAMPLE_S[workload.device]
+                    sample_s = min(most_s, max(least_s, job.plan.budget_s / 40))
+                    yield spent(nets, phase, job, meter, blocks=_ENERGY_BLOCKS, sample_s=sample_s, seed=request.seed)
     except OutOfMemoryError as error:
         for phase in request.phases:
             if phase not in done:
                 yield Failed(phase=phase, error=str(error))
+
+
+def spent(
+    nets: Networks, phase: Phase, job: Job, meter: EnergyMeter, *, blocks: int, sample_s: float, seed: int
+) -> Spent:
+    """Measure the energy of a phase; what fails is said in the result."""
+    found: list[EnergyBlock] = []
+    plan, error = job.plan.short(sample_s), ""
+    try:
+        found.extend(energy_blocks(nets, phase, plan, meter, blocks=blocks, sample_s=sample_s, seed=seed))
+    except (ModelError, OutOfMemoryError, DeviceError) as problem:
+        error = str(problem)
+    return Spent(phase=phase, counter=meter.name, blocks=tuple(found), error=error)
 
 
 def _of_phase(report: Report, phase: Phase, threads: str) -> Report:
@@ -82,6 +121,7 @@ class Placed(Frozen, frozen=True, kw_only=True):
     threads: int
     raw: RawPhase | None = None
     failed: Failed | None = None
+    spent: Spent | None = None
 
 
 class WorkerJob(Frozen, frozen=True, kw_only=True):
@@ -92,6 +132,7 @@ class WorkerJob(Frozen, frozen=True, kw_only=True):
         rows: the number of threads of each.
         seconds: of sampling in a run.
         control: whether a run also measures the baseline against its second instance.
+        energy: whether to measure the energy of the first row too.
     """
 
     job: Job
@@ -99,6 +140,7 @@ class WorkerJob(Frozen, frozen=True, kw_only=True):
     rows: tuple[int, ...]
     seconds: float
     control: bool
+    energy: bool = False
 
 
 def short_runs(order: WorkerJob, ready: Callable[[], object]) -> Iterator[Placed]:
@@ -140,9 +182,19 @@ def short_runs(order: WorkerJob, ready: Callable[[], object]) -> Iterator[Placed
                     else:
                         for raw in raws:
                             yield Placed(threads=threads, raw=raw)
+                if order.energy and threads == order.rows[0]:
+                    for one in _spent_shortly(order, nets):
+                        yield Placed(threads=threads, spent=one)
         except OutOfMemoryError as error:
             for phase in request.phases:
                 yield Placed(threads=threads, failed=Failed(phase=phase, error=str(error)))
+
+
+def _spent_shortly(order: WorkerJob, nets: Networks) -> Iterator[Spent]:
+    meter, (least_s, _) = energy_meter(nets.workload.device), _ENERGY_SAMPLE_S[nets.workload.device]
+    for phase in order.job.request.phases:
+        if phase in ENERGY_PHASES:
+            yield spent(nets, phase, order.job, meter, blocks=1, sample_s=least_s, seed=order.quad_seed)
 
 
 def child_main() -> None:

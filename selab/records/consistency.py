@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from selab.records.energy import mistaken_energy
 from selab.records.types import (
     Cost,
     Counter,
@@ -43,6 +44,8 @@ def mistaken_record(record: Record) -> Iterator[str]:
         memory = getattr(record, name)
         if memory is not None:
             yield from _mistaken_memory(memory, name)
+    for phase, energy in record.energy.items():
+        yield from mistaken_energy(energy, record.workload.batch, f"energy.{phase}")
     for name in ("latency", "latency_all_cores"):
         for phase, latency in getattr(record, name).items():
             yield from mistaken_runs(latency, f"{name}.{phase}")

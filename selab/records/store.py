@@ -215,6 +215,7 @@ def _joined(records: Sequence[Record]) -> Record:
         latency=_in_order([one.latency for one in newest_last]),
         latency_all_cores=_in_order([one.latency_all_cores for one in newest_last]),
         gpu_methods=_in_order([one.gpu_methods for one in newest_last]),
+        energy=_in_order([one.energy for one in newest_last]),
         memory=_filled(largest.memory, memories[0]),
         baseline_memory=_filled(largest.baseline_memory, memories[1]),
         complete=all(one.complete for one in records),

@@ -266,6 +266,37 @@ class Latency(DisplayedValues, Frozen, frozen=True, kw_only=True):
         return {**kept, "flags": ", ".join(dict.fromkeys(flag.name for flag in self.flags))}
 
 
+# -------------------------------------------------------------------------------------------------------------- energy
+class EnergyBlock(Frozen, frozen=True, kw_only=True):
+    """Four samples in the order ABBA or BAAB: joules of one call."""
+
+    order: Order
+    joules: tuple[float, float, float, float]
+
+
+class Energy(Frozen, frozen=True, kw_only=True):
+    """Energy of one phase of a variant and its baseline.
+
+    Attributes:
+        counter: what counted it.
+        blocks: raw.
+        baseline_j: joules per image, the median of the blocks; `variant_j` likewise.
+        ratio: variant over baseline.
+        ratio_low: of the 95 % interval over blocks; `ratio_high` likewise.
+        error: why there is no figure, or none from more blocks.
+    """
+
+    phase: Phase
+    counter: str
+    blocks: tuple[EnergyBlock, ...] = ()
+    baseline_j: float | None = None
+    variant_j: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    error: str = ""
+
+
 # -------------------------------------------------------------------------------------------------------------- memory
 class Memory(Frozen, frozen=True, kw_only=True):
     """Peak memory of one phase and the bytes kept for backward; `method` says how the peak is defined.
@@ -401,6 +432,8 @@ class Record(Frozen, frozen=True, kw_only=True):
         latency: the headline; on a CPU one thread, or as many as were asked for.
         latency_all_cores: on a CPU the second row, measured as with `--quick`.
         gpu_methods: on a GPU every method's figures, the headline's among them.
+        energy: of forward, and of forward and backward.
+        energy_left_out: why there is none.
     """
 
     schema: str
@@ -425,6 +458,8 @@ class Record(Frozen, frozen=True, kw_only=True):
     gpu_methods: dict[Phase, dict[str, Latency]] = {}
     memory: Memory | None = None
     baseline_memory: Memory | None = None
+    energy: dict[Phase, Energy] = {}
+    energy_left_out: str = ""
     warnings: tuple[str, ...] = ()
 
 

@@ -12,6 +12,7 @@ from selab.records.types import (
     MEMORY_ROWS,
     PHASE_NAMES,
     Cost,
+    Energy,
     Latency,
     Memory,
     Record,
@@ -70,6 +71,19 @@ def _latency_row(latency: Latency, *, label: str) -> tuple[str, ...]:
     return (label, base, variant, f"{sign}{units.seconds(latency.difference_s, digits=3)}", shown)
 
 
+def _energy_row(energy: Energy) -> tuple[str, ...]:
+    label = f"energy per image, {PHASE_NAMES[energy.phase]}"
+    if energy.baseline_j is None or energy.variant_j is None or energy.ratio is None:
+        return (label, NONE, NONE, NONE, "failed")
+    change = f"about {units.percent(energy.ratio - 1, decimals=0)}"
+    if energy.ratio_low is not None and energy.ratio_high is not None:
+        change = units.change(energy.ratio, energy.ratio_low, energy.ratio_high)
+    difference = energy.variant_j - energy.baseline_j
+    sign = "+" if difference > 0 else ""
+    base, variant = units.joules(energy.baseline_j), units.joules(energy.variant_j)
+    return (label, base, variant, f"{sign}{units.joules(difference, digits=3)}", change)
+
+
 def _latencies(record: Record) -> list[tuple[str, Latency]]:
     """Return every latency of a record with its label, in the order of the table."""
     found: list[tuple[str, Latency]] = []
@@ -113,9 +127,12 @@ def profile_table(record: Record) -> Table:
     variant, baseline = variants_of(record)
     rows = _cost_rows(record.cost, record.baseline_cost, COST_ROWS)
     rows += [_latency_row(latency, label=label) for label, latency in _latencies(record)]
+    rows += [_energy_row(one) for one in record.energy.values()]
     # Phases that were not asked for have no memory, and no row.
     rows += [row for row in _memory_rows(record.memory, record.baseline_memory) if set(row[1:]) != {units.NONE}]
     notes = ["difference of times: the median of paired differences"] if record.latency else []
+    notes += [f"energy: {one}" for one in dict.fromkeys(energy.counter for energy in record.energy.values())]
+    notes += [f"energy: not measured: {record.energy_left_out}"] if record.energy_left_out else []
     notes += ["counted before torch.compile, which fuses operators"] if record.workload.compiled else []
     notes += ["counted as written, before selab.fuse, which moves fewer bytes"] if record.workload.fused else []
     if variant is not None:
@@ -197,6 +214,7 @@ def remarks(record: Record) -> list[str]:
         for name, memory in ((record.arch, record.memory), (record.baseline, record.baseline_memory))
         if memory is not None and memory.error
     ]
+    failed += [f"energy of {PHASE_NAMES[one.phase]}: {one.error}" for one in record.energy.values() if one.error]
     return [*failed, *causes(flag for _, latency in _latencies(record) for flag in latency.flags)]
 
 

@@ -3,7 +3,16 @@ import torch
 from torch import nn
 
 from selab.bench import heap
-from selab.bench.runner import check_output, fp32_mode, mode_of, phase_call, prepare, training_step, translated_errors
+from selab.bench.runner import (
+    check_output,
+    device_faults,
+    fp32_mode,
+    mode_of,
+    phase_call,
+    prepare,
+    training_step,
+    translated_errors,
+)
 from selab.errors import DeviceError, ModelError, OutOfMemoryError
 from selab.models.build import build
 from selab.models.catalog import find
@@ -43,6 +52,14 @@ def test_a_training_step_is_the_same_two_passes(net, workload):
     step.backward(outputs)
     with pytest.raises(RuntimeError, match="second time"):
         step.backward(outputs)  # the graph was freed, as in training
+
+
+def test_a_kernel_that_failed_is_told_whatever_is_done_after_it():
+    with (
+        pytest.raises(DeviceError, match="cuda: an illegal access; the device cannot be used any more"),
+        device_faults("cuda"),
+    ):
+        raise torch.AcceleratorError("an illegal access")
 
 
 def test_the_model_is_left_alone(net, workload):

@@ -21,7 +21,7 @@ from selab.bench.arms import (
 from selab.bench.backends import Timing
 from selab.bench.backends.torch_memory import memory, saved_for_backward
 from selab.bench.machine import GpuMonitor, threads_and_affinity
-from selab.bench.runner import Prepared, check_output, fp32_mode, prepare, translated_errors
+from selab.bench.runner import Prepared, check_output, device_faults, fp32_mode, prepare, translated_errors
 from selab.bench.sampler import Clock
 from selab.records.types import PHASES, Memory, Phase, Workload
 
@@ -39,7 +39,8 @@ class TorchBackend:
         """Set threads, affinity, random state, fp32's mode and the compiler's limits for the body, and restore them."""
         on_gpu = workload.device == "cuda"
         devices = range(torch.cuda.device_count()) if on_gpu and torch.cuda.is_available() else []
-        with ExitStack() as stack:
+        # After the failure of a kernel, restoring the device's random state fails too.
+        with device_faults(workload.device), ExitStack() as stack:
             stack.enter_context(nullcontext() if on_gpu else threads_and_affinity(workload.threads))
             stack.enter_context(torch.random.fork_rng(devices=devices))
             stack.enter_context(fp32_mode(workload.device, workload.dtype))

@@ -41,7 +41,20 @@ TRAINED = (
     ("vgg16_cifar", "cifar_resnet", "3"),
 )
 TRAINED_ON_CPU = (("small_cnn", "4", "5"), ("resnet20_cifar", "4", "3"))
-PAIRS = ("small_cnn", "mobilenet", "shufflenet", "resnet18", "resnet34", "resnet50", "vgg16", "resnet101", "resnet152")
+PAIRS = (
+    "se_mobilenet",
+    "se_small_cnn",
+    "se_resnet50",
+    "se_shufflenet",
+    "se_mobilenet_v2",
+    "mobilenet_v3_large",
+    "se_shufflenet_v2_x1_0",
+    "se_resnet18",
+    "se_vgg16",
+    "se_resnet152",
+    "se_resnet34",
+    "se_resnet101",
+)
 
 # The output of `selab profile --svg` for a record that exists.
 SHOWN = "profiles/amd-epyc-2c/sweep/se_resnet50.cpu-b1-224-fp32-t1.json"
@@ -300,7 +313,7 @@ def cost_tables(session: nox.Session) -> None:
 
 @nox.session
 def latency_tables(session: nox.Session) -> None:
-    """Measure SE against base; on a CPU, names after -- choose the baselines."""
+    """Measure SE against base; on a CPU, names after -- choose the networks."""
     session.install("-e", ".")
     common = ["--out", "profiles", "--replace"]
     if has_gpu(session):
@@ -310,8 +323,8 @@ def latency_tables(session: nox.Session) -> None:
                     options = ["--device", "cuda", "--dtype", dtype, "--batch", batch, *layout]
                     session.run("selab", "profile", "--arch", "se_resnet50", *options, *common)
     else:
-        for baseline in session.posargs or PAIRS:
-            session.run("selab", "profile", "--arch", f"se_{baseline}", *common)
+        for arch in session.posargs or PAIRS:
+            session.run("selab", "profile", "--arch", arch, "--thorough", *common)
     report(session, machine_folder(session))
 
 

@@ -12,8 +12,9 @@ from selab.records.estimate import LEAST_PROCESSES
 
 # Until the first process shows them: seconds from a start to the first run, and of a run beside its sampling.
 _READY_S, _BESIDE_S = 3.0, 0.5
-# Seconds of sampling in a run: at least, and at most. Another process is worth more than longer samples.
-_LEAST_S, _MOST_S = 0.15, 2.0
+# Seconds of sampling in a run: at least, and at most. Another process is worth more than longer samples, but not while
+# a single ABBA block varies by more than processes do.
+_LEAST_S, _MOST_S = 0.4, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

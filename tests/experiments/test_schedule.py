@@ -30,7 +30,7 @@ def test_what_a_process_showed_is_used_for_the_next():
 def test_a_time_that_is_over_leaves_the_least_processes_and_the_least_sampling():
     now = [500.0]
     plan = schedule(now, least=4, most=12)
-    assert (plan.sampling_s(), plan.left) == (0.15, 4)
+    assert (plan.sampling_s(), plan.left) == (0.4, 4)
 
 
 def test_much_time_is_not_all_used():

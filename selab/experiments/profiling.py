@@ -19,6 +19,7 @@ from selab.bench.backends import backend, together
 from selab.bench.energy import ENERGY_PHASES, EnergyMeter, energy_meter
 from selab.bench.machine import CpuReading, available_cores, contention_flags, machine, read_cpu
 from selab.bench.memory import memory
+from selab.bench.noise import expected_half_width, pair_deviation
 from selab.bench.progress import Report
 from selab.bench.runner import DTYPES, check_device
 from selab.bench.sampler import Clock
@@ -155,16 +156,19 @@ class Profile:
         return Schedule(began=self.began, effort=effort_of(request), runs=runs, clock=self.clock)
 
     def _expected(self, schedule: Schedule, before: CpuReading | None) -> str:
-        """Return in words how long this will take, and what other programs used while the networks were counted."""
+        """Return in words how long this will take, how wide the intervals will be, and what other programs use."""
         workload = self.job.workload
         found = contention_flags(before, read_cpu(), threads=workload.threads, cores=self.machine.cores)
         seen = [one.detail for one in found if one.name in ("contention", "neighbours", "stolen_time")]
-        noise = f"{'; '.join(seen)}: expect wide intervals; stop other programs for exact ones" if seen else ""
-        time = ""
-        if self.job.request.phases and not self.job.request.in_this_process:
-            number = units.counted(schedule.total, "fresh process", "fresh processes")
-            time = f"measuring for about {schedule.expected_s():.0f} s in {number}"
-        return "; ".join(filter(None, [time, noise]))
+        seen = [f"{'; '.join(seen)}: stop other programs for exact figures"] if seen else []
+        if not self.job.request.phases or self.job.request.in_this_process:
+            return "".join(seen)
+        number = units.counted(schedule.total, "fresh process", "fresh processes")
+        said = [f"measuring for about {schedule.expected_s():.0f} s in {number}"]
+        if workload.device == "cpu":
+            half = expected_half_width(schedule.total, pair_deviation())
+            said.append(f"expect about ±{100 * half:.2g} % on this machine now")
+        return "; ".join([*said, *seen])
 
     def _measure_memory(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:
         report("memory", None)

@@ -72,7 +72,7 @@ def _latency_row(latency: Latency, *, label: str) -> tuple[str, ...]:
 
 
 def _energy_row(energy: Energy) -> tuple[str, ...]:
-    label = f"energy per image, {PHASE_NAMES[energy.phase]}"
+    label = f"energy, {PHASE_NAMES[energy.phase]}"
     if energy.baseline_j is None or energy.variant_j is None or energy.ratio is None:
         return (label, NONE, NONE, NONE, "failed")
     change = f"about {units.percent(energy.ratio - 1, decimals=0)}"
@@ -131,7 +131,9 @@ def profile_table(record: Record) -> Table:
     # Phases that were not asked for have no memory, and no row.
     rows += [row for row in _memory_rows(record.memory, record.baseline_memory) if set(row[1:]) != {units.NONE}]
     notes = ["difference of times: the median of paired differences"] if record.latency else []
-    notes += [f"energy: {one}" for one in dict.fromkeys(energy.counter for energy in record.energy.values())]
+    notes += [
+        f"energy: of one image, by {one}" for one in dict.fromkeys(energy.counter for energy in record.energy.values())
+    ]
     notes += [f"energy: not measured: {record.energy_left_out}"] if record.energy_left_out else []
     notes += ["counted before torch.compile, which fuses operators"] if record.workload.compiled else []
     notes += ["counted as written, before selab.fuse, which moves fewer bytes"] if record.workload.fused else []

@@ -159,8 +159,8 @@ def test_a_profile_has_the_energy_of_both_networks(measured, tmp_path):
     one = measured.energy["forward"]
     assert (len(one.blocks), one.counter, one.error) == (4, "a counter", "")
     rows = {row[0]: row for row in profile_table(measured).rows}
-    assert rows["energy per image, forward"][1] == units.joules(one.baseline_j)
-    assert "energy: a counter" in profile_table(measured).notes
+    assert rows["energy, forward"][1] == units.joules(one.baseline_j)
+    assert "energy: of one image, by a counter" in profile_table(measured).notes
     path = tmp_path / "record.json"
     save(measured, path)
     assert read_record(path).energy == measured.energy

@@ -360,9 +360,7 @@ def roofline(
 
 def _check_alone(options: WorkloadOptions, others: dict[str, object]) -> None:
     """Refuse other options next to --all, which has one workload for all networks."""
-    from selab.cli.options import option_of
-
-    given = [option_of(WorkloadOptions, name) for name in options.given()]
+    given = list(options.words().values())
     wrong = given + [option for option, value in others.items() if value not in (None, False)]
     if wrong:
         text = f"is one image in fp32 on one thread of the CPU; leave out {', '.join(wrong)}"

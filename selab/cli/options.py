@@ -159,9 +159,15 @@ class _BlockOptions:
         """Return the options that were given, by the name of their field."""
         values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
         # An empty text is a value, and mostly a wrong one, unless it is the default of a list.
-        return {
-            name: value for name, (value, default) in values.items() if value not in (None, False) and value != default
-        }
+        return {name: value for name, (value, default) in values.items() if value is not None and value != default}
+
+    def words(self) -> dict[str, str]:
+        """Return how the options that were given are written: field → `--free-heap`."""
+        found = {}
+        for name, value in self.given().items():
+            on, _, off = option_of(type(self), name).partition("/")
+            found[name] = off if value is False else on
+        return found
 
     def reject(self, why: str, *names: str) -> None:
         """Refuse options that mean nothing here.
@@ -173,9 +179,10 @@ class _BlockOptions:
         Raises:
             typer.BadParameter: one of them was given.
         """
+        given = self.words()
         for name in names:
-            if name in self.given():
-                raise typer.BadParameter(why, param_hint=option_of(type(self), name))
+            if name in given:
+                raise typer.BadParameter(why, param_hint=given[name])
 
     def address(self, arch: str) -> str:
         """Return the name of a network with the blocks of `--se` and `--insert`."""

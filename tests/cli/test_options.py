@@ -99,6 +99,8 @@ def test_the_two_spellings_of_a_memory_format_are_one():
         (["roofline", "--mode", "train"], "--mode: is fixed"),
         (["roofline", "--phase", "backward"], "--phase: is forward"),
         (["roofline", "--as", "h200", "--threads", 2], "--threads: has no part in a prediction"),
+        (["roofline", "--as", "h200", "--free-heap"], "--free-heap: has no part in a prediction"),
+        (["roofline", "--as", "h200", "--hold-heap"], "--hold-heap: has no part in a prediction"),
         (["check", "--phase", "forward"], "--phase: is chosen by the limits"),
         (["show", "se_small_cnn", "--batch", 2], "--batch: is a workload of --runtime"),
     ],

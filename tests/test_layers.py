@@ -17,6 +17,7 @@ RANK = {
     "records": 1,
     "kernels": 1,
     "attention": 2,
+    "graphs": 2,
     "models": 3,
     "fusion": 3,
     "cost": 3,

@@ -48,6 +48,7 @@ from selab.cli.options import (
 from selab.errors import RecordError, UnknownNameError, nearest
 from selab.experiments.job import network_address, with_inputs
 from selab.models import catalog
+from selab.models.spec import ONNX_FAMILY
 from selab.records.types import Device, Dtype
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def sites(
     check_outputs(json_to)
     size, inputs = shapes_of(input_size)
     variant = with_inputs(find(network_address(arch, se, insert or ())), inputs, on or "fake")
+    if variant.family == ONNX_FAMILY:
+        return _graph_sites(msgspec.structs.replace(variant, input_chw=size or variant.input_chw), depth, json_to)
     from selab.attention.auto_sites import Ends, trace_ends
     from selab.attention.sites import declared_groups
     from selab.models.build import build
@@ -174,6 +177,21 @@ def sites(
     legend += ["[auto]: end of a block, found by tracing (--insert auto)"] if found.found else []
     legend += ["←: the block that is inserted there"] if insertions else []
     return print_parts(tree, escape_lines(*legend, *lines))
+
+
+def _graph_sites(variant: "Variant", depth: int | None, json_to: Path | None) -> None:
+    """Show the SE blocks of an ONNX network, which has no tree of modules."""
+    from selab.models.build import build
+    from selab.report.networks import sites_table
+
+    if depth is not None:
+        raise typer.BadParameter("an ONNX network has no tree of modules; leave it out", param_hint="--depth")
+    insertions = build(variant).insertions
+    if json_to is not None:
+        return write_json([builtins(one) for one in insertions], json_to)
+    if not insertions:
+        return print_parts(f"{variant.name}: has no SE block")
+    return print_tables([sites_table(insertions)], "rich")
 
 
 def escape_lines(*lines: str) -> str:

@@ -44,6 +44,8 @@ from torch import nn
 
 from selab.cost.packed import parameter_sizes
 from selab.cost.tracer import Operation, OpTrace, Stage, op_trace
+from selab.graphs.cost import count_graph
+from selab.graphs.module import OnnxNetwork
 from selab.meta import Example, On, as_written
 from selab.records.types import Cost, Macs, OperatorCost, SECost, StageCost
 
@@ -73,6 +75,8 @@ def count(
     Raises:
         ModelError: the forward pass fails, or `se_blocks` names no module.
     """
+    if isinstance(model, OnnxNetwork):
+        return count_graph(model.model, tuple(example), model.place)
     return cost_of(model, op_trace(model, example, dtype=dtype, training=training, se_blocks=se_blocks, on=on))
 
 

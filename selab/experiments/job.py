@@ -14,12 +14,25 @@ from selab.bench.sampler import Plan
 from selab.errors import SpecError
 from selab.models import catalog
 from selab.models.inputs import Input, main_input
-from selab.models.spec import Variant
+from selab.models.spec import ONNX_FAMILY, Variant
 from selab.records.bounds import MOST_PIXELS
 from selab.records.estimate import LEAST_PROCESSES
 from selab.records.files import shown
 from selab.records.store import read_record, record_path
-from selab.records.types import PHASES, TORCH, Device, Dtype, Frozen, MemoryFormat, Mode, On, Phase, Record, Workload
+from selab.records.types import (
+    ONNX_RUNTIME,
+    PHASES,
+    TORCH,
+    Device,
+    Dtype,
+    Frozen,
+    MemoryFormat,
+    Mode,
+    On,
+    Phase,
+    Record,
+    Workload,
+)
 
 
 class Request(Frozen, frozen=True, kw_only=True):
@@ -146,6 +159,8 @@ class Job(Frozen, frozen=True, kw_only=True):
         if self.baseline is None:
             arch = self.request.arch
             others = [one.name for one in catalog.installed().values() if one.baseline == self.variant.name]
+            if self.variant.family == ONNX_FAMILY:
+                raise SpecError(f"--arch {arch}: has no SE block; name what to compare with: --baseline OTHER.onnx")
             what = (
                 f"is a baseline itself; profile its variant: --arch {others[0]}, or" if others else "has no baseline;"
             )
@@ -238,6 +253,7 @@ def job_of(request: Request, variant: Variant, baseline: Variant | None) -> Job:
             f"--processes {request.processes}: have no interval; give at least {LEAST_PROCESSES}, or 1 to measure in "
             "this process"
         )
+    request = _of_runtime(request, variant)
     workload = _workload_of(request, variant)
     return Job(
         request=request,
@@ -246,6 +262,24 @@ def job_of(request: Request, variant: Variant, baseline: Variant | None) -> Job:
         workload=workload,
         plan=_plan_of(request),
     )
+
+
+def _of_runtime(request: Request, variant: Variant) -> Request:
+    """Return the request with the runtime of an ONNX network, and with the phases that it can run.
+
+    Raises:
+        SpecError: it asks for another phase.
+    """
+    if variant.family == ONNX_FAMILY and request.runtime == TORCH:
+        request = msgspec.structs.replace(request, runtime=ONNX_RUNTIME)
+    if request.runtime == TORCH:
+        return request
+    if request.phases == PHASES:
+        request = msgspec.structs.replace(request, phases=("forward",))
+    for phase in request.phases:
+        if phase != "forward":
+            raise SpecError(f"--phase {phase}: runtime {request.runtime} runs forward only")
+    return request
 
 
 def _workload_of(request: Request, variant: Variant) -> Workload:
@@ -262,7 +296,7 @@ def _workload_of(request: Request, variant: Variant) -> Workload:
         threads=request.threads or 1,
         compiled=request.compiled,
         fused=request.fused,
-        held_heap=request.holds_heap,
+        held_heap=request.holds_heap and (request.runtime == TORCH or request.held_heap is True),
         runtime=request.runtime,
         inputs=tuple(map(str, variant.inputs)),
     )

@@ -33,6 +33,7 @@ from selab.experiments.job import Job, Request, resolve
 from selab.experiments.placements import Placements, method_of, summary
 from selab.experiments.schedule import Schedule, effort_of
 from selab.experiments.workers import Failed, Placed, Spent, WorkerJob, build_pair, raw_runs
+from selab.graphs.module import OnnxNetwork
 from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.inputs import example_of
@@ -335,6 +336,8 @@ def _counted(
         shape = example_of(built.model, variant.inputs, batch=workload.batch)
     dtype, on = DTYPES[workload.dtype], variant.on
     model = built.model
+    if isinstance(model, OnnxNetwork):
+        return count(model, shape)
     try:
         traced = op_trace(model, shape, dtype=dtype, se_blocks=built.native, details=counters, on=on)
     except ModelError as error:
@@ -405,6 +408,8 @@ def count_job(job: Job, *, by_module: bool = False, counters: bool = True) -> Re
         SelabError: the network cannot be built, or fails on this input.
     """
     variant, baseline = job.variant, job.baseline
+    # A count is the same whatever the heap does.
+    job = msgspec.structs.replace(job, workload=msgspec.structs.replace(job.workload, held_heap=False))
     costs = []
     insertions: tuple[Insertion, ...] = ()
     for one in (variant, baseline):

@@ -6,7 +6,7 @@ A block is a product of a feature map and a gate; the gate is computed by layers
     may be an Add) → activation → layer → Sigmoid, HardSigmoid, or HardSigmoid written as a Clip → Mul with the map
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,7 @@ _BETWEEN = frozenset(
     }
 )
 _LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
+_CHANNELS_LAST = ([1, 2], [-3, -2])
 # No block is deeper; a longer path is something else.
 _LONGEST = 40
 
@@ -43,6 +44,7 @@ class GraphBlock:
         scale: the product.
         params: elements of the layers' weights and biases.
         channels: of the map; `squeeze_channels`: between the first layer and the second, None with one layer.
+        channels_last: whether the map is (N, H, W, C), as TensorFlow's exporter leaves it.
     """
 
     name: str
@@ -56,6 +58,7 @@ class GraphBlock:
     params: int
     channels: int | None
     squeeze_channels: int | None
+    channels_last: bool
 
 
 def find_blocks(graph: Graph) -> list[GraphBlock]:
@@ -97,6 +100,7 @@ def _block(graph: Graph, scale: "NodeProto", gate_tensor: str, x: str, name: str
         params=sum(_size(graph, one) for node in steps for one in node.input),
         channels=widths[-1],
         squeeze_channels=widths[0] if len(layers) > 1 else None,
+        channels_last=axes_of(graph, squeeze) in _CHANNELS_LAST,
     )
 
 
@@ -231,8 +235,7 @@ def _is_squeeze(graph: Graph, node: "NodeProto") -> bool:
         return True
     if node.op_type == "ReduceMean":
         axes = axes_of(graph, node)
-        # Channels first, or channels last as TensorFlow's exporter leaves them.
-        return axes is not None and sorted(axes) in ([2, 3], [-2, -1], [1, 2], [-3, -2])
+        return axes is not None and sorted(axes) in ([2, 3], [-2, -1], *_CHANNELS_LAST)
     return False
 
 
@@ -275,12 +278,6 @@ def _size(graph: Graph, name: str) -> int:
     for length in dimensions(tensor):
         elements *= length
     return 0 if tensor is None or elements == 1 else elements
-
-
-def constants_of(graph: Graph, block: GraphBlock) -> Iterator[str]:
-    """Yield the names of the constants that a block's layers and activations read."""
-    for node in block.inner:
-        yield from (name for name in node.input if name and graph.is_constant(name))
 
 
 def words_of(blocks: Sequence[GraphBlock]) -> str:

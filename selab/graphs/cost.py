@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from selab.errors import ModelError
 from selab.graphs.blocks import GraphBlock, find_blocks
 from selab.graphs.graph import Graph, attribute
 from selab.graphs.reading import onnx
 from selab.graphs.shapes import Shape, known_shapes, with_shapes
-from selab.records.types import Cost, Macs, OperatorCost, SECost, StageCost
+from selab.records.types import Cost, Insertion, Macs, OperatorCost, SECost, StageCost
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
@@ -171,10 +172,7 @@ def count_graph(model: "ModelProto", image: Shape, place: str = "the network") -
     Raises:
         ModelError: the input is no image, or has another fixed size; the network's shapes contradict each other.
     """
-    inferred = with_shapes(model, image, place)
-    graph = Graph(inferred)
-    known = _shapes(inferred)
-    works = {id(node): _counted(node, known) for node in graph.nodes if not _is_constant(graph, node)}
+    graph, known, works = _looked_at(model, image, place)
     used = [node for node in graph.nodes if id(node) in works]
     unknown = Counter(node.op_type for node in used if works[id(node)] is None)
     counted = [(node, work) for node in used if (work := works[id(node)]) is not None]
@@ -198,6 +196,49 @@ def count_graph(model: "ModelProto", image: Shape, place: str = "the network") -
         by_module={},
         unknown=dict(unknown),
     )
+
+
+def blocks_of(model: "ModelProto", image: Shape, place: str = "the network") -> tuple[Insertion, ...]:
+    """Return the SE blocks as rows of a record.
+
+    Args:
+        model: without local functions; not changed.
+        image: (N, C, H, W) of the input.
+        place: of the network, for messages.
+
+    Raises:
+        ModelError: as `count_graph`, or the size of a block's map cannot be inferred.
+    """
+    graph, known, works = _looked_at(model, image, place)
+    rows = []
+    for block in find_blocks(graph):
+        shape = known[block.x].shape if block.x in known else ()
+        if len(shape) != 4:
+            raise ModelError(f"{place}: {block.name}: the size of the map that it gates cannot be inferred")
+        channels, height, width = (shape[3], *shape[1:3]) if block.channels_last else shape[1:]
+        own = [works.get(id(node)) for node in (block.squeeze, *block.inner, block.scale)]
+        rows.append(
+            Insertion(
+                path=block.name,
+                placement=f"as in the file, {block.gate}",
+                channels=channels,
+                squeeze_channels=block.squeeze_channels,
+                params=block.params,
+                height=height,
+                width=width,
+                macs=sum(found[0].macs + found[0].other for found in own if found is not None) // shape[0],
+            )
+        )
+    return tuple(rows)
+
+
+def _looked_at(
+    model: "ModelProto", image: Shape, place: str
+) -> tuple[Graph, dict[str, _Known], dict[int, tuple[_Work, int] | None]]:
+    """Return the graph with shapes, the known tensors, and the work and bytes of each operator that is not constant."""
+    inferred = with_shapes(model, image, place)
+    graph, known = Graph(inferred), _shapes(inferred)
+    return graph, known, {id(node): _counted(node, known) for node in graph.nodes if not _is_constant(graph, node)}
 
 
 def _shapes(model: "ModelProto") -> dict[str, _Known]:

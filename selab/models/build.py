@@ -18,6 +18,8 @@ from selab.attention.insert import insert_se
 from selab.attention.se import SqueezeExcitation
 from selab.attention.user_code import before_code, beside, imported
 from selab.errors import InsertionError, ModelError, SelabError, SpecError
+from selab.graphs.cost import blocks_of
+from selab.graphs.module import OnnxNetwork
 from selab.meta import Example, first_line
 from selab.meta.modes import made_on
 from selab.models import external
@@ -84,6 +86,8 @@ def build(
                 f"{variant.place}: {variant.builder} refuses its arguments "
                 f"{dict(variant.arguments)}: {first_line(error)}"
             ) from error
+        if isinstance(model, OnnxNetwork):
+            return _built_graph(model, variant, (1, *(input_chw or variant.input_chw)))
         if not isinstance(model, nn.Module):
             raise SpecError(f"{variant.origin}: builder: {variant.builder} does not return a torch.nn.Module")
         try:
@@ -104,6 +108,18 @@ def build(
             raise type(error)(f"{variant.place}: {error}") from error
         feed(model, variant.inputs)
     return Built(model=model, insertions=insertions, native=native)
+
+
+def _built_graph(network: OnnxNetwork, variant: Variant, image: tuple[int, ...]) -> Built:
+    """Return an ONNX network with the SE blocks that it has."""
+    if variant.se is not None:
+        raise InsertionError(f"{variant.place}: an ONNX network takes no blocks; leave --se and --insert out")
+    if variant.inputs:
+        raise ModelError(f"{variant.place}: an ONNX network takes one image; give its size as --input CxHxW")
+    if 0 in image:
+        size = "x".join(str(length or "?") for length in image[1:])
+        raise ModelError(f"{variant.place}: the size of its input is free ({size}); give it as --input CxHxW")
+    return Built(model=network, insertions=blocks_of(network.model, image, network.place))
 
 
 def _config(variant: Variant, init: Init | None) -> SiteConfig:

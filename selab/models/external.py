@@ -5,6 +5,7 @@ downloaded: weights are random. A user's code runs when the network is built, no
 error.
 """
 
+import hashlib
 import importlib
 import inspect
 import re
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+import msgspec
+
 from selab.attention.config import ExternalConfig
 from selab.attention.user_code import beside, explained, imported
 from selab.errors import SpecError, UnknownNameError, nearest
-from selab.models.spec import Variant
+from selab.models.spec import ONNX_FAMILY, Variant
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +62,10 @@ _BUILDER_PREFIX = "selab.foreign:"
 
 
 def find(name: str, *, option: str = "--arch") -> Variant | None:
-    """Return the variant of `torchvision:NAME`, `timm:NAME`, `path/to/file.py:callable` or `package.module:callable`.
+    """Return the variant of a name that is not of the catalog.
+
+    `torchvision:NAME`, `timm:NAME`, `path/to/file.py:callable`, `package.module:callable`, `path/to/network.onnx`, or
+    `path/to/network.onnx:no_se` for the same network without its SE blocks.
 
     Args:
         name: as the user gave it; it becomes the variant's name.
@@ -76,6 +82,9 @@ def find(name: str, *, option: str = "--arch") -> Variant | None:
     if library in ("torchvision", "timm"):
         find_in = _torchvision_variant if library == "torchvision" else _timm_variant
         return find_in(model, name, f"{option} {name}")
+    graph = re.fullmatch(r"(.+\.onnx)(:no_se)?", name)
+    if graph is not None:
+        return _onnx_variant(Path(graph[1]), name, bare=graph[2] is not None)
     file = re.fullmatch(r"(.+\.py)(?::([\w.]*))?", name)
     if file is not None:
         path, attribute = file[1], file[2]
@@ -200,6 +209,58 @@ def _timm_variant(model: str, name: str, where: str) -> Variant:
     )
 
 
+def from_onnx(*, num_classes: int, path: str, sha256: str, bare: bool) -> "nn.Module":
+    """Return the network of an ONNX file.
+
+    Args:
+        num_classes: has no meaning here.
+        path: of the file.
+        sha256: of its content when it was named.
+        bare: whether to leave its SE blocks out.
+
+    Raises:
+        SpecError: as `selab.graphs.reading.read`, or the file has changed.
+        InsertionError: the blocks are to be left out, and there are none.
+    """
+    from selab.graphs.module import OnnxNetwork
+    from selab.graphs.reading import read
+
+    del num_classes
+    if _digest(Path(path)) != sha256:
+        raise SpecError(f"{path}: has changed since this command began; start it again")
+    network = OnnxNetwork(read(Path(path)), path)
+    return network.without_blocks() if bare else network
+
+
+def _onnx_variant(path: Path, name: str, *, bare: bool) -> Variant:
+    from selab.graphs.blocks import find_blocks, words_of
+    from selab.graphs.graph import Graph
+    from selab.graphs.reading import image_shape, read
+
+    model = read(path)
+    _, (_, *image) = image_shape(model, str(path))
+    blocks = find_blocks(Graph(model))
+    channels, height, width = (size or 0 for size in image)
+    variant = _variant(
+        name,
+        family=ONNX_FAMILY,
+        title=f"{path.name} without its SE blocks" if bare else f"{path.name}: {words_of(blocks)}",
+        source=f"ONNX, by {model.producer_name or 'an unnamed exporter'}",
+        builder="from_onnx",
+        arguments={"path": str(path), "sha256": _digest(path), "bare": bare},
+        input_chw=(channels, height, width),
+    )
+    own_baseline = f"{path}:no_se" if blocks and not bare else None
+    return msgspec.structs.replace(variant, baseline=own_baseline)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def _library(name: str, where: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -278,7 +339,7 @@ def from_module(*, num_classes: int, target: str) -> "nn.Module":
 # first records, whatever this module is called.
 BUILDERS: dict[str, Callable[..., "nn.Module"]] = {
     f"{_BUILDER_PREFIX}{builder.__name__}": builder
-    for builder in (torchvision_model, timm_model, from_file, from_module)
+    for builder in (torchvision_model, timm_model, from_file, from_module, from_onnx)
 }
 
 

@@ -32,6 +32,10 @@ else:
 _LATER_KEYS = {"block": "se", "activation": "relu", "stages": (), "init": "he", "min_channels": 1}
 
 
+ONNX_FAMILY = "onnx"
+"""The family of networks that are ONNX files."""
+
+
 class Published(Frozen, frozen=True, kw_only=True):
     """One published number with its source; `printed` is the text in the source."""
 

@@ -28,7 +28,7 @@ Statistic = Literal["floor", "typical", "mean"]
 Status = Literal["converged", "budget"]
 Unit = Literal["pair", "process"]
 VerdictKind = Literal["slower", "faster", "equal", "undecided", "no_result"]
-TORCH = "torch"
+TORCH, ONNX_RUNTIME = "torch", "onnxruntime"
 _T = TypeVar("_T")
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from selab import units
 from selab.attention.config import SEConfig, SiteConfig, block_keys, block_name
 from selab.models import external
-from selab.models.spec import Variant
+from selab.models.spec import ONNX_FAMILY, Variant
 from selab.records.types import Cost, Insertion
 from selab.report.table import Table
 from selab.units import NONE
@@ -28,7 +28,7 @@ def facts_table(variant: Variant, cost: Cost | None = None) -> Table:
         "builder": variant.builder,
         "arguments": ", ".join(f"{key}={value}" for key, value in variant.arguments.items()) or NONE,
         "input": "×".join(map(str, variant.input_chw)),
-        "classes": NONE if external.runs_code_of(variant) and not variant.file else str(variant.num_classes),
+        "classes": NONE if _has_own_classes(variant) else str(variant.num_classes),
         "baseline": variant.baseline or NONE,
     }
     if variant.se is not None:
@@ -43,6 +43,11 @@ def facts_table(variant: Variant, cost: Cost | None = None) -> Table:
     facts["facts from"] = f"{variant.origin} ({variant.facts_hash})"
     rows = tuple(facts.items())
     return Table(title=variant.name, columns=("", ""), rows=rows, words=frozenset({0, 1}))
+
+
+def _has_own_classes(variant: Variant) -> bool:
+    """Return whether the number of classes is the network's own affair."""
+    return variant.family == ONNX_FAMILY or (external.runs_code_of(variant) is not None and not variant.file)
 
 
 def block_words(facts: SiteConfig) -> str:

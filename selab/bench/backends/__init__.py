@@ -16,7 +16,10 @@ from selab.bench.sampler import Arm, Clock, Plan, WatchBlocks
 from selab.errors import DeviceError, ModelError, UnknownNameError, nearest
 from selab.records.types import PHASES, Flag, Memory, Phase, Statistic, Workload
 
-REGISTRY = {"torch": "selab.bench.backends.torch:BACKEND"}
+REGISTRY = {
+    "torch": "selab.bench.backends.torch:BACKEND",
+    "onnxruntime": "selab.bench.backends.onnxruntime:BACKEND",
+}
 """`Workload.runtime` → `module:object` of its backend, imported when it is asked for."""
 
 P = TypeVar("P")

@@ -214,6 +214,7 @@ def tax(
 ) -> None:
     """Measure the overhead of SE in several implementations against one baseline."""
     options.reject("is what tax measures: compare --impl reference with --impl fused", "fused")
+    options.reject("has no part in a tax, which compares implementations of PyTorch; use profile", "runtime")
     threads = None if options.device == "cuda" else 1
     phases = (_step_phase(options),)
     job = resolve_job(options.request(arch, threads=threads, phases=phases, **effort.fields_of_request()))
@@ -270,6 +271,7 @@ def timeline(
 ) -> None:
     """Record a trace for TensorBoard and Perfetto; show where time goes."""
     options.reject("has no part in a timeline: one network is recorded", "baseline")
+    options.reject("has no part in a timeline, which is PyTorch's", "runtime")
     phase = _step_phase(options)
     if options.phase is None and options.mode == "train":
         phase = "forward_backward"
@@ -370,6 +372,7 @@ def _check_alone(options: WorkloadOptions, others: dict[str, object]) -> None:
 def _check_roofline(options: WorkloadOptions, preset: str | None, out: Path | None) -> None:
     """Refuse what a roofline has no use for."""
     options.reject("has no part in a roofline: one network is compared with the device", "baseline")
+    options.reject("has no part in a roofline, which is made of PyTorch's operators", "runtime")
     options.reject("hides the operators that a roofline is made of; leave it out", "compiled", "fused")
     options.reject("is fixed: a roofline is of inference", "mode")
     if options.phase not in (None, ["forward"]):

@@ -240,6 +240,10 @@ class _NetworkOptions(_BlockOptions):
     phase: PhaseNames = None
     compiled: Annotated[bool, option("--compile", WORKLOAD, "Run through torch.compile.")] = False
     fused: Annotated[bool, option("--fused", WORKLOAD, "Run both networks through selab.fuse.")] = False
+    runtime: Annotated[
+        str | None,
+        option("--runtime", WORKLOAD, "torch (default), or onnxruntime: both networks as ONNX files.", metavar="NAME"),
+    ] = None
     hold_heap: Annotated[
         bool | None,
         option(

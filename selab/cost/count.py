@@ -44,6 +44,7 @@ from torch import nn
 
 from selab.cost.packed import parameter_sizes
 from selab.cost.tracer import Operation, OpTrace, Stage, op_trace
+from selab.errors import ModelError
 from selab.graphs.cost import count_graph
 from selab.graphs.module import OnnxNetwork
 from selab.meta import Example, On, as_written
@@ -76,6 +77,8 @@ def count(
         ModelError: the forward pass fails, or `se_blocks` names no module.
     """
     if isinstance(model, OnnxNetwork):
+        if not isinstance(example, Sequence):
+            raise ModelError(f"{model.place}: an ONNX network is counted for a shape, (N, C, H, W)")
         return count_graph(model.model, tuple(example), model.place)
     return cost_of(model, op_trace(model, example, dtype=dtype, training=training, se_blocks=se_blocks, on=on))
 

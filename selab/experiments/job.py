@@ -132,6 +132,7 @@ _OPTIONS = {
     "seed": "--seed",
     "processes": "--processes",
     "cold": "--cold",
+    "runtime": "--runtime",
 }
 
 

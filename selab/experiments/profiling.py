@@ -1,10 +1,11 @@
 """Count and measure one variant against its baseline, and make the record."""
 
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +34,7 @@ from selab.experiments.job import Job, Request, resolve
 from selab.experiments.placements import Placements, method_of, summary
 from selab.experiments.schedule import Schedule, effort_of
 from selab.experiments.workers import Failed, Placed, Spent, WorkerJob, build_pair, raw_runs
+from selab.graphs.export import export_onnx
 from selab.graphs.module import OnnxNetwork
 from selab.models import catalog
 from selab.models.build import Built, build
@@ -42,6 +44,7 @@ from selab.records.energy import summarise as summarise_energy
 from selab.records.types import (
     PHASE_NAMES,
     SCHEMA,
+    TORCH,
     Cost,
     Energy,
     Insertion,
@@ -88,6 +91,8 @@ class Profile:
     def __init__(self, job: Job, *, clock: Clock = time.monotonic, began: float | None = None) -> None:
         check_device(job.workload.device, job.workload.dtype)
         self.job = job
+        # The same two networks, in the files of another runtime.
+        self._measured = job
         self.variant, self.baseline = job.pair
         self.machine: Machine = machine(job.workload.device)
         self.cost: Cost | None = None
@@ -142,13 +147,23 @@ class Profile:
         self.expectation = self._expected(schedule, before)
         meter = self._meter()
         report(COUNTED, None)
+        with ExitStack() as files:
+            if self.job.workload.runtime != TORCH and not isinstance(variant, OnnxNetwork):
+                report("exporting", None)
+                folder = files.enter_context(tempfile.TemporaryDirectory(prefix="selab-"))
+                self._measured, variant, baseline = exported(self.job, variant, baseline, Path(folder))
+            self._measure(schedule, variant, baseline, report, meter)
+        self.complete = True
+
+    def _measure(
+        self, schedule: Schedule, variant: nn.Module, baseline: nn.Module, report: Report, meter: EnergyMeter | None
+    ) -> None:
         if self.job.request.in_this_process:
             self._time(variant, baseline, report, meter)
             self._measure_memory(variant, baseline, report)
             self._note_excess("the fewest samples with an interval need", report)
         else:
             self._time_in_short_processes(schedule, variant, baseline, report, energy=meter is not None)
-        self.complete = True
 
     def _schedule(self) -> Schedule:
         request = self.job.request
@@ -197,9 +212,9 @@ class Profile:
         self.energy[spent.phase] = summarise_energy(spent.phase, spent.counter, blocks, batch=batch, error=error)
 
     def _time(self, variant: nn.Module, baseline: nn.Module, report: Report, meter: EnergyMeter | None) -> None:
-        rows = [(self.job, self.latency)]
+        rows = [(self._measured, self.latency)]
         if self.measures_all_cores:
-            rows.append((self.job.changed(threads=self.machine.cores, quick=True), self.latency_all_cores))
+            rows.append((self._measured.changed(threads=self.machine.cores, quick=True), self.latency_all_cores))
         budget_s = self.job.request.budget_s
         if budget_s is not None:
             methods = 2 if self.job.workload.device == "cuda" else 1
@@ -235,7 +250,7 @@ class Profile:
         self, schedule: Schedule, variant: nn.Module, baseline: nn.Module, report: Report, *, energy: bool
     ) -> None:
         """Measure in fresh processes until the time is spent; the memory after the first, whose answer comes early."""
-        job, request = self.job, self.job.request
+        job, request = self._measured, self.job.request
         rows = [(job, self.latency)]
         if self.measures_all_cores:
             rows.append((job.changed(threads=self.machine.cores), self.latency_all_cores))
@@ -310,6 +325,27 @@ class Profile:
             energy_left_out=self.energy_left_out,
             warnings=(*warnings_of(self.cost), *self.remarks),
         )
+
+
+def exported(job: Job, variant: nn.Module, baseline: nn.Module, folder: Path) -> tuple[Job, nn.Module, nn.Module]:
+    """Write both networks of a job as ONNX files; return the job of the files, and the networks in them.
+
+    Args:
+        job: of a runtime that runs such files.
+        variant: the network; it is left unchanged.
+        baseline: likewise.
+        folder: for the files.
+
+    Raises:
+        ModelError: PyTorch cannot export one of them.
+    """
+    image = (job.workload.batch, *job.workload.input_chw)
+    found = []
+    for named, model, file in zip(job.pair, (variant, baseline), ("variant.onnx", "baseline.onnx"), strict=True):
+        export_onnx(model, image, folder / file, name=named.name)
+        found.append(catalog.find(str(folder / file)))
+    made = [build(one, input_chw=job.workload.input_chw).model for one in found]
+    return msgspec.structs.replace(job, variant=found[0], baseline=found[1]), made[0], made[1]
 
 
 def warnings_of(cost: Cost) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import spelled
+import torch
 from spelled import CHANNELS, SIZE, Net
 from torch import nn
 
@@ -12,7 +14,14 @@ from selab.bench.latency import measure_phase, measure_short, networks
 from selab.bench.sampler import Plan
 from selab.errors import DeviceError, ModelError, SpecError
 from selab.experiments.job import Request, resolve
+from selab.graphs.blocks import find_blocks
+from selab.graphs.export import export_onnx
+from selab.graphs.graph import Graph
 from selab.graphs.module import OnnxNetwork
+from selab.graphs.reading import read
+from selab.models.build import build
+from selab.models.catalog import find
+from selab.records.store import read_record
 from selab.records.types import PHASES
 
 PLAN = Plan(warmup_least_s=0.0, warmup_most_s=0.05, sample_s=1e-4, budget_s=0.05)
@@ -60,7 +69,7 @@ def test_the_input_is_that_of_the_seed(work):
         outputs.append(session.binding.copy_outputs_to_cpu()[0])
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
-    assert outputs[0].shape == (1, CHANNELS, SIZE, SIZE)
+    assert outputs[0].shape == (2, CHANNELS, SIZE, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -171,3 +180,43 @@ def test_a_file_without_a_block_names_the_next_step(selab, tmp_path):
     status, _, err = selab("profile", "--arch", tmp_path / "plain.onnx", "--out", tmp_path / "r")
     assert status != 0
     assert "has no SE block" in " ".join(err.split())
+
+
+# -------------------------------------------------------------------------------------------------- networks of PyTorch
+def test_a_network_of_the_catalog_is_exported_and_measured(selab, tmp_path, quick_plans):
+    words = ("profile", "--arch", "se_small_cnn", "--runtime", "onnxruntime", "--threads", 1, "--budget", 0.5)
+    status, _, err = selab(*words, "--out", tmp_path / "r")
+    assert status == 0, err
+    (path,) = (tmp_path / "r").rglob("*.json")
+    record = read_record(path)
+    assert (record.arch, record.workload.runtime, list(record.latency)) == ("se_small_cnn", "onnxruntime", ["forward"])
+    assert record.cost.macs_backward.all > 0  # counted in PyTorch
+    assert "--runtime onnxruntime" in record.command
+
+
+@pytest.mark.parametrize("arch", ["se_small_cnn", "se_shufflenet_v2_x0_5", "mobilenet_v3_small"])
+def test_what_is_exported_computes_the_same_and_has_its_blocks(arch, tmp_path):
+    variant = find(arch)
+    built = build(variant, seed=3)
+    image = (1, *variant.input_chw)
+    export_onnx(built.model, image, tmp_path / "net.onnx", name=arch)
+    assert built.model.training
+    model = read(tmp_path / "net.onnx")
+    assert len(find_blocks(Graph(model))) == len(built.insertions)
+    x = torch.randn(image, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = built.model.eval()(x).numpy()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_that_cannot_be_exported_is_named(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.linalg.matrix_exp(x[..., :4, :4])
+
+    with pytest.raises(ModelError, match="odd: cannot be exported to ONNX: ") as error:
+        export_onnx(Odd(), (1, 3, 8, 8), tmp_path / "net.onnx", name="odd")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "net.onnx").exists()

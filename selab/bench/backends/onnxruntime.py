@@ -43,9 +43,6 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     phases: tuple[Phase, ...] = ("forward",)
 
-    def __init__(self) -> None:
-        self._pool = 0
-
     @contextmanager
     def session(self, workload: Workload, *, seed: int) -> Iterator[None]:
         """Set affinity for the body; the threads are those of the sessions."""
@@ -56,19 +53,16 @@ class OnnxRuntimeBackend:
     def prepare(self, model: nn.Module, workload: Workload, *, seed: int) -> Session:
         """Load an ONNX network and bind its input.
 
-        Sessions of several threads share one pool: those of pools of their own would wait for work on the cores that
-        the other network needs.
+        Its threads stop waiting actively when a call ends: they would do so on the cores that the other network needs.
         """
         _check(workload)
         if not isinstance(model, OnnxNetwork):
             raise ModelError(f"runtime onnxruntime: {type(model).__name__} is no ONNX network; name a file, NAME.onnx")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS
-        if workload.threads > 1:
-            self._share_pool(workload.threads)
-            options.use_per_session_threads = False
-        else:
-            options.inter_op_num_threads = options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = workload.threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         with self.translated_errors(model.place):
             session = onnxruntime.InferenceSession(
                 model.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -80,16 +74,6 @@ class OnnxRuntimeBackend:
             for output in session.get_outputs():
                 binding.bind_output(output.name, "cpu")
         return Session(session=session, binding=binding, place=model.place)
-
-    def _share_pool(self, threads: int) -> None:
-        if self._pool == threads:
-            return
-        if self._pool:
-            raise DeviceError(
-                f"runtime onnxruntime: this process has {self._pool} threads already; measure {threads} in another one"
-            )
-        onnxruntime.set_global_thread_pool_sizes(threads, 1)
-        self._pool = threads
 
     def check_output(self, prepared: Session, name: str) -> None:
         """Run the network once and check that its outputs are finite."""

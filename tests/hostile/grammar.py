@@ -236,6 +236,7 @@ OPTIONS = {
             "--dtype",
             "--memory-format",
             "--mode",
+            "--runtime",
             "--phase",
             "--format",
             "--amp",

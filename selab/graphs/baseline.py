@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from selab.errors import InsertionError
 from selab.graphs.blocks import GraphBlock, find_blocks
-from selab.graphs.graph import Graph, alive
+from selab.graphs.graph import Graph, alive, captured
 from selab.graphs.reading import onnx
 
 if TYPE_CHECKING:
@@ -31,9 +31,13 @@ def without_blocks(model: "ModelProto", blocks: Sequence[GraphBlock] | None = No
     outputs = [output.name for output in model.graph.output]
     copy = onnx().ModelProto()
     copy.CopyFrom(model)
+    kept = [node for node in copy.graph.node if not set(node.output) & set(instead)]
+    for node in kept:
+        for place, name in enumerate(node.input):
+            node.input[place] = _followed(name, instead)
+    kept = alive(kept, [_followed(name, instead) for name in outputs])
     del copy.graph.node[:]
-    for node in alive(_bypassed(graph, instead), [_followed(name, instead) for name in outputs]):
-        copy.graph.node.append(node)
+    copy.graph.node.extend(kept)
     for name in outputs:
         if name in instead:
             copy.graph.node.append(onnx().helper.make_node("Identity", [_followed(name, instead)], [name]))
@@ -47,31 +51,11 @@ def _followed(name: str, instead: dict[str, str]) -> str:
     return name
 
 
-def _bypassed(graph: Graph, instead: dict[str, str]) -> Graph:
-    """Return the graph in which everyone who read a product reads its map."""
-    copy = onnx().ModelProto()
-    copy.CopyFrom(graph.model)
-    kept = [node for node in copy.graph.node if not set(node.output) & set(instead)]
-    for node in kept:
-        for place, name in enumerate(node.input):
-            node.input[place] = _followed(name, instead)
-    del copy.graph.node[:]
-    copy.graph.node.extend(kept)
-    return Graph(copy)
-
-
 def _drop_unused(model: "ModelProto") -> None:
     """Leave out the constants and the remembered shapes that no operator and no output has."""
     graph = model.graph
-    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    read |= {
-        name
-        for node in graph.node
-        for one in node.attribute
-        for body in (one.g, *one.graphs)
-        for inner in body.node
-        for name in inner.input
-    }
+    read = {name for node in graph.node for name in (*node.input, *captured(node))}
+    read |= {output.name for output in graph.output}
     made = {name for node in graph.node for name in node.output}
     weights = [tensor for tensor in graph.initializer if tensor.name in read]
     shapes = [value for value in graph.value_info if value.name in made]

@@ -2,15 +2,15 @@
 
 A block is a product of a feature map and a gate; the gate is computed by layers from the mean of the same map:
 
-    squeeze (GlobalAveragePool, ReduceMean, AveragePool over the whole map) → layer (1x1 Conv, Gemm or MatMul; the bias
-    may be an Add) → activation → layer → Sigmoid, HardSigmoid, or HardSigmoid written as a Clip → Mul with the map
+    squeeze (GlobalAveragePool, or ReduceMean over the map) → layer (1x1 Conv, Gemm or MatMul; the bias may be an Add)
+    → activation → layer → Sigmoid, HardSigmoid, or HardSigmoid written as a Clip → Mul with the map
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from selab.graphs.graph import RESHAPING, Graph, attribute, axes_of, dimensions
+from selab.graphs.graph import Graph, attribute, axes_of, dimensions
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -42,6 +42,7 @@ class GraphBlock:
         gate: its kind.
         gate_tensor: the gate's values.
         scale: the product.
+        inner: the operators between squeeze and scale.
         params: elements of the layers' weights and biases.
         channels: of the map; `squeeze_channels`: between the first layer and the second, None with one layer.
         channels_last: whether the map is (N, H, W, C), as TensorFlow's exporter leaves it.
@@ -243,22 +244,19 @@ def _is_pointwise(graph: Graph, layer: "NodeProto") -> bool:
     """Return whether a layer mixes channels only: a matrix, or a convolution of one point in one group."""
     if layer.op_type != "Conv":
         return True
-    shape = dimensions(graph.tensors.get(_weight(graph, layer)))
+    shape = _weight(graph, layer)
     return len(shape) == 4 and shape[2:] == (1, 1) and int(attribute(layer, "group", 1)) == 1
 
 
-def _weight(graph: Graph, layer: "NodeProto") -> str:
-    """Return the name of a layer's weight as it is written down, in whatever shape and type it is used."""
+def _weight(graph: Graph, layer: "NodeProto") -> tuple[int, ...]:
+    """Return the shape of a layer's weight as it is written down, in whatever shape and type it is used."""
     constants = [name for name in layer.input[:2] if graph.is_constant(name)]
-    name = constants[0] if constants else ""
-    while name not in graph.tensors and (maker := graph.makers.get(name)) is not None and maker.op_type in RESHAPING:
-        name = maker.input[0]
-    return name
+    return dimensions(graph.constant(constants[0])) if constants else ()
 
 
 def _width(graph: Graph, layer: "NodeProto") -> int | None:
     """Return the number of output channels of a layer."""
-    shape = dimensions(graph.tensors.get(_weight(graph, layer)))
+    shape = _weight(graph, layer)
     if layer.op_type == "Conv":
         return shape[0] if shape else None
     if len(shape) != 2:
@@ -271,9 +269,7 @@ def _width(graph: Graph, layer: "NodeProto") -> int | None:
 
 def _size(graph: Graph, name: str) -> int:
     """Return the elements of a weight or bias; zero for other tensors, and for numbers of one element."""
-    while name not in graph.tensors and (maker := graph.makers.get(name)) is not None and maker.op_type in RESHAPING:
-        name = maker.input[0]
-    tensor = graph.tensors.get(name)
+    tensor = graph.constant(name)
     elements = 1
     for length in dimensions(tensor):
         elements *= length

@@ -292,13 +292,12 @@ def _weights(graph: Graph) -> tuple[int, int]:
         if node.op_type in _FREE or node.op_type in _STEERING:
             continue
         for at, name in enumerate(node.input):
-            source = graph.source(name) if graph.is_constant(name) else ""
-            tensor = graph.tensors.get(source)
+            tensor = graph.constant(name)
             if tensor is None:
                 continue
             into = statistics if at in _STATISTICS.get(node.op_type, ()) else weights
             if prod(tensor.dims) > 1 or node.op_type in ("Conv", "ConvTranspose", "Gemm"):
-                into[source] = prod(tensor.dims)
+                into[graph.source(name)] = prod(tensor.dims)
     return sum(weights.values()), sum(statistics.values())
 
 

@@ -58,14 +58,14 @@ class Graph:
         """Return the inputs of a node that depend on the network's input."""
         return [name for name in node.input if name and not self.is_constant(name)]
 
+    def constant(self, name: str) -> "TensorProto | None":
+        """Return a constant as it is written down, perhaps reshaped or cast behind that; None for other tensors."""
+        return self.tensors.get(self.source(name))
+
     def written(self, name: str) -> Any:
-        """Return the values of a constant that is written down, perhaps reshaped or cast behind that; else None."""
-        while name not in self.tensors:
-            maker = self.makers.get(name)
-            if maker is None or maker.op_type not in RESHAPING:
-                return None
-            name = maker.input[0]
-        return onnx().numpy_helper.to_array(self.tensors[name])
+        """Return the values of a constant that is written down; None for other tensors."""
+        tensor = self.constant(name)
+        return None if tensor is None else onnx().numpy_helper.to_array(tensor)
 
     def scalar(self, name: str) -> float | None:
         """Return a constant of one element as a number; None for anything else."""
@@ -105,22 +105,22 @@ def axes_of(graph: Graph, node: "NodeProto") -> list[int] | None:
     return None if given is None else [int(axis) for axis in given]
 
 
-def alive(graph: Graph, outputs: Sequence[str]) -> "list[NodeProto]":
+def alive(among: "Sequence[NodeProto]", outputs: Sequence[str]) -> "list[NodeProto]":
     """Return the nodes that these outputs need, in the order of the network."""
     needed = set(outputs)
     nodes: list[NodeProto] = []
-    for node in reversed(graph.nodes):
+    for node in reversed(among):
         if needed & set(node.output):
             nodes.append(node)
-            needed |= set(node.input) | set(_captured(node))
+            needed |= set(node.input) | set(captured(node))
     return nodes[::-1]
 
 
-def _captured(node: "NodeProto") -> Iterator[str]:
+def captured(node: "NodeProto") -> Iterator[str]:
     """Yield the tensors that the bodies of a node's branches and loops read from outside."""
     for one in node.attribute:
         for body in (one.g, *one.graphs):
             for inner in body.node:
                 yield from inner.input
-                yield from _captured(inner)
+                yield from captured(inner)
             yield from (output.name for output in body.output)

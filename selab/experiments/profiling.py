@@ -33,7 +33,7 @@ from selab.experiments.children import Found, Started, Turn, in_processes
 from selab.experiments.job import Job, Request, resolve
 from selab.experiments.placements import Placements, method_of, summary
 from selab.experiments.schedule import Schedule, effort_of
-from selab.experiments.workers import Failed, Placed, Spent, WorkerJob, build_pair, raw_runs
+from selab.experiments.workers import Failed, Placed, WorkerJob, build_pair, raw_runs
 from selab.graphs.export import export_onnx
 from selab.graphs.module import OnnxNetwork
 from selab.models import catalog
@@ -204,7 +204,7 @@ class Profile:
             self.energy_left_out = str(error)
             return None
 
-    def _keep_energy(self, spent: Spent) -> None:
+    def _keep_energy(self, spent: Energy) -> None:
         known = self.energy.get(spent.phase)
         blocks = (*known.blocks, *spent.blocks) if known is not None else spent.blocks
         error = spent.error or (known.error if known is not None else "")
@@ -226,7 +226,7 @@ class Profile:
         for job, into in rows:
             gathered: dict[tuple[Phase, str], list[RawPhase]] = {}
             for raw in raw_runs(job, variant, baseline, report, meter if into is self.latency else None):
-                if isinstance(raw, Spent):
+                if isinstance(raw, Energy):
                     self._keep_energy(raw)
                     continue
                 if isinstance(raw, Failed):

@@ -15,20 +15,12 @@ from selab.errors import DeviceError, ModelError, OutOfMemoryError
 from selab.experiments.children import child
 from selab.experiments.job import Job
 from selab.models.build import Built, build
-from selab.records.types import Device, EnergyBlock, Frozen, Phase
+from selab.records.energy import summarise
+from selab.records.types import Device, Energy, EnergyBlock, Frozen, Phase
 
 # Seconds of a sample of energy, at least and at most; NVML's counter moves every 0.1 s. ABBA blocks in a long run.
 _ENERGY_SAMPLE_S: dict[Device, tuple[float, float]] = {"cpu": (0.15, 1.0), "cuda": (0.4, 1.0)}
 _ENERGY_BLOCKS = 4
-
-
-class Spent(Frozen, frozen=True, kw_only=True):
-    """Energy of a phase: joules of a call in ABBA order, or why there is none."""
-
-    phase: Phase
-    counter: str
-    blocks: tuple[EnergyBlock, ...] = ()
-    error: str = ""
 
 
 class Failed(Frozen, frozen=True, kw_only=True):
@@ -46,7 +38,7 @@ def build_pair(job: Job) -> tuple[Built, Built]:
 
 def raw_runs(
     job: Job, variant: nn.Module, baseline: nn.Module, report: Report, meter: EnergyMeter | None = None
-) -> Iterator[RawPhase | Failed | Spent]:
+) -> Iterator[RawPhase | Failed | Energy]:
     """Measure every phase of a job in this process. A phase that fails is yielded as `Failed`; the next one is tried.
 
     Weights, input and the order of the quads come from the request's seed.
@@ -91,7 +83,7 @@ def raw_runs(
 
 def spent(
     nets: Networks, phase: Phase, job: Job, meter: EnergyMeter, *, blocks: int, sample_s: float, seed: int
-) -> Spent:
+) -> Energy:
     """Measure the energy of a phase; what fails is said in the result."""
     found: list[EnergyBlock] = []
     plan, error = job.plan.short(sample_s), ""
@@ -99,7 +91,7 @@ def spent(
         found.extend(energy_blocks(nets, phase, plan, meter, blocks=blocks, sample_s=sample_s, seed=seed))
     except (ModelError, OutOfMemoryError, DeviceError) as problem:
         error = str(problem)
-    return Spent(phase=phase, counter=meter.name, blocks=tuple(found), error=error)
+    return summarise(phase, meter.name, found, batch=nets.workload.batch, error=error)
 
 
 def _of_phase(report: Report, phase: Phase, threads: str) -> Report:
@@ -121,7 +113,7 @@ class Placed(Frozen, frozen=True, kw_only=True):
     threads: int
     raw: RawPhase | None = None
     failed: Failed | None = None
-    spent: Spent | None = None
+    spent: Energy | None = None
 
 
 class WorkerJob(Frozen, frozen=True, kw_only=True):
@@ -190,7 +182,7 @@ def short_runs(order: WorkerJob, ready: Callable[[], object]) -> Iterator[Placed
                 yield Placed(threads=threads, failed=Failed(phase=phase, error=str(error)))
 
 
-def _spent_shortly(order: WorkerJob, nets: Networks) -> Iterator[Spent]:
+def _spent_shortly(order: WorkerJob, nets: Networks) -> Iterator[Energy]:
     meter, (least_s, _) = energy_meter(nets.workload.device), _ENERGY_SAMPLE_S[nets.workload.device]
     for phase in order.job.request.phases:
         if phase in ENERGY_PHASES:

@@ -25,6 +25,9 @@ def choose(impl: Impl, x: Tensor, shortcut: Tensor | None, params: BlockParams) 
     """
     if impl == "reference":
         return "reference", "requested"
+    if impl == "auto" and torch.compiler.is_exporting():
+        # Quantisers, partitioners and other runtimes know the layers, not the compiler's loops.
+        return "reference", "an exported program has the layers themselves"
     compiling = torch.compiler.is_compiling()
     reason = "" if compiling else needs_reference(x)
     if reason:

@@ -425,6 +425,8 @@ MOBILE = (
     "mnasnet_a1",
     "efficientnet_b0",
     "ghostnet_100",
+    "pp_lcnet_x0_5",
+    "pp_lcnet_x1_0",
     "se_regnet_x_400mf",
     "regnet_y_400mf",
     "se_regnet_x_800mf",

@@ -353,6 +353,21 @@ def bench_counts(session: nox.Session) -> None:
 
 
 @nox.session
+def runtimes(session: nox.Session) -> None:
+    """Export for ONNX Runtime, OpenVINO, ExecuTorch and AOTInductor, and test what they run."""
+    session.install("-e", ".[onnx,openvino,executorch,aoti,imagenet]", *group("test"))
+    session.run("pytest", "tests/runtimes", "tests/deploy", *session.posargs)
+
+
+@nox.session
+def runtimes_litert(session: nox.Session) -> None:
+    """Export for LiteRT, which brings a torch of its own, and test what it runs."""
+    session.install("litert-torch>=0.10", "msgspec", "typer", "rich", "safetensors", "matplotlib", *group("test"))
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", "tests/runtimes", "-k", "litert", *session.posargs)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Run everything that needs a CUDA device, in order of value; goes on where it was stopped; see -- --help."""
     session.install("-e", ".", *group("test"))

@@ -371,6 +371,10 @@ class SqueezeExcitation(CachedDispatch, Attention):
             return f"unsupported squeeze: {squeeze}"
         if gate not in cpu.GATES:
             return f"unsupported gate: {gate}"
+        return self.why_called()
+
+    def why_called(self) -> str:
+        """Return why the layers must be called instead of their weights read; empty if they need not be."""
         parts: Any = self._modules
         for (name, part), kind in zip(parts.items(), self._plain, strict=True):
             if type(part) is not kind:

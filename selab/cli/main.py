@@ -14,6 +14,7 @@ from selab.attention import user_code
 from selab.cli import faults, streams, usage
 from selab.cli.checks import check, diff
 from selab.cli.console import StoppedError, print_error, tell_code
+from selab.cli.deploy import export, import_timings
 from selab.cli.measure import profile, roofline, show_machine, tax, timeline
 from selab.cli.networks import archs, count, show, sites
 from selab.cli.new import new_app
@@ -192,6 +193,21 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
             examples(
                 "selab compare small_cnn se_small_cnn --seeds 5 --epochs 4",
                 "selab compare small_cnn small_cnn+block=eca small_cnn+block=cbam",
+            ),
+        ),
+    },
+    "Deploy": {
+        "export": (
+            export,
+            examples(
+                "selab export --arch se_mobilenet --to onnx",
+                "selab export --arch se_mobilenet --to openvino --dtype int8 --images photos",
+            ),
+        ),
+        "import": (
+            import_timings,
+            examples(
+                "selab import --arch se_mobilenet --from litert --on-device 'Pixel 8' --base a1.txt --variant b1.txt",
             ),
         ),
     },

@@ -26,6 +26,7 @@ from selab.cli.console import (
     write_json,
 )
 from selab.cli.options import (
+    OF_RUNTIMES,
     OUTPUT,
     TIME,
     WHAT,
@@ -203,7 +204,7 @@ def tax(
             "--impl",
             WHAT,
             "reference, torchvision, timm or fused; without_squeeze, without_excitation or without_scale leave one "
-            "step out. Repeatable; all by default.",
+            "step out. With --runtime: spellings such as pool-conv, or late. Repeatable; all by default.",
             metavar="NAME",
         ),
     ] = None,
@@ -214,7 +215,7 @@ def tax(
 ) -> None:
     """Measure the overhead of SE in several implementations against one baseline."""
     options.reject("is what tax measures: compare --impl reference with --impl fused", "fused")
-    options.reject("has no part in a tax, which compares implementations of PyTorch; use profile", "runtime")
+    options.reject("is what tax compares in a runtime: leave it out, or name some with --impl", "spelling")
     threads = None if options.device == "cuda" else 1
     phases = (_step_phase(options),)
     job = resolve_job(options.request(arch, threads=threads, phases=phases, **effort.fields_of_request()))
@@ -223,7 +224,8 @@ def tax(
     from selab.records import files
     from selab.report import tax as report_tax
 
-    implementations = experiments_tax.chosen_implementations(impl or ())
+    allowed = experiments_tax.implementations_in(job.workload.runtime, is_graph=job.is_graph)
+    implementations = experiments_tax.chosen_implementations(impl or (), allowed)
     asked = experiments_tax.TaxRequest(request=job.request, implementations=implementations)
     comparison = experiments_tax.Tax(asked)
     path = comparison.path(out)
@@ -271,7 +273,7 @@ def timeline(
 ) -> None:
     """Record a trace for TensorBoard and Perfetto; show where time goes."""
     options.reject("has no part in a timeline: one network is recorded", "baseline")
-    options.reject("has no part in a timeline, which is PyTorch's", "runtime")
+    options.reject("has no part in a timeline, which is PyTorch's", *OF_RUNTIMES)
     phase = _step_phase(options)
     if options.phase is None and options.mode == "train":
         phase = "forward_backward"
@@ -372,7 +374,7 @@ def _check_alone(options: WorkloadOptions, others: dict[str, object]) -> None:
 def _check_roofline(options: WorkloadOptions, preset: str | None, out: Path | None) -> None:
     """Refuse what a roofline has no use for."""
     options.reject("has no part in a roofline: one network is compared with the device", "baseline")
-    options.reject("has no part in a roofline, which is made of PyTorch's operators", "runtime")
+    options.reject("has no part in a roofline, which is made of PyTorch's operators", *OF_RUNTIMES)
     options.reject("hides the operators that a roofline is made of; leave it out", "compiled", "fused")
     options.reject("is fixed: a roofline is of inference", "mode")
     if options.phase not in (None, ["forward"]):

@@ -22,7 +22,7 @@ from selab.records.bounds import (
     MOST_SEED,
     MOST_THREADS,
 )
-from selab.records.types import PHASES, Device, Dtype, MemoryFormat, Mode
+from selab.records.types import PHASES, RUNTIMES, TORCH, Device, Dtype, MemoryFormat, Mode
 from selab.records.types import On as OnName
 
 # The panels of every command's help.
@@ -225,13 +225,46 @@ class CountOptions(_BlockOptions):
     resolution: Resolution = None
 
 
+_RUNTIMES = ", ".join(RUNTIMES)
+OF_RUNTIMES = ("runtime", "spelling", "float_blocks", "images")
+"""Fields of the options of exported networks."""
+
+
 @dataclass(kw_only=True)
-class _NetworkOptions(_BlockOptions):
-    """What every measuring command takes; None where an option was not given."""
+class _ExportedOptions(_BlockOptions):
+    """How a network is written for another runtime."""
+
+    spelling: Annotated[
+        str | None,
+        option("--spelling", WORKLOAD, "Operators of exported SE blocks, such as mean-linear.", metavar="NAME"),
+    ] = None
+    float_blocks: Annotated[
+        bool, option("--float-blocks", WORKLOAD, "With --dtype int8: leave the SE blocks in fp32.")
+    ] = False
+    images: Annotated[
+        str | None,
+        option("--images", WORKLOAD, "With --dtype int8: images that ranges are taken from.", metavar="FOLDER"),
+    ] = None
 
     baseline: Baseline = None
-    device: Annotated[Device | None, option("--device", WORKLOAD, "cpu (default) or cuda.", metavar="NAME")] = None
     input_size: Inputs = None
+    seed: Seed = None
+
+
+@dataclass(kw_only=True)
+class ExportOptions(_ExportedOptions):
+    """What is exported."""
+
+    batch: Batch = None
+    resolution: Resolution = None
+    dtype: Annotated[Dtype | None, option("--dtype", WORKLOAD, "fp32 (default) or int8.", metavar="NAME")] = None
+
+
+@dataclass(kw_only=True)
+class _NetworkOptions(_ExportedOptions):
+    """What every measuring command takes; None where an option was not given."""
+
+    device: Annotated[Device | None, option("--device", WORKLOAD, "cpu (default) or cuda.", metavar="NAME")] = None
     channels_last: ChannelsLast = False
     mode: Annotated[
         Mode | None,
@@ -239,11 +272,10 @@ class _NetworkOptions(_BlockOptions):
     ] = None
     phase: PhaseNames = None
     compiled: Annotated[bool, option("--compile", WORKLOAD, "Run through torch.compile.")] = False
+    frozen: Annotated[
+        bool, option("--freeze", WORKLOAD, "With --compile: take the weights as constants, for inference.")
+    ] = False
     fused: Annotated[bool, option("--fused", WORKLOAD, "Run both networks through selab.fuse.")] = False
-    runtime: Annotated[
-        str | None,
-        option("--runtime", WORKLOAD, "torch (default), or onnxruntime: both networks as ONNX files.", metavar="NAME"),
-    ] = None
     hold_heap: Annotated[
         bool | None,
         option(
@@ -252,7 +284,6 @@ class _NetworkOptions(_BlockOptions):
             "Keep freed memory, as a server that runs for long does (default on glibc); or give it back.",
         ),
     ] = None
-    seed: Seed = None
 
     def fields_of_request(self) -> dict[str, Any]:
         """Return the fields of a `Request` that were given, in its own names.
@@ -283,7 +314,16 @@ class WorkloadOptions(_NetworkOptions):
     resolution: Resolution = None
     dtype: Annotated[
         Dtype | None,
-        option("--dtype", WORKLOAD, "fp32 (default), tf32 (CUDA), or autocast to bf16 or fp16.", metavar="NAME"),
+        option(
+            "--dtype",
+            WORKLOAD,
+            "fp32 (default), tf32 (CUDA), autocast to bf16 or fp16, or int8 with --runtime.",
+            metavar="NAME",
+        ),
+    ] = None
+    runtime: Annotated[
+        str | None,
+        option("--runtime", WORKLOAD, f"{_RUNTIMES}; torch by default.", metavar="NAME"),
     ] = None
     memory_format: Annotated[
         MemoryFormat | None,
@@ -346,7 +386,10 @@ class GridOptions(_NetworkOptions):
         str,
         option("--resolution", WORKLOAD, f"{_LIST}Height and width of the input.", metavar="N,…", show_default=False),
     ] = ""
-    dtype: Annotated[str, option("--dtype", WORKLOAD, f"{_LIST}fp32, tf32, bf16, fp16.", metavar="NAME,…")] = "fp32"
+    dtype: Annotated[str, option("--dtype", WORKLOAD, f"{_LIST}fp32, tf32, bf16, fp16, int8.", metavar="NAME,…")] = (
+        "fp32"
+    )
+    runtime: Annotated[str, option("--runtime", WORKLOAD, f"{_LIST}{_RUNTIMES}.", metavar="NAME,…")] = TORCH
     memory_format: Annotated[
         str,
         option(

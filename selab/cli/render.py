@@ -33,7 +33,7 @@ Profiles = Annotated[
 
 
 def plot(
-    name: Annotated[str, typer.Argument(help="cost, accuracy, added, curves or tax.")],
+    name: Annotated[str, typer.Argument(help="cost, accuracy, added, runtimes, curves or tax.")],
     x: Annotated[str | None, option("--x", WHAT, "Quantity; macs by default.", metavar="NAME")] = None,
     y: Annotated[
         str | None,
@@ -136,7 +136,7 @@ def table(
         str,
         typer.Argument(
             help="Counted: paper-2, paper-3, cifar, reduction, squeeze, excitation, stages, integration, mobile, zoo. "
-            "Measured (--profiles): added, latency, accuracy, tax. report: a machine's page. all: every counted one."
+            "Measured (--profiles): added, latency, accuracy, tax, runtimes. report: a machine's page. all: counted."
         ),
     ],
     profiles: Profiles = None,

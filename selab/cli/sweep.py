@@ -40,7 +40,7 @@ from selab.cli.options import (
 )
 from selab.errors import SelabError, nearest
 from selab.experiments.job import network_address
-from selab.records.types import Dtype, MemoryFormat
+from selab.records.types import RUNTIMES, TORCH, Dtype, MemoryFormat
 
 if TYPE_CHECKING:
     from selab.bench.progress import Report
@@ -118,7 +118,7 @@ def _cells(arch: Sequence[str], options: GridOptions, own: dict[str, Any], wrong
     if options.channels_last and not options.memory_format:
         options.memory_format, options.channels_last = "channels_last", False
     common = options.fields_of_request()
-    for name in ("batch", "resolution", "reduction", "threads", "dtype", "memory_format", *_BLOCK_AXES):
+    for name in ("batch", "resolution", "reduction", "threads", "dtype", "runtime", "memory_format", *_BLOCK_AXES):
         common.pop(name, None)
     batches, resolutions, reductions, threads = (
         _naturals(getattr(options, name), option_of(GridOptions, name), wrong)
@@ -130,6 +130,7 @@ def _cells(arch: Sequence[str], options: GridOptions, own: dict[str, Any], wrong
     axes: dict[str, Any] = {
         # Where no value is right there is a cell all the same, so that wrong networks are found too.
         "dtype": _listed(options.dtype, get_args(Dtype), "--dtype", wrong) or ["fp32"],
+        "runtime": _listed(options.runtime, RUNTIMES, "--runtime", wrong) or [TORCH],
         "memory_format": formats or ["contiguous"],
         "threads": threads or [None],
         "phases": ("forward",),

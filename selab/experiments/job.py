@@ -46,6 +46,7 @@ class Request(Frozen, frozen=True, kw_only=True):
         on: `cpu` to look at the networks (to count, and to find sites) on real tensors, where values decide what they
             compute.
         threads: CPU threads of the headline; None for one thread, and a second row on all cores.
+        frozen: whether the compiler takes the weights as constants.
         held_heap: whether freed memory is kept, as in a program that runs for long; None for yes on a CPU whose C
             library has `mallopt`.
         quick: short, as `selab.experiments.schedule` says; `thorough` is long, for what is published.
@@ -54,6 +55,9 @@ class Request(Frozen, frozen=True, kw_only=True):
             a GPU for 1. That one is this process: it measures for long, and says nothing about another one.
         cold: on a GPU, flush the L2 cache before each call.
         runtime: name of the backend that runs both networks (`selab.bench.backends`).
+        spelling: of the exported SE blocks (`selab.deploy.spelling`); empty for the runtime's own.
+        float_blocks: whether the SE blocks of a quantised network stay in fp32.
+        images: folder of images that int8 is calibrated on; None for noise.
     """
 
     arch: str
@@ -68,6 +72,7 @@ class Request(Frozen, frozen=True, kw_only=True):
     memory_format: MemoryFormat = "contiguous"
     mode: Mode = "auto"
     compiled: bool = False
+    frozen: bool = False
     fused: bool = False
     held_heap: bool | None = None
     threads: int | None = None
@@ -78,6 +83,9 @@ class Request(Frozen, frozen=True, kw_only=True):
     processes: int | None = None
     cold: bool = False
     runtime: str = TORCH
+    spelling: str = ""
+    float_blocks: bool = False
+    images: str | None = None
     phases: tuple[Phase, ...] = PHASES
 
     @property
@@ -124,6 +132,7 @@ _OPTIONS = {
     "dtype": "--dtype",
     "mode": "--mode",
     "compiled": "--compile",
+    "frozen": "--freeze",
     "fused": "--fused",
     "threads": "--threads",
     "quick": "--quick",
@@ -133,6 +142,9 @@ _OPTIONS = {
     "processes": "--processes",
     "cold": "--cold",
     "runtime": "--runtime",
+    "spelling": "--spelling",
+    "float_blocks": "--float-blocks",
+    "images": "--images",
 }
 
 
@@ -160,13 +172,18 @@ class Job(Frozen, frozen=True, kw_only=True):
         if self.baseline is None:
             arch = self.request.arch
             others = [one.name for one in catalog.installed().values() if one.baseline == self.variant.name]
-            if self.variant.family == ONNX_FAMILY:
+            if self.is_graph:
                 raise SpecError(f"--arch {arch}: has no SE block; name what to compare with: --baseline OTHER.onnx")
             what = (
                 f"is a baseline itself; profile its variant: --arch {others[0]}, or" if others else "has no baseline;"
             )
             raise SpecError(f"--arch {arch}: {what} name what to compare with: `selab profile --baseline NAME`")
         return self.variant, self.baseline
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether the network is an ONNX file."""
+        return self.variant.family == ONNX_FAMILY
 
     @property
     def against(self) -> str | None:
@@ -269,18 +286,37 @@ def _of_runtime(request: Request, variant: Variant) -> Request:
     """Return the request with the runtime of an ONNX network, and with the phases that it can run.
 
     Raises:
-        SpecError: it asks for another phase.
+        SpecError: it asks for another phase, or for what only exported networks have.
     """
     if variant.family == ONNX_FAMILY and request.runtime == TORCH:
         request = msgspec.structs.replace(request, runtime=ONNX_RUNTIME)
-    if request.runtime == TORCH:
+    _check_exported(request, variant)
+    if request.frozen and not request.compiled:
+        raise SpecError("--freeze: is of compiled networks; add --compile")
+    if request.runtime == TORCH and not request.frozen:
         return request
     if request.phases == PHASES:
         request = msgspec.structs.replace(request, phases=("forward",))
     for phase in request.phases:
         if phase != "forward":
-            raise SpecError(f"--phase {phase}: runtime {request.runtime} runs forward only")
+            what = "a network with frozen weights" if request.frozen else f"runtime {request.runtime}"
+            raise SpecError(f"--phase {phase}: {what} runs forward only")
     return request
+
+
+def _check_exported(request: Request, variant: Variant) -> None:
+    given = {
+        "--spelling": request.spelling,
+        "--float-blocks": request.float_blocks,
+        "--images": request.images is not None,
+    }
+    for option, is_given in given.items():
+        if is_given and request.runtime == TORCH:
+            raise SpecError(f"{option}: is of exported networks; add --runtime NAME")
+    if request.float_blocks and request.dtype != "int8":
+        raise SpecError("--float-blocks: is of quantised networks; add --dtype int8")
+    if request.spelling and variant.family == ONNX_FAMILY:
+        raise SpecError(f"--spelling: {variant.name} is an ONNX network, whose blocks stay as they are; leave it out")
 
 
 def _workload_of(request: Request, variant: Variant) -> Workload:
@@ -296,9 +332,12 @@ def _workload_of(request: Request, variant: Variant) -> Workload:
         mode=request.mode,
         threads=request.threads or 1,
         compiled=request.compiled,
+        frozen=request.frozen,
         fused=request.fused,
         held_heap=request.holds_heap and (request.runtime == TORCH or request.held_heap is True),
         runtime=request.runtime,
+        spelling=request.spelling,
+        float_blocks=request.float_blocks,
         inputs=tuple(map(str, variant.inputs)),
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import torch
 from torch import nn
 
 from selab import units
@@ -30,11 +31,11 @@ from selab.cost.tracer import op_trace
 from selab.errors import DeviceError, ModelError, RecordError
 from selab.experiments import workers
 from selab.experiments.children import Found, Started, Turn, in_processes
+from selab.experiments.exporting import exported, is_exported
 from selab.experiments.job import Job, Request, resolve
 from selab.experiments.placements import Placements, method_of, summary
 from selab.experiments.schedule import Schedule, effort_of
 from selab.experiments.workers import Failed, Placed, WorkerJob, build_pair, raw_runs
-from selab.graphs.export import export_onnx
 from selab.graphs.module import OnnxNetwork
 from selab.models import catalog
 from selab.models.build import Built, build
@@ -44,7 +45,6 @@ from selab.records.energy import summarise as summarise_energy
 from selab.records.types import (
     PHASE_NAMES,
     SCHEMA,
-    TORCH,
     Cost,
     Energy,
     Insertion,
@@ -59,6 +59,7 @@ from selab.records.types import (
 if TYPE_CHECKING:
     from selab.bench.latency import RawPhase
     from selab.meta import Example
+    from selab.records.exported import Exported
 
 
 COUNTED = "counted"
@@ -89,7 +90,7 @@ class Profile:
     """
 
     def __init__(self, job: Job, *, clock: Clock = time.monotonic, began: float | None = None) -> None:
-        check_device(job.workload.device, job.workload.dtype)
+        check_device(job.workload.device, job.workload.dtype, runtime=job.workload.runtime)
         self.job = job
         # The same two networks, in the files of another runtime.
         self._measured = job
@@ -105,6 +106,7 @@ class Profile:
         self.baseline_memory: Memory | None = None
         self.energy: dict[Phase, Energy] = {}
         self.energy_left_out = ""
+        self.exported: Exported | None = None
         self.complete = False
         self.remarks: tuple[str, ...] = ()
         self.expectation = ""
@@ -148,10 +150,11 @@ class Profile:
         meter = self._meter()
         report(COUNTED, None)
         with ExitStack() as files:
-            if self.job.workload.runtime != TORCH and not isinstance(variant, OnnxNetwork):
+            if is_exported(self.job):
                 report("exporting", None)
                 folder = files.enter_context(tempfile.TemporaryDirectory(prefix="selab-"))
-                self._measured, variant, baseline = exported(self.job, variant, baseline, Path(folder))
+                self._measured, self.exported, self.remarks = exported(self.job, variant, baseline, Path(folder))
+                variant, baseline = (built.model for built in build_pair(self._measured))
             self._measure(schedule, variant, baseline, report, meter)
         self.complete = True
 
@@ -323,29 +326,9 @@ class Profile:
             baseline_memory=self.baseline_memory,
             energy=self.energy,
             energy_left_out=self.energy_left_out,
+            exported=self.exported,
             warnings=(*warnings_of(self.cost), *self.remarks),
         )
-
-
-def exported(job: Job, variant: nn.Module, baseline: nn.Module, folder: Path) -> tuple[Job, nn.Module, nn.Module]:
-    """Write both networks of a job as ONNX files; return the job of the files, and the networks in them.
-
-    Args:
-        job: of a runtime that runs such files.
-        variant: the network; it is left unchanged.
-        baseline: likewise.
-        folder: for the files.
-
-    Raises:
-        ModelError: PyTorch cannot export one of them.
-    """
-    image = (job.workload.batch, *job.workload.input_chw)
-    found = []
-    for named, model, file in zip(job.pair, (variant, baseline), ("variant.onnx", "baseline.onnx"), strict=True):
-        export_onnx(model, image, folder / file, name=named.name)
-        found.append(catalog.find(str(folder / file)))
-    made = [build(one, input_chw=job.workload.input_chw).model for one in found]
-    return msgspec.structs.replace(job, variant=found[0], baseline=found[1]), made[0], made[1]
 
 
 def warnings_of(cost: Cost) -> tuple[str, ...]:
@@ -370,7 +353,8 @@ def _counted(
     shape: Example = (workload.batch, *workload.input_chw)
     if variant.inputs:
         shape = example_of(built.model, variant.inputs, batch=workload.batch)
-    dtype, on = DTYPES[workload.dtype], variant.on
+    # What is quantised is counted as it was before.
+    dtype, on = DTYPES.get(workload.dtype, torch.float32), variant.on
     model = built.model
     if isinstance(model, OnnxNetwork):
         return count(model, shape)

@@ -1,11 +1,13 @@
 """Measure the SE overhead of several implementations (torchvision, timm, reference, fused) in one run."""
 
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,6 +28,7 @@ from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
 from selab.experiments.children import Found, Started, Turn, child, in_processes
 from selab.experiments.job import Job, Request, resolve
 from selab.experiments.schedule import Schedule, effort_of
+from selab.experiments.tax_exported import OF_FILES, SPELLED, network_of, pairs_of, write_arms
 from selab.experiments.tax_gathered import Gathered, TaxFound
 from selab.experiments.tax_implementations import is_plain, reimplement
 from selab.experiments.tax_record import (
@@ -49,7 +52,7 @@ from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.provenance import bare_name
 from selab.models.spec import Variant, pair_hash
-from selab.records.types import Frozen, Insertion, On, Phase, Workload
+from selab.records.types import TORCH, Frozen, Insertion, On, Phase, Workload
 
 _OTHERS = "other implementations"
 _NOT_COMPILED = "without_scale was skipped: torch.compile would remove the unused squeeze and excitation"
@@ -67,6 +70,11 @@ class TaxRequest(Frozen, frozen=True, kw_only=True):
     implementations: tuple[str, ...] = ALL
 
     @property
+    def allowed(self) -> tuple[str, ...]:
+        """Return what can be compared in the runtime of the request."""
+        return implementations_in(self.request.runtime)
+
+    @property
     def phase(self) -> Phase:
         """Return what is timed as one call."""
         return self.request.phases[0]
@@ -75,29 +83,43 @@ class TaxRequest(Frozen, frozen=True, kw_only=True):
     def command(self) -> str:
         """Return the command line of this request."""
         words = self.request.command("tax")
-        chosen = () if self.implementations == ALL else self.implementations
+        chosen = () if self.implementations == self.allowed else self.implementations
         return words + "".join(f" --impl {_option(name)}" for name in chosen)
 
 
-def chosen_implementations(options: Sequence[str]) -> tuple[str, ...]:
-    """Return the implementations of `--impl` in the order of `ALL`, each once; all of them without any option.
+def implementations_in(runtime: str, *, is_graph: bool = False) -> tuple[str, ...]:
+    """Return what can be compared in a runtime: implementations in PyTorch, spellings elsewhere.
 
     Args:
-        options: names as in `ALL`, or `fused` for the fused one.
+        runtime: of both networks.
+        is_graph: whether the network is an ONNX file.
+    """
+    if is_graph:
+        return OF_FILES
+    return ALL if runtime == TORCH else SPELLED
+
+
+def chosen_implementations(options: Sequence[str], allowed: tuple[str, ...] = ALL) -> tuple[str, ...]:
+    """Return the implementations of `--impl` in their own order, each once; all of them without any option.
+
+    Args:
+        options: names as in `allowed`, or `fused` for the fused one.
+        allowed: of `implementations_in`.
 
     Raises:
         UnknownNameError: there is no such implementation.
         InsertionError: a stage is left out of the reference, which is not measured itself.
     """
-    known = {**{name: name for name in ALL}, **{_option(name): name for name in ALL}}
+    known = {**{name: name for name in allowed}, **{_option(name): name for name in allowed}}
     for option in options:
         if option not in known:
-            raise UnknownNameError(f"--impl {option}: no such implementation{nearest(option, map(_option, ALL))}")
+            listed = f"{nearest(option, map(_option, allowed))}; allowed here: {', '.join(map(_option, allowed))}"
+            raise UnknownNameError(f"--impl {option}: no such implementation{listed}")
     names = [known[option] for option in options]
     without = [name for name in names if name in WITHOUT.values()]
     if without and REFERENCE not in names:
         raise InsertionError(f"--impl {without[0]}: is compared with the reference; add --impl {REFERENCE}")
-    return tuple(name for name in ALL if name in names) if names else ALL
+    return tuple(name for name in allowed if name in names) if names else allowed
 
 
 def _option(name: str) -> str:
@@ -126,12 +148,15 @@ class Tax:
     baseline: Variant | None
     blocks: tuple[Insertion, ...]
 
-    def __init__(self, asked: TaxRequest, *, job: Job | None = None) -> None:
-        """Look up the networks of a request, unless they are at hand in its job."""
+    def __init__(self, asked: TaxRequest, *, job: Job | None = None, files: Mapping[str, str] | None = None) -> None:
+        """Look up the networks of a request, unless they are at hand in its job, or in files for its runtime."""
         request = asked.request
-        check_device(request.device, request.dtype)
         self.asked = asked
         self.job = resolve(request) if job is None else job
+        runtime = self.job.workload.runtime
+        check_device(request.device, request.dtype, runtime=runtime)
+        self._files: Mapping[str, str] = {} if files is None else files
+        self._failed: Mapping[str, str] = {}
         self.variant, self.baseline = self.job.variant, None
         self.workload = self.job.workload
         with redirect_stdout(sys.stderr):
@@ -139,8 +164,11 @@ class Tax:
         self.implementations = asked.implementations
         self._remarks: dict[str, str] = {}
         self._left_in = ""
-        if built.native and not built.insertions and request.baseline is None:
-            self.implementations = _built_in_implementations(asked)
+        if self.job.is_graph:
+            self.baseline = self.job.pair[1]
+            self.blocks = built.insertions
+        elif built.native and not built.insertions and request.baseline is None:
+            self.implementations = asked.implementations if self._is_exported else _built_in_implementations(asked)
             self.blocks = _built_in_blocks(built, request.arch, self.workload, request.on)
             self._left_in = _left_in(built)
         else:
@@ -177,12 +205,31 @@ class Tax:
         with redirect_stdout(sys.stderr):
             return self._run(report)
 
+    @property
+    def _is_exported(self) -> bool:
+        return self.job.workload.runtime != TORCH
+
     def _run(self, report: Report) -> TaxRecord:
+        with ExitStack() as files:
+            if self._is_exported:
+                folder = files.enter_context(tempfile.TemporaryDirectory(prefix="selab-"))
+                self._write(Path(folder), report)
+            return self._measured(report)
+
+    def _write(self, folder: Path, report: Report) -> None:
+        """Write every network for the runtime; what cannot be written is left out with its reason."""
+        self._files, self._failed, said = write_arms(
+            self.job, self.implementations, self.blocks, self._made(variant=False), folder, report
+        )
+        self._remarks |= {str(place): text for place, text in enumerate(said)}
+
+    def _measured(self, report: Report) -> TaxRecord:
         request, workload, phase = self.asked.request, self.workload, self.asked.phase
         report("measuring the bandwidth of copies", None)
-        peaks = measure_peaks(workload.device, workload.dtype, threads=workload.threads)
+        dtype = "fp32" if workload.dtype == "int8" else workload.dtype
+        peaks = measure_peaks(workload.device, dtype, threads=workload.threads)
         measured = self._implementations()
-        gathered = Gathered(job=self.job, pairs=_pairs(measured))
+        gathered = Gathered(job=self.job, pairs=self._pairs(measured))
         if request.in_this_process:
             gathered.add(0, self.measured(self._plan(len(gathered.pairs)), report, seed=request.seed))
         else:
@@ -216,6 +263,8 @@ class Tax:
             remarks=(
                 *([self._left_in] if self._left_in else []),
                 *(gathered.remarks[name] for name in (BASELINE, _OTHERS, FUSED) if name in gathered.remarks),
+                *(self._remarks.values() if self._is_exported else ()),
+                *(f"{words_of(name)}: left out: {why}" for name, why in self._failed.items()),
                 *(() if measured == self.implementations else (_NOT_COMPILED,)),
                 *gathered.deaths,
             ),
@@ -240,7 +289,7 @@ class Tax:
             order = [BASELINE, *Random(f"tax {seed}").sample(others, len(others))]
             networks = {name: networks[name] for name in order}
         found = measure_networks(
-            networks, _pairs(names), self.workload, phase, plan, report, seed=seed, words_of=words_of
+            networks, self._pairs(names), self.workload, phase, plan, report, seed=seed, words_of=words_of
         )
         return TaxFound(
             runs=tuple((method, *pair, run) for method, runs in found.runs.items() for pair, run in runs.items()),
@@ -263,9 +312,10 @@ class Tax:
         def order_of(turn: Turn) -> TaxOrder:
             return TaxOrder(
                 job=self.job,
-                implementations=self.asked.implementations,
+                implementations=self._implementations() if self._is_exported else self.asked.implementations,
                 seed=request.seed + turn.number,
                 seconds=turn.sampling_s,
+                files=dict(self._files),
             )
 
         for event in in_processes(schedule, __name__, order_of, TaxFound):
@@ -287,18 +337,19 @@ class Tax:
 
     def _implementations(self) -> tuple[str, ...]:
         """Return the implementations without the one that a compiler would change."""
-        left_out = {WITHOUT["scale"]} if self.workload.compiled else set()
+        left_out = {WITHOUT["scale"]} if self.workload.compiled else set(self._failed)
         return tuple(name for name in self.implementations if name not in left_out)
 
     def _networks(self, implementations: Sequence[str]) -> dict[str, Callable[[], nn.Module]]:
         """Return a function that builds each network; one seed gives all of them the same weights in common layers."""
+        if self._is_exported:
+            return {
+                name: partial(network_of, self.job, self._files[name]) for name in (BASELINE, AGAIN, *implementations)
+            }
 
         def made(variant: bool, change: Callable[[nn.Module], object] | None = None) -> Callable[[], nn.Module]:
             def make() -> nn.Module:
-                facts = self.variant if variant or self.baseline is None else self.baseline
-                model = build(facts, seed=self.asked.request.seed, input_chw=self.workload.input_chw).model
-                if not variant and self.baseline is None:
-                    remove_external_blocks(model)
+                model = self._made(variant=variant)
                 self._place(model)
                 if change is not None:
                     change(model)
@@ -314,6 +365,17 @@ class Tax:
         for name in implementations:
             networks[name] = made(True, self._change(name))
         return networks
+
+    def _made(self, *, variant: bool) -> nn.Module:
+        """Return the network with its blocks, or the baseline."""
+        facts = self.variant if variant or self.baseline is None else self.baseline
+        model = build(facts, seed=self.asked.request.seed, input_chw=self.workload.input_chw).model
+        if not variant and self.baseline is None:
+            remove_external_blocks(model)
+        return model
+
+    def _pairs(self, implementations: Sequence[str]) -> list[Pair]:
+        return pairs_of(implementations) if self._is_exported else _pairs(implementations)
 
     def _place(self, model: nn.Module) -> None:
         """Move a network to its device and set its mode; what can be fused may depend on both."""
@@ -465,12 +527,14 @@ class TaxOrder(Frozen, frozen=True, kw_only=True):
     Attributes:
         seed: of its order of networks and samples.
         seconds: of sampling of each pair.
+        files: of networks for another runtime: name → path.
     """
 
     job: Job
     implementations: tuple[str, ...]
     seed: int
     seconds: float
+    files: dict[str, str]
 
 
 def child_main() -> None:
@@ -488,5 +552,5 @@ def _short_run(order: TaxOrder, ready: Callable[[], object]) -> Iterator[TaxFoun
         if state is not None and unsaid:
             unsaid.pop()()
 
-    tax = Tax(asked, job=order.job)
+    tax = Tax(asked, job=order.job, files=order.files)
     yield tax.measured(order.job.plan.short(order.seconds), report, seed=order.seed, shuffle=True)

@@ -39,10 +39,14 @@ _WORDS = {
     AGAIN: "baseline again (control)",
     PLAIN: "baseline as it is built",
     FUSED: "fused",
+    "late": "late blocks only",
+    "as_it_is": "as it is",
     **{name: f"reference without {stage}" for stage, name in WITHOUT.items()},
 }
-_ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
+_ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 ALL = (*IMPLEMENTATIONS, *WITHOUT.values())
+LATE, AS_IT_IS = "late", "as_it_is"
+"""In another runtime: with the blocks on small maps only; an ONNX file as it is."""
 BUILT_IN = (REFERENCE, FUSED)
 """Implementations for a network with built-in SE blocks: as its library wrote them, and fused."""
 

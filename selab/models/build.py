@@ -19,7 +19,8 @@ from selab.attention.se import SqueezeExcitation
 from selab.attention.user_code import before_code, beside, imported
 from selab.errors import InsertionError, ModelError, SelabError, SpecError
 from selab.graphs.cost import blocks_of
-from selab.graphs.module import OnnxNetwork
+from selab.graphs.module import DeployedNetwork, OnnxNetwork
+from selab.graphs.reading import image_shape
 from selab.meta import Example, first_line
 from selab.meta.modes import made_on
 from selab.models import external
@@ -86,8 +87,11 @@ def build(
                 f"{variant.place}: {variant.builder} refuses its arguments "
                 f"{dict(variant.arguments)}: {first_line(error)}"
             ) from error
+        if isinstance(model, DeployedNetwork):
+            return Built(model=model)
         if isinstance(model, OnnxNetwork):
-            return _built_graph(model, variant, (1, *(input_chw or variant.input_chw)))
+            batch = image_shape(model.model, model.place)[1][0] or 1
+            return _built_graph(model, variant, (batch, *(input_chw or variant.input_chw)))
         if not isinstance(model, nn.Module):
             raise SpecError(f"{variant.origin}: builder: {variant.builder} does not return a torch.nn.Module")
         try:

@@ -19,7 +19,7 @@ import msgspec
 from selab.attention.config import ExternalConfig
 from selab.attention.user_code import beside, explained, imported
 from selab.errors import SpecError, UnknownNameError, nearest
-from selab.models.spec import ONNX_FAMILY, Variant
+from selab.models.spec import DEPLOYED_FAMILY, ONNX_FAMILY, Variant
 
 if TYPE_CHECKING:
     from torch import nn
@@ -254,6 +254,33 @@ def _onnx_variant(path: Path, name: str, *, bare: bool) -> Variant:
     return msgspec.structs.replace(variant, baseline=own_baseline)
 
 
+def from_exported(*, num_classes: int, path: str, runtime: str) -> "nn.Module":
+    """Return a network that was written for another runtime, by this project.
+
+    Args:
+        num_classes: has no meaning here.
+        path: of the file.
+        runtime: that it was written for.
+    """
+    from selab.graphs.module import DeployedNetwork
+
+    del num_classes
+    return DeployedNetwork(Path(path), runtime)
+
+
+def exported_variant(path: Path, runtime: str, *, input_chw: tuple[int, int, int]) -> Variant:
+    """Return the variant of a file that was just written for another runtime."""
+    return _variant(
+        str(path),
+        family=DEPLOYED_FAMILY,
+        title=path.name,
+        source=runtime,
+        builder="from_exported",
+        arguments={"path": str(path), "runtime": runtime},
+        input_chw=input_chw,
+    )
+
+
 def _digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -339,7 +366,7 @@ def from_module(*, num_classes: int, target: str) -> "nn.Module":
 # first records, whatever this module is called.
 BUILDERS: dict[str, Callable[..., "nn.Module"]] = {
     f"{_BUILDER_PREFIX}{builder.__name__}": builder
-    for builder in (torchvision_model, timm_model, from_file, from_module, from_onnx)
+    for builder in (torchvision_model, timm_model, from_file, from_module, from_onnx, from_exported)
 }
 
 

@@ -33,6 +33,7 @@ _LATER_KEYS = {"block": "se", "activation": "relu", "stages": (), "init": "he", 
 
 
 ONNX_FAMILY = "onnx"
+DEPLOYED_FAMILY = "deployed"
 """The family of networks that are ONNX files."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from selab.records.energy import mistaken_energy
+from selab.records.exported import mistaken_exported
 from selab.records.types import (
     Cost,
     Counter,
@@ -44,6 +45,8 @@ def mistaken_record(record: Record) -> Iterator[str]:
         memory = getattr(record, name)
         if memory is not None:
             yield from _mistaken_memory(memory, name)
+    if record.exported is not None:
+        yield from mistaken_exported(record.exported, "exported")
     for phase, energy in record.energy.items():
         yield from mistaken_energy(energy, record.workload.batch, f"energy.{phase}")
     for name in ("latency", "latency_all_cores"):

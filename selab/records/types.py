@@ -14,11 +14,13 @@ from selab import units
 from selab.errors import RecordError
 from selab.records.bounds import fault_of, json_fault
 from selab.records.display import DisplayedValues
+from selab.records.exported import Exported
 from selab.records.files import shown
+from selab.records.frozen import Frozen as Frozen
 
 SCHEMA = "selab.profile/1"
 Device = Literal["cpu", "cuda"]
-Dtype = Literal["fp32", "tf32", "bf16", "fp16"]
+Dtype = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Mode = Literal["auto", "train", "eval"]
 On = Literal["fake", "cpu"]
@@ -29,11 +31,9 @@ Status = Literal["converged", "budget"]
 Unit = Literal["pair", "process"]
 VerdictKind = Literal["slower", "faster", "equal", "undecided", "no_result"]
 TORCH, ONNX_RUNTIME = "torch", "onnxruntime"
+RUNTIMES = (TORCH, ONNX_RUNTIME, "openvino", "executorch", "litert", "aoti")
+"""What networks can be measured in."""
 _T = TypeVar("_T")
-
-
-class Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base class for immutable, keyword-only, strictly validated values."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost
@@ -103,7 +103,7 @@ class Counter(Frozen, frozen=True, kw_only=True):
     ours: int
     differences: tuple[Difference, ...] = ()
     remainder: int | None = None
-    uncounted: dict[str, int] = {}
+    uncounted: dict[str, int] = msgspec.field(default_factory=dict)
     error: str = ""
 
 
@@ -135,7 +135,7 @@ class Cost(DisplayedValues, Frozen, frozen=True, kw_only=True):
     by_operator: dict[str, OperatorCost]
     by_module: dict[str, OperatorCost]
     unknown: dict[str, int]
-    counters: dict[str, Counter] = {}
+    counters: dict[str, Counter] = msgspec.field(default_factory=dict)
 
     def summary(self) -> str:
         """Return parameters, MACs, FLOPs and bytes in one line."""
@@ -323,6 +323,9 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
         held_heap: True if the C library kept freed memory, so that buffers are not returned and requested again.
         runtime: the runtime that ran the networks; omitted from JSON for `torch`, as in records that precede it.
         inputs: all inputs as `--input` takes them, of networks with several; omitted from JSON for others.
+        spelling: of the SE blocks that were exported (`selab.deploy.spelling`), if it is not the runtime's own.
+        float_blocks: True if the SE blocks of a quantised network stayed in fp32.
+        frozen: True if torch.compile took the weights as constants.
     """
 
     batch: int
@@ -332,12 +335,15 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
     memory_format: MemoryFormat
     mode: Mode
     threads: int
-    # Of a struct with omit_defaults only `runtime` and `inputs` may be omitted. A default from a factory is written.
+    # Of a struct with omit_defaults only those of other runtimes may be omitted. A default from a factory is written.
     compiled: bool = msgspec.field(default_factory=bool)
     fused: bool = msgspec.field(default_factory=bool)
     held_heap: bool = msgspec.field(default_factory=bool)
     runtime: str = TORCH
     inputs: tuple[str, ...] = ()
+    spelling: str = ""
+    float_blocks: bool = False
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         # msgspec recognises a default by identity, and a name read from a file or an option is another object.
@@ -354,9 +360,12 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
         several = [re.sub(r"[^\w.]+", "_", one) for one in self.inputs]
         parts = [self.device, f"b{self.batch}", *(several or image), self.dtype]
         parts += ["nhwc" if self.memory_format == "channels_last" else ""]
-        parts += [self.mode if self.mode != "auto" else "", "compiled" if self.compiled else ""]
+        parts += [
+            self.mode if self.mode != "auto" else "",
+            ("frozen" if self.frozen else "compiled") if self.compiled else "",
+        ]
         parts += ["fused" if self.fused else "", "held" if self.held_heap else ""]
-        parts += [self.runtime if self.runtime != TORCH else ""]
+        parts += [self.runtime if self.runtime != TORCH else "", self.spelling, "floatse" if self.float_blocks else ""]
         parts += [f"t{self.threads}" if self.device == "cpu" else ""]
         return "-".join(part for part in parts if part)
 
@@ -370,8 +379,10 @@ class Workload(Frozen, frozen=True, kw_only=True, omit_defaults=True):
         sizes = " and ".join(re.sub(r"(?<=\d)x(?=\d)", "×", one) for one in shapes)
         parts = [f"batch {self.batch}", sizes, self.dtype]
         parts += ["channels last" if self.memory_format == "channels_last" else ""]
-        parts += ["compiled" if self.compiled else "", "fused" if self.fused else ""]
+        parts += ["compiled" if self.compiled else "", "frozen" if self.frozen else "", "fused" if self.fused else ""]
         parts += ["heap held" if self.held_heap else "", f"{self.mode} mode" if self.mode != "auto" else ""]
+        parts += [self.runtime if self.runtime != TORCH else "", self.spelling]
+        parts += ["SE in fp32" if self.float_blocks else ""]
         if device:
             parts += [self.device, f"{self.threads} threads" if self.device == "cpu" and self.threads > 1 else ""]
         return [part for part in parts if part]
@@ -434,6 +445,7 @@ class Record(Frozen, frozen=True, kw_only=True):
         gpu_methods: on a GPU every method's figures, the headline's among them.
         energy: of forward, and of forward and backward.
         energy_left_out: why there is none.
+        exported: of another runtime: what was written for it.
     """
 
     schema: str
@@ -453,13 +465,14 @@ class Record(Frozen, frozen=True, kw_only=True):
     cost: Cost
     baseline_cost: Cost | None = None
     insertions: tuple[Insertion, ...] = ()
-    latency: dict[Phase, Latency] = {}
-    latency_all_cores: dict[Phase, Latency] = {}
-    gpu_methods: dict[Phase, dict[str, Latency]] = {}
+    latency: dict[Phase, Latency] = msgspec.field(default_factory=dict)
+    latency_all_cores: dict[Phase, Latency] = msgspec.field(default_factory=dict)
+    gpu_methods: dict[Phase, dict[str, Latency]] = msgspec.field(default_factory=dict)
     memory: Memory | None = None
     baseline_memory: Memory | None = None
-    energy: dict[Phase, Energy] = {}
+    energy: dict[Phase, Energy] = msgspec.field(default_factory=dict)
     energy_left_out: str = ""
+    exported: Exported | None = None
     warnings: tuple[str, ...] = ()
 
 

@@ -28,6 +28,7 @@ from selab.report.published import (
     reproduced,
     zoo_tables,
 )
+from selab.report.runtimes import runtime_tables
 from selab.report.table import Table
 from selab.report.tax import summary_tables
 from selab.report.traces import distances_table
@@ -38,10 +39,11 @@ REPORT = "report"
 ZOO = "zoo"
 ACCURACY = "accuracy"
 TAX = "tax"
-MEASURED = ("added", "latency", ACCURACY, TAX)
+RUNTIMES = "runtimes"
+MEASURED = ("added", "latency", ACCURACY, TAX, RUNTIMES)
 COST_TABLES = (*PAPER_TABLES, "mobile", ZOO)
 NAMES = (*COST_TABLES, *MEASURED)
-_REPORTED = ("added", TAX, ACCURACY, "mobile", "paper-2", "paper-3", "latency")
+_REPORTED = ("added", RUNTIMES, TAX, ACCURACY, "mobile", "paper-2", "paper-3", "latency")
 
 
 def check_name(name: str) -> None:
@@ -99,7 +101,13 @@ def named_tables(
     check_name(name)
     profiles = [record for record in records if record.kind == "profile"]
     if name == REPORT:
-        there = {"added": bool(profiles), "latency": bool(profiles), ACCURACY: bool(compared), TAX: bool(taxes)}
+        there = {
+            "added": bool(profiles),
+            RUNTIMES: bool(runtime_tables(profiles)),
+            "latency": bool(profiles),
+            ACCURACY: bool(compared),
+            TAX: bool(taxes),
+        }
         names = [one for one in _REPORTED if there.get(one, True)]
         return [grid for one in names for grid in named_tables(one, costs, records, compared, taxes)]
     if name == "mobile":
@@ -120,6 +128,11 @@ def named_tables(
         return summary_tables(taxes)
     if not profiles:
         raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
+    if name == RUNTIMES:
+        found = runtime_tables(profiles)
+        if not found:
+            raise RecordError(f"table {name}: no record of another runtime; use `selab profile --runtime NAME`")
+        return found
     return latency_tables(profiles) if name == "latency" else added_tables(profiles)
 
 

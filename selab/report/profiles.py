@@ -11,6 +11,7 @@ from selab.records.types import (
     COST_ROWS,
     MEMORY_ROWS,
     PHASE_NAMES,
+    TORCH,
     Cost,
     Energy,
     Latency,
@@ -19,6 +20,7 @@ from selab.records.types import (
     Workload,
 )
 from selab.records.verdict import change_words
+from selab.report.exports import exported_notes
 from selab.report.machines import by_machine
 from selab.report.published import (
     points,
@@ -137,6 +139,8 @@ def profile_table(record: Record) -> Table:
     notes += [f"energy: not measured: {record.energy_left_out}"] if record.energy_left_out else []
     notes += ["counted before torch.compile, which fuses operators"] if record.workload.compiled else []
     notes += ["counted as written, before selab.fuse, which moves fewer bytes"] if record.workload.fused else []
+    notes += exported_notes(record.exported) if record.exported is not None else []
+    notes += ["counted in fp32, before it was quantised"] if record.workload.dtype == "int8" else []
     if variant is not None:
         rows += _published_rows(variant, baseline)
         sources = {f"{one.source}, {one.where}" for one in variant.published if one.metric.startswith("top")}
@@ -367,7 +371,7 @@ def _latency_table(title: str, lines: Sequence[tuple[Record, Latency]]) -> Table
 
 def added_tables(records: Sequence[Record]) -> list[Table]:
     """Return what SE adds to each network, in percent of the baseline; one table per machine and workload."""
-    own = [record for record in records if is_own_baseline(record)]
+    own = [record for record in records if is_own_baseline(record) and record.workload.runtime == TORCH]
     columns = ("", "params", "MACs", "bytes", "forward", "forward+backward", "saved for backward", "top-1 error")
     tables = []
     for work, group in _groups(own):

@@ -168,8 +168,14 @@ def test_every_registered_runtime_has_its_name_and_the_protocol():
     methods = [name for name in vars(Backend) if not name.startswith("_")]
     assert {"prepare", "check_output", "timings", "session", "memory"} <= set(methods)
     for name in backends.REGISTRY:
-        assert backend(name).name == name
-        assert all(hasattr(backend(name), method) for method in methods)
+        try:
+            one = backend(name)
+        except DeviceError as error:
+            # What is not installed is looked at where it is.
+            assert f"runtime {name}: needs the package" in str(error)
+            continue
+        assert one.name == name
+        assert all(hasattr(one, method) for method in methods)
 
 
 def test_the_control_runs_before_and_after_under_its_own_plan_and_seed(net, workload, monkeypatch):

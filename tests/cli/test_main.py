@@ -80,7 +80,7 @@ class TestMistakes:
         "words",
         [
             ["profile", "--arch", "se_mobilenet", "--batch", 0],
-            ["profile", "--arch", "se_mobilenet", "--dtype", "int8"],
+            ["profile", "--arch", "se_mobilenet", "--dtype", "int4"],
             ["profile"],
             ["profil"],
         ],

@@ -99,7 +99,7 @@ def test_the_two_spellings_of_a_memory_format_are_one():
         (["roofline", "--mode", "train"], "--mode: is fixed"),
         (["roofline", "--phase", "backward"], "--phase: is forward"),
         (["roofline", "--as", "h200", "--threads", 2], "--threads: has no part in a prediction"),
-        (["tax", "--runtime", "onnxruntime"], "--runtime: has no part in a tax"),
+        (["tax", "--runtime", "onnxruntime", "--spelling", "pool-conv"], "--spelling: is what tax compares"),
         (["timeline", "--runtime", "onnxruntime"], "--runtime: has no part in a timeline"),
         (["roofline", "--runtime", "onnxruntime"], "--runtime: has no part in a roofline"),
         (["roofline", "--as", "h200", "--free-heap"], "--free-heap: has no part in a prediction"),

@@ -33,6 +33,11 @@ WORKING = {
     "train": ["--arch", f"{TOML}:tiny", *TRAINING],
     "eval": ["--arch", f"{TOML}:tiny", "--weights", "good.safetensors", "--data", "synthetic"],
     "compare": [*TRAINING, "--seeds", "1", "--no-latency", f"{TOML}:tiny", f"{TOML}:se_tiny"],
+    "export": ["--arch", f"{TOML}:se_tiny", "--to", "onnx", "--replace"],
+    "import": [
+        *("--arch", SE, "--from", "executorch", "--on-device", "a phone", "--replace"),
+        *("--base", "timed.txt", "--variant", "timed.txt"),
+    ],
     "check": ["budgets.toml"],
     "diff": ["record.json", "record.json"],
     "schema": [],
@@ -52,7 +57,7 @@ WORKING = {
     ],
 }
 # They train or measure when nothing is wrong, which takes seconds.
-SLOW = ("profile", "tax", "sweep", "timeline", "train", "eval", "compare")
+SLOW = ("profile", "tax", "sweep", "timeline", "train", "eval", "compare", "export")
 NUMBERS = ["", "0", "-1", "1e400", "nan", "inf", "9" * 5000, "1" + "0" * 400, "0x10", "1 2", "٣", "\0", "--"]
 TEXTS = [
     "",
@@ -237,6 +242,9 @@ OPTIONS = {
             "--memory-format",
             "--mode",
             "--runtime",
+            "--spelling",
+            "--to",
+            "--on-device",
             "--phase",
             "--format",
             "--amp",
@@ -277,12 +285,17 @@ OPTIONS = {
     ],
     "--se": CHANGES,
     "--insert": SITES,
-    **dict.fromkeys(["--weights", "--record", "--classes-file", "--into"], READ),
+    **dict.fromkeys(["--weights", "--record", "--classes-file", "--into", "--base", "--variant"], READ),
     **dict.fromkeys(["--json", "--svg", "--table"], WRITE),
-    **dict.fromkeys(["--out", "--profiles", "--data-dir", "--pictures"], FOLDERS),
+    **dict.fromkeys(["--out", "--profiles", "--data-dir", "--pictures", "--images"], FOLDERS),
 }
 # A file here, a folder elsewhere.
-OF_COMMAND = {("plot", "--out"): WRITE, ("table", "--out"): WRITE, ("roofline", "--out"): WRITE}
+OF_COMMAND = {
+    ("plot", "--out"): WRITE,
+    ("table", "--out"): WRITE,
+    ("roofline", "--out"): WRITE,
+    ("export", "--out"): WRITE,
+}
 ARGUMENTS = {
     "archs": TEXTS,
     "show": NETWORKS,
@@ -442,6 +455,7 @@ def make_files(folder: Path) -> None:
         "deep.json": "[" * 100_000 + "]" * 100_000,
         "digits.json": '{"schema": ' + "9" * 5000 + "}",
         "list.json": "[1, 2]",
+        "timed.txt": "Model executed successfully 50 time(s) in 123.500000 ms.",
         "budgets.toml": f'[budgets.b]\narch = "{folder / "nets.toml"}:se_tiny"\nparams = 1000000\n',
         "evil.pt": b"cos\nsystem\n(S'touch hacked'\ntR.",
         "truncated.safetensors": b"\x10\0\0\0\0\0\0\0{",

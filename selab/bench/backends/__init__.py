@@ -13,12 +13,17 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from selab.bench.sampler import Arm, Clock, Plan, WatchBlocks
-from selab.errors import DeviceError, ModelError, UnknownNameError, nearest
+from selab.deploy.target import needed
+from selab.errors import ModelError, UnknownNameError, nearest
 from selab.records.types import PHASES, Flag, Memory, Phase, Statistic, Workload
 
 REGISTRY = {
     "torch": "selab.bench.backends.torch:BACKEND",
     "onnxruntime": "selab.bench.backends.onnxruntime:BACKEND",
+    "openvino": "selab.bench.backends.openvino:BACKEND",
+    "executorch": "selab.bench.backends.executorch:BACKEND",
+    "litert": "selab.bench.backends.litert:BACKEND",
+    "aoti": "selab.bench.backends.aoti:BACKEND",
 }
 """`Workload.runtime` → `module:object` of its backend, imported when it is asked for."""
 
@@ -129,14 +134,8 @@ def backend(name: str) -> Backend[Any]:
     if name not in REGISTRY:
         raise UnknownNameError(f"runtime {name}: unknown{nearest(name, REGISTRY)}")
     module, _, attribute = REGISTRY[name].partition(":")
-    try:
+    with needed(name):
         found: Backend[Any] = getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "selab":
-            raise
-        raise DeviceError(
-            f"runtime {name}: needs the package {error.name}, which is not installed; install it or use runtime torch"
-        ) from None
     return found
 
 

@@ -47,7 +47,7 @@ class TorchBackend:
             stack.enter_context(warnings.catch_warnings())
             # The first matrix product of autograd's thread on a GPU; torch then does what the warning asks for.
             warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
-            stack.enter_context(_compiler_limits() if workload.compiled else nullcontext())
+            stack.enter_context(_compiler_settings(workload) if workload.compiled else nullcontext())
             torch.manual_seed(seed)
             yield
 
@@ -102,14 +102,20 @@ class TorchBackend:
         return saved_for_backward(prepared)
 
 
-def _compiler_limits() -> AbstractContextManager[object]:
-    """Allow many compiled networks of one class: past 8 compilations torch would silently run them eagerly."""
+@contextmanager
+def _compiler_settings(workload: Workload) -> Iterator[None]:
+    """Allow many compiled networks of one class, and freeze the weights if asked.
+
+    Past 8 compilations torch would silently run them eagerly.
+    """
     from torch._dynamo import config
 
-    patched: AbstractContextManager[object] = config.patch(
-        recompile_limit=_COMPILED_NETWORKS, fail_on_recompile_limit_hit=True
-    )
-    return patched
+    with config.patch(recompile_limit=_COMPILED_NETWORKS, fail_on_recompile_limit_hit=True), ExitStack() as stack:
+        if workload.frozen:
+            from torch._inductor import config as inductor
+
+            stack.enter_context(inductor.patch(freezing=True))
+        yield
 
 
 BACKEND = TorchBackend()

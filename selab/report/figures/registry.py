@@ -14,6 +14,7 @@ from selab.report.figures.bars import Bars, bars, bars_figure
 from selab.report.figures.curves import Curves, curves_figure
 from selab.report.figures.lines import Lines, lines_figure
 from selab.report.figures.roofline import Roof, roof_figure
+from selab.report.figures.runtimes import runtime_bars
 from selab.report.figures.scatter import Scatter, points, scatter_figure
 from selab.report.figures.style import STYLE
 from selab.report.figures.tax import TaxBars, tax_figure
@@ -22,7 +23,8 @@ Picture = Scatter | Bars | Curves | Roof | Lines | TaxBars
 _AXES_OF = {"cost": ("macs", "latency"), "accuracy": ("macs", "top1_error")}
 CURVES, TAX = "curves", "tax"
 OF_ONE_RECORD = (CURVES, TAX)
-NAMES = (*_AXES_OF, "added", *OF_ONE_RECORD)
+RUNTIMES = "runtimes"
+NAMES = (*_AXES_OF, "added", RUNTIMES, *OF_ONE_RECORD)
 
 
 def axes_of(name: str, x: str | None = None, y: str | None = None) -> tuple[str, str] | None:
@@ -36,7 +38,7 @@ def axes_of(name: str, x: str | None = None, y: str | None = None) -> tuple[str,
         raise UnknownNameError(f"plot {name}: no such picture{nearest(name, NAMES)}")
     if name not in _AXES_OF:
         if x is not None or y is not None:
-            raise SelabError(f"plot {name}: shows MACs, bytes and time; --x and --y are for {' and '.join(_AXES_OF)}")
+            raise SelabError(f"plot {name}: has axes of its own; --x and --y are for {' and '.join(_AXES_OF)}")
         return None
     across, up = _AXES_OF[name]
     return axis(x or across, option="--x").name, axis(y or up, option="--y").name
@@ -53,12 +55,14 @@ def picture(
     workload: str | None = None,
     compared: Sequence[Compared] = (),
 ) -> Picture:
-    """Return a figure's data by name: `cost` and `accuracy` are scatters with a choice of axes, `added` is bars.
+    """Return a figure's data by name: `cost` and `accuracy` are scatters with a choice of axes, the others bars.
 
     Raises:
         SelabError: as `axes_of`, `points` and `bars`.
     """
     axes = axes_of(name, x, y)
+    if name == RUNTIMES:
+        return runtime_bars(records, archs=archs)
     if axes is None:
         return bars(records, archs=archs, workload=workload)
     return points(*axes, records=records, costs=costs, archs=archs, workload=workload, compared=compared)

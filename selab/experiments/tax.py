@@ -214,7 +214,7 @@ class Tax:
             if self._is_exported:
                 folder = files.enter_context(tempfile.TemporaryDirectory(prefix="selab-"))
                 self._write(Path(folder), report)
-            return self._measured(report)
+            return self._record(report)
 
     def _write(self, folder: Path, report: Report) -> None:
         """Write every network for the runtime; what cannot be written is left out with its reason."""
@@ -223,7 +223,7 @@ class Tax:
         )
         self._remarks |= {str(place): text for place, text in enumerate(said)}
 
-    def _measured(self, report: Report) -> TaxRecord:
+    def _record(self, report: Report) -> TaxRecord:
         request, workload, phase = self.asked.request, self.workload, self.asked.phase
         report("measuring the bandwidth of copies", None)
         dtype = "fp32" if workload.dtype == "int8" else workload.dtype
@@ -265,7 +265,7 @@ class Tax:
                 *(gathered.remarks[name] for name in (BASELINE, _OTHERS, FUSED) if name in gathered.remarks),
                 *(self._remarks.values() if self._is_exported else ()),
                 *(f"{words_of(name)}: left out: {why}" for name, why in self._failed.items()),
-                *(() if measured == self.implementations else (_NOT_COMPILED,)),
+                *((_NOT_COMPILED,) if workload.compiled and measured != self.implementations else ()),
                 *gathered.deaths,
             ),
         )

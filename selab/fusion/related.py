@@ -7,6 +7,7 @@ because its own code runs in every call (`selab.kernels.squeeze_scale`).
 
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,6 +89,37 @@ def step_related(model: nn.Module) -> None:
     _step(model, {})
 
 
+def related_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path → block of the related blocks of a network, fused or not; nothing is changed."""
+    return {path: one for path, one in _related(model, "", {})}
+
+
+def _related(module: nn.Module, path: str, known: dict[object, bool]) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, SteppedBlock) or _key(module) in _RELATED:
+        yield path, module
+        return
+    if _is_other_block(module):
+        return
+    prefix = f"{path}." if path else ""
+    inside = [found for name, child in module.named_children() for found in _related(child, prefix + name, known)]
+    yield from inside
+    if not inside and not any(map(_is_other_block, module.modules())) and _looks_like_one(module, known):
+        yield path, module
+
+
+def _is_other_block(module: nn.Module) -> bool:
+    return isinstance(module, Attention) or is_external(module) or bool(left_reason(module))
+
+
+def _looks_like_one(module: nn.Module, known: dict[object, bool]) -> bool:
+    if not _may_be_one(module):
+        return False
+    structure = tuple((path, type(one)) for path, one in module.named_modules())
+    if structure not in known:
+        known[structure] = _is_one(module)
+    return known[structure]
+
+
 def _step(module: nn.Module, known: dict[object, bool]) -> bool:
     """Swap the related blocks among a module and all inside it; return whether there is a block of any kind.
 
@@ -95,7 +127,7 @@ def _step(module: nn.Module, known: dict[object, bool]) -> bool:
         module: a network or a part of it.
         known: the answers of `_is_one`. Modules of one structure are run once: a transformer has many, and large ones.
     """
-    if isinstance(module, (Attention, SteppedBlock)) or is_external(module) or left_reason(module):
+    if isinstance(module, SteppedBlock) or _is_other_block(module):
         return True
     if _key(module) in _RELATED:
         swap(module, SteppedBlock)
@@ -104,14 +136,10 @@ def _step(module: nn.Module, known: dict[object, bool]) -> bool:
     inside = [_step(child, known) for child in module.children()]
     if any(inside):
         return True
-    if not _may_be_one(module):
-        return False
-    structure = tuple((path, type(one)) for path, one in module.named_modules())
-    if structure not in known:
-        known[structure] = _is_one(module)
-    if known[structure]:
+    found = _looks_like_one(module, known)
+    if found:
         swap(module, SteppedBlock)
-    return known[structure]
+    return found
 
 
 def left_reason(module: nn.Module) -> str:

@@ -40,11 +40,13 @@ class Recorded:
     Attributes:
         squeezes: how often the global mean was taken.
         scaled: the products with one gate per channel.
+        gates: of these products, (N, C) each.
     """
 
     def __init__(self) -> None:
         self.squeezes = 0
         self.scaled: list[Tensor] = []
+        self.gates: list[Tensor] = []
 
 
 class RecordedMap(InterceptedMap):
@@ -64,7 +66,9 @@ class RecordedMap(InterceptedMap):
             if handler is not None and handler(*args, **kwargs, natively=False) is not None:
                 record = next(one.__dict__["record"] for one in (*args, *kwargs.values()) if type(one) is cls)
                 record.squeezes += func in _SQUEEZES
-                record.scaled += [out] if func in _SCALES else []
+                if func in _SCALES:
+                    record.scaled.append(out)
+                    record.gates += [gates for gates in (_factors(*args, **kwargs)[1],) if gates is not None]
             return out
 
 
@@ -123,19 +127,27 @@ def _squeezed(x: Tensor, *, keepdim: bool) -> Tensor | None:
 
 def _product(x: Tensor, other: Any, *, natively: bool = True, **others: Any) -> Tensor | None:
     """Return x * other, if one of them is the feature map and the other one gate per channel."""
-    feature_map, gates = (x, other) if isinstance(x, InterceptedMap) else (other, x)
-    if others or type(gates) is not Tensor or gates.dtype != feature_map.dtype or gates.dim() != 4:
+    feature_map, gates = _factors(x, other)
+    if others or gates is None:
         return None
-    if gates.shape != (*feature_map.shape[:2], 1, 1):
-        # As by expand_as, which repeats without copying.
-        if gates.shape != feature_map.shape or gates.stride()[2:] != (0, 0):
-            return None
-        gates = gates[:, :, :1, :1]
     if not natively:
         return feature_map
     if not gates.is_cpu:
         return None
-    return cpu.native_scaled(feature_map, gates.flatten(1).contiguous())
+    return cpu.native_scaled(feature_map, gates.contiguous())
+
+
+def _factors(x: Tensor, other: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the feature map of a product, and the gate (N, C) that it is multiplied by; None for anything else."""
+    feature_map, gates = (x, other) if isinstance(x, InterceptedMap) else (other, x)
+    if type(gates) is not Tensor or gates.dtype != feature_map.dtype or gates.dim() != 4:
+        return feature_map, None
+    if gates.shape != (*feature_map.shape[:2], 1, 1):
+        # As by expand_as, which repeats without copying.
+        if gates.shape != feature_map.shape or gates.stride()[2:] != (0, 0):
+            return feature_map, None
+        gates = gates[:, :, :1, :1]
+    return feature_map, gates.flatten(1)
 
 
 _HEIGHT_AND_WIDTH = ({2, 3}, {-2, -1}, {2, -1}, {-2, 3})

@@ -12,10 +12,10 @@ from torch import nn
 from selab.bench.backends import backend, together
 from selab.bench.latency import measure_phase, measure_short, networks
 from selab.bench.sampler import Plan
+from selab.deploy.onnx import export_onnx
 from selab.errors import DeviceError, ModelError, SpecError
 from selab.experiments.job import Request, resolve
 from selab.graphs.blocks import find_blocks
-from selab.graphs.export import export_onnx
 from selab.graphs.graph import Graph
 from selab.graphs.module import OnnxNetwork
 from selab.graphs.reading import read
@@ -66,7 +66,7 @@ def test_the_input_is_that_of_the_seed(work):
     for seed in (1, 1, 2):
         session = runtime.prepare(network(), work(), seed=seed)
         runtime.check_output(session, "net")
-        outputs.append(session.binding.copy_outputs_to_cpu()[0])
+        outputs.append(session.outputs()[0])
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert not np.array_equal(outputs[0], outputs[2])
     assert outputs[0].shape == (2, CHANNELS, SIZE, SIZE)

@@ -47,6 +47,15 @@ def test_an_interval_should_hold_the_mean_of_all():
     assert "| 4 | 4 | 2 do not hold the grand mean (50.0 %) |" in row
 
 
+def test_the_page_shows_what_the_journal_says(root):
+    lines = error_rates.lines_of(root / "profiles" / "amd-epyc-2c" / "acceptance" / "error_rates.jsonl")
+    page = (root / "docs" / "measuring.md").read_text(encoding="utf-8")
+    assert error_rates.table(lines) in page
+    same = [one[4] for line in lines if line["run"].startswith("same") for one in line["figures"].values()]
+    false = sum(verdict in ("slower", "faster") for verdict in same)
+    assert f"{false} of {len(same)} are ({100 * false / len(same):.1f} %)" in " ".join(page.split())
+
+
 @pytest.mark.slow
 def test_what_is_in_the_journal_is_not_run_again(tmp_path):
     journal = tmp_path / "rates.jsonl"

@@ -145,3 +145,19 @@ def test_every_compiled_network_is_compiled_and_none_runs_eagerly_for_there_bein
     measure_networks(three(make), PAIRS, workload(compiled=True), "forward", PLAN, silent)
     assert set(limits) == {(64, True)}
     assert config.recompile_limit == before
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_are_frozen_while_networks_are_measured(net, workload, monkeypatch, frozen):
+    from torch._inductor import config
+
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    seen = []
+
+    def make():
+        seen.append(config.freezing)
+        return net()
+
+    measure_networks(three(make), PAIRS, workload(compiled=True, frozen=frozen), "forward", PLAN, silent)
+    assert set(seen) == {frozen}
+    assert not config.freezing

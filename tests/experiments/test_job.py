@@ -116,3 +116,39 @@ def test_networks_of_other_inputs_are_not_compared():
 def test_an_unknown_name_says_where_it_was_given():
     with pytest.raises(UnknownNameError, match="--baseline small_cn: no such architecture; did you mean small_cnn"):
         job(baseline="small_cn")
+
+
+# ------------------------------------------------------------------------------------------------------ other runtimes
+def test_another_runtime_runs_forward_on_a_heap_of_its_own():
+    made = job(runtime="openvino", dtype="int8", float_blocks=True, spelling="mean-conv", images="photos")
+    assert made.request.phases == ("forward",)
+    assert not made.workload.held_heap
+    assert made.workload.slug == "cpu-b1-32-int8-openvino-mean-conv-floatse-t1"
+    words = made.command()
+    for part in ("--runtime openvino", "--dtype int8", "--float-blocks", "--spelling mean-conv", "--images photos"):
+        assert part in words
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"spelling": "mean-conv"}, "--spelling: is of exported networks; add --runtime NAME"),
+        ({"images": "photos"}, "--images: is of exported networks"),
+        ({"float_blocks": True}, "--float-blocks: is of exported networks"),
+        ({"runtime": "openvino", "float_blocks": True}, "--float-blocks: is of quantised networks; add --dtype int8"),
+        ({"runtime": "openvino", "phases": ("backward",)}, "--phase backward: runtime openvino runs forward only"),
+        ({"frozen": True}, "--freeze: is of compiled networks; add --compile"),
+        ({"frozen": True, "compiled": True, "phases": ("forward_backward",)}, "a network with frozen weights runs forward"),
+    ],
+)
+def test_what_only_other_runtimes_have(asked, said):
+    with pytest.raises(SpecError, match=said):
+        job(**asked)
+
+
+def test_frozen_weights_are_for_inference():
+    made = job(compiled=True, frozen=True, held_heap=False)
+    assert made.request.phases == ("forward",)
+    assert made.workload.slug == "cpu-b1-32-fp32-frozen-t1"
+    assert "frozen" in made.workload.words()
+    assert "--compile --freeze" in made.command()

@@ -44,13 +44,10 @@ class DepthwiseSeparable(nn.Sequential):
 
     Shapes: (N, in_channels, H, W) to (N, out_channels, H/stride, W/stride).
 
-    Attributes:
-        native: Whether the network has SE between the two.
-
     Source: arXiv 2109.15099, Fig. 2, less the SE.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, *, native: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
         super().__init__(
             OrderedDict(
                 depthwise=ConvBNAct(
@@ -59,7 +56,6 @@ class DepthwiseSeparable(nn.Sequential):
                 pointwise=ConvBNAct(in_channels, out_channels, 1, hard_swish=True),
             )
         )
-        self.native = native
 
 
 class PPLCNet(nn.Sequential):
@@ -72,22 +68,19 @@ class PPLCNet(nn.Sequential):
 
     Args:
         scale: Factor of all channels but those of the head.
-        blocks: Which of the 13 blocks have SE, as "0000000000011".
         num_classes: Width of the classifier.
         dropout: Probability that the classifier's input is dropped.
     """
 
-    def __init__(self, scale: float, blocks: str, num_classes: int, dropout: float) -> None:
+    def __init__(self, scale: float, num_classes: int, dropout: float) -> None:
         channels = _scaled(_STEM_CHANNELS, scale)
         parts: OrderedDict[str, nn.Module] = OrderedDict(stem=ConvBNAct(3, channels, 3, stride=2, hard_swish=True))
-        place = 0
         for number, rows in enumerate(_STAGES, start=1):
             stage = nn.Sequential()
             for row in rows:
                 out = _scaled(row.out, scale)
-                native = blocks[place] == "1"
-                stage.append(DepthwiseSeparable(channels, out, row.kernel, row.stride, native=native))
-                channels, place = out, place + 1
+                stage.append(DepthwiseSeparable(channels, out, row.kernel, row.stride))
+                channels = out
             parts[f"stage{number}"] = stage
         parts["head"] = nn.Sequential(
             OrderedDict(
@@ -107,36 +100,30 @@ class PPLCNet(nn.Sequential):
     def site_groups(self) -> dict[str, list[str]]:
         """Name where a channel gate can stand, from input to output.
 
-        "native" lists the depthwise conv-bn-act of the blocks that have SE, "depthwise" those of every block.
+        "native" lists the depthwise conv-bn-act of the two blocks that have SE, "depthwise" those of every block,
+        "early" and "middle" those of two blocks that the authors tried instead: the first, the seventh and eighth.
         """
-        blocks = {name: module for name, module in self.named_modules() if isinstance(module, DepthwiseSeparable)}
-        return {
-            "native": [f"{name}.depthwise" for name, block in blocks.items() if block.native],
-            "depthwise": [f"{name}.depthwise" for name in blocks],
-        }
+        every = [f"{name}.depthwise" for name, module in self.named_modules() if isinstance(module, DepthwiseSeparable)]
+        return {"native": every[-2:], "depthwise": every, "early": every[:2], "middle": every[6:8]}
 
 
-def pp_lcnet(*, scale: float, blocks: str = "0000000000011", num_classes: int = 1000, dropout: float = 0.2) -> PPLCNet:
+def pp_lcnet(*, scale: float, num_classes: int = 1000, dropout: float = 0.2) -> PPLCNet:
     """Build a PP-LCNet without its SE.
 
     Args:
         scale: Factor of the channels: 0.25, 0.35, 0.5, 0.75, 1, 1.5, 2 or 2.5 in the paper.
-        blocks: Which of the 13 blocks have SE, a digit each; the last two in the paper.
         num_classes: Width of the classifier.
         dropout: Dropout before the classifier; 0.2 in the authors' code.
 
     Raises:
-        ValueError: If scale is not above 0, blocks are not 13 digits 0 and 1, num_classes is below 1, or dropout
-            outside [0, 1).
+        ValueError: If scale is not above 0, num_classes below 1, or dropout outside [0, 1).
 
     Source: arXiv 2109.15099, Table 1; SE: Sec. 3.2.
     """
     if not scale > 0:
         raise ValueError(f"scale is {scale!r}: it must be above 0")
-    if len(blocks) != sum(map(len, _STAGES)) or set(blocks) - set("01"):
-        raise ValueError(f'blocks is {blocks!r}: it must be 13 digits 0 or 1, such as "0000000000011"')
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes!r}: it must be 1 or more")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}: it must be 0 or more and below 1")
-    return PPLCNet(scale, blocks, num_classes, dropout)
+    return PPLCNet(scale, num_classes, dropout)

@@ -133,7 +133,9 @@ def _quantised(model: "ModelProto", order: Order, folder: Path) -> bytes:
     kept = [] if order.float_blocks is None else block_operators(model)
     prepared, written = folder / "prepared.onnx", folder / "int8.onnx"
     # Symbolic inference is for networks of free shapes; these are fixed.
-    quant_pre_process(model, str(prepared), skip_symbolic_shape=True)
+    given = folder / "given.onnx"
+    given.write_bytes(model.SerializeToString())
+    quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
     quantize_static(
         str(prepared),
         str(written),

@@ -91,7 +91,7 @@ def step_related(model: nn.Module) -> None:
 
 def related_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return path → block of the related blocks of a network, fused or not; nothing is changed."""
-    return {path: one for path, one in _related(model, "", {})}
+    return dict(_related(model, "", {}))
 
 
 def _related(module: nn.Module, path: str, known: dict[object, bool]) -> Iterator[tuple[str, nn.Module]]:

@@ -71,9 +71,8 @@ class BlockGates(Frozen, frozen=True, kw_only=True):
     @property
     def dead(self) -> tuple[int, ...]:
         """The channels whose factor is always about zero."""
-        return tuple(
-            place for place, (low, high) in enumerate(zip(self.lowest, self.highest, strict=True)) if -LOW < low and high < LOW
-        )
+        both = zip(self.lowest, self.highest, strict=True)
+        return tuple(place for place, (low, high) in enumerate(both) if low > -LOW and high < LOW)
 
 
 class GateStatistics:

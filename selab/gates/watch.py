@@ -72,9 +72,7 @@ def _give_recorded(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return (given, *args[1:]), kwargs
 
 
-def _take(
-    path: str, take: Take, _block: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any
-) -> Any:
+def _take(path: str, take: Take, _block: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> Any:
     record: Recorded | None = getattr(args[0], "record", None) if args else None
     if record is None or len(record.gates) != 1:
         raise ModelError(f"{path}: does not multiply its input, (N, C, H, W), by one gate per channel")

@@ -56,7 +56,7 @@ def gates_of(model: "ModelProto", images: Iterable[Array], *, place: str) -> Ite
     blocks = find_blocks(Graph(model))
     if not blocks:
         raise InsertionError(
-            f"{place}: has no SE block: a mean over the map, layers, a sigmoid or hard sigmoid, and a product with the map"
+            f"{place}: has no SE block: a mean over the map, layers, a sigmoid or hard sigmoid, a product"
         )
     session = _session(with_gates(model, blocks), place)
     name, _ = image_shape(model, place)
@@ -65,7 +65,9 @@ def gates_of(model: "ModelProto", images: Iterable[Array], *, place: str) -> Ite
             found = session.run(None, {name: image})
         except Exception as error:
             raise ModelError(f"{place}: ONNX Runtime fails: {one_line(error)}") from error
-        gates = [_factors(gate, block, len(image), place) for gate, block in zip(found[-len(blocks) :], blocks, strict=True)]
+        gates = [
+            _factors(gate, block, len(image), place) for gate, block in zip(found[-len(blocks) :], blocks, strict=True)
+        ]
         yield found[0], gates
 
 
@@ -85,7 +87,9 @@ def _session(model: "ModelProto", place: str) -> Any:
 def _factors(gate: Array, block: GraphBlock, number: int, place: str) -> Array:
     """Return a gate as (N, channels): exporters leave ones in its shape, in front or behind."""
     if gate.size % number or (block.channels is not None and gate.size != number * block.channels):
-        raise ModelError(f"{place}: the gate of {block.name} is {list(gate.shape)} for {number} images: not one per channel")
+        raise ModelError(
+            f"{place}: the gate of {block.name} is {list(gate.shape)} for {number} images: not one per channel"
+        )
     factors = gate.reshape(number, -1)
     if not np.isfinite(factors).all():
         raise ModelError(f"{place}: the gate of {block.name} holds NaN or infinity")

@@ -171,19 +171,19 @@ def read_run(path: Path, runtime: str) -> ToolRun:
     return run
 
 
-def record_of(baseline: Sequence[Path], variant: Sequence[Path], *, runtime: str, **facts: Any) -> Imported:
+def record_of(base_files: Sequence[Path], files: Sequence[Path], *, runtime: str, **facts: Any) -> Imported:
     """Return the record of what a tool printed for a baseline and for a network.
 
     Args:
-        baseline: files, in the order in which they were made.
-        variant: likewise, as many.
+        base_files: of the baseline, in the order in which they were made.
+        files: of the network, likewise, as many.
         runtime: whose tool.
         facts: the other fields.
 
     Raises:
         RecordError: a file cannot be read or is no such output; not as many of one as of the other.
     """
-    runs = [tuple(read_run(path, runtime) for path in paths) for paths in (baseline, variant)]
+    runs = [tuple(read_run(path, runtime) for path in paths) for paths in (base_files, files)]
     ratio, low, high = ratio_of(*runs)
     return Imported(
         runtime=runtime,

@@ -138,7 +138,10 @@ def test_another_runtime_runs_forward_on_a_heap_of_its_own():
         ({"runtime": "openvino", "float_blocks": True}, "--float-blocks: is of quantised networks; add --dtype int8"),
         ({"runtime": "openvino", "phases": ("backward",)}, "--phase backward: runtime openvino runs forward only"),
         ({"frozen": True}, "--freeze: is of compiled networks; add --compile"),
-        ({"frozen": True, "compiled": True, "phases": ("forward_backward",)}, "a network with frozen weights runs forward"),
+        (
+            {"frozen": True, "compiled": True, "phases": ("forward_backward",)},
+            "frozen weights runs forward only",
+        ),
     ],
 )
 def test_what_only_other_runtimes_have(asked, said):

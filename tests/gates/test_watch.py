@@ -79,7 +79,7 @@ def test_a_block_that_runs_twice_is_taken_twice():
 
 def test_no_block_with_a_gate_per_channel():
     with pytest.raises(InsertionError, match="Sequential: has no block with one gate per channel"):
-        gated_blocks(nn.Sequential(nn.Conv2d(8, 8, 1), CBAM(8)))
+        gated_blocks(nn.Sequential(nn.Conv2d(8, 8, 1), CBAM(8, reduction=2)))
 
 
 def test_a_block_that_does_something_else_is_named():

@@ -393,8 +393,8 @@ class TestMistakes:
             (lambda net: selab.count(net, (1, 3, 8, 8), dtype="fp32"), "dtype 'fp32': expected a torch.dtype"),
             (lambda net: selab.measure(net, baseline=net, device="tpu"), "device 'tpu': allowed: cpu, cuda"),
             (
-                lambda net: selab.measure(net, baseline=net, dtype="int8"),
-                "dtype 'int8': allowed: fp32, tf32, bf16",
+                lambda net: selab.measure(net, baseline=net, dtype="int4"),
+                "dtype 'int4': allowed: fp32, tf32, bf16",
             ),
         ],
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -534,7 +535,7 @@ class TaxOrder(Frozen, frozen=True, kw_only=True):
     implementations: tuple[str, ...]
     seed: int
     seconds: float
-    files: dict[str, str]
+    files: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 def child_main() -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def prepare() -> None:
     for module in pkgutil.walk_packages(selab.__path__, "selab."):
         # Modules that need what is not installed, and the program itself, stay where they are.
         if not module.name.endswith(("__main__", "triton", "cluster")):
-            importlib.import_module(module.name)
+            with suppress(ModuleNotFoundError):
+                importlib.import_module(module.name)
     importlib.import_module("matplotlib.backends.backend_svg")
 
     patient = job._plan_of

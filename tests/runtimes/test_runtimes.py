@@ -16,7 +16,7 @@ from selab.errors import DeviceError, ModelError
 from selab.experiments.exporting import export, outputs, settled, variant_of, write_network
 from selab.experiments.job import Request, resolve
 from selab.experiments.tax import Tax, TaxRequest, implementations_in
-from selab.experiments.tax_record import AGAIN, BASELINE, LATE, read_tax_record, save_tax_record
+from selab.experiments.tax_record import AGAIN, BASELINE, read_tax_record, save_tax_record
 from selab.experiments.workers import build_pair
 from selab.models.build import build
 from selab.models.catalog import find
@@ -142,7 +142,7 @@ def test_what_no_such_runtime_has(runtime, changes):
 
 @pytest.mark.slow
 def test_a_tax_of_spellings(runtime, tmp_path, quick_plans):
-    names = ("pool-conv", "mean-linear", LATE) if runtime != "aoti" else ("mean-linear",)
+    names = ("pool-conv", "mean-linear") if runtime != "aoti" else ("mean-linear",)
     asked = TaxRequest(request=job_of(runtime, quick=True).request, implementations=names)
     assert set(names) <= set(implementations_in(runtime))
     tax = Tax(asked)

@@ -1,8 +1,6 @@
 """Write networks as ONNX, as PyTorch's own exporter spells them, in fp32 or quantised by ONNX Runtime's tools."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from selab.graphs.graph import Graph
 from selab.graphs.module import OnnxNetwork
 from selab.graphs.reading import onnx, read
 from selab.graphs.shapes import with_shapes
+from selab.meta import evaluating
 from selab.records.files import write_atomically
 
 if TYPE_CHECKING:
@@ -44,25 +43,13 @@ def export_onnx(model: nn.Module, image: tuple[int, ...], path: Path, *, name: s
     onnx()
     written = io.BytesIO()
     try:
-        with in_eval(model), quiet():
+        with evaluating(model), quiet():
             # The exporter by tracing takes a file object, which its annotation forgets.
             to: Any = written
             torch.onnx.export(model, (torch.zeros(image),), to, dynamo=False, opset_version=_OPSET, input_names=["x"])
     except Exception as error:
         raise ModelError(f"{name}: cannot be exported to ONNX: {one_line(error)}") from error
     write_atomically(path, written.getvalue())
-
-
-@contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """Set a network to eval mode for the body, and restore the mode of every module."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def onnx_of(order: Order) -> "ModelProto":

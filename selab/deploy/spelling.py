@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.attention.se import GATES, SqueezeExcitation
+from selab.attention.se import ACTIVATIONS, GATES, SqueezeExcitation
 from selab.errors import UnknownNameError
 from selab.fusion.external import external_blocks, external_params
 from selab.records.types import Frozen
-
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class Spelling(Frozen, frozen=True, kw_only=True):
@@ -91,7 +89,7 @@ class SpelledSE(nn.Module):
         super().__init__()
         self.spelling, self.relu_in = spelling, relu_in
         self.pool = nn.AdaptiveAvgPool2d(1)
-        layer = _convolution if spelling.layers == "conv" else _linear
+        layer = pointwise if spelling.layers == "conv" else _linear
         self.fc1 = layer(*fc1)
         self.activation = activation
         self.fc2 = layer(*fc2)
@@ -170,7 +168,7 @@ def _spelled(block: nn.Module, spelling: Spelling) -> SpelledSE | None:
             return None
         one, two = (params.w1, params.b1), (params.w2, params.b2)
         activation, gate, relu_in, affine = params.activation, params.gate, False, None
-    return SpelledSE(one, two, _ACTIVATIONS[activation](), GATES[gate](), spelling, affine=affine, relu_in=relu_in)
+    return SpelledSE(one, two, ACTIVATIONS[activation](), GATES[gate](), spelling, affine=affine, relu_in=relu_in)
 
 
 def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -184,7 +182,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return _filled(made, weight, bias)
 
 
-def _convolution(weight: Tensor, bias: Tensor | None) -> nn.Module:
+def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return a 1x1 convolution with the weights of a fully connected layer, (out, in) and (out) or None; copied."""
     made: Any = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Conv2d, weight.shape[1], weight.shape[0], 1, bias=bias is not None, device=weight.device, dtype=weight.dtype
     )

@@ -20,7 +20,6 @@ from selab.errors import DeviceError, ModelError, SelabError, UnknownNameError, 
 from selab.records.exported import Partitions as Partitions
 
 Precision = Literal["fp32", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 REGISTRY = {
     "onnxruntime": "selab.deploy.onnx:TARGET",
     "openvino": "selab.deploy.openvino:TARGET",

@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 from selab import units
 from selab.bench.backends import backend
 from selab.bench.progress import Report
-from selab.deploy.onnx import in_eval
 from selab.deploy.spelling import respelled, spelling_of
 from selab.deploy.target import Order, Target, scratch, target
 from selab.errors import ModelError
 from selab.experiments.images import batches, read_images
 from selab.experiments.job import Job
 from selab.graphs.module import OnnxNetwork
+from selab.meta import evaluating
 from selab.models import catalog
 from selab.models.build import build
 from selab.models.checkpoint import load
@@ -151,13 +151,11 @@ class Written:
     """A network in a file.
 
     Attributes:
-        model: the network that was exported, its blocks spelled for the runtime.
         respelled: the paths of its SE blocks that were.
         spelling: their spelling's name.
     """
 
     path: Path
-    model: nn.Module
     respelled: tuple[str, ...]
     spelling: str
 
@@ -197,7 +195,7 @@ def write_network(
         float_blocks=changed if workload.float_blocks else None,
     )
     to.write(order)
-    return Written(path=path, model=model, respelled=changed, spelling=spelling.name)
+    return Written(path=path, respelled=changed, spelling=spelling.name)
 
 
 # ------------------------------------------------------------------------------------------------------- for a user
@@ -320,7 +318,7 @@ def _outputs_of_network(model: nn.Module, job: Job, inputs: Sequence[Tensor]) ->
     if isinstance(model, OnnxNetwork):
         workload = msgspec.structs.replace(job.workload, runtime=ONNX_RUNTIME, dtype="fp32")
         return _run(model, workload, inputs)
-    with in_eval(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         return [tree_leaves(model(one))[0].clone() for one in inputs]
 
 

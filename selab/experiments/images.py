@@ -8,13 +8,13 @@ from torch import Tensor
 
 from selab.errors import DeviceError
 from selab.records.files import shown
-from selab.training.image_listing import FolderError
+from selab.training.image_listing import SUFFIXES, FolderError
+from selab.training.recipe import ImageRecipe
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
 # Of each side that is cut off: the central 224 of 256 pixels.
 _BLEED = 1 / 16
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of each colour, of 1; torchvision's, of ImageNet."""
+# Mean and deviation of each colour.
+_PREPARED = ImageRecipe()
 
 
 def read_images(folder: Path, image: tuple[int, int, int], most: int) -> list[Tensor]:
@@ -44,7 +44,7 @@ def read_images(folder: Path, image: tuple[int, int, int], most: int) -> list[Te
         raise FolderError(f"{shown(folder)}: the network takes {channels} channels, images have 3; leave it out")
     if not folder.is_dir():
         raise FolderError(f"{shown(folder)}: is no folder; name one that holds images")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     found = []
     for file in _spaced(files, most):
         try:
@@ -53,10 +53,10 @@ def read_images(folder: Path, image: tuple[int, int, int], most: int) -> list[Te
         except (OSError, ValueError, Image.DecompressionBombError):
             continue
         pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_PREPARED.mean, _PREPARED.std))
         found.append((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
     if not found:
-        kinds = ", ".join(sorted(_SUFFIXES))
+        kinds = ", ".join(sorted(SUFFIXES))
         raise FolderError(f"{shown(folder)}: holds no image that can be decoded ({kinds}); name a folder of images")
     return [one.contiguous() for one in found]
 

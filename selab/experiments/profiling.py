@@ -1,7 +1,6 @@
 """Count and measure one variant against its baseline, and make the record."""
 
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ from selab.bench.sampler import Clock
 from selab.cost.count import cost_of, count
 from selab.cost.crosscheck import compare
 from selab.cost.tracer import op_trace
+from selab.deploy.target import scratch
 from selab.errors import DeviceError, ModelError, RecordError
 from selab.experiments import workers
 from selab.experiments.children import Found, Started, Turn, in_processes
@@ -152,8 +152,8 @@ class Profile:
         with ExitStack() as files:
             if is_exported(self.job):
                 report("exporting", None)
-                folder = files.enter_context(tempfile.TemporaryDirectory(prefix="selab-"))
-                self._measured, self.exported, self.remarks = exported(self.job, variant, baseline, Path(folder))
+                folder = files.enter_context(scratch())
+                self._measured, self.exported, self.remarks = exported(self.job, variant, baseline, folder)
                 variant, baseline = (built.model for built in build_pair(self._measured))
             self._measure(schedule, variant, baseline, report, meter)
         self.complete = True

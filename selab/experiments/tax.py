@@ -1,7 +1,6 @@
 """Measure the SE overhead of several implementations (torchvision, timm, reference, fused) in one run."""
 
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from selab.bench.progress import Progress, Report
 from selab.bench.roofline import measure_peaks
 from selab.bench.runner import DTYPES, FULL_PRECISION, check_device, mode_of
 from selab.bench.sampler import Plan
+from selab.deploy.target import scratch
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
 from selab.experiments.children import Found, Started, Turn, child, in_processes
 from selab.experiments.job import Job, Request, resolve
@@ -213,8 +213,7 @@ class Tax:
     def _run(self, report: Report) -> TaxRecord:
         with ExitStack() as files:
             if self._is_exported:
-                folder = files.enter_context(tempfile.TemporaryDirectory(prefix="selab-"))
-                self._write(Path(folder), report)
+                self._write(files.enter_context(scratch()), report)
             return self._record(report)
 
     def _write(self, folder: Path, report: Report) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from selab.attention.se import SqueezeExcitation
+from selab.deploy.spelling import pointwise
 from selab.errors import InsertionError, nearest
 
 
@@ -24,8 +25,8 @@ class TorchvisionSE(nn.Module):
     def __init__(self, block: SqueezeExcitation) -> None:
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = _pointwise(block.fc1)
-        self.fc2 = _pointwise(block.fc2)
+        self.fc1 = pointwise(block.fc1.weight, block.fc1.bias)
+        self.fc2 = pointwise(block.fc2.weight, block.fc2.bias)
         self.activation = type(block.activation)()
         self.scale_activation = type(block.gate)()
 
@@ -48,9 +49,9 @@ class TimmSE(nn.Module):
 
     def __init__(self, block: SqueezeExcitation) -> None:
         super().__init__()
-        self.fc1 = _pointwise(block.fc1)
+        self.fc1 = pointwise(block.fc1.weight, block.fc1.bias)
         self.act = type(block.activation)(inplace=True)
-        self.fc2 = _pointwise(block.fc2)
+        self.fc2 = pointwise(block.fc2.weight, block.fc2.bias)
         self.gate = type(block.gate)()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,26 +59,6 @@ class TimmSE(nn.Module):
         x_se = x.mean((2, 3), keepdim=True)
         gate: Tensor = self.gate(self.fc2(self.act(self.fc1(x_se))))
         return x * gate
-
-
-def _pointwise(layer: nn.Linear) -> nn.Conv2d:
-    """Return a 1x1 convolution with the weights of a fully connected layer."""
-    weight = layer.weight
-    conv = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Conv2d,
-        layer.in_features,
-        layer.out_features,
-        1,
-        bias=layer.bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    assert isinstance(conv, nn.Conv2d)
-    with torch.no_grad():
-        conv.weight.copy_(weight[:, :, None, None])
-        if conv.bias is not None:
-            conv.bias.copy_(layer.bias)
-    return conv
 
 
 class _Ablation(nn.Module):

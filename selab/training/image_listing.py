@@ -22,7 +22,7 @@ Kind = Literal["corrupt", "truncated", "grey", "cmyk", "other"]
 _IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL = 1000, 1_281_167, 50_000
 _WNID = re.compile(r"n\d{8}")
 _CLASSES_FILES = ("imagenet_wnids.txt", "classes.txt")
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"}
 _SAMPLED = 64  # files of a split whose content enters its identity
 
 
@@ -122,7 +122,7 @@ def _class_folders(root: Path) -> list[str]:
         present = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
     folders = sorted(name for name, is_folder in present if is_folder)
     if not folders:
-        images = sum(Path(name).suffix.lower() in _SUFFIXES for name, _ in present)
+        images = sum(Path(name).suffix.lower() in SUFFIXES for name, _ in present)
         if images:
             raise FolderError(
                 f"{root}: holds {images:,} images and no class folders; move each into its class's folder"
@@ -184,7 +184,7 @@ def _split(
         for file, size in _images_below(root / folder, os.fsencode(folder) + b"/")
     )
     if not listed:
-        raise FolderError(f"{root}: its class folders hold no images; known are {', '.join(sorted(_SUFFIXES))}")
+        raise FolderError(f"{root}: its class folders hold no images; known are {', '.join(sorted(SUFFIXES))}")
     digest.update(f"\0{split}\0{len(listed)}".encode())
     for file, size, _ in listed:
         digest.update(b"\0%b\0%d" % (file, size))
@@ -210,7 +210,7 @@ def _images_below(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:
             name = os.fsencode(entry.name)
             if entry.is_dir(follow_symlinks=False):
                 yield from _images_below(folder / entry.name, prefix + name + b"/")
-            elif not entry.name.startswith(".") and Path(entry.name).suffix.lower() in _SUFFIXES:
+            elif not entry.name.startswith(".") and Path(entry.name).suffix.lower() in SUFFIXES:
                 try:
                     status = entry.stat()
                 except OSError as error:

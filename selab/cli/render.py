@@ -14,10 +14,10 @@ from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace, 
 from selab.models import catalog
 
 if TYPE_CHECKING:
-    from selab.experiments.compared import Compared
-    from selab.experiments.tax_record import TaxRecord
+    from selab.records.imported import Imported
     from selab.records.types import Cost, Record
     from selab.report.figures.registry import Picture
+    from selab.report.pages import Found
     from selab.report.table import Table
 
 ALL_TABLES = "all"
@@ -199,16 +199,17 @@ def _named_tables(name: str, profiles: Sequence[Path], broken: BrokenFiles) -> "
             report(f"counting {units.counted(len(needed), 'network')}", None)
         costs = counted(needed)
     if not profiles:
-        return pages.named_tables(name, costs, []), []
-    every, all_records = [], []
-    for folder, (records, compared, taxes) in zip(folders, read, strict=True):
-        tables = pages.named_tables(name, costs, records, compared, taxes)
+        return pages.named_tables(name, costs), []
+    every: list[Table] = []
+    all_records: list[Record] = []
+    for folder, found in zip(folders, read, strict=True):
+        tables = pages.named_tables(name, costs, found)
         if name == pages.REPORT:
             tables += pages.acceptance_tables(read_acceptance(folder, on_broken=broken))
         if len(folders) > 1:
             tables = [dataclasses.replace(one, title=f"{one.title}, {folder.name}") for one in tables]
         every += tables
-        all_records += records
+        all_records += found.profiles
     return every, all_records
 
 
@@ -216,20 +217,25 @@ def _named_tables(name: str, profiles: Sequence[Path], broken: BrokenFiles) -> "
 _MANY = 8
 
 
-def _read_folder(
-    name: str, folder: Path, broken: BrokenFiles
-) -> "tuple[list[Record], list[Compared], list[TaxRecord]]":
-    """Read what a table shows of a machine's records: profiles, comparisons of accuracy, and of implementations."""
+def _read_folder(name: str, folder: Path, broken: BrokenFiles) -> "Found":
+    """Read what a table shows of a machine's records."""
     from selab.experiments.compare import read_compared
     from selab.experiments.tax_record import read_tax_records
     from selab.records import store
+    from selab.records.imported import IMPORTED
     from selab.report import pages
 
-    others = (pages.ACCURACY, pages.TAX)
-    records = [] if name in others else store.read_records(folder, partial=True, on_broken=broken)
-    compared = read_compared(folder, on_broken=broken) if name in (pages.ACCURACY, pages.REPORT) else []
-    taxes = read_tax_records(folder, on_broken=broken) if name in (pages.TAX, pages.REPORT) else []
-    return records, compared, taxes
+    imported: list[Imported] = []
+    if name in (pages.RUNTIMES, pages.REPORT):
+        imported = IMPORTED.read_folder(folder, required=False, on_broken=broken)
+    # A phone's folder holds nothing else.
+    others = name in (pages.ACCURACY, pages.TAX) or (imported and not store.PROFILES.files(folder, partial=True))
+    return pages.Found(
+        profiles=[] if others else store.read_records(folder, partial=True, on_broken=broken),
+        compared=read_compared(folder, on_broken=broken) if name in (pages.ACCURACY, pages.REPORT) else (),
+        taxes=read_tax_records(folder, on_broken=broken) if name in (pages.TAX, pages.REPORT) else (),
+        imported=imported,
+    )
 
 
 def _text(name: str, tables: "Sequence[Table]", records: "Sequence[Record]", look: Look) -> str:

@@ -1,7 +1,7 @@
 """Records on disk: their paths, and reading with a check against their own samples.
 
-There are three families of records, each with a `Store`: profiles, comparisons of trained networks, and comparisons of
-implementations. All of a machine lie in its folder.
+There are four families of records, each with a `Store`: profiles, comparisons of trained networks, comparisons of
+implementations, and imported timings. All of a machine or device lie in its folder.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from selab.records.types import PHASES, Latency, Memory, Phase, Record, from_jso
 from selab.records.verdict import check
 
 _NAME_BYTES = 120
-_NO_MACHINES = ("accuracy", "tax", "acceptance", "timeline")
+_NO_MACHINES = ("accuracy", "tax", "acceptance", "timeline", "imported")
 _PARTIAL, _FAILED = ".partial.json", ".failed.json"
 OnBroken = Callable[[RecordError], None] | None
 """What is done with the error of a broken file; None to raise it."""
@@ -312,5 +312,5 @@ def _checked_methods(methods: Mapping[str, Latency]) -> dict[str, Latency]:
 
 
 PROFILES = Store(folder="", title="profiles", command="selab profile", read=read_record)
-"""What `selab profile` writes; the other stores are `selab.training.record.ACCURACIES` and
-`selab.experiments.tax_record.TAXES`."""
+"""What `selab profile` writes; the other stores are `selab.training.record.ACCURACIES`,
+`selab.experiments.tax_record.TAXES` and `selab.records.imported.IMPORTED`."""

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -12,8 +13,10 @@ from selab.experiments import tax_record
 from selab.experiments.compared import Compared
 from selab.experiments.tax_record import TaxRecord
 from selab.models import catalog
+from selab.records import imported as imported_record
 from selab.records.acceptance import Acceptance, KernelBandwidth, LoadingTime
 from selab.records.files import files_ending
+from selab.records.imported import Imported
 from selab.records.types import Cost, Latency, Machine, Record
 from selab.report.accuracy import accuracy_tables
 from selab.report.machines import by_machine
@@ -28,7 +31,7 @@ from selab.report.published import (
     reproduced,
     zoo_tables,
 )
-from selab.report.runtimes import runtime_tables
+from selab.report.runtimes import imported_table, runtime_tables
 from selab.report.table import Table
 from selab.report.tax import summary_tables
 from selab.report.traces import distances_table
@@ -46,6 +49,26 @@ NAMES = (*COST_TABLES, *MEASURED)
 _REPORTED = ("added", RUNTIMES, TAX, ACCURACY, "mobile", "paper-2", "paper-3", "latency")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The records of one machine, or of one device.
+
+    Attributes:
+        profiles: of networks with SE and without.
+        compared: of accuracy.
+        taxes: of implementations.
+        imported: what a device's own benchmark tools timed.
+    """
+
+    profiles: Sequence[Record] = ()
+    compared: Sequence[Compared] = ()
+    taxes: Sequence[TaxRecord] = ()
+    imported: Sequence[Imported] = ()
+
+
+NOTHING = Found()
+
+
 def check_name(name: str) -> None:
     """Refuse a name that no table has.
 
@@ -60,7 +83,7 @@ def machine_folder(profiles: Path) -> Path:
     """Return the folder of one machine's records: the one named, or the only one below it that holds records."""
 
     def holds(folder: Path) -> bool:
-        kinds = (folder, folder / training_record.FOLDER, folder / tax_record.FOLDER)
+        kinds = (folder, *(folder / one.FOLDER for one in (training_record, tax_record, imported_record)))
         return any(files_ending(kind, ".json") for kind in kinds)
 
     below = [] if holds(profiles) else [folder for folder in profiles.glob("*/") if holds(folder)]
@@ -78,38 +101,32 @@ def costs_needed(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row for table in PAPER_TABLES.get(name, ()) for row in table.rows))
 
 
-def named_tables(
-    name: str,
-    costs: dict[str, Cost],
-    records: Sequence[Record],
-    compared: Sequence[Compared] = (),
-    taxes: Sequence[TaxRecord] = (),
-) -> list[Table]:
+def named_tables(name: str, costs: dict[str, Cost], found: Found = NOTHING) -> list[Table]:
     """Return tables by name; `report` is the measured ones and those that they are read with.
 
     Args:
         name: one of `NAMES`, or `report`.
         costs: of `costs_needed(name)`.
-        records: profiles of one machine.
-        compared: its comparisons of accuracy.
-        taxes: its comparisons of implementations.
+        found: the records of one machine.
 
     Raises:
         UnknownNameError: there is no such table.
         RecordError: the table needs records and there are none.
     """
     check_name(name)
+    records, compared, taxes = found.profiles, found.compared, found.taxes
     profiles = [record for record in records if record.kind == "profile"]
+    runtimes = runtime_tables(profiles) + ([imported_table(found.imported)] if found.imported else [])
     if name == REPORT:
         there = {
             "added": bool(profiles),
-            RUNTIMES: bool(runtime_tables(profiles)),
+            RUNTIMES: bool(runtimes),
             "latency": bool(profiles),
             ACCURACY: bool(compared),
             TAX: bool(taxes),
         }
         names = [one for one in _REPORTED if there.get(one, True)]
-        return [grid for one in names for grid in named_tables(one, costs, records, compared, taxes)]
+        return [grid for one in names for grid in named_tables(one, costs, found)]
     if name == "mobile":
         return [mobile_table(costs, records), mobile_published_table(costs)]
     if name == ZOO:
@@ -126,13 +143,12 @@ def named_tables(
         if not taxes:
             raise RecordError(f"table {name}: no comparisons; `selab tax`, and name their machine's folder: --profiles")
         return summary_tables(taxes)
+    if name == RUNTIMES and runtimes:
+        return runtimes
     if not profiles:
         raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
     if name == RUNTIMES:
-        found = runtime_tables(profiles)
-        if not found:
-            raise RecordError(f"table {name}: no record of another runtime; use `selab profile --runtime NAME`")
-        return found
+        raise RecordError(f"table {name}: no record of another runtime; use `selab profile --runtime NAME`")
     return latency_tables(profiles) if name == "latency" else added_tables(profiles)
 
 
@@ -141,7 +157,7 @@ def cost_pages(costs: dict[str, Cost]) -> dict[str, str]:
     pages = {}
     rows = []
     for name in COST_TABLES:
-        grids = named_tables(name, costs, ())
+        grids = named_tables(name, costs)
         pages[f"{name}.md"] = page(name, grids, ())
         equal, total = _met(name, costs)
         about = "; ".join(grid.title for grid in grids) if len(grids) < 3 else f"every variant, {len(grids)} families"

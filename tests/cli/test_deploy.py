@@ -157,6 +157,12 @@ def test_timings_of_a_phone(selab, tmp_path):
     (path,) = (tmp_path / "r").rglob("*.json")
     assert path.parent == tmp_path / "r" / "pixel-8" / "imported"
     assert path.name == "se_mobilenet-vs-mobilenet.executorch-fp32-t4.json"
+    # The device's folder holds no profile.
+    for folder in (tmp_path / "r", tmp_path / "r" / "pixel-8"):
+        status, out, err = selab("table", "runtimes", "--profiles", folder, "--format", "markdown")
+        assert status == 0, err
+        assert "SE on devices" in out
+        assert "| se_mobilenet against mobilenet | Pixel 8 | executorch | fp32 | 4 | 2.000 ms |" in out
     status, _, err = selab(*words, *files, "--out", tmp_path / "r")
     assert status != 0
     assert "exists; use --replace" in err

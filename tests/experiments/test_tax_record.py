@@ -347,7 +347,7 @@ def test_all_records_of_a_machine_as_one_section(taxed, workload):
         taxed(RATIOS, workload=workload(), phase="forward_backward"),
         taxed(RATIOS, workload=workload(), method="graph"),
     ]
-    grids = pages.named_tables("tax", {}, (), taxes=records)
+    grids = pages.named_tables("tax", {}, pages.Found(taxes=records))
     assert [grid.title for grid in grids] == [
         "The SE tax (forward, batch 2, 3×8×8, fp32, cpu)",
         "The SE tax (forward+backward, batch 2, 3×8×8, fp32, cpu)",
@@ -355,7 +355,7 @@ def test_all_records_of_a_machine_as_one_section(taxed, workload):
     ]
     assert grids[0].columns == ("", "baseline", "reference", "torchvision", "timm", "fused", "least")
     with pytest.raises(RecordError, match="`selab tax`"):
-        pages.named_tables("tax", {}, ())
+        pages.named_tables("tax", {})
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

@@ -23,7 +23,7 @@ def folders(root: Path) -> list[Path]:
 def all_tables(root: Path, costs: dict[str, Cost]) -> Iterator[Table]:
     """Tables of the catalog, then of each machine."""
     for name in pages.COST_TABLES:
-        yield from pages.named_tables(name, costs, ())
+        yield from pages.named_tables(name, costs)
     for variant in installed().values():
         yield networks.facts_table(variant)
         yield networks.published_table(variant)
@@ -35,17 +35,17 @@ def all_tables(root: Path, costs: dict[str, Cost]) -> Iterator[Table]:
 
 
 def _of_machine(folder: Path, records: list[Record], costs: dict[str, Cost]) -> Iterator[Table]:
-    yield from pages.named_tables("mobile", costs, records)
-    yield from pages.named_tables("added", {}, records)
-    yield from pages.named_tables("latency", {}, records)
+    yield from pages.named_tables("mobile", costs, pages.Found(profiles=records))
+    yield from pages.named_tables("added", {}, pages.Found(profiles=records))
+    yield from pages.named_tables("latency", {}, pages.Found(profiles=records))
     yield from pages.acceptance_tables(store.read_acceptance(folder))
     if taxes := read_tax_records(folder):
-        yield from pages.named_tables("tax", {}, (), taxes=taxes)
+        yield from pages.named_tables("tax", {}, pages.Found(taxes=taxes))
         for one in taxes:
             yield from tax.tax_tables(one)
     if (folder / "accuracy").is_dir():
         compared = read_compared(folder)
-        yield from pages.named_tables("accuracy", {}, (), compared)
+        yield from pages.named_tables("accuracy", {}, pages.Found(compared=compared))
         for beside in compared:
             yield accuracy.comparison_table(beside)
             yield accuracy.seeds_table(beside.record)

@@ -12,7 +12,7 @@ from selab.experiments.job import resolve
 from selab.experiments.profiling import Profile
 from selab.records.store import save
 from selab.report.accuracy import accuracy_tables, comparison_table, name_of, seeds_table
-from selab.report.pages import named_tables
+from selab.report.pages import Found, named_tables
 from selab.training.record import accuracy_path, save_accuracy_record
 
 BASE = (60.0, 61.0, 62.0)
@@ -160,9 +160,9 @@ def test_times_of_another_number_of_classes_are_told(compared_small_cnn, workloa
 
 def test_the_table_needs_comparisons(compared_small_cnn, tmp_path):
     with pytest.raises(RecordError, match="table accuracy: no comparisons; `selab compare`"):
-        named_tables("accuracy", {}, (), compare.read_compared(tmp_path))
+        named_tables("accuracy", {}, Found(compared=compare.read_compared(tmp_path)))
     found = [Compared(record=compared_small_cnn(BASE, BETTER))]
-    assert len(named_tables("accuracy", {}, (), found)) == 2
+    assert len(named_tables("accuracy", {}, Found(compared=found))) == 2
 
 
 def test_why_a_time_has_no_result_is_told(compared_small_cnn):

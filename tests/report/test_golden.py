@@ -80,14 +80,14 @@ def test_cost_tables_are_those_of_today_s_counter(root):
 def test_the_accuracies_in_the_docs_are_rendered(root):
     text = (root / "docs" / "results.md").read_text()
     (folder,) = {one for one in re.findall(r"\(\.\./(profiles/[^)]+)\)", text) if (root / one / "accuracy").is_dir()}
-    grids = pages.named_tables("accuracy", {}, (), read_compared(root / folder))
+    grids = pages.named_tables("accuracy", {}, pages.Found(compared=read_compared(root / folder)))
     assert pages.spliced(text, "accuracy", pages.page("accuracy", grids, ()), where="docs/results.md") == text
 
 
 def test_the_taxes_in_the_docs_are_rendered(root):
     text = (root / "docs" / "se-tax-results.md").read_text()
     folder = root / re.search(r"\.\./(profiles/[^/)]+)", text)[1]
-    grids = pages.named_tables("tax", {}, (), taxes=read_tax_records(folder))
+    grids = pages.named_tables("tax", {}, pages.Found(taxes=read_tax_records(folder)))
     assert pages.spliced(text, "tax", pages.page("tax", grids, ()), where="docs/se-tax-results.md") == text
 
 
@@ -97,5 +97,5 @@ def test_tables_in_the_docs_are_rendered(root, committed_costs, name):
     folder = re.search(r"\(\.\./(profiles/[^)]+)\)", text)[1]
     records = store.read_records(root / folder)
     costs = {one: committed_costs[one] for one in pages.costs_needed(name)}
-    body = pages.page(name, pages.named_tables(name, costs, records), records)
+    body = pages.page(name, pages.named_tables(name, costs, pages.Found(profiles=records)), records)
     assert pages.spliced(text, name, body, where="docs/results.md") == text

@@ -108,7 +108,7 @@ def test_one_s_own_family_shows_its_own_published_numbers(toy):
 
 def test_a_report_without_measurements_shows_what_needs_none(committed_costs):
     costs = {name: committed_costs[name] for name in pages.costs_needed("report")}
-    assert len(pages.named_tables("report", costs, [])) == 4
+    assert len(pages.named_tables("report", costs)) == 4
 
 
 # ------------------------------------------------------------------------------------------------------ what is printed

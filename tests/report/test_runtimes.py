@@ -84,9 +84,9 @@ def test_other_runtimes_stay_out_of_what_se_adds_in_pytorch(records):
 
 
 def test_the_table_by_its_name(records):
-    assert pages.named_tables("runtimes", {}, records) == runtime_tables(records)
+    assert pages.named_tables("runtimes", {}, pages.Found(profiles=records)) == runtime_tables(records)
     with pytest.raises(RecordError, match="no record of another runtime; use `selab profile --runtime NAME`"):
-        pages.named_tables("runtimes", {}, records[:1])
+        pages.named_tables("runtimes", {}, pages.Found(profiles=records[:1]))
 
 
 def test_the_words_of_an_exported_pair():

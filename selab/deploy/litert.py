@@ -1,6 +1,9 @@
 """Write networks for LiteRT (TensorFlow Lite), in fp32 or quantised by AI Edge Quantizer."""
 
+import re
 from pathlib import Path
+
+import numpy as np
 
 from selab.deploy.spelling import Spelling
 from selab.deploy.target import Order, Partitions, counted, exporting, muted, needed, only_module, scratch
@@ -41,21 +44,29 @@ class LiteRtTarget:
 
 
 def _quantised(path: Path, order: Order) -> bytes:
-    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe
 
     made = quantizer.Quantizer(str(path), recipe.static_wi8_ai8())
-    if order.float_blocks is not None:
-        from ai_edge_quantizer import algorithm_manager, qtyping
-
-        for one in order.float_blocks:
-            made.update_quantization_recipe(
-                regex=one.replace(".", "/"),
-                operation_name=qtyping.TFLOperationName.ALL_SUPPORTED,
-                algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE,
-            )
+    names = qtyping.TFLOperationName
+    # Images and logits stay in fp32, as in the other runtimes.
+    left = [(".*", names.INPUT), (".*", names.OUTPUT)]
+    left += [(_scope(one), names.ALL_SUPPORTED) for one in order.float_blocks or ()]
+    for regex, operation in left:
+        made.update_quantization_recipe(
+            regex=regex, operation_name=operation, algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE
+        )
     samples = [{"args_0": image.numpy()} for image in order.images]
     calibrated = made.calibrate({"serving_default": samples})
+    for found in calibrated.values():
+        # Of a layer whose units are all dead the range is a point, of which XNNPACK makes no scale. Zero stays zero.
+        if not np.any(found["min"]) and not np.any(found["max"]):
+            found["max"] = np.ones_like(found["max"])
     return bytes(made.quantize(calibrated).quantized_model)
+
+
+def _scope(path: str) -> str:
+    """Return what finds the operators of a module: their names hold `Class_name/Class_name/` for its path."""
+    return "/".join(rf"[^/;]*_{re.escape(part)}" for part in path.split(".")) + "[/;]"
 
 
 TARGET = LiteRtTarget()

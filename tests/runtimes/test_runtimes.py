@@ -93,6 +93,10 @@ def test_int8_is_close_and_not_equal(runtime, model, tmp_path, float_blocks):
     write_network(model, to, job.workload, path, name="net", images=inputs(1, 16))
     given = inputs(1)
     assert 1e-5 < closeness(model, outputs(path, job.workload, given), given) < 0.3
+    if runtime == "litert":
+        kinds = target(runtime).partitions(path).operators
+        # Each of the four blocks takes its map out of int8 and puts it back.
+        assert (kinds["DEQUANTIZE"], kinds["QUANTIZE"]) == ((5, 5) if float_blocks else (1, 1))
 
 
 def test_what_its_compiler_makes_of_it(runtime, tmp_path):

@@ -21,7 +21,13 @@ from selab.records.types import Device, Flag, Machine
 
 # A fault costs about a microsecond, so this many are a hundredth of the time.
 _MANY_FAULTS = 10_000
-_LIBRARIES = ("torch", "numpy", "fvcore", "thop", "triton")
+_LIBRARIES = (
+    *("torch", "numpy", "fvcore", "thop", "triton"),
+    *("onnx", "onnxruntime", "openvino", "nncf", "executorch", "torchao"),
+    *("litert-torch", "ai-edge-litert", "ai-edge-quantizer"),
+)
+# Products of int8 in one instruction: /proc/cpuinfo's names on x86 and on ARM.
+_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 def machine(device: Device = "cpu") -> Machine:
@@ -108,6 +114,17 @@ def _quota_cores() -> float | None:
 def _driver() -> str | None:
     found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", _read("/proc/driver/nvidia/version") or "")
     return found[1] if found else None
+
+
+def int8_words() -> str | None:
+    """Return which instructions this processor has for products of int8, in words; None where the system tells not."""
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
+    if found is None:
+        return None
+    there = [name for name in _INT8 if name in found[1].split()]
+    if there:
+        return f"int8 products by the processor's {', '.join(there)}"
+    return f"the processor has no instructions for int8 products ({', '.join(_INT8)}): int8 gains little here"
 
 
 @dataclass(frozen=True, kw_only=True)

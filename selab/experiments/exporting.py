@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from selab import units
 from selab.bench.backends import backend
+from selab.bench.machine import int8_words
 from selab.bench.progress import Report
 from selab.deploy.spelling import respelled, spelling_of
 from selab.deploy.target import Order, Target, scratch, target
@@ -67,7 +68,7 @@ def exported(job: Job, variant: nn.Module, baseline: nn.Module, folder: Path) ->
     images: Sequence[Tensor] = ()
     if workload.dtype == "int8":
         images, said = calibration_of(job)
-        remarks.append(said)
+        remarks += [said, *_int8_remarks()]
         if has_random_weights(job):
             remarks.append(_SETTLED)
             variant, baseline = settled(variant, images), settled(baseline, images)
@@ -103,6 +104,11 @@ def calibration_of(job: Job) -> tuple[list[Tensor], str]:
     images = read_images(Path(job.request.images), workload.input_chw, 2 * _MOST_IMAGES)[::2]
     said = f"int8 was calibrated on {units.counted(len(images), 'image')} of {job.request.images}"
     return batches(images, workload.batch), said
+
+
+def _int8_remarks() -> list[str]:
+    found = int8_words()
+    return [] if found is None else [found]
 
 
 def has_random_weights(job: Job) -> bool:

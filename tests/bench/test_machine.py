@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from selab.bench import machine as machine_module
-from selab.bench.machine import CpuReading, contention_flags, machine, read_cpu, threads_and_affinity
+from selab.bench.machine import CpuReading, contention_flags, int8_words, machine, read_cpu, threads_and_affinity
 
 
 def test_a_machine_tells_what_decides_a_latency_and_nothing_private():
@@ -13,6 +13,21 @@ def test_a_machine_tells_what_decides_a_latency_and_nothing_private():
     assert here.libraries["torch"] == torch.__version__
     assert here.name == here.name.lower()
     assert os.uname().nodename not in repr(here)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("flags : fpu avx512_vnni avx512f\n", "int8 products by the processor's avx512_vnni"),
+        ("Features : fp asimd asimddp i8mm\n", "int8 products by the processor's asimddp, i8mm"),
+        ("flags : fpu avx2 avx_vnni_int16\n", "int8 gains little here"),
+        ("", None),
+    ],
+)
+def test_whether_int8_pays(monkeypatch, text, said):
+    monkeypatch.setattr(machine_module, "_read", {"/proc/cpuinfo": f"model name : ACME\n{text}"}.get)
+    found = int8_words()
+    assert found is None if said is None else said in found
 
 
 @pytest.fixture

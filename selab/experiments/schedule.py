@@ -22,7 +22,8 @@ class Effort:
     """How long a whole profile takes, and in how many processes.
 
     Attributes:
-        seconds: of the whole command. It is exceeded only where the fewest processes do not fit.
+        seconds: of the whole command. It is exceeded where the fewest processes do not fit: by as much again at most,
+            and then there are fewer, three at least.
         least: the fewest processes.
         most: the most; what time is left makes their samples longer.
     """
@@ -73,7 +74,15 @@ class Schedule:
         """Return how many processes there will be, as far as is known by now."""
         of_one = self._ready_s + self.runs * (self._beside_s + (1 + self.control_share) * _LEAST_S)
         fitting = self.done + int(self._left_s() / of_one)
-        return max(self.done, self.effort.least, min(self.effort.most, fitting))
+        return max(self.done, self._least(of_one), min(self.effort.most, fitting))
+
+    def _least(self, of_one: float) -> int:
+        """Return the fewest processes: of large networks those that fit into twice the time, and at least three."""
+        effort = self.effort
+        if effort.least == effort.most:
+            return effort.least
+        fitting = self.done + int((self._left_s() + effort.seconds) / of_one)
+        return min(effort.least, max(LEAST_PROCESSES, fitting))
 
     @property
     def left(self) -> int:

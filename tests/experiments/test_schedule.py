@@ -29,8 +29,22 @@ def test_what_a_process_showed_is_used_for_the_next():
 
 def test_a_time_that_is_over_leaves_the_least_processes_and_the_least_sampling():
     now = [500.0]
-    plan = schedule(now, least=4, most=12)
-    assert (plan.sampling_s(), plan.left) == (0.4, 4)
+    assert (schedule(now, least=3, most=12).sampling_s(), schedule(now, least=3, most=12).left) == (0.4, 3)
+
+
+@pytest.mark.parametrize(("of_one", "total"), [(10.0, 22), (40.0, 12), (60.0, 9), (200.0, 3), (600.0, 3)])
+def test_the_fewest_processes_of_large_networks_fit_into_twice_the_time(of_one, total):
+    now = [of_one]
+    plan = schedule(now, seconds=300.0, least=12, most=24)
+    plan.ended(ready_s=of_one / 2, elapsed_s=of_one, sampled_s=0.0)
+    assert plan.total == total
+
+
+def test_the_processes_that_were_asked_for_are_all_run():
+    now = [5000.0]
+    plan = schedule(now, seconds=30.0, least=9, most=9)
+    plan.ended(ready_s=2000.0, elapsed_s=5000.0, sampled_s=0.4)
+    assert plan.total == 9
 
 
 def test_much_time_is_not_all_used():

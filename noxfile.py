@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -359,12 +360,47 @@ def runtimes(session: nox.Session) -> None:
     session.run("pytest", "tests/runtimes", "tests/deploy", *session.posargs)
 
 
+RUNTIMES = ("onnxruntime", "openvino", "executorch", "aoti")
+DEPLOYED = (
+    *("se_mobilenet", "se_mobilenet_v2", "mobilenet_v3_large", "se_shufflenet", "se_shufflenet_v2_x1_0"),
+    *("efficientnet_b0", "mnasnet_a1", "pp_lcnet_x1_0", "se_resnet50"),
+)
+"""The networks of the table of runtimes."""
+
+
+def measure_runtimes(session: nox.Session, runtimes: Sequence[str]) -> None:
+    """Measure every network of the table in these runtimes, in fp32 and in int8; words after -- go to `selab sweep`."""
+    grid = ["--arch", ",".join(DEPLOYED), "--runtime", ",".join(runtimes), "--dtype", "fp32,int8"]
+    session.run("selab", "sweep", *grid, "--budget", "40", "--out", "profiles", *session.posargs)
+    report(session, machine_folder(session))
+
+
+@nox.session
+def runtime_tables(session: nox.Session) -> None:
+    """Measure what SE costs in the runtimes that ship; goes on where it was stopped; --images FOLDER after --."""
+    session.install("-e", ".[onnx,openvino,executorch,aoti,imagenet]")
+    measure_runtimes(session, RUNTIMES)
+
+
+def install_with_litert(session: nox.Session, *more: str) -> None:
+    """Install the project beside LiteRT's converter, which needs a newer torch than the project names."""
+    needed = PYPROJECT["project"]["dependencies"]
+    session.install("litert-torch>=0.10", "pillow", *(one for one in needed if not one.startswith("torch")), *more)
+    session.install("--no-deps", "-e", ".")
+
+
 @nox.session
 def runtimes_litert(session: nox.Session) -> None:
     """Export for LiteRT, which brings a torch of its own, and test what it runs."""
-    session.install("litert-torch>=0.10", "msgspec", "typer", "rich", "safetensors", "matplotlib", *group("test"))
-    session.install("--no-deps", "-e", ".")
+    install_with_litert(session, *group("test"))
     session.run("pytest", "tests/runtimes", "-k", "litert", *session.posargs)
+
+
+@nox.session
+def runtime_tables_litert(session: nox.Session) -> None:
+    """Measure what SE costs in LiteRT, as `runtime_tables` does in the others."""
+    install_with_litert(session)
+    measure_runtimes(session, ["litert"])
 
 
 @nox.session

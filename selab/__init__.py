@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         UnknownNameError,
     )
     from selab.fusion.fuse import fuse
+    from selab.judging.look import gates
 
 _HOMES = {
     "selab.api": "build compare_records count load measure profile",
@@ -39,6 +40,7 @@ _HOMES = {
     "selab.errors": "DeviceError InsertionError ModelError OutOfMemoryError RecordError SelabError SpecError "
     "UnknownNameError",
     "selab.fusion.fuse": "fuse",
+    "selab.judging.look": "gates",
 }
 # Packages that the documentation uses as attributes: `selab.cost.register_rule`.
 _PACKAGES = ("attention", "cost", "errors")
@@ -69,6 +71,7 @@ __all__ = [
     "convert_gates",
     "count",
     "fuse",
+    "gates",
     "insert_se",
     "load",
     "measure",

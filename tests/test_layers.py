@@ -22,7 +22,7 @@ RANK = {
     "fusion": 3,
     "cost": 3,
     "deploy": 4,
-    "gates": 4,
+    "judging": 4,
     "bench": 5,
     "training": 5,
     "experiments": 6,

@@ -15,6 +15,7 @@ from selab.cli import faults, streams, usage
 from selab.cli.checks import check, diff
 from selab.cli.console import StoppedError, print_error, tell_code
 from selab.cli.deploy import export, import_timings
+from selab.cli.judging import gates
 from selab.cli.measure import profile, roofline, show_machine, tax, timeline
 from selab.cli.networks import archs, count, show, sites
 from selab.cli.new import new_app
@@ -193,6 +194,15 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
             examples(
                 "selab compare small_cnn se_small_cnn --seeds 5 --epochs 4",
                 "selab compare small_cnn small_cnn+block=eca small_cnn+block=cbam",
+            ),
+        ),
+    },
+    "Judge": {
+        "gates": (
+            gates,
+            examples(
+                "selab gates --arch se_small_cnn --weights results/runs/…/weights.safetensors --pictures gates",
+                "selab gates --arch model.onnx --images photos",
             ),
         ),
     },

@@ -82,7 +82,7 @@ def train(
     check_seed(seed)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
-    images = _open_data(data, chosen.image)
+    images = open_images(data, chosen.image)
     folder = experiments_compare.folder_of(variant, images, chosen, how, seed, out=out)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         done = train_one(
@@ -133,8 +133,8 @@ def evaluate(
     from selab.training.evaluate import evaluate as evaluate_one
 
     check_outputs(json_to)
-    prepared, whose = _preparation(data, weights, preparation)
-    images = _open_data(data, prepared)
+    prepared, whose = preparation_of(data, weights, preparation)
+    images = open_images(data, prepared)
     how: dict[str, Any] = {"device": device, "amp": amp, "channels_last": channels_last}
     with redirect_stdout(sys.stderr), reporting(open_console(stderr=True)) as report:
         report(f"evaluating {variant.name} on {images.title}", None)
@@ -241,7 +241,7 @@ def compare(
     how = _options(options)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
-    images = _open_data(data, chosen.image)
+    images = open_images(data, chosen.image)
     common: dict[str, Any] = {"recipe": chosen, "options": how, "seeds": tuple(range(seeds))}
     common["command"] = shlex.join(["selab", *sys.argv[1:]])
     plans = [experiments_compare.ComparisonPlan(variant=one, baseline=base, **common) for one, base in networks]
@@ -335,8 +335,10 @@ def _recipe_of(name: str | None, variant: "Variant", data: DataOptions) -> "Reci
     return chosen
 
 
-def _preparation(data: DataOptions, weights: Path, asked: PreparationOptions) -> "tuple[ImageRecipe | None, str]":
-    """How a folder's images are prepared, and who says so: the options, a recipe, the weights, or nobody.
+def preparation_of(
+    data: DataOptions, weights: Path | None, asked: PreparationOptions
+) -> "tuple[ImageRecipe | None, str]":
+    """Return how a folder's images are prepared, and who says so: the options, a recipe, the weights, or nobody.
 
     Raises:
         SelabError: the data lie in memory and options say how to prepare them, or the options contradict each other.
@@ -346,7 +348,8 @@ def _preparation(data: DataOptions, weights: Path, asked: PreparationOptions) ->
     from selab.training.recipe import ImageRecipe, check_suits, find_recipe, read_image_recipe
 
     recipe, resize, crop = asked.recipe, asked.resize, asked.crop
-    own, given = read_image_recipe(weights), [("--resize", resize), ("--crop", crop)]
+    own = None if weights is None else read_image_recipe(weights)
+    given = [("--resize", resize), ("--crop", crop)]
     if data.in_memory:
         if any(value is not None for _, value in [("--recipe", recipe), *given]):
             raise SelabError(f"--recipe, --resize and --crop: are for image folders; {data.data} needs none of them")
@@ -364,7 +367,8 @@ def _preparation(data: DataOptions, weights: Path, asked: PreparationOptions) ->
     return msgspec.structs.replace(chosen, test_resize=resize, test_crop=crop), whose
 
 
-def _open_data(options: DataOptions, image: "ImageRecipe | None") -> "Data":
+def open_images(options: DataOptions, image: "ImageRecipe | None") -> "Data":
+    """Open the data set that the options name, and print what was found."""
     from selab.training.data import open_data
 
     return open_data(

@@ -116,9 +116,13 @@ def runnable(root):
     return [name for name, text in pages(root).items() if blocks(text, "python") and name not in RUN_ELSEWHERE]
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "docs/install.md", "docs/insertion.md", "docs/se-tax.md", "docs/api.md", "docs/weights.md"]
+RUN_HERE = (
+    *("README.md", "docs/install.md", "docs/insertion.md", "docs/se-tax.md", "docs/api.md", "docs/weights.md"),
+    "docs/gates.md",
 )
+
+
+@pytest.mark.parametrize("name", RUN_HERE)
 def test_python_runs(root, name, tmp_path, monkeypatch):
     """The Python of a page, block after block, in one namespace."""
     monkeypatch.chdir(tmp_path)
@@ -129,9 +133,8 @@ def test_python_runs(root, name, tmp_path, monkeypatch):
 
 
 def test_every_page_with_python_is_run(root):
-    here = {"README.md", "docs/install.md", "docs/insertion.md", "docs/se-tax.md", "docs/api.md", "docs/weights.md"}
     skipped = {"docs/training.md", "docs/runtimes.md"}  # ImageNet only; what other runtimes load
-    assert set(runnable(root)) == here | skipped
+    assert set(runnable(root)) == {*RUN_HERE} | skipped
 
 
 # What the README shows of a command that measures comes from a committed record.

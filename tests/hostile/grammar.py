@@ -33,6 +33,7 @@ WORKING = {
     "train": ["--arch", f"{TOML}:tiny", *TRAINING],
     "eval": ["--arch", f"{TOML}:tiny", "--weights", "good.safetensors", "--data", "synthetic"],
     "compare": [*TRAINING, "--seeds", "1", "--no-latency", f"{TOML}:tiny", f"{TOML}:se_tiny"],
+    "gates": ["--arch", SE, "--weights", "good.safetensors", "--data", "synthetic", "--most", "10"],
     "export": ["--arch", f"{TOML}:se_tiny", "--to", "onnx", "--replace"],
     "import": [
         *("--arch", SE, "--from", "executorch", "--on-device", "a phone", "--replace"),
@@ -57,7 +58,7 @@ WORKING = {
     ],
 }
 # They train or measure when nothing is wrong, which takes seconds.
-SLOW = ("profile", "tax", "sweep", "timeline", "train", "eval", "compare", "export")
+SLOW = ("profile", "tax", "sweep", "timeline", "train", "eval", "compare", "gates", "export")
 NUMBERS = ["", "0", "-1", "1e400", "nan", "inf", "9" * 5000, "1" + "0" * 400, "0x10", "1 2", "٣", "\0", "--"]
 TEXTS = [
     "",

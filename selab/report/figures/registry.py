@@ -12,6 +12,7 @@ from selab.records.types import Cost, Record
 from selab.report.figures.axes import axis
 from selab.report.figures.bars import Bars, bars, bars_figure
 from selab.report.figures.curves import Curves, curves_figure
+from selab.report.figures.gates import GateDepth, GatePanels, depth_figure, panels_figure
 from selab.report.figures.lines import Lines, lines_figure
 from selab.report.figures.roofline import Roof, roof_figure
 from selab.report.figures.runtimes import runtime_bars
@@ -19,7 +20,7 @@ from selab.report.figures.scatter import Scatter, points, scatter_figure
 from selab.report.figures.style import STYLE
 from selab.report.figures.tax import TaxBars, tax_figure
 
-Picture = Scatter | Bars | Curves | Roof | Lines | TaxBars
+Picture = Scatter | Bars | Curves | Roof | Lines | TaxBars | GatePanels | GateDepth
 _AXES_OF = {"cost": ("macs", "latency"), "accuracy": ("macs", "top1_error")}
 CURVES, TAX = "curves", "tax"
 OF_ONE_RECORD = (CURVES, TAX)
@@ -120,6 +121,10 @@ def rendered(shown: Picture, ending: str) -> bytes:
                 figure = lines_figure(shown)
             case TaxBars():
                 figure = tax_figure(shown)
+            case GatePanels():
+                figure = panels_figure(shown)
+            case GateDepth():
+                figure = depth_figure(shown)
         file = io.BytesIO()
         if ending == ".svg":
             metadata = {"Title": shown.title, "Date": None, "Creator": None}

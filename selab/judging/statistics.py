@@ -159,6 +159,11 @@ class GateStatistics:
         np.add.at(self._group_sums, (groups, labels), moved)
         np.add.at(self._group_squares, groups, moved**2)
 
+    @property
+    def images_of_classes(self) -> tuple[int, ...]:
+        """The number of images of each class."""
+        return tuple(self._class_images.tolist())
+
     def class_mean(self, label: int) -> tuple[float, ...]:
         """Return the mean gate of a class's images, one factor per channel.
 

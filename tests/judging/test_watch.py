@@ -8,7 +8,7 @@ import selab
 from selab.attention.blocks import CBAM, ECA
 from selab.attention.se import SqueezeExcitation
 from selab.errors import InsertionError, ModelError
-from selab.gates.watch import gated_blocks, watched
+from selab.judging.watch import gated_blocks, watched
 from selab.models.build import build
 from selab.models.catalog import find
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from selab.errors import ModelError, SelabError
-from selab.gates.statistics import GateStatistics, ranked
+from selab.judging.statistics import GateStatistics, ranked
 
 RANDOM = np.random.default_rng(0)
 

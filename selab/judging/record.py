@@ -1,0 +1,84 @@
+"""What was seen of the gates of a network, as a record."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from selab._version import __version__
+from selab.errors import RecordError
+from selab.judging.statistics import BlockGates
+from selab.records.files import read_text
+from selab.records.frozen import Frozen
+from selab.records.types import decoded, lined_json
+
+SCHEMA = "selab.gates/1"
+
+
+class Gates(Frozen, frozen=True, kw_only=True):
+    """The gates of a network over a set of images.
+
+    Attributes:
+        arch: the network.
+        weights: of the network, as they were named; empty where it came with them.
+        data: the images, in words.
+        images: how many.
+        classes: the names of the classes, in the order of their numbers; empty without labels.
+        blocks: in the order of the network.
+        class_means: name → for each block, the mean gate of the class's images; of the classes that were chosen.
+    """
+
+    schema: str = SCHEMA
+    selab: str = __version__
+    arch: str
+    weights: str = ""
+    data: str
+    images: int
+    classes: tuple[str, ...] = ()
+    blocks: tuple[BlockGates, ...]
+    class_means: dict[str, tuple[tuple[float, ...], ...]] = msgspec.field(default_factory=dict)
+
+    def block(self, path: str) -> BlockGates:
+        """Return a block by its path.
+
+        Raises:
+            RecordError: there is none.
+        """
+        for one in self.blocks:
+            if one.path == path:
+                return one
+        known = ", ".join(one.path for one in self.blocks)
+        raise RecordError(f"{self.arch}: has no gates of {path}; blocks: {known}")
+
+
+def gates_json(gates: Gates) -> bytes:
+    """Return a record as the content of a file."""
+    return lined_json(gates)
+
+
+def read_gates(path: Path) -> Gates:
+    """Read a record.
+
+    Raises:
+        RecordError: the file is not such a record; the message names the file and the field.
+    """
+    again = "look again with `selab gates`"
+    record = decoded(read_text(path).encode(), Gates, schema=SCHEMA, where=str(path), again=again)
+    for wrong in _mistaken(record):
+        raise RecordError(f"{path}: {wrong}; {again}, or restore the file")
+    return record
+
+
+def _mistaken(record: Gates) -> Iterator[str]:
+    if not record.blocks:
+        yield "blocks: is empty"
+    for place, block in enumerate(record.blocks):
+        lists = [block.deviation, block.lowest, block.highest, block.low, block.high]
+        lists += [] if block.between is None else [block.between]
+        if not block.mean or any(len(one) != block.channels for one in lists):
+            yield f"blocks[{place}]: its lists differ in length"
+        elif any(low > high for low, high in zip(block.lowest, block.highest, strict=True)):
+            yield f"blocks[{place}].lowest: is above highest"
+    for name, means in record.class_means.items():
+        if [len(one) for one in means] != [one.channels for one in record.blocks]:
+            yield f"class_means.{name}: does not fit the blocks"

@@ -213,6 +213,14 @@ def read_cpu() -> CpuReading | None:
     )
 
 
+def cores_of_others(before: CpuReading | None, after: CpuReading | None) -> float:
+    """Return how many cores other processes used between two readings; 0 where there are no counters."""
+    if before is None or after is None or after.at_s <= before.at_s:
+        return 0.0
+    busy_s = after.busy_s - before.busy_s - (after.own_s - before.own_s)
+    return max(0.0, busy_s / (after.at_s - before.at_s))
+
+
 def contention_flags(before: CpuReading | None, after: CpuReading | None, *, threads: int, cores: int) -> list[Flag]:
     """Return the flags of other work on the machine between two readings.
 
@@ -230,7 +238,7 @@ def contention_flags(before: CpuReading | None, after: CpuReading | None, *, thr
     if before is None or after is None or after.at_s <= before.at_s:
         return flags
     elapsed = after.at_s - before.at_s
-    others = (after.busy_s - before.busy_s - (after.own_s - before.own_s)) / elapsed
+    others = cores_of_others(before, after)
     stolen = (after.stolen_s - before.stolen_s) / elapsed
     free = cores - threads
     if others > max(0.1, free + 0.1) or (others > 0.1 and free <= 0):

@@ -14,20 +14,24 @@ from selab.records import stats
 # Standard deviation of a process's ratio on a quiet machine, where only the place of buffers in memory differs:
 # 0.85 to 1.6 % for SE-MobileNet on an AMD EPYC.
 _BETWEEN_PROCESSES = 0.015
+# The same for other programs on all cores; on a shared AMD EPYC, a program on one of two cores makes it 5 to 7 %.
+_BETWEEN_WHEN_BUSY = 0.12
 # Pairs of a process, of a network whose calls last some ten milliseconds.
 _PAIRS = 4
 _SAMPLES = 24
 _CALLS = 3
 
 
-def expected_half_width(processes: int, pair_deviation: float) -> float:
+def expected_half_width(processes: int, pair_deviation: float, *, busy: float = 0.0) -> float:
     """Return half of the interval that so many processes will have, as a fraction of the ratio.
 
     Args:
         processes: at least 2.
         pair_deviation: of the logarithm of the ratio of two neighbouring samples.
+        busy: share of the machine's cores that other programs use.
     """
-    of_a_process = math.hypot(_BETWEEN_PROCESSES, pair_deviation / math.sqrt(_PAIRS))
+    within = pair_deviation / math.sqrt(_PAIRS)
+    of_a_process = math.hypot(_BETWEEN_PROCESSES, _BETWEEN_WHEN_BUSY * min(1.0, busy), within)
     return stats.student_quantile(processes - 1) * of_a_process / math.sqrt(processes)
 
 

@@ -49,6 +49,7 @@ from selab.cli.signals import held_back
 from selab.errors import SelabError
 from selab.models import catalog
 from selab.records.bounds import MOST_PROCESSES
+from selab.records.estimate import LEAST_PROCESSES
 from selab.records.types import PHASE_NAMES, PHASES, Device, Phase
 
 if TYPE_CHECKING:
@@ -125,8 +126,11 @@ def _showing_counts(growing: "Profile", console: "Console", report: "Report") ->
         # A log gets the table once, at the end.
         if console.is_terminal:
             console.print(profile_table(growing.record()), highlight=False)
-        if console.is_terminal and growing.expectation:
-            console.print(escape_markup(growing.expectation), highlight=False)
+        if not growing.expectation:
+            return None
+        if not console.is_terminal:
+            return report(growing.expectation, None)
+        console.print(escape_markup(growing.expectation), highlight=False)
         return None
 
     return tell
@@ -221,7 +225,7 @@ def tax(
     job = resolve_job(options.request(arch, threads=threads, phases=phases, **effort.fields_of_request()))
     from selab.experiments import tax as experiments_tax
     from selab.experiments import tax_record
-    from selab.records import files
+    from selab.records import files, store
     from selab.report import tax as report_tax
 
     allowed = experiments_tax.implementations_in(job.workload.runtime, is_graph=job.is_graph)
@@ -236,7 +240,11 @@ def tax(
         with reporting(open_console(stderr=True)) as report:
             record = comparison.run(report)
     except KeyboardInterrupt:
-        raise StoppedError("interrupted; nothing was written: all implementations are measured in one run") from None
+        raise StoppedError(
+            f"interrupted; nothing was written: an interval needs {LEAST_PROCESSES} processes, or one long run"
+        ) from None
+    if comparison.interrupted:
+        path = store.partial_path(path)
     tax_record.save_tax_record(record, path)
     record = tax_record.read_tax_record(path)
     if str(json_to) == "-":
@@ -245,6 +253,8 @@ def tax(
     if json_to is not None:
         files.write_atomically(json_to, files.read_text(path).encode())
     print_tables(report_tax.tax_tables(record), look, f"record: {path}")
+    if comparison.interrupted:
+        raise StoppedError(f"interrupted; what was measured until then is in {path}")
 
 
 def _step_phase(options: WorkloadOptions) -> Phase:

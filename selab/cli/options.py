@@ -343,7 +343,9 @@ class EffortOptions:
     thorough: Annotated[
         bool, option("--thorough", TIME, "Up to 5 minutes in 12 to 24 fresh processes: for what you publish.")
     ] = False
-    budget: Annotated[float | None, seconds("--budget", TIME, "Seconds of the whole measurement.", least=0.1)] = None
+    budget: Annotated[
+        float | None, seconds("--budget", TIME, "Seconds of the whole measurement of a network.", least=0.1)
+    ] = None
     processes: Annotated[
         int | None,
         natural(

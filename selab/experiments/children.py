@@ -120,6 +120,9 @@ def in_processes(
     while schedule.left:
         turn = Turn(number=number, sampling_s=schedule.sampling_s(), control=schedule.done % 2 == 0)
         where = f"process {schedule.done + 1} of {schedule.total}"
+        if schedule.done:
+            # What the first process took corrects what was announced.
+            where += f", about {schedule.expected_s():.0f} s left"
         yield Started(where=where)
         began, ready_s, why = schedule.clock(), 0.0, ""
         try:
@@ -139,7 +142,9 @@ def in_processes(
             schedule.ended(ready_s=ready_s, elapsed_s=schedule.clock() - began, sampled_s=sampled_s)
         yield Ended(number=number, died=why)
         if died > _MOST_DEATHS:
-            raise SelabError(f"{units.counted(died, 'process', 'processes')} died: {why}")
+            raise SelabError(
+                f"{units.counted(died, 'process', 'processes')} died: {why}; free memory, or use a smaller --batch"
+            )
         number += 1
 
 

@@ -10,6 +10,7 @@ from selab.bench.machine import (
     GpuReading,
     Surroundings,
     contention_flags,
+    cores_of_others,
     machine,
     read_cpu,
     surroundings,
@@ -93,10 +94,7 @@ def _busy(found: Snapshot) -> list[Problem]:
 
 def other_programs(found: Snapshot) -> float:
     """Return how many cores other programs used while the machine was watched."""
-    if found.before is None or found.after is None:
-        return 0.0
-    busy = found.after.busy_s - found.before.busy_s - (found.after.own_s - found.before.own_s)
-    return busy / (found.after.at_s - found.before.at_s)
+    return cores_of_others(found.before, found.after)
 
 
 def _throttled(found: Snapshot) -> list[Problem]:

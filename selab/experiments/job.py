@@ -268,8 +268,8 @@ def job_of(request: Request, variant: Variant, baseline: Variant | None) -> Job:
         )
     if 1 < (request.processes or 1) < LEAST_PROCESSES:
         raise SpecError(
-            f"--processes {request.processes}: have no interval; give at least {LEAST_PROCESSES}, or 1 to measure in "
-            "this process"
+            f"--processes {request.processes}: too few for an interval; give {LEAST_PROCESSES} or more, or 1 to "
+            "measure in this process"
         )
     request = _of_runtime(request, variant)
     workload = _workload_of(request, variant)

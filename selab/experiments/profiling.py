@@ -18,9 +18,8 @@ from selab import units
 from selab._version import __version__
 from selab.bench.backends import backend, together
 from selab.bench.energy import ENERGY_PHASES, EnergyMeter, energy_meter
-from selab.bench.machine import CpuReading, available_cores, contention_flags, machine, read_cpu
+from selab.bench.machine import CpuReading, available_cores, machine, read_cpu
 from selab.bench.memory import memory
-from selab.bench.noise import expected_half_width, pair_deviation
 from selab.bench.progress import Report
 from selab.bench.runner import DTYPES, check_device
 from selab.bench.sampler import Clock
@@ -34,7 +33,7 @@ from selab.experiments.children import Found, Started, Turn, in_processes
 from selab.experiments.exporting import exported, is_exported
 from selab.experiments.job import Job, Request, resolve
 from selab.experiments.placements import Placements, method_of, summary
-from selab.experiments.schedule import Schedule, effort_of
+from selab.experiments.schedule import Schedule, effort_of, expectation
 from selab.experiments.workers import Failed, Placed, WorkerJob, build_pair, raw_runs
 from selab.graphs.module import OnnxNetwork
 from selab.models import catalog
@@ -155,6 +154,8 @@ class Profile:
                 folder = files.enter_context(scratch())
                 self._measured, self.exported, self.remarks = exported(self.job, variant, baseline, folder)
                 variant, baseline = (built.model for built in build_pair(self._measured))
+                # Some exporters compile for minutes; that is not time to measure.
+                schedule.began = self.began = self.clock()
             self._measure(schedule, variant, baseline, report, meter)
         self.complete = True
 
@@ -176,18 +177,9 @@ class Profile:
 
     def _expected(self, schedule: Schedule, before: CpuReading | None) -> str:
         """Return in words how long this will take, how wide the intervals will be, and what other programs use."""
-        workload = self.job.workload
-        found = contention_flags(before, read_cpu(), threads=workload.threads, cores=self.machine.cores)
-        seen = [one.detail for one in found if one.name in ("contention", "neighbours", "stolen_time")]
-        seen = [f"{'; '.join(seen)}: stop other programs for exact figures"] if seen else []
         if not self.job.request.phases or self.job.request.in_this_process:
-            return "".join(seen)
-        number = units.counted(schedule.total, "fresh process", "fresh processes")
-        said = [f"measuring for about {schedule.expected_s():.0f} s in {number}"]
-        if workload.device == "cpu":
-            half = expected_half_width(schedule.total, pair_deviation())
-            said.append(f"expect about ±{100 * half:.2g} % on this machine now")
-        return "; ".join([*said, *seen])
+            return ""
+        return expectation(schedule, before, device=self.job.workload.device, cores=self.machine.cores)
 
     def _measure_memory(self, variant: nn.Module, baseline: nn.Module, report: Report) -> None:
         report("memory", None)

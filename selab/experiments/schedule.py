@@ -7,8 +7,12 @@ interval happens to be narrow makes a 95 % interval hold the truth in 92 % of me
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from selab import units
+from selab.bench.machine import CpuReading, cores_of_others, read_cpu
+from selab.bench.noise import expected_half_width, pair_deviation
 from selab.experiments.job import Request
 from selab.records.estimate import LEAST_PROCESSES
+from selab.records.types import Device
 
 # Until the first process shows them: seconds from a start to the first run, and of a run beside its sampling.
 _READY_S, _BESIDE_S = 3.0, 0.5
@@ -113,3 +117,26 @@ class Schedule:
 
     def _left_s(self) -> float:
         return self.began + self.effort.seconds - self.clock()
+
+
+# Cores; a tenth of one is what a system does by itself.
+_MANY_OTHERS = 0.1
+
+
+def expectation(schedule: Schedule, before: CpuReading | None, *, device: Device, cores: int) -> str:
+    """Return in words how long a measurement will take, how wide its intervals will be, and what other programs use.
+
+    Args:
+        schedule: of the measurement.
+        before: the processors' counters some seconds ago; None where there are none.
+        device: that is measured.
+        cores: logical processors that this process may use.
+    """
+    number = units.counted(schedule.total, "fresh process", "fresh processes")
+    said = f"measuring for about {schedule.expected_s():.0f} s in {number}"
+    if device != "cpu":
+        return said
+    others = cores_of_others(before, read_cpu())
+    half = expected_half_width(schedule.total, pair_deviation(), busy=others / cores)
+    seen = f"other programs use {others:.1f} of {cores} cores: " if others > _MANY_OTHERS else ""
+    return f"{said}; {seen}expect about ±{100 * half:.2g} % on one thread"

@@ -18,7 +18,7 @@ from torch import nn
 from selab._version import __version__
 from selab.attention.se import SqueezeExcitation
 from selab.bench.interleaved import Pair, measure_networks
-from selab.bench.machine import machine
+from selab.bench.machine import machine, read_cpu
 from selab.bench.profiler import STAGES, WHOLE, record_steps
 from selab.bench.progress import Progress, Report
 from selab.bench.roofline import measure_peaks
@@ -28,7 +28,7 @@ from selab.deploy.target import scratch
 from selab.errors import InsertionError, SelabError, UnknownNameError, nearest
 from selab.experiments.children import Found, Started, Turn, child, in_processes
 from selab.experiments.job import Job, Request, resolve
-from selab.experiments.schedule import Schedule, effort_of
+from selab.experiments.schedule import Schedule, effort_of, expectation
 from selab.experiments.tax_exported import OF_FILES, SPELLED, network_of, pairs_of, write_arms
 from selab.experiments.tax_gathered import Gathered, TaxFound
 from selab.experiments.tax_implementations import is_plain, reimplement
@@ -53,6 +53,7 @@ from selab.models import catalog
 from selab.models.build import Built, build
 from selab.models.provenance import bare_name
 from selab.models.spec import Variant, pair_hash
+from selab.records.estimate import LEAST_PROCESSES
 from selab.records.types import TORCH, Frozen, Insertion, On, Phase, Workload
 
 _OTHERS = "other implementations"
@@ -137,6 +138,7 @@ class Tax:
 
     Attributes:
         baseline: None for the network without its built-in blocks.
+        interrupted: whether the record that `run` returned was cut short by an interruption.
 
     Raises:
         SpecError: there is no baseline, or its input has another shape.
@@ -184,6 +186,8 @@ class Tax:
                 )
         self.machine = machine(request.device)
         self.clock = time.monotonic
+        self.began, self._cpu = self.clock(), read_cpu()
+        self.interrupted = False
 
     def path(self, out: Path) -> Path:
         """Return the path of its record under this folder."""
@@ -201,6 +205,7 @@ class Tax:
 
         Raises:
             SelabError: the baseline fails. The failure of another network is recorded in its pair.
+            KeyboardInterrupt: before as many processes have ended as an interval needs; later it ends the measurement.
         """
         # The output of a user's network must not mix with ours.
         with redirect_stdout(sys.stderr):
@@ -222,6 +227,8 @@ class Tax:
             self.job, self.implementations, self.blocks, self._made(variant=False), folder, report
         )
         self._remarks |= {str(place): text for place, text in enumerate(said)}
+        # Some runtimes compile for minutes; that is not time to measure.
+        self.began = self.clock()
 
     def _record(self, report: Report) -> TaxRecord:
         request, workload, phase = self.asked.request, self.workload, self.asked.phase
@@ -233,9 +240,19 @@ class Tax:
         if request.in_this_process:
             gathered.add(0, self.measured(self._plan(len(gathered.pairs)), report, seed=request.seed))
         else:
-            self._measure_in_processes(gathered, report)
+            try:
+                self._measure_in_processes(gathered, report)
+            except KeyboardInterrupt:
+                if gathered.processes < LEAST_PROCESSES:
+                    raise
+                self.interrupted = True
         profiled = None
-        if REFERENCE in measured and not workload.compiled and not gathered.has_failed(REFERENCE):
+        if (
+            not self.interrupted
+            and REFERENCE in measured
+            and not workload.compiled
+            and not gathered.has_failed(REFERENCE)
+        ):
             report("profiling the reference", None)
             profiled = self._profiled(self._networks(measured)[REFERENCE]())
         return TaxRecord(
@@ -267,6 +284,7 @@ class Tax:
                 *(f"{words_of(name)}: left out: {why}" for name, why in self._failed.items()),
                 *((_NOT_COMPILED,) if workload.compiled and measured != self.implementations else ()),
                 *gathered.deaths,
+                *(("interrupted: fewer processes than planned",) if self.interrupted else ()),
             ),
         )
 
@@ -302,12 +320,13 @@ class Tax:
         request = self.asked.request
         methods = 2 if request.device == "cuda" else 1
         schedule = Schedule(
-            began=self.clock(),
+            began=self.began,
             effort=effort_of(request),
             runs=len(gathered.pairs) * methods,
             clock=self.clock,
             control_share=0.0,
         )
+        report(expectation(schedule, self._cpu, device=request.device, cores=self.machine.cores), None)
 
         def order_of(turn: Turn) -> TaxOrder:
             return TaxOrder(

@@ -64,6 +64,11 @@ class Gathered:
                 runs.pop(process, None)
         self._failed = {where: (at, why) for where, (at, why) in self._failed.items() if at != process}
 
+    @property
+    def processes(self) -> int:
+        """The number of processes whose findings are here."""
+        return len({process for pairs in self._runs.values() for runs in pairs.values() for process in runs})
+
     def has_failed(self, name: str) -> bool:
         """Return whether a network failed."""
         return any(failed == name for _, failed in self._failed)

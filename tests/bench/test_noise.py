@@ -36,6 +36,8 @@ def test_more_processes_and_a_quieter_machine_have_narrower_intervals():
     assert expected_half_width(9, 0.0) == pytest.approx(0.01153, abs=1e-5)
     assert expected_half_width(9, 0.1) == pytest.approx(2.306 * (0.015**2 + 0.1**2 / 4) ** 0.5 / 3, rel=1e-3)
     assert expected_half_width(3, 0.0) > 2 * expected_half_width(6, 0.0)
+    assert expected_half_width(9, 0.0, busy=0.5) == pytest.approx(2.306 * (0.015**2 + 0.06**2) ** 0.5 / 3, rel=1e-3)
+    assert expected_half_width(9, 0.0, busy=1.2) == expected_half_width(9, 0.0, busy=1.0)
 
 
 def test_the_work_of_this_machine():

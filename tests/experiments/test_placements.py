@@ -58,7 +58,7 @@ def test_a_phase_that_fails_says_why(rows):
 
 
 def test_two_processes_are_refused():
-    with pytest.raises(SpecError, match="--processes 2: have no interval; give at least 3, or 1 to measure in"):
+    with pytest.raises(SpecError, match="--processes 2: too few for an interval; give 3 or more, or 1 to measure in"):
         resolve(Request(arch="se_small_cnn", processes=2))
 
 

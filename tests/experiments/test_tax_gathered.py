@@ -1,13 +1,17 @@
 """What several processes found of a tax, gathered pair by pair."""
 
+import re
+
 import msgspec
 import pytest
 from fake_runs import paired_run
 
+from selab.experiments import tax
+from selab.experiments.children import Found
 from selab.experiments.job import Request, resolve
 from selab.experiments.tax import TaxOrder
 from selab.experiments.tax_gathered import Gathered, TaxFound
-from selab.experiments.tax_record import read_tax_record
+from selab.experiments.tax_record import read_tax_record, read_tax_records
 
 PAIRS = [("baseline", "again"), ("baseline", "plain"), ("baseline", "reference"), ("baseline", "fast")]
 
@@ -72,12 +76,40 @@ def test_orders_and_findings_travel_as_json():
         assert msgspec.json.decode(msgspec.json.encode(one), type=type(one)) == one
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_an_interruption_keeps_what_has_an_interval(selab, toy, tmp_path, monkeypatch, processes):
+    def cut_short(*_):
+        for number in range(processes):
+            ratio = 1.1 + number / 100
+            yield Found(number=number, where=f"process {number + 1}", what=found(ratio))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tax, "in_processes", cut_short)
+    out = tmp_path / "out"
+    status, said, error = selab("tax", "--arch", f"{toy}:se_toy", "--impl", "reference", "--out", out)
+    assert status == 130
+    files = list(out.rglob("*.json"))
+    if processes == 2:
+        assert "nothing was written: an interval needs 3 processes" in " ".join(error.split())
+        assert files == []
+        return
+    assert "+11.0 %" in said
+    assert "interrupted: fewer processes than planned" in " ".join(said.split())
+    (path,) = files
+    assert path.name.endswith(".partial.json")
+    assert "interrupted; what was measured until then is in" in " ".join(error.split())
+    assert {len(pair.latency.runs) for pair in read_tax_record(path).pairs} == {3}
+    # It is no whole record.
+    assert read_tax_records(path.parents[1]) == []
+
+
 @pytest.mark.slow
 def test_three_processes(selab, toy, tmp_path):
     words = ["tax", "--arch", f"{toy}:se_toy", "--impl", "reference", "--impl", "fused", "--free-heap"]
     status, shown, error = selab(*words, "--processes", 3, "--budget", 1, "--out", tmp_path)
     assert status == 0, error
-    assert "process 3 of 3: reference +" in " ".join(error.split()).replace("reference about", "reference +")
+    assert re.search(r"process 3 of 3, about \d+ s left: reference (about )?[+-]", " ".join(error.split()))
+    assert "measuring for about" in error
     (path,) = tmp_path.rglob("*.json")
     record = read_tax_record(path)
     assert {len(pair.latency.runs) for pair in record.pairs} == {3}

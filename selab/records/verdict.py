@@ -172,7 +172,9 @@ def _estimated(runs: Sequence[Run], statistic: Statistic, unit: Unit) -> tuple[E
         return found, []
     elapsed_s = sum(run.elapsed_s for run in runs)
     widest = units.share(WIDEST_HALF_WIDTH, decimals=0)
-    reason = f"the interval is ±{units.share(half)} of the ratio after {elapsed_s:.3g} s, more than ±{widest}"
+    reason = (
+        f"the interval is ±{units.share(half)} of the ratio after {elapsed_s:.3g} s of sampling, more than ±{widest}"
+    )
     return found, [f"{reason}; quiet the machine or raise the budget"]
 
 
@@ -262,7 +264,7 @@ def summarise(
     if against or found is None or floor is None or difference is None:
         verdict = no_result(against)
     else:
-        verdict = sentence(found, floor, difference)
+        verdict = sentence(found, floor, change_s(found.baseline_s, found.ratio))
         if len(runs) == 1 and unit == "pair":
             verdict = Verdict(kind=verdict.kind, text=f"{verdict.text}; in one process")
         if unit == "process":
@@ -289,6 +291,14 @@ def summarise(
         error=error,
         unit=unit,
     )
+
+
+def change_s(baseline_s: float, ratio: float) -> float:
+    """Return what a ratio adds to the baseline's time, in seconds: the difference that is shown beside it.
+
+    Differences of samples would be weighed by how slow each process happened to be, and could contradict the ratio.
+    """
+    return baseline_s * (ratio - 1)
 
 
 def recompute(latency: Latency) -> Latency:

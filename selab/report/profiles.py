@@ -19,7 +19,7 @@ from selab.records.types import (
     Record,
     Workload,
 )
-from selab.records.verdict import change_words
+from selab.records.verdict import change_s, change_words
 from selab.report.exports import exported_notes
 from selab.report.machines import by_machine
 from selab.report.published import (
@@ -62,15 +62,16 @@ def _latency_row(latency: Latency, *, label: str) -> tuple[str, ...]:
     if latency.error or latency.baseline_s is None or latency.variant_s is None:
         return (label, NONE, NONE, NONE, word)
     base, variant = units.seconds(latency.baseline_s), units.seconds(latency.variant_s)
-    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None or latency.difference_s is None:
+    if latency.ratio is None or latency.ratio_low is None or latency.ratio_high is None:
         return (label, base, variant, NONE, word)
     half = (latency.ratio_high - latency.ratio_low) / 2
     change = units.percent(latency.ratio - 1, decimals=units.decimals_for(half))
-    sign = "+" if latency.difference_s > 0 else ""
+    added_s = change_s(latency.baseline_s, latency.ratio)
+    sign = "+" if added_s > 0 else ""
     shown = change if word in ("slower", "faster") else word
     if latency.unit == "process":
         shown = change_words(latency)
-    return (label, base, variant, f"{sign}{units.seconds(latency.difference_s, digits=3)}", shown)
+    return (label, base, variant, f"{sign}{units.seconds(added_s, digits=3)}", shown)
 
 
 def _energy_row(energy: Energy) -> tuple[str, ...]:
@@ -132,7 +133,11 @@ def profile_table(record: Record) -> Table:
     rows += [_energy_row(one) for one in record.energy.values()]
     # Phases that were not asked for have no memory, and no row.
     rows += [row for row in _memory_rows(record.memory, record.baseline_memory) if set(row[1:]) != {units.NONE}]
-    notes = ["difference of times: the median of paired differences"] if record.latency else []
+    notes = (
+        ["difference of times: the base's time multiplied by the change, which is measured in pairs"]
+        if record.latency
+        else []
+    )
     notes += [
         f"energy: of one image, by {one}" for one in dict.fromkeys(energy.counter for energy in record.energy.values())
     ]

@@ -308,13 +308,23 @@ def _ratio_finding(name: str, limit: str, allowed: float, latency: Latency | Non
     left = None if latency is None else verdict.not_excluded(latency)
     if latency is None or left is None or latency.ratio is None:
         text = "not measured" if latency is None else latency.verdict
-        return Finding(name=name, limit=limit, allowed=allowed, found=None, interval=None, state="no_result", text=text)
+        state: State = "no_result"
+        if latency is not None and _is_far_over(latency, allowed):
+            text, state = f"{text}; but all that is not excluded is over the limit", "over"
+        return Finding(name=name, limit=limit, allowed=allowed, found=None, interval=None, state=state, text=text)
     low, high = 1 + left[0], 1 + left[1]
-    state: State = "over" if low > allowed else "within" if high <= allowed else "not_decided"
+    state = "over" if low > allowed else "within" if high <= allowed else "not_decided"
     text = f"{PHASE_NAMES[latency.phase]} {change_words(latency)}"
     return Finding(
         name=name, limit=limit, allowed=allowed, found=latency.ratio, interval=(low, high), state=state, text=text
     )
+
+
+def _is_far_over(latency: Latency, allowed: float) -> bool:
+    """Return whether a measurement too noisy for a figure leaves no doubt: its whole interval, less the noise floor."""
+    if latency.error or latency.ratio_low is None or latency.noise_floor is None:
+        return False
+    return latency.ratio_low - latency.noise_floor > allowed
 
 
 def plain_ratio(value: float) -> str:

@@ -89,10 +89,11 @@ def check_table(findings: Sequence[Finding]) -> Table:
     over = sum(one.state == "over" for one in findings)
     return Table(
         title=f"Budgets: {over} of {len(findings)} limits exceeded",
-        columns=("budget", "limit", "at most", "found", ""),
+        columns=("budget", "limit", "at most", "found", "state"),
         rows=rows,
         notes=("A measured ratio is over its limit only if the whole of its 95 % interval is.", *words_note(rows)),
-        words=frozenset({0, 1, 4}),
+        words=frozenset({0, 1, 3, 4}),
+        drop_first=(2,),
     )
 
 
@@ -117,7 +118,11 @@ def diff_table(before: Record, after: Record) -> Table:
         words = [change_words(record.latency[one.phase]) for record in (before, after)]
         rows.append((f"{PHASE_NAMES[one.phase]}, against the baseline", *words, _change(one)))
     libraries = before.machine.libraries, after.machine.libraries
-    notes = [one.text for one in ratio_changes(before, after)]
+    both = (("before", before), ("after", after))
+    notes = [
+        f"The record {word} was interrupted; what it lacks is not compared." for word, one in both if not one.complete
+    ]
+    notes += [one.text for one in ratio_changes(before, after)]
     notes += [
         f"{name} {libraries[0].get(name, 'none')} before, {libraries[1].get(name, 'none')} after"
         for name in dict.fromkeys((*libraries[0], *libraries[1]))

@@ -138,7 +138,7 @@ def lines_of(journal: Path) -> list[dict[str, object]]:
 
 def table(lines: Sequence[dict[str, object]]) -> str:
     """Return what the runs show, as Markdown."""
-    rows = ["| | runs | intervals | wrong or missed | median half-width |", "|---|---|---|---|---|"]
+    rows = ["| | runs | intervals | too noisy | wrong or missed | median half-width |", "|---|---|---|---|---|---|"]
     for kind, (archs, _) in KINDS.items():
         for arch in archs:
             here = [line for line in lines if str(line["run"]).startswith(f"{kind} {arch} ")]
@@ -152,6 +152,7 @@ def _row(kind: str, arch: str, lines: Sequence[dict[str, object]]) -> str:
     for line in lines:
         for name, values in line["figures"].items():  # type: ignore[attr-defined]
             figures.setdefault(name, []).append(values)
+    noisy = sum(one[4] == "no_result" for ones in figures.values() for one in ones)
     every = [(name, one) for name, ones in figures.items() for one in ones if one[1] is not None]
     half = statistics.median(math.log(high / low) / 2 for _, (_, low, high, *_) in every)  # type: ignore[operator]
     if kind == DEFAULT:
@@ -163,11 +164,12 @@ def _row(kind: str, arch: str, lines: Sequence[dict[str, object]]) -> str:
         words = f"{out} do not hold the grand mean ({100 * out / len(every):.1f} %)"
     elif kind == SAME:
         out = sum(one[4] in ("slower", "faster") for _, one in every)
-        words = f"{out} false verdicts ({100 * out / len(every):.1f} %)"
+        said = len(every) - sum(one[4] == "no_result" for _, one in every)
+        words = f"{out} of {said} verdicts are false ({100 * out / said:.1f} %)"
     else:
         out = sum(one[4] != "slower" for _, one in every)
         words = f"{out} not found ({100 * out / len(every):.1f} %)"
-    return f"| {kind}: {arch} | {len(lines)} | {len(every)} | {words} | ±{100 * half:.2f} % |"
+    return f"| {kind}: {arch} | {len(lines)} | {len(every)} | {noisy} | {words} | ±{100 * half:.2f} % |"
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import msgspec
 from torch import Tensor, nn
 
+from selab.attention.insert import remove_se
+from selab.attention.inserted import inserted_blocks
 from selab.bench.interleaved import Pair
 from selab.bench.progress import Report
 from selab.deploy.spelling import SPELLINGS
@@ -102,8 +104,13 @@ def _only_late(model: nn.Module, blocks: Sequence[Insertion], height: int) -> nn
         gone = {one.path for one in early}
         chosen = [block for block in find_blocks(Graph(model.model)) if block.name in gone]
         return OnnxNetwork(without_blocks(model.model, chosen), model.place)
+    # A site that a block was inserted at holds the network's own module too; a block of the network's own is alone.
+    sites = {site for site, _ in inserted_blocks(model).values()}
+    if at_sites := [one.path for one in early if one.path in sites]:
+        remove_se(model, at_sites)
     for one in early:
-        model.set_submodule(one.path, nn.Identity())
+        if one.path not in sites:
+            model.set_submodule(one.path, nn.Identity())
     return model
 
 

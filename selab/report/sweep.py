@@ -178,6 +178,7 @@ _AXES: Mapping[str, Callable[[Job], str]] = {
     "batch": lambda one: str(one.workload.batch),
     "resolution": lambda one: str(resolution_of(one)),
     "dtype": lambda one: one.workload.dtype,
+    "runtime": lambda one: one.workload.runtime,
     "memory format": lambda one: one.workload.memory_format.replace("_", " "),
     "threads": lambda one: str(one.workload.threads),
 }

@@ -26,7 +26,8 @@ class ExecuTorchBackend(DeployedBackend):
     def session(self, workload: Workload, *, seed: int) -> Iterator[None]:
         """Set threads and affinity for the body."""
         with super().session(workload, seed=seed):
-            portable_lib._unsafe_reset_threadpool(workload.threads)
+            with muted():
+                portable_lib._unsafe_reset_threadpool(workload.threads)
             yield
 
     def load(self, model: nn.Module, workload: Workload, image: Image) -> Loaded:

@@ -18,6 +18,7 @@ TABLES = Path("docs/tables")
 IMAGES = Path("docs/images")
 RESULTS = Path("docs/results.md")
 TAX_RESULTS = Path("docs/se-tax-results.md")
+RUNTIME_RESULTS = Path("docs/runtimes.md")
 # One SE variant of each kind that the SENet paper publishes an ImageNet error for.
 DRAWN = (
     "se_shufflenet",
@@ -290,6 +291,11 @@ def readme(session: nox.Session) -> None:
             record = f"{taxed[1]}/tax/{arch}.cpu-b1-224-fp32-held-t1.forward.json"
             out = f"{IMAGES}/{picture}.svg"
             session.run("selab", "plot", "tax", "--record", record, "--out", out, "--replace")
+    folder_of_runtimes = re.search(r"\.\./(profiles/[^/)]+)", RUNTIME_RESULTS.read_text(encoding="utf-8"))
+    if folder_of_runtimes is not None:
+        session.run("selab", "table", "runtimes", "--profiles", folder_of_runtimes[1], "--into", str(RUNTIME_RESULTS))
+        drawn = ("--arch", "se_mobilenet", "--out", f"{IMAGES}/runtimes.svg", "--replace")
+        session.run("selab", "plot", "runtimes", "--profiles", folder_of_runtimes[1], *drawn)
     for name in ("added", "mobile", "paper-2"):
         session.run("selab", "table", name, "--profiles", folder, "--into", str(RESULTS))
     session.run(

@@ -14,6 +14,7 @@ from selab.cli.options import OUTPUT, WHAT, Archs, Format, Json, Look, Replace, 
 from selab.models import catalog
 
 if TYPE_CHECKING:
+    from selab.experiments.tax_record import TaxRecord
     from selab.records.imported import Imported
     from selab.records.types import Cost, Record
     from selab.report.figures.registry import Picture
@@ -228,12 +229,16 @@ def _read_folder(name: str, folder: Path, broken: BrokenFiles) -> "Found":
     imported: list[Imported] = []
     if name in (pages.RUNTIMES, pages.REPORT):
         imported = IMPORTED.read_folder(folder, required=False, on_broken=broken)
-    # A phone's folder holds nothing else.
-    others = name in (pages.ACCURACY, pages.TAX) or (imported and not store.PROFILES.files(folder, partial=True))
+    taxes: list[TaxRecord] = []
+    if name in (pages.TAX, pages.RUNTIMES, pages.REPORT):
+        taxes = read_tax_records(folder, on_broken=broken)
+    # A phone's folder holds no profile, and spellings alone make a table of runtimes.
+    enough = imported or (name == pages.RUNTIMES and taxes)
+    others = name in (pages.ACCURACY, pages.TAX) or (enough and not store.PROFILES.files(folder, partial=True))
     return pages.Found(
         profiles=[] if others else store.read_records(folder, partial=True, on_broken=broken),
         compared=read_compared(folder, on_broken=broken) if name in (pages.ACCURACY, pages.REPORT) else (),
-        taxes=read_tax_records(folder, on_broken=broken) if name in (pages.TAX, pages.REPORT) else (),
+        taxes=taxes,
         imported=imported,
     )
 

@@ -17,7 +17,7 @@ from selab.records import imported as imported_record
 from selab.records.acceptance import Acceptance, KernelBandwidth, LoadingTime
 from selab.records.files import files_ending
 from selab.records.imported import Imported
-from selab.records.types import Cost, Latency, Machine, Record
+from selab.records.types import TORCH, Cost, Latency, Machine, Record
 from selab.report.accuracy import accuracy_tables
 from selab.report.machines import by_machine
 from selab.report.profiles import added_tables, latency_tables, ratio_cells
@@ -31,7 +31,7 @@ from selab.report.published import (
     reproduced,
     zoo_tables,
 )
-from selab.report.runtimes import imported_table, runtime_tables
+from selab.report.runtimes import imported_table, runtime_tables, spelling_tables
 from selab.report.table import Table
 from selab.report.tax import summary_tables
 from selab.report.traces import distances_table
@@ -116,7 +116,9 @@ def named_tables(name: str, costs: dict[str, Cost], found: Found = NOTHING) -> l
     check_name(name)
     records, compared, taxes = found.profiles, found.compared, found.taxes
     profiles = [record for record in records if record.kind == "profile"]
-    runtimes = runtime_tables(profiles) + ([imported_table(found.imported)] if found.imported else [])
+    runtimes = runtime_tables(profiles) + spelling_tables(taxes)
+    runtimes += [imported_table(found.imported)] if found.imported else []
+    taxes = [one for one in taxes if one.workload.runtime == TORCH]
     if name == REPORT:
         there = {
             "added": bool(profiles),

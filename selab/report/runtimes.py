@@ -3,18 +3,24 @@
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import TypeVar
 
 from selab import units
+from selab.experiments.tax_exported import SPELLED
+from selab.experiments.tax_record import AGAIN, TaxRecord, words_of
 from selab.models.provenance import name_of
 from selab.records.exported import Exported
 from selab.records.imported import Imported
-from selab.records.types import TORCH, Record
+from selab.records.types import RUNTIMES, TORCH, Record
 from selab.records.verdict import change_words
-from selab.report.machines import by_machine
 from selab.report.table import Table
+from selab.report.tax import tax_words, time_words
 from selab.report.wording import words_note
 from selab.units import NONE
 
+_R = TypeVar("_R", Record, TaxRecord)
+# Runtime → the package whose version decides.
+_PACKAGES = {"litert": "ai-edge-litert", "aoti": "torch"}
 _COLUMNS = (
     "",
     "runtime",
@@ -48,7 +54,73 @@ def shown_records(records: Sequence[Record]) -> list[Record]:
 
 def runtime_tables(records: Sequence[Record]) -> list[Table]:
     """Return the tables of `shown_records` by network, runtime and type."""
-    return [_table(place, group) for place, group in by_machine(shown_records(records)).items()]
+    return [_table(place, group) for place, group in _by_name(shown_records(records)).items()]
+
+
+def spelling_tables(records: Sequence[TaxRecord]) -> list[Table]:
+    """Return what each spelling of a network's SE blocks costs: one table per machine and network.
+
+    Args:
+        records: those of PyTorch and of GPUs are left out.
+    """
+    exported = [record for record in records if record.workload.runtime != TORCH]
+    tables = []
+    for place, group in _by_name(exported).items():
+        networks: dict[str, list[TaxRecord]] = {}
+        for record in group:
+            work = record.workload
+            shape = "×".join(map(str, work.input_chw))
+            networks.setdefault(f"{name_of(record)}, batch {work.batch}, {shape}", []).append(record)
+        tables += [_spelling_table(f"{name} ({place})", ones) for name, ones in networks.items()]
+    return tables
+
+
+def _spelling_table(title: str, records: Sequence[TaxRecord]) -> Table:
+    order = list(RUNTIMES)
+    records = sorted(records, key=lambda one: (one.workload.dtype, order.index(one.workload.runtime)))
+    names = [name for name in SPELLED if any(name in record.implementations for record in records)]
+    controls = [record.latency(AGAIN, method=record.methods[0]) for record in records]
+    rows = [("baseline", *(time_words(None if one is None else one.baseline_s) for one in controls))]
+    rows += [
+        (words_of(name), *(tax_words(record.latency(name, method=record.methods[0])) for record in records))
+        for name in names
+    ]
+    kinds = [f"{record.workload.runtime} {_type_words(record)}" for record in records]
+    return Table(
+        title=f"What SE adds by spelling: {title}",
+        columns=("", *kinds),
+        rows=tuple(rows),
+        notes=(
+            "Time over the baseline's, the network without SE in the same runtime; in brackets 95 % intervals. All "
+            "spellings of a column alternate in each of several fresh processes.",
+            "late: the runtime's own spelling, with the blocks on maps of at most a 16th of the input's height.",
+            *words_note(rows),
+            _versions(records),
+        ),
+    )
+
+
+def _by_name(records: Sequence[_R]) -> dict[str, list[_R]]:
+    """Return records by machine. The version of torch, which only exported the networks, does not divide them."""
+    groups: dict[str, list[_R]] = {}
+    for record in records:
+        groups.setdefault(record.machine.name, []).append(record)
+    return groups
+
+
+def _versions(records: Sequence[Record] | Sequence[TaxRecord]) -> str:
+    """Return `Versions: onnxruntime 1.23.2, openvino 2025.3.0.`."""
+    found: dict[str, None] = {}
+    for record in records:
+        package = _PACKAGES.get(record.workload.runtime, record.workload.runtime)
+        version = record.machine.libraries.get(package)
+        if version is not None:
+            found[f"{package} {version}"] = None
+    return f"Versions: {', '.join(found)}."
+
+
+def _type_words(record: Record | TaxRecord) -> str:
+    return record.workload.dtype + (", SE in fp32" if record.workload.float_blocks else "")
 
 
 def imported_table(records: Sequence[Imported]) -> Table:
@@ -103,6 +175,7 @@ def _table(place: str, records: Sequence[Record]) -> Table:
             "Parts: subgraphs of the delegate (one is best), or changes of the memory layout that a block adds. "
             "Error: the largest difference to the network in fp32, over its largest output.",
             *words_note(rows),
+            _versions(records),
         ),
         words=frozenset({0, 1, 2}),
         drop_first=(7, 6, 10, 5),
@@ -116,13 +189,12 @@ def _base_s(record: Record) -> float:
 
 def _row(record: Record) -> tuple[str, ...]:
     workload, latency = record.workload, record.latency["forward"]
-    kind = workload.dtype + (", SE in fp32" if workload.float_blocks else "")
     how = workload.runtime + (f", {workload.spelling}" if workload.spelling else "")
     time = NONE if latency.baseline_s is None else units.seconds(latency.baseline_s, digits=3)
     cells = [
         name_of(record),
         how,
-        kind,
+        _type_words(record),
         time,
         change_words(latency),
         change_words(record.latency_all_cores.get("forward")),

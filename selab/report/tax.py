@@ -63,11 +63,11 @@ def _tax_table(record: TaxRecord, method: str) -> Table:
     shown = [pair for pair in record.pairs if pair.latency.method == method]
     control = next((pair.latency for pair in shown if pair.variant == AGAIN), None)
     baseline_s = None if control is None else control.baseline_s
-    rows.append((BASELINE, _time(baseline_s), "", "", ""))
+    rows.append((BASELINE, time_words(baseline_s), "", "", ""))
     rows += [(words_of(one.variant), *_tax_cells(one.latency)) for one in shown if one.baseline == BASELINE]
     at_least = least(record)
     part = NONE if baseline_s is None else units.percent(at_least.seconds / baseline_s)
-    rows.append((f"least ({units.size(at_least.bytes, digits=3)})", _time(at_least.seconds), part, "", ""))
+    rows.append((f"least ({units.size(at_least.bytes, digits=3)})", time_words(at_least.seconds), part, "", ""))
     return Table(
         title=f"The SE tax of {record.arch} over {record.baseline} ({_title(record, method)})",
         columns=("", "time", "tax", "verdict", "flags"),
@@ -165,16 +165,18 @@ def _whole_words(record: TaxRecord) -> Iterator[str]:
         yield f"Of a step of the reference, as the profiler sees it, its SE blocks are {units.share(share)}."
 
 
-def _time(seconds: float | None) -> str:
+def time_words(seconds: float | None) -> str:
+    """Return a time, or a dash."""
     return NONE if seconds is None else units.seconds(seconds)
 
 
 def _tax_cells(latency: Latency) -> tuple[str, str, str, str]:
     flags = ", ".join(flag.name for flag in latency.flags)
-    return _time(latency.variant_s), _change(latency), verdict_word(latency), flags
+    return time_words(latency.variant_s), tax_words(latency), verdict_word(latency), flags
 
 
-def _change(latency: Latency | None) -> str:
+def tax_words(latency: Latency | None) -> str:
+    """Return what an implementation adds, or why there is no figure."""
     if latency is not None and latency.error:
         return FAILED
     return TOO_NOISY if latency is not None and latency.ratio is None else change_words(latency)
@@ -254,7 +256,11 @@ def _saved_table(record: TaxRecord) -> Table | None:
 
 
 def summary_tables(records: Sequence[TaxRecord]) -> list[Table]:
-    """Return one table per machine, torch, workload, phase and method: the implementations side by side."""
+    """Return one table per machine, torch, workload, phase and method: the implementations side by side.
+
+    Records of other runtimes compare spellings, and are left out: see `selab.report.runtimes.spelling_tables`.
+    """
+    records = [record for record in records if record.workload.runtime == TORCH]
     machines = by_machine(records)
     several = len({record.machine.name for record in records}) > 1
     groups: dict[str, list[tuple[TaxRecord, str]]] = {}
@@ -274,8 +280,8 @@ def _summary_table(title: str, group: Sequence[tuple[TaxRecord, str]]) -> Table:
         at_least = NONE
         if control is not None and control.baseline_s:
             at_least = units.percent(least(record).seconds / control.baseline_s, decimals=1)
-        cells = [_change(record.latency(name, method=method)) for name in IMPLEMENTATIONS]
-        rows.append((name_of(record), _time(None if control is None else control.baseline_s), *cells, at_least))
+        cells = [tax_words(record.latency(name, method=method)) for name in IMPLEMENTATIONS]
+        rows.append((name_of(record), time_words(None if control is None else control.baseline_s), *cells, at_least))
     return Table(
         title=f"The SE tax ({title})",
         columns=("", "baseline", *map(words_of, IMPLEMENTATIONS), "least"),

@@ -91,6 +91,15 @@ def test_the_taxes_in_the_docs_are_rendered(root):
     assert pages.spliced(text, "tax", pages.page("tax", grids, ()), where="docs/se-tax-results.md") == text
 
 
+def test_the_runtimes_in_the_docs_are_rendered(root):
+    text = (root / "docs" / "runtimes.md").read_text()
+    folder = root / re.search(r"\.\./(profiles/[^/)]+)", text)[1]
+    records = store.read_records(folder)
+    grids = pages.named_tables("runtimes", {}, pages.Found(profiles=records, taxes=read_tax_records(folder)))
+    body = pages.page("runtimes", grids, records)
+    assert pages.spliced(text, "runtimes", body, where="docs/runtimes.md") == text
+
+
 @pytest.mark.parametrize("name", ["added", "mobile", "paper-2"])
 def test_tables_in_the_docs_are_rendered(root, committed_costs, name):
     text = (root / "docs" / "results.md").read_text()

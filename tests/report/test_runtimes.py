@@ -7,6 +7,7 @@ from fake_runs import paired_run
 from selab.errors import RecordError, UnknownNameError
 from selab.experiments.profiling import count_record
 from selab.experiments.tax_exported import advice
+from selab.experiments.tax_record import read_tax_records
 from selab.records import verdict
 from selab.records.consistency import mistaken_record
 from selab.records.exported import Agreement, Exported, ExportedFile, Partitions
@@ -14,8 +15,8 @@ from selab.report import pages, profiles
 from selab.report.exports import exported_notes, per_block
 from selab.report.figures import registry
 from selab.report.figures import runtimes as figures
-from selab.report.runtimes import runtime_tables
-from selab.report.tax import tax_tables
+from selab.report.runtimes import runtime_tables, spelling_tables
+from selab.report.tax import summary_tables, tax_tables
 
 COUNTED = {}
 
@@ -87,6 +88,22 @@ def test_the_table_by_its_name(records):
     assert pages.named_tables("runtimes", {}, pages.Found(profiles=records)) == runtime_tables(records)
     with pytest.raises(RecordError, match="no record of another runtime; use `selab profile --runtime NAME`"):
         pages.named_tables("runtimes", {}, pages.Found(profiles=records[:1]))
+
+
+def test_spellings_stand_side_by_side(root):
+    folder = root / "profiles" / "amd-epyc-2c"
+    taxes = [one for one in read_tax_records(folder) if one.arch == "se_mobilenet"]
+    (table,) = spelling_tables(taxes)
+    assert table.title.startswith("What SE adds by spelling: se_mobilenet, batch 1, 3×224×224 (amd-epyc-2c)")
+    assert table.columns[:3] == ("", "onnxruntime fp32", "openvino fp32")
+    names = [row[0] for row in table.rows]
+    assert names[:2] == ["baseline", "pool-conv"]
+    assert {"mean-linear", "pool-conv-enlarged", "late blocks only"} <= set(names)
+    exported = [one for one in taxes if one.workload.runtime != "torch"]
+    assert len(table.columns) == 1 + len(exported)
+    # Records of PyTorch compare implementations, in tables of their own.
+    assert all("pool-conv" not in grid.columns for grid in summary_tables(taxes))
+    assert len(summary_tables(exported)) == 0
 
 
 def test_the_words_of_an_exported_pair():

@@ -11,7 +11,7 @@ from selab.models import catalog
 from selab.models.provenance import name_of, variants_of
 from selab.models.spec import Variant
 from selab.records import verdict as records_verdict
-from selab.records.types import Cost, Phase, Record
+from selab.records.types import TORCH, Cost, Phase, Record
 from selab.report.figures.axes import Axis
 from selab.report.machines import check_one_machine
 from selab.report.wording import FAILED
@@ -152,7 +152,8 @@ def chosen_records(
     records: Sequence[Record], archs: Sequence[str], workload: str | None, *, what: str
 ) -> tuple[list[Record], list[LeftOut]]:
     """Return the profiles of one machine and one workload, and what that leaves out."""
-    profiles = [record for record in records if record.kind == "profile"]
+    # What SE costs in other runtimes has pictures of its own.
+    profiles = [record for record in records if record.kind == "profile" and record.workload.runtime == TORCH]
     if not profiles:
         raise RecordError(f"{what}: no records; measure with `selab profile`, and name their folder: --profiles")
     check_one_machine(profiles)

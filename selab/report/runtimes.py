@@ -6,7 +6,6 @@ from statistics import median
 from typing import TypeVar
 
 from selab import units
-from selab.experiments.tax_exported import SPELLED
 from selab.experiments.tax_record import AGAIN, TaxRecord, words_of
 from selab.models.provenance import name_of
 from selab.records.exported import Exported
@@ -14,8 +13,7 @@ from selab.records.imported import Imported
 from selab.records.types import RUNTIMES, TORCH, Record
 from selab.records.verdict import change_words
 from selab.report.table import Table
-from selab.report.tax import tax_words, time_words
-from selab.report.wording import words_note
+from selab.report.wording import tax_words, time_words, words_note
 from selab.units import NONE
 
 _R = TypeVar("_R", Record, TaxRecord)
@@ -78,7 +76,7 @@ def spelling_tables(records: Sequence[TaxRecord]) -> list[Table]:
 def _spelling_table(title: str, records: Sequence[TaxRecord]) -> Table:
     order = list(RUNTIMES)
     records = sorted(records, key=lambda one: (one.workload.dtype, order.index(one.workload.runtime)))
-    names = [name for name in SPELLED if any(name in record.implementations for record in records)]
+    names = list(dict.fromkeys(name for record in records for name in record.implementations))
     controls = [record.latency(AGAIN, method=record.methods[0]) for record in records]
     rows = [("baseline", *(time_words(None if one is None else one.baseline_s) for one in controls))]
     rows += [

@@ -25,7 +25,7 @@ from selab.records.verdict import NOT_SIGNIFICANT, TOO_NOISY, change_words, no_r
 from selab.report.machines import by_machine
 from selab.report.profiles import workload_title
 from selab.report.table import Table
-from selab.report.wording import FAILED, verdict_word, words_note
+from selab.report.wording import tax_words, time_words, verdict_word, words_note
 from selab.units import NONE
 
 _TAX = (
@@ -165,21 +165,9 @@ def _whole_words(record: TaxRecord) -> Iterator[str]:
         yield f"Of a step of the reference, as the profiler sees it, its SE blocks are {units.share(share)}."
 
 
-def time_words(seconds: float | None) -> str:
-    """Return a time, or a dash."""
-    return NONE if seconds is None else units.seconds(seconds)
-
-
 def _tax_cells(latency: Latency) -> tuple[str, str, str, str]:
     flags = ", ".join(flag.name for flag in latency.flags)
     return time_words(latency.variant_s), tax_words(latency), verdict_word(latency), flags
-
-
-def tax_words(latency: Latency | None) -> str:
-    """Return what an implementation adds, or why there is no figure."""
-    if latency is not None and latency.error:
-        return FAILED
-    return TOO_NOISY if latency is not None and latency.ratio is None else change_words(latency)
 
 
 def _split_table(record: TaxRecord) -> Table | None:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from selab import units
 from selab.records.types import Latency
-from selab.records.verdict import NOT_SIGNIFICANT, TOO_NOISY
+from selab.records.verdict import NOT_SIGNIFICANT, TOO_NOISY, change_words
+from selab.units import NONE
 
 FAILED = "failed"
 _EXPLAINED = {
@@ -35,3 +37,15 @@ def explained(texts: Iterable[str]) -> tuple[str, ...]:
 def words_note(rows: Iterable[Sequence[str]]) -> tuple[str, ...]:
     """Return one note that explains the words `n.s.` and `too noisy`, as far as the rows of a table use them."""
     return explained(cell for row in rows for cell in row)
+
+
+def time_words(seconds: float | None) -> str:
+    """Return a time, or a dash."""
+    return NONE if seconds is None else units.seconds(seconds)
+
+
+def tax_words(latency: Latency | None) -> str:
+    """Return what an implementation adds, or why there is no figure."""
+    if latency is not None and latency.error:
+        return FAILED
+    return TOO_NOISY if latency is not None and latency.ratio is None else change_words(latency)

@@ -3,12 +3,9 @@
 import json
 
 import numpy as np
-import onnx
 import pytest
-import spelled
 import torch
 from safetensors.torch import save_file
-from spelled import CHANNELS, Net
 
 from selab.judging.record import read_gates
 from selab.models.build import build
@@ -21,14 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def weights(tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(build(find("se_small_cnn"), seed=3).model.state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def graph(tmp_path):
-    net = Net(shape=("n", CHANNELS, "h", "w"))
-    path = tmp_path / "net.onnx"
-    onnx.save(net.model(spelled.paddle(net, net("Relu", "x"))), path)
     return path
 
 
@@ -58,17 +47,22 @@ def test_a_trained_network_on_its_test_images(selab, tmp_path, weights):
         assert "se_small_cnn" in (tmp_path / "p" / name).read_text()
 
 
-def test_an_onnx_file_over_a_folder(selab, graph, photos):
+def test_an_onnx_file_over_a_folder_has_the_gates_of_its_network(selab, tmp_path, photos, weights):
     pytest.importorskip("onnxruntime")
-    if CHANNELS != 3:
-        pytest.skip("images have three channels")
-    words = ("gates", "--arch", graph, "--images", photos, "--input", f"{CHANNELS}x24x24", "--json", "-")
-    status, out, err = selab(*words)
+    path = tmp_path / "net.onnx"
+    export = ("export", "--arch", "se_small_cnn", "--weights", weights, "--to", "onnx", "--batch", 5, "--out", path)
+    status, _, err = selab(*export)
     assert status == 0, err
-    facts = json.loads(out)
-    assert facts["images"] == 5
-    assert facts["classes"] == []
-    assert len(facts["blocks"]) == 1
+    found = []
+    for words in (("--arch", path, "--batch", 5), ("--arch", "se_small_cnn", "--weights", weights)):
+        status, out, err = selab("gates", *words, "--images", photos, "--input", "3x32x32", "--json", "-")
+        assert status == 0, err
+        found.append(json.loads(out))
+    assert [one["images"] for one in found] == [5, 5]
+    assert [one["classes"] for one in found] == [[], []]
+    for graph, module in zip(*(one["blocks"] for one in found), strict=True):
+        np.testing.assert_allclose(graph["mean"], module["mean"], rtol=1e-4)
+        np.testing.assert_allclose(graph["deviation"], module["deviation"], rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize(

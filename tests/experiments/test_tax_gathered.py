@@ -80,14 +80,16 @@ def test_orders_and_findings_travel_as_json():
 def test_an_interruption_keeps_what_has_an_interval(selab, toy, tmp_path, monkeypatch, processes):
     def cut_short(*_):
         for number in range(processes):
-            ratio = 1.1 + number / 100
-            yield Found(number=number, where=f"process {number + 1}", what=found(ratio))
+            what = found(1.1 + number / 100)
+            plain = ("wall", "baseline", "plain", paired_run(1.01, blocks=2, wobble=0.0))
+            what = msgspec.structs.replace(what, runs=(*what.runs, plain))
+            yield Found(number=number, where=f"process {number + 1}", what=what)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tax, "in_processes", cut_short)
     out = tmp_path / "out"
     status, said, error = selab("tax", "--arch", f"{toy}:se_toy", "--impl", "reference", "--out", out)
-    assert status == 130
+    assert status == 130, error
     files = list(out.rglob("*.json"))
     if processes == 2:
         assert "nothing was written: an interval needs 3 processes" in " ".join(error.split())

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from catalog_networks import built, cost
 
 from selab.bench.runner import DTYPES
@@ -42,7 +43,9 @@ def test_costs_are_those_of_today_s_counter(root):
                 continue
             key = (name, work.batch, work.input_chw, work.dtype)
             if key not in fresh:
-                fresh[key] = count(built(name).model, (work.batch, *work.input_chw), dtype=DTYPES[work.dtype])
+                # What is quantised is counted before.
+                dtype = DTYPES.get(work.dtype, torch.float32)
+                fresh[key] = count(built(name).model, (work.batch, *work.input_chw), dtype=dtype)
             for field in SAME:
                 assert getattr(stored, field) == getattr(fresh[key], field), f"{path.name}: {name}: {field}"
 

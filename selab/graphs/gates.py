@@ -37,6 +37,20 @@ def with_gates(model: "ModelProto", blocks: Sequence[GraphBlock]) -> "ModelProto
     return copy
 
 
+def blocks_in(model: "ModelProto", place: str) -> list[GraphBlock]:
+    """Return the SE blocks of a network.
+
+    Raises:
+        InsertionError: there is none.
+    """
+    blocks = find_blocks(Graph(model))
+    if not blocks:
+        raise InsertionError(
+            f"{place}: has no SE block: a mean over the map, layers, a sigmoid or hard sigmoid, a product"
+        )
+    return list(blocks)
+
+
 def gates_of(model: "ModelProto", images: Iterable[Array], *, place: str) -> Iterator[tuple[Array, list[Array]]]:
     """Run a network on batches of images; yield its first output, and the gate of each SE block.
 
@@ -53,12 +67,8 @@ def gates_of(model: "ModelProto", images: Iterable[Array], *, place: str) -> Ite
         InsertionError: there is no SE block.
         ModelError: the network does not run, or a gate is not finite or has not one factor per channel.
     """
-    blocks = find_blocks(Graph(model))
-    if not blocks:
-        raise InsertionError(
-            f"{place}: has no SE block: a mean over the map, layers, a sigmoid or hard sigmoid, a product"
-        )
-    session = _session(with_gates(model, blocks), place)
+    blocks = blocks_in(model, place)
+    session = session_of(with_gates(model, blocks), place)
     name, _ = image_shape(model, place)
     for image in images:
         try:
@@ -71,7 +81,13 @@ def gates_of(model: "ModelProto", images: Iterable[Array], *, place: str) -> Ite
         yield found[0], gates
 
 
-def _session(model: "ModelProto", place: str) -> Any:
+def session_of(model: "ModelProto", place: str) -> Any:
+    """Return a session of ONNX Runtime on the CPU.
+
+    Raises:
+        DeviceError: the package onnxruntime is not installed.
+        ModelError: it does not take the network.
+    """
     try:
         import onnxruntime
     except ModuleNotFoundError:

@@ -202,6 +202,26 @@ def remove_se(model: nn.Module, paths: str | Sequence[str] | None = None) -> int
     return len(chosen)
 
 
+def take_out(model: nn.Module, path: str) -> None:
+    """Let one block pass its input on, in place: a block that was inserted, or one of the network's own.
+
+    Args:
+        model: any module.
+        path: of the block. A ReLU that it took over stays.
+
+    Raises:
+        InsertionError: there is no module of this path.
+    """
+    if path in inserted_blocks(model):
+        remove_se(model, path)
+        return
+    try:
+        block = model.get_submodule(path)
+    except AttributeError:
+        raise InsertionError(f"{path}: the network has no such module") from None
+    model.set_submodule(path, nn.ReLU() if getattr(block, "relu_in", False) else nn.Identity())
+
+
 def _of(model: nn.Module, pattern: str, inserted: dict[str, tuple[str, Attention]]) -> list[str]:
     for prefix in wrapper_prefixes(model):
         below = {path: site for path, (site, _) in inserted.items() if path.startswith(prefix)}

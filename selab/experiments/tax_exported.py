@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from torch import Tensor, nn
 
-from selab.attention.insert import remove_se
+from selab.attention.insert import remove_se, take_out
 from selab.attention.inserted import inserted_blocks
 from selab.bench.interleaved import Pair
 from selab.bench.progress import Report
@@ -110,7 +110,7 @@ def _only_late(model: nn.Module, blocks: Sequence[Insertion], height: int) -> nn
         remove_se(model, at_sites)
     for one in early:
         if one.path not in sites:
-            model.set_submodule(one.path, nn.Identity())
+            take_out(model, one.path)
     return model
 
 

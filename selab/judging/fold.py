@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from selab.attention.insert import remove_se
-from selab.attention.inserted import inserted_blocks
+from selab.attention.insert import take_out
 from selab.errors import ModelError
 from selab.meta import evaluating, first_line
 
@@ -102,7 +101,7 @@ def fold(
                 found[path] = "a factor is negative, and a ReLU or a maximum stands between"
                 continue
             _scale(model, place, left.pop(path))
-            _take_out(model, path)
+            take_out(model, path)
             done = True
         if not done:
             break
@@ -227,11 +226,3 @@ def _scale(model: nn.Module, place: Place, factors: Tensor) -> None:
         weight.mul_(factors.view(-1, *[1] * (weight.dim() - 1)))
         if place.bias:
             model.get_parameter(place.bias).mul_(factors)
-
-
-def _take_out(model: nn.Module, path: str) -> None:
-    block: Any = model.get_submodule(path)
-    if path in inserted_blocks(model):
-        remove_se(model, path)
-        return
-    model.set_submodule(path, nn.ReLU() if getattr(block, "relu_in", False) else nn.Identity())

@@ -172,11 +172,11 @@ def gates(
     names = list(classes)
     with evaluating(model), torch.no_grad(), watched(blocks, take):
         for batch in loader:
-            images, labels = _parts(batch)
+            images, labels = parts_of(batch)
             if not len(images):
                 continue
             now.clear()
-            out = _run(model, images.to(device))
+            out = run(model, images.to(device))
             if labels is not None and not names:
                 names = [str(one) for one in range(_width(out))]
             if seen is None:
@@ -193,7 +193,12 @@ def gates(
     return seen.gates(arch=title, data=data, weights=weights, names=named, chosen=chosen)
 
 
-def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
+def parts_of(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the images of a batch, and its labels where it has some.
+
+    Raises:
+        SelabError: it is neither images nor a pair.
+    """
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(one, Tensor) for one in batch):
@@ -203,7 +208,12 @@ def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
     raise SelabError("the loader: a batch is neither images (N, C, H, W) nor a pair of images and labels (N,)")
 
 
-def _run(model: nn.Module, images: Tensor) -> Any:
+def run(model: nn.Module, images: Tensor) -> Any:
+    """Run a network.
+
+    Raises:
+        ModelError: it fails; the message says on what.
+    """
     try:
         return model(images)
     except SelabError:

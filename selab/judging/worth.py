@@ -1,75 +1,42 @@
 """What each block of a trained network is worth: what is lost when its gate is replaced by a constant."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from statistics import NormalDist
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from selab.errors import ModelError, SelabError
+from selab.judging.look import parts_of, run
+from selab.judging.loss import Bools
 from selab.kernels.deferred_bn import materialize
 from selab.meta import evaluating
-from selab.records.frozen import Frozen
 
-Bools = NDArray[np.bool_]
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-_NORMAL = NormalDist().inv_cdf(0.975)
+Batches = Callable[[], Iterable[Tensor | tuple[Tensor, Tensor]]]
 Constants = Mapping[str, Tensor]
 """Path of a block → the factors that stand for its gate, (C)."""
 
 
-class Loss(Frozen, frozen=True, kw_only=True):
-    """Accuracy that a change costs, over the same images.
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """A network with constants instead of some gates.
 
     Attributes:
-        images: how many.
-        before: correct answers without the change; `after` with it.
-        worse: images that were right and are wrong; `better` the reverse.
-        points: lost, in percentage points; negative for a gain.
-        low: of the 95 % interval; `high` likewise.
+        model: the network.
+        blocks: of `gated_blocks`.
+        constants: of some of them.
     """
 
-    images: int
-    before: int
-    after: int
-    worse: int
-    better: int
-    points: float
-    low: float
-    high: float
+    model: nn.Module
+    blocks: Mapping[str, nn.Module]
+    constants: Constants
 
 
-def loss_of(before: Bools, after: Bools) -> Loss:
-    """Return what was lost between two answers to the same images.
-
-    Args:
-        before: (N,), whether each answer was right.
-        after: (N,), the same with the change.
-
-    Source: Bonett and Price, Adjusted Wald confidence interval for a difference of binomial proportions based on paired
-        data, 2012.
-    """
-    images, worse, better = len(before), int((before & ~after).sum()), int((after & ~before).sum())
-    one, two = (worse + 1) / (images + 2), (better + 1) / (images + 2)
-    middle = one - two
-    half = _NORMAL * math.sqrt((one + two - middle**2) / (images + 2))
-    return Loss(
-        images=images,
-        before=int(before.sum()),
-        after=int(after.sum()),
-        worse=worse,
-        better=better,
-        points=100 * (worse - better) / images,
-        low=100 * (middle - half),
-        high=100 * (middle + half),
-    )
+Arm = Replaced | nn.Module
 
 
 @contextmanager
@@ -99,35 +66,78 @@ def _scaled(factors: Tensor, block: nn.Module, args: tuple[Any, ...], _out: Any)
     return scaled
 
 
-def answers(
-    model: nn.Module, batches: Batches, blocks: Mapping[str, nn.Module], arms: Sequence[Constants]
-) -> list[Bools]:
-    """Return whether each image's answer is right, with the gates and with each set of constants, over one reading.
+def answers(batches: Batches, arms: Sequence[Arm]) -> list[Bools]:
+    """Return whether each arm's answer to each image is right, over one reading.
 
     Args:
-        model: on the device of the images.
-        batches: gives the images and labels from the beginning; called once.
-        blocks: of `gated_blocks`.
-        arms: sets of constants.
+        batches: gives the images and labels from the beginning, on the arms' device; called once.
+        arms: networks, or networks with constants for gates.
 
     Returns:
-        One array (N,) for the network itself, and one for each arm.
+        One array (N,) for each arm.
 
     Raises:
         ModelError: the network returns no logits.
         SelabError: there are no images.
     """
-    found: list[list[Tensor]] = [[] for _ in range(len(arms) + 1)]
-    with evaluating(model), torch.no_grad():
-        for images, labels in batches():
-            if not len(labels):
-                continue
-            for place, constants in enumerate(({}, *arms)):
-                with replaced(blocks, constants):
-                    out = tree_leaves(model(images))[0]
-                if out.ndim != 2 or len(out) != len(labels):
-                    raise ModelError(f"{type(model).__name__}: its output is {tuple(out.shape)}, not logits per image")
-                found[place].append(out.argmax(1) == labels)
-    if not found[0]:
+    found: list[list[Tensor]] = [[] for _ in arms]
+    for labels, outs in _outputs(batches, arms):
+        if labels is None:
+            raise SelabError("the images have no labels to judge answers by")
+        for right, out in zip(found, outs, strict=True):
+            if out.ndim != 2:
+                raise ModelError(f"{_name(arms[0])}: its output is {tuple(out.shape)}, not logits per image")
+            right.append(out.argmax(1) == labels)
+    if not any(found):
         raise SelabError("there are no images with labels to judge the blocks on")
     return [torch.cat(one).cpu().numpy() for one in found]
+
+
+def changes(batches: Batches, arms: Sequence[Arm]) -> list[float]:
+    """Return the largest difference of each arm's first output to that of the first arm, over the latter's largest.
+
+    Args:
+        batches: gives images, or images and labels.
+        arms: as of `answers`.
+
+    Returns:
+        One number for each arm but the first.
+
+    Raises:
+        SelabError: there are no images.
+    """
+    largest = 0.0
+    found = [0.0] * (len(arms) - 1)
+    images = 0
+    for _, (own, *others) in _outputs(batches, arms):
+        images += len(own)
+        largest = max(largest, float(own.abs().max()))
+        for place, out in enumerate(others):
+            found[place] = max(found[place], float((out - own).abs().max()))
+    if not images:
+        raise SelabError("there are no images to judge the blocks on")
+    return [one / max(largest, torch.finfo(torch.float32).tiny) for one in found]
+
+
+def _outputs(batches: Batches, arms: Sequence[Arm]) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+    """Yield for each batch its labels, and the first output of each arm."""
+    with ExitStack() as modes, torch.no_grad():
+        for one in arms:
+            modes.enter_context(evaluating(one if isinstance(one, nn.Module) else one.model))
+        for batch in batches():
+            images, labels = parts_of(batch)
+            if len(images):
+                yield labels, [_output(arm, images) for arm in arms]
+
+
+def _output(arm: Arm, images: Tensor) -> Tensor:
+    if isinstance(arm, nn.Module):
+        out: Tensor = tree_leaves(run(arm, images))[0]
+        return out
+    with replaced(arm.blocks, arm.constants):
+        replaced_out: Tensor = tree_leaves(run(arm.model, images))[0]
+        return replaced_out
+
+
+def _name(arm: Arm) -> str:
+    return type(arm if isinstance(arm, nn.Module) else arm.model).__name__

@@ -10,8 +10,9 @@ from torch import nn
 
 from selab.attention.se import SqueezeExcitation
 from selab.errors import ModelError, SelabError
+from selab.judging.loss import loss_of
 from selab.judging.watch import gated_blocks, watched
-from selab.judging.worth import answers, loss_of, replaced
+from selab.judging.worth import Replaced, answers, replaced
 
 
 def se(channels=6, **options):
@@ -76,7 +77,9 @@ def test_the_answers_of_every_arm_over_one_reading(net):
         yield x[:0], labels[:0]
 
     ones = {"1": torch.ones(6)}
-    found = answers(net, batches, gated_blocks(net), [ones, {}])
+    found = answers(
+        batches, [net, *(Replaced(model=net, blocks=gated_blocks(net), constants=one) for one in (ones, {}))]
+    )
     assert len(readings) == 1
     with torch.no_grad():
         np.testing.assert_array_equal(found[0], (net(x).argmax(1) == labels).numpy())
@@ -122,6 +125,6 @@ def test_the_interval_holds_the_truth(worse, better):
 
 def test_bad_input(net):
     with pytest.raises(SelabError, match="there are no images with labels"):
-        answers(net, list, gated_blocks(net), [])
+        answers(list, [net])
     with pytest.raises(ModelError, match="Conv2d: its output is"):
-        answers(nn.Conv2d(3, 4, 3), lambda: [images(3)], {}, [])
+        answers(lambda: [images(3)], [nn.Conv2d(3, 4, 3)])

@@ -1,0 +1,130 @@
+"""What was folded and what it cost, as a record."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from selab._version import __version__
+from selab.errors import RecordError
+from selab.judging.choose import Choice
+from selab.judging.loss import Loss
+from selab.records.files import read_text
+from selab.records.frozen import Frozen
+from selab.records.types import Latency, decoded, lined_json
+
+SCHEMA = "selab.folding/1"
+
+
+class Size(Frozen, frozen=True, kw_only=True):
+    """The size of a network, or of a part of it.
+
+    Attributes:
+        params: their number.
+        macs: for one image; of a network those of convolutions and fully connected layers.
+        bytes: of memory traffic, for one image.
+    """
+
+    params: int
+    macs: int
+    bytes: int
+
+
+class Dead(Frozen, frozen=True, kw_only=True):
+    """Channels of a block whose factor is always about zero.
+
+    Attributes:
+        path: of the block.
+        channels: their numbers.
+    """
+
+    path: str
+    channels: tuple[int, ...]
+
+
+class Folding(Frozen, frozen=True, kw_only=True):
+    """Blocks that became constants in other weights.
+
+    Attributes:
+        arch: the network.
+        weights: of the network, as they were named; empty where it came with them.
+        data: the images, in words.
+        chosen_on: images that decided which blocks; the others reported.
+        reported_on: images that the figures below are of.
+        limit: of the cost, in `unit`.
+        unit: `points` of accuracy, or `of the largest output`.
+        choices: what was decided about each block, in the order of the network.
+        loss: of accuracy; None without labels.
+        error: the largest difference of an output, over the network's largest output.
+        before: size of the network as it was.
+        after: size of the folded network.
+        latency: of the folded network over the one before, forward; None if it was not measured.
+        runtime: that ran both; `machine` is where.
+        gate: that the gates of the blocks that are left were converted to; empty for their own.
+        gate_error: the largest difference of an output that this conversion alone makes, over the largest output.
+        files: what was written, in the same folder.
+    """
+
+    schema: str = SCHEMA
+    selab: str = __version__
+    arch: str
+    weights: str = ""
+    data: str
+    chosen_on: int
+    reported_on: int
+    limit: float
+    unit: str
+    choices: tuple[Choice, ...]
+    dead: tuple[Dead, ...] = ()
+    loss: Loss | None = None
+    error: float
+    before: Size | None = None
+    after: Size | None = None
+    latency: Latency | None = None
+    runtime: str = ""
+    machine: str = ""
+    gate: str = ""
+    gate_error: float | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """The paths of the blocks that became constants."""
+        return tuple(one.path for one in self.choices if one.folded)
+
+    @property
+    def cost(self) -> float:
+        """What folding costs on the images that did not decide, in `unit`."""
+        return self.error if self.loss is None or self.unit != POINTS else self.loss.points
+
+
+POINTS, OF_OUTPUT = "points", "of the largest output"
+
+
+def folding_json(folding: Folding) -> bytes:
+    """Return a record as the content of a file."""
+    return lined_json(folding)
+
+
+def read_folding(path: Path) -> Folding:
+    """Read a record.
+
+    Raises:
+        RecordError: the file is not such a record; the message names the file and the field.
+    """
+    again = "fold again with `selab fold`"
+    record = decoded(read_text(path).encode(), Folding, schema=SCHEMA, where=str(path), again=again)
+    for wrong in _mistaken(record):
+        raise RecordError(f"{path}: {wrong}; {again}, or restore the file")
+    return record
+
+
+def _mistaken(record: Folding) -> Iterator[str]:
+    if not record.choices:
+        yield "choices: is empty"
+    if min(record.chosen_on, record.reported_on) < 1:
+        yield "chosen_on, reported_on: expected 1 image or more"
+    for place, one in enumerate(record.choices):
+        if one.folded == bool(one.why_not):
+            yield f"choices[{place}]: is {'folded, and has a reason against it' if one.folded else 'not folded'}"
+    if not 0 <= record.error < math.inf:
+        yield f"error: is {record.error!r}, expected 0 or more"

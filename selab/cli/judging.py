@@ -1,16 +1,19 @@
-"""Commands about trained gates: gates."""
+"""Commands about trained gates: gates, blocks, fold."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from selab import units
 from selab.cli.console import builtins, check_outputs, find, open_console, print_tables, reporting, write_json
 from selab.cli.options import (
     DATA,
     OUTPUT,
+    TIME,
     WHAT,
+    WORKLOAD,
     Arch,
     DataOptions,
     Ema,
@@ -18,15 +21,25 @@ from selab.cli.options import (
     Inputs,
     Json,
     PreparationOptions,
+    Replace,
     natural,
     option,
+    seconds,
     with_options,
 )
 from selab.cli.training import open_images, preparation_of
-from selab.records.bounds import MOST_IMAGES
-from selab.records.types import Device
+from selab.errors import SelabError
+from selab.records.bounds import MOST_IMAGES, MOST_THREADS
+from selab.records.types import TORCH, Device
+
+if TYPE_CHECKING:
+    from selab.experiments.folding import Rule
+    from selab.experiments.judged import Judged
+    from selab.models.spec import Variant
 
 _PICTURES = ("gates.svg", "depth.svg")
+# How much folding may cost unless it is said.
+_POINTS, _ERROR = 0.1, 0.01
 
 
 @dataclass(kw_only=True)
@@ -66,27 +79,20 @@ def gates(
     look: Format = "rich",
 ) -> None:
     """Show what the gates of a trained network do: spread, saturation, classes."""
-    variant = find(arch)
-    from selab.experiments import gates as experiments_gates
-    from selab.experiments.job import parse_input
     from selab.report.figures import gates as figures
     from selab.report.figures import registry
     from selab.report.gates import gates_table
 
+    variant = find(arch)
     check_outputs(json_to, *([] if pictures is None else [pictures / name for name in _PICTURES]))
-    if options.inputs and len(options.inputs) > 1:
-        raise typer.BadParameter("one image only", param_hint="--input")
-    how: dict[str, Any] = {"batch": options.batch, "most": options.most or experiments_gates.ALL_IMAGES}
-    how["image"] = parse_input(options.inputs[0], option="--input") if options.inputs else None
-    if options.images is not None:
-        seen = experiments_gates.Seen(folder=options.images, **how)
-    else:
-        prepared, _ = preparation_of(data, options.weights, preparation)
-        seen = experiments_gates.Seen(data=open_images(data, prepared), **how)
     chosen = [one.strip() for one in classes.split(",") if one.strip()]
     with reporting(open_console(stderr=True)) as report:
-        facts: dict[str, Any] = {"weights": options.weights, "ema": options.ema, "device": options.device}
-        found = experiments_gates.look(variant, seen, chosen=chosen, report=report, **facts)
+        network = _judged(variant, options, data, preparation)
+        found = network.gates(
+            network.batches(),
+            chosen=chosen,
+            report=lambda number: report(f"looking at the gates, {units.counted(number, 'image')}", None),
+        )
     if json_to is not None:
         write_json(builtins(found), json_to)
     if pictures is not None:
@@ -94,3 +100,151 @@ def gates(
         registry.draw(figures.gate_depth(found), pictures / _PICTURES[1])
     if str(json_to) != "-":
         print_tables([gates_table(found)], look)
+
+
+@with_options
+def blocks(
+    arch: Arch,
+    options: JudgedOptions,
+    data: DataOptions,
+    preparation: PreparationOptions,
+    runtime: Annotated[
+        str | None, option("--runtime", WORKLOAD, "Time the blocks in this runtime, or in torch.", metavar="NAME")
+    ] = None,
+    threads: Annotated[int, natural("--threads", WORKLOAD, "CPU threads of the times.", most=MOST_THREADS)] = 1,
+    fused: Annotated[bool, option("--fused", WORKLOAD, "Time the network after selab.fuse.")] = False,
+    budget: Annotated[float, seconds("--budget", TIME, "Seconds of timing.", least=1)] = 120,
+    json_to: Json = None,
+    look: Format = "rich",
+) -> None:
+    """Show what each block is worth beside what it costs."""
+    variant = find(arch)
+    check_outputs(json_to)
+    from selab.experiments import ranking
+    from selab.experiments.job import Request, resolve
+    from selab.report.ranking import ranking_table
+
+    with reporting(open_console(stderr=True)) as report:
+        network = _judged(variant, options, data, preparation)
+        request = Request(
+            arch=arch,
+            runtime=network.own_runtime if runtime is None else runtime,
+            phases=("forward",),
+            threads=threads,
+            fused=fused,
+            budget_s=budget,
+            input_chw=network.image,
+            images=None if options.images is None else str(options.images),
+        )
+        job = resolve(request)
+        done = ranking.rank(network, report=report)
+        if runtime is not None:
+            done = ranking.priced(done, job, report=report)
+    if json_to is not None:
+        write_json(builtins(done), json_to)
+    if str(json_to) != "-":
+        print_tables([ranking_table(done)], look)
+
+
+@with_options
+def fold(
+    arch: Arch,
+    options: JudgedOptions,
+    data: DataOptions,
+    preparation: PreparationOptions,
+    max_drop: Annotated[
+        float | None,
+        option("--max-drop", WHAT, "Points of accuracy that it may cost; 0.1 by default.", metavar="POINTS"),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        option(
+            "--max-error",
+            WHAT,
+            "Without labels: how far an output may change, as a share of the largest; 0.01 by default.",
+            metavar="SHARE",
+        ),
+    ] = None,
+    gate: Annotated[
+        str, option("--gate", WHAT, "hardsigmoid: also convert the gates that are left.", metavar="NAME")
+    ] = "",
+    runtime: Annotated[
+        str, option("--runtime", WORKLOAD, "Compare the times in this runtime.", metavar="NAME")
+    ] = TORCH,
+    budget: Annotated[
+        float, seconds("--budget", TIME, "Seconds of comparing the times; 0 leaves that out.", least=0)
+    ] = 30,
+    out: Annotated[Path, option("--out", OUTPUT, "For the network and its description.", metavar="FOLDER")] = Path(
+        "folded"
+    ),
+    replace: Replace = False,
+    json_to: Json = None,
+    look: Format = "rich",
+) -> None:
+    """Turn gates that hardly vary into constants in the weights beside them."""
+    rule = _rule(max_drop, max_error, labels=options.images is None)
+    if gate not in ("", "hardsigmoid"):
+        raise typer.BadParameter(f"{gate}: allowed: hardsigmoid", param_hint="--gate")
+    variant = find(arch)
+    check_outputs(json_to)
+    from selab.bench.backends import backend
+    from selab.experiments import folding
+    from selab.report.folding import folding_tables
+
+    backend(runtime)
+
+    with reporting(open_console(stderr=True)) as report:
+        network = _judged(variant, options, data, preparation)
+        files = folding.files_of(network, out, replace=replace)
+        done = folding.fold(network, rule, hard_gates=bool(gate), report=report)
+        keeps = bool(done.record.folded or gate) and not done.too_dear
+        if keeps:
+            folding.write(done, network, files)
+            folding.save(done, files)
+        if keeps and budget:
+            done = folding.measured(done, network, files, runtime=runtime, budget_s=budget, report=report)
+            folding.save(done, files)
+    if json_to is not None:
+        write_json(builtins(done.record), json_to)
+    if str(json_to) != "-":
+        said = f"written: {', '.join(map(str, files.written))}" if keeps else "no block folds; nothing was written"
+        print_tables(folding_tables(done.record), look, *([] if done.too_dear else [said]))
+    if done.too_dear:
+        record = done.record
+        raise SelabError(
+            f"{record.arch}: on the images that did not decide it costs {record.cost:.3g} {record.unit}, more than "
+            f"{record.limit:g}: nothing was written; allow more, or give more images"
+        )
+
+
+def _rule(max_drop: float | None, max_error: float | None, *, labels: bool) -> "Rule":
+    """Return how much folding may cost, by the options that were given."""
+    from selab.experiments.folding import Rule
+
+    if max_drop is not None and max_error is not None:
+        raise typer.BadParameter("contradicts --max-drop; leave one of them out", param_hint="--max-error")
+    if max_drop is not None and not labels:
+        raise typer.BadParameter("the images have no labels; use --max-error", param_hint="--max-drop")
+    for name, value, most in (("--max-drop", max_drop, 100), ("--max-error", max_error, 1)):
+        if value is not None and not 0 <= value <= most:
+            raise typer.BadParameter(f"{value:g}: allowed: 0 to {most}", param_hint=name)
+    if max_error is not None or not labels:
+        return Rule(points=None, error=_ERROR if max_error is None else max_error)
+    return Rule(points=_POINTS if max_drop is None else max_drop)
+
+
+def _judged(variant: "Variant", options: JudgedOptions, data: DataOptions, preparation: PreparationOptions) -> "Judged":
+    """Return the network that the options name, with its images."""
+    from selab.experiments.job import parse_input
+    from selab.experiments.judged import ALL_IMAGES, Seen, judged
+
+    if options.inputs and len(options.inputs) > 1:
+        raise typer.BadParameter("one image only", param_hint="--input")
+    how: dict[str, Any] = {"batch": options.batch, "most": options.most or ALL_IMAGES}
+    how["image"] = parse_input(options.inputs[0], option="--input") if options.inputs else None
+    if options.images is not None:
+        seen = Seen(folder=options.images, **how)
+    else:
+        prepared, _ = preparation_of(data, options.weights, preparation)
+        seen = Seen(data=open_images(data, prepared), **how)
+    return judged(variant, seen, weights=options.weights, ema=options.ema, device=options.device)

@@ -15,7 +15,7 @@ from selab.cli import faults, streams, usage
 from selab.cli.checks import check, diff
 from selab.cli.console import StoppedError, print_error, tell_code
 from selab.cli.deploy import export, import_timings
-from selab.cli.judging import gates
+from selab.cli.judging import blocks, fold, gates
 from selab.cli.measure import profile, roofline, show_machine, tax, timeline
 from selab.cli.networks import archs, count, show, sites
 from selab.cli.new import new_app
@@ -203,6 +203,19 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
             examples(
                 "selab gates --arch se_small_cnn --weights results/runs/…/weights.safetensors --pictures gates",
                 "selab gates --arch model.onnx --images photos",
+            ),
+        ),
+        "blocks": (
+            blocks,
+            examples(
+                "selab blocks --arch se_small_cnn --weights results/runs/…/weights.safetensors --runtime onnxruntime",
+            ),
+        ),
+        "fold": (
+            fold,
+            examples(
+                "selab fold --arch se_small_cnn --weights results/runs/…/weights.safetensors --max-drop 0.5",
+                "selab fold --arch model.onnx --images photos --max-error 0.02",
             ),
         ),
     },

@@ -5,11 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from selab.attention.se import SqueezeExcitation
+from selab.judging.choose import Choice
+from selab.judging.folding import read_folding
+from selab.judging.ranking import read_ranking
 from selab.judging.record import read_gates
 from selab.models.build import build
 from selab.models.catalog import find
+from selab.models.checkpoint import load
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -87,3 +92,175 @@ def test_bad_input_is_one_line(selab, tmp_path, monkeypatch, weights, photos, wo
     assert said in " ".join(err.split())
     assert err.count("error:") == 1
     assert not (tmp_path / "g.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- fold, blocks
+@pytest.fixture
+def still(tmp_path):
+    """Weights of se_small_cnn whose first two gates are constants, and the network itself."""
+    model = build(find("se_small_cnn"), seed=3).model
+    blocks = [module for module in model.modules() if isinstance(module, SqueezeExcitation)]
+    with torch.no_grad():
+        for place, block in enumerate(blocks):
+            if place < 2:
+                block.fc2.weight.zero_()  # all factors are a half
+            else:
+                block.fc2.weight.normal_(std=20, generator=torch.Generator().manual_seed(place))
+    path = tmp_path / "still.safetensors"
+    save_file(model.state_dict(), path)
+    return path, model.eval()
+
+
+def test_constant_gates_fold_without_any_loss(selab, tmp_path, still):
+    weights, _ = still
+    out = tmp_path / "out"
+    words = (
+        "--arch",
+        "se_small_cnn",
+        "--weights",
+        weights,
+        "--data",
+        "synthetic",
+        "--most",
+        200,
+        "--max-drop",
+        0,
+        "--budget",
+        0,
+    )
+    status, said, err = selab("fold", *words, "--out", out)
+    assert status == 0, err
+    record = read_folding(out / "se_small_cnn.folding.json")
+    first = [one.path for one in record.choices][:2]
+    assert set(first) <= set(record.folded)
+    assert record.loss.points <= 0
+    assert (record.chosen_on, record.reported_on) == (100, 100)
+    assert f"{len(record.folded)} of 4 fold at 0 points" in " ".join(said.split())
+    # Loaded again by its description, it computes what the network does.
+    made = build(find(f"{out / 'se_small_cnn.toml'}:folded"))
+    load(made.model, out / "se_small_cnn.safetensors", variant=find(f"{out / 'se_small_cnn.toml'}:folded"))
+    left = [one for one in made.model.modules() if isinstance(one, SqueezeExcitation)]
+    assert len(left) == 4 - len(record.folded)
+    assert all((tmp_path / "out" / name).exists() for name in record.files)
+
+
+def test_the_files_are_a_network_like_any_other(selab, tmp_path, still):
+    weights, _ = still
+    out = tmp_path / "out"
+    words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--most", 100, "--max-drop", 100)
+    status, said, err = selab("fold", *words, "--budget", 1, "--out", out)
+    assert status == 0, err
+    record = read_folding(out / "se_small_cnn.folding.json")
+    assert len(record.folded) == 4
+    assert record.after.params == record.before.params - 2 * (2 * 32 * 2 + 2 * 64 * 4)
+    assert record.latency is not None
+    assert "forward, torch" in said
+    base = build(find("small_cnn")).model.eval()
+    base.load_state_dict(load_file(out / "se_small_cnn.safetensors"))
+    status, said, err = selab("count", "--arch", f"{out / 'se_small_cnn.toml'}:folded")
+    assert status == 0, err
+    # Nothing is overwritten unless it is said.
+    status, _, err = selab("fold", *words, "--budget", 0, "--out", out)
+    assert status != 0
+    assert "use --replace" in err
+
+
+def test_a_fold_that_costs_too_much_is_not_made(selab, tmp_path, monkeypatch, still):
+    weights, _ = still
+    # What decides says nothing of the other images.
+    from selab.experiments import folding
+
+    monkeypatch.setattr(folding, "choose", lambda found, _cost, **_: [taken(one) for one in found])
+    words = (
+        "--arch",
+        "se_small_cnn",
+        "--weights",
+        weights,
+        "--data",
+        "synthetic",
+        "--most",
+        100,
+        "--max-error",
+        "1e-9",
+    )
+    status, said, err = selab("fold", *words, "--budget", 0, "--out", tmp_path / "out")
+    assert status != 0
+    assert "nothing was written; allow more, or give more images" in " ".join(err.split())
+    assert "before and after" in said
+    assert not (tmp_path / "out").exists()
+
+
+def taken(one):
+    return Choice(path=one.path, spread=one.spread, folded=True, where=one.where)
+
+
+def test_an_onnx_file_folds_as_its_network_does(selab, tmp_path, photos, still):
+    pytest.importorskip("onnxruntime")
+    weights, _ = still
+    path = tmp_path / "net.onnx"
+    status, _, err = selab("export", "--arch", "se_small_cnn", "--weights", weights, "--to", "onnx", "--out", path)
+    assert status == 0, err
+    words = ("--arch", path, "--images", photos, "--max-error", 0.5, "--budget", 0)
+    status, _, err = selab("fold", *words, "--out", tmp_path / "out")
+    assert status == 0, err
+    record = read_folding(tmp_path / "out" / "net.folding.json")
+    assert (record.chosen_on, record.reported_on, record.loss) == (3, 2, None)
+    assert len(record.folded) >= 2
+    assert record.error <= 0.5
+    assert (tmp_path / "out" / "net.onnx").stat().st_size < path.stat().st_size
+    status, _, err = selab("fold", *words, "--out", tmp_path)
+    assert status != 0
+    assert "is the network itself" in err
+
+
+def test_worth_beside_price(selab, tmp_path, still):
+    weights, _ = still
+    words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--most", 300)
+    status, said, err = selab("blocks", *words, "--json", tmp_path / "b.json")
+    assert status == 0, err
+    record = read_ranking(tmp_path / "b.json")
+    assert [one.channels for one in record.blocks] == [32, 32, 64, 64]
+    first, second, *_ = record.blocks
+    # Their gates are constants: nothing is lost at the mean.
+    assert (first.loss_mean.points, second.loss_mean.points) == (0, 0)
+    assert first.error_mean < 1e-5
+    assert first.error_one > 0.01
+    assert first.params == 2 * 32 * 2
+    assert first.bytes > 0
+    assert record.front
+    assert "Lost: points of accuracy" in " ".join(said.split())
+
+
+def test_the_time_of_each_block(selab, tmp_path, still):
+    weights, _ = still
+    words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--most", 100)
+    status, said, err = selab("blocks", *words, "--runtime", "torch", "--budget", 2, "--json", tmp_path / "b.json")
+    assert status == 0, err
+    record = read_ranking(tmp_path / "b.json")
+    assert all(one.latency is not None and one.latency.ratio is not None for one in record.blocks)
+    assert (record.runtime, record.threads) == ("torch", 1)
+    assert "without it" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data", "synthetic", "--max-drop", "0.1", "--max-error", "0.1"), "contradicts --max-drop"),
+        (("--images", "photos", "--input", "3x32x32", "--max-drop", "1"), "the images have no labels"),
+        (("--data", "synthetic", "--max-drop", "101"), "allowed: 0 to 100"),
+        (("--data", "synthetic", "--max-error", "nan"), "allowed: 0 to 1"),
+        (
+            (
+                "--images",
+                "nowhere",
+            ),
+            "nowhere: is no folder",
+        ),
+    ],
+)
+def test_bad_input_of_fold_is_one_line(selab, tmp_path, monkeypatch, weights, photos, words, said):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = selab("fold", "--arch", "se_small_cnn", "--weights", weights, *words, "--budget", 0)
+    assert status != 0
+    assert said in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "folded").exists()

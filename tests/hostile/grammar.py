@@ -34,6 +34,11 @@ WORKING = {
     "eval": ["--arch", f"{TOML}:tiny", "--weights", "good.safetensors", "--data", "synthetic"],
     "compare": [*TRAINING, "--seeds", "1", "--no-latency", f"{TOML}:tiny", f"{TOML}:se_tiny"],
     "gates": ["--arch", SE, "--weights", "good.safetensors", "--data", "synthetic", "--most", "10"],
+    "blocks": ["--arch", SE, "--weights", "good.safetensors", "--data", "synthetic", "--most", "10"],
+    "fold": [
+        *("--arch", SE, "--weights", "good.safetensors", "--data", "synthetic", "--most", "10"),
+        *("--max-drop", "100", "--budget", "0", "--replace"),
+    ],
     "export": ["--arch", f"{TOML}:se_tiny", "--to", "onnx", "--replace"],
     "import": [
         *("--arch", SE, "--from", "executorch", "--on-device", "a phone", "--replace"),
@@ -58,7 +63,7 @@ WORKING = {
     ],
 }
 # They train or measure when nothing is wrong, which takes seconds.
-SLOW = ("profile", "tax", "sweep", "timeline", "train", "eval", "compare", "gates", "export")
+SLOW = ("profile", "tax", "sweep", "timeline", "train", "eval", "compare", "gates", "blocks", "fold", "export")
 NUMBERS = ["", "0", "-1", "1e400", "nan", "inf", "9" * 5000, "1" + "0" * 400, "0x10", "1 2", "٣", "\0", "--"]
 TEXTS = [
     "",
@@ -234,6 +239,8 @@ OPTIONS = {
             "--depth",
             "--reduction",
             "--most",
+            "--max-drop",
+            "--max-error",
         ],
         NUMBERS,
     ),

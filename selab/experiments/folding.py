@@ -1,0 +1,321 @@
+"""Fold gates that hardly vary into the weights beside them, write what is left, and compare it with the network."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import safetensors.torch
+from torch import nn
+
+from selab.bench.progress import Report
+from selab.errors import ModelError, RecordError, SelabError
+from selab.experiments.job import Request, resolve
+from selab.experiments.judged import HARD, Batch, Factors, Judged, JudgedGraph
+from selab.experiments.profiling import Profile
+from selab.graphs.module import OnnxNetwork
+from selab.judging.choose import choose
+from selab.judging.folding import OF_OUTPUT, POINTS, Dead, Folding, Size, folding_json
+from selab.judging.look import parts_of
+from selab.judging.loss import loss_of
+from selab.judging.record import Gates
+from selab.judging.worth import answers, changes
+from selab.meta import first_line
+from selab.models import folded as models_folded
+from selab.models.build import build
+from selab.models.catalog import find
+from selab.models.spec import Variant
+from selab.records.files import check_writable, write_atomically
+from selab.records.types import ONNX_RUNTIME, TORCH, Cost
+from selab.units import counted
+
+CHOOSING, REPORTING = 0, 1
+"""Every second image decides, and the others report."""
+# What folding itself may change: rounding of weights and sums, over the largest output.
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How much folding may cost.
+
+    Attributes:
+        points: of accuracy; None for a limit of the error.
+        error: the largest difference of an output over the network's largest one; None for a limit of points.
+    """
+
+    points: float | None
+    error: float | None = None
+
+    @property
+    def limit(self) -> float:
+        """The limit in its unit."""
+        limit = self.points if self.points is not None else self.error
+        assert limit is not None
+        return limit
+
+    @property
+    def unit(self) -> str:
+        """What the limit counts."""
+        return POINTS if self.points is not None else OF_OUTPUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folded:
+    """A network after folding.
+
+    Attributes:
+        network: the copy.
+        record: what was decided, and what it costs on the images that did not decide.
+    """
+
+    network: nn.Module
+    record: Folding
+
+    @property
+    def too_dear(self) -> bool:
+        """Whether it costs more than was allowed on the images that did not decide."""
+        return self.record.cost > self.record.limit
+
+
+def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, report: Report) -> Folded:
+    """Choose the blocks on every second image, fold them, and compare the networks on the other images.
+
+    Args:
+        network: with its images.
+        rule: how much it may cost.
+        hard_gates: whether the blocks that are left get a hard sigmoid.
+        report: called with what is done.
+
+    Raises:
+        InsertionError: the network has no gated block.
+        SelabError: it does not run, or cannot be followed; there are no images, or no labels to count points by.
+    """
+    if rule.points is not None and not network.seen.classes:
+        raise SelabError(f"{network.seen.words}: has no labels to lose points by; give --max-error instead")
+    report("looking at the gates", None)
+    seen = network.gates(network.batches(CHOOSING))
+    means = {one.path: np.array(one.mean) for one in seen.blocks}
+
+    def cost(sets: Sequence[Sequence[str]]) -> list[float]:
+        report(f"trying {len(sets)} constant gates" if len(sets) > 1 else f"trying {sets[0][-1]} as well", None)
+        arms = [network.model, *(network.arm({path: means[path] for path in paths}) for paths in sets)]
+        if rule.points is None:
+            return changes(lambda: network.batches(CHOOSING), arms)
+        own, *others = answers(lambda: network.batches(CHOOSING), arms)
+        return [loss_of(own, one).points for one in others]
+
+    choices = choose(network.candidates(seen), cost, limit=rule.limit, unit=rule.unit)
+    constants = {one.path: means[one.path] for one in choices if one.folded}
+    report("folding", None)
+    made, went = network.folded(constants)
+    for path, place in went.items():
+        if isinstance(place, str):
+            raise ModelError(f"{path}: {place}, though it seemed to fold; report it as a fault of selab fold")
+    ran = network.running(made)
+    _check_rounding(network, constants, ran)
+    gate_error = None
+    if hard_gates:
+        made = network.with_hard_gates(made)
+        before, ran = ran, network.running(made)
+        (gate_error,) = changes(lambda: network.batches(REPORTING), [before, ran])
+    report("comparing on the other images", None)
+    loss = None
+    if network.seen.classes:
+        own, other = answers(lambda: network.batches(REPORTING), [network.model, ran])
+        loss = loss_of(own, other)
+    (error,) = changes(lambda: network.batches(REPORTING), [network.model, ran])
+    record = Folding(
+        arch=network.variant.name,
+        weights=network.weights,
+        data=network.seen.words,
+        chosen_on=seen.images,
+        reported_on=_number(network),
+        limit=rule.limit,
+        unit=rule.unit,
+        choices=tuple(choices),
+        dead=_dead(seen),
+        loss=loss,
+        error=error,
+        gate=HARD if hard_gates else "",
+        gate_error=gate_error,
+    )
+    return Folded(network=made, record=record)
+
+
+def _number(network: Judged) -> int:
+    return sum(len(parts_of(batch)[0]) for batch in network.batches(REPORTING))
+
+
+def _check_rounding(network: Judged, constants: Factors, folded: nn.Module) -> None:
+    """Raise ModelError if the folded network computes something else than the network with constant gates."""
+    if not constants:
+        return
+
+    def first() -> Iterator[Batch]:
+        yield next(network.batches(CHOOSING))
+
+    (difference,) = changes(first, [network.arm(constants), folded])
+    if not difference <= _ROUNDING:
+        raise ModelError(
+            f"{network.variant.name}: the folded network differs by {difference:.2g} of the largest output from the "
+            "one with constant gates; report it as a fault of selab fold"
+        )
+
+
+def _dead(seen: Gates) -> tuple[Dead, ...]:
+    return tuple(Dead(path=one.path, channels=one.dead) for one in seen.blocks if one.dead)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Where a folded network goes.
+
+    Attributes:
+        network: its weights, or the ONNX file.
+        family: the TOML that describes it; None for an ONNX file.
+        record: of what was decided and measured.
+    """
+
+    network: Path
+    family: Path | None
+    record: Path
+
+    @property
+    def arch(self) -> str:
+        """What `--arch` takes for it."""
+        return str(self.network) if self.family is None else f"{self.family}:folded"
+
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """The files that are written."""
+        return tuple(one for one in (self.network, self.family, self.record) if one is not None)
+
+
+def files_of(network: Judged, out: Path, *, replace: bool) -> Files:
+    """Return where a folded network goes, in a folder.
+
+    Raises:
+        RecordError: a file exists and may not be replaced, or the folder cannot be written.
+    """
+    name = network.variant.name
+    stem = re.sub(r"[^\w.-]+", "-", Path(name.rpartition(":")[2] or name).name.removesuffix(".onnx"))
+    graph = isinstance(network, JudgedGraph)
+    files = Files(
+        network=out / (f"{stem}.onnx" if graph else f"{stem}.safetensors"),
+        family=None if graph else out / f"{stem}.toml",
+        record=out / f"{stem}.folding.json",
+    )
+    if graph and Path(name).resolve() == files.network.resolve():
+        raise RecordError(f"{files.network}: is the network itself; give another folder as --out")
+    for one in (files.network, files.family, files.record):
+        if one is not None:
+            check_writable(one, replace=replace)
+    return files
+
+
+def write(folded: Folded, network: Judged, files: Files) -> None:
+    """Write a folded network, and check that the file holds it.
+
+    Raises:
+        RecordError: a file cannot be written.
+        ModelError: what was written is not what was folded.
+    """
+    model, variant = folded.network, network.variant
+    if isinstance(model, OnnxNetwork):
+        write_atomically(files.network, model.model.SerializeToString())
+        return
+    state = {key: one.detach().cpu().contiguous().clone() for key, one in model.state_dict().items()}
+    described = {"folded_from": variant.name, "folded": " ".join(folded.record.folded)}
+    write_atomically(files.network, safetensors.torch.save(state, described))
+    assert files.family is not None
+    write_atomically(files.family, family_text(variant, folded.record).encode())
+    again = build(find(files.arch)).model
+    try:
+        again.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{files.family}: describes another network than was folded: {first_line(error)}; report it as a fault of "
+            "selab fold"
+        ) from error
+
+
+def family_text(variant: Variant, record: Folding) -> str:
+    """Return the TOML that describes a folded network, and beside it the network as it was."""
+    chw = ", ".join(map(str, variant.input_chw))
+    arch, source = json.dumps(variant.name), json.dumps(f"selab fold --arch {variant.name}")
+    both = {
+        "original": (f"{variant.name} as it was", ""),
+        "folded": (f"{variant.name}, {counted(len(record.folded), 'block')} folded", " ".join(record.folded)),
+    }
+    gate = f", gate = {json.dumps(record.gate)}" if record.gate else ""
+    text = (
+        f'family = "folded"\nsource = {source}\nbuilder = "{models_folded.BUILDER}"\n'
+        f"input_chw = [{chw}]\nnum_classes = {variant.num_classes}\n"
+    )
+    for name, (title, paths) in both.items():
+        baseline = 'baseline = "original"\n' if name == "folded" else ""
+        text += (
+            f"\n[variants.{name}]\ntitle = {json.dumps(title)}\n{baseline}"
+            f"arguments = {{ arch = {arch}, folded = {json.dumps(paths)}{gate if baseline else ''} }}\n"
+        )
+    return text
+
+
+def measured(folded: Folded, network: Judged, files: Files, *, runtime: str, budget_s: float, report: Report) -> Folded:
+    """Return a folded network with its size, and its time over that of the network before, in fresh processes.
+
+    Args:
+        folded: as it was written.
+        network: as it was.
+        files: of the folded network.
+        runtime: that runs both; an ONNX network runs in ONNX Runtime.
+        budget_s: seconds of measuring.
+        report: called with what is done.
+
+    Raises:
+        SelabError: it cannot be measured.
+    """
+    graph = isinstance(network, JudgedGraph)
+    request = Request(
+        arch=files.arch,
+        baseline=network.variant.name if graph else None,
+        runtime=ONNX_RUNTIME if graph and runtime == TORCH else runtime,
+        phases=("forward",),
+        quick=True,
+        budget_s=budget_s,
+        input_chw=network.seen.image,
+    )
+    profile = Profile(resolve(request))
+    profile.run(report)
+    record = profile.record()
+    assert record.baseline_cost is not None
+    found = msgspec.structs.replace(
+        folded.record,
+        before=_size(record.baseline_cost),
+        after=_size(record.cost),
+        latency=record.latency.get("forward"),
+        runtime=record.workload.runtime,
+        machine=record.machine.name,
+    )
+    return Folded(network=folded.network, record=found)
+
+
+def _size(cost: Cost) -> Size:
+    return Size(params=cost.params, macs=cost.macs.conv_linear, bytes=cost.bytes)
+
+
+def save(folded: Folded, files: Files) -> None:
+    """Write the record of a folded network.
+
+    Raises:
+        RecordError: the file cannot be written.
+    """
+    write_atomically(
+        files.record,
+        folding_json(msgspec.structs.replace(folded.record, files=tuple(one.name for one in files.written[:-1]))),
+    )

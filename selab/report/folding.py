@@ -1,0 +1,78 @@
+"""What `selab fold` decided about each block, and what the folded network costs."""
+
+from selab import units
+from selab.judging.choose import Choice
+from selab.judging.folding import POINTS, Folding
+from selab.judging.loss import Loss
+from selab.records.verdict import change_words
+from selab.report.table import Table
+from selab.units import NONE
+
+
+def folding_tables(record: Folding) -> list[Table]:
+    """Return the decisions block by block, and the network before and after."""
+    return [_choices(record), _networks(record)]
+
+
+def _choices(record: Folding) -> Table:
+    unit = "points" if record.unit == POINTS else "of output"
+    return Table(
+        title=f"The blocks of {record.arch}: {len(record.folded)} of {len(record.choices)} fold at "
+        f"{record.limit:g} {record.unit}",
+        columns=("block", "spread", f"alone, {unit}", f"together, {unit}", "decision"),
+        rows=tuple(_row(one, record) for one in record.choices),
+        notes=(
+            "Spread: the root of the channels' mean variance over the images.",
+            "Alone: what is lost when this gate alone is its mean; together: with those that were chosen before it, "
+            "the cheapest alone first.",
+            f"Chosen on {units.counted(record.chosen_on, 'image')}, every second of {record.data}.",
+            *(f"{one.path}: {units.counted(len(one.channels), 'channel')} always about 0" for one in record.dead),
+        ),
+        words=frozenset({0, 4}),
+        drop_first=(3, 1),
+    )
+
+
+def _row(one: Choice, record: Folding) -> tuple[str, ...]:
+    decision = f"folded: {one.where}" if one.folded else f"stays: {one.why_not}"
+    return (one.path, f"{one.spread:.4f}", _cost(one.alone, record), _cost(one.together, record), decision)
+
+
+def _cost(value: float | None, record: Folding) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.2f}" if record.unit == POINTS else f"{value:.2g}"
+
+
+def _networks(record: Folding) -> Table:
+    rows: list[tuple[str, ...]] = []
+    if record.loss is not None:
+        loss = record.loss
+        before, after = (f"{100 * right / loss.images:.2f} %" for right in (loss.before, loss.after))
+        rows.append(("accuracy", before, after, loss_words(loss)))
+    rows.append(("largest change of an output", NONE, NONE, f"{record.error:.2g} of the largest output"))
+    if record.gate_error is not None:
+        rows.append((f"of that by {record.gate}", NONE, NONE, f"{record.gate_error:.2g} of the largest output"))
+    if record.before is not None and record.after is not None:
+        for name, show in (("params", units.count), ("macs", units.count), ("bytes", units.size)):
+            old, new = getattr(record.before, name), getattr(record.after, name)
+            label = {"params": "parameters", "macs": "MACs, conv+linear", "bytes": "bytes moved, forward"}[name]
+            rows.append((label, show(old), show(new), units.percent(new / old - 1) if old else NONE))
+    if record.latency is not None:
+        times = [
+            NONE if one is None else units.seconds(one) for one in (record.latency.baseline_s, record.latency.variant_s)
+        ]
+        rows.append((f"forward, {record.runtime}", *times, change_words(record.latency)))
+    return Table(
+        title=f"{record.arch} before and after",
+        columns=("", "before", "after", "change"),
+        rows=tuple(rows),
+        notes=(
+            f"On the {units.counted(record.reported_on, 'image')} that did not decide; in brackets 95 % intervals.",
+        ),
+    )
+
+
+def loss_words(loss: Loss) -> str:
+    """Return `-0.12 points [-0.40, 0.16]`: what a change does to the accuracy."""
+    return f"{-loss.points:+.2f} points [{-loss.high:.2f}, {-loss.low:.2f}]"

@@ -1,0 +1,68 @@
+"""The images that a network is judged on: what decides and what reports never overlap."""
+
+import pytest
+import spelled
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spelled import CHANNELS, SIZE, Net
+
+from selab.experiments.judged import Judged, JudgedGraph, Seen
+from selab.graphs.module import OnnxNetwork
+from selab.models.catalog import find
+
+
+class Numbered:
+    """Images whose every pixel is their number, and whose label is too."""
+
+    name = title = "numbered"
+    num_classes = 1000
+    input_chw = (3, 2, 2)
+
+    def __init__(self, number):
+        self.number = number
+
+    def test_batches(self, *, batch, device, rank=0, world=1):
+        for first in range(0, self.number, batch):
+            places = torch.arange(first, min(first + batch, self.number))
+            yield places.float()[:, None, None, None].expand(-1, 3, 2, 2), places
+
+
+def network(number, *, batch=100, most=10**6):
+    seen = Seen(data=Numbered(number), batch=batch, most=most)
+    return Judged(find("small_cnn"), seen, torch.nn.Identity(), "cpu", "")
+
+
+def places(batches):
+    found = []
+    for images, labels in batches:
+        assert torch.equal(images[:, 0, 0, 0].long(), labels)
+        found += labels.tolist()
+    return found
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 60))
+@settings(deadline=None)
+def test_the_halves_never_overlap_and_are_all_together(number, batch, most):
+    one = network(number, batch=batch, most=most)
+    chosen, reported, every = (places(one.batches(half)) for half in (0, 1, None))
+    assert every == list(range(min(number, most)))
+    assert chosen == every[::2]
+    assert reported == every[1::2]
+
+
+@pytest.mark.parametrize("half", [0, 1, None])
+def test_a_network_of_a_fixed_batch_gets_whole_batches(half):
+    pytest.importorskip("onnxruntime")
+    net = Net(shape=(4, CHANNELS, SIZE, SIZE))
+    model = net.model(spelled.pool_and_convolutions(net, "x"))
+    judged = JudgedGraph(find("small_cnn"), Seen(data=Numbered(27), batch=5), OnnxNetwork(model, "net.onnx"))
+    batches = list(judged.batches(half))
+    assert {len(labels) for _, labels in batches} == {4}
+    wanted = list(range(27))[half::2] if half is not None else list(range(27))
+    assert places(batches) == wanted[: len(wanted) // 4 * 4]
+
+
+def test_numbered_classes():
+    assert Seen(data=Numbered(3)).classes[:2] == ("0", "1")
+    assert Seen().classes == ()

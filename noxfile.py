@@ -361,13 +361,22 @@ def bench_counts(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_gates(session: nox.Session) -> None:
+    """Time a pass that reads gates against a plain pass, paired, in one run; the record goes to profiles/."""
+    session.install("-e", ".")
+    out = f"{machine_folder(session)}/acceptance/gates.json"
+    session.run("python", "tests/benchmarks/bench_gates.py", "--out", out, *session.posargs)
+
+
+@nox.session
 def runtimes(session: nox.Session) -> None:
     """Export for ONNX Runtime, OpenVINO, ExecuTorch and AOTInductor, and test what they run."""
     session.install("-e", ".[onnx,openvino,executorch,aoti,imagenet]", *group("test"))
     session.run("pytest", "tests/runtimes", "tests/deploy", *session.posargs)
 
 
-RUNTIMES = ("onnxruntime", "openvino", "executorch", "aoti")
+COMPILED = "torch.compile"
+RUNTIMES = ("onnxruntime", "openvino", "executorch", "aoti", COMPILED)
 DEPLOYED = (
     *("se_mobilenet", "se_mobilenet_v2", "mobilenet_v3_large", "se_shufflenet", "se_shufflenet_v2_x1_0"),
     *("efficientnet_b0", "mnasnet_a1", "pp_lcnet_x1_0", "se_resnet50"),
@@ -380,9 +389,14 @@ def measure_runtimes(session: nox.Session, runtimes: Sequence[str]) -> None:
     folder = machine_folder(session)
     # Not a sweep, whose cells have one row: the table shows all cores too.
     for dtype, arch, runtime in product(("fp32", "int8"), DEPLOYED, runtimes):
-        if not (Path(folder) / f"{arch}.cpu-b1-224-{dtype}-{runtime}-t1.forward.json").exists():
-            cell = ["--arch", arch, "--runtime", runtime, "--dtype", dtype, "--phase", "forward", "--budget", "40"]
-            session.run("selab", "profile", *cell, "--out", "profiles", *session.posargs)
+        compiled = runtime == COMPILED
+        if compiled and dtype == "int8":
+            continue
+        how, name = (["--compile", "--freeze"], "frozen-held") if compiled else (["--runtime", runtime], runtime)
+        if not (Path(folder) / f"{arch}.cpu-b1-224-{dtype}-{name}-t1.forward.json").exists():
+            cell = ["--arch", arch, *how, "--dtype", dtype, "--phase", "forward", "--budget", "40"]
+            images = [] if compiled else session.posargs
+            session.run("selab", "profile", *cell, "--out", "profiles", *images)
     report(session, folder)
 
 

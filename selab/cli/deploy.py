@@ -57,10 +57,13 @@ def export(
     """Write a network for another runtime, and show what SE costs there."""
     if options.dtype not in (None, "fp32", "int8"):
         raise typer.BadParameter(f"{options.dtype}: exported are fp32 and int8", param_hint="--dtype")
-    from selab.deploy.target import target
+    from selab.deploy.target import FIXED_THREADS, target
     from selab.records import files
 
     runtime = target(to, option="--to")
+    if options.threads is not None and runtime.name not in FIXED_THREADS:
+        why = f"a file for {runtime.name} runs on any number of threads; leave it out"
+        raise typer.BadParameter(why, param_hint="--threads")
     job = resolve_job(options.request(arch, runtime=runtime.name))
     path = out or Path(_name_of(job.variant.name, options.dtype or "fp32") + runtime.suffix)
     if path.suffix != runtime.suffix:

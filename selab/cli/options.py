@@ -258,6 +258,10 @@ class ExportOptions(_ExportedOptions):
     batch: Batch = None
     resolution: Resolution = None
     dtype: Annotated[Dtype | None, option("--dtype", WORKLOAD, "fp32 (default) or int8.", metavar="NAME")] = None
+    threads: Annotated[
+        int | None,
+        natural("--threads", WORKLOAD, "CPU threads that aoti compiles for; 1 by default.", most=MOST_THREADS),
+    ] = None
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,8 @@
 
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ class AotiTarget:
     """AOTInductor on this machine's CPU: NAME.pt2, which holds compiled code.
 
     Weights are constants of the program (freezing), so that batch normalisations and layouts of weights are computed
-    beforehand, and int8 layers become oneDNN's; without it they would be computed in fp32 without a word.
+    beforehand, and int8 layers become oneDNN's; without it they would be computed in fp32 without a word. The layouts
+    are those of a number of threads.
 
     Source: github.com/pytorch/ao, issue 4566.
     """
@@ -29,7 +32,7 @@ class AotiTarget:
     def write(self, order: Order) -> None:
         """Write the file; see `Target.write`."""
         model = only_module(order, self.name)
-        with exporting(order, self.name), muted(), scratch() as folder:
+        with exporting(order, self.name), muted(), scratch() as folder, _threads(order.threads):
             program = torch.export.export(model.eval(), (order.example,))
             if order.precision == "int8":
                 program = torch.export.export(_quantised(program, order), (order.example,))
@@ -50,6 +53,16 @@ class AotiTarget:
         body = text[text.find("::run_impl(") :]
         calls = re.findall(r"\b(?:aoti_torch_cpu_(\w+)|(cpp_fused_\w+))\(", body)
         return Partitions(operators=counted([library or "generated loop" for library, _loop in calls]))
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _quantised(program: Any, order: Order) -> Any:

@@ -45,6 +45,7 @@ class Order:
         precision: of weights and activations.
         images: for calibration, each as `image`; for int8 at least one.
         float_blocks: paths of modules that stay in fp32; None quantises the SE blocks too.
+        threads: of the CPU, where the file is compiled for their number (`FIXED_THREADS`).
     """
 
     model: nn.Module
@@ -54,11 +55,16 @@ class Order:
     precision: Precision = "fp32"
     images: Sequence[Tensor] = ()
     float_blocks: tuple[str, ...] | None = None
+    threads: int = 1
 
     @property
     def example(self) -> Tensor:
         """The first image for calibration, or zeros."""
         return self.images[0] if self.images else torch.zeros(self.image)
+
+
+FIXED_THREADS = frozenset({"aoti"})
+"""Runtimes whose files are compiled for a number of threads: with another one they run, several times slower."""
 
 
 class Target(Protocol):

@@ -199,6 +199,7 @@ def write_network(
         precision="int8" if workload.dtype == "int8" else "fp32",
         images=images,
         float_blocks=changed if workload.float_blocks else None,
+        threads=workload.threads,
     )
     to.write(order)
     return Written(path=path, respelled=changed, spelling=spelling.name)

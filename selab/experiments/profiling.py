@@ -26,7 +26,7 @@ from selab.bench.sampler import Clock
 from selab.cost.count import cost_of, count
 from selab.cost.crosscheck import compare
 from selab.cost.tracer import op_trace
-from selab.deploy.target import scratch
+from selab.deploy.target import FIXED_THREADS, scratch
 from selab.errors import DeviceError, ModelError, RecordError
 from selab.experiments import workers
 from selab.experiments.children import Found, Started, Turn, in_processes
@@ -119,10 +119,11 @@ class Profile:
     def measures_all_cores(self) -> bool:
         """Whether there is a second row on all cores: on a CPU, unless the user chose the threads or a quick answer.
 
-        In 27 s one row has twice as many processes as two rows, and less than half of their width.
+        In 27 s one row has twice as many processes as two rows, and less than half of their width. A file that is
+        compiled for one thread has no second row.
         """
         request = self.job.request
-        alone = request.quick or request.threads is not None
+        alone = request.quick or request.threads is not None or request.runtime in FIXED_THREADS
         return request.device == "cpu" and not alone and self.machine.cores > 1
 
     def run(self, report: Report) -> None:

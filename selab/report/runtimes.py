@@ -156,8 +156,13 @@ def _pairs_words(one: Imported) -> str:
 
 def _is_shown(record: Record) -> bool:
     workload = record.workload
-    plain = workload.runtime != TORCH or (workload.dtype == "fp32" and not workload.compiled and not workload.fused)
-    return plain and workload.device == "cpu" and workload.batch == 1 and "forward" in record.latency
+    in_torch = workload.dtype == "fp32" and not workload.fused and workload.frozen == workload.compiled
+    return (
+        (workload.runtime != TORCH or in_torch)
+        and workload.device == "cpu"
+        and workload.batch == 1
+        and "forward" in record.latency
+    )
 
 
 def _table(place: str, records: Sequence[Record]) -> Table:
@@ -169,7 +174,8 @@ def _table(place: str, records: Sequence[Record]) -> Table:
         rows=rows,
         notes=(
             f"Batch 1, forward, {'one thread' if threads == {1} else 'the threads of each record'} and all cores, 95 % "
-            "intervals in brackets. The fastest runtime of each network first; torch is eager PyTorch.",
+            "intervals in brackets. The fastest runtime of each network first; torch is eager PyTorch, torch.compile "
+            "has frozen weights.",
             "Parts: subgraphs of the delegate (one is best), or changes of the memory layout that a block adds. "
             "Error: the largest difference to the network in fp32, over its largest output.",
             *words_note(rows),
@@ -180,6 +186,11 @@ def _table(place: str, records: Sequence[Record]) -> Table:
     )
 
 
+def runtime_words(record: Record) -> str:
+    """Return what ran the networks of a record: `openvino`, `torch`, `torch.compile`."""
+    return "torch.compile" if record.workload.compiled else record.workload.runtime
+
+
 def _base_s(record: Record) -> float:
     seconds = record.latency["forward"].baseline_s
     return math.inf if seconds is None else seconds
@@ -187,7 +198,7 @@ def _base_s(record: Record) -> float:
 
 def _row(record: Record) -> tuple[str, ...]:
     workload, latency = record.workload, record.latency["forward"]
-    how = workload.runtime + (f", {workload.spelling}" if workload.spelling else "")
+    how = runtime_words(record) + (f", {workload.spelling}" if workload.spelling else "")
     time = NONE if latency.baseline_s is None else units.seconds(latency.baseline_s, digits=3)
     cells = [
         name_of(record),

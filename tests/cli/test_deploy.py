@@ -196,3 +196,11 @@ def test_timings_that_are_none(selab, tmp_path, monkeypatch, words, said):
     assert status != 0
     assert said in " ".join(err.split())
     assert not (tmp_path / "results").exists()
+
+
+def test_threads_are_for_what_is_compiled(selab, tmp_path):
+    words = ("export", "--arch", "se_small_cnn", "--to", "onnx", "--threads", 2, "--out", tmp_path / "a.onnx")
+    status, _, err = selab(*words)
+    assert status != 0
+    assert "a file for onnxruntime runs on any number of threads" in " ".join(err.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from pathlib import Path
 
 import onnx
 import pytest
@@ -10,10 +11,13 @@ import torch
 from spelled import CHANNELS, SIZE, Net
 from torch import nn
 
+from selab.bench.machine import available_cores
 from selab.deploy import target as targets
 from selab.deploy.onnx import TARGET, block_operators, export_onnx, onnx_of
-from selab.deploy.target import REGISTRY, Order, counted, exporting, needed, target
+from selab.deploy.target import FIXED_THREADS, REGISTRY, Order, counted, exporting, needed, target
 from selab.errors import DeviceError, ModelError, RecordError, UnknownNameError
+from selab.experiments.job import Request, resolve
+from selab.experiments.profiling import Profile
 from selab.graphs.module import OnnxNetwork
 from selab.records.types import RUNTIMES, TORCH
 
@@ -149,3 +153,30 @@ def test_the_changes_of_layout_are_counted(tmp_path):
     assert found.subgraphs is None
     assert found.reorders == found.operators.get("ReorderInput", 0) + found.operators.get("ReorderOutput", 0)
     assert sum(found.operators.values()) >= 2
+
+
+def test_a_program_is_compiled_for_its_number_of_threads(tmp_path, monkeypatch):
+    """With layouts of weights for another number it takes several times as long."""
+    compiled = []
+
+    def fake(_program, *, package_path, inductor_configs):
+        compiled.append((torch.get_num_threads(), inductor_configs["freezing"]))
+        (tmp_path / "written").write_text(package_path)
+        Path(package_path).write_bytes(b"compiled")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fake)
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        target("aoti").write(order(tmp_path, path=tmp_path / "a.pt2", threads=threads))
+    assert compiled == [(1, True), (2, True)]
+    assert torch.get_num_threads() == before
+    assert (tmp_path / "a.pt2").read_bytes() == b"compiled"
+
+
+def test_only_such_a_program_has_one_row():
+    rows = {
+        runtime: Profile(resolve(Request(arch="se_small_cnn", runtime=runtime, phases=("forward",)))).measures_all_cores
+        for runtime in ("onnxruntime", "aoti")
+    }
+    assert rows == {"onnxruntime": available_cores() > 1, "aoti": False}
+    assert {"aoti"} == FIXED_THREADS

@@ -61,8 +61,10 @@ def records():
         profiled(runtime="onnxruntime", scale=0.5, ratio=1.2, facts=exported()),
         profiled(runtime="openvino", scale=0.25, ratio=1.3, facts=exported(reorders=(None, None)), dtype="int8"),
         profiled(runtime="executorch", scale=0.6, facts=exported(subgraphs=(7, 1)), dtype="int8", float_blocks=True),
-        # Not shown: a larger batch, and a network that was never exported.
+        profiled(compiled=True, frozen=True, scale=0.7),
+        # Not shown: a larger batch, weights that are not constants, and a network that was never exported.
         profiled(runtime="onnxruntime", batch=8),
+        profiled(compiled=True),
         profiled("se_mobilenet_0_25"),
     ]
 
@@ -70,18 +72,20 @@ def records():
 def test_the_fastest_runtime_stands_first(records):
     (table,) = runtime_tables(records)
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    assert [row["runtime"] for row in rows] == ["openvino", "onnxruntime", "executorch", "torch"]
-    assert [row["type"] for row in rows] == ["int8", "fp32", "int8, SE in fp32", "fp32"]
-    assert [row["parts"] for row in rows] == ["–", "+2 a block", "7 (+6)", "–"]
+    assert [row["runtime"] for row in rows] == ["openvino", "onnxruntime", "executorch", "torch.compile", "torch"]
+    assert [row["type"] for row in rows] == ["int8", "fp32", "int8, SE in fp32", "fp32", "fp32"]
+    assert [row["parts"] for row in rows] == ["–", "+2 a block", "7 (+6)", "–", "–"]
     assert rows[0]["SE adds"].startswith("+29.98")
     assert rows[1]["base"] == "500 µs"
     assert (rows[1]["file"], rows[1]["SE adds to it"]) == ("2.20 kB", "+10.00 %")
     assert (rows[1]["error"], rows[1]["same top-1"]) == ("0.02", "50.0 %")
-    assert rows[3]["file"] == "–"
+    assert [rows[place]["file"] for place in (3, 4)] == ["–", "–"]
 
 
 def test_other_runtimes_stay_out_of_what_se_adds_in_pytorch(records):
-    assert [len(table.rows) for table in profiles.added_tables(records)] == [1, 1]
+    tables = profiles.added_tables(records)
+    assert [len(table.rows) for table in tables] == [1, 1, 1, 1]
+    assert not any(name in table.title for table in tables for name in ("onnxruntime", "openvino", "executorch"))
 
 
 def test_the_table_by_its_name(records):
@@ -156,6 +160,7 @@ def test_the_bars_are_those_of_the_table(records, tmp_path):
         "openvino int8",
         "onnxruntime fp32",
         "executorch int8, SE in fp32",
+        "torch.compile fp32",
         "torch fp32",
     ]
     assert shown.bars[0].tax == pytest.approx(0.3, abs=1e-3)

@@ -8,7 +8,7 @@ from selab.records import verdict as records_verdict
 from selab.records.types import Record
 from selab.report.figures.base import LeftOut
 from selab.report.figures.tax import TaxBar, TaxBars
-from selab.report.runtimes import shown_records
+from selab.report.runtimes import runtime_words, shown_records
 
 
 def runtime_bars(records: Sequence[Record], *, archs: Sequence[str] = ()) -> TaxBars:
@@ -37,7 +37,7 @@ def runtime_bars(records: Sequence[Record], *, archs: Sequence[str] = ()) -> Tax
     bars, left_out = [], []
     for record in found:
         latency, workload = record.latency["forward"], record.workload
-        where = f"{workload.runtime} {workload.dtype}{', SE in fp32' if workload.float_blocks else ''}"
+        where = f"{runtime_words(record)} {workload.dtype}{', SE in fp32' if workload.float_blocks else ''}"
         name = f"{name_of(record)}, {where}" if several else where
         interval = records_verdict.not_excluded(latency)
         if latency.ratio is None or interval is None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from selab.deploy.spelling import Spelling
-from selab.deploy.target import Order, Partitions, counted, exporting, needed, quiet, scratch
+from selab.deploy.target import Order, Partitions, counted, exporting, muted, needed, place_of, quiet, scratch
 from selab.errors import ModelError, one_line
 from selab.graphs.blocks import find_blocks
 from selab.graphs.graph import Graph
@@ -43,12 +43,13 @@ def export_onnx(model: nn.Module, image: tuple[int, ...], path: Path, *, name: s
     onnx()
     written = io.BytesIO()
     try:
-        with evaluating(model), quiet():
+        with evaluating(model), quiet(), muted():
             # The exporter by tracing takes a file object, which its annotation forgets.
             to: Any = written
             torch.onnx.export(model, (torch.zeros(image),), to, dynamo=False, opset_version=_OPSET, input_names=["x"])
     except Exception as error:
-        raise ModelError(f"{name}: cannot be exported to ONNX: {one_line(error)}") from error
+        where = place_of(model, torch.zeros(image), error)
+        raise ModelError(f"{name}: cannot be exported to ONNX{where}: {one_line(error)}") from error
     write_atomically(path, written.getvalue())
 
 

@@ -3,6 +3,8 @@
 import io
 import logging
 import os
+import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selab.deploy.spelling import Spelling
 from selab.errors import DeviceError, ModelError, SelabError, UnknownNameError, nearest, one_line
@@ -149,8 +153,46 @@ def exporting(order: Order, runtime: str) -> Iterator[None]:
     except (SelabError, KeyboardInterrupt):
         raise
     except Exception as error:
-        where = module_of(error)
+        where = module_of(error) or place_of(order.model, order.example, error)
         raise ModelError(f"{order.name}: cannot be exported for {runtime}{where}: {one_line(error)}") from error
+
+
+def place_of(model: nn.Module, example: Tensor, error: BaseException) -> str:
+    """Return the module that runs an operator which an exporter names in its error, in words; empty if none does."""
+    named = {name.strip("_") for name in re.findall(r"\baten(?:::|\.)(\w+)", str(error))}
+    if not named:
+        return ""
+    stack: list[str] = []
+    found: list[str] = []
+
+    def look(name: str) -> None:
+        if name.strip("_") in named:
+            found.append(stack[-1] if stack else "")
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            look(str(getattr(func, "__name__", "")))
+            return func(*args, **(kwargs or {}))
+
+    class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            look(str(func).split(".")[1])
+            return func(*args, **(kwargs or {}))
+
+    handles = []
+    for path, module in model.named_modules():
+        words = f"{path} ({type(module).__name__})" if path else type(module).__name__
+        handles.append(module.register_forward_pre_hook(lambda *_, words=words: stack.append(words)))
+        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None))
+    try:
+        with torch.no_grad(), Functions(), Operators():  # type: ignore[no-untyped-call]
+            model(example)
+    except Exception:
+        return ""
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f" (in {found[0]})" if found and found[0] else ""
 
 
 def module_of(error: BaseException) -> str:
@@ -187,14 +229,18 @@ def scratch() -> Iterator[Path]:
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Drop what native code writes to standard error in the body."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Drop what native code writes to standard output and standard error in the body."""
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    saved = {stream: os.dup(stream) for stream in (1, 2)}
     try:
-        os.dup2(nowhere, 2)
+        for stream in saved:
+            os.dup2(nowhere, stream)
         yield
     finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+        for stream, kept in saved.items():
+            os.dup2(kept, stream)
+            os.close(kept)
         os.close(nowhere)
 
 

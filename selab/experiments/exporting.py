@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from selab import units
+from selab.attention.se import SqueezeExcitation
 from selab.bench.backends import backend
 from selab.bench.machine import int8_words
 from selab.bench.progress import Report
@@ -22,6 +23,10 @@ from selab.deploy.target import Order, Target, scratch, target
 from selab.errors import ModelError
 from selab.experiments.images import batches, read_images
 from selab.experiments.job import Job
+from selab.fusion.external import external_blocks
+from selab.fusion.related import related_blocks
+from selab.graphs.blocks import find_blocks
+from selab.graphs.graph import Graph
 from selab.graphs.module import OnnxNetwork
 from selab.meta import evaluating
 from selab.models import catalog
@@ -35,6 +40,8 @@ from selab.records.types import ONNX_RUNTIME, TORCH, Dtype, Frozen, Workload
 _MOST_IMAGES = 64
 """For calibration; more change the ranges of activations hardly."""
 _NOISE_IMAGES = 4
+# Of the largest output; another order of sums makes 1e-5 in a deep network.
+_MOST_FP32 = 1e-2
 _NORM_BATCH = 16
 _SETTLED = "random weights: batch normalisations have the statistics of what int8 was calibrated on"
 
@@ -157,13 +164,14 @@ class Written:
     """A network in a file.
 
     Attributes:
-        respelled: the paths of its SE blocks that were.
+        respelled: the paths of its SE blocks that were; `left` is the number of those that were not.
         spelling: their spelling's name.
     """
 
     path: Path
     respelled: tuple[str, ...]
     spelling: str
+    left: int = 0
 
 
 def write_network(
@@ -188,8 +196,13 @@ def write_network(
         raise ModelError(f"{name}: takes several inputs; only networks of one image are exported")
     spelling = spelling_of(workload.spelling) if workload.spelling else to.spelling
     changed: tuple[str, ...] = ()
-    if not isinstance(model, OnnxNetwork):
+    if isinstance(model, OnnxNetwork):
+        left = len(find_blocks(Graph(model.model)))
+    else:
+        own = {path for path, module in model.named_modules() if isinstance(module, SqueezeExcitation)}
+        found = {*external_blocks(model), *related_blocks(model), *own}
         model, changed = respelled(model, spelling)
+        left = len(found - {*changed})
         model.eval()
     order = Order(
         model=model,
@@ -202,7 +215,7 @@ def write_network(
         threads=workload.threads,
     )
     to.write(order)
-    return Written(path=path, respelled=changed, spelling=spelling.name)
+    return Written(path=path, respelled=changed, spelling=spelling.name, left=left)
 
 
 # ------------------------------------------------------------------------------------------------------- for a user
@@ -257,7 +270,12 @@ def export(job: Job, path: Path, *, weights: Path | None, report: Report) -> Exp
         written = write_network(model, to, workload, path, name=job.variant.name, images=images)
         expected = _outputs_of_network(model, job, inputs.batches)
         report("comparing", None)
-        agreement = _agreement(expected, written.path, workload, inputs)
+        try:
+            agreement = _agreement(expected, written.path, workload, inputs)
+        except ModelError:
+            for one in (written.path, written.path.with_suffix(".bin")):
+                one.unlink(missing_ok=True)
+            raise
         with scratch() as folder:
             otherwise = None
             if workload.dtype == "int8" and (written.respelled or job.is_graph):
@@ -292,6 +310,7 @@ def _facts(written: Written, file: ExportedFile, without: ExportedFile | None, a
         with_blocks=file,
         without_blocks=without,
         agreement=agreement,
+        left=written.left,
     )
 
 
@@ -363,5 +382,10 @@ def _agreement(expected: Sequence[Tensor], path: Path, workload: Workload, input
         relative = max(relative, difference / max(float(one.abs().max()), torch.finfo(torch.float32).tiny))
         if one.dim() == 2 and one.shape[1] > 1:
             same.append(one.argmax(1) == other.argmax(1))
+    if workload.dtype == "fp32" and relative > _MOST_FP32:
+        raise ModelError(
+            f"{path.name}: computes something else than the network: an output differs by {relative:.2g} of the "
+            "largest one; does its forward pass choose by the values of tensors? An exported program has one way only"
+        )
     share = float(torch.cat(same).float().mean()) if same else None
     return Agreement(max_absolute=absolute, max_relative=relative, same_top_1=share, inputs=inputs.words)

@@ -57,7 +57,7 @@ class Exported(Frozen, frozen=True, kw_only=True):
 
     Attributes:
         spelling: of the SE blocks; empty for an ONNX network, whose blocks stay as they are.
-        blocks: how many were written so.
+        blocks: how many were written so; `left` of other kinds stay in the operators that they are written in.
         without_blocks: the baseline; None where there is none.
         agreement: of the network with blocks.
     """
@@ -67,12 +67,14 @@ class Exported(Frozen, frozen=True, kw_only=True):
     with_blocks: ExportedFile
     without_blocks: ExportedFile | None
     agreement: Agreement
+    left: int = 0
 
 
 def mistaken_exported(exported: Exported, where: str) -> Iterator[str]:
     """Yield what is impossible in what was written: field and reason."""
-    if exported.blocks < 0:
-        yield f"{where}.blocks: is {exported.blocks}, expected 0 or more"
+    for name in ("blocks", "left"):
+        if getattr(exported, name) < 0:
+            yield f"{where}.{name}: is {getattr(exported, name)}, expected 0 or more"
     for name in ("with_blocks", "without_blocks"):
         file: ExportedFile | None = getattr(exported, name)
         if file is None:

@@ -31,10 +31,14 @@ def _files(done: Export) -> Table:
     if any(cell != NONE for cell in reorders):
         rows.append(("changes of memory layout", *reorders))
     notes = [f"SE blocks: {units.counted(facts.blocks, 'block')} written as {facts.spelling}."] if facts.blocks else []
+    if facts.left:
+        notes.append(f"SE blocks: {units.counted(facts.left, 'block')} left in the operators that they are written in.")
+    if facts.without_blocks is None and facts.blocks + facts.left:
+        notes.append("No baseline is known; --baseline NAME shows what the blocks add.")
     extra = per_block(facts)
     return Table(
         title=f"{done.arch} for {done.runtime}, {done.dtype}{', SE in fp32' if done.float_blocks else ''}: {done.path}",
-        columns=("", "with SE", "without SE"),
+        columns=("", "with SE" if facts.blocks + facts.left else "the network", "without SE"),
         rows=tuple(rows),
         notes=(*notes, *([extra] if extra else []), *(f"Note: {remark}." for remark in done.remarks)),
     )
@@ -50,7 +54,8 @@ def _outside(pair: Sequence[ExportedFile | None]) -> list[str]:
 def per_block(facts: Exported) -> str:
     """Return how many subgraphs and changes of layout a block costs, in words; empty where nothing is known."""
     base = facts.without_blocks
-    if base is None or not facts.blocks:
+    blocks = facts.blocks + facts.left
+    if base is None or not blocks:
         return ""
     found = []
     for words, with_, without in (
@@ -58,7 +63,7 @@ def per_block(facts: Exported) -> str:
         ("changes of layout", facts.with_blocks.partitions.reorders, base.partitions.reorders),
     ):
         if with_ is not None and without is not None:
-            found.append(f"{(with_ - without) / facts.blocks:+.2g} {words}")
+            found.append(f"{(with_ - without) / blocks:+.2g} {words}")
     return f"Each SE block: {', '.join(found)}." if found else ""
 
 

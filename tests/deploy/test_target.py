@@ -14,7 +14,7 @@ from torch import nn
 from selab.bench.machine import available_cores
 from selab.deploy import target as targets
 from selab.deploy.onnx import TARGET, block_operators, export_onnx, onnx_of
-from selab.deploy.target import FIXED_THREADS, REGISTRY, Order, counted, exporting, needed, target
+from selab.deploy.target import FIXED_THREADS, REGISTRY, Order, counted, exporting, needed, place_of, target
 from selab.errors import DeviceError, ModelError, RecordError, UnknownNameError
 from selab.experiments.job import Request, resolve
 from selab.experiments.profiling import Profile
@@ -84,7 +84,7 @@ def test_it_is_written_whole_or_not_at_all(tmp_path):
         def forward(self, x):
             return torch.special.airy_ai(x)
 
-    with pytest.raises(ModelError, match=r"net: cannot be exported to ONNX: .*airy"):
+    with pytest.raises(ModelError, match=r"net: cannot be exported to ONNX \(in Odd\): .*airy"):
         TARGET.write(order(tmp_path, model=Odd()))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "folder").mkdir()
@@ -180,3 +180,41 @@ def test_only_such_a_program_has_one_row():
     }
     assert rows == {"onnxruntime": available_cores() > 1, "aoti": False}
     assert {"aoti"} == FIXED_THREADS
+
+
+class Spectrum(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft2(x).real
+
+
+def test_an_operator_that_cannot_be_exported_is_named_with_its_module(tmp_path, capfd):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.spectrum = nn.Conv2d(3, 4, 1), Spectrum()
+
+        def forward(self, x):
+            return self.spectrum(self.conv(x))
+
+    said = r"net: cannot be exported to ONNX \(in spectrum \(Spectrum\)\): .*aten::fft_fft2"
+    with pytest.raises(ModelError, match=said):
+        target("onnx").write(order(tmp_path, model=Net().eval()))
+    # The exporter prints its whole graph.
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        ("torch._ops.aten._fft_c2c.default is not there", " (in 1 (Spectrum))"),
+        ("aten::conv2d", " (in 0 (Conv2d))"),
+        ("aten::nothing of the kind", ""),
+        ("no operator", ""),
+    ],
+)
+def test_the_module_of_an_operator(message, place):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Spectrum())
+    assert place_of(net, torch.zeros(1, 3, 4, 4), RuntimeError(message)) == place
+    assert not net[0]._forward_hooks
+    assert place_of(net, torch.zeros(1, 5, 4, 4), RuntimeError(message)) in ("", " (in 0 (Conv2d))")

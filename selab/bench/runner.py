@@ -14,7 +14,7 @@ from selab.errors import DeviceError, ModelError, OutOfMemoryError, SelabError
 from selab.fusion.fuse import fuse
 from selab.meta import first_line
 from selab.meta.real import real_copy
-from selab.records.types import TORCH, Phase, Workload
+from selab.records.types import RUNTIMES, TORCH, Phase, Workload
 
 Call = Callable[[], object]
 ResolvedMode = Literal["train", "eval"]
@@ -36,7 +36,8 @@ def check_device(device: str, dtype: str = "fp32", *, runtime: str = TORCH) -> N
     TF32 is a mode of NVIDIA's tensor cores. int8 is for networks that are exported.
     """
     if dtype == "int8" and runtime == TORCH:
-        raise DeviceError("--dtype int8: PyTorch runs none here; name a runtime: --runtime onnxruntime, openvino, aoti")
+        others = ", ".join(name for name in RUNTIMES if name != TORCH)
+        raise DeviceError(f"--dtype int8: PyTorch runs none here; name a runtime: --runtime {others}")
     if dtype == "tf32" and device != "cuda":
         raise DeviceError(f"--dtype tf32: is a mode of CUDA devices; with --device {device} use fp32 or bf16")
     if device == "cuda" and not torch.cuda.is_available():

@@ -42,6 +42,7 @@ from selab.cli.options import (
     with_options,
 )
 from selab.errors import SelabError
+from selab.models.spec import ONNX_FAMILY
 from selab.records.bounds import MOST_PROCESSES
 from selab.records.types import Device
 
@@ -71,7 +72,7 @@ def train(
     json_to: Json = None,
 ) -> None:
     """Train one network with a recipe; rerun to resume."""
-    variant = find(arch)
+    variant = _trainable(arch)
     from selab.experiments import compare as experiments_compare
     from selab.training.augment import check_seed
     from selab.training.distributed import join
@@ -128,7 +129,7 @@ def evaluate(
     json_to: Json = None,
 ) -> None:
     """Test trained weights: top-1 and top-5 with 95 % intervals."""
-    variant = find(arch)
+    variant = _trainable(arch)
     from selab.experiments.compare import loaded
     from selab.training.evaluate import evaluate as evaluate_one
 
@@ -230,7 +231,7 @@ def compare(
 ) -> None:
     """Train networks with SE and without, several seeds each (hours)."""
     for one in archs:
-        find(one, option="compare")
+        _trainable(one, option="compare")
     from selab.experiments import compare as experiments_compare
     from selab.training.distributed import join, leave
     from selab.training.record import read_accuracy_record
@@ -302,6 +303,18 @@ def _measure(growing: "Comparison") -> None:
             f"interrupted; the comparison is in {growing.path}, times are missing: `selab table accuracy --profiles "
             f"{growing.path.parents[1]}` shows what there is"
         ) from None
+
+
+def _trainable(name: str, *, option: str = "--arch") -> "Variant":
+    """Look up a network that PyTorch runs.
+
+    Raises:
+        SelabError: there is no such network, or it is an ONNX file.
+    """
+    variant = find(name, option=option)
+    if variant.family == ONNX_FAMILY:
+        raise SelabError(f"{option} {name}: is an ONNX network; only networks in PyTorch are trained and tested here")
+    return variant
 
 
 def _options(options: TrainOptions) -> "Options":

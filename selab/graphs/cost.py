@@ -293,7 +293,8 @@ def _weights(graph: Graph) -> tuple[int, int]:
             continue
         for at, name in enumerate(node.input):
             tensor = graph.constant(name)
-            if tensor is None:
+            # Axes and sizes are 64-bit integers, weights never.
+            if tensor is None or tensor.data_type == onnx().TensorProto.INT64:
                 continue
             into = statistics if at in _STATISTICS.get(node.op_type, ()) else weights
             if prod(tensor.dims) > 1 or node.op_type in ("Conv", "ConvTranspose", "Gemm"):

@@ -51,6 +51,8 @@ def read(path: Path) -> "ModelProto":
         raw = path.read_bytes()
     except OSError as error:
         raise SpecError(f"{place}: cannot be read: {error.strerror}") from None
+    if not raw:
+        raise SpecError(f"{place}: is empty; name an ONNX file")
     model = package.ModelProto()
     try:
         model.ParseFromString(raw)

@@ -9,7 +9,7 @@ import msgspec
 from selab.attention.config import changed
 from selab.errors import SpecError, UnknownNameError, nearest
 from selab.models import external
-from selab.models.spec import Variant, parse_family, read_family
+from selab.models.spec import ONNX_FAMILY, Variant, parse_family, read_family
 from selab.records.toml import read_package
 
 
@@ -67,6 +67,8 @@ def _family_of(variant: Variant) -> dict[str, Variant]:
 
 def _changed(variant: Variant, text: str) -> Variant:
     """Return a variant with other attention blocks; a baseline takes missing keys from its variant with SE."""
+    if variant.family == ONNX_FAMILY:
+        raise SpecError(f"{variant.name}: an ONNX network takes no blocks; leave --se and --insert out")
     start = variant.se
     if start is None:
         same = [one for one in _family_of(variant).values() if one.baseline == variant.name and one.se is not None]

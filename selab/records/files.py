@@ -71,7 +71,7 @@ def check_writable(path: Path, *, replace: bool) -> None:
                 return
             if not replace:
                 raise RecordError(
-                    f"{shown(path)}: exists; use --replace to overwrite it, or --out to name another folder"
+                    f"{shown(path)}: exists; use --replace to overwrite it, or name another place with --out"
                 )
             if not os.access(path, os.W_OK):
                 raise RecordError(f"{shown(path)}: is read-only; make it writable, or name another file")

@@ -204,3 +204,84 @@ def test_threads_are_for_what_is_compiled(selab, tmp_path):
     assert status != 0
     assert "a file for onnxruntime runs on any number of threads" in " ".join(err.replace("│", " ").split())
     assert not list(tmp_path.iterdir())
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.two(torch.relu(self.one(x.mean((2, 3))))))[:, :, None, None]
+
+class Net(nn.Module):
+    def __init__(self, block=True):
+        super().__init__()
+        self.conv, self.se, self.fc = nn.Conv2d(3, 4, 3), Block() if block else nn.Identity(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.se(self.conv(x)).mean((2, 3)))
+
+def plain():
+    return Net(block=False)
+
+class Chooses(Net):
+    def forward(self, x):
+        return super().forward(x + 1 if x.sum() > 0 else x)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    return ("export", "--to", "onnx", "--input", "3x16x16", "--out", "net.onnx")
+
+
+def test_blocks_of_a_class_of_your_own_are_said_to_stay(selab, own):
+    status, out, err = selab(*own, "--arch", "own.py:Net")
+    assert status == 0, err
+    said = " ".join(out.split())
+    assert "SE blocks: 1 block left in the operators that they are written in." in said
+    assert "No baseline is known; --baseline NAME shows what the blocks add." in said
+    status, out, err = selab(*own, "--arch", "own.py:Net", "--baseline", "own.py:plain", "--replace", "--json", "-")
+    assert status == 0, err
+    facts = json.loads(out)["exported"]
+    assert (facts["blocks"], facts["left"]) == (0, 1)
+    assert facts["without_blocks"]["bytes"] < facts["with_blocks"]["bytes"]
+
+
+def test_a_network_that_chooses_by_values_is_not_exported(selab, own, tmp_path):
+    """A traced program goes one way for all inputs."""
+    status, _, err = selab(*own, "--arch", "own.py:Chooses")
+    assert status != 0
+    assert "net.onnx: computes something else than the network: an output differs by" in " ".join(err.split())
+    assert [one.name for one in tmp_path.iterdir() if one.suffix == ".onnx"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("train", "--arch", "FILE", "--data", "synthetic"),
+            "is an ONNX network; only networks in PyTorch are trained",
+        ),
+        (("compare", "FILE", "small_cnn", "--data", "synthetic"), "is an ONNX network; only networks in PyTorch"),
+        (("eval", "--arch", "FILE", "--weights", "x.pt", "--data", "synthetic"), "is an ONNX network"),
+        (("profile", "--arch", "FILE", "--se", "reduction=8"), "an ONNX network takes no blocks; leave --se and"),
+        (("count", "--arch", "empty.onnx"), "empty.onnx: is empty; name an ONNX file"),
+        (("profile", "--arch", "se_small_cnn", "--dtype", "int8"), "onnxruntime, openvino, executorch, litert, aoti"),
+    ],
+)
+def test_what_an_onnx_file_is_not_for(selab, graph, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.onnx").touch()
+    status, _, err = selab(*(str(graph) if word == "FILE" else word for word in words))
+    assert status != 0
+    assert said in " ".join(err.split())
+    assert err.count("error:") == 1
+    assert not (tmp_path / "data").exists()

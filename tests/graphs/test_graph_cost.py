@@ -121,3 +121,12 @@ def test_several_inputs_are_refused():
     )
     with pytest.raises(ModelError, match=r"has 2 inputs \(a, b\)"):
         count_graph(helper.make_model(graph), IMAGE)
+
+
+def test_axes_are_no_parameters():
+    """From opset 18 on the axes of a mean are an input."""
+    costs = []
+    for opset in (17, 18):
+        net = Net(opset=opset)
+        costs.append(count_graph(net.model(spelled.swish_between(net, "x")), IMAGE))
+    assert costs[0].params == costs[1].params == 2 * CHANNELS * HIDDEN + CHANNELS + HIDDEN

@@ -41,7 +41,7 @@ def test_weights_in_the_file_and_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is not an ONNX network: it has no operators"),
+        (b"", "is empty; name an ONNX file"),
         (b"PK\x03\x04 a zip archive", "is not an ONNX"),
         (b"\x80\x02}q\x00.", "is not an ONNX"),
         (b'{"nodes": []}', "is not an ONNX"),

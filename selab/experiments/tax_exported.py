@@ -120,7 +120,7 @@ def network_of(job: Job, file: str) -> nn.Module:
 
 
 def advice(record: TaxRecord) -> str:
-    """Return which spelling to use, in words; empty where none has a figure.
+    """Return which spelling to use, in words; empty where none has a figure that may be quoted.
 
     Those whose interval reaches below the best one's estimate cannot be told from it.
     """
@@ -131,6 +131,7 @@ def advice(record: TaxRecord) -> str:
         # A hard gate is another network.
         if name in SPELLINGS and not SPELLINGS[name].gate and latency is not None and latency.ratio is not None:
             found[name] = latency
+    found = {name: one for name, one in found.items() if one.verdict_kind != "undecided"}
     if not found:
         return ""
     best = min(found, key=lambda name: found[name].ratio or 0.0)

@@ -6,7 +6,7 @@ from statistics import median
 from typing import TypeVar
 
 from selab import units
-from selab.experiments.tax_record import AGAIN, TaxRecord, words_of
+from selab.experiments.tax_record import AGAIN, LATE, TaxRecord, words_of
 from selab.models.provenance import name_of
 from selab.records.exported import Exported
 from selab.records.imported import Imported
@@ -91,7 +91,11 @@ def _spelling_table(title: str, records: Sequence[TaxRecord]) -> Table:
         notes=(
             "Time over the baseline's, the network without SE in the same runtime; in brackets 95 % intervals. All "
             "spellings of a column alternate in each of several fresh processes.",
-            "late: the runtime's own spelling, with the blocks on maps of at most a 16th of the input's height.",
+            *(
+                ["late: the runtime's own spelling, with the blocks on maps of at most a 16th of the input's height."]
+                if LATE in names
+                else []
+            ),
             *words_note(rows),
             _versions(records),
         ),
@@ -141,10 +145,12 @@ def imported_table(records: Sequence[Imported]) -> Table:
         columns=("", "device", "runtime", "type", "threads", "base", "variant", "SE adds"),
         rows=rows,
         notes=(
-            "A run of a tool is one network alone; pairs of runs are compared; in brackets the 95 % interval.",
+            "A run of a tool is one network alone; pairs of runs are compared"
+            + ("." if all(one.ratio_low is None for one in records) else "; in brackets the 95 % interval."),
             *(["No interval: give three runs of each or more, made in turn (base, variant, base, …)."] if few else []),
         ),
         words=frozenset({0, 1, 2, 3}),
+        drop_first=(4, 3, 2, 1, 5, 6),
     )
 
 

@@ -10,6 +10,7 @@ from selab.experiments.tax_record import (
     BASELINE,
     FUSED,
     IMPLEMENTATIONS,
+    LATE,
     REFERENCE,
     WITHOUT,
     TaxPair,
@@ -31,10 +32,8 @@ from selab.units import NONE
 _TAX = (
     "Tax: time over the baseline's, the network without SE, which selab.fuse changed too; in brackets 95 % intervals."
 )
-_EXPORTED = (
-    "Tax: time over the baseline's, the network without SE in the same runtime; in brackets 95 % intervals. "
-    "late: the runtime's own spelling, with the blocks on maps of at most a 16th of the input's height."
-)
+_EXPORTED = "Tax: time over the baseline's, the network without SE in the same runtime; in brackets 95 % intervals."
+_LATE_NOTE = "late: the runtime's own spelling, with the blocks on maps of at most a 16th of the input's height."
 _LEAST: dict[bool, str] = {
     False: "Least: each block's map y read once more (its mean must be known before it can be scaled), and the weights "
     "of the two layers; scaling is counted as part of a pass that the baseline makes anyway.",
@@ -74,6 +73,7 @@ def _tax_table(record: TaxRecord, method: str) -> Table:
         rows=tuple(rows),
         notes=(
             f"{_EXPORTED if record.workload.runtime != TORCH else _TAX} {_runs_words(record)}",
+            *([_LATE_NOTE] if any(one.variant == LATE for one in shown) else []),
             *([said] if (said := advice(record)) else []),
             *_direct_words(record, method),
             *_removed_words(record, method),

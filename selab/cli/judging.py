@@ -134,7 +134,6 @@ def blocks(
             fused=fused,
             budget_s=budget,
             input_chw=network.image,
-            images=None if options.images is None else str(options.images),
         )
         job = resolve(request)
         done = ranking.rank(network, report=report)
@@ -146,16 +145,14 @@ def blocks(
         print_tables([ranking_table(done)], look)
 
 
-@with_options
-def fold(
-    arch: Arch,
-    options: JudgedOptions,
-    data: DataOptions,
-    preparation: PreparationOptions,
+@dataclass(kw_only=True)
+class FoldOptions:
+    """What folding may cost, and how it is measured."""
+
     max_drop: Annotated[
         float | None,
         option("--max-drop", WHAT, "Points of accuracy that it may cost; 0.1 by default.", metavar="POINTS"),
-    ] = None,
+    ] = None
     max_error: Annotated[
         float | None,
         option(
@@ -164,16 +161,44 @@ def fold(
             "Without labels: how far an output may change, as a share of the largest; 0.01 by default.",
             metavar="SHARE",
         ),
-    ] = None,
+    ] = None
     gate: Annotated[
         str, option("--gate", WHAT, "hardsigmoid: also convert the gates that are left.", metavar="NAME")
-    ] = "",
-    runtime: Annotated[
-        str, option("--runtime", WORKLOAD, "Compare the times in this runtime.", metavar="NAME")
-    ] = TORCH,
+    ] = ""
+    runtime: Annotated[str, option("--runtime", WORKLOAD, "Compare the times in this runtime.", metavar="NAME")] = TORCH
     budget: Annotated[
         float, seconds("--budget", TIME, "Seconds of comparing the times; 0 leaves that out.", least=0)
-    ] = 30,
+    ] = 30
+
+    def rule(self, *, labels: bool) -> "Rule":
+        """Return how much folding may cost.
+
+        Raises:
+            typer.BadParameter: a limit is not possible, or both are given.
+        """
+        from selab.experiments.folding import Rule
+
+        if self.max_drop is not None and self.max_error is not None:
+            raise typer.BadParameter("contradicts --max-drop; leave one of them out", param_hint="--max-error")
+        if self.max_drop is not None and not labels:
+            raise typer.BadParameter("the images have no labels; use --max-error", param_hint="--max-drop")
+        for name, value, most in (("--max-drop", self.max_drop, 100), ("--max-error", self.max_error, 1)):
+            if value is not None and not 0 <= value <= most:
+                raise typer.BadParameter(f"{value:g}: allowed: 0 to {most}", param_hint=name)
+        if self.gate not in ("", "hardsigmoid"):
+            raise typer.BadParameter(f"{self.gate}: allowed: hardsigmoid", param_hint="--gate")
+        if self.max_error is not None or not labels:
+            return Rule(points=None, error=_ERROR if self.max_error is None else self.max_error)
+        return Rule(points=_POINTS if self.max_drop is None else self.max_drop)
+
+
+@with_options
+def fold(
+    arch: Arch,
+    options: JudgedOptions,
+    data: DataOptions,
+    preparation: PreparationOptions,
+    allowed: FoldOptions,
     out: Annotated[Path, option("--out", OUTPUT, "For the network and its description.", metavar="FOLDER")] = Path(
         "folded"
     ),
@@ -182,27 +207,25 @@ def fold(
     look: Format = "rich",
 ) -> None:
     """Turn gates that hardly vary into constants in the weights beside them."""
-    rule = _rule(max_drop, max_error, labels=options.images is None)
-    if gate not in ("", "hardsigmoid"):
-        raise typer.BadParameter(f"{gate}: allowed: hardsigmoid", param_hint="--gate")
+    rule = allowed.rule(labels=options.images is None)
     variant = find(arch)
     check_outputs(json_to)
     from selab.bench.backends import backend
     from selab.experiments import folding
     from selab.report.folding import folding_tables
 
-    backend(runtime)
-
+    backend(allowed.runtime)
     with reporting(open_console(stderr=True)) as report:
         network = _judged(variant, options, data, preparation)
         files = folding.files_of(network, out, replace=replace)
-        done = folding.fold(network, rule, hard_gates=bool(gate), report=report)
-        keeps = bool(done.record.folded or gate) and not done.too_dear
+        done = folding.fold(network, rule, hard_gates=bool(allowed.gate), report=report)
+        keeps = bool(done.record.folded or allowed.gate) and not done.too_dear
         if keeps:
             folding.write(done, network, files)
             folding.save(done, files)
-        if keeps and budget:
-            done = folding.measured(done, network, files, runtime=runtime, budget_s=budget, report=report)
+        if keeps and allowed.budget:
+            how: dict[str, Any] = {"runtime": allowed.runtime, "budget_s": allowed.budget}
+            done = folding.measured(done, network, files, **how, report=report)
             folding.save(done, files)
     if json_to is not None:
         write_json(builtins(done.record), json_to)
@@ -215,22 +238,6 @@ def fold(
             f"{record.arch}: on the images that did not decide it costs {record.cost:.3g} {record.unit}, more than "
             f"{record.limit:g}: nothing was written; allow more, or give more images"
         )
-
-
-def _rule(max_drop: float | None, max_error: float | None, *, labels: bool) -> "Rule":
-    """Return how much folding may cost, by the options that were given."""
-    from selab.experiments.folding import Rule
-
-    if max_drop is not None and max_error is not None:
-        raise typer.BadParameter("contradicts --max-drop; leave one of them out", param_hint="--max-error")
-    if max_drop is not None and not labels:
-        raise typer.BadParameter("the images have no labels; use --max-error", param_hint="--max-drop")
-    for name, value, most in (("--max-drop", max_drop, 100), ("--max-error", max_error, 1)):
-        if value is not None and not 0 <= value <= most:
-            raise typer.BadParameter(f"{value:g}: allowed: 0 to {most}", param_hint=name)
-    if max_error is not None or not labels:
-        return Rule(points=None, error=_ERROR if max_error is None else max_error)
-    return Rule(points=_POINTS if max_drop is None else max_drop)
 
 
 def _judged(variant: "Variant", options: JudgedOptions, data: DataOptions, preparation: PreparationOptions) -> "Judged":

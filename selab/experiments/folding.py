@@ -108,7 +108,7 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, report: Repor
         own, *others = answers(lambda: network.batches(CHOOSING), arms)
         return [loss_of(own, one).points for one in others]
 
-    choices = choose(network.candidates(seen), cost, limit=rule.limit, unit=rule.unit)
+    choices = choose(network.candidates(seen), cost, limit=rule.limit)
     constants = {one.path: means[one.path] for one in choices if one.folded}
     report("folding", None)
     made, went = network.folded(constants)

@@ -48,7 +48,7 @@ class Candidate:
     why_not: str = ""
 
 
-def choose(candidates: Sequence[Candidate], cost: Cost, *, limit: float, unit: str) -> list[Choice]:
+def choose(candidates: Sequence[Candidate], cost: Cost, *, limit: float) -> list[Choice]:
     """Choose blocks one after the other, the cheapest alone first, while all together cost no more than a limit.
 
     A block that would cost too much is left out, and the next one is tried.
@@ -57,7 +57,6 @@ def choose(candidates: Sequence[Candidate], cost: Cost, *, limit: float, unit: s
         candidates: all blocks, in the order of the network.
         cost: of sets of blocks.
         limit: of the cost.
-        unit: of the cost, in words: `points`.
 
     Returns:
         What was decided, in the order of the candidates.
@@ -78,8 +77,7 @@ def choose(candidates: Sequence[Candidate], cost: Cost, *, limit: float, unit: s
     for one in candidates:
         tried, folded, why_not = together.get(one.path), one.path in chosen, one.why_not
         if not folded and not why_not:
-            which, costs = ("alone", alone[one.path]) if tried is None else ("with those that are folded", tried)
-            why_not = f"{which} it costs {costs:.3g} {unit}, more than {limit:g}"
+            why_not = "it costs too much alone" if tried is None else "it costs too much with the others"
         decided.append(
             Choice(
                 path=one.path,

@@ -68,7 +68,8 @@ def _networks(record: Folding) -> Table:
         columns=("", "before", "after", "change"),
         rows=tuple(rows),
         notes=(
-            f"On the {units.counted(record.reported_on, 'image')} that did not decide; in brackets 95 % intervals.",
+            f"On the {units.counted(record.reported_on, 'image')} that did not decide."
+            + (" In brackets 95 % intervals." if record.loss is not None or record.latency is not None else ""),
         ),
     )
 

@@ -231,6 +231,18 @@ def test_worth_beside_price(selab, tmp_path, still):
     assert "Lost: points of accuracy" in " ".join(said.split())
 
 
+def test_worth_without_labels(selab, tmp_path, photos, still):
+    weights, _ = still
+    words = ("--weights", weights, "--images", photos, "--input", "3x32x32", "--json", tmp_path / "b.json")
+    status, said, err = selab("blocks", "--arch", "se_small_cnn", *words)
+    assert status == 0, err
+    record = read_ranking(tmp_path / "b.json")
+    assert record.images == 5
+    assert record.blocks[0].loss_mean is None
+    assert record.blocks[0].worth == record.blocks[0].error_mean < record.blocks[2].error_mean
+    assert "change at its mean" in said
+
+
 def test_the_time_of_each_block(selab, tmp_path, still):
     weights, _ = still
     words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--most", 100)

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selab._version import __version__
-from selab.errors import RecordError
 from selab.judging.choose import Choice
 from selab.judging.loss import Loss
-from selab.records.files import read_text
+from selab.judging.record import read_as
 from selab.records.frozen import Frozen
-from selab.records.types import Latency, decoded, lined_json
+from selab.records.types import Latency, lined_json
 
 SCHEMA = "selab.folding/1"
 
@@ -111,11 +110,7 @@ def read_folding(path: Path) -> Folding:
     Raises:
         RecordError: the file is not such a record; the message names the file and the field.
     """
-    again = "fold again with `selab fold`"
-    record = decoded(read_text(path).encode(), Folding, schema=SCHEMA, where=str(path), again=again)
-    for wrong in _mistaken(record):
-        raise RecordError(f"{path}: {wrong}; {again}, or restore the file")
-    return record
+    return read_as(path, Folding, schema=SCHEMA, again="fold again with `selab fold`", mistaken=_mistaken)
 
 
 def _mistaken(record: Folding) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """What each block is worth and what it costs, as a record."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from selab._version import __version__
-from selab.errors import RecordError
 from selab.judging.loss import Loss
-from selab.records.files import read_text
+from selab.judging.record import read_as
 from selab.records.frozen import Frozen
-from selab.records.types import Latency, decoded, lined_json
+from selab.records.types import Latency, lined_json
 
 SCHEMA = "selab.blocks/1"
 
@@ -106,8 +107,12 @@ def read_ranking(path: Path) -> Ranking:
     Raises:
         RecordError: the file is not such a record; the message names the file and the field.
     """
-    again = "judge again with `selab blocks`"
-    record = decoded(read_text(path).encode(), Ranking, schema=SCHEMA, where=str(path), again=again)
+    return read_as(path, Ranking, schema=SCHEMA, again="judge again with `selab blocks`", mistaken=_mistaken)
+
+
+def _mistaken(record: Ranking) -> Iterator[str]:
     if not record.blocks:
-        raise RecordError(f"{path}: blocks: is empty; {again}, or restore the file")
-    return record
+        yield "blocks: is empty"
+    for place, one in enumerate(record.blocks):
+        if not (0 <= one.error_mean < math.inf and 0 <= one.error_one < math.inf):
+            yield f"blocks[{place}]: a change of an output is no number from 0 on"

@@ -1,7 +1,8 @@
 """What was seen of the gates of a network, as a record."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -13,6 +14,7 @@ from selab.records.frozen import Frozen
 from selab.records.types import decoded, lined_json
 
 SCHEMA = "selab.gates/1"
+_R = TypeVar("_R")
 
 
 class Gates(Frozen, frozen=True, kw_only=True):
@@ -62,9 +64,24 @@ def read_gates(path: Path) -> Gates:
     Raises:
         RecordError: the file is not such a record; the message names the file and the field.
     """
-    again = "look again with `selab gates`"
-    record = decoded(read_text(path).encode(), Gates, schema=SCHEMA, where=str(path), again=again)
-    for wrong in _mistaken(record):
+    return read_as(path, Gates, schema=SCHEMA, again="look again with `selab gates`", mistaken=_mistaken)
+
+
+def read_as(path: Path, kind: type[_R], *, schema: str, again: str, mistaken: Callable[[_R], Iterator[str]]) -> _R:
+    """Read a record of trained gates.
+
+    Args:
+        path: of the file.
+        kind: of the record.
+        schema: that it must have.
+        again: how to make it anew, for messages.
+        mistaken: yields what is impossible in it: field and reason.
+
+    Raises:
+        RecordError: the file is not such a record; the message names the file and the field.
+    """
+    record = decoded(read_text(path).encode(), kind, schema=schema, where=str(path), again=again)
+    for wrong in mistaken(record):
         raise RecordError(f"{path}: {wrong}; {again}, or restore the file")
     return record
 

@@ -161,7 +161,14 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
                 "selab profile --arch net.py:Net --insert auto --input 3x320x320",
             ),
         ),
-        "tax": (tax, examples("selab tax --arch se_resnet50", "selab tax --arch timm:seresnet50 --impl fused")),
+        "tax": (
+            tax,
+            examples(
+                "selab tax --arch se_resnet50",
+                "selab tax --arch timm:seresnet50 --impl fused",
+                "selab tax --arch se_mobilenet --runtime openvino",
+            ),
+        ),
         "sweep": (
             sweep,
             examples(

@@ -22,7 +22,7 @@ from selab.judging.folding import OF_OUTPUT, POINTS, Dead, Folding, Size, foldin
 from selab.judging.look import parts_of
 from selab.judging.loss import loss_of
 from selab.judging.record import Gates
-from selab.judging.worth import answers, changes
+from selab.judging.worth import answers, both, changes
 from selab.meta import first_line
 from selab.models import folded as models_folded
 from selab.models.build import build
@@ -125,9 +125,10 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, report: Repor
     report("comparing on the other images", None)
     loss = None
     if network.seen.classes:
-        own, other = answers(lambda: network.batches(REPORTING), [network.model, ran])
+        (own, other), (error,) = both(lambda: network.batches(REPORTING), [network.model, ran])
         loss = loss_of(own, other)
-    (error,) = changes(lambda: network.batches(REPORTING), [network.model, ran])
+    else:
+        (error,) = changes(lambda: network.batches(REPORTING), [network.model, ran])
     record = Folding(
         arch=network.variant.name,
         weights=network.weights,

@@ -15,7 +15,7 @@ from selab.experiments.prices import prices, without
 from selab.judging.folding import Size
 from selab.judging.loss import Loss, loss_of
 from selab.judging.ranking import BlockWorth, Ranking
-from selab.judging.worth import answers, changes
+from selab.judging.worth import both, changes
 from selab.models.build import build
 from selab.records.types import Cost
 from selab.units import counted
@@ -42,9 +42,10 @@ def rank(network: Judged, *, report: Report) -> Ranking:
     arms = [network.model, *(network.arm({path: kind[path]}) for kind in (means, ones) for path in means)]
     losses: list[Loss | None] = [None] * (len(arms) - 1)
     if network.seen.classes:
-        own, *others = answers(network.batches, arms)
+        (own, *others), errors = both(network.batches, arms)
         losses = [loss_of(own, one) for one in others]
-    errors = changes(network.batches, arms)
+    else:
+        errors = changes(network.batches, arms)
     number = len(means)
     report("counting", None)
     sizes = _sizes(network, list(means))

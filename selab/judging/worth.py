@@ -80,7 +80,13 @@ def answers(batches: Batches, arms: Sequence[Arm]) -> list[Bools]:
         ModelError: the network returns no logits.
         SelabError: there are no images.
     """
+    return both(batches, arms)[0]
+
+
+def both(batches: Batches, arms: Sequence[Arm]) -> tuple[list[Bools], list[float]]:
+    """Return what `answers` and `changes` do, over one reading of images with labels."""
     found: list[list[Tensor]] = [[] for _ in arms]
+    largest = _Largest(len(arms))
     for labels, outs in _outputs(batches, arms):
         if labels is None:
             raise SelabError("the images have no labels to judge answers by")
@@ -88,9 +94,10 @@ def answers(batches: Batches, arms: Sequence[Arm]) -> list[Bools]:
             if out.ndim != 2:
                 raise ModelError(f"{_name(arms[0])}: its output is {tuple(out.shape)}, not logits per image")
             right.append(out.argmax(1) == labels)
+        largest.add(outs)
     if not any(found):
         raise SelabError("there are no images with labels to judge the blocks on")
-    return [torch.cat(one).cpu().numpy() for one in found]
+    return [torch.cat(one).cpu().numpy() for one in found], largest.changes()
 
 
 def changes(batches: Batches, arms: Sequence[Arm]) -> list[float]:
@@ -106,17 +113,28 @@ def changes(batches: Batches, arms: Sequence[Arm]) -> list[float]:
     Raises:
         SelabError: there are no images.
     """
-    largest = 0.0
-    found = [0.0] * (len(arms) - 1)
-    images = 0
-    for _, (own, *others) in _outputs(batches, arms):
-        images += len(own)
-        largest = max(largest, float(own.abs().max()))
-        for place, out in enumerate(others):
-            found[place] = max(found[place], float((out - own).abs().max()))
-    if not images:
-        raise SelabError("there are no images to judge the blocks on")
-    return [one / max(largest, torch.finfo(torch.float32).tiny) for one in found]
+    largest = _Largest(len(arms))
+    for _, outs in _outputs(batches, arms):
+        largest.add(outs)
+    return largest.changes()
+
+
+class _Largest:
+    """The largest output of the first arm, and the largest difference of each other one to it, batch after batch."""
+
+    def __init__(self, arms: int) -> None:
+        self._images, self._own, self._others = 0, 0.0, [0.0] * (arms - 1)
+
+    def add(self, outs: Sequence[Tensor]) -> None:
+        own, *others = outs
+        self._images += len(own)
+        self._own = max(self._own, float(own.abs().max()))
+        self._others = [max(one, float((out - own).abs().max())) for one, out in zip(self._others, others, strict=True)]
+
+    def changes(self) -> list[float]:
+        if not self._images:
+            raise SelabError("there are no images to judge the blocks on")
+        return [one / max(self._own, torch.finfo(torch.float32).tiny) for one in self._others]
 
 
 def _outputs(batches: Batches, arms: Sequence[Arm]) -> Iterator[tuple[Tensor | None, list[Tensor]]]:

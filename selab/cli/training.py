@@ -68,6 +68,9 @@ def train(
         int,
         option("--seed", TRAINING, "Of weights, order, augmentation and dropout.", metavar="N"),
     ] = 0,
+    weights: Annotated[
+        Path | None, option("--weights", TRAINING, "Start from these weights, not from random ones.", metavar="FILE")
+    ] = None,
     out: Out = RESULTS,
     json_to: Json = None,
 ) -> None:
@@ -84,7 +87,7 @@ def train(
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
     images = open_images(data, chosen.image)
-    folder = experiments_compare.folder_of(variant, images, chosen, how, seed, out=out)
+    folder = experiments_compare.folder_of(variant, images, chosen, how, seed, out=out, weights=weights)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         done = train_one(
             variant,
@@ -95,6 +98,7 @@ def train(
             options=how,
             report=lambda state: report(variant.name, state),
             say=lambda text: report.say(f"{variant.name}: {text}"),
+            weights=weights,
         )
     if not group.first:
         return None

@@ -88,13 +88,22 @@ def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
     return variant, other
 
 
-def folder_of(variant: Variant, data: Data, recipe: Recipe, options: Options, seed: int, *, out: Path) -> Path:
+def folder_of(
+    variant: Variant,
+    data: Data,
+    recipe: Recipe,
+    options: Options,
+    seed: int,
+    *,
+    out: Path,
+    weights: Path | None = None,
+) -> Path:
     """Return where one training keeps its files, on whatever machine it resumes: `OUT/runs/<name>.<key>`.
 
     The key depends on what decides the result: another network, recipe, data set or option has another folder; another
     number of threads has the same.
     """
-    config = run_config(variant, data, recipe, seed=seed, options=options)
+    config = run_config(variant, data, recipe, seed=seed, options=options, weights=weights)
     name = file_name(f"{variant.name}.{data.name}.{recipe.name}")
     return out / "runs" / f"{name}.e{config.recipe.epochs}.s{seed}.{request_key(config)}"
 

@@ -5,6 +5,7 @@ import math
 import struct
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from selab import units
 from selab.errors import ModelError, OutOfMemoryError, SelabError
 from selab.meta import first_line
 from selab.models.build import build
+from selab.models.checkpoint import load
 from selab.models.spec import Variant
 from selab.training.augment import Augmentation
 from selab.training.batches import BatchPlan
@@ -99,6 +101,24 @@ class Engine:
         self.epoch_s, self.seconds_before, self.test_s = 0.0, 0.0, 0.0
         self.pace = Pace(min(_LOOK_S, self.options.checkpoint_s))
         self.began = self.looked = self.saved = clock()
+
+    def start_from(self, weights: Path, variant: Variant) -> tuple[str, ...]:
+        """Load the weights that a training starts from.
+
+        Args:
+            weights: a file.
+            variant: as named.
+
+        Returns:
+            The keys that were left out: of a classifier of another number of classes.
+
+        Raises:
+            WeightsError: they do not fit.
+        """
+        done = load(self.model, weights, variant=variant, fitted=self.facts, head="drop")
+        if self.average is not None:
+            self.average.load(self.model.state_dict())
+        return done.dropped
 
     def restore(self, found: tuple[Checkpoint, dict[str, Any]] | None) -> None:
         """Load a checkpoint, if there is one, and join the networks of all ranks.
@@ -213,6 +233,7 @@ class Engine:
             weights=str(self.folder.weights),
             world=self.group.world,
             problems=problems,
+            start_sha256=self.config.start_sha256,
             **versions(),
         )
         metadata = {
@@ -228,6 +249,8 @@ class Engine:
             "seed": str(self.config.seed),
             **versions(),
         }
+        if self.config.start_sha256:
+            metadata["start_sha256"] = self.config.start_sha256
         if self.image is not None:
             metadata["image"] = msgspec.json.encode(self.image).decode()
         with self._averaged():

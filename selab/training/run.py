@@ -25,6 +25,7 @@ from torch import Tensor
 
 from selab._version import __version__
 from selab.errors import SelabError
+from selab.models.checkpoint import read_state
 from selab.models.spec import Variant
 from selab.records.bounds import json_fault
 from selab.records.files import read_text, write_atomically
@@ -67,6 +68,7 @@ class RunConfig(Frozen, frozen=True, kw_only=True):
     Attributes:
         facts_hash: of the variant as named; the data's classes and image size are set when it is built.
         recipe: as run, with the epochs and the batch of the options.
+        start_sha256: of the weights that it starts from; empty for random ones.
     """
 
     arch: str
@@ -75,10 +77,17 @@ class RunConfig(Frozen, frozen=True, kw_only=True):
     data: DataSpec
     seed: int
     options: Options
+    start_sha256: str = ""
 
 
-def run_config(variant: Variant, data: Data, recipe: Recipe, *, seed: int, options: Options) -> RunConfig:
-    """Return the request of a training, with the epochs and the batch of the options."""
+def run_config(
+    variant: Variant, data: Data, recipe: Recipe, *, seed: int, options: Options, weights: Path | None = None
+) -> RunConfig:
+    """Return the request of a training, with the epochs and the batch of the options.
+
+    Raises:
+        WeightsError: the weights that it starts from cannot be read.
+    """
     return RunConfig(
         arch=variant.name,
         facts_hash=variant.facts_hash,
@@ -86,7 +95,18 @@ def run_config(variant: Variant, data: Data, recipe: Recipe, *, seed: int, optio
         data=msgspec.convert(data, DataSpec, from_attributes=True),
         seed=seed,
         options=options,
+        start_sha256="" if weights is None else _sha256(read_state(weights)),
     )
+
+
+def _sha256(state: Mapping[str, Tensor]) -> str:
+    """Return a hash over tensors: a file with the same ones may differ, for its header has no fixed order."""
+    found = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        found.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 class Training(Frozen, frozen=True, kw_only=True):
@@ -105,6 +125,7 @@ class Training(Frozen, frozen=True, kw_only=True):
         world: processes at the end.
         torch: its version at the end.
         problems: unusual images among those read since the training last resumed; None for images in memory.
+        start_sha256: of the weights that it started from; empty for random ones.
     """
 
     arch: str
@@ -123,6 +144,7 @@ class Training(Frozen, frozen=True, kw_only=True):
     torch: str
     selab: str
     problems: Problems | None = None
+    start_sha256: str = ""
 
 
 class Checkpoint(Frozen, frozen=True, kw_only=True):
@@ -242,7 +264,7 @@ class RunFolder:
 
 def _mistaken_training(found: Training, config: RunConfig) -> Iterator[str]:
     """Yield what is impossible in a finished training, or of another request: field and reason."""
-    for name in ("arch", "facts_hash", "seed"):
+    for name in ("arch", "facts_hash", "seed", "start_sha256"):
         if getattr(found, name) != getattr(config, name):
             yield f"{name}: is {getattr(found, name)!r}, not {getattr(config, name)!r}"
     if (found.data, found.data_sha256) != (config.data.name, config.data.sha256):
@@ -315,8 +337,9 @@ def _deciding(value: Frozen) -> dict[str, object]:
     """Return the result-deciding fields by path, without names, titles and options that only change the speed."""
     skipped = {f"recipe.{key}" for key in TELLING} | {f"options.{key}" for key in _NEUTRAL_OPTIONS} | {"data.title"}
     found = {key: inner for key, inner in _flat(msgspec.to_builtins(value)).items() if key not in skipped}
-    # Where it is not asked for, folders keep the names that they had before there was this option.
-    return {key: inner for key, inner in found.items() if (key, inner) != ("options.graphed", False)}
+    # Where they are not asked for, folders keep the names that they had before there were these options.
+    later = (("options.graphed", False), ("start_sha256", ""))
+    return {key: inner for key, inner in found.items() if (key, inner) not in later}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

@@ -53,6 +53,7 @@ def train(
     options: Options,
     report: Report,
     say: Callable[[str], object] = lambda _: None,
+    weights: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
     patience_s: float = PATIENCE_S,
 ) -> Training:
@@ -78,6 +79,8 @@ def train(
         options: what may change between machines.
         report: called about twice a second, on rank 0.
         say: called on rank 0 with one sentence if the training resumes or was finished before.
+        weights: a file that the training starts from; None for random weights. A classifier of another number of
+            classes is left out.
         clock: seconds since some moment.
         patience_s: after so many seconds without a sign of another process, this one gives up.
 
@@ -90,7 +93,7 @@ def train(
         OutOfMemoryError, DeviceError: the machine.
         SelabError: the data cannot be read, or the folder not be written; the last checkpoint is intact.
     """
-    config = run_config(variant, data, recipe, seed=seed, options=options)
+    config = run_config(variant, data, recipe, seed=seed, options=options, weights=weights)
     group = join(options.device, patience_s=patience_s)
     _check(config, group)
     with ExitStack() as stack:
@@ -104,6 +107,11 @@ def train(
         engine = Engine(variant, data, config, group, held, report, clock)
         with engine.clear_errors():
             found = group.on_first(held.load)
+            if found is None and weights is not None:
+                dropped = engine.start_from(weights, variant)
+                if dropped and group.first:
+                    classes = units.counted(data.num_classes, "class", "classes")
+                    say(f"{weights}: {', '.join(dropped)} left out, for {classes}")
             engine.restore(found)
             if found is not None and group.first:
                 say(f"resuming at epoch {min(engine.epoch + 1, config.recipe.epochs)}: {folder}")

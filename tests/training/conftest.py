@@ -28,7 +28,7 @@ def run(family, tmp_path):
     """Trains a network of the family: (name, changes of recipe and options) → its Training."""
 
     def run(name="plain", *, folder="run", data=None, seed=0, report=lambda _: None, options=OPTIONS, **changes):
-        known = {key: changes.pop(key) for key in ("clock", "patience_s") if key in changes}
+        known = {key: changes.pop(key) for key in ("clock", "patience_s", "say", "weights") if key in changes}
         chosen = {key: changes.pop(key) for key in list(changes) if key in Options.__struct_fields__}
         return train(
             family[name],

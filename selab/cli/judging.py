@@ -24,13 +24,14 @@ from selab.cli.options import (
     Replace,
     natural,
     option,
+    runtime_of,
     seconds,
     with_options,
 )
 from selab.cli.training import open_images, preparation_of
 from selab.errors import SelabError
 from selab.records.bounds import MOST_IMAGES, MOST_THREADS
-from selab.records.types import TORCH, Device
+from selab.records.types import Device
 
 if TYPE_CHECKING:
     from selab.experiments.folding import Rule
@@ -118,6 +119,7 @@ def blocks(
     look: Format = "rich",
 ) -> None:
     """Show what each block is worth beside what it costs."""
+    own = runtime_of(arch, runtime)
     variant = find(arch)
     check_outputs(json_to)
     from selab.experiments import ranking
@@ -128,7 +130,7 @@ def blocks(
         network = _judged(variant, options, data, preparation)
         request = Request(
             arch=arch,
-            runtime=network.own_runtime if runtime is None else runtime,
+            runtime=own,
             phases=("forward",),
             threads=threads,
             fused=fused,
@@ -165,7 +167,9 @@ class FoldOptions:
     gate: Annotated[
         str, option("--gate", WHAT, "hardsigmoid: also convert the gates that are left.", metavar="NAME")
     ] = ""
-    runtime: Annotated[str, option("--runtime", WORKLOAD, "Compare the times in this runtime.", metavar="NAME")] = TORCH
+    runtime: Annotated[
+        str | None, option("--runtime", WORKLOAD, "Compare the times in this runtime.", metavar="NAME")
+    ] = None
     budget: Annotated[
         float, seconds("--budget", TIME, "Seconds of comparing the times; 0 leaves that out.", least=0)
     ] = 30
@@ -208,13 +212,14 @@ def fold(
 ) -> None:
     """Turn gates that hardly vary into constants in the weights beside them."""
     rule = allowed.rule(labels=options.images is None)
+    runtime = runtime_of(arch, allowed.runtime)
     variant = find(arch)
     check_outputs(json_to)
     from selab.bench.backends import backend
     from selab.experiments import folding
     from selab.report.folding import folding_tables
 
-    backend(allowed.runtime)
+    backend(runtime)
     with reporting(open_console(stderr=True)) as report:
         network = _judged(variant, options, data, preparation)
         files = folding.files_of(network, out, replace=replace)
@@ -224,7 +229,7 @@ def fold(
             folding.write(done, network, files)
             folding.save(done, files)
         if keeps and allowed.budget:
-            how: dict[str, Any] = {"runtime": allowed.runtime, "budget_s": allowed.budget}
+            how: dict[str, Any] = {"runtime": runtime, "budget_s": allowed.budget}
             done = folding.measured(done, network, files, **how, report=report)
             folding.save(done, files)
     if json_to is not None:

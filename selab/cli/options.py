@@ -22,7 +22,7 @@ from selab.records.bounds import (
     MOST_SEED,
     MOST_THREADS,
 )
-from selab.records.types import PHASES, RUNTIMES, TORCH, Device, Dtype, MemoryFormat, Mode
+from selab.records.types import ONNX_RUNTIME, PHASES, RUNTIMES, TORCH, Device, Dtype, MemoryFormat, Mode
 from selab.records.types import On as OnName
 
 # The panels of every command's help.
@@ -64,6 +64,18 @@ def seconds(names: str, panel: str, text: str, *, least: float) -> Any:
     return option(names, panel, text, metavar="SECONDS", parser=partial(_seconds, least=least))
 
 
+def runtime_of(arch: str, asked: str | None) -> str:
+    """Return the runtime of `--runtime`, or by default what runs a network as it is.
+
+    Raises:
+        typer.BadParameter: PyTorch is asked for to run an ONNX file.
+    """
+    own = ONNX_RUNTIME if arch.endswith(".onnx") else TORCH
+    if asked == TORCH != own:
+        raise typer.BadParameter(f"{TORCH}: {arch} runs in {own}; leave the option out", param_hint="--runtime")
+    return asked or own
+
+
 def _whole(given: object, *, least: int, most: int) -> int:
     # typer converts a default as well.
     text = str(given).strip()
@@ -85,7 +97,7 @@ def _cut(text: str) -> str:
 
 
 _SHOWN = 40
-ARCH_HELP = "A name of `selab archs`, torchvision:NAME, timm:NAME, FILE.toml[:NAME], or FILE.py:NAME."
+ARCH_HELP = "A name of `selab archs`, torchvision:NAME, timm:NAME, FILE.toml[:NAME], FILE.py:NAME, or FILE.onnx."
 Arch = Annotated[str, option("--arch", WHAT, ARCH_HELP, metavar="NAME")]
 Archs = Annotated[list[str], option("--arch", WHAT, f"{ARCH_HELP} Repeatable.", metavar="NAME")]
 Se = Annotated[
@@ -211,9 +223,11 @@ class _BlockOptions:
             own: fields of the request; an option that was given takes their place.
 
         Raises:
-            typer.BadParameter: as `fields_of_request`.
+            typer.BadParameter: as `fields_of_request`; PyTorch is asked for to run an ONNX file.
         """
-        return Request(arch=self.address(arch), **{**own, **self.fields_of_request()})
+        found = self.fields_of_request()
+        runtime_of(arch, found.get("runtime"))
+        return Request(arch=self.address(arch), **{**own, **found})
 
 
 @dataclass(kw_only=True)
@@ -243,7 +257,9 @@ class _ExportedOptions(_BlockOptions):
     ] = False
     images: Annotated[
         str | None,
-        option("--images", WORKLOAD, "With --dtype int8: images that ranges are taken from.", metavar="FOLDER"),
+        option(
+            "--images", WORKLOAD, "Images: int8 takes its ranges from them, export compares on them.", metavar="FOLDER"
+        ),
     ] = None
 
     baseline: Baseline = None

@@ -29,7 +29,7 @@ from selab.models.build import build
 from selab.models.catalog import find
 from selab.models.spec import Variant
 from selab.records.files import check_writable, write_atomically
-from selab.records.types import ONNX_RUNTIME, TORCH, Cost
+from selab.records.types import Cost
 from selab.units import counted
 
 CHOOSING, REPORTING = 0, 1
@@ -274,7 +274,7 @@ def measured(folded: Folded, network: Judged, files: Files, *, runtime: str, bud
         folded: as it was written.
         network: as it was.
         files: of the folded network.
-        runtime: that runs both; an ONNX network runs in ONNX Runtime.
+        runtime: that runs both.
         budget_s: seconds of measuring.
         report: called with what is done.
 
@@ -285,7 +285,7 @@ def measured(folded: Folded, network: Judged, files: Files, *, runtime: str, bud
     request = Request(
         arch=files.arch,
         baseline=network.variant.name if graph else None,
-        runtime=ONNX_RUNTIME if graph and runtime == TORCH else runtime,
+        runtime=runtime,
         phases=("forward",),
         quick=True,
         budget_s=budget_s,

@@ -317,6 +317,10 @@ def _check_exported(request: Request, variant: Variant) -> None:
         raise SpecError("--float-blocks: is of quantised networks; add --dtype int8")
     if request.spelling and variant.family == ONNX_FAMILY:
         raise SpecError(f"--spelling: {variant.name} is an ONNX network, whose blocks stay as they are; leave it out")
+    if request.spelling:
+        from selab.deploy.spelling import spelling_of
+
+        spelling_of(request.spelling)
 
 
 def _workload_of(request: Request, variant: Variant) -> Workload:

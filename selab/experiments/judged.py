@@ -29,7 +29,6 @@ from selab.models.build import build
 from selab.models.checkpoint import load
 from selab.models.external import runs_code_of
 from selab.models.spec import Variant
-from selab.records.types import ONNX_RUNTIME, TORCH
 from selab.training.data import Data
 
 if TYPE_CHECKING:
@@ -86,11 +85,6 @@ class Judged:
         self.variant, self.seen, self.model, self.device, self.weights = variant, seen, model, device, weights
         self.batch = seen.batch
         self._images: list[Tensor] | None = None
-
-    @property
-    def own_runtime(self) -> str:
-        """What runs the network as it is."""
-        return TORCH
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -232,11 +226,6 @@ class JudgedGraph(Judged):
         self.blocks = blocks_in(network.model, network.place)
         fixed = image_shape(network.model, network.place)[1][0]
         self.batch = fixed or seen.batch
-
-    @property
-    def own_runtime(self) -> str:
-        """What runs the network as it is."""
-        return ONNX_RUNTIME
 
     def batches(self, half: int | None = None) -> Iterator[Batch]:
         """As in `Judged`; of a network with a fixed number of images all batches have it."""

@@ -138,6 +138,8 @@ class Profile:
             self._run(report)
 
     def _run(self, report: Report) -> None:
+        # A package that is not installed is told before anything is built.
+        backend(self.job.request.runtime)
         built, other = build_pair(self.job)
         self.insertions = built.insertions
         variant, baseline = built.model, other.model

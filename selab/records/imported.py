@@ -181,8 +181,11 @@ def record_of(base_files: Sequence[Path], files: Sequence[Path], *, runtime: str
         facts: the other fields.
 
     Raises:
-        RecordError: a file cannot be read or is no such output; not as many of one as of the other.
+        RecordError: a file cannot be read or is no such output; not as many of one as of the other; one is both.
     """
+    for path in files:
+        if path.resolve() in {one.resolve() for one in base_files}:
+            raise RecordError(f"{path}: is given for the baseline and for the network; name two different files")
     runs = [tuple(read_run(path, runtime) for path in paths) for paths in (base_files, files)]
     ratio, low, high = ratio_of(*runs)
     return Imported(

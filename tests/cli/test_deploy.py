@@ -185,13 +185,15 @@ def test_one_run_of_each_has_no_interval(selab, tmp_path):
         (("--from", "litert"), "is no output of benchmark_model"),
         (("--arch", "mobilenet", "--from", "executorch"), "mobilenet has no baseline of its own"),
         (("--from", "executorch", "--base", "a.txt"), "2 runs of the baseline and 1 of the network"),
+        (("--from", "executorch", "--variant", "a.txt", "--base", "b.txt"), "a.txt: is given for the baseline and for"),
     ],
 )
 def test_timings_that_are_none(selab, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text(TIMED.format(100))
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(TIMED.format(100))
     arch = () if "--arch" in words else ("--arch", "se_mobilenet")
-    files = ("--base", "a.txt", "--variant", "a.txt", "--on-device", "a phone")
+    files = ("--base", "a.txt", "--variant", "b.txt", "--on-device", "a phone")
     status, _, err = selab("import", *arch, *words, *files)
     assert status != 0
     assert said in " ".join(err.split())
@@ -273,6 +275,12 @@ def test_a_network_that_chooses_by_values_is_not_exported(selab, own, tmp_path):
         (("compare", "FILE", "small_cnn", "--data", "synthetic"), "is an ONNX network; only networks in PyTorch"),
         (("eval", "--arch", "FILE", "--weights", "x.pt", "--data", "synthetic"), "is an ONNX network"),
         (("profile", "--arch", "FILE", "--se", "reduction=8"), "an ONNX network takes no blocks; leave --se and"),
+        (("profile", "--arch", "FILE", "--runtime", "torch"), "runs in onnxruntime; leave the option out"),
+        (("tax", "--arch", "FILE", "--runtime", "torch"), "runs in onnxruntime; leave the option out"),
+        (
+            ("blocks", "--arch", "FILE", "--images", ".", "--runtime", "torch"),
+            "runs in onnxruntime; leave the option out",
+        ),
         (("count", "--arch", "empty.onnx"), "empty.onnx: is empty; name an ONNX file"),
         (("profile", "--arch", "se_small_cnn", "--dtype", "int8"), "onnxruntime, openvino, executorch, litert, aoti"),
     ],

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from selab.bench.heap import has_mallopt
-from selab.errors import SpecError, UnknownNameError
+from selab.errors import SelabError, SpecError, UnknownNameError
 from selab.experiments.job import Job, Request, job_of, resolve
 from selab.models import catalog
 from selab.records.types import PHASES
@@ -137,6 +137,7 @@ def test_another_runtime_runs_forward_on_a_heap_of_its_own():
         ({"float_blocks": True}, "--float-blocks: is of exported networks"),
         ({"runtime": "openvino", "float_blocks": True}, "--float-blocks: is of quantised networks; add --dtype int8"),
         ({"runtime": "openvino", "phases": ("backward",)}, "--phase backward: runtime openvino runs forward only"),
+        ({"runtime": "openvino", "spelling": "no"}, "--spelling no: there is no such spelling; allowed: pool-conv"),
         ({"frozen": True}, "--freeze: is of compiled networks; add --compile"),
         (
             {"frozen": True, "compiled": True, "phases": ("forward_backward",)},
@@ -145,7 +146,7 @@ def test_another_runtime_runs_forward_on_a_heap_of_its_own():
     ],
 )
 def test_what_only_other_runtimes_have(asked, said):
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SelabError, match=said):
         job(**asked)
 
 

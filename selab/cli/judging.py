@@ -1,5 +1,7 @@
 """Commands about trained gates: gates, blocks, fold."""
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from selab import units
-from selab.cli.console import builtins, check_outputs, find, open_console, print_tables, reporting, write_json
+from selab.cli.console import (
+    builtins,
+    check_outputs,
+    find,
+    following,
+    open_console,
+    print_tables,
+    reporting,
+    write_json,
+)
 from selab.cli.options import (
     DATA,
     OUTPUT,
@@ -173,6 +184,9 @@ class FoldOptions:
     budget: Annotated[
         float, seconds("--budget", TIME, "Seconds of comparing the times; 0 leaves that out.", least=0)
     ] = 30
+    finetune: Annotated[
+        int, natural("--finetune", TIME, "Epochs of training after folding, of both networks.", least=0)
+    ] = 0
 
     def rule(self, *, labels: bool) -> "Rule":
         """Return how much folding may cost.
@@ -216,13 +230,14 @@ def fold(
     variant = find(arch)
     check_outputs(json_to)
     from selab.bench.backends import backend
-    from selab.experiments import folding
+    from selab.experiments import finetuning, folding
     from selab.report.folding import folding_tables
 
     backend(runtime)
     with reporting(open_console(stderr=True)) as report:
         network = _judged(variant, options, data, preparation)
-        files = folding.files_of(network, out, replace=replace)
+        recipe = finetuning.recipe_for(network, allowed.finetune) if allowed.finetune else None
+        files = folding.files_of(network, out, replace=replace, finetune=recipe is not None)
         done = folding.fold(network, rule, hard_gates=bool(allowed.gate), report=report)
         keeps = bool(done.record.folded or allowed.gate) and not done.too_dear
         if keeps:
@@ -232,6 +247,10 @@ def fold(
             how: dict[str, Any] = {"runtime": runtime, "budget_s": allowed.budget}
             done = folding.measured(done, network, files, **how, report=report)
             folding.save(done, files)
+    if keeps and recipe is not None:
+        with following(open_console(stderr=True)) as progress, redirect_stdout(sys.stderr):
+            done = finetuning.finetuned(done, network, files, recipe, progress, progress.say)
+        folding.save(done, files)
     if json_to is not None:
         write_json(builtins(done.record), json_to)
     if str(json_to) != "-":

@@ -27,6 +27,7 @@ from selab.meta import first_line
 from selab.models import folded as models_folded
 from selab.models.build import build
 from selab.models.catalog import find
+from selab.models.provenance import address
 from selab.models.spec import Variant
 from selab.records.files import check_writable, write_atomically
 from selab.records.types import Cost
@@ -180,11 +181,13 @@ class Files:
         network: its weights, or the ONNX file.
         family: the TOML that describes it; None for an ONNX file.
         record: of what was decided and measured.
+        finetuned: weights after more training; None where there is none.
     """
 
     network: Path
     family: Path | None
     record: Path
+    finetuned: Path | None = None
 
     @property
     def arch(self) -> str:
@@ -194,10 +197,10 @@ class Files:
     @property
     def written(self) -> tuple[Path, ...]:
         """The files that are written."""
-        return tuple(one for one in (self.network, self.family, self.record) if one is not None)
+        return tuple(one for one in (self.network, self.family, self.finetuned, self.record) if one is not None)
 
 
-def files_of(network: Judged, out: Path, *, replace: bool) -> Files:
+def files_of(network: Judged, out: Path, *, replace: bool, finetune: bool = False) -> Files:
     """Return where a folded network goes, in a folder.
 
     Raises:
@@ -210,12 +213,12 @@ def files_of(network: Judged, out: Path, *, replace: bool) -> Files:
         network=out / (f"{stem}.onnx" if graph else f"{stem}.safetensors"),
         family=None if graph else out / f"{stem}.toml",
         record=out / f"{stem}.folding.json",
+        finetuned=out / f"{stem}.finetuned.safetensors" if finetune else None,
     )
     if graph and Path(name).resolve() == files.network.resolve():
         raise RecordError(f"{files.network}: is the network itself; give another folder as --out")
-    for one in (files.network, files.family, files.record):
-        if one is not None:
-            check_writable(one, replace=replace)
+    for one in files.written:
+        check_writable(one, replace=replace)
     return files
 
 
@@ -248,7 +251,8 @@ def write(folded: Folded, network: Judged, files: Files) -> None:
 def family_text(variant: Variant, record: Folding) -> str:
     """Return the TOML that describes a folded network, and beside it the network as it was."""
     chw = ", ".join(map(str, variant.input_chw))
-    arch, source = json.dumps(variant.name), json.dumps(f"selab fold --arch {variant.name}")
+    named = address(variant.name, variant.file)
+    arch, source = json.dumps(named), json.dumps(f"selab fold --arch {named}")
     both = {
         "original": (f"{variant.name} as it was", ""),
         "folded": (f"{variant.name}, {counted(len(record.folded), 'block')} folded", " ".join(record.folded)),

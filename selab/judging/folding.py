@@ -40,6 +40,26 @@ class Dead(Frozen, frozen=True, kw_only=True):
     channels: tuple[int, ...]
 
 
+class Finetuned(Frozen, frozen=True, kw_only=True):
+    """A folded network that was trained further.
+
+    Attributes:
+        epochs: of training.
+        recipe: that it was trained by.
+        lr: the learning rate that it began with.
+        loss: of accuracy, against the network as it was and trained likewise.
+        alone: what that training does to the network as it was.
+        seconds: of both trainings.
+    """
+
+    epochs: int
+    recipe: str
+    lr: float
+    loss: Loss
+    alone: Loss
+    seconds: float
+
+
 class Folding(Frozen, frozen=True, kw_only=True):
     """Blocks that became constants in other weights.
 
@@ -60,6 +80,7 @@ class Folding(Frozen, frozen=True, kw_only=True):
         runtime: that ran both; `machine` is where.
         gate: that the gates of the blocks that are left were converted to; empty for their own.
         gate_error: the largest difference of an output that this conversion alone makes, over the largest output.
+        finetuned: what training the folded network further did; None if it was not.
         files: what was written, in the same folder.
     """
 
@@ -83,6 +104,7 @@ class Folding(Frozen, frozen=True, kw_only=True):
     machine: str = ""
     gate: str = ""
     gate_error: float | None = None
+    finetuned: Finetuned | None = None
     files: tuple[str, ...] = ()
 
     @property

@@ -50,6 +50,10 @@ def _networks(record: Folding) -> Table:
         loss = record.loss
         before, after = (f"{100 * right / loss.images:.2f} %" for right in (loss.before, loss.after))
         rows.append(("accuracy", before, after, loss_words(loss)))
+    more = record.finetuned
+    if more is not None:
+        alone, tuned = (f"{100 * right / more.loss.images:.2f} %" for right in (more.loss.before, more.loss.after))
+        rows.append((f"accuracy, {units.counted(more.epochs, 'epoch')} later", alone, tuned, loss_words(more.loss)))
     rows.append(("largest change of an output", NONE, NONE, f"{record.error:.2g} of the largest output"))
     if record.gate_error is not None:
         rows.append((f"of that by {record.gate}", NONE, NONE, f"{record.gate_error:.2g} of the largest output"))
@@ -70,6 +74,14 @@ def _networks(record: Folding) -> Table:
         notes=(
             f"On the {units.counted(record.reported_on, 'image')} that did not decide."
             + (" In brackets 95 % intervals." if record.loss is not None or record.latency is not None else ""),
+            *(
+                [
+                    f"Later: after training by {more.recipe} (learning rate {more.lr:g}), before and folded alike. "
+                    f"That alone changes the network as it was by {loss_words(more.alone)}."
+                ]
+                if more is not None
+                else []
+            ),
         ),
     )
 

@@ -260,6 +260,7 @@ def test_the_time_of_each_block(selab, tmp_path, still):
         (("--data", "synthetic", "--max-drop", "0.1", "--max-error", "0.1"), "contradicts --max-drop"),
         (("--images", "photos", "--input", "3x32x32", "--max-drop", "1"), "the images have no labels"),
         (("--data", "synthetic", "--max-drop", "101"), "allowed: 0 to 100"),
+        (("--images", "photos", "--input", "3x32x32", "--finetune", "1"), "--finetune: needs images with labels"),
         (("--data", "synthetic", "--max-error", "nan"), "allowed: 0 to 1"),
         (
             (

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         SpecError,
         UnknownNameError,
     )
+    from selab.experiments.fold_gates import fold_gates
     from selab.fusion.fuse import fuse
     from selab.judging.look import gates
 
@@ -40,6 +41,7 @@ _HOMES = {
     "selab.errors": "DeviceError InsertionError ModelError OutOfMemoryError RecordError SelabError SpecError "
     "UnknownNameError",
     "selab.fusion.fuse": "fuse",
+    "selab.experiments.fold_gates": "fold_gates",
     "selab.judging.look": "gates",
 }
 # Packages that the documentation uses as attributes: `selab.cost.register_rule`.
@@ -70,6 +72,7 @@ __all__ = [
     "compare_records",
     "convert_gates",
     "count",
+    "fold_gates",
     "fuse",
     "gates",
     "insert_se",

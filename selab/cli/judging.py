@@ -50,8 +50,6 @@ if TYPE_CHECKING:
     from selab.models.spec import Variant
 
 _PICTURES = ("gates.svg", "depth.svg")
-# How much folding may cost unless it is said.
-_POINTS, _ERROR = 0.1, 0.01
 
 
 @dataclass(kw_only=True)
@@ -178,6 +176,9 @@ class FoldOptions:
     gate: Annotated[
         str, option("--gate", WHAT, "hardsigmoid: also convert the gates that are left.", metavar="NAME")
     ] = ""
+    prune: Annotated[
+        bool, option("--prune", WHAT, "Also take out channels whose factor is always about 0 (torch-pruning).")
+    ] = False
     runtime: Annotated[
         str | None, option("--runtime", WORKLOAD, "Compare the times in this runtime.", metavar="NAME")
     ] = None
@@ -205,9 +206,7 @@ class FoldOptions:
                 raise typer.BadParameter(f"{value:g}: allowed: 0 to {most}", param_hint=name)
         if self.gate not in ("", "hardsigmoid"):
             raise typer.BadParameter(f"{self.gate}: allowed: hardsigmoid", param_hint="--gate")
-        if self.max_error is not None or not labels:
-            return Rule(points=None, error=_ERROR if self.max_error is None else self.max_error)
-        return Rule(points=_POINTS if self.max_drop is None else self.max_drop)
+        return Rule.of(self.max_drop, self.max_error, labels=labels)
 
 
 @with_options
@@ -238,8 +237,8 @@ def fold(
         network = _judged(variant, options, data, preparation)
         recipe = finetuning.recipe_for(network, allowed.finetune) if allowed.finetune else None
         files = folding.files_of(network, out, replace=replace, finetune=recipe is not None)
-        done = folding.fold(network, rule, hard_gates=bool(allowed.gate), report=report)
-        keeps = bool(done.record.folded or allowed.gate) and not done.too_dear
+        done = folding.fold(network, rule, hard_gates=bool(allowed.gate), prunes=allowed.prune, report=report)
+        keeps = done.record.changes and not done.too_dear
         if keeps:
             folding.write(done, network, files)
             folding.save(done, files)

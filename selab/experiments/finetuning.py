@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -37,7 +38,7 @@ def recipe_for(network: Judged, epochs: int) -> Recipe:
     """
     data = network.seen.data
     if isinstance(network, JudgedGraph):
-        raise SelabError(f"--finetune: {network.variant.name} is an ONNX network; only networks in PyTorch are trained")
+        raise SelabError(f"--finetune: {network.name} is an ONNX network; only networks in PyTorch are trained")
     if data is None:
         raise SelabError("--finetune: needs images with labels; give --data instead of --images")
     in_memory = getattr(data, "image", None) is None
@@ -86,7 +87,7 @@ def finetuned(
         found.append(trained)
         seconds += took
     own, further, after = answers(lambda: network.batches(REPORTING), [network.model, *found])
-    described = {"folded_from": network.variant.name, "finetuned": f"{recipe.epochs} epochs of {recipe.name}"}
+    described = {"folded_from": network.name, "finetuned": f"{recipe.epochs} epochs of {recipe.name}"}
     assert files.finetuned is not None
     write_atomically(files.finetuned, safetensors.torch.save(_state(found[1]), described))
     done = Finetuned(
@@ -97,7 +98,7 @@ def finetuned(
         alone=loss_of(own, further),
         seconds=seconds,
     )
-    return Folded(network=found[1], record=msgspec.structs.replace(folded.record, finetuned=done))
+    return replace(folded, network=found[1], record=msgspec.structs.replace(folded.record, finetuned=done))
 
 
 def _trained(

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -14,15 +14,14 @@ from torch import nn
 from selab.bench.progress import Report
 from selab.errors import ModelError, RecordError, SelabError
 from selab.experiments.job import Request, resolve
-from selab.experiments.judged import HARD, Batch, Factors, Judged, JudgedGraph
+from selab.experiments.judged import HARD, Batch, DeadChannels, Factors, Judged, JudgedGraph
 from selab.experiments.profiling import Profile
 from selab.graphs.module import OnnxNetwork
 from selab.judging.choose import choose
-from selab.judging.folding import OF_OUTPUT, POINTS, Dead, Folding, Size, folding_json
+from selab.judging.folding import OF_OUTPUT, POINTS, Folding, Size, folding_json
 from selab.judging.look import parts_of
 from selab.judging.loss import loss_of
-from selab.judging.record import Gates
-from selab.judging.worth import answers, both, changes
+from selab.judging.worth import Arm, answers, both, changes
 from selab.meta import first_line
 from selab.models import folded as models_folded
 from selab.models.build import build
@@ -35,6 +34,8 @@ from selab.units import counted
 
 CHOOSING, REPORTING = 0, 1
 """Every second image decides, and the others report."""
+# How much folding may cost unless it is said.
+_POINTS, _ERROR = 0.1, 0.01
 # What folding itself may change: rounding of weights and sums, over the largest output.
 _ROUNDING = 1e-3
 
@@ -50,6 +51,13 @@ class Rule:
 
     points: float | None
     error: float | None = None
+
+    @classmethod
+    def of(cls, points: float | None, error: float | None, *, labels: bool) -> "Rule":
+        """Return the rule with these limits, of which one is None; by default 0.1 points, or 1 % without labels."""
+        if error is not None or (points is None and not labels):
+            return cls(points=None, error=_ERROR if error is None else error)
+        return cls(points=_POINTS if points is None else points)
 
     @property
     def limit(self) -> float:
@@ -71,10 +79,12 @@ class Folded:
     Attributes:
         network: the copy.
         record: what was decided, and what it costs on the images that did not decide.
+        narrowed: layers that lost channels, and their sizes.
     """
 
     network: nn.Module
     record: Folding
+    narrowed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def too_dear(self) -> bool:
@@ -82,13 +92,14 @@ class Folded:
         return self.record.cost > self.record.limit
 
 
-def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, report: Report) -> Folded:
+def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool = False, report: Report) -> Folded:
     """Choose the blocks on every second image, fold them, and compare the networks on the other images.
 
     Args:
         network: with its images.
         rule: how much it may cost.
         hard_gates: whether the blocks that are left get a hard sigmoid.
+        prunes: whether channels whose factor is always about zero are taken out, where that costs no more.
         report: called with what is done.
 
     Raises:
@@ -103,11 +114,7 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, report: Repor
 
     def cost(sets: Sequence[Sequence[str]]) -> list[float]:
         report(f"trying {len(sets)} constant gates" if len(sets) > 1 else f"trying {sets[0][-1]} as well", None)
-        arms = [network.model, *(network.arm({path: means[path] for path in paths}) for paths in sets)]
-        if rule.points is None:
-            return changes(lambda: network.batches(CHOOSING), arms)
-        own, *others = answers(lambda: network.batches(CHOOSING), arms)
-        return [loss_of(own, one).points for one in others]
+        return _costs(network, [network.arm({path: means[path] for path in paths}) for paths in sets], rule)
 
     choices = choose(network.candidates(seen), cost, limit=rule.limit)
     constants = {one.path: means[one.path] for one in choices if one.folded}
@@ -123,6 +130,11 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, report: Repor
         made = network.with_hard_gates(made)
         before, ran = ran, network.running(made)
         (gate_error,) = changes(lambda: network.batches(REPORTING), [before, ran])
+    dead = network.dead(made, seen, went)
+    narrowed: dict[str, dict[str, int]] = {}
+    if prunes:
+        made, dead, narrowed = _pruned(network, made, dead, rule, report)
+        ran = network.running(made)
     report("comparing on the other images", None)
     loss = None
     if network.seen.classes:
@@ -131,7 +143,7 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, report: Repor
     else:
         (error,) = changes(lambda: network.batches(REPORTING), [network.model, ran])
     record = Folding(
-        arch=network.variant.name,
+        arch=network.name,
         weights=network.weights,
         data=network.seen.words,
         chosen_on=seen.images,
@@ -139,13 +151,44 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, report: Repor
         limit=rule.limit,
         unit=rule.unit,
         choices=tuple(choices),
-        dead=_dead(seen),
+        dead=tuple(one.found for one in dead),
         loss=loss,
         error=error,
         gate=HARD if hard_gates else "",
         gate_error=gate_error,
     )
-    return Folded(network=made, record=record)
+    return Folded(network=made, record=record, narrowed=narrowed)
+
+
+def _costs(network: Judged, arms: Sequence[Arm], rule: Rule) -> list[float]:
+    """Return what arms cost on the images for choosing, in the rule's unit."""
+    if rule.points is None:
+        return changes(lambda: network.batches(CHOOSING), [network.model, *arms])
+    own, *others = answers(lambda: network.batches(CHOOSING), [network.model, *arms])
+    return [loss_of(own, one).points for one in others]
+
+
+def _pruned(
+    network: Judged, made: nn.Module, dead: Sequence[DeadChannels], rule: Rule, report: Report
+) -> tuple[nn.Module, list[DeadChannels], dict[str, dict[str, int]]]:
+    """Take out the dead channels of one block after the other, while that costs no more than the limit."""
+    narrowed: dict[str, dict[str, int]] = {}
+    told = []
+    for one in dead:
+        report(f"without {counted(len(one.found.channels), 'channel')} of {one.found.path}", None)
+        done = network.pruned(made, one)
+        why_not = done if isinstance(done, str) else ""
+        if not isinstance(done, str):
+            trial, changed = done
+            (cost,) = _costs(network, [network.running(trial)], rule)
+            if cost <= rule.limit:
+                made = trial
+                for path, sizes in changed.items():
+                    narrowed.setdefault(path, {}).update(sizes)
+            else:
+                why_not = f"it costs {cost:.2g} {rule.unit}"
+        told.append(replace(one, found=msgspec.structs.replace(one.found, pruned=not why_not, why_not=why_not)))
+    return made, told, narrowed
 
 
 def _number(network: Judged) -> int:
@@ -163,13 +206,9 @@ def _check_rounding(network: Judged, constants: Factors, folded: nn.Module) -> N
     (difference,) = changes(first, [network.arm(constants), folded])
     if not difference <= _ROUNDING:
         raise ModelError(
-            f"{network.variant.name}: the folded network differs by {difference:.2g} of the largest output from the "
+            f"{network.name}: the folded network differs by {difference:.2g} of the largest output from the "
             "one with constant gates; report it as a fault of selab fold"
         )
-
-
-def _dead(seen: Gates) -> tuple[Dead, ...]:
-    return tuple(Dead(path=one.path, channels=one.dead) for one in seen.blocks if one.dead)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -206,7 +245,7 @@ def files_of(network: Judged, out: Path, *, replace: bool, finetune: bool = Fals
     Raises:
         RecordError: a file exists and may not be replaced, or the folder cannot be written.
     """
-    name = network.variant.name
+    name = network.name
     stem = re.sub(r"[^\w.-]+", "-", Path(name.rpartition(":")[2] or name).name.removesuffix(".onnx"))
     graph = isinstance(network, JudgedGraph)
     files = Files(
@@ -237,7 +276,7 @@ def write(folded: Folded, network: Judged, files: Files) -> None:
     described = {"folded_from": variant.name, "folded": " ".join(folded.record.folded)}
     write_atomically(files.network, safetensors.torch.save(state, described))
     assert files.family is not None
-    write_atomically(files.family, family_text(variant, folded.record).encode())
+    write_atomically(files.family, family_text(variant, folded.record, folded.narrowed).encode())
     again = build(find(files.arch)).model
     try:
         again.load_state_dict(state)
@@ -248,7 +287,7 @@ def write(folded: Folded, network: Judged, files: Files) -> None:
         ) from error
 
 
-def family_text(variant: Variant, record: Folding) -> str:
+def family_text(variant: Variant, record: Folding, narrowed: Mapping[str, Mapping[str, int]]) -> str:
     """Return the TOML that describes a folded network, and beside it the network as it was."""
     chw = ", ".join(map(str, variant.input_chw))
     named = address(variant.name, variant.file)
@@ -257,7 +296,8 @@ def family_text(variant: Variant, record: Folding) -> str:
         "original": (f"{variant.name} as it was", ""),
         "folded": (f"{variant.name}, {counted(len(record.folded), 'block')} folded", " ".join(record.folded)),
     }
-    gate = f", gate = {json.dumps(record.gate)}" if record.gate else ""
+    more = f", gate = {json.dumps(record.gate)}" if record.gate else ""
+    more += f", narrowed = {json.dumps(models_folded.sizes_text(narrowed))}" if narrowed else ""
     text = (
         f'family = "folded"\nsource = {source}\nbuilder = "{models_folded.BUILDER}"\n'
         f"input_chw = [{chw}]\nnum_classes = {variant.num_classes}\n"
@@ -266,7 +306,7 @@ def family_text(variant: Variant, record: Folding) -> str:
         baseline = 'baseline = "original"\n' if name == "folded" else ""
         text += (
             f"\n[variants.{name}]\ntitle = {json.dumps(title)}\n{baseline}"
-            f"arguments = {{ arch = {arch}, folded = {json.dumps(paths)}{gate if baseline else ''} }}\n"
+            f"arguments = {{ arch = {arch}, folded = {json.dumps(paths)}{more if baseline else ''} }}\n"
         )
     return text
 
@@ -288,7 +328,7 @@ def measured(folded: Folded, network: Judged, files: Files, *, runtime: str, bud
     graph = isinstance(network, JudgedGraph)
     request = Request(
         arch=files.arch,
-        baseline=network.variant.name if graph else None,
+        baseline=network.name if graph else None,
         runtime=runtime,
         phases=("forward",),
         quick=True,
@@ -307,7 +347,7 @@ def measured(folded: Folded, network: Judged, files: Files, *, runtime: str, bud
         runtime=record.workload.runtime,
         machine=record.machine.name,
     )
-    return Folded(network=folded.network, record=found)
+    return replace(folded, record=found)
 
 
 def _size(cost: Cost) -> Size:

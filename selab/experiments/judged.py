@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from msgspec import structs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -21,7 +22,9 @@ from selab.graphs.module import OnnxNetwork
 from selab.graphs.reading import image_shape
 from selab.judging import fold
 from selab.judging.choose import Candidate
+from selab.judging.folding import Dead
 from selab.judging.look import Watcher, gates, parts_of
+from selab.judging.prune import macs_of_channels, prune
 from selab.judging.record import Gates
 from selab.judging.watch import gated_blocks
 from selab.judging.worth import Arm, Replaced
@@ -72,18 +75,32 @@ class Seen:
         return tuple(getattr(self.data, "classes", ())) or tuple(map(str, range(self.data.num_classes)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeadChannels:
+    """Channels of a block whose factor is always about zero.
+
+    Attributes:
+        found: what is told of them.
+        place: where the block's factors go or went; None where they cannot be folded.
+    """
+
+    found: Dead
+    place: fold.Place | None = None
+
+
 class Judged:
     """A network to judge. Blocks go by their paths, or in an ONNX network by the names of their products.
 
     Attributes:
         variant: as it is built, with the classes and the input of the images.
+        name: of the network.
         model: what runs the images.
         weights: as they were named.
     """
 
     def __init__(self, variant: Variant, seen: Seen, model: nn.Module, device: str, weights: str) -> None:
         self.variant, self.seen, self.model, self.device, self.weights = variant, seen, model, device, weights
-        self.batch = seen.batch
+        self.name, self.batch = variant.name, seen.batch
         self._images: list[Tensor] | None = None
 
     @property
@@ -156,6 +173,20 @@ class Judged:
         """Return the network with these constants in other weights, and where each of them went or why it did not."""
         raise NotImplementedError
 
+    def dead(self, network: nn.Module, seen: Gates, went: Mapping[str, Any]) -> list[DeadChannels]:
+        """Return the channels that are always about zero.
+
+        Args:
+            network: folded.
+            seen: the gates of the network as it was.
+            went: of `folded`.
+        """
+        raise NotImplementedError
+
+    def pruned(self, network: nn.Module, dead: DeadChannels) -> tuple[nn.Module, dict[str, dict[str, int]]] | str:
+        """Return a folded network without dead channels, with the sizes of its layers that changed; or why not."""
+        raise NotImplementedError
+
     def with_hard_gates(self, network: nn.Module) -> nn.Module:
         """Return a folded network whose gates are hard sigmoids; those in the code of a user's block stay."""
         made = copy.deepcopy(network)
@@ -187,7 +218,7 @@ class JudgedModule(Judged):
             batches,
             classes=self.seen.classes,
             chosen=chosen,
-            arch=self.variant.name,
+            arch=self.name,
             weights=self.weights,
             data=self.seen.words,
             report=report,
@@ -209,6 +240,23 @@ class JudgedModule(Judged):
         """As in `Judged`."""
         made, went = fold.fold(self.model, self._tensors(constants), self._example())
         return made.eval(), dict(went)
+
+    def dead(self, network: nn.Module, seen: Gates, went: Mapping[str, Any]) -> list[DeadChannels]:
+        """As in `Judged`."""
+        repeated = self.repeated(seen)
+        told = [one for one in _dead_in(seen) if one.found.path not in repeated]
+        left = [one.found.path for one in told if one.found.path not in went]
+        places = {**(fold.places(network, left, self._example()) if left else {}), **went}
+        found = [replace(one, place=_place_in(places, one.found.path)) for one in told]
+        numbers = {one.found.path: (len(one.found.channels), one.place) for one in found if one.place is not None}
+        macs = macs_of_channels(network, numbers, self._example()) if numbers else {}
+        return [replace(one, found=structs.replace(one.found, macs=macs.get(one.found.path))) for one in found]
+
+    def pruned(self, network: nn.Module, dead: DeadChannels) -> tuple[nn.Module, dict[str, dict[str, int]]] | str:
+        """As in `Judged`."""
+        if dead.place is None:
+            return "its factors cannot go into the weights beside it"
+        return prune(network, dead.found.path, dead.found.channels, dead.place, self._example())
 
     def _tensors(self, constants: Factors) -> dict[str, Tensor]:
         return {path: torch.from_numpy(one).float().to(self.device) for path, one in constants.items()}
@@ -265,7 +313,7 @@ class JudgedGraph(Judged):
         for _, found in gates_of(self.network.model, images(), place=self.network.place):
             seen.add({block.name: gate for block, gate in zip(self.blocks, found, strict=True)}, labels.pop())
             report(seen.images)
-        return seen.gates(arch=self.variant.name, data=self.seen.words, names=names, chosen=chosen)
+        return seen.gates(arch=self.name, data=self.seen.words, names=names, chosen=chosen)
 
     def candidates(self, seen: Gates) -> list[Candidate]:
         """As in `Judged`."""
@@ -280,6 +328,14 @@ class JudgedGraph(Judged):
         """As in `Judged`."""
         made, went = graphs_fold.fold(self.network.model, constants)
         return OnnxNetwork(made, self.network.place), dict(went)
+
+    def dead(self, network: nn.Module, seen: Gates, went: Mapping[str, Any]) -> list[DeadChannels]:  # noqa: ARG002
+        """As in `Judged`; what their convolutions cost is not counted in a graph."""
+        return _dead_in(seen)
+
+    def pruned(self, network: nn.Module, dead: DeadChannels) -> tuple[nn.Module, dict[str, dict[str, int]]] | str:  # noqa: ARG002
+        """As in `Judged`."""
+        return "only channels of a network in PyTorch are taken out"
 
     def with_hard_gates(self, network: nn.Module) -> nn.Module:
         """As in `Judged`."""
@@ -303,6 +359,15 @@ class _Session(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the first output."""
         return torch.from_numpy(np.array(self._session.run(None, {self._name: images.numpy()})[0]))
+
+
+def _dead_in(seen: Gates) -> list[DeadChannels]:
+    return [DeadChannels(found=Dead(path=one.path, channels=one.dead)) for one in seen.blocks if one.dead]
+
+
+def _place_in(places: Mapping[str, Any], path: str) -> fold.Place | None:
+    place = places.get(path)
+    return place if isinstance(place, fold.Place) else None
 
 
 def _candidate(path: str, spread: float, lowest: float, place: fold.Place | graphs_fold.GraphPlace | str) -> Candidate:

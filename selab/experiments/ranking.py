@@ -50,7 +50,7 @@ def rank(network: Judged, *, report: Report) -> Ranking:
     report("counting", None)
     sizes = _sizes(network, list(means))
     return Ranking(
-        arch=network.variant.name,
+        arch=network.name,
         weights=network.weights,
         data=network.seen.words,
         images=seen.images,

@@ -42,6 +42,7 @@ class Place:
         bias: the name of the one that is scaled too; empty for none.
         groups: of the convolution.
         needs_positive: whether a ReLU or a maximum stands between, so that no factor may be negative.
+        maker: the weight of the convolution that makes the map; empty where several make it.
     """
 
     way: Way
@@ -49,6 +50,7 @@ class Place:
     bias: str = ""
     groups: int = 1
     needs_positive: bool = False
+    maker: str = ""
 
     @property
     def words(self) -> str:
@@ -136,14 +138,15 @@ class _Program:
         returned = [node for node in inside if set(node.users) - members]
         if len(given) != 1 or len(returned) != 1:
             return "it does not run exactly once, from one input to one output"
-        before = self._before(given.pop(), members)
+        (map_in,) = given
+        before, maker = self._before(map_in, members), self._maker(map_in)
         if isinstance(before, Place):
             # A ReLU that the block took over stands between its factors and what is before it.
             own = any(node.target in _POSITIVE for node in _on_the_map(inside))
-            return replace(before, needs_positive=before.needs_positive or own)
+            return replace(before, needs_positive=before.needs_positive or own, maker=maker)
         behind = self._behind(returned[0])
         if isinstance(behind, Place):
-            return behind
+            return replace(behind, maker=maker)
         return f"{before}; {behind}"
 
     def _before(self, node: Node, readers: set[Node]) -> Place | str:
@@ -162,6 +165,15 @@ class _Program:
                 return f"{_named(node)} stands before it"
             positive |= node.target in _POSITIVE
             readers, node = {node}, node.all_input_nodes[0]
+
+    def _maker(self, node: Node) -> str:
+        """Return the weight's name of the convolution that a map comes from; empty if it comes from several."""
+        while node.op == "call_function" and node.target not in _CONVOLUTIONS:
+            given = [one for one in node.all_input_nodes if one not in self.state]
+            if len(given) != 1:
+                return ""
+            (node,) = given
+        return self.names.get(getattr(node.args[1], "name", ""), "") if node.op == "call_function" else ""
 
     def _behind(self, node: Node) -> Place | str:
         positive = False

@@ -34,10 +34,16 @@ class Dead(Frozen, frozen=True, kw_only=True):
     Attributes:
         path: of the block.
         channels: their numbers.
+        macs: of one image, with which the convolution before the block makes them; None where that is not known.
+        pruned: whether they were taken out.
+        why_not: why they were not; empty if they were, or if nobody asked.
     """
 
     path: str
     channels: tuple[int, ...]
+    macs: int | None = None
+    pruned: bool = False
+    why_not: str = ""
 
 
 class Finetuned(Frozen, frozen=True, kw_only=True):
@@ -111,6 +117,11 @@ class Folding(Frozen, frozen=True, kw_only=True):
     def folded(self) -> tuple[str, ...]:
         """The paths of the blocks that became constants."""
         return tuple(one.path for one in self.choices if one.folded)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the network is another one: something was folded, converted or taken out."""
+        return bool(self.folded or self.gate or any(one.pruned for one in self.dead))
 
     @property
     def cost(self) -> float:

@@ -2,7 +2,7 @@
 
 from selab import units
 from selab.judging.choose import Choice
-from selab.judging.folding import POINTS, Folding
+from selab.judging.folding import POINTS, Dead, Folding
 from selab.judging.loss import Loss
 from selab.records.verdict import change_words
 from selab.report.table import Table
@@ -26,7 +26,7 @@ def _choices(record: Folding) -> Table:
             "Alone: what is lost when this gate alone is its mean; together: with those that were chosen before it, "
             "the cheapest alone first.",
             f"Chosen on {units.counted(record.chosen_on, 'image')}, every second of {record.data}.",
-            *(f"{one.path}: {units.counted(len(one.channels), 'channel')} always about 0" for one in record.dead),
+            *(_dead_words(one) for one in record.dead),
         ),
         words=frozenset({0, 4}),
         drop_first=(3, 1),
@@ -36,6 +36,14 @@ def _choices(record: Folding) -> Table:
 def _row(one: Choice, record: Folding) -> tuple[str, ...]:
     decision = f"folded: {one.where}" if one.folded else f"stays: {one.why_not}"
     return (one.path, f"{one.spread:.4f}", _cost(one.alone, record), _cost(one.together, record), decision)
+
+
+def _dead_words(one: Dead) -> str:
+    said = f"{one.path}: {units.counted(len(one.channels), 'channel')} always about 0"
+    if one.pruned:
+        return f"{said}: taken out"
+    macs = "" if one.macs is None else f"; the convolution before makes them with {units.count(one.macs)} MACs"
+    return f"{said}{macs}{f'; they stay: {one.why_not}' if one.why_not else ''}"
 
 
 def _cost(value: float | None, record: Folding) -> str:

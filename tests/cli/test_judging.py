@@ -1,5 +1,6 @@
 """The gates of trained networks, on the command line."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import selab as selab_package
 from selab.attention.se import SqueezeExcitation
+from selab.errors import SelabError
 from selab.judging.choose import Choice
 from selab.judging.folding import read_folding
 from selab.judging.ranking import read_ranking
@@ -277,3 +280,73 @@ def test_bad_input_of_fold_is_one_line(selab, tmp_path, monkeypatch, weights, ph
     assert status != 0
     assert said in " ".join(err.replace("│", " ").split())
     assert not (tmp_path / "folded").exists()
+
+
+def test_channels_that_are_always_closed_are_taken_out(selab, tmp_path, still):
+    _, model = still
+    path = "block2.conv1.se"
+    block = model.get_submodule(path)
+    with torch.no_grad():
+        # The columns of the squeeze are 0 as well, so that nothing but the map is lost.
+        block.fc1.weight[:, [2, 3, 5]] = 0
+    assert block.fc2.bias is None
+    weights = tmp_path / "closed.safetensors"
+    words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--most", 100, "--budget", 0)
+    # Without a bias a sigmoid is closed by a large input alone.
+    with torch.no_grad():
+        block.fc1.weight.abs_()
+        block.fc2.weight[[2, 3, 5]] = -1e4
+    save_file(model.state_dict(), weights)
+    status, said, err = selab("fold", *words, "--max-drop", 100, "--out", tmp_path / "told")
+    assert status == 0, err
+    told = read_folding(tmp_path / "told" / "se_small_cnn.folding.json")
+    (dead,) = (one for one in told.dead if one.path == path)
+    assert {2, 3, 5} <= set(dead.channels)
+    # conv2d: 32 input channels, 3x3; the map is 15x15.
+    assert dead.macs == len(dead.channels) * 32 * 9 * 15 * 15
+    assert not dead.pruned
+    assert f"{path}: {len(dead.channels)} channels always about 0; the convolution before" in " ".join(said.split())
+    status, said, err = selab("fold", *words, "--max-drop", 100, "--prune", "--out", tmp_path / "out")
+    assert status == 0, err
+    record = read_folding(tmp_path / "out" / "se_small_cnn.folding.json")
+    (dead,) = (one for one in record.dead if one.path == path)
+    assert dead.pruned
+    assert "taken out" in said
+    arch = f"{tmp_path / 'out' / 'se_small_cnn.toml'}:folded"
+    made = build(find(arch)).model
+    made.load_state_dict(load_file(tmp_path / "out" / "se_small_cnn.safetensors"))
+    assert made.block2.conv1.conv.out_channels == 64 - len(dead.channels)
+    assert made(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    status, said, err = selab("count", "--arch", arch)
+    assert status == 0, err
+
+
+def test_a_network_at_hand_folds(still):
+    _, model = still
+    model.train()
+    images = torch.randn(40, 3, 32, 32)
+    with torch.no_grad():
+        labels = copy.deepcopy(model).eval()(images).argmax(1)
+    loader = [(images[:16], labels[:16]), (images[16:], labels[16:])]
+    folded, record = selab_package.fold_gates(model, loader, max_drop=0)
+    assert {"block1.conv1.se", "block1.conv2.se"} <= set(record.folded)
+    assert (record.chosen_on, record.reported_on, record.unit) == (20, 20, "points")
+    assert model.training
+    assert not folded.training
+    left = [one for one in folded.modules() if isinstance(one, SqueezeExcitation)]
+    assert len(left) == 4 - len(record.folded)
+
+
+@pytest.mark.parametrize(
+    ("loader", "how", "said"),
+    [
+        ([], {}, "the loader holds no image"),
+        (iter([torch.zeros(2, 3, 32, 32)]), {}, "can be read only once"),
+        ([torch.zeros(2, 3, 32, 32)], {"max_drop": 1}, "has no labels to lose points by"),
+        ([torch.zeros(2, 3, 32, 32)], {"max_drop": 1, "max_error": 1}, "contradict each other"),
+        ([torch.zeros(2, 3, 32, 32)], {"gate": "tanh"}, "gate 'tanh': allowed: hardsigmoid"),
+    ],
+)
+def test_what_a_network_at_hand_needs(still, loader, how, said):
+    with pytest.raises(SelabError, match=said):
+        selab_package.fold_gates(still[1], loader, **how)

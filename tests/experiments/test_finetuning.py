@@ -65,7 +65,7 @@ def test_both_networks_are_trained_and_compared(network, tmp_path):
     assert more.loss.images == more.alone.images == record.reported_on == 15
     assert more.loss.before == more.alone.after
     assert record.files == ("se_plain.safetensors", "se_plain.toml", "se_plain.finetuned.safetensors")
-    shown = " ".join(render(folding_tables(record), "csv").split())
+    shown = " ".join(render(folding_tables(record), "markdown").split())
     assert "accuracy, 1 epoch later" in shown
     assert "That alone changes the network as it was by" in shown
     # The file holds the trained network: another one than before, that its description builds.

@@ -20,6 +20,7 @@ from selab.cli.measure import profile, roofline, show_machine, tax, timeline
 from selab.cli.networks import archs, count, show, sites
 from selab.cli.new import new_app
 from selab.cli.options import examples
+from selab.cli.placing import place
 from selab.cli.render import QUANTITIES, plot, schema, table
 from selab.cli.signals import INTERRUPTED, Signals
 from selab.cli.sweep import sweep
@@ -224,6 +225,10 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
                 "selab fold --arch se_small_cnn --weights results/runs/…/weights.safetensors --max-drop 0.5",
                 "selab fold --arch model.onnx --images photos --max-error 0.02",
             ),
+        ),
+        "place": (
+            place,
+            examples("selab place --arch mobilenet_cifar --data cifar10 --budget latency=1.02"),
         ),
     },
     "Deploy": {

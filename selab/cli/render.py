@@ -222,6 +222,8 @@ def _read_folder(name: str, folder: Path, broken: BrokenFiles) -> "Found":
     """Read what a table shows of a machine's records."""
     from selab.experiments.compare import read_compared
     from selab.experiments.tax_record import read_tax_records
+    from selab.judging.folding import FOLDINGS
+    from selab.judging.placement import PLACEMENTS
     from selab.records import store
     from selab.records.imported import IMPORTED
     from selab.report import pages
@@ -232,14 +234,24 @@ def _read_folder(name: str, folder: Path, broken: BrokenFiles) -> "Found":
     taxes: list[TaxRecord] = []
     if name in (pages.TAX, pages.RUNTIMES, pages.REPORT):
         taxes = read_tax_records(folder, on_broken=broken)
+    judged: dict[str, Any] = {}
+    if name in (pages.GATES, pages.REPORT):
+        required = {"required": False, "on_broken": broken}
+        judged = {
+            "foldings": FOLDINGS.read_folder(folder, **required),  # type: ignore[arg-type]
+            "placements": PLACEMENTS.read_folder(folder, **required),  # type: ignore[arg-type]
+        }
     # A phone's folder holds no profile, and spellings alone make a table of runtimes.
     enough = imported or (name == pages.RUNTIMES and taxes)
-    others = name in (pages.ACCURACY, pages.TAX) or (enough and not store.PROFILES.files(folder, partial=True))
+    others = name in (pages.ACCURACY, pages.TAX, pages.GATES) or (
+        enough and not store.PROFILES.files(folder, partial=True)
+    )
     return pages.Found(
         profiles=[] if others else store.read_records(folder, partial=True, on_broken=broken),
         compared=read_compared(folder, on_broken=broken) if name in (pages.ACCURACY, pages.REPORT) else (),
         taxes=taxes,
         imported=imported,
+        **judged,
     )
 
 

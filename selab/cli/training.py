@@ -75,14 +75,14 @@ def train(
     json_to: Json = None,
 ) -> None:
     """Train one network with a recipe; rerun to resume."""
-    variant = _trainable(arch)
+    variant = trainable(arch)
     from selab.experiments import compare as experiments_compare
     from selab.training.augment import check_seed
     from selab.training.distributed import join
     from selab.training.train import train as train_one
 
-    chosen = _recipe_of(options.recipe, variant, data)
-    how = _options(options)
+    chosen = recipe_of(options.recipe, variant, data)
+    how = options_of(options)
     check_seed(seed)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
@@ -133,7 +133,7 @@ def evaluate(
     json_to: Json = None,
 ) -> None:
     """Test trained weights: top-1 and top-5 with 95 % intervals."""
-    variant = _trainable(arch)
+    variant = trainable(arch)
     from selab.experiments.compare import loaded
     from selab.training.evaluate import evaluate as evaluate_one
 
@@ -235,15 +235,15 @@ def compare(
 ) -> None:
     """Train networks with SE and without, several seeds each (hours)."""
     for one in archs:
-        _trainable(one, option="compare")
+        trainable(one, option="compare")
     from selab.experiments import compare as experiments_compare
     from selab.training.distributed import join, leave
     from selab.training.record import read_accuracy_record
 
     pairs = [(None, archs[0])] if len(archs) == 1 else [(archs[0], one) for one in dict.fromkeys(archs[1:])]
     networks = [experiments_compare.pair(variant, baseline) for baseline, variant in pairs]
-    chosen = _recipe_of(options.recipe, networks[0][1], data)
-    how = _options(options)
+    chosen = recipe_of(options.recipe, networks[0][1], data)
+    how = options_of(options)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
     images = open_images(data, chosen.image)
@@ -309,7 +309,7 @@ def _measure(growing: "Comparison") -> None:
         ) from None
 
 
-def _trainable(name: str, *, option: str = "--arch") -> "Variant":
+def trainable(name: str, *, option: str = "--arch") -> "Variant":
     """Look up a network that PyTorch runs.
 
     Raises:
@@ -321,7 +321,12 @@ def _trainable(name: str, *, option: str = "--arch") -> "Variant":
     return variant
 
 
-def _options(options: TrainOptions) -> "Options":
+def options_of(options: TrainOptions) -> "Options":
+    """Return the options of a training.
+
+    Raises:
+        SelabError: the device is not there, or cannot compute in this precision.
+    """
     from selab.bench.runner import check_device
     from selab.training.record import Options
 
@@ -341,7 +346,7 @@ def _options(options: TrainOptions) -> "Options":
     )
 
 
-def _recipe_of(name: str | None, variant: "Variant", data: DataOptions) -> "Recipe":
+def recipe_of(name: str | None, variant: "Variant", data: DataOptions) -> "Recipe":
     """The recipe of that name, or the one for this network and data; it must suit the data."""
     from selab.training.recipe import check_suits, default_recipe, find_recipe
 

@@ -12,6 +12,7 @@ import safetensors.torch
 from torch import nn
 
 from selab.bench.progress import Report
+from selab.deploy.target import scratch
 from selab.errors import ModelError, RecordError, SelabError
 from selab.experiments.job import Request, resolve
 from selab.experiments.judged import HARD, Batch, DeadChannels, Factors, Judged, JudgedGraph
@@ -147,7 +148,8 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool 
         weights=network.weights,
         data=network.seen.words,
         chosen_on=seen.images,
-        reported_on=_number(network),
+        # Images without labels are kept in memory, so that counting them reads no file.
+        reported_on=_number(network) if loss is None else loss.images,
         limit=rule.limit,
         unit=rule.unit,
         choices=tuple(choices),
@@ -262,11 +264,11 @@ def files_of(network: Judged, out: Path, *, replace: bool, finetune: bool = Fals
 
 
 def write(folded: Folded, network: Judged, files: Files) -> None:
-    """Write a folded network, and check that the file holds it.
+    """Check that the description is that of a folded network, and write both.
 
     Raises:
         RecordError: a file cannot be written.
-        ModelError: what was written is not what was folded.
+        ModelError: the description is another network's; nothing is written.
     """
     model, variant = folded.network, network.variant
     if isinstance(model, OnnxNetwork):
@@ -274,17 +276,21 @@ def write(folded: Folded, network: Judged, files: Files) -> None:
         return
     state = {key: one.detach().cpu().contiguous().clone() for key, one in model.state_dict().items()}
     described = {"folded_from": variant.name, "folded": " ".join(folded.record.folded)}
-    write_atomically(files.network, safetensors.torch.save(state, described))
+    family = family_text(variant, folded.record, folded.narrowed).encode()
     assert files.family is not None
-    write_atomically(files.family, family_text(variant, folded.record, folded.narrowed).encode())
-    again = build(find(files.arch)).model
+    with scratch() as folder:
+        tried = folder / files.family.name
+        tried.write_bytes(family)
+        again = build(find(f"{tried}:folded")).model
     try:
         again.load_state_dict(state)
     except RuntimeError as error:
         raise ModelError(
-            f"{files.family}: describes another network than was folded: {first_line(error)}; report it as a fault of "
-            "selab fold"
+            f"{files.family}: would describe another network than was folded: {first_line(error)}; report it as a "
+            "fault of selab fold"
         ) from error
+    write_atomically(files.network, safetensors.torch.save(state, described))
+    write_atomically(files.family, family)
 
 
 def family_text(variant: Variant, record: Folding, narrowed: Mapping[str, Mapping[str, int]]) -> str:

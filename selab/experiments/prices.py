@@ -1,8 +1,11 @@
-"""What each block of a network costs in time: the network without that block over the network with all of them."""
+"""What several networks take over one, all in turns: a network without each of its blocks, or other networks.
+
+All of them alternate in each of several fresh processes.
+"""
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -31,21 +34,25 @@ from selab.graphs.blocks import find_blocks
 from selab.graphs.graph import Graph
 from selab.graphs.module import OnnxNetwork
 from selab.models.build import build
+from selab.models.catalog import find
 from selab.records.types import Frozen, Latency
+from selab.units import counted
 
 
 class PriceOrder(Frozen, frozen=True, kw_only=True):
     """The order of a fresh process.
 
     Attributes:
-        paths: of the blocks.
+        names: paths of the blocks that are left out, or other networks as `--arch` takes them.
+        others: whether they are other networks.
         seed: of the orders.
         seconds: of sampling of each pair.
-        files: of networks for another runtime: path of the block that is left out → file; all of them under `baseline`.
+        files: of networks for another runtime: name → file; that of the job's own network under `baseline`.
     """
 
     job: Job
-    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    others: bool
     seed: int
     seconds: float
     files: dict[str, str] = msgspec.field(default_factory=dict)
@@ -53,8 +60,6 @@ class PriceOrder(Frozen, frozen=True, kw_only=True):
 
 def prices(job: Job, paths: Sequence[str], report: Report) -> tuple[dict[str, Latency], tuple[str, ...]]:
     """Return for each block the time of the network without it over that of the network with all blocks, forward.
-
-    All networks alternate in each of several fresh processes.
 
     Args:
         job: of one phase; its baseline is not looked at.
@@ -67,34 +72,56 @@ def prices(job: Job, paths: Sequence[str], report: Report) -> tuple[dict[str, La
     Raises:
         SelabError: the network cannot be built, written or measured.
     """
+    return _times(job, paths, report, others=False)
+
+
+def times(job: Job, archs: Sequence[str], report: Report) -> tuple[dict[str, Latency], tuple[str, ...]]:
+    """Return for each other network its time over that of the job's network, forward.
+
+    Args:
+        job: of one phase; its baseline is not looked at.
+        archs: the other networks, as `--arch` takes them.
+        report: called with what is done.
+
+    Returns:
+        Network → figures, and what must be known of them.
+
+    Raises:
+        SelabError: a network cannot be built, written or measured.
+    """
+    return _times(job, archs, report, others=True)
+
+
+def _times(
+    job: Job, names: Sequence[str], report: Report, *, others: bool
+) -> tuple[dict[str, Latency], tuple[str, ...]]:
     check_device(job.workload.device, job.workload.dtype, runtime=job.workload.runtime)
     began, before = time.monotonic(), read_cpu()
     remarks: list[str] = []
+    order = PriceOrder(job=job, names=tuple(names), others=others, seed=job.request.seed, seconds=0.0)
     with ExitStack() as kept, redirect_stdout(sys.stderr):
-        files: dict[str, str] = {}
         if is_exported(job):
-            files = _written(job, paths, kept.enter_context(scratch()), remarks, report)
-            began = time.monotonic()
-        gathered = Gathered(job=job, pairs=_pairs(paths))
-        _measure(job, paths, files, gathered, report, began=began, before=before)
+            files = _written(order, kept.enter_context(scratch()), remarks, report)
+            order, began = msgspec.structs.replace(order, files=files), time.monotonic()
+        gathered = Gathered(job=job, pairs=_pairs(names))
+        _measure(order, gathered, report, began=began, before=before)
     found = {pair.variant: pair.latency for pair in gathered.summaries() if pair.variant != AGAIN}
     return found, (*remarks, *gathered.deaths)
 
 
-def _pairs(paths: Sequence[str]) -> list[Pair]:
-    return [(BASELINE, AGAIN), *((BASELINE, path) for path in paths)]
+def _pairs(names: Sequence[str]) -> list[Pair]:
+    return [(BASELINE, AGAIN), *((BASELINE, name) for name in names)]
 
 
 def _measure(
-    job: Job,
-    paths: Sequence[str],
-    files: Mapping[str, str],
+    first: PriceOrder,
     gathered: Gathered,
     report: Report,
     *,
     began: float,
     before: CpuReading | None,
 ) -> None:
+    job = first.job
     schedule = Schedule(
         began=began, effort=effort_of(job.request), runs=len(gathered.pairs), clock=time.monotonic, control_share=0.0
     )
@@ -102,12 +129,11 @@ def _measure(
     report(expectation(schedule, before, device=job.workload.device, cores=here.cores), None)
 
     def order_of(turn: Turn) -> PriceOrder:
-        seed = job.request.seed + turn.number
-        return PriceOrder(job=job, paths=tuple(paths), seed=seed, seconds=turn.sampling_s, files=dict(files))
+        return msgspec.structs.replace(first, seed=first.seed + turn.number, seconds=turn.sampling_s)
 
     for event in in_processes(schedule, __name__, order_of, TaxFound):
         if isinstance(event, Started):
-            report(f"{event.where}: {len(paths)} blocks", None)
+            report(f"{event.where}: {counted(len(first.names), 'network' if first.others else 'block')}", None)
         elif isinstance(event, Found):
             gathered.add(event.number, event.what)
         elif event.died:
@@ -130,28 +156,32 @@ def without(model: nn.Module, path: str) -> nn.Module:
     return OnnxNetwork(without_blocks(model.model, chosen), model.place)
 
 
-def _made(job: Job, path: str) -> nn.Module:
-    """Return the network without the block of a path, or with all of them."""
-    model = build(job.variant, seed=job.request.seed, input_chw=job.workload.input_chw).model
-    if path not in (BASELINE, AGAIN):
-        model = without(model, path)
+def _made(order: PriceOrder, name: str) -> nn.Module:
+    """Return the job's network, that without the block of a path, or another network."""
+    job, own = order.job, name in (BASELINE, AGAIN)
+    variant = find(name) if order.others and not own else job.variant
+    model = build(variant, seed=job.request.seed, input_chw=job.workload.input_chw).model
+    if not order.others and not own:
+        model = without(model, name)
     if job.workload.fused:
         fuse(model, input_nchw=(job.workload.batch, *job.workload.input_chw))
     return model
 
 
-def _written(job: Job, paths: Sequence[str], folder: Path, remarks: list[str], report: Report) -> dict[str, str]:
+def _written(order: PriceOrder, folder: Path, remarks: list[str], report: Report) -> dict[str, str]:
+    job = order.job
     to = target(job.workload.runtime)
     images: Sequence[Tensor] = ()
     if job.workload.dtype == "int8":
         images, said = calibration_of(job)
         remarks.append(said)
     files = {}
-    for place, path in enumerate((BASELINE, *paths)):
-        report(f"exporting {'the network' if path == BASELINE else f'it without {path}'}", None)
+    for place, name in enumerate((BASELINE, *order.names)):
+        what = "the network" if name == BASELINE else name if order.others else f"it without {name}"
+        report(f"exporting {what}", None)
         file = folder / f"{place}{to.suffix}"
-        write_network(_made(job, path), to, job.workload, file, name=job.variant.name, images=images)
-        files[path] = str(file)
+        write_network(_made(order, name), to, job.workload, file, name=job.variant.name, images=images)
+        files[name] = str(file)
     return {**files, AGAIN: files[BASELINE]}
 
 
@@ -168,16 +198,16 @@ def _short_run(order: PriceOrder, ready: Callable[[], object]) -> Iterator[TaxFo
         if state is not None and unsaid:
             unsaid.pop()()
 
-    others = [AGAIN, *order.paths]
+    others = [AGAIN, *order.names]
     # The order in which they are made decides where they lie in memory.
     names = [BASELINE, *Random(f"prices {order.seed}").sample(others, len(others))]
     job = order.job
     networks = {
-        name: partial(network_of, job, order.files[name]) if order.files else partial(_made, job, name)
+        name: partial(network_of, job, order.files[name]) if order.files else partial(_made, order, name)
         for name in names
     }
     plan = job.plan.short(order.seconds)
-    pairs = _pairs(order.paths)
+    pairs = _pairs(order.names)
     found = measure_networks(networks, pairs, job.workload, "forward", plan, report, seed=order.seed)
     yield TaxFound(
         runs=tuple((method, *pair, run) for method, runs in found.runs.items() for pair, run in runs.items()),

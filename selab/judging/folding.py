@@ -9,6 +9,7 @@ from selab.judging.choose import Choice
 from selab.judging.loss import Loss
 from selab.judging.record import read_as
 from selab.records.frozen import Frozen
+from selab.records.store import Store
 from selab.records.types import Latency, lined_json
 
 SCHEMA = "selab.folding/1"
@@ -132,6 +133,9 @@ class Folding(Frozen, frozen=True, kw_only=True):
 POINTS, OF_OUTPUT = "points", "of the largest output"
 
 
+FOLDER = "folding"
+
+
 def folding_json(folding: Folding) -> bytes:
     """Return a record as the content of a file."""
     return lined_json(folding)
@@ -156,3 +160,6 @@ def _mistaken(record: Folding) -> Iterator[str]:
             yield f"choices[{place}]: is {'folded, and has a reason against it' if one.folded else 'not folded'}"
     if not 0 <= record.error < math.inf:
         yield f"error: is {record.error!r}, expected 0 or more"
+
+
+FOLDINGS: Store[Folding] = Store(folder=FOLDER, title="foldings", command="selab fold", read=read_folding)

@@ -1,5 +1,7 @@
 """What `selab fold` decided about each block, and what the folded network costs."""
 
+from collections.abc import Sequence
+
 from selab import units
 from selab.judging.choose import Choice
 from selab.judging.folding import POINTS, Dead, Folding
@@ -91,6 +93,37 @@ def _networks(record: Folding) -> Table:
                 else []
             ),
         ),
+    )
+
+
+def summary_table(records: Sequence[Folding]) -> Table:
+    """Return a table of foldings, one row each."""
+    rows = []
+    for one in records:
+        loss = one.loss
+        before, after = one.before, one.after
+        rows.append(
+            (
+                one.arch,
+                one.data,
+                f"{one.limit:g} {'points' if one.unit == POINTS else 'of output'}",
+                f"{len(one.folded)} of {len(one.choices)}",
+                NONE if loss is None else f"{100 * loss.before / loss.images:.2f} %",
+                NONE if loss is None else loss_words(loss),
+                f"{one.error:.2g}",
+                NONE if before is None or after is None else units.percent(after.params / before.params - 1),
+                NONE if one.latency is None else f"{change_words(one.latency)}, {one.runtime}",
+            )
+        )
+    return Table(
+        title="Gates folded into weights",
+        columns=("network", "images", "limit", "folded", "accuracy", "after", "output", "parameters", "forward"),
+        rows=tuple(rows),
+        notes=(
+            "After: change of the accuracy on images that did not decide, with a 95 % interval. Output: the largest "
+            "change of one, over the largest output. Forward: of one image, measured side by side.",
+        ),
+        words=frozenset({0, 1, 2, 8}),
     )
 
 

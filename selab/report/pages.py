@@ -12,6 +12,9 @@ from selab.errors import RecordError, UnknownNameError, nearest
 from selab.experiments import tax_record
 from selab.experiments.compared import Compared
 from selab.experiments.tax_record import TaxRecord
+from selab.judging import folding, placement
+from selab.judging.folding import Folding
+from selab.judging.placement import Placement
 from selab.models import catalog
 from selab.records import imported as imported_record
 from selab.records.acceptance import Acceptance, KernelBandwidth, LoadingTime
@@ -19,7 +22,9 @@ from selab.records.files import files_ending
 from selab.records.imported import Imported
 from selab.records.types import TORCH, Cost, Latency, Machine, Record
 from selab.report.accuracy import accuracy_tables
+from selab.report.folding import summary_table
 from selab.report.machines import by_machine
+from selab.report.placement import placement_tables
 from selab.report.profiles import added_tables, latency_tables, ratio_cells
 from selab.report.published import (
     PAPER_TABLES,
@@ -43,10 +48,11 @@ ZOO = "zoo"
 ACCURACY = "accuracy"
 TAX = "tax"
 RUNTIMES = "runtimes"
-MEASURED = ("added", "latency", ACCURACY, TAX, RUNTIMES)
+GATES = "gates"
+MEASURED = ("added", "latency", ACCURACY, TAX, RUNTIMES, GATES)
 COST_TABLES = (*PAPER_TABLES, "mobile", ZOO)
 NAMES = (*COST_TABLES, *MEASURED)
-_REPORTED = ("added", RUNTIMES, TAX, ACCURACY, "mobile", "paper-2", "paper-3", "latency")
+_REPORTED = ("added", RUNTIMES, TAX, GATES, ACCURACY, "mobile", "paper-2", "paper-3", "latency")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +64,16 @@ class Found:
         compared: of accuracy.
         taxes: of implementations.
         imported: what a device's own benchmark tools timed.
+        foldings: of trained gates.
+        placements: searches for sites.
     """
 
     profiles: Sequence[Record] = ()
     compared: Sequence[Compared] = ()
     taxes: Sequence[TaxRecord] = ()
     imported: Sequence[Imported] = ()
+    foldings: Sequence[Folding] = ()
+    placements: Sequence[Placement] = ()
 
 
 NOTHING = Found()
@@ -83,7 +93,10 @@ def machine_folder(profiles: Path) -> Path:
     """Return the folder of one machine's records: the one named, or the only one below it that holds records."""
 
     def holds(folder: Path) -> bool:
-        kinds = (folder, *(folder / one.FOLDER for one in (training_record, tax_record, imported_record)))
+        kinds = (
+            folder,
+            *(folder / one.FOLDER for one in (training_record, tax_record, imported_record, folding, placement)),
+        )
         return any(files_ending(kind, ".json") for kind in kinds)
 
     below = [] if holds(profiles) else [folder for folder in profiles.glob("*/") if holds(folder)]
@@ -126,6 +139,7 @@ def named_tables(name: str, costs: dict[str, Cost], found: Found = NOTHING) -> l
             "latency": bool(profiles),
             ACCURACY: bool(compared),
             TAX: bool(taxes),
+            GATES: bool(found.foldings or found.placements),
         }
         names = [one for one in _REPORTED if there.get(one, True)]
         return [grid for one in names for grid in named_tables(one, costs, found)]
@@ -147,6 +161,14 @@ def named_tables(name: str, costs: dict[str, Cost], found: Found = NOTHING) -> l
         return summary_tables(taxes)
     if name == RUNTIMES and runtimes:
         return runtimes
+    if name == GATES:
+        if not (found.foldings or found.placements):
+            raise RecordError(
+                f"table {name}: no records; put those of `selab fold` into FOLDER/{folding.FOLDER} or those of "
+                f"`selab place` into FOLDER/{placement.FOLDER}, and name FOLDER: --profiles"
+            )
+        tables = [summary_table(found.foldings)] if found.foldings else []
+        return tables + [grid for one in found.placements for grid in placement_tables(one)]
     if not profiles:
         raise RecordError(f"table {name}: no records; measure with `selab profile`, and name their folder: --profiles")
     if name == RUNTIMES:

@@ -5,7 +5,7 @@ A set in memory is moved to the device once, as bytes. Crops, flips and cutout a
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from selab.training import synthetic
 from selab.training.augment import Augmentation, augment, decide, normalise, order
 from selab.training.batches import BatchPlan, check_share
 from selab.training.cifar import LAYOUTS, open_cifar
+from selab.training.holdout import identity_of, split
 from selab.training.recipe import ImageRecipe
 
 __all__ = ["NAMES", "Augmentation", "BatchPlan", "Data", "ImageSet", "open_data", "synthetic_set"]
@@ -99,6 +100,14 @@ class Data(Protocol):
 
         Raises:
             SelabError: the ranks cannot share a batch equally.
+        """
+        ...
+
+    def held_out(self, share: float) -> "Data":
+        """Return the training images as a data set of their own, a share of each class as its test images.
+
+        Raises:
+            SelabError: there are no training images, or too few.
         """
         ...
 
@@ -216,6 +225,21 @@ class ImageSet:
                     yield normalise(moved.test.images[part], moved.mean, moved.std), moved.test.labels[part].clone()
 
         return batches()
+
+    def held_out(self, share: float) -> "ImageSet":
+        """See `Data.held_out`."""
+        labels = self.train_labels.to(torch.int64).cpu().numpy()
+        trains, held = (torch.from_numpy(one) for one in split(labels, share, title=self.title))
+        return replace(
+            self,
+            title=f"{self.title}, training images",
+            sha256=identity_of(self.sha256, share),
+            official=False,
+            train_images=self.train_images[trains],
+            train_labels=self.train_labels[trains],
+            test_images=self.train_images[held],
+            test_labels=self.train_labels[held],
+        )
 
     def _on(self, device: torch.device) -> _Moved:
         """Return the set on a device; its bytes are moved once."""

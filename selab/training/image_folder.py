@@ -14,6 +14,7 @@ distinguished from a good image.
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader
 from selab import units
 from selab.training.batches import BatchPlan, check_share
 from selab.training.distributed import number_of
+from selab.training.holdout import identity_of, split
 from selab.training.image_decode import (
     ImageFiles,
     ImageFinding,
@@ -132,6 +134,7 @@ class ImageFolder:
         self.train_size = 0 if listing.train is None else len(listing.train.files)
         self.test_size = len(listing.val.files)
         self.image = image
+        self._listing = listing
         self._workers = min(workers, _cores())
         self._report = report
         self._test = ImageFiles(listing.val, EvaluationTransform(image), listing.classes)
@@ -225,6 +228,32 @@ class ImageFolder:
                     yield [(place, None) for place in places]
 
         return self._batches(self._test, asked(), device)
+
+    def held_out(self, share: float) -> "ImageFolder":
+        """Return the training images as a data set of their own, a share of each class as its test images.
+
+        Raises:
+            FolderError: there are no training images.
+            SelabError: no class has two of them.
+        """
+        train = self._listing.train
+        if train is None:
+            raise FolderError(f"{self._test.split.root}: there is no folder train beside it to hold images back from")
+        parts = [
+            replace(train, files=train.files[places], labels=train.labels[places])
+            for places in split(train.labels, share, title=self.title)
+        ]
+        listing = replace(
+            self._listing, train=parts[0], val=parts[1], sha256=identity_of(self.sha256, share), assumed=()
+        )
+        return ImageFolder(
+            listing,
+            name=self.name,
+            title=f"{self.title}, training images",
+            image=self.image,
+            workers=self._workers,
+            report=self._report,
+        )
 
     def _batches(
         self, images: ImageFiles, asked: Iterator[list[tuple[int, int | None]]], device: torch.device

@@ -39,6 +39,10 @@ WORKING = {
         *("--arch", SE, "--weights", "good.safetensors", "--data", "synthetic", "--most", "10"),
         *("--max-drop", "100", "--budget", "0", "--replace"),
     ],
+    "place": [
+        *("--arch", f"{TOML}:tiny", *TRAINING, "--budget", "params=1.5", "--insert", "auto", "--trials", "1"),
+        *("--search-epochs", "1", "--seeds", "1", "--measure", "1"),
+    ],
     "export": ["--arch", f"{TOML}:se_tiny", "--to", "onnx", "--replace"],
     "import": [
         *("--arch", SE, "--from", "executorch", "--on-device", "a phone", "--replace"),
@@ -63,7 +67,7 @@ WORKING = {
     ],
 }
 # They train or measure when nothing is wrong, which takes seconds.
-SLOW = ("profile", "tax", "sweep", "timeline", "train", "eval", "compare", "gates", "blocks", "fold", "export")
+SLOW = ("profile", "tax", "sweep", "timeline", "train", "eval", "compare", "gates", "blocks", "fold", "place", "export")
 NUMBERS = ["", "0", "-1", "1e400", "nan", "inf", "9" * 5000, "1" + "0" * 400, "0x10", "1 2", "٣", "\0", "--"]
 TEXTS = [
     "",
@@ -242,6 +246,9 @@ OPTIONS = {
             "--max-drop",
             "--max-error",
             "--finetune",
+            "--trials",
+            "--search-epochs",
+            "--measure",
         ],
         NUMBERS,
     ),
@@ -306,6 +313,7 @@ OF_COMMAND = {
     ("table", "--out"): WRITE,
     ("roofline", "--out"): WRITE,
     ("export", "--out"): WRITE,
+    ("place", "--budget"): [*TEXTS, "latency", "latency=", "latency=1", "latency=nan", "bytes=1.1", "macs=1e400"],
 }
 ARGUMENTS = {
     "archs": TEXTS,

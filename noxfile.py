@@ -20,6 +20,7 @@ IMAGES = Path("docs/images")
 RESULTS = Path("docs/results.md")
 TAX_RESULTS = Path("docs/se-tax-results.md")
 RUNTIME_RESULTS = Path("docs/runtimes.md")
+GATE_RESULTS = Path("docs/gates.md")
 # One SE variant of each kind that the SENet paper publishes an ImageNet error for.
 DRAWN = (
     "se_shufflenet",
@@ -275,6 +276,13 @@ def tax_foreign(session: nox.Session) -> None:
     report(session, machine_folder(session))
 
 
+def records_of(page: Path) -> str | None:
+    """Return the folder that a page names: `[Records](…)`, or `records are in […](…)`; None if it names none."""
+    link = r"(?:\[Records\]|records are in \[[^\]]*\])\(\.\./(profiles/[^/)]+)"
+    found = re.search(link, page.read_text(encoding="utf-8"))
+    return None if found is None else found[1]
+
+
 @nox.session
 def readme(session: nox.Session) -> None:
     """Render the tables and pictures of the docs and README.md again, from the records of the linked machines."""
@@ -287,18 +295,21 @@ def readme(session: nox.Session) -> None:
         session.run(
             "selab", "plot", "accuracy", *axes, "--profiles", trained, "--out", f"{IMAGES}/bought.svg", "--replace"
         )
-    taxed = re.search(r"\.\./(profiles/[^/)]+)", TAX_RESULTS.read_text(encoding="utf-8"))
+    taxed = records_of(TAX_RESULTS)
     if taxed is not None:
-        session.run("selab", "table", "tax", "--profiles", taxed[1], "--into", str(TAX_RESULTS))
+        session.run("selab", "table", "tax", "--profiles", taxed, "--into", str(TAX_RESULTS))
         for arch, picture in (("se_resnet50", "tax"), ("se_mobilenet", "tax-mobilenet")):
-            record = f"{taxed[1]}/tax/{arch}.cpu-b1-224-fp32-held-t1.forward.json"
+            record = f"{taxed}/tax/{arch}.cpu-b1-224-fp32-held-t1.forward.json"
             out = f"{IMAGES}/{picture}.svg"
             session.run("selab", "plot", "tax", "--record", record, "--out", out, "--replace")
-    folder_of_runtimes = re.search(r"\.\./(profiles/[^/)]+)", RUNTIME_RESULTS.read_text(encoding="utf-8"))
+    gates = records_of(GATE_RESULTS)
+    if gates is not None:
+        session.run("selab", "table", "gates", "--profiles", gates, "--into", str(GATE_RESULTS))
+    folder_of_runtimes = records_of(RUNTIME_RESULTS)
     if folder_of_runtimes is not None:
-        session.run("selab", "table", "runtimes", "--profiles", folder_of_runtimes[1], "--into", str(RUNTIME_RESULTS))
+        session.run("selab", "table", "runtimes", "--profiles", folder_of_runtimes, "--into", str(RUNTIME_RESULTS))
         drawn = ("--arch", "se_mobilenet", "--out", f"{IMAGES}/runtimes.svg", "--replace")
-        session.run("selab", "plot", "runtimes", "--profiles", folder_of_runtimes[1], *drawn)
+        session.run("selab", "plot", "runtimes", "--profiles", folder_of_runtimes, *drawn)
     for name in ("added", "mobile", "paper-2"):
         session.run("selab", "table", name, "--profiles", folder, "--into", str(RESULTS))
     session.run(

@@ -68,6 +68,8 @@ HELD_BACK, PLACED = 0.1, "placed"
 _MOST_WIDTHS, _MOST_REPEATS = 4, 2
 # Epochs of a training, and finished trials, before one may be ended early.
 _WARMUP, _STARTUP = 1, 4
+# Proposals for each network that is to be tried.
+_MOST_ASKED = 4
 
 
 class PlaceRequest(Frozen, frozen=True, kw_only=True):
@@ -151,8 +153,10 @@ class Placing:
         """Take over what an earlier, equal call has measured and trained.
 
         Raises:
+            DeviceError: Optuna is not installed.
             RecordError: the record there is of something else, or cannot be written.
         """
+        _optuna()
         check_writable(self.path, replace=True)
         if replace:
             self._journal.unlink(missing_ok=True)
@@ -232,11 +236,11 @@ class Placing:
         every = tuple(range(len(self.record.sites)))
         if not any(one.sites == every for one in arms):
             arms.append(self._arm("all", "all", every))
-        if not any(one.kind == "last" for one in arms):
-            cheapest = min(costs, default=1.0)
+        if min(costs) > limit.ratio + 1e-6:
+            cheapest = self.record.sites[costs.index(min(costs))].path
             raise SelabError(
-                f"--budget {limit.quantity}={limit.ratio:g}: not even the last block fits; the cheapest one costs "
-                f"{cheapest:.4f} times the network; allow more"
+                f"--budget {limit.quantity}={limit.ratio:g}: no block fits; the cheapest one, at {cheapest}, makes "
+                f"{min(costs):.4f}; allow more"
             )
         self.record = msgspec.structs.replace(self.record, arms=tuple(arms), remarks=tuple(remarks))
         for remark in remarks:
@@ -301,9 +305,8 @@ class Placing:
 
     def _network(self, name: str, chosen: Sequence[int]) -> Network:
         paths = tuple(self.record.sites[one].path for one in chosen)
-        return Network(
-            name=name, title=f"{self.record.arch} with {len(paths)} of {len(self.record.sites)} blocks", sites=paths
-        )
+        title = f"{self.record.arch} with {len(paths)} of {len(self.record.sites)} blocks"
+        return Network(name=name, title=title, sites=paths)
 
     def _arch(self, name: str) -> str:
         return f"{self.networks}:{name}"
@@ -353,11 +356,11 @@ class Placing:
     def _search(self, report: Report, say: Say) -> None:
         """Let Optuna propose sites, and train them."""
         study, states = self._study()
-        ended = [one for one in study.trials if one.state.is_finished() and one.state != states.FAIL]
         known = {arm.sites: arm for arm in self.record.arms}
-        costs = self._costs()
-        say(f"search: {len(ended)} of {self.request.trials} trials done")
-        for number in range(len(ended), self.request.trials):
+        costs, wanted = self._costs(), self.request.trials
+        say(f"search: {self._trials} of {counted(wanted, 'trial')} done")
+        # A small network has few placements within the limit: what is proposed again is not trained again.
+        while self._trials < wanted and len(study.trials) < _MOST_ASKED * wanted:
             trial = study.ask()
             scores = [trial.suggest_float(one.path, 0.0, 1.0) for one in self.record.sites]
             chosen = fill(scores, costs, self.request.limit.ratio)
@@ -367,14 +370,18 @@ class Placing:
                 _tell(study, trial, there, states)
                 continue
             arm = self._arm(_name_of(chosen), "tried", chosen)
-            label = f"trial {number + 1} of {self.request.trials}"
+            label = f"trial {self._trials + 1} of {wanted}"
             report(label, None)
             arm = self._tried(trial, arm, lambda state, label=label: report(label, state))  # type: ignore[misc]
             self._set(arm)
             known[chosen] = arm
             _tell(study, trial, arm, states)
-        self.record = msgspec.structs.replace(self.record, trials=self.request.trials)
+        self.record = msgspec.structs.replace(self.record, trials=self._trials)
         self._save()
+
+    @property
+    def _trials(self) -> int:
+        return sum(one.kind == "tried" and one.held_out_pct is not None for one in self.record.arms)
 
     def _tried(self, trial: Any, arm: Arm, report: Callable[[TrainingProgress], object]) -> Arm:
         told: dict[int, float] = {}
@@ -398,27 +405,22 @@ class Placing:
             return msgspec.structs.replace(arm, held_out_pct=0.0)
 
     def _study(self) -> tuple[Any, Any]:
-        try:
-            import optuna
-            from optuna.storages.journal import JournalFileBackend
-        except ModuleNotFoundError as error:
-            raise DeviceError(
-                f"place: needs the package {error.name}, which is not installed; run pip install 'selab[place]'"
-            ) from None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna = _optuna()
         self.out.mkdir(parents=True, exist_ok=True)
         key = msgspec.json.encode([getattr(self.record, one) for one in _DECIDING]).decode()
         study = optuna.create_study(
             study_name=key,
-            storage=optuna.storages.JournalStorage(JournalFileBackend(str(self._journal))),
-            sampler=optuna.samplers.TPESampler(seed=0, multivariate=True),
+            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(self._journal))),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP, n_warmup_steps=_WARMUP),
             direction="maximize",
             load_if_exists=True,
         )
+        # Another seed after each interruption: the same one would propose the same placements again.
+        study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), multivariate=True)
         states = optuna.trial.TrialState
         for one in study.get_trials(states=(states.RUNNING,)):
             study.tell(one.number, state=states.FAIL)
+            study.enqueue_trial(one.params)
         if not study.trials:
             # What one would try first: blocks in the last sites.
             for arm in self.record.arms:
@@ -485,6 +487,18 @@ class Placing:
         if found is not None:
             made.append(self._network(PLACED, found.sites))
         write_networks(self.sites, made, self.networks)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+        import optuna.storages.journal
+    except ModuleNotFoundError as error:
+        raise DeviceError(
+            f"place: needs the package {error.name}, which is not installed; run pip install 'selab[place]'"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
 
 
 # What two calls must have in common for one to go on with the other's results.

@@ -272,7 +272,7 @@ def test_another_request_is_refused(family, finished):
     [
         (
             {"limit": Limit(quantity="latency", ratio=1.001)},
-            "not even the last block fits; the cheapest one costs 1.004",
+            "no block fits; the cheapest one, at 0, makes 1.0040",
         ),
         ({"arch": "se_tiny"}, "has attention blocks already; name its baseline, tiny"),
         ({"insert": ("nowhere",)}, "matches no module"),
@@ -284,6 +284,17 @@ def test_bad_input(family, tmp_path, measured, changes, said):
     with pytest.raises(SelabError, match=said):
         placed(arch, tmp_path / "out", **others)
     assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_blocks_before_the_last_one_may_fit_alone(family, tmp_path, measured):
+    # The last block has the most parameters.
+    sites = sites_of(fitted(find(family), images()), se="reduction=2", insert=("0", "1", "3", "4"))
+    ratio = 1 + 1.2 * sites.found[0].params / sites.cost.params
+    assert sites.found[-1].params > 1.2 * sites.found[0].params
+    limit = Limit(quantity="params", ratio=ratio)
+    record = placed(family, tmp_path / "out", limit=limit, trials=3, seeds=1).record
+    assert not any(one.kind == "last" for one in record.arms)
+    assert all(set(one.sites) <= {0, 1} for one in record.arms if one.kind == "tried")
 
 
 def test_a_network_that_cannot_be_wider_is_compared_without(family, tmp_path, measured, monkeypatch):

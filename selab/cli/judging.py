@@ -3,6 +3,7 @@
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ from selab.cli.options import (
     WHAT,
     WORKLOAD,
     Arch,
+    DataName,
     DataOptions,
     Ema,
     Format,
@@ -41,15 +43,18 @@ from selab.cli.options import (
 )
 from selab.cli.training import open_images, preparation_of
 from selab.errors import SelabError
+from selab.models.spec import ONNX_FAMILY
 from selab.records.bounds import MOST_IMAGES, MOST_THREADS
 from selab.records.types import Device
 
 if TYPE_CHECKING:
     from selab.experiments.folding import Rule
     from selab.experiments.judged import Judged
+    from selab.judging.folding import Folding
     from selab.models.spec import Variant
 
 _PICTURES = ("gates.svg", "depth.svg")
+_TOLD = 1000
 
 
 @dataclass(kw_only=True)
@@ -65,17 +70,33 @@ class JudgedOptions:
     ] = None
     inputs: Inputs = None
     most: Annotated[
-        int | None, natural("--most", DATA, "Look at so many images at most; at all by default.", most=MOST_IMAGES)
+        int | None, natural("--most", DATA, "Look at so many images at most; all by default.", most=MOST_IMAGES)
     ] = None
     batch: Annotated[int, natural("--batch", DATA, "Images per pass.", most=MOST_IMAGES)] = 100
     device: Annotated[Device, option("--device", WHAT, "cpu or cuda.", metavar="NAME")] = "cpu"
+
+
+@dataclass(kw_only=True)
+class JudgedDataOptions(DataOptions):
+    """Which images with labels the network is judged on."""
+
+    data: Annotated[
+        DataName | None,
+        option(
+            "--data",
+            DATA,
+            "cifar10 (default), cifar100, synthetic, imagenet or folder.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None  # type: ignore[assignment]
 
 
 @with_options
 def gates(
     arch: Arch,
     options: JudgedOptions,
-    data: DataOptions,
+    data: JudgedDataOptions,
     preparation: PreparationOptions,
     classes: Annotated[
         str,
@@ -89,6 +110,7 @@ def gates(
     look: Format = "rich",
 ) -> None:
     """Show what the gates of a trained network do: spread, saturation, classes."""
+    from selab.judging.look import chosen_classes
     from selab.report.figures import gates as figures
     from selab.report.figures import registry
     from selab.report.gates import gates_table
@@ -98,10 +120,13 @@ def gates(
     chosen = [one.strip() for one in classes.split(",") if one.strip()]
     with reporting(open_console(stderr=True)) as report:
         network = _judged(variant, options, data, preparation)
+        if chosen:
+            # Names are checked before the pass; whether a class has images shows behind it.
+            chosen_classes(network.seen.classes, chosen, [1] * len(network.seen.classes))
         found = network.gates(
             network.batches(),
             chosen=chosen,
-            report=lambda number: report(f"looking at the gates, {units.counted(number, 'image')}", None),
+            report=lambda number: report(f"looking at the gates, {_told(number)}", None),
         )
     if json_to is not None:
         write_json(builtins(found), json_to)
@@ -112,11 +137,16 @@ def gates(
         print_tables([gates_table(found)], look)
 
 
+def _told(number: int) -> str:
+    # In a pipe each text is a line.
+    return units.counted(number // _TOLD * _TOLD, "image") if number >= _TOLD else f"less than {_TOLD:,} images"
+
+
 @with_options
 def blocks(
     arch: Arch,
     options: JudgedOptions,
-    data: DataOptions,
+    data: JudgedDataOptions,
     preparation: PreparationOptions,
     runtime: Annotated[
         str | None, option("--runtime", WORKLOAD, "Time the blocks in this runtime, or in torch.", metavar="NAME")
@@ -213,7 +243,7 @@ class FoldOptions:
 def fold(
     arch: Arch,
     options: JudgedOptions,
-    data: DataOptions,
+    data: JudgedDataOptions,
     preparation: PreparationOptions,
     allowed: FoldOptions,
     out: Annotated[Path, option("--out", OUTPUT, "For the network and its description.", metavar="FOLDER")] = Path(
@@ -235,6 +265,8 @@ def fold(
     backend(runtime)
     with reporting(open_console(stderr=True)) as report:
         network = _judged(variant, options, data, preparation)
+        if allowed.prune and variant.family == ONNX_FAMILY:
+            raise SelabError(f"--prune: {variant.name} is an ONNX network; only networks in PyTorch lose channels")
         recipe = finetuning.recipe_for(network, allowed.finetune) if allowed.finetune else None
         files = folding.files_of(network, out, replace=replace, finetune=recipe is not None)
         done = folding.fold(network, rule, hard_gates=bool(allowed.gate), prunes=allowed.prune, report=report)
@@ -242,7 +274,7 @@ def fold(
         if keeps:
             folding.write(done, network, files)
             folding.save(done, files)
-        if keeps and allowed.budget:
+        if keeps:
             how: dict[str, Any] = {"runtime": runtime, "budget_s": allowed.budget}
             done = folding.measured(done, network, files, **how, report=report)
             folding.save(done, files)
@@ -253,21 +285,34 @@ def fold(
     if json_to is not None:
         write_json(builtins(done.record), json_to)
     if str(json_to) != "-":
-        said = f"written: {', '.join(map(str, files.written))}" if keeps else "no block folds; nothing was written"
+        said = "no block folds; no network was written"
+        if keeps:
+            said = f"written: {', '.join(map(str, files.written))} (--arch {files.arch})"
         print_tables(folding_tables(done.record), look, *([] if done.too_dear else [said]))
     if done.too_dear:
         record = done.record
+        without = ", leave out --gate" if record.gate else ""
         raise SelabError(
-            f"{record.arch}: on the images that did not decide it costs {record.cost:.3g} {record.unit}, more than "
-            f"{record.limit:g}: nothing was written; allow more, or give more images"
+            f"{record.arch}: on the {units.counted(record.reported_on, 'image')} that did not decide it costs "
+            f"{record.cost:.3g} {record.unit}{_interval(record)}, more than {record.limit:g}: no network was "
+            f"written; allow more{without}, or give more images"
         )
 
 
-def _judged(variant: "Variant", options: JudgedOptions, data: DataOptions, preparation: PreparationOptions) -> "Judged":
+def _interval(record: "Folding") -> str:
+    loss = record.loss if record.unit == "points" else None
+    return "" if loss is None else f" [{loss.low:.2f}, {loss.high:.2f}]"
+
+
+def _judged(
+    variant: "Variant", options: JudgedOptions, data: JudgedDataOptions, preparation: PreparationOptions
+) -> "Judged":
     """Return the network that the options name, with its images."""
     from selab.experiments.job import parse_input
     from selab.experiments.judged import ALL_IMAGES, Seen, judged
 
+    if options.images is not None and data.data is not None:
+        raise typer.BadParameter("contradicts --data; leave one of them out", param_hint="--images")
     if options.inputs and len(options.inputs) > 1:
         raise typer.BadParameter("one image only", param_hint="--input")
     how: dict[str, Any] = {"batch": options.batch, "most": options.most or ALL_IMAGES}
@@ -275,6 +320,7 @@ def _judged(variant: "Variant", options: JudgedOptions, data: DataOptions, prepa
     if options.images is not None:
         seen = Seen(folder=options.images, **how)
     else:
-        prepared, _ = preparation_of(data, options.weights, preparation)
-        seen = Seen(data=open_images(data, prepared), **how)
+        named = replace_fields(data, data=data.data or "cifar10")
+        prepared, _ = preparation_of(named, options.weights, preparation)
+        seen = Seen(data=open_images(named, prepared), **how)
     return judged(variant, seen, weights=options.weights, ema=options.ema, device=options.device)

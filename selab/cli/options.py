@@ -4,7 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -549,7 +549,12 @@ def with_options(command: _Command) -> _Command:
             kind = groups[one.name]
             types = get_type_hints(kind, include_extras=True)
             parameters += [
-                inspect.Parameter(field.name, one.KEYWORD_ONLY, default=field.default, annotation=types[field.name])
+                inspect.Parameter(
+                    field.name,
+                    one.KEYWORD_ONLY,
+                    default=one.empty if field.default is MISSING else field.default,
+                    annotation=types[field.name],
+                )
                 for field in fields(kind)
             ]
         else:

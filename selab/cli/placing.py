@@ -86,7 +86,12 @@ class PlaceOptions:
     trials: Annotated[int, natural("--trials", TIME, "Networks that the search tries.", most=MOST_PROCESSES)] = 20
     search_epochs: Annotated[
         int | None,
-        natural("--search-epochs", TIME, "Epochs of a trial; a quarter of --epochs by default.", show_default=False),
+        natural(
+            "--search-epochs",
+            TIME,
+            "Epochs of a trial; a quarter of --epochs by default, and two at least.",
+            show_default=False,
+        ),
     ] = None
     seeds: Annotated[int, natural("--seeds", TIME, "Trainings of each network at the end.", most=MOST_PROCESSES)] = 3
     runtime: Annotated[str, option("--runtime", WORKLOAD, "That the times are of.", metavar="NAME")] = TORCH
@@ -111,7 +116,7 @@ class PlaceOptions:
             insert=tuple(self.insert or ()),
             recipe=recipe,
             options=options,
-            search_epochs=self.search_epochs or max(_LEAST_SEARCH, epochs // _SEARCH_SHARE),
+            search_epochs=self.search_epochs or min(epochs, max(_LEAST_SEARCH, epochs // _SEARCH_SHARE)),
             trials=self.trials,
             seeds=self.seeds,
             runtime=self.runtime,

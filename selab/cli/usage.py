@@ -2,6 +2,7 @@
 
 import re
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -94,6 +95,8 @@ def _text(error: Any, context: Any) -> str:
         close = get_close_matches(found[1].lower(), names, n=3, cutoff=_CLOSE)
         meant = f"; did you mean {', '.join(close)}?" if close else ""
         message = f"{_cut(found[1])!r} is not one of {', '.join(names)}{meant}"
+        if parameter is not None and "--data" in parameter.opts and Path(found[1]).is_dir():
+            message += f"; a folder is --data folder --data-dir {_cut(found[1])}, or without labels --images"
     return message if where is None else f"{where}: {message}"
 
 

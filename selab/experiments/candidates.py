@@ -17,7 +17,7 @@ from selab.experiments.job import network_address
 from selab.judging.placement import Site
 from selab.models import catalog, resized
 from selab.models.build import build
-from selab.models.provenance import address
+from selab.models.provenance import address, fixed_address
 from selab.models.spec import Variant, read_family
 from selab.records.files import write_atomically
 from selab.records.types import Cost
@@ -134,7 +134,7 @@ def write_networks(sites: Sites, networks: Sequence[Network], path: Path) -> dic
 def family_text(sites: Sites, networks: Sequence[Network]) -> str:
     """Return the TOML of some networks, the original first."""
     original = sites.original
-    named = json.dumps(address(original.name, original.file))
+    named = json.dumps(fixed_address(original))
     text = (
         f'family = "placed"\nsource = {json.dumps(f"selab place --arch {original.name}")}\n'
         f'builder = "{resized.BUILDER}"\n'

@@ -223,11 +223,13 @@ class Export(Frozen, frozen=True, kw_only=True):
     """What `selab export` wrote.
 
     Attributes:
+        baseline: what it is compared with; empty for nothing.
         agreement_otherwise: of int8 with the SE blocks in fp32, where the file has them in int8, or the reverse.
         remarks: what must be known of it.
     """
 
     arch: str
+    baseline: str = ""
     runtime: str
     path: str
     dtype: Dtype
@@ -293,6 +295,7 @@ def export(job: Job, path: Path, *, weights: Path | None, report: Report) -> Exp
                 without = looked_at(beside, to)
         return Export(
             arch=job.variant.name,
+            baseline="" if job.baseline is None else job.baseline.name,
             runtime=to.name,
             path=str(path),
             dtype=workload.dtype,

@@ -16,18 +16,18 @@ from selab.deploy.target import scratch
 from selab.errors import ModelError, RecordError, SelabError
 from selab.experiments.job import Request, resolve
 from selab.experiments.judged import HARD, Batch, DeadChannels, Factors, Judged, JudgedGraph
-from selab.experiments.profiling import Profile
+from selab.experiments.profiling import Profile, count_job
 from selab.graphs.module import OnnxNetwork
 from selab.judging.choose import choose
 from selab.judging.folding import OF_OUTPUT, POINTS, Folding, Size, folding_json
 from selab.judging.look import parts_of
-from selab.judging.loss import loss_of
+from selab.judging.loss import Loss, loss_of
 from selab.judging.worth import Arm, answers, both, changes
 from selab.meta import first_line
 from selab.models import folded as models_folded
 from selab.models.build import build
 from selab.models.catalog import find
-from selab.models.provenance import address
+from selab.models.provenance import fixed_address
 from selab.models.spec import Variant
 from selab.records.files import check_writable, write_atomically
 from selab.records.types import Cost
@@ -52,6 +52,16 @@ class Rule:
 
     points: float | None
     error: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse limits that are none.
+
+        Raises:
+            SelabError: points that are not between 0 and 100, or an error that is not between 0 and 1.
+        """
+        for name, value, most in (("max_drop", self.points, 100), ("max_error", self.error, 1)):
+            if value is not None and not (isinstance(value, int | float) and 0 <= value <= most):
+                raise SelabError(f"{name}: {value!r}: allowed: 0 to {most}")
 
     @classmethod
     def of(cls, points: float | None, error: float | None, *, labels: bool) -> "Rule":
@@ -110,6 +120,8 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool 
     if rule.points is not None and not network.seen.classes:
         raise SelabError(f"{network.seen.words}: has no labels to lose points by; give --max-error instead")
     report("looking at the gates", None)
+    if next(network.batches(REPORTING), None) is None:
+        raise SelabError(f"{network.seen.words}: every second image decides and the others report; give 2 or more")
     seen = network.gates(network.batches(CHOOSING))
     means = {one.path: np.array(one.mean) for one in seen.blocks}
 
@@ -126,23 +138,18 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool 
             raise ModelError(f"{path}: {place}, though it seemed to fold; report it as a fault of selab fold")
     ran = network.running(made)
     _check_rounding(network, constants, ran)
-    gate_error = None
+    gate_error, gate_loss = None, None
     if hard_gates:
         made = network.with_hard_gates(made)
         before, ran = ran, network.running(made)
-        (gate_error,) = changes(lambda: network.batches(REPORTING), [before, ran])
+        gate_loss, gate_error = _difference(network, before, ran)
     dead = network.dead(made, seen, went)
     narrowed: dict[str, dict[str, int]] = {}
     if prunes:
         made, dead, narrowed = _pruned(network, made, dead, rule, report)
         ran = network.running(made)
     report("comparing on the other images", None)
-    loss = None
-    if network.seen.classes:
-        (own, other), (error,) = both(lambda: network.batches(REPORTING), [network.model, ran])
-        loss = loss_of(own, other)
-    else:
-        (error,) = changes(lambda: network.batches(REPORTING), [network.model, ran])
+    loss, error = _difference(network, network.model, ran)
     record = Folding(
         arch=network.name,
         weights=network.weights,
@@ -158,8 +165,17 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool 
         error=error,
         gate=HARD if hard_gates else "",
         gate_error=gate_error,
+        gate_loss=gate_loss,
     )
     return Folded(network=made, record=record, narrowed=narrowed)
+
+
+def _difference(network: Judged, before: nn.Module, after: nn.Module) -> tuple[Loss | None, float]:
+    """Return what a change costs on the images that did not decide: accuracy, with labels, and the outputs."""
+    if not network.seen.classes:
+        return None, changes(lambda: network.batches(REPORTING), [before, after])[0]
+    (own, other), (error,) = both(lambda: network.batches(REPORTING), [before, after])
+    return loss_of(own, other), error
 
 
 def _costs(network: Judged, arms: Sequence[Arm], rule: Rule) -> list[float]:
@@ -296,8 +312,7 @@ def write(folded: Folded, network: Judged, files: Files) -> None:
 def family_text(variant: Variant, record: Folding, narrowed: Mapping[str, Mapping[str, int]]) -> str:
     """Return the TOML that describes a folded network, and beside it the network as it was."""
     chw = ", ".join(map(str, variant.input_chw))
-    named = address(variant.name, variant.file)
-    arch, source = json.dumps(named), json.dumps(f"selab fold --arch {named}")
+    arch, source = json.dumps(fixed_address(variant)), json.dumps(f"selab fold --arch {variant.name}")
     both = {
         "original": (f"{variant.name} as it was", ""),
         "folded": (f"{variant.name}, {counted(len(record.folded), 'block')} folded", " ".join(record.folded)),
@@ -325,7 +340,7 @@ def measured(folded: Folded, network: Judged, files: Files, *, runtime: str, bud
         network: as it was.
         files: of the folded network.
         runtime: that runs both.
-        budget_s: seconds of measuring.
+        budget_s: seconds of measuring; 0 to count alone.
         report: called with what is done.
 
     Raises:
@@ -338,26 +353,30 @@ def measured(folded: Folded, network: Judged, files: Files, *, runtime: str, bud
         runtime=runtime,
         phases=("forward",),
         quick=True,
-        budget_s=budget_s,
+        budget_s=budget_s or None,
         input_chw=network.seen.image,
     )
-    profile = Profile(resolve(request))
-    profile.run(report)
-    record = profile.record()
+    job = resolve(request)
+    if budget_s:
+        profile = Profile(job)
+        profile.run(report)
+        record = profile.record()
+    else:
+        record = count_job(job, by_module=False, counters=False)
     assert record.baseline_cost is not None
     found = msgspec.structs.replace(
         folded.record,
         before=_size(record.baseline_cost),
         after=_size(record.cost),
         latency=record.latency.get("forward"),
-        runtime=record.workload.runtime,
-        machine=record.machine.name,
+        runtime=record.workload.runtime if budget_s else "",
+        machine=record.machine.name if budget_s else "",
     )
     return replace(folded, record=found)
 
 
 def _size(cost: Cost) -> Size:
-    return Size(params=cost.params, macs=cost.macs.conv_linear, bytes=cost.bytes)
+    return Size(params=cost.params, macs=cost.macs.all, bytes=cost.bytes)
 
 
 def save(folded: Folded, files: Files) -> None:

@@ -317,6 +317,8 @@ def _check_exported(request: Request, variant: Variant) -> None:
         raise SpecError("--float-blocks: is of quantised networks; add --dtype int8")
     if request.spelling and variant.family == ONNX_FAMILY:
         raise SpecError(f"--spelling: {variant.name} is an ONNX network, whose blocks stay as they are; leave it out")
+    if request.fused and request.runtime != TORCH:
+        raise SpecError(f"--fused: is of networks in PyTorch; leave it out with --runtime {request.runtime}")
     if request.spelling:
         from selab.deploy.spelling import spelling_of
 

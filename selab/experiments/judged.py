@@ -31,7 +31,7 @@ from selab.judging.worth import Arm, Replaced
 from selab.models.build import build
 from selab.models.checkpoint import load
 from selab.models.external import runs_code_of
-from selab.models.spec import Variant
+from selab.models.spec import ONNX_FAMILY, Variant
 from selab.training.data import Data
 
 if TYPE_CHECKING:
@@ -397,6 +397,9 @@ def judged(
     told = "" if weights is None else weights.name
     if seen.data is not None:
         variant = fitted(variant, seen.data)
+    if variant.family != ONNX_FAMILY:
+        # Whether there is a block at all is told before weights are asked for.
+        gated_blocks(build(variant, device="meta", input_chw=seen.image or variant.input_chw).model)
     if weights is not None and seen.data is not None:
         return JudgedModule(variant, seen, loaded(variant, seen.data, weights, ema=ema), device, told)
     model = build(variant, input_chw=seen.image or variant.input_chw).model

@@ -210,7 +210,9 @@ class Placing:
                 remarks.append(str(error))
                 continue
             if not others and kind == "depth":
-                remarks.append("no block of the network keeps the shape of its map, so that none runs once more")
+                remarks.append(
+                    "more depth: no block of the network keeps the shape of its map, so that none runs once more"
+                )
             resized += [(kind, one) for one in others]
         self._made = {one.network.name: one.network for _, one in resized}
         firsts = [places[0] for places in shapes(self.sites.found).values()]
@@ -434,7 +436,7 @@ class Placing:
         """Train the best of each kind on all training images, and measure their times."""
         chosen = finalists(self.record)
         number = len(chosen) * self.request.seeds
-        say(f"last: {len(chosen)} networks × {self.request.seeds} seeds, on all training images")
+        say(f"last: {counted(len(chosen), 'network')} × {counted(self.request.seeds, 'seed')}, on all training images")
         done = 0
         for seed in range(self.request.seeds):
             for name in chosen:

@@ -20,7 +20,7 @@ class Size(Frozen, frozen=True, kw_only=True):
 
     Attributes:
         params: their number.
-        macs: for one image; of a network those of convolutions and fully connected layers.
+        macs: of all operators, for one image.
         bytes: of memory traffic, for one image.
     """
 
@@ -84,9 +84,10 @@ class Folding(Frozen, frozen=True, kw_only=True):
         before: size of the network as it was.
         after: size of the folded network.
         latency: of the folded network over the one before, forward; None if it was not measured.
-        runtime: that ran both; `machine` is where.
+        runtime: that ran both, one image on one thread; `machine` is where.
         gate: that the gates of the blocks that are left were converted to; empty for their own.
         gate_error: the largest difference of an output that this conversion alone makes, over the largest output.
+        gate_loss: of accuracy, by this conversion alone; None without labels.
         finetuned: what training the folded network further did; None if it was not.
         files: what was written, in the same folder.
     """
@@ -111,6 +112,7 @@ class Folding(Frozen, frozen=True, kw_only=True):
     machine: str = ""
     gate: str = ""
     gate_error: float | None = None
+    gate_loss: Loss | None = None
     finetuned: Finetuned | None = None
     files: tuple[str, ...] = ()
 

@@ -212,13 +212,17 @@ def best(record: Placement, kind: Kind) -> Arm | None:
 
     `found` are all with blocks that are within the limit, those of the last sites too.
     """
-    limit = record.limit.ratio
+    limit, every = record.limit.ratio, tuple(range(len(record.sites)))
     there = [
         one
         for one in record.arms
         if one.held_out_pct is not None
         and not one.stopped
-        and (one.kind == kind or (kind == "found" and one.kind in ("tried", "last") and one.sites))
+        and (
+            one.kind == kind
+            or (kind == "found" and one.kind in ("tried", "last") and one.sites)
+            or (kind == "all" and one.sites == every)
+        )
         and (kind not in ("found", "last") or one.cost <= limit + 1e-6)
     ]
     return max(there, key=lambda one: (one.held_out_pct or 0, -one.cost), default=None)

@@ -52,6 +52,11 @@ class BlockWorth(Frozen, frozen=True, kw_only=True):
         """The share of the network's time that is saved without it; None where it was not measured."""
         return None if self.latency is None or self.latency.ratio is None else 1 - self.latency.ratio
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether its time was measured, and noise hides it."""
+        return self.latency is not None and self.latency.verdict_kind not in ("slower", "faster")
+
 
 class Ranking(Frozen, frozen=True, kw_only=True):
     """The blocks of a network.
@@ -82,12 +87,16 @@ class Ranking(Frozen, frozen=True, kw_only=True):
 
     @property
     def front(self) -> frozenset[str]:
-        """The blocks to take out first: none is worth less and costs more. By bytes where there are no times."""
+        """The Pareto front: of none is another one worth less, and costs more. By bytes where there are no times.
+
+        A time that is hidden in noise is no price, and its block is not on the front.
+        """
         prices = {one.path: one.saved if one.saved is not None else float(one.bytes) for one in self.blocks}
         return frozenset(
             one.path
             for one in self.blocks
-            if not any(
+            if not one.is_hidden
+            and not any(
                 other.worth <= one.worth
                 and prices[other.path] >= prices[one.path]
                 and (other.worth, prices[other.path]) != (one.worth, prices[one.path])

@@ -33,7 +33,8 @@ def gated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     if not found:
         raise InsertionError(
             f"{type(model).__name__}: has no block with one gate per channel: neither SE or ECA of selab, torchvision "
-            "or timm, nor a module that multiplies its input by a gate computed from the input's mean"
+            "or timm, nor a module that multiplies its input by a gate computed from the input's mean; name a network "
+            "with blocks (`selab archs`)"
         )
     order = {path: place for place, (path, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda one: order[one[0]]))

@@ -1,5 +1,6 @@
 """Find the networks that a record was made from, and whether they changed since."""
 
+from pathlib import Path
 from typing import Protocol
 
 from selab.errors import SelabError
@@ -44,6 +45,14 @@ def is_bare(record: Provenance) -> bool:
 def address(name: str, origin: str) -> str:
     """Return what `--arch` takes for a record's network: its name, after its TOML if it is a user's own."""
     return f"{origin}:{name}" if origin else name
+
+
+def fixed_address(variant: Variant) -> str:
+    """Return what `--arch` takes for a network in any folder: a user's own file by its whole path."""
+    if variant.file:
+        return address(variant.name, str(Path(variant.file).resolve()))
+    file, colon, name = variant.name.partition(".py:")
+    return f"{Path(f'{file}.py').resolve()}:{name}" if colon else variant.name
 
 
 def variants_of(record: Provenance) -> tuple[Variant | None, Variant | None]:

@@ -493,6 +493,8 @@ def check_readable(path: Path) -> None:
     Raises:
         WeightsError: it has not, or it cannot.
     """
+    if not path.suffix and not path.exists():
+        raise WeightsError(f"{path}: cannot be read: there is no such file; name a file of weights")
     if path.suffix != ".safetensors" and path.suffix not in _PICKLES:
         raise WeightsError(
             f"{path}: cannot be read: allowed are .safetensors, .pt, .pth, .pth.tar, .ckpt and .bin files"

@@ -38,7 +38,7 @@ def _files(done: Export) -> Table:
     extra = per_block(facts)
     return Table(
         title=f"{done.arch} for {done.runtime}, {done.dtype}{', SE in fp32' if done.float_blocks else ''}: {done.path}",
-        columns=("", "with SE" if facts.blocks + facts.left else "the network", "without SE"),
+        columns=("", *((done.arch, done.baseline) if done.baseline else ("the network", "baseline"))),
         rows=tuple(rows),
         notes=(*notes, *([extra] if extra else []), *(f"Note: {remark}." for remark in done.remarks)),
     )

@@ -45,7 +45,8 @@ def _dead_words(one: Dead) -> str:
     if one.pruned:
         return f"{said}: taken out"
     macs = "" if one.macs is None else f"; the convolution before makes them with {units.count(one.macs)} MACs"
-    return f"{said}{macs}{f'; they stay: {one.why_not}' if one.why_not else ''}"
+    stays = units.plural_of(len(one.channels), "it stays", "they stay")
+    return f"{said}{macs}{f'; {stays}: {one.why_not}' if one.why_not else ''}"
 
 
 def _cost(value: float | None, record: Folding) -> str:
@@ -66,17 +67,25 @@ def _networks(record: Folding) -> Table:
         rows.append((f"accuracy, {units.counted(more.epochs, 'epoch')} later", alone, tuned, loss_words(more.loss)))
     rows.append(("largest change of an output", NONE, NONE, f"{record.error:.2g} of the largest output"))
     if record.gate_error is not None:
-        rows.append((f"of that by {record.gate}", NONE, NONE, f"{record.gate_error:.2g} of the largest output"))
+        by = f"of that by {record.gate}"
+        rows.append((by, NONE, NONE, f"{record.gate_error:.2g} of the largest output"))
+        if record.gate_loss is not None:
+            rows.append((by, NONE, NONE, loss_words(record.gate_loss)))
     if record.before is not None and record.after is not None:
         for name, show in (("params", units.count), ("macs", units.count), ("bytes", units.size)):
             old, new = getattr(record.before, name), getattr(record.after, name)
-            label = {"params": "parameters", "macs": "MACs, conv+linear", "bytes": "bytes moved, forward"}[name]
+            label = {"params": "parameters", "macs": "MACs, all", "bytes": "bytes moved, forward"}[name]
             rows.append((label, show(old), show(new), units.percent(new / old - 1) if old else NONE))
     if record.latency is not None:
         times = [
             NONE if one is None else units.seconds(one) for one in (record.latency.baseline_s, record.latency.variant_s)
         ]
-        rows.append((f"forward, {record.runtime}", *times, change_words(record.latency)))
+        rows.append((f"forward, {record.runtime}, 1 thread", *times, change_words(record.latency)))
+    notes = []
+    if record.loss is not None and record.unit == POINTS and (record.loss.high - record.loss.low) / 2 > record.limit:
+        notes.append("The interval is wider than the limit: so few images cannot show that the limit is kept.")
+    if record.gate and not record.gate_error:
+        notes.append(f"No gate changed: all that are left were a {record.gate} already.")
     return Table(
         title=f"{record.arch} before and after",
         columns=("", "before", "after", "change"),
@@ -84,6 +93,7 @@ def _networks(record: Folding) -> Table:
         notes=(
             f"On the {units.counted(record.reported_on, 'image')} that did not decide."
             + (" In brackets 95 % intervals." if record.loss is not None or record.latency is not None else ""),
+            *notes,
             *(
                 [
                     f"Later: after training by {more.recipe} (learning rate {more.lr:g}), before and folded alike. "
@@ -129,4 +139,4 @@ def summary_table(records: Sequence[Folding]) -> Table:
 
 def loss_words(loss: Loss) -> str:
     """Return `-0.12 points [-0.40, 0.16]`: what a change does to the accuracy."""
-    return f"{-loss.points:+.2f} points [{-loss.high:.2f}, {-loss.low:.2f}]"
+    return f"{-loss.points:+z.2f} points [{-loss.high:z.2f}, {-loss.low:z.2f}]"

@@ -6,6 +6,8 @@ from selab.judging.statistics import CONSTANT, HIGH, LOW, BlockGates
 from selab.report.table import Table
 from selab.units import NONE
 
+# Fewer images show no spread, and no class.
+_FEW = 50
 _COLUMNS = ("block", "channels", "mean", "spread", "between classes", "low", "high", "constant", "dead")
 
 
@@ -22,14 +24,16 @@ def gates_table(gates: Gates) -> Table:
             1, "Between classes: share of the variance that lies between the classes' means (epsilon squared)."
         )
     still = [one.path for one in gates.blocks if len(one.constant) == one.channels]
-    if still:
+    if gates.images < _FEW:
+        notes.append(f"Few images ({gates.images}) say little about how much gates vary; look at more.")
+    elif still:
         notes.append(f"The gates do not depend on the image in {', '.join(still)}.")
     return Table(
         title=f"The gates of {gates.arch} over {units.counted(gates.images, 'image')} of {gates.data}{labelled}",
         columns=_COLUMNS,
         rows=tuple(_row(one) for one in gates.blocks),
         notes=tuple(notes),
-        drop_first=(7, 8, 1, 5, 6),
+        drop_first=(5, 6, 1, 8, 7),
     )
 
 

@@ -97,12 +97,35 @@ def _arms(record: Placement) -> Table:
             f"{units.counted(record.search_epochs, 'epoch')} on the others, one seed. Test: after "
             f"{units.counted(record.epochs, 'epoch')} on all training images, mean and deviation of the seeds.",
             f"The search tried {units.counted(trained, 'other network')}; {stopped} were ended early.",
+            "front: no other network costs as little and answers as well.",
             *verdict_of(record),
+            *_warnings(record),
             *record.remarks,
         ),
         words=frozenset({0, 7}),
         drop_first=(4, 3, 7),
     )
+
+
+def _warnings(record: Placement) -> list[str]:
+    """Return in sentences what the figures alone may hide."""
+    found, limit, said = best(record, "found"), record.limit.ratio, []
+    if found is not None and found.kind == "last":
+        said.append("The search found nothing better than blocks at the last sites.")
+    if found is not None and found.latency is not None and record.limit.quantity != "latency":
+        ratio = found.latency.ratio
+        if ratio is not None and ratio - 1 > _MANY_TIMES * (limit - 1):
+            said.append(
+                f"Within the {record.limit.quantity}, and {units.percent(ratio - 1)} in time; --budget latency=RATIO "
+                "limits that."
+            )
+    far = [one for one in record.arms if one.kind in ("width", "depth") and one.cost - 1 < _NEAR * (limit - 1)]
+    nearer = "is nearer to the limit, and within it"
+    return said + [f"{one.name}: costs × {one.cost:.4f}; no more {one.kind} {nearer}." for one in far]
+
+
+# Over the limit in another quantity, and of the limit, from where on that is said.
+_MANY_TIMES, _NEAR = 2, 0.5
 
 
 def _words(arm: Arm, record: Placement) -> str:

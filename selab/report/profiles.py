@@ -54,6 +54,8 @@ def _cost_rows(cost: Cost, base: Cost | None, which: Sequence[tuple[str, str, un
     return [
         _row(label, None if base is None else attrgetter(path)(base), attrgetter(path)(cost), show)
         for label, path, show in which
+        # A network in a file of another runtime has no backward pass.
+        if "backward" not in path or attrgetter(path)(cost)
     ]
 
 

@@ -23,8 +23,8 @@ def ranking_table(record: Ranking) -> Table:
         if labelled
         else "Change: the largest change of an output without the gate, over the network's largest output.",
         *(["Without it: time of the network without the block over that with all blocks."] if timed else []),
-        f"*: no other block is worth less and {'takes more time' if timed else 'moves more bytes'}; take these out "
-        "first.",
+        f"*: on the Pareto front: no other block is worth less and {'takes more time' if timed else 'moves more bytes'}"
+        f"{', which is shown' if timed else ''}. Take out those first that lose nothing.",
         *record.remarks,
     ]
     return Table(

@@ -126,6 +126,7 @@ class Cifar:
         train_labels: (N,).
         test_images: (N, 3, 32, 32).
         test_labels: (N,).
+        classes: their names, in the order of their numbers; empty where the files do not have them.
     """
 
     title: str
@@ -135,6 +136,7 @@ class Cifar:
     train_labels: Bytes
     test_images: Bytes
     test_labels: Bytes
+    classes: tuple[str, ...] = ()
 
 
 def open_cifar(
@@ -267,7 +269,24 @@ def _read(folder: Path, layout: Layout) -> Cifar:
         train_labels=train_labels,
         test_images=test_images,
         test_labels=test_labels,
+        classes=_class_names(folder / layout.texts[-1], layout.labels[-1]),
     )
+
+
+def _class_names(path: Path, number: int) -> tuple[str, ...]:
+    """Return the names of the classes, one a line; none where the file is missing, or is something else."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_NAMES:
+            return ()
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError):
+        return ()
+    names = tuple(one.strip() for one in lines if one.strip())
+    return names if len(set(names)) == number and all(one.isprintable() for one in names) else ()
+
+
+# Bytes of a file of names.
+_MOST_NAMES = 1 << 16
 
 
 def _rows(path: Path, count: int, layout: Layout) -> Bytes:

@@ -144,6 +144,7 @@ class ImageSet:
         test_labels: (M,).
         mean: by channel, in units of 1/255; subtracted.
         std: by channel, in units of 1/255; divided by.
+        classes: their names, in the order of their numbers; empty if they have none.
     """
 
     name: str
@@ -157,6 +158,7 @@ class ImageSet:
     test_labels: Tensor = field(repr=False)
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
     _moved: dict[torch.device, _Moved] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -338,4 +340,5 @@ def _cifar_set(name: str, data_dir: Path, *, download: bool, report: Callable[[s
         test_labels=torch.from_numpy(found.test_labels),
         mean=layout.mean,
         std=layout.std,
+        classes=found.classes,
     )

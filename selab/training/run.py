@@ -213,6 +213,13 @@ class RunFolder:
         write_atomically(self._training, _json(moved))
         return training
 
+    def discard(self) -> None:
+        """Remove a folder in which nothing was trained yet."""
+        with suppress(OSError):
+            if not self.checkpoint.exists() and not self._training.exists():
+                (self.path / "run.json").unlink(missing_ok=True)
+                self.path.rmdir()
+
     def save(self, checkpoint: Checkpoint, tensors: dict[str, Any]) -> None:
         """Replace the last checkpoint.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from selab import units
+from selab.errors import SelabError
 from selab.models.spec import Variant
 from selab.training.augment import check_seed
 from selab.training.data import Data
@@ -108,7 +109,11 @@ def train(
         with engine.clear_errors():
             found = group.on_first(held.load)
             if found is None and weights is not None:
-                dropped = engine.start_from(weights, variant)
+                try:
+                    dropped = engine.start_from(weights, variant)
+                except SelabError:
+                    group.on_first(held.discard)
+                    raise
                 if dropped and group.first:
                     classes = units.counted(data.num_classes, "class", "classes")
                     say(f"{weights}: {', '.join(dropped)} left out, for {classes}")

@@ -188,7 +188,7 @@ def test_a_fold_that_costs_too_much_is_not_made(selab, tmp_path, monkeypatch, st
     )
     status, said, err = selab("fold", *words, "--budget", 0, "--out", tmp_path / "out")
     assert status != 0
-    assert "nothing was written; allow more, or give more images" in " ".join(err.split())
+    assert "no network was written; allow more, or give more images" in " ".join(err.split())
     assert "before and after" in said
     assert not (tmp_path / "out").exists()
 
@@ -263,6 +263,9 @@ def test_the_time_of_each_block(selab, tmp_path, still):
         (("--data", "synthetic", "--max-drop", "0.1", "--max-error", "0.1"), "contradicts --max-drop"),
         (("--images", "photos", "--input", "3x32x32", "--max-drop", "1"), "the images have no labels"),
         (("--data", "synthetic", "--max-drop", "101"), "allowed: 0 to 100"),
+        (("--data", "synthetic", "--most", "1"), "every second image decides and the others report; give 2 or more"),
+        (("--data", "synthetic", "--images", "photos"), "--images: contradicts --data; leave one of them out"),
+        (("--data", "photos"), "a folder is --data folder --data-dir photos, or without labels --images"),
         (("--images", "photos", "--input", "3x32x32", "--finetune", "1"), "--finetune: needs images with labels"),
         (("--data", "synthetic", "--max-error", "nan"), "allowed: 0 to 1"),
         (
@@ -350,3 +353,71 @@ def test_a_network_at_hand_folds(still):
 def test_what_a_network_at_hand_needs(still, loader, how, said):
     with pytest.raises(SelabError, match=said):
         selab_package.fold_gates(still[1], loader, **how)
+
+
+def test_counts_need_no_time(selab, tmp_path, still):
+    weights, _ = still
+    words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--most", 60, "--max-drop", 100)
+    status, said, err = selab("fold", *words, "--gate", "hardsigmoid", "--budget", 0, "--out", tmp_path / "out")
+    assert status == 0, err
+    record = read_folding(tmp_path / "out" / "se_small_cnn.folding.json")
+    assert record.latency is None
+    assert record.before.params - record.after.params == 2 * (2 * 32 * 2 + 2 * 64 * 4)
+    # All operators, so that the blocks are not free: squeeze and scale are counted.
+    assert record.before.macs - record.after.macs > 4 * 32 * 30 * 30
+    # Of 30 images the interval is wide; no gate was left to convert.
+    assert record.gate_loss.images == 30
+    told = " ".join(said.split())
+    assert "No gate changed: all that are left were a hardsigmoid already." in told
+    assert f"(--arch {tmp_path / 'out' / 'se_small_cnn.toml'}:folded)" in told
+
+
+def test_a_network_without_blocks_is_told_before_weights_are_asked_for(selab):
+    status, _, err = selab("gates", "--arch", "small_cnn", "--data", "synthetic")
+    assert status != 0
+    assert "has no block with one gate per channel" in err
+    assert "--weights" not in err
+
+
+def test_few_images_do_not_say_that_a_gate_is_still(selab, weights):
+    words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic")
+    status, said, err = selab("gates", *words, "--most", 1)
+    assert status == 0, err
+    told = " ".join(said.split())
+    assert "Few images (1) say little about how much gates vary" in told
+    assert "do not depend on the image" not in told
+
+
+def test_classes_are_checked_before_the_pass(selab, weights, monkeypatch):
+    from selab.experiments import judged
+
+    monkeypatch.setattr(judged.JudgedModule, "gates", lambda *_, **__: pytest.fail("it looked"))
+    words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--classes", "nope")
+    status, _, err = selab("gates", *words)
+    assert status != 0
+    assert "--classes nope: no such class" in err
+
+
+def test_channels_of_an_onnx_file_stay(selab, tmp_path, photos, still):
+    from selab.deploy.onnx import export_onnx
+
+    _, model = still
+    export_onnx(model, (1, 3, 32, 32), tmp_path / "net.onnx", name="net")
+    words = ("--arch", tmp_path / "net.onnx", "--images", photos, "--prune", "--out", tmp_path / "out")
+    status, _, err = selab("fold", *words)
+    assert status != 0
+    assert "is an ONNX network; only networks in PyTorch lose channels" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_description_is_found_from_any_folder(selab, tmp_path, still, monkeypatch):
+    weights, _ = still
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "net.py").write_text("import selab\n\n\ndef net():\n    return selab.build('se_small_cnn')\n")
+    monkeypatch.chdir(tmp_path / "mine")
+    words = ("--arch", "net.py:net", "--input", "3x32x32", "--weights", weights, "--data", "synthetic", "--most", 60)
+    status, _, err = selab("fold", *words, "--max-drop", 100, "--budget", 0, "--out", "out")
+    assert status == 0, err
+    monkeypatch.chdir(tmp_path)
+    status, _, err = selab("count", "--arch", "mine/out/net.toml:folded", "--input", "3x32x32")
+    assert status == 0, err

@@ -170,6 +170,8 @@ def test_from_the_first_count_to_the_last_training(finished):
     assert all(one.held_out_pct is not None for one in record.arms)
     ends = finalists(record)
     assert ends[0] == "original"
+    # All blocks, whether they fit or not.
+    assert sum(len(record.arm(name).sites) == 4 for name in ends) == 1
     assert {one.name for one in record.arms if one.tests} == set(ends)
     assert all(len(record.arm(name).tests) == 2 for name in ends)
     assert all(record.arm(name).latency is not None for name in ends if name != "original")
@@ -338,6 +340,9 @@ def test_the_command(selab, family, tmp_path, monkeypatch, measured):
     assert json.loads((tmp_path / "a.json").read_text())["complete"]
     names = {one.name for one in (tmp_path / "out").iterdir()}
     assert {"tiny.placed.toml", "tiny.placement.json", "placement.svg", "runs"} <= names
+    status, _, err = selab(*words, *short)
+    assert status != 0
+    assert "--budget: missing; give --budget" in " ".join(err.replace("│", " ").split())
     for bad in ("latency", "latency=1", "latency=11", "speed=1.1", "macs=nan"):
         status, _, err = selab(*words, "--budget", bad, *short)
         assert status != 0

@@ -287,3 +287,26 @@ def test_jpeg_copy(tmp_path, root, monkeypatch):
         pixels = data.train_images[:, channel].float()
         assert pixels.mean(dtype=torch.float64).item() == pytest.approx(mean, abs=0.5)
         assert pixels.std().item() == pytest.approx(std, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "there"),
+    [
+        ("{}\n\n", True),
+        (None, False),
+        ("one\ntwo\n", False),  # of another set
+        ("same\n" * 10, False),
+        ("\0" + "{}", False),
+        ("x" * 100_000, False),
+    ],
+)
+def test_classes_have_the_names_that_lie_beside_the_files(tmp_path, content, there):
+    """`batches.meta.txt`, one name a line and an empty line at the end, as it is published."""
+    layout = SMALL["cifar10"]
+    folder = tmp_path / layout.folder
+    write(folder, "cifar10")
+    names = [f"class{number}" for number in range(10)]
+    if content is not None:
+        (folder / layout.texts[-1]).write_text(content.format("\n".join(names)) if "{}" in content else content)
+    found = open_data("cifar10", data_dir=tmp_path)
+    assert found.classes == (tuple(names) if there else ())

@@ -53,4 +53,4 @@ def test_weights_that_do_not_fit_are_refused_before_the_training(run, tmp_path):
     first = run("se_plain", folder="first", epochs=1)
     with pytest.raises(WeightsError, match="se_plain"):
         run("plain", folder="other", weights=Path(first.weights), epochs=1)
-    assert not (tmp_path / "other" / "training.json").exists()
+    assert not (tmp_path / "other").exists()

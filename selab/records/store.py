@@ -31,7 +31,7 @@ from selab.records.types import PHASES, Latency, Memory, Phase, Record, from_jso
 from selab.records.verdict import check
 
 _NAME_BYTES = 120
-_NO_MACHINES = ("accuracy", "tax", "acceptance", "timeline", "imported", "folding", "placements")
+_NO_MACHINES = ("accuracy", "tax", "acceptance", "timeline", "imported", "folding", "placements", "gates")
 _PARTIAL, _FAILED = ".partial.json", ".failed.json"
 OnBroken = Callable[[RecordError], None] | None
 """What is done with the error of a broken file; None to raise it."""

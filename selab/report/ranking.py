@@ -24,7 +24,7 @@ def ranking_table(record: Ranking) -> Table:
         else "Change: the largest change of an output without the gate, over the network's largest output.",
         *(["Without it: time of the network without the block over that with all blocks."] if timed else []),
         f"*: on the Pareto front: no other block is worth less and {'takes more time' if timed else 'moves more bytes'}"
-        f"{', which is shown' if timed else ''}. Take out those first that lose nothing.",
+        f"{'; without those whose time is n.s' if timed else ''}. Take out those first that lose nothing.",
         *record.remarks,
     ]
     return Table(

@@ -85,7 +85,7 @@ def fold_gates(
 ) -> tuple[nn.Module, Folding]:
     """Return a copy of a network whose gates that hardly vary are constants in the weights beside them.
 
-    Every second image of the loader decides which blocks disappear; the others report what that costs.
+    Of three images of the loader two decide which blocks disappear, and one reports what that costs.
 
     Args:
         model: left unchanged; its blocks are those that `selab.gates` sees.

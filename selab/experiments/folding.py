@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,7 @@ from selab.bench.progress import Report
 from selab.deploy.target import scratch
 from selab.errors import ModelError, RecordError, SelabError
 from selab.experiments.job import Request, resolve
-from selab.experiments.judged import HARD, Batch, DeadChannels, Factors, Judged, JudgedGraph
+from selab.experiments.judged import HARD, PARTS, Batch, DeadChannels, Factors, Judged, JudgedGraph
 from selab.experiments.profiling import Profile, count_job
 from selab.graphs.module import OnnxNetwork
 from selab.judging.choose import choose
@@ -33,8 +34,8 @@ from selab.records.files import check_writable, write_atomically
 from selab.records.types import Cost
 from selab.units import counted
 
-CHOOSING, REPORTING = 0, 1
-"""Every second image decides, and the others report."""
+RANKING, CHOOSING, REPORTING = range(PARTS)
+"""Of three images one ranks the blocks, one decides how many of them become constants, and one reports."""
 # How much folding may cost unless it is said.
 _POINTS, _ERROR = 0.1, 0.01
 # What folding itself may change: rounding of weights and sums, over the largest output.
@@ -104,7 +105,10 @@ class Folded:
 
 
 def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool = False, report: Report) -> Folded:
-    """Choose the blocks on every second image, fold them, and compare the networks on the other images.
+    """Choose blocks on two of three images, fold them, and compare the networks on the third.
+
+    The blocks are ranked by what other images say than those that decide: the best of many on one set of images is
+    partly the luckiest there, and costs more elsewhere.
 
     Args:
         network: with its images.
@@ -121,15 +125,16 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool 
         raise SelabError(f"{network.seen.words}: has no labels to lose points by; give --max-error instead")
     report("looking at the gates", None)
     if next(network.batches(REPORTING), None) is None:
-        raise SelabError(f"{network.seen.words}: every second image decides and the others report; give 2 or more")
-    seen = network.gates(network.batches(CHOOSING))
+        raise SelabError(f"{network.seen.words}: of three images two decide and one reports; give 3 or more")
+    seen = network.gates(network.batches(RANKING, CHOOSING))
     means = {one.path: np.array(one.mean) for one in seen.blocks}
 
-    def cost(sets: Sequence[Sequence[str]]) -> list[float]:
-        report(f"trying {len(sets)} constant gates" if len(sets) > 1 else f"trying {sets[0][-1]} as well", None)
-        return _costs(network, [network.arm({path: means[path] for path in paths}) for paths in sets], rule)
+    def cost_on(part: int, sets: Sequence[Sequence[str]]) -> list[float]:
+        report(f"ranking {counted(len(sets), 'gate')}" if part == RANKING else f"trying {sets[0][-1]}", None)
+        arms = [network.arm({path: means[path] for path in paths}) for paths in sets]
+        return _costs(network, arms, rule, part)
 
-    choices = choose(network.candidates(seen), cost, limit=rule.limit)
+    choices = choose(network.candidates(seen), partial(cost_on, RANKING), partial(cost_on, CHOOSING), limit=rule.limit)
     constants = {one.path: means[one.path] for one in choices if one.folded}
     report("folding", None)
     made, went = network.folded(constants)
@@ -178,11 +183,11 @@ def _difference(network: Judged, before: nn.Module, after: nn.Module) -> tuple[L
     return loss_of(own, other), error
 
 
-def _costs(network: Judged, arms: Sequence[Arm], rule: Rule) -> list[float]:
-    """Return what arms cost on the images for choosing, in the rule's unit."""
+def _costs(network: Judged, arms: Sequence[Arm], rule: Rule, part: int = CHOOSING) -> list[float]:
+    """Return what arms cost on the images of a part, in the rule's unit."""
     if rule.points is None:
-        return changes(lambda: network.batches(CHOOSING), [network.model, *arms])
-    own, *others = answers(lambda: network.batches(CHOOSING), [network.model, *arms])
+        return changes(lambda: network.batches(part), [network.model, *arms])
+    own, *others = answers(lambda: network.batches(part), [network.model, *arms])
     return [loss_of(own, one).points for one in others]
 
 

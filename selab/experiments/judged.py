@@ -41,6 +41,8 @@ Batch = Tensor | tuple[Tensor, Tensor]
 Factors = Mapping[str, NDArray[np.float64]]
 """Path of a block → its factors, (C)."""
 ALL_IMAGES = 1_000_000
+PARTS = 3
+"""Into which images are divided, where one part may not see what another one decided."""
 HARD = "hardsigmoid"
 
 
@@ -108,11 +110,11 @@ class Judged:
         """The shape of an image that the network gets, (C, H, W)."""
         return self.seen.image or self.variant.input_chw
 
-    def batches(self, half: int | None = None) -> Iterator[Batch]:
+    def batches(self, *parts: int) -> Iterator[Batch]:
         """Yield images, or images and labels.
 
         Args:
-            half: 0 for the first, third, … image, 1 for the second, fourth, …; None for all.
+            parts: numbers below `PARTS`: image i is in part i modulo `PARTS`. All images without any.
         """
         left, place = self.seen.most, 0
         for batch in self._all():
@@ -120,9 +122,9 @@ class Judged:
             images, labels = images[:left], None if labels is None else labels[:left]
             number = len(images)
             left -= number
-            if half is not None:
-                first = (half - place) % 2
-                images, labels = images[first::2], None if labels is None else labels[first::2]
+            if parts:
+                kept = [one for one in range(number) if (place + one) % PARTS in parts]
+                images, labels = images[kept], None if labels is None else labels[kept]
             place += number
             if len(images):
                 yield images if labels is None else (images, labels)
@@ -275,13 +277,13 @@ class JudgedGraph(Judged):
         fixed = image_shape(network.model, network.place)[1][0]
         self.batch = fixed or seen.batch
 
-    def batches(self, half: int | None = None) -> Iterator[Batch]:
+    def batches(self, *parts: int) -> Iterator[Batch]:
         """As in `Judged`; of a network with a fixed number of images all batches have it."""
         if image_shape(self.network.model, self.network.place)[1][0] is None:
-            yield from super().batches(half)
+            yield from super().batches(*parts)
             return
         kept: list[tuple[Tensor, Tensor | None]] = []
-        for batch in super().batches(half):
+        for batch in super().batches(*parts):
             images, labels = parts_of(batch)
             kept += [
                 (images[one : one + 1], None if labels is None else labels[one : one + 1]) for one in range(len(images))

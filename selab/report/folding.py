@@ -25,9 +25,9 @@ def _choices(record: Folding) -> Table:
         rows=tuple(_row(one, record) for one in record.choices),
         notes=(
             "Spread: the root of the channels' mean variance over the images.",
-            "Alone: what is lost when this gate alone is its mean; together: with those that were chosen before it, "
-            "the cheapest alone first.",
-            f"Chosen on {units.counted(record.chosen_on, 'image')}, every second of {record.data}.",
+            "Alone: what is lost when this gate alone is its mean; together: on other images, with those that were "
+            "chosen before it, the cheapest alone first.",
+            f"Chosen on {units.counted(record.chosen_on, 'image')}, two of three of {record.data}.",
             *(_dead_words(one) for one in record.dead),
         ),
         words=frozenset({0, 4}),

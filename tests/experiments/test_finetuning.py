@@ -62,7 +62,7 @@ def test_both_networks_are_trained_and_compared(network, tmp_path):
     assert more == tuned.record.finetuned
     assert (more.epochs, more.recipe) == (1, "cifar_short-finetune")
     # The images that report are those that did not decide; both comparisons share the trained network without a fold.
-    assert more.loss.images == more.alone.images == record.reported_on == 15
+    assert more.loss.images == more.alone.images == record.reported_on == 10
     assert more.loss.before == more.alone.after
     assert record.files == ("se_plain.safetensors", "se_plain.toml", "se_plain.finetuned.safetensors")
     shown = " ".join(render(folding_tables(record), "markdown").split())

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spelled import CHANNELS, SIZE, Net
 
-from selab.experiments.judged import Judged, JudgedGraph, Seen
+from selab.experiments.folding import CHOOSING, RANKING, REPORTING
+from selab.experiments.judged import PARTS, Judged, JudgedGraph, Seen
 from selab.graphs.module import OnnxNetwork
 from selab.models.catalog import find
 
@@ -43,23 +44,24 @@ def places(batches):
 
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 60))
 @settings(deadline=None)
-def test_the_halves_never_overlap_and_are_all_together(number, batch, most):
+def test_the_parts_never_overlap_and_are_all_together(number, batch, most):
     one = network(number, batch=batch, most=most)
-    chosen, reported, every = (places(one.batches(half)) for half in (0, 1, None))
+    every = places(one.batches())
     assert every == list(range(min(number, most)))
-    assert chosen == every[::2]
-    assert reported == every[1::2]
+    for part in range(PARTS):
+        assert places(one.batches(part)) == every[part::PARTS]
+    assert places(one.batches(RANKING, CHOOSING)) == [place for place in every if place % PARTS != REPORTING]
 
 
-@pytest.mark.parametrize("half", [0, 1, None])
-def test_a_network_of_a_fixed_batch_gets_whole_batches(half):
+@pytest.mark.parametrize("parts", [(0,), (1,), (0, 1), ()])
+def test_a_network_of_a_fixed_batch_gets_whole_batches(parts):
     pytest.importorskip("onnxruntime")
     net = Net(shape=(4, CHANNELS, SIZE, SIZE))
     model = net.model(spelled.pool_and_convolutions(net, "x"))
     judged = JudgedGraph(find("small_cnn"), Seen(data=Numbered(27), batch=5), OnnxNetwork(model, "net.onnx"))
-    batches = list(judged.batches(half))
+    batches = list(judged.batches(*parts))
     assert {len(labels) for _, labels in batches} == {4}
-    wanted = list(range(27))[half::2] if half is not None else list(range(27))
+    wanted = [place for place in range(27) if not parts or place % PARTS in parts]
     assert places(batches) == wanted[: len(wanted) // 4 * 4]
 
 

@@ -138,6 +138,7 @@ def test_another_runtime_runs_forward_on_a_heap_of_its_own():
         ({"runtime": "openvino", "float_blocks": True}, "--float-blocks: is of quantised networks; add --dtype int8"),
         ({"runtime": "openvino", "phases": ("backward",)}, "--phase backward: runtime openvino runs forward only"),
         ({"runtime": "openvino", "spelling": "no"}, "--spelling no: there is no such spelling; allowed: pool-conv"),
+        ({"runtime": "openvino", "fused": True}, "--fused: is of networks in PyTorch; leave it out with --runtime"),
         ({"frozen": True}, "--freeze: is of compiled networks; add --compile"),
         (
             {"frozen": True, "compiled": True, "phases": ("forward_backward",)},

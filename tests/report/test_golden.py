@@ -10,6 +10,8 @@ from selab.bench.runner import DTYPES
 from selab.cost.count import count
 from selab.experiments.compare import read_compared
 from selab.experiments.tax_record import read_tax_records
+from selab.judging.folding import FOLDINGS
+from selab.judging.record import read_gates
 from selab.models import provenance
 from selab.models.catalog import installed
 from selab.records import store
@@ -34,7 +36,7 @@ def test_there_are_profiles(root):
 def test_costs_are_those_of_today_s_counter(root):
     fresh = {}
     for path in committed(root):
-        if path.parent.name in ("acceptance", "accuracy", "tax"):
+        if path.parent.name in ("acceptance", "accuracy", "tax", "folding", "gates"):
             continue
         record = from_json(path.read_bytes(), where=path.name)
         work = record.workload
@@ -96,11 +98,21 @@ def test_the_taxes_in_the_docs_are_rendered(root):
 
 def test_the_runtimes_in_the_docs_are_rendered(root):
     text = (root / "docs" / "runtimes.md").read_text()
-    folder = root / re.search(r"\.\./(profiles/[^/)]+)", text)[1]
+    folder = root / re.search(r"\[Records\]\(\.\./(profiles/[^/)]+)", text)[1]
     records = store.read_records(folder)
     grids = pages.named_tables("runtimes", {}, pages.Found(profiles=records, taxes=read_tax_records(folder)))
     body = pages.page("runtimes", grids, records)
     assert pages.spliced(text, "runtimes", body, where="docs/runtimes.md") == text
+
+
+def test_the_gates_in_the_docs_are_rendered(root):
+    text = (root / "docs" / "gates.md").read_text()
+    folder = root / re.search(r"\[Records\]\(\.\./(profiles/[^/)]+)", text)[1]
+    found = pages.Found(foldings=FOLDINGS.read_folder(folder))
+    body = pages.page("gates", pages.named_tables("gates", {}, found), [])
+    assert pages.spliced(text, "gates", body, where="docs/gates.md") == text
+    # What was recorded of gates can still be read.
+    assert all(read_gates(path).blocks for path in (folder / "gates").glob("*.json"))
 
 
 @pytest.mark.parametrize("name", ["added", "mobile", "paper-2"])

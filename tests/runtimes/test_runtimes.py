@@ -139,7 +139,7 @@ def test_another_runtimes_network_is_refused(runtime):
         backend(runtime).prepare(nn.Identity(), job.workload, seed=0)
 
 
-@pytest.mark.parametrize("changes", [{"device": "cuda"}, {"dtype": "bf16"}, {"compiled": True}, {"fused": True}])
+@pytest.mark.parametrize("changes", [{"device": "cuda"}, {"dtype": "bf16"}, {"compiled": True}])
 def test_what_no_such_runtime_has(runtime, changes):
     job = job_of(runtime, **changes)
     with pytest.raises(DeviceError, match=f"runtime {runtime} has it not"):

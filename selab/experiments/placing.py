@@ -242,7 +242,7 @@ class Placing:
             cheapest = self.record.sites[costs.index(min(costs))].path
             raise SelabError(
                 f"--budget {limit.quantity}={limit.ratio:g}: no block fits; the cheapest one, at {cheapest}, makes "
-                f"{min(costs):.4f}; allow more"
+                f"it x {min(costs):.4f}; allow more"
             )
         self.record = msgspec.structs.replace(self.record, arms=tuple(arms), remarks=tuple(remarks))
         for remark in remarks:

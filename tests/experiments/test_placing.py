@@ -274,7 +274,7 @@ def test_another_request_is_refused(family, finished):
     [
         (
             {"limit": Limit(quantity="latency", ratio=1.001)},
-            "no block fits; the cheapest one, at 0, makes 1.0040",
+            "no block fits; the cheapest one, at 0, makes it x 1.0040",
         ),
         ({"arch": "se_tiny"}, "has attention blocks already; name its baseline, tiny"),
         ({"insert": ("nowhere",)}, "matches no module"),

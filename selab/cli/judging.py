@@ -274,7 +274,6 @@ def fold(
         if keeps:
             folding.write(done, network, files)
             folding.save(done, files)
-        if keeps:
             how: dict[str, Any] = {"runtime": runtime, "budget_s": allowed.budget}
             done = folding.measured(done, network, files, **how, report=report)
             folding.save(done, files)

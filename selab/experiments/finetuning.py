@@ -2,17 +2,18 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import safetensors.torch
-from torch import Tensor, nn
+from torch import nn
 
 from selab.deploy.target import scratch
 from selab.errors import SelabError
 from selab.experiments.compare import folder_of
-from selab.experiments.folding import REPORTING, Files, Folded
+from selab.experiments.folding import REPORTING, Files, Folded, state_of
 from selab.experiments.judged import Judged, JudgedGraph
 from selab.judging.folding import Finetuned
 from selab.judging.loss import loss_of
@@ -43,14 +44,12 @@ def recipe_for(network: Judged, epochs: int) -> Recipe:
         raise SelabError("--finetune: needs images with labels; give --data instead of --images")
     in_memory = getattr(data, "image", None) is None
     name = read_metadata(Path(network.weights)).get("recipe", "") if network.weights else ""
-    try:
-        chosen = find_recipe(name)
-    except SelabError:
-        # The weights are of another program, or of a recipe in a file that is elsewhere.
-        chosen = default_recipe(network.variant.family, in_memory=in_memory)
-    if not chosen.suits(in_memory=in_memory):
-        chosen = default_recipe(network.variant.family, in_memory=in_memory)
-    return finetuning(chosen, epochs)
+    # The weights may be of another program, or of a recipe in a file that is elsewhere.
+    with suppress(SelabError):
+        trained_by = find_recipe(name)
+        if trained_by.suits(in_memory=in_memory):
+            return finetuning(trained_by, epochs)
+    return finetuning(default_recipe(network.variant.family, in_memory=in_memory), epochs)
 
 
 def finetuned(
@@ -89,7 +88,7 @@ def finetuned(
     own, further, after = answers(lambda: network.batches(REPORTING), [network.model, *found])
     described = {"folded_from": network.name, "finetuned": f"{recipe.epochs} epochs of {recipe.name}"}
     assert files.finetuned is not None
-    write_atomically(files.finetuned, safetensors.torch.save(_state(found[1]), described))
+    write_atomically(files.finetuned, safetensors.torch.save(state_of(found[1]), described))
     done = Finetuned(
         epochs=recipe.epochs,
         recipe=recipe.name,
@@ -117,7 +116,7 @@ def _trained(
     options = Options(device="cuda" if network.device.startswith("cuda") else "cpu")
     with scratch() as temporary:
         start = temporary / "start.safetensors"
-        write_atomically(start, safetensors.torch.save(_state(model)))
+        write_atomically(start, safetensors.torch.save(state_of(model)))
         folder = folder_of(variant, data, recipe, options, 0, out=files.record.parent, weights=start)
         report(label, None)
         done = train(
@@ -134,7 +133,3 @@ def _trained(
     made = copy.deepcopy(model)
     load(made, Path(done.weights))
     return made, done.seconds
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {key: one.detach().cpu().contiguous().clone() for key, one in model.state_dict().items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from selab.bench.progress import Report
 from selab.deploy.target import scratch
@@ -295,7 +295,7 @@ def write(folded: Folded, network: Judged, files: Files) -> None:
     if isinstance(model, OnnxNetwork):
         write_atomically(files.network, model.model.SerializeToString())
         return
-    state = {key: one.detach().cpu().contiguous().clone() for key, one in model.state_dict().items()}
+    state = state_of(model)
     described = {"folded_from": variant.name, "folded": " ".join(folded.record.folded)}
     family = family_text(variant, folded.record, folded.narrowed).encode()
     assert files.family is not None
@@ -312,6 +312,11 @@ def write(folded: Folded, network: Judged, files: Files) -> None:
         ) from error
     write_atomically(files.network, safetensors.torch.save(state, described))
     write_atomically(files.family, family)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a network's weights and buffers on the CPU, as a file takes them."""
+    return {key: one.detach().cpu().contiguous().clone() for key, one in model.state_dict().items()}
 
 
 def family_text(variant: Variant, record: Folding, narrowed: Mapping[str, Mapping[str, int]]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selab import units
-from selab.judging.placement import Arm, Placement, finalists, front
+from selab.judging.placement import Placement, finalists, front
 from selab.report.figures.style import COLOURS, FAINT, INK, MARKERS, new_figure
 
 if TYPE_CHECKING:
@@ -60,16 +60,12 @@ def placement_front(record: Placement) -> PlacementFront:
         axis=f"{record.limit.quantity}, over the network as it is",
         limit=record.limit.ratio,
         tried=tuple(
-            Tried(kind=_kind(one), cost=one.cost, held_out_pct=one.held_out_pct or 0.0, stopped=one.stopped)
+            Tried(kind=one.kind, cost=one.cost, held_out_pct=one.held_out_pct or 0.0, stopped=one.stopped)
             for one in trained
         ),
         front=tuple((one.cost, one.held_out_pct or 0.0) for one in front(record.arms)),
         named=tuple((one.cost, one.held_out_pct or 0.0, one.name) for one in trained if one.name in ends),
     )
-
-
-def _kind(arm: Arm) -> str:
-    return "tried" if arm.kind == "found" else arm.kind
 
 
 def placement_figure(shown: PlacementFront) -> "Figure":

@@ -516,7 +516,8 @@ def measure_together(
             again in the same order before its round ends.
 
     Returns:
-        Pair → method name → its run; its time is that of its own blocks.
+        Pair → method name → its run. Of one pair, the run's time is the whole time, which the budget is held
+        against; of several, that of its own blocks.
 
     Raises:
         SelabError: a call took no time by the arm's clock.
@@ -549,8 +550,9 @@ def measure_together(
             narrow = not due and all(one.status == "converged" for one in running.values())
             if narrow or _is_spent(budget, elapsed, kept):
                 break
+    taken = {pair: elapsed if len(pairs) == 1 else one.elapsed_s for pair, one in running.items()}
     return {
-        pair: one.collected.runs(warm, calls=one.calls, seed=seed, status=one.status, elapsed_s=one.elapsed_s)
+        pair: one.collected.runs(warm, calls=one.calls, seed=seed, status=one.status, elapsed_s=taken[pair])
         for pair, one in running.items()
     }
 

@@ -220,6 +220,15 @@ def test_budget_stops_at_the_end_of_the_blocks():
     assert run.elapsed_s == pytest.approx(36.0)
 
 
+def test_a_run_that_spent_its_budget_says_so_though_a_part_went_between_the_blocks():
+    clock, _, a, b = fake_arms(0.5, 1.0)
+    plan = Plan(budget_s=60.0, target_half_width=-1.0)
+    run = measure(a, b, plan, clock=clock, progress=lambda _: clock.spend(1.0))["wall"]
+    assert len(run.quads) < 30
+    # Whoever asks whether a record is long enough compares this with the budget.
+    assert run.elapsed_s >= plan.budget_s
+
+
 def test_a_slow_network_overruns_the_budget_until_it_has_an_interval():
     clock, _, a, b = fake_arms(1.0, 1.0)
     run = measure(a, b, Plan(budget_s=15.0, target_half_width=-1.0), clock=clock)["wall"]

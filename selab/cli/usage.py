@@ -23,7 +23,41 @@ _CLOSE, _SHOWN = 0.6, 40
 
 
 class Command(TyperCommand):
-    """A command that refuses an empty text for a value, which no option and no argument means."""
+    """A command that refuses an empty text for a value, which no option and no argument means.
+
+    A command without arguments that takes `--arch` takes a word without an option for its value.
+    """
+
+    def make_parser(self, ctx: Any) -> Any:
+        """Return a parser as click does, which gives a word that belongs to no option to `--arch`."""
+        parser: Any = super().make_parser(ctx)
+        network = self._network()
+        if network is not None:
+            parse = parser.parse_args
+
+            def with_network(args: list[str]) -> tuple[dict[str, Any], list[str], list[Any]]:
+                given, words, order = parse(args=args)
+                if words and network.multiple:
+                    given[network.name] = [*given.get(network.name, ()), *words]
+                    return given, [], [*order, network]
+                if words and network.name not in given:
+                    given[network.name] = words.pop(0)
+                    order = [*order, network]
+                return given, words, order
+
+            parser.parse_args = with_network
+        return parser
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what stands behind the command in its usage."""
+        pieces: list[str] = super().collect_usage_pieces(ctx)
+        network = self._network()
+        return pieces if network is None else [*pieces, "[NAME]..." if network.multiple else "[NAME]"]
+
+    def _network(self) -> Any:
+        if any(one.param_type_name == "argument" for one in self.params):
+            return None
+        return next((one for one in self.params if "--arch" in one.opts), None)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words behind the command; as click does, but nothing empty."""
@@ -132,9 +166,9 @@ def _extra(words: str, context: Any) -> str:
     word = _cut(words.split()[0] if words.split() else words)
     if own:
         return f"{word!r}: one argument too many; allowed: {' '.join(own)}"
-    return f"{word!r}: this command takes options only; " + (
-        f"for a network write --arch {word}" if arch else f"see `{' '.join(_path(context))} --help`"
-    )
+    if arch:
+        return f"{word!r}: one network too many; this command takes one, as --arch NAME or NAME alone"
+    return f"{word!r}: this command takes options only; see `{' '.join(_path(context))} --help`"
 
 
 def _commands(command: Any, before: str = "") -> dict[str, Any]:

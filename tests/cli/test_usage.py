@@ -66,14 +66,33 @@ def test_an_unknown_option_like_no_other(wrong, words):
 @EVERY
 def test_one_argument_too_many(wrong, words):
     arguments = [one for one in COMMANDS[words].params if one.param_type_name == "argument"]
-    if any(one.nargs != 1 for one in arguments):
+    network = next((one for one in COMMANDS[words].params if "--arch" in one.opts and not arguments), None)
+    if any(one.nargs != 1 for one in arguments) or (network and network.multiple):
         pytest.skip("takes any number")
     given = ["a"] * len(arguments)
-    required = [word for one in COMMANDS[words].params if one.required and one.opts[0][0] == "-"
+    required = [word for one in COMMANDS[words].params if (one.required or one is network) and one.opts[0][0] == "-"
                 for word in (one.opts[0], "x")]  # fmt: skip
     line = wrong(*words, *given, *required, "onemore")
     assert line.startswith(f"{' '.join(words)}: 'onemore': ")
-    assert "too many; allowed: " in line if arguments else "takes options only; " in line
+    expected = "too many; allowed: " if arguments else "one network too many; " if network else "takes options only; "
+    assert expected in line
+
+
+def test_a_word_without_an_option_is_the_network(selab):
+    status, named, _ = selab("count", "--arch", "small_cnn", "--arch", "se_small_cnn", "--format", "csv")
+    assert status == 0
+    assert selab("count", "small_cnn", "--format", "csv", "se_small_cnn")[:2] == (0, named)
+    assert selab("count", "--arch", "small_cnn", "se_small_cnn", "--format", "csv")[:2] == (0, named)
+    assert selab("sites", "small_cnn")[1] == selab("sites", "--arch", "small_cnn")[1]
+    line = selab("sites", "smal_cnn")[2]
+    assert line.startswith("error: --arch smal_cnn: ")
+    assert selab("sites", "smal_cnn", "--depth", "x")[0] == 2
+
+
+def test_the_usage_names_the_network(selab):
+    assert "selab sites [OPTIONS] [NAME] " in selab("sites", "--help")[1]
+    assert "selab count [OPTIONS] [NAME]..." in selab("count", "--help")[1]
+    assert "[NAME]" not in selab("machine", "--help")[1]
 
 
 @EVERY
@@ -110,7 +129,10 @@ def test_an_option_without_its_value(wrong, words):
         (["zz'zz"], "\"zz'zz\": no such command; see `selab --help`"),
         (["--verion"], "--verion: no such option; did you mean --version? (`selab --help` lists all)"),
         (["--arch", "x", "count"], "--arch: stands before the command; write it behind, as in `selab count --arch …`"),
-        (["count", "vgg16"], "count: 'vgg16': this command takes options only; for a network write --arch vgg16"),
+        (
+            ["profile", "vgg16", "vgg19"],
+            "profile: 'vgg19': one network too many; this command takes one, as --arch NAME or NAME alone",
+        ),
         (["count", "--replace=3"], "count: --replace: takes no value; write --replace alone"),
         (["diff", "a", ""], "diff: AFTER: is empty; give AFTER: another, of the same workload, machine and baseline"),
         (["profile", "--arch", "se_small_cnn", "--phase", "foward"],

@@ -382,6 +382,14 @@ def bench_gates(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_depthwise(session: nox.Session) -> None:
+    """Time blocks whose squeeze is taken in the pass of the depthwise convolution (a pilot); needs a C compiler."""
+    session.install("-e", ".")
+    out = f"{machine_folder(session)}/acceptance/depthwise.json"
+    session.run("python", "tests/benchmarks/bench_depthwise.py", "--out", out, *session.posargs)
+
+
+@nox.session
 def runtimes(session: nox.Session) -> None:
     """Export for ONNX Runtime, OpenVINO, ExecuTorch and AOTInductor, and test what they run."""
     session.install("-e", ".[onnx,openvino,executorch,aoti,imagenet]", *group("test"))

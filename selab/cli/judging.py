@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -41,7 +41,7 @@ from selab.cli.options import (
     seconds,
     with_options,
 )
-from selab.cli.training import open_images, preparation_of
+from selab.cli.training import open_tested, preparation_of
 from selab.errors import SelabError
 from selab.models.spec import ONNX_FAMILY
 from selab.records.bounds import MOST_IMAGES, MOST_THREADS
@@ -76,20 +76,45 @@ class JudgedOptions:
     device: Annotated[Device, option("--device", WHAT, "cpu or cuda.", metavar="NAME")] = "cpu"
 
 
+def _data_or_folder(text: str) -> str:
+    names = get_args(DataName)
+    if text in names or Path(text).is_dir():
+        return text
+    raise typer.BadParameter(f"{text!r} is no folder, and not one of {', '.join(names)}")
+
+
 @dataclass(kw_only=True)
 class JudgedDataOptions(DataOptions):
-    """Which images with labels the network is judged on."""
+    """Which images the network is judged on."""
 
     data: Annotated[
-        DataName | None,
+        str | None,
         option(
             "--data",
             DATA,
-            "cifar10 (default), cifar100, synthetic, imagenet or folder.",
+            "cifar10 (default), cifar100, synthetic, imagenet, folder, or a folder itself.",
             metavar="NAME",
+            parser=_data_or_folder,
             show_default=False,
         ),
     ] = None  # type: ignore[assignment]
+
+    @property
+    def unlabelled(self) -> Path | None:
+        """The folder that `--data` names, if it holds images; None for a data set and for a folder of classes."""
+        if self.data is None or self.data in get_args(DataName):
+            return None
+        from selab.training.image_listing import SUFFIXES
+
+        folder = Path(self.data)
+        return folder if any(one.suffix.lower() in SUFFIXES for one in folder.iterdir() if one.is_file()) else None
+
+    @property
+    def labelled(self) -> DataOptions:
+        """The images with labels that are named."""
+        if self.data is None or self.data in get_args(DataName):
+            return replace_fields(self, data=self.data or "cifar10")
+        return replace_fields(self, data="folder", data_dir=Path(self.data))
 
 
 @with_options
@@ -254,7 +279,7 @@ def fold(
     look: Format = "rich",
 ) -> None:
     """Turn gates that hardly vary into constants in the weights beside them."""
-    rule = allowed.rule(labels=options.images is None)
+    rule = allowed.rule(labels=options.images is None and data.unlabelled is None)
     runtime = runtime_of(arch, allowed.runtime)
     variant = find(arch)
     check_outputs(json_to)
@@ -310,16 +335,17 @@ def _judged(
     from selab.experiments.job import parse_input
     from selab.experiments.judged import ALL_IMAGES, Seen, judged
 
+    images = data.unlabelled if options.images is None else options.images
     if options.images is not None and data.data is not None:
         raise typer.BadParameter("contradicts --data; leave one of them out", param_hint="--images")
     if options.inputs and len(options.inputs) > 1:
         raise typer.BadParameter("one image only", param_hint="--input")
     how: dict[str, Any] = {"batch": options.batch, "most": options.most or ALL_IMAGES}
     how["image"] = parse_input(options.inputs[0], option="--input") if options.inputs else None
-    if options.images is not None:
-        seen = Seen(folder=options.images, **how)
+    if images is not None:
+        seen = Seen(folder=images, **how)
     else:
-        named = replace_fields(data, data=data.data or "cifar10")
+        named = data.labelled
         prepared, _ = preparation_of(named, options.weights, preparation)
-        seen = Seen(data=open_images(named, prepared), **how)
+        seen = Seen(data=open_tested(named, prepared, options.weights), **how)
     return judged(variant, seen, weights=options.weights, ema=options.ema, device=options.device)

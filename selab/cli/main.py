@@ -210,7 +210,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
             gates,
             examples(
                 "selab gates --arch se_small_cnn --weights results/runs/…/weights.safetensors --pictures gates",
-                "selab gates --arch model.onnx --images photos",
+                "selab gates model.onnx --data photos",
             ),
         ),
         "blocks": (
@@ -223,7 +223,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., object], str]]] = {
             fold,
             examples(
                 "selab fold --arch se_small_cnn --weights results/runs/…/weights.safetensors --max-drop 0.5",
-                "selab fold --arch model.onnx --images photos --max-error 0.02",
+                "selab fold model.onnx --data photos --max-error 0.02",
             ),
         ),
         "place": (

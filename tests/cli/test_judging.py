@@ -66,6 +66,9 @@ def test_an_onnx_file_over_a_folder_has_the_gates_of_its_network(selab, tmp_path
         status, out, err = selab("gates", *words, "--images", photos, "--input", "3x32x32", "--json", "-")
         assert status == 0, err
         found.append(json.loads(out))
+        # The network without --arch, and the folder as --data.
+        shorter = ("gates", *words[1:], "--data", photos, "--input", "3x32x32", "--json", "-")
+        assert json.loads(selab(*shorter)[1]) == found[-1]
     assert [one["images"] for one in found] == [5, 5]
     assert [one["classes"] for one in found] == [[], []]
     for graph, module in zip(*(one["blocks"] for one in found), strict=True):
@@ -265,7 +268,9 @@ def test_the_time_of_each_block(selab, tmp_path, still):
         (("--data", "synthetic", "--max-drop", "101"), "allowed: 0 to 100"),
         (("--data", "synthetic", "--most", "1"), "of three images two decide and one reports; give 3 or more"),
         (("--data", "synthetic", "--images", "photos"), "--images: contradicts --data; leave one of them out"),
-        (("--data", "photos"), "a folder is --data folder --data-dir photos, or without labels --images"),
+        (("--data", "nowhere"), "--data: 'nowhere' is no folder, and not one of cifar10, cifar100, synthetic, "),
+        (("--data", "photos", "--input", "3x32x32", "--max-drop", "1"), "the images have no labels"),
+        (("--data", "photos", "--images", "photos"), "--images: contradicts --data; leave one of them out"),
         (("--images", "photos", "--input", "3x32x32", "--finetune", "1"), "--finetune: needs images with labels"),
         (("--data", "synthetic", "--max-error", "nan"), "allowed: 0 to 1"),
         (

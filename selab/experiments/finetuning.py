@@ -19,11 +19,11 @@ from selab.judging.folding import Finetuned
 from selab.judging.loss import loss_of
 from selab.judging.worth import answers
 from selab.models.catalog import find
-from selab.models.checkpoint import load, read_metadata
+from selab.models.checkpoint import load
 from selab.models.spec import Variant
 from selab.records.files import write_atomically
 from selab.training.progress import TrainingProgress
-from selab.training.recipe import Recipe, default_recipe, find_recipe, finetuning
+from selab.training.recipe import Recipe, default_recipe, find_recipe, finetuning, scaling_of
 from selab.training.record import Options
 from selab.training.train import train
 
@@ -43,13 +43,13 @@ def recipe_for(network: Judged, epochs: int) -> Recipe:
     if data is None:
         raise SelabError("--finetune: needs images with labels; give --data instead of --images")
     in_memory = getattr(data, "image", None) is None
-    name = read_metadata(Path(network.weights)).get("recipe", "") if network.weights else ""
+    trained_by = default_recipe(network.variant.family, in_memory=in_memory)
     # The weights may be of another program, or of a recipe in a file that is elsewhere.
     with suppress(SelabError):
-        trained_by = find_recipe(name)
-        if trained_by.suits(in_memory=in_memory):
-            return finetuning(trained_by, epochs)
-    return finetuning(default_recipe(network.variant.family, in_memory=in_memory), epochs)
+        named = find_recipe(network.metadata.get("recipe", ""))
+        trained_by = named if named.suits(in_memory=in_memory) else trained_by
+    scaling = scaling_of(network.metadata, place=network.weights)
+    return msgspec.structs.replace(finetuning(trained_by, epochs), scaling=scaling)
 
 
 def finetuned(
@@ -87,6 +87,7 @@ def finetuned(
         seconds += took
     own, further, after = answers(lambda: network.batches(REPORTING), [network.model, *found])
     described = {"folded_from": network.name, "finetuned": f"{recipe.epochs} epochs of {recipe.name}"}
+    described |= network.preparation
     assert files.finetuned is not None
     write_atomically(files.finetuned, safetensors.torch.save(state_of(found[1]), described))
     done = Finetuned(

@@ -22,7 +22,7 @@ from selab.graphs.module import OnnxNetwork
 from selab.judging.choose import choose
 from selab.judging.folding import OF_OUTPUT, POINTS, Folding, Size, folding_json
 from selab.judging.look import parts_of
-from selab.judging.loss import Loss, loss_of
+from selab.judging.loss import Bools, Loss, loss_of
 from selab.judging.worth import Arm, answers, both, changes
 from selab.meta import first_line
 from selab.models import folded as models_folded
@@ -129,10 +129,11 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool 
     seen = network.gates(network.batches(RANKING, CHOOSING))
     means = {one.path: np.array(one.mean) for one in seen.blocks}
 
+    costs = _Costs(network, rule)
+
     def cost_on(part: int, sets: Sequence[Sequence[str]]) -> list[float]:
         report(f"ranking {counted(len(sets), 'gate')}" if part == RANKING else f"trying {sets[0][-1]}", None)
-        arms = [network.arm({path: means[path] for path in paths}) for paths in sets]
-        return _costs(network, arms, rule, part)
+        return costs.of([network.arm({path: means[path] for path in paths}) for paths in sets], part)
 
     choices = choose(network.candidates(seen), partial(cost_on, RANKING), partial(cost_on, CHOOSING), limit=rule.limit)
     constants = {one.path: means[one.path] for one in choices if one.folded}
@@ -151,7 +152,7 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool 
     dead = network.dead(made, seen, went)
     narrowed: dict[str, dict[str, int]] = {}
     if prunes:
-        made, dead, narrowed = _pruned(network, made, dead, rule, report)
+        made, dead, narrowed = _pruned(network, made, dead, costs, report)
         ran = network.running(made)
     report("comparing on the other images", None)
     loss, error = _difference(network, network.model, ran)
@@ -183,16 +184,28 @@ def _difference(network: Judged, before: nn.Module, after: nn.Module) -> tuple[L
     return loss_of(own, other), error
 
 
-def _costs(network: Judged, arms: Sequence[Arm], rule: Rule, part: int = CHOOSING) -> list[float]:
-    """Return what arms cost on the images of a part, in the rule's unit."""
-    if rule.points is None:
-        return changes(lambda: network.batches(part), [network.model, *arms])
-    own, *others = answers(lambda: network.batches(part), [network.model, *arms])
-    return [loss_of(own, one).points for one in others]
+class _Costs:
+    """What arms cost, in the rule's unit; the answers of the network itself are kept."""
+
+    def __init__(self, network: Judged, rule: Rule) -> None:
+        self.rule = rule
+        self._network = network
+        self._own: dict[int, Bools] = {}
+
+    def of(self, arms: Sequence[Arm], part: int) -> list[float]:
+        """Return the cost of each arm on the images of a part."""
+        network = self._network
+        if self.rule.points is None:
+            return changes(lambda: network.batches(part), [network.model, *arms])
+        if part not in self._own:
+            self._own[part], *others = answers(lambda: network.batches(part), [network.model, *arms])
+        else:
+            others = answers(lambda: network.batches(part), arms)
+        return [loss_of(self._own[part], one).points for one in others]
 
 
 def _pruned(
-    network: Judged, made: nn.Module, dead: Sequence[DeadChannels], rule: Rule, report: Report
+    network: Judged, made: nn.Module, dead: Sequence[DeadChannels], costs: _Costs, report: Report
 ) -> tuple[nn.Module, list[DeadChannels], dict[str, dict[str, int]]]:
     """Take out the dead channels of one block after the other, while that costs no more than the limit."""
     narrowed: dict[str, dict[str, int]] = {}
@@ -203,13 +216,13 @@ def _pruned(
         why_not = done if isinstance(done, str) else ""
         if not isinstance(done, str):
             trial, changed = done
-            (cost,) = _costs(network, [network.running(trial)], rule)
-            if cost <= rule.limit:
+            (cost,) = costs.of([network.running(trial)], CHOOSING)
+            if cost <= costs.rule.limit:
                 made = trial
                 for path, sizes in changed.items():
                     narrowed.setdefault(path, {}).update(sizes)
             else:
-                why_not = f"it costs {cost:.2g} {rule.unit}"
+                why_not = f"it costs {cost:.2g} {costs.rule.unit}"
         told.append(replace(one, found=msgspec.structs.replace(one.found, pruned=not why_not, why_not=why_not)))
     return made, told, narrowed
 
@@ -296,7 +309,7 @@ def write(folded: Folded, network: Judged, files: Files) -> None:
         write_atomically(files.network, model.model.SerializeToString())
         return
     state = state_of(model)
-    described = {"folded_from": variant.name, "folded": " ".join(folded.record.folded)}
+    described = {"folded_from": variant.name, "folded": " ".join(folded.record.folded), **network.preparation}
     family = family_text(variant, folded.record, folded.narrowed).encode()
     assert files.family is not None
     with scratch() as folder:

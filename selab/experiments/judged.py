@@ -29,10 +29,11 @@ from selab.judging.record import Gates
 from selab.judging.watch import gated_blocks
 from selab.judging.worth import Arm, Replaced
 from selab.models.build import build
-from selab.models.checkpoint import load
+from selab.models.checkpoint import load, read_metadata
 from selab.models.external import runs_code_of
 from selab.models.spec import ONNX_FAMILY, Variant
 from selab.training.data import Data
+from selab.training.recipe import PREPARATION
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -97,18 +98,25 @@ class Judged:
         variant: as it is built, with the classes and the input of the images.
         name: of the network.
         model: what runs the images.
-        weights: as they were named.
+        weights: the name of their file; empty without one.
+        metadata: of that file.
     """
 
     def __init__(self, variant: Variant, seen: Seen, model: nn.Module, device: str, weights: str) -> None:
         self.variant, self.seen, self.model, self.device, self.weights = variant, seen, model, device, weights
         self.name, self.batch = variant.name, seen.batch
+        self.metadata: Mapping[str, str] = {}
         self._images: list[Tensor] | None = None
 
     @property
     def image(self) -> tuple[int, int, int]:
         """The shape of an image that the network gets, (C, H, W)."""
         return self.seen.image or self.variant.input_chw
+
+    @property
+    def preparation(self) -> dict[str, str]:
+        """What the metadata say of how images are prepared; files of weights made of these take it over."""
+        return {key: value for key, value in self.metadata.items() if key in PREPARATION}
 
     def batches(self, *parts: int) -> Iterator[Batch]:
         """Yield images, or images and labels.
@@ -403,7 +411,9 @@ def judged(
         # Whether there is a block at all is told before weights are asked for.
         gated_blocks(build(variant, device="meta", input_chw=seen.image or variant.input_chw).model)
     if weights is not None and seen.data is not None:
-        return JudgedModule(variant, seen, loaded(variant, seen.data, weights, ema=ema), device, told)
+        network = JudgedModule(variant, seen, loaded(variant, seen.data, weights, ema=ema), device, told)
+        network.metadata = read_metadata(weights)
+        return network
     model = build(variant, input_chw=seen.image or variant.input_chw).model
     if isinstance(model, OnnxNetwork):
         if weights is not None:
@@ -417,4 +427,6 @@ def judged(
         raise SelabError(
             f"{variant.name}: has random weights, whose gates mean nothing; give trained ones: --weights FILE"
         )
-    return JudgedModule(variant, seen, model, device, told)
+    network = JudgedModule(variant, seen, model, device, told)
+    network.metadata = {} if weights is None else read_metadata(weights)
+    return network

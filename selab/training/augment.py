@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selab.errors import SelabError
+from selab.training.recipe import Fill
 
 # Purposes of words: the second half of the generator's key. (`synthetic` uses 3 and more.)
 _ORDER, _DECISIONS = 1, 2
@@ -26,7 +27,8 @@ class Augmentation:
     """Augmentation of training images; none by default.
 
     Attributes:
-        crop_pad: black pixels added on each side before a random crop back to the image's size.
+        crop_pad: pixels added on each side before a random crop back to the image's size.
+        fill: black pixels, or those at the edge repeated.
         flip: mirror half of the images.
         cutout: side of a square hole at a random place, in pixels; its centre is inside, its edges may not be.
 
@@ -37,6 +39,7 @@ class Augmentation:
     """
 
     crop_pad: int = 0
+    fill: Fill = "black"
     flip: bool = False
     cutout: int = 0
 
@@ -91,21 +94,28 @@ def augment(images: Tensor, decided: Tensor, augmentation: Augmentation, *, mean
     """
     top, left, mirrored, row, column = decided.unbind(1)
     if augmentation.crop_pad:
-        images = crop(images, top, left, pad=augmentation.crop_pad)
+        images = crop(images, top, left, pad=augmentation.crop_pad, fill=augmentation.fill)
     if augmentation.flip:
         images = flip(images, mirrored)
     x = normalise(images, mean, std)
     return cut(x, row, column, side=augmentation.cutout) if augmentation.cutout else x
 
 
-def crop(images: Tensor, top: Tensor, left: Tensor, *, pad: int) -> Tensor:
-    """Return x[n, :, top[n] : top[n] + H, left[n] : left[n] + W] of images padded by `pad` black pixels.
+def crop(images: Tensor, top: Tensor, left: Tensor, *, pad: int, fill: Fill = "black") -> Tensor:
+    """Return x[n, :, top[n] : top[n] + H, left[n] : left[n] + W] of images padded by `pad` pixels, as `fill` says.
 
     Shapes:
         images: (N, C, H, W); top, left: (N,), each from 0 to 2 pad; result: (N, C, H, W).
     """
     n, channels, height, width = images.shape
-    padded = F.pad(images, (pad, pad, pad, pad))
+    if fill == "edge":
+        # Replicating by torch's own padding is not there for bytes.
+        rows, columns = (
+            torch.arange(-pad, size + pad, device=images.device).clamp(0, size - 1) for size in (height, width)
+        )
+        padded = images.index_select(2, rows).index_select(3, columns)
+    else:
+        padded = F.pad(images, (pad, pad, pad, pad))
     # A view of the windows at every pixel, of which index_select takes one per image: it copies whole rows, where
     # indexing by three tensors takes twice as long.
     image, plane, line, pixel = padded.stride()

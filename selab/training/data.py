@@ -18,9 +18,9 @@ from selab.training.augment import Augmentation, augment, decide, normalise, ord
 from selab.training.batches import BatchPlan, check_share
 from selab.training.cifar import LAYOUTS, open_cifar
 from selab.training.holdout import identity_of, split
-from selab.training.recipe import ImageRecipe
+from selab.training.recipe import ImageRecipe, Scaling
 
-__all__ = ["NAMES", "Augmentation", "BatchPlan", "Data", "ImageSet", "open_data", "synthetic_set"]
+__all__ = ["NAMES", "Augmentation", "BatchPlan", "Data", "ImageSet", "open_data", "scaled", "synthetic_set"]
 NAMES = (*LAYOUTS, "synthetic", "folder", "imagenet")
 
 
@@ -255,6 +255,19 @@ class ImageSet:
                 std=torch.tensor(self.std, dtype=torch.float32, device=place).view(-1, 1, 1),
             )
         return self._moved[place]
+
+
+def scaled(data: Data, scaling: Scaling) -> Data:
+    """Return a data set whose images are scaled as a recipe says.
+
+    Args:
+        data: a set in memory; one of a folder says itself how its images are prepared, and is returned as it is.
+        scaling: see `selab.training.recipe.Recipe`.
+    """
+    if scaling == "channel" or not isinstance(data, ImageSet):
+        return data
+    channels = data.input_chw[0]
+    return replace(data, mean=(0.0,) * channels, std=(255.0,) * channels)
 
 
 def open_data(

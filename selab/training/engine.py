@@ -24,7 +24,7 @@ from selab.models.spec import Variant
 from selab.training.augment import Augmentation
 from selab.training.batches import BatchPlan
 from selab.training.curves import EpochCurves
-from selab.training.data import Data
+from selab.training.data import Data, scaled
 from selab.training.distributed import ProcessGroup, lost_another
 from selab.training.evaluate import NotFiniteError, evaluate
 from selab.training.interrupt import StopRequest, stoppable
@@ -77,7 +77,7 @@ class Engine:
         report: Report,
         clock: Callable[[], float],
     ) -> None:
-        self.data, self.config, self.group, self.folder = data, config, group, folder
+        self.data, self.config, self.group, self.folder = scaled(data, config.recipe.scaling), config, group, folder
         self.recipe, self.options = config.recipe, config.options
         self.report, self.clock = report, clock
         # Only an image folder states how its images are prepared.
@@ -251,6 +251,8 @@ class Engine:
         }
         if self.config.start_sha256:
             metadata["start_sha256"] = self.config.start_sha256
+        if self.recipe.scaling != "channel":
+            metadata["scaling"] = self.recipe.scaling
         if self.image is not None:
             metadata["image"] = msgspec.json.encode(self.image).decode()
         with self._averaged():
@@ -272,7 +274,7 @@ class Engine:
             rank=group.rank,
             world=group.world,
         )
-        augmentation = Augmentation(crop_pad=recipe.crop_pad, flip=recipe.flip, cutout=recipe.cutout)
+        augmentation = Augmentation(crop_pad=recipe.crop_pad, fill=recipe.fill, flip=recipe.flip, cutout=recipe.cutout)
         batches = self.data.train_batches(plan, device=group.device, augmentation=augmentation)
         # Closing ends a loader's worker processes.
         with closing(batches) if isinstance(batches, Generator) else nullcontext():

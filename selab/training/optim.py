@@ -13,6 +13,8 @@ from selab.training.recipe import Recipe
 
 # Of Keras 2: keras/optimizers.py, RMSprop(rho=0.9), and its backend's epsilon.
 _KERAS_RHO, _KERAS_EPSILON = 0.9, 1e-7
+# The same file: Adam(beta_2=0.999).
+_KERAS_BETA_2 = 0.999
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -36,6 +38,15 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             eps=_KERAS_EPSILON,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
+        )
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(
+            groups,
+            lr=recipe.lr,
+            betas=(recipe.momentum, _KERAS_BETA_2),
+            eps=_KERAS_EPSILON,
+            weight_decay=recipe.weight_decay,
+            fused=True,
         )
     return torch.optim.SGD(
         groups,

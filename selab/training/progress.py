@@ -57,13 +57,14 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
         """`2 min left`, `2 min left (1 h 37 min in all)` among several trainings; empty while unknown."""
         if self.eta_s is None:
             return ""
-        in_all = "" if self.total_eta_s is None else f" ({_duration(self.total_eta_s)} in all)"
-        return f"{_duration(self.eta_s)} left{in_all}"
+        in_all = "" if self.total_eta_s is None else f" ({duration(self.total_eta_s)} in all)"
+        return f"{duration(self.eta_s)} left{in_all}"
 
 
 Report = Callable[[TrainingProgress], object]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return `12 min` or `1 h 37 min`."""
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -7,9 +7,10 @@ the device are not part of it.
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -18,10 +19,12 @@ from selab.errors import SpecError, UnknownNameError, nearest
 from selab.records.toml import converted, parse_tables, read_package, read_tables
 from selab.records.types import Frozen
 
-Optimizer = Literal["sgd", "rmsprop"]
+Optimizer = Literal["sgd", "rmsprop", "adam"]
 Schedule = Literal["step", "cosine", "inverse", "constant"]
 Warmup = Literal["linear", "constant"]
 Initial = Literal["he", "builder"]
+Fill = Literal["black", "edge"]
+Scaling = Literal["channel", "unit"]
 _Positive = Annotated[float, Meta(gt=0)]
 _NotNegative = Annotated[float, Meta(ge=0)]
 _Share = Annotated[float, Meta(ge=0, lt=1)]
@@ -101,7 +104,9 @@ class Recipe(Frozen, frozen=True, kw_only=True):
         where: the place in the source.
         note: what the source leaves open, and what is done about it here.
         families: of networks, which this recipe is the default for.
-        optimizer: `sgd`; or `rmsprop` with the constants of Keras 2 (0.9 for the mean square, 1e-7 for epsilon).
+        optimizer: `sgd`; or `rmsprop` or `adam` with the constants of Keras 2 (0.9 and 0.999 for the mean square, 1e-7
+            for epsilon).
+        momentum: of `sgd` and `rmsprop`; of `adam`, the decay of its mean gradient.
         weight_decay: its L2 form, added to the gradient.
         decay_norm_and_bias: whether it also acts on biases and on the scales and shifts of normalisation layers.
         batch: images per step, over all devices.
@@ -112,7 +117,10 @@ class Recipe(Frozen, frozen=True, kw_only=True):
         ema: decay per step of the weights' moving average, which is then what is tested and kept; None for none.
         init: `he` draws all weights anew after arXiv 1502.01852, eq. 10; `builder` keeps those of the network's code.
         crop_pad: training images are padded by so many pixels on each side and cropped back at a random place; this and
-            the next two are for images in memory, which have one size.
+            the next four are for images in memory, which have one size.
+        fill: what they are padded with: black pixels, or the pixel at the edge repeated.
+        scaling: of training and test images: by `channel`, to mean 0 and deviation 1 over the training images; or to
+            the `unit` interval, 0 to 1.
         flip: half of the training images are mirrored.
         cutout: a square of this side is blanked at a random place of each training image.
         image: what is done to images in folders instead; None for data in memory.
@@ -143,23 +151,31 @@ class Recipe(Frozen, frozen=True, kw_only=True):
     ema: Annotated[float, Meta(gt=0, lt=1)] | None = None
     init: Initial = "builder"
     crop_pad: _Pixels = 0
+    fill: Fill = "black"
+    scaling: Scaling = "channel"
     flip: bool = False
     cutout: _Pixels = 0
     image: ImageRecipe | None = None
 
     def suits(self, *, in_memory: bool) -> bool:
         """Return whether its augmentation is for such data: in memory, or in a folder."""
-        augments = bool(self.crop_pad or self.flip or self.cutout)
+        augments = bool(self.crop_pad or self.flip or self.cutout or self.scaling != "channel")
         return (self.image is None or augments) if in_memory else not augments
 
 
 # Fields that describe a recipe and change nothing in a training.
 TELLING = ("name", "title", "source", "where", "note", "families")
+# Fields that recipes did not always have, and what they meant then: hashes leave them out where they mean it still.
+LATER = {"fill": "black", "scaling": "channel"}
 
 
 def recipe_hash(recipe: Recipe) -> str:
     """Return twelve hex digits over the fields that decide a training, without names, sources and notes."""
-    facts = {key: value for key, value in msgspec.to_builtins(recipe).items() if key not in TELLING}
+    facts = {
+        key: value
+        for key, value in msgspec.to_builtins(recipe).items()
+        if key not in TELLING and (key not in LATER or LATER[key] != value)
+    }
     return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:12]
 
 
@@ -322,6 +338,30 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
             f"{place}.warmup_epochs: {recipe.warmup_epochs:g}: must be fewer than the {recipe.epochs} epochs"
         )
     return recipe
+
+
+# What the metadata of weights say of how images are prepared for them.
+PREPARATION = ("image", "scaling")
+
+
+def scaling_of(metadata: Mapping[str, str], *, place: str) -> Scaling:
+    """Return how images in memory were scaled that weights were trained on; `channel` if their metadata do not say.
+
+    Args:
+        metadata: of the file.
+        place: its path, for the message.
+
+    Raises:
+        WeightsError: no such scaling.
+    """
+    from selab.models.checkpoint import WeightsError
+
+    told = metadata.get("scaling", "channel")
+    found: Scaling | None = next((one for one in get_args(Scaling) if one == told), None)
+    if found is None:
+        allowed = ", ".join(get_args(Scaling))
+        raise WeightsError(f"{place}: its metadata's scaling: {told[:40]!r}; allowed: {allowed}; get the file again")
+    return found
 
 
 def read_image_recipe(path: Path) -> ImageRecipe | None:

@@ -191,6 +191,7 @@ class AccuracyRecord(Frozen, frozen=True, kw_only=True):
         command: the command line that asks for the same again.
         complete: whether both networks of every requested seed are finished or diverged.
         recipe: in full, since recipes change.
+        variant_recipe: of the variant, where each network has values of its own; None where both have `recipe`.
         warnings: see `warnings_of`.
     """
 
@@ -212,6 +213,7 @@ class AccuracyRecord(Frozen, frozen=True, kw_only=True):
     machine: Machine
     seeds: tuple[Seed, ...]
     warnings: tuple[str, ...] = ()
+    variant_recipe: Recipe | None = None
 
 
 def warnings_of(seeds: Iterable[Seed], data: DataSpec) -> tuple[str, ...]:

@@ -198,6 +198,8 @@ def _mistaken_entry(found: object, parameter: Tensor, optimizer: torch.optim.Opt
     if isinstance(optimizer, torch.optim.RMSprop):
         names = {"step", "square_avg", *(("momentum_buffer",) if group["momentum"] else ())}
         optional = {"momentum_buffer", "grad_avg"}
+    elif isinstance(optimizer, torch.optim.Adam):
+        names, optional = {"step", "exp_avg", "exp_avg_sq"}, {"max_exp_avg_sq"}
     else:
         names, optional = ({"momentum_buffer"} if group["momentum"] else set()), {"momentum_buffer"}
     if not isinstance(found, dict) or not names <= set(found) <= names | optional:
@@ -208,8 +210,9 @@ def _mistaken_entry(found: object, parameter: Tensor, optimizer: torch.optim.Opt
             yield from _mistaken_tensor(value, parameter, f"{where}.{name}")
         elif name not in names and value is not None:
             yield f"{where}.{name}: is {_kind(value)}, expected None"
-    if "square_avg" in names and _is_dense(found["square_avg"]) and (found["square_avg"] < 0).any():
-        yield f"{where}.square_avg: is negative"
+    for name in names & {"square_avg", "exp_avg_sq"}:
+        if _is_dense(found[name]) and (found[name] < 0).any():
+            yield f"{where}.{name}: is negative"
     if "step" in names:
         step = found["step"]
         yield from _mistaken_tensor(step, torch.zeros(()), f"{where}.step")

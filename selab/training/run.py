@@ -32,7 +32,7 @@ from selab.records.files import read_text, write_atomically
 from selab.records.types import Frozen
 from selab.training.data import Data
 from selab.training.problems import Problems
-from selab.training.recipe import TELLING, Recipe, adapted
+from selab.training.recipe import LATER, TELLING, Recipe, adapted
 from selab.training.record import (
     Accuracy,
     DataSpec,
@@ -345,8 +345,8 @@ def _deciding(value: Frozen) -> dict[str, object]:
     skipped = {f"recipe.{key}" for key in TELLING} | {f"options.{key}" for key in _NEUTRAL_OPTIONS} | {"data.title"}
     found = {key: inner for key, inner in _flat(msgspec.to_builtins(value)).items() if key not in skipped}
     # Where they are not asked for, folders keep the names that they had before there were these options.
-    later = (("options.graphed", False), ("start_sha256", ""))
-    return {key: inner for key, inner in found.items() if (key, inner) not in later}
+    later = {"options.graphed": False, "start_sha256": "", **{f"recipe.{key}": value for key, value in LATER.items()}}
+    return {key: inner for key, inner in found.items() if key not in later or later[key] != inner}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

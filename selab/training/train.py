@@ -104,7 +104,7 @@ def train(
             if group.first:
                 say(f"already finished: {folder}")
             return finished
-        stack.enter_context(_settings(options, group.device))
+        stack.enter_context(device_settings(options, group.device))
         engine = Engine(variant, data, config, group, held, report, clock)
         with engine.clear_errors():
             found = group.on_first(held.load)
@@ -147,7 +147,7 @@ def _check(config: RunConfig, group: ProcessGroup) -> None:
 
 
 @contextmanager
-def _settings(options: Options, device: torch.device) -> Iterator[None]:
+def device_settings(options: Options, device: torch.device) -> Iterator[None]:
     """Set threads and backends for a training; restore them and the random state at the end."""
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

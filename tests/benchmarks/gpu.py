@@ -52,7 +52,7 @@ TAXED = (
 IMPLEMENTATIONS = ("reference", "torchvision", "timm", "fused")
 # Baseline, variants, recipe, epochs (None: the recipe's), seeds.
 TRAINED = (
-    ("small_cnn", ("se_small_cnn", "se_small_cnn+init=identity"), "keras_cnn", 25, 5),
+    ("small_cnn", ("se_small_cnn", "se_small_cnn+init=identity"), "keras_cifar10_cnn", 25, 5),
     ("resnet20_cifar", ("se_resnet20_cifar", "se_resnet20_cifar+init=identity"), "cifar_resnet", None, 3),
     ("resnet56_cifar", ("se_resnet56_cifar", "se_resnet56_cifar+init=identity"), "cifar_resnet", None, 3),
 )

@@ -18,9 +18,10 @@ from selab.experiments.judged import Seen, judged
 from selab.judging.folding import read_folding
 from selab.models.build import build
 from selab.models.catalog import find
+from selab.models.checkpoint import read_metadata
 from selab.report.folding import folding_tables
 from selab.report.table import render
-from selab.training.recipe import find_recipe, lr_at
+from selab.training.recipe import find_recipe, lr_at, scaling_of
 from selab.training.recipe import finetuning as recipe_of
 
 
@@ -108,6 +109,23 @@ def test_the_recipe_is_the_end_of_the_one_that_trained(network):
     assert lr_at(recipe, 4) == pytest.approx(0, abs=1e-12)
     assert recipe.weight_decay == base.weight_decay
     assert recipe.crop_pad == base.crop_pad
+
+
+def test_what_is_made_of_weights_knows_how_their_images_are_prepared(network, tmp_path, monkeypatch):
+    state = safetensors.torch.load_file("w.safetensors")
+    told = {"recipe": "keras_cifar10_cnn", "scaling": "unit", "seed": "0"}
+    safetensors.torch.save_file(state, "u.safetensors", told)
+    weights = tmp_path / "u.safetensors"
+    # Wherever the program runs.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = judged(find(f"{tmp_path / 'tiny.toml'}:se_plain"), Seen(data=images(), batch=16), weights=weights)
+    recipe = small(again, 1)
+    assert (recipe.optimizer, recipe.scaling) == ("rmsprop", "unit")
+    done, files = folded_files(again, tmp_path / "out")
+    assert scaling_of(read_metadata(files.network), place="it") == "unit"
+    finetuning.finetuned(done, again, files, recipe, lambda *_: None)
+    assert scaling_of(read_metadata(files.finetuned), place="it") == "unit"
 
 
 def test_images_without_labels_train_nothing(network, tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 from selab.errors import SelabError, UnknownNameError
 from selab.training import augment, synthetic
 from selab.training.batches import BatchPlan
-from selab.training.data import Augmentation, ImageSet, open_data, synthetic_set
+from selab.training.data import Augmentation, ImageSet, open_data, scaled, synthetic_set
 from selab.training.recipe import ImageRecipe
 
 CPU = torch.device("cpu")
@@ -171,13 +171,14 @@ def decide(size=64, augmentation=ALL, **changed):
     return augment.decide(augmentation, **asked)
 
 
+@pytest.mark.parametrize("fill", ["black", "edge"])
 @pytest.mark.parametrize("pad", [1, 4, 7])
-def test_crop_is_a_window_of_the_image_with_black_around_it(pad):
+def test_crop_is_a_window_of_the_image_with_black_or_its_edge_around_it(pad, fill):
     images = torch.randint(1, 256, (64, 3, 20, 32), dtype=torch.uint8)
     top, left = decide(augmentation=Augmentation(crop_pad=pad))[:, :2].unbind(1)
-    found = augment.crop(images, top, left, pad=pad).numpy()
+    found = augment.crop(images, top, left, pad=pad, fill=fill).numpy()
     for image, y, x, one in zip(images.numpy(), top.tolist(), left.tolist(), found, strict=True):
-        padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
+        padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), mode="edge" if fill == "edge" else "constant")
         assert np.array_equal(one, padded[:, y : y + 20, x : x + 32])
 
 
@@ -198,6 +199,20 @@ def test_hole_is_a_square_that_may_stick_out(side):
         y, x = y - side // 2, x - side // 2
         expected[:, max(y, 0) : max(y + side, 0), max(x, 0) : max(x + side, 0)] = 0
         assert torch.equal(one, expected)
+
+
+def test_images_of_a_recipe_may_lie_between_zero_and_one(numbered):
+    unit = scaled(numbered, "unit")
+    cpu = torch.device("cpu")
+    found, labels = next(unit.test_batches(batch=8, device=cpu))
+    assert torch.equal(labels, numbered.test_labels[:8])
+    torch.testing.assert_close(found, numbered.test_images[:8] / 255)
+    images, _ = next(batches(unit, augmentation=Augmentation()))
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert scaled(numbered, "channel") is numbered
+    other = object()
+    assert scaled(other, "unit") is other
 
 
 def test_all_together_in_the_order_of_the_recipes(numbered):

@@ -1,3 +1,4 @@
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import pytest
 from selab.errors import SpecError, UnknownNameError
 from selab.models.catalog import installed
 from selab.training.recipe import (
+    TELLING,
     Recipe,
     adapted,
     check_suits,
@@ -65,7 +67,7 @@ class Stated:
         # github.com/xgastaldi/shake-shake, README.md: -LR 0.2 -batchSize 128 -nEpochs 1800.
         ("cifar_shake_shake", Stated(lr=0.2, batch=128, epochs=1800)),
         # keras-team/keras, examples/cifar10_cnn.py: lr=0.0001, batch_size = 32, epochs = 100.
-        ("keras_cnn", Stated(lr=1e-4, batch=32, epochs=100, momentum=0.0)),
+        ("keras_cifar10_cnn", Stated(lr=1e-4, batch=32, epochs=100, momentum=0.0)),
     ],
 )
 def test_what_the_sources_print(name, stated):
@@ -115,7 +117,7 @@ def test_cosine_behind_a_linear_warm_up():
 
 
 def test_inverse_and_constant():
-    recipe = find_recipe("keras_cnn")
+    recipe = find_recipe("keras_cifar10_cnn")
     # lr / (1 + decay * iterations) after ten epochs of 1562 steps.
     assert lr_at(recipe, 10) == pytest.approx(1e-4 / (1 + 1e-6 * 15_620))
     assert lr_at(toy(schedule="constant"), 9.9) == 0.4
@@ -136,6 +138,13 @@ def test_the_hash_is_of_what_decides_a_training():
     assert recipe_hash(toy()) == recipe_hash(toy(families=("small_cnn",)))
     assert recipe_hash(toy()) != recipe_hash(toy(lr=0.5))
     assert recipe_hash(toy()) != recipe_hash(toy(image=None))
+
+
+def test_the_hash_is_that_of_recipes_before_they_could_fill_and_scale():
+    facts = {key: value for key, value in msgspec.to_builtins(toy()).items() if key not in TELLING}
+    before = {key: value for key, value in facts.items() if key not in ("fill", "scaling")}
+    assert recipe_hash(toy()) == hashlib.sha256(msgspec.json.encode(before, order="sorted")).hexdigest()[:12]
+    assert len({recipe_hash(toy(**one)) for one in ({}, {"fill": "edge"}, {"scaling": "unit"})}) == 3
 
 
 @pytest.mark.parametrize(
@@ -202,6 +211,7 @@ def test_a_recipe_is_for_images_in_memory_or_in_folders():
         check_suits(find_recipe("cifar_short"), "imagenet", in_memory=False)
     with pytest.raises(SpecError, match=r"--recipe imagenet_senet: is for image folders; .* use one of cifar_res"):
         check_suits(find_recipe("imagenet_senet"), "cifar10", in_memory=True)
+    assert not toy(image=None, scaling="unit").suits(in_memory=False)
     # One that asks for nothing is for both.
     for in_memory in (True, False):
         check_suits(toy(image=None), "any", in_memory=in_memory)

@@ -47,6 +47,7 @@ SGD = Recipe(
     batch=8, epochs=3, schedule="step", milestones=(2.0,), weight_decay=1e-3, ema=0.9, decay_norm_and_bias=False,
 )  # fmt: skip
 RMSPROP = msgspec.structs.replace(SGD, optimizer="rmsprop", nesterov=False, lr=1e-3, ema=None)
+ADAM = msgspec.structs.replace(RMSPROP, optimizer="adam")
 # 30 images make 3 steps of 8 in an epoch.
 STEPS = 3
 
@@ -108,7 +109,8 @@ def stopped_at(run, folder, epoch, step, **options):
 def saved(run, tmp_path_factory):
     """(folder, checkpoint) in the second epoch, by recipe."""
     found = {}
-    for name, options in (("sgd", {}), ("rmsprop", {"recipe": RMSPROP}), ("fp16", {"amp": "fp16"})):
+    ways = {"sgd": {}, "rmsprop": {"recipe": RMSPROP}, "adam": {"recipe": ADAM}, "fp16": {"amp": "fp16"}}
+    for name, options in ways.items():
         folder = tmp_path_factory.mktemp("runs") / name
         found[name] = folder, stopped_at(run, folder, 2, 2, **options), options
     return found
@@ -189,7 +191,9 @@ def mutations(path, value):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "part"), [("sgd", None), ("rmsprop", "optimizer"), ("fp16", "scaler")])
+@pytest.mark.parametrize(
+    ("name", "part"), [("sgd", None), ("rmsprop", "optimizer"), ("adam", "optimizer"), ("fp16", "scaler")]
+)
 def test_every_value_of_another_kind_is_refused(run, saved, name, part):
     folder, checkpoint, options = saved[name]
     count, taken = 0, []
@@ -272,11 +276,12 @@ def test_a_missing_buffer_of_a_trained_parameter_is_refused_and_of_an_untrained_
     refused(run, folder, changed(checkpoint, ("tensors", "optimizer", "state"), {}), "lacks 0 (0.weight)")
 
 
-def test_a_negative_mean_square_or_variance_is_refused(run, saved):
-    folder, checkpoint, options = saved["rmsprop"]
+@pytest.mark.parametrize(("name", "square"), [("rmsprop", "square_avg"), ("adam", "exp_avg_sq")])
+def test_a_negative_mean_square_or_variance_is_refused(run, saved, name, square):
+    folder, checkpoint, options = saved[name]
     path = ("tensors", "optimizer", "state", 0)
-    square = checkpoint["tensors"]["optimizer"]["state"][0]["square_avg"]
-    refused(run, folder, changed(checkpoint, (*path, "square_avg"), -square - 1), "square_avg: is negative", **options)
+    value = checkpoint["tensors"]["optimizer"]["state"][0][square]
+    refused(run, folder, changed(checkpoint, (*path, square), -value - 1), f"{square}: is negative", **options)
     refused(run, folder, changed(checkpoint, (*path, "step"), torch.tensor(-1.0)), "step: is negative", **options)
     variance = torch.tensor([-1.0, 1, 1, 1])
     words = "model.1.running_var: is negative"

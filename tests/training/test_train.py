@@ -26,11 +26,11 @@ from selab.models.build import build
 from selab.training import recipe as training_recipe
 from selab.training import run as run_files
 from selab.training.batches import BatchPlan
-from selab.training.data import Augmentation
+from selab.training.data import Augmentation, scaled
 from selab.training.evaluate import evaluate
 from selab.training.optim import Average, draw_he, optimizer_of
 from selab.training.problems import Found, Problems
-from selab.training.recipe import ImageRecipe, lr_at
+from selab.training.recipe import ImageRecipe, lr_at, scaling_of
 
 # ------------------------------------------------------------------------------------------------------ what is trained
 
@@ -139,6 +139,17 @@ def test_weights_know_what_they_are_of(run, family):
     assert training.facts_hash == family["se_plain"].facts_hash != fitting.facts_hash
 
 
+def test_weights_know_how_their_images_were_scaled(run, family):
+    training = run("se_plain", scaling="unit")
+    told = models_checkpoint.read_metadata(Path(training.weights))
+    assert scaling_of(told, place="w") == "unit"
+    model = compare.loaded(family["se_plain"], images(), Path(training.weights))
+    assert evaluate(model, scaled(images(), "unit"), batch=TEST).top1_correct == training.test.top1_correct
+    assert "scaling" not in models_checkpoint.read_metadata(Path(run(folder="other").weights))
+    with pytest.raises(models_checkpoint.WeightsError, match=r"^w: its metadata's scaling: 'log'; allowed: channel, u"):
+        scaling_of({"scaling": "log"}, place="w")
+
+
 def test_weights_are_loaded_for_the_images_that_they_were_trained_on(run, family):
     training = run()
     path, variant = Path(training.weights), family["plain"]
@@ -243,6 +254,22 @@ class TestOptimizers:
         optimizer_of(model, recipe).step()
         # keras/optimizers.py: a = 0.9 a + 0.1 g^2; p -= lr g / (sqrt(a) + 1e-7)
         assert model.weight.item() == pytest.approx(1 - 0.1 * 3 / ((0.1 * 9) ** 0.5 + 1e-7))
+
+    def test_adam_has_the_constants_of_keras(self):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(model.weight)
+        recipe = msgspec.structs.replace(
+            RECIPE, optimizer="adam", lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0
+        )
+        optimizer = optimizer_of(model, recipe)
+        m = v = 0.0
+        expected = 1.0
+        for step, gradient in enumerate((3.0, -1.0), start=1):
+            model.weight.grad = torch.full((1, 1), gradient)
+            optimizer.step()
+            m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+            expected -= 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)) ** 0.5 + 1e-7)
+        assert model.weight.item() == pytest.approx(expected)
 
     def test_the_average_of_weights(self):
         model = nn.Linear(1, 1, bias=False)

@@ -8,8 +8,10 @@ from selab import units
 from selab.experiments.compared import Compared
 from selab.models import external
 from selab.models.provenance import variants_of
+from selab.models.spec import Published
 from selab.records.types import PHASE_NAMES, Cost, Latency
 from selab.records.verdict import NOT_SIGNIFICANT, change_words
+from selab.report.published import published_pair
 from selab.report.table import Table
 from selab.report.wording import verdict_sentence, words_note
 from selab.training.record import AccuracyRecord, Seed, SeedOutcome
@@ -27,6 +29,7 @@ def comparison_table(compared: Compared) -> Table:
         *_time_rows("forward, batch 1", compared.forward_latency),
         *_time_rows(f"forward+backward, batch {_batch(compared)}", compared.step_latency),
         _level_row("top-1 accuracy", verdict.top1),
+        *_published_row(record),
     ]
     if verdict.top5 is not None:
         rows.append(_level_row("top-5 accuracy", verdict.top5))
@@ -38,6 +41,7 @@ def comparison_table(compared: Compared) -> Table:
     notes = [f"{name}: {one.difference.text}" for name, one in (("top-1", verdict.top1), ("loss", verdict.loss))]
     if verdict.diverged:
         notes.append(f"{verdict.diverged}; what is compared are the seeds that both networks finished.")
+    notes += _own_recipes(record)
     done = sum(one.pair is not None for one in record.seeds)
     place = f"{record.machine.gpu or record.machine.cpu}, torch {record.machine.libraries.get('torch', '')}"
     notes.append(
@@ -45,6 +49,7 @@ def comparison_table(compared: Compared) -> Table:
         f"{len(record.seeds)} seeds; ± is one deviation over seeds, of a difference its 95 % interval. {place}."
     )
     notes.append("Trainings ran one after the other: their times are no paired measurement, the passes' times are one.")
+    notes += published_notes([record])
     notes += (*words_note(rows), *_other_classes([compared]), *_no_results([compared]), *record.warnings)
     return Table(
         title=f"{record.arch} against {record.baseline} on {record.data.title}",
@@ -52,6 +57,30 @@ def comparison_table(compared: Compared) -> Table:
         rows=tuple(rows),
         notes=(*notes, *not_published([record])),
     )
+
+
+def _own_recipes(record: AccuracyRecord) -> list[str]:
+    """Return how each network was trained, where that differs."""
+    if record.variant_recipe is None:
+        return []
+    each = [
+        f"{name} with a learning rate of {one.lr:.3g} and a weight decay of {one.weight_decay:.3g}"
+        for name, one in ((record.baseline, record.recipe), (record.arch, record.variant_recipe))
+    ]
+    return [f"Each network at its best ({record.recipe.note}): {'; '.join(each)}."]
+
+
+def both_ways(records: Sequence[AccuracyRecord]) -> list[str]:
+    """Return a sentence for each pair that was compared in the same recipe, and each network at its best."""
+    found: dict[tuple[str, str], dict[bool, str]] = {}
+    for record in records:
+        words = compare_verdict(record).top1.difference.text
+        found.setdefault((record.arch, record.baseline), {})[record.variant_recipe is not None] = words
+    return [
+        f"{arch} against {baseline}, same recipe: {ways[False]}; each at its best: {ways[True]}."
+        for (arch, baseline), ways in found.items()
+        if len(ways) == len((False, True))
+    ]
 
 
 def seeds_table(record: AccuracyRecord) -> Table:
@@ -90,11 +119,12 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
     cost_rows = tuple(_costs_row(one) for one in group)
     bought = Table(
         title=f"What SE buys on {data.title}",
-        columns=("", "seeds", "base top-1", "top-1", "points", "loss"),
+        columns=("", "seeds", "base top-1", "top-1", "points", "published", "loss"),
         rows=bought_rows,
         notes=(
             f"Trained: {'; '.join(trainings(records))}. {data.train_size:,} images to train on, {data.test_size:,} to "
             "test on; ± is one deviation over seeds, in brackets 95 % intervals of the difference, paired by seed.",
+            *published_notes(records),
             *words_note(bought_rows),
             *unresolved,
             *(f"{name}: {verdict.diverged}" for name, verdict in verdicts.items() if verdict.diverged),
@@ -148,8 +178,44 @@ def _bought_row(one: Compared) -> tuple[str, ...]:
         str(seeds) if seeds == len(record.seeds) else f"{seeds} of {len(record.seeds)}",
         *(NONE if level is None else level.shown for level in (verdict.top1.baseline, verdict.top1.variant)),
         _difference_words(verdict.top1),
+        _published_points(record),
         _difference_words(verdict.loss),
     )
+
+
+# Data sets by the first word of what publications call them.
+_PUBLISHED_ON = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet-1k"}
+
+
+def _published(record: AccuracyRecord) -> tuple[Published, Published] | None:
+    """Return the published errors of a record's variant and baseline on its data; None unless both are of one table."""
+    on = _PUBLISHED_ON.get(record.data.name)
+    ours, theirs = (None, None) if on is None else published_pair(*variants_of(record), "top1_error_pct", on=on)
+    return None if ours is None or theirs is None else (ours, theirs)
+
+
+def _published_points(record: AccuracyRecord) -> str:
+    found = _published(record)
+    return NONE if found is None else f"{found[1].value - found[0].value:+.2f}"
+
+
+def _published_row(record: AccuracyRecord) -> list[tuple[str, ...]]:
+    found = _published(record)
+    if found is None:
+        return []
+    levels = (f"{100 - one.value:.2f} %" for one in reversed(found))
+    return [("published top-1 accuracy", *levels, f"{_published_points(record)} points")]
+
+
+def published_notes(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
+    """Return where the published pairs of some comparisons are from."""
+    named: dict[str, list[str]] = {}
+    for record in records:
+        found = _published(record)
+        if found is not None:
+            source = f"{found[0].source}, {found[0].table}"
+            named.setdefault(source, []).append(name_of(record))
+    return tuple(f"Published ({', '.join(names)}): {source}." for source, names in named.items())
 
 
 def _costs_row(one: Compared) -> tuple[str, ...]:

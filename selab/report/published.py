@@ -24,15 +24,31 @@ def published(variant: Variant | None, metric: Metric) -> Published | None:
 
 
 def published_pair(
-    variant: Variant | None, baseline: Variant | None, metric: Metric
+    variant: Variant | None, baseline: Variant | None, metric: Metric, *, on: str = ""
 ) -> tuple[Published | None, Published | None]:
-    """Return a variant's published number and its baseline's of the same table: other tables have other recipes."""
-    numbers = [one for one in variant.published if one.metric == metric] if variant else []
-    others = [one for one in baseline.published if one.metric == metric] if baseline else []
-    for ours in numbers:
-        for theirs in others:
-            if (ours.source, ours.table) == (theirs.source, theirs.table):
-                return ours, theirs
+    """Return a variant's published number and its baseline's of the same table: other tables have other recipes.
+
+    Args:
+        variant: the network.
+        baseline: what it is compared with.
+        metric: of both.
+        on: the first word of the data set, `CIFAR-10`; any if it is empty.
+    """
+
+    def numbers_of(one: Variant | None) -> list[Published]:
+        found = one.published if one else ()
+        return [each for each in found if each.metric == metric and (not on or each.dataset.split()[:1] == [on])]
+
+    numbers, others = numbers_of(variant), numbers_of(baseline)
+    alike = [
+        (ours, theirs)
+        for ours in numbers
+        for theirs in others
+        if (ours.source, ours.table) == (theirs.source, theirs.table)
+    ]
+    if alike:
+        # A table may have columns for several data sets.
+        return next((pair for pair in alike if len({one.dataset for one in pair}) == 1), alike[0])
     return (numbers[0] if numbers else None), None
 
 

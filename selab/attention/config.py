@@ -106,6 +106,34 @@ class ESEConfig(SiteConfig, frozen=True, kw_only=True, tag="ese"):
     """Effective SE, with one layer."""
 
 
+class GRNConfig(SiteConfig, frozen=True, kw_only=True, tag="grn"):
+    """Global Response Normalisation."""
+
+
+class SimAMConfig(SiteConfig, frozen=True, kw_only=True, tag="simam"):
+    """SimAM, without parameters; `e_lambda` is added to the variance."""
+
+    e_lambda: float = 1e-4
+
+
+class GlobalContextConfig(SiteConfig, frozen=True, kw_only=True, tag="global_context"):
+    """Global Context."""
+
+    reduction: int = 16
+
+
+class TripletConfig(SiteConfig, frozen=True, kw_only=True, tag="triplet"):
+    """Triplet Attention."""
+
+    kernel_size: int = 7
+
+
+class ELAConfig(SiteConfig, frozen=True, kw_only=True, tag="ela"):
+    """Efficient Local Attention."""
+
+    kernel_size: int = 7
+
+
 class ExternalConfig(SiteConfig, frozen=True, kw_only=True, tag="external"):
     """A block from a Python file or module, which is imported when the block is built and not before.
 
@@ -129,6 +157,11 @@ BLOCKS: dict[str, type[SiteConfig]] = {
         SSEConfig,
         GatherExciteConfig,
         ESEConfig,
+        GRNConfig,
+        SimAMConfig,
+        GlobalContextConfig,
+        TripletConfig,
+        ELAConfig,
     )
 }
 """Name of a block → type of its configuration; `selab.attention.register_block` adds to it."""

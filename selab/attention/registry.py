@@ -18,7 +18,12 @@ from selab.attention.config import (
     block_keys,
     block_name,
 )
+from selab.attention.ela import ELA
+from selab.attention.global_context import GlobalContext
+from selab.attention.grn import GRN
 from selab.attention.se import SqueezeExcitation
+from selab.attention.simam import SimAM
+from selab.attention.triplet import TripletAttention
 from selab.attention.user_code import imported
 from selab.errors import InsertionError, SpecError
 
@@ -31,6 +36,11 @@ _CLASSES: dict[str, type[Attention]] = {
     "sse": SSE,
     "gather_excite": GatherExcite,
     "ese": ESE,
+    "grn": GRN,
+    "simam": SimAM,
+    "global_context": GlobalContext,
+    "triplet": TripletAttention,
+    "ela": ELA,
 }
 _NOT_KEYS = ("channels", "init")
 

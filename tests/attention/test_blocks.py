@@ -6,10 +6,15 @@ from torch import nn
 
 from selab.attention.base import Attention
 from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttention, GatherExcite
+from selab.attention.ela import ELA
+from selab.attention.global_context import GlobalContext
+from selab.attention.grn import GRN
+from selab.attention.simam import SimAM
+from selab.attention.triplet import TripletAttention
 from selab.cost.count import count
 from selab.errors import InsertionError
 
-LEARNING = [ECA, CBAM, CoordinateAttention, SCSE, SSE, ESE]
+LEARNING = [ECA, CBAM, CoordinateAttention, SCSE, SSE, ESE, GRN, GlobalContext, TripletAttention, ELA]
 C, H, W = 32, 7, 5
 
 
@@ -104,6 +109,63 @@ def ese(block, x, top):
     return x * top * ((affine(mean(x, 2, 3), block.fc) + 3).clamp(0, 6) / 6)[:, :, None, None]
 
 
+def grn(block, x, _top):
+    norms = (x**2).sum((2, 3), keepdim=True).sqrt()
+    share = norms / (norms.sum(1, keepdim=True) / C + 1e-6)
+    return block.weight[:, None, None] * (x * share) + block.bias[:, None, None] + x
+
+
+def simam(block, x, _top):
+    squares = (x - mean(x, 2, 3)[:, :, None, None]) ** 2
+    variance = squares.sum((2, 3), keepdim=True) / (H * W - 1)
+    return x * sigmoid(squares / (4 * (variance + block.e_lambda)) + 0.5)
+
+
+def global_context(block, x, _top):
+    logits = affine(x, block.conv).flatten(2)
+    weights = torch.exp(logits - logits.amax())
+    context = (x.flatten(2) * weights).sum(2) / weights.sum(2)
+    hidden = affine(context, block.fc1)
+    centred = hidden - mean(hidden, 1)[:, None]
+    scaled = centred / (mean(centred**2, 1)[:, None] + 1e-5).sqrt()
+    hidden = (scaled * block.norm.weight + block.norm.bias).clamp(min=0)
+    return x + affine(hidden, block.fc2)[:, :, None, None]
+
+
+def triplet(block, x, top):
+    total = torch.zeros_like(x)
+    for plane, place in ((block.over_height, 2), (block.over_width, 3), (block.over_channels, 1)):
+        planes = torch.stack((x.sort(place).values.select(place, -1), mean(x, place)), 1)
+        size = plane.conv.weight.shape[-1]
+        reach = size // 2
+        high, wide = planes.shape[2:]
+        padded = torch.zeros(*planes.shape[:2], high + 2 * reach, wide + 2 * reach, dtype=x.dtype)
+        padded[:, :, reach : reach + high, reach : reach + wide] = planes
+        mixed = sum(
+            (padded[:, :, i : i + high, j : j + wide] * plane.conv.weight[0, :, i, j, None, None]).sum(1)
+            for i in range(size)
+            for j in range(size)
+        )
+        gate = top * sigmoid(normalised(mixed[:, None], plane.bn))[:, 0]
+        total += x * gate.unsqueeze(place)
+    return total / 3
+
+
+def ela(block, x, top):
+    def gate(lines):
+        size = block.conv.weight.shape[-1]
+        reach, long = size // 2, lines.shape[2]
+        padded = torch.zeros(*lines.shape[:2], long + 2 * reach, dtype=x.dtype)
+        padded[:, :, reach : reach + long] = lines
+        mixed = sum(padded[:, :, i : i + long] * block.conv.weight[:, 0, i, None] for i in range(size))
+        grouped = mixed.reshape(len(x), 16, -1)
+        centred = grouped - mean(grouped, 2)[..., None]
+        scaled = (centred / (mean(centred**2, 2)[..., None] + 1e-5).sqrt()).reshape(mixed.shape)
+        return top * sigmoid(scaled * block.norm.weight[:, None] + block.norm.bias[:, None])
+
+    return x * gate(mean(x, 3))[:, :, :, None] * gate(mean(x, 2))[:, :, None]
+
+
 FORMULAS = [
     (ECA, {}, eca),
     (ECA, {"kernel_size": 9}, eca),
@@ -115,6 +177,13 @@ FORMULAS = [
     (SCSE, {"reduction": 8}, scse),
     (SSE, {}, sse),
     (ESE, {}, ese),
+    (GRN, {}, grn),
+    (GlobalContext, {}, global_context),
+    (GlobalContext, {"reduction": 4}, global_context),
+    (TripletAttention, {}, triplet),
+    (TripletAttention, {"kernel_size": 3}, triplet),
+    (ELA, {}, ela),
+    (ELA, {"kernel_size": 5}, ela),
 ]
 
 
@@ -171,6 +240,14 @@ def test_eca_adapts_its_size(channels, expected):
         (GatherExcite, {}, 0),
         (GatherExcite, {"extent": 4}, 0),
         (ESE, {}, 256 * 256 + 256),
+        (GRN, {}, 2 * 256),
+        (SimAM, {}, 0),
+        # a convolution to one channel, two layers, a norm between them
+        (GlobalContext, {}, 256 + 1 + 256 * 16 + 16 + 2 * 16 + 16 * 256 + 256),
+        # three times 2 planes under 7x7, scale and shift: the paper's 300 per block
+        (TripletAttention, {}, 300),
+        # 7 taps, scale and shift per channel
+        (ELA, {}, 256 * (7 + 2)),
     ],
 )
 def test_parameters(kind, arguments, expected):
@@ -182,7 +259,20 @@ def test_parameters(kind, arguments, expected):
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [(ECA, None), (CBAM, 16), (CoordinateAttention, 8), (SCSE, 128), (SSE, None), (GatherExcite, None), (ESE, None)],
+    [
+        (ECA, None),
+        (CBAM, 16),
+        (CoordinateAttention, 8),
+        (SCSE, 128),
+        (SSE, None),
+        (GatherExcite, None),
+        (ESE, None),
+        (GRN, None),
+        (SimAM, None),
+        (GlobalContext, 16),
+        (TripletAttention, None),
+        (ELA, None),
+    ],
 )
 def test_the_interface(kind, expected):
     block = kind(256)
@@ -205,6 +295,18 @@ def test_macs_are_those_of_the_counter(kind, arguments, init):
 def test_macs_of_gather_excite_are_those_of_the_counter(extent):
     block = GatherExcite(C, extent=extent)
     assert block.macs(H, W) == count(block, (1, C, H, W)).macs.all
+
+
+def test_simam_is_its_formula():
+    torch.manual_seed(0)
+    block = SimAM(C, e_lambda=0.01)
+    x = torch.randn(2, C, H, W, dtype=torch.float64)
+    torch.testing.assert_close(block(x), simam(block, x, 1))
+    assert block.macs(H, W) == count(block, (1, C, H, W)).macs.all
+    # One position has no variance, and is no reason to divide by zero.
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        one = x[:, :, :1, :1].to(dtype)
+        assert torch.equal(block(one), one * torch.tensor(0.5, dtype=dtype).sigmoid())
 
 
 def test_macs_by_hand():
@@ -232,9 +334,13 @@ WAITING = {
     SCSE: {"fc1.weight", "fc1.bias"},
     SSE: set(),
     ESE: set(),
+    GRN: set(),
+    GlobalContext: {"conv.weight", "conv.bias", "fc1.weight", "fc1.bias", "norm.weight", "norm.bias"},
+    TripletAttention: {"over_height.conv.weight", "over_width.conv.weight", "over_channels.conv.weight"},
+    ELA: {"conv.weight"},
 }
-# The normalisation takes the mean away, and with it in training any bias before it.
-NEVER = {CoordinateAttention: {"conv1.bias"}}
+# The normalisation takes the mean away, and with it in training any bias before it; a softmax does not see one at all.
+NEVER = {CoordinateAttention: {"conv1.bias"}, GlobalContext: {"conv.bias"}}
 
 
 @pytest.mark.parametrize("kind", LEARNING)
@@ -253,7 +359,7 @@ def test_identity_learns(kind):
     assert not torch.equal(block(x), x)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in LEARNING if kind is not SCSE])
+@pytest.mark.parametrize("kind", [kind for kind in LEARNING if kind not in (SCSE, GRN, GlobalContext)])
 def test_identity_is_not_read_without_its_stretch(kind):
     identity = kind(C, init="identity")
     with pytest.raises(RuntimeError, match=r"gate\.stretch"):
@@ -262,7 +368,7 @@ def test_identity_is_not_read_without_its_stretch(kind):
         identity.load_state_dict(kind(C).state_dict())
 
 
-@pytest.mark.parametrize("kind", LEARNING)
+@pytest.mark.parametrize("kind", [kind for kind in LEARNING if kind is not GlobalContext])
 def test_he_draws_the_weights_and_zeroes_the_biases(kind):
     torch.manual_seed(0)
     block = kind(1024)
@@ -273,6 +379,13 @@ def test_he_draws_the_weights_and_zeroes_the_biases(kind):
             if layer.weight.numel() > 1000:
                 assert layer.weight.square().mean().item() == pytest.approx(2 / fan_in, rel=0.2)
             assert layer.weight.any()
+
+
+@pytest.mark.parametrize("kind", [GRN, GlobalContext])
+@pytest.mark.parametrize("init", ["he", "identity"])
+def test_what_is_added_starts_at_nothing(kind, init):
+    x = torch.randn(2, C, H, W)
+    assert torch.equal(kind(C, init=init)(x), x)
 
 
 def test_cbam_starts_with_all_positions_alike():
@@ -294,6 +407,11 @@ def test_cbam_starts_with_all_positions_alike():
         (lambda: CoordinateAttention(64, reduction=0), "reduction 0: must be at least 1"),
         (lambda: GatherExcite(64, extent=-1), "extent -1: must be at least 1, or 0 for the whole feature map"),
         (lambda: GatherExcite(64, init="identity"), "cannot start as the identity; use init 'he'"),
+        (lambda: SimAM(64, init="identity"), "simam has no parameters and cannot start as the identity; use 'he'"),
+        (lambda: SimAM(64, e_lambda=0), "e_lambda 0: must be a number above 0"),
+        (lambda: GlobalContext(64, reduction=65), "reduction 65: must be from 1 to the number of channels, 64"),
+        (lambda: TripletAttention(64, kernel_size=2), "kernel_size 2: must be odd and at least 1"),
+        (lambda: ELA(64, kernel_size=0), "kernel_size 0: must be odd and at least 1"),
         (lambda: SSE(0), "channels 0: must be at least 1"),
         (lambda: ESE(64, init="zeros"), "init 'zeros': allowed: he, identity"),
     ],
@@ -309,7 +427,7 @@ def test_the_interface_is_no_block():
         Attention(8)
 
 
-ALL = [*((kind, {}) for kind in LEARNING), (GatherExcite, {}), (GatherExcite, {"extent": 2})]
+ALL = [*((kind, {}) for kind in LEARNING), (GatherExcite, {}), (GatherExcite, {"extent": 2}), (SimAM, {})]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -253,12 +253,29 @@ class TestDtypes:
 
 
 @pytest.mark.parametrize("init", ["he", "identity"])
-@pytest.mark.parametrize("block", ["se", "eca", "cbam", "coordinate", "scse", "sse", "ese", "gather_excite"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        "se",
+        "eca",
+        "cbam",
+        "coordinate",
+        "scse",
+        "sse",
+        "ese",
+        "gather_excite",
+        "grn",
+        "simam",
+        "global_context",
+        "triplet",
+        "ela",
+    ],
+)
 def test_every_block_can_be_scripted(block, init, image):
-    if (block, init) == ("gather_excite", "identity"):
+    if block in ("gather_excite", "simam") and init == "identity":
         pytest.skip("it has no parameters")
     model = network()
-    options = {"reduction": 2} if block in ("se", "cbam") else {}
+    options = {"reduction": 2} if block in ("se", "cbam", "global_context") else {}
     insert_se(model, "1.bn", block=block, init=init, input_nchw=CHW, **options)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(model)(image), model(image))
@@ -281,5 +298,7 @@ def test_thop_counts_through_a_place():
 def test_pruning_a_place_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
     insert_se(model, "1", input_nchw=(1, 3, 8, 8), reduction=2)
+    from torch.nn.utils import prune  # torch does not import it by itself
+
     with pytest.raises(AttributeError, match=r"weight_orig|weight_mask"):
-        torch.nn.utils.prune.l1_unstructured(model[1], "weight", 0.5)
+        prune.l1_unstructured(model[1], "weight", 0.5)

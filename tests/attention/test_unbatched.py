@@ -10,9 +10,14 @@ import selab
 from selab.attention.base import Attention
 from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttention, GatherExcite
 from selab.attention.config import BUILT_IN
+from selab.attention.ela import ELA
 from selab.attention.gated_site import gated_site
+from selab.attention.global_context import GlobalContext
+from selab.attention.grn import GRN
 from selab.attention.inserted import inserted_blocks
 from selab.attention.se import GatedJoin, SqueezeExcitation
+from selab.attention.simam import SimAM
+from selab.attention.triplet import TripletAttention
 from selab.errors import InsertionError, ModelError
 
 C, H, W = 8, 5, 6
@@ -32,6 +37,11 @@ MAKERS = {
     "gather_excite": lambda: GatherExcite(C),
     "gather_excite 2": lambda: GatherExcite(C, extent=2),
     "ese": lambda: ESE(C),
+    "grn": lambda: GRN(C),
+    "simam": lambda: SimAM(C),
+    "global_context": lambda: GlobalContext(C, reduction=4),
+    "triplet": lambda: TripletAttention(C),
+    "ela": lambda: ELA(C),
 }
 OTHER_WIDTHS = [(1, C - 1, H, W), (2, C + 1, H, W), (C, 1, H, W), (1, H, W, C), (2, 2 * C, H, W)]
 ALL = pytest.mark.parametrize("name", list(MAKERS))

@@ -4,6 +4,7 @@ import hashlib
 import shlex
 import sys
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ from selab.cli.options import (
     OUTPUT,
     TIME,
     TRAINING,
+    WHAT,
     Amp,
     Arch,
     DataOptions,
@@ -139,7 +141,7 @@ def evaluate(
 
     check_outputs(json_to)
     prepared, whose = preparation_of(data, weights, preparation)
-    images = open_images(data, prepared)
+    images = open_tested(data, prepared, weights)
     how: dict[str, Any] = {"device": device, "amp": amp, "channels_last": channels_last}
     with redirect_stdout(sys.stderr), reporting(open_console(stderr=True)) as report:
         report(f"evaluating {variant.name} on {images.title}", None)
@@ -209,22 +211,47 @@ def _tested_table(found: "Accuracy", variant: "Variant", images: "Data") -> "Tab
     )
 
 
+@dataclass(kw_only=True)
+class CompareOptions:
+    """What is compared beside two networks in one recipe, and how often."""
+
+    seeds: Annotated[
+        int,
+        natural("--seeds", TIME, "Trainings per network; more extend a record.", most=MOST_PROCESSES),
+    ] = 3
+    equal_time: Annotated[
+        bool,
+        option("--equal-time", WHAT, "Also against the baseline, wider and deeper until it is as slow as the variant."),
+    ] = False
+    tune: Annotated[
+        int,
+        natural(
+            "--tune",
+            WHAT,
+            "Also each network at its best of N trials of learning rate and weight decay.",
+            least=0,
+            most=MOST_PROCESSES,
+        ),
+    ] = 0
+    tune_epochs: Annotated[
+        int | None,
+        natural("--tune-epochs", TIME, "Epochs of a trial; by default a third of the training's.", show_default=False),
+    ] = None
+    latency: Annotated[
+        bool,
+        option("--latency/--no-latency", TIME, "Also time both networks, as `profile`."),
+    ] = True
+
+
 @with_options
 def compare(
     archs: Annotated[
         list[str],
         typer.Argument(help="A baseline and its variants, or one variant for its own baseline.", metavar="NAME"),
     ],
+    more: CompareOptions,
     data: DataOptions,
     options: TrainOptions,
-    seeds: Annotated[
-        int,
-        natural("--seeds", TIME, "Trainings per network; more extend a record.", most=MOST_PROCESSES),
-    ] = 3,
-    latency: Annotated[
-        bool,
-        option("--latency/--no-latency", TIME, "Also time both networks, as `profile`."),
-    ] = True,
     out: Out = RESULTS,
     replace: Annotated[
         bool,
@@ -234,9 +261,12 @@ def compare(
     look: Format = "rich",
 ) -> None:
     """Train networks with SE and without, several seeds each (hours)."""
+    if more.tune_epochs is not None and not more.tune:
+        raise typer.BadParameter("is for --tune N; leave it out, or give both", param_hint="--tune-epochs")
     for one in archs:
         trainable(one, option="compare")
     from selab.experiments import compare as experiments_compare
+    from selab.experiments.expected import training_s
     from selab.training.distributed import join, leave
     from selab.training.record import read_accuracy_record
 
@@ -246,18 +276,20 @@ def compare(
     how = options_of(options)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
+    if more.tune and group.world > 1:
+        raise SelabError("--tune: searches in one process; run it without torchrun first, the trainings are kept")
     images = open_images(data, chosen.image)
-    common: dict[str, Any] = {"recipe": chosen, "options": how, "seeds": tuple(range(seeds))}
-    common["command"] = shlex.join(["selab", *sys.argv[1:]])
-    plans = [experiments_compare.ComparisonPlan(variant=one, baseline=base, **common) for one, base in networks]
+    if more.equal_time:
+        networks += group.on_first(lambda: _as_slow(networks, images, out))
+    ways: list[tuple[Variant, Variant, dict[str, Any]]] = [(one, base, {"recipe": chosen}) for one, base in networks]
+    if more.tune:
+        ways += _at_their_best(networks, images, chosen, how, more, out)
+    common: dict[str, Any] = {"options": how, "seeds": tuple(range(more.seeds)), "command": _command()}
+    plans = [experiments_compare.ComparisonPlan(variant=one, baseline=base, **common, **way) for one, base, way in ways]
     comparisons = [experiments_compare.Comparison(plan, images, out=out) for plan in plans]
-    with redirect_stdout(sys.stderr):
-        left = experiments_compare.left_of(comparisons, replace=replace)
-    for finished in comparisons:
-        if finished not in left:
-            print_note(f"{finished.path}: already finished; more --seeds extend it, --replace trains again")
+    left = _left_of(comparisons, replace=replace)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        experiments_compare.run_all(left, report, report.say)
+        experiments_compare.run_all(left, report, report.say, expects=training_s)
     # Nothing else may run on the machine while networks are timed.
     leave()
     if not group.first:
@@ -266,8 +298,75 @@ def compare(
     if json_to is not None:
         _write_records(records, json_to)
     if str(json_to) != "-":
-        _show_comparisons(comparisons, records, out, look, timed=latency)
+        _show_comparisons(comparisons, records, out, look, timed=more.latency)
         _print_problems(getattr(images, "problems", None))
+
+
+def _command() -> str:
+    return shlex.join(["selab", *sys.argv[1:]])
+
+
+def _left_of(comparisons: "Sequence[Comparison]", *, replace: bool) -> "list[Comparison]":
+    """Return the comparisons with something left to train, and tell of the others."""
+    from selab.experiments.compare import left_of
+
+    with redirect_stdout(sys.stderr):
+        left = left_of(comparisons, replace=replace)
+    for finished in comparisons:
+        if finished not in left:
+            print_note(f"{finished.path}: already finished; more --seeds extend it, --replace trains again")
+    return left
+
+
+# A trial takes a third of the epochs of a training, by default.
+_TUNE_SHARE = 3
+
+
+def _at_their_best(
+    networks: "Sequence[tuple[Variant, Variant]]",
+    images: "Data",
+    recipe: "Recipe",
+    options: "Options",
+    more: CompareOptions,
+    out: Path,
+) -> "list[tuple[Variant, Variant, dict[str, Any]]]":
+    """Search values for each network; return every pair with the recipes of both."""
+    from selab.experiments.tuning import tuned
+    from selab.training.recipe import adapted
+
+    epochs = more.tune_epochs or max(1, adapted(recipe, epochs=options.epochs).epochs // _TUNE_SHARE)
+    found = {}
+    with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
+        for network in {one.name: one for pair in networks for one in reversed(pair)}.values():
+            how: dict[str, Any] = {"trials": more.tune, "epochs": epochs, "out": out}
+            found[network.name] = tuned(network, images, recipe, options, **how, report=report, say=report.say)
+    return [(one, base, {"recipe": found[base.name], "variant_recipe": found[one.name]}) for one, base in networks]
+
+
+# Seconds of measuring wider and deeper networks; the search between the nearest ones takes half as long again.
+_EQUAL_TIME_S = 80.0
+
+
+def _as_slow(
+    networks: "Sequence[tuple[Variant, Variant]]", images: "Data", out: Path
+) -> "list[tuple[Variant, Variant]]":
+    """Return each variant with each network that takes as long as it does: its baseline, wider or deeper."""
+    from selab.experiments.compare import fitted
+    from selab.experiments.equal_time import equal_time
+
+    with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
+        return [
+            (variant, other)
+            for variant, baseline in networks
+            for other in equal_time(
+                fitted(variant, images),
+                fitted(baseline, images),
+                out=out,
+                budget_s=_EQUAL_TIME_S,
+                report=report,
+                say=print_note,
+            )
+        ]
 
 
 def _show_comparisons(
@@ -283,6 +382,8 @@ def _show_comparisons(
         joined = compared(record, out / record.machine.name)
         print_tables([accuracy.comparison_table(joined), accuracy.seeds_table(record)], look)
         typer.echo(f"record: {growing.path}", err=look != "rich")
+    for sentence in accuracy.both_ways(records):
+        typer.echo(sentence, err=look != "rich")
 
 
 def _write_records(records: "list[AccuracyRecord]", to: Path) -> None:
@@ -402,6 +503,16 @@ def open_images(options: DataOptions, image: "ImageRecipe | None") -> "Data":
         classes_file=options.classes_file,
         report=print_note,
     )
+
+
+def open_tested(options: DataOptions, image: "ImageRecipe | None", weights: Path | None) -> "Data":
+    """Open the data set that the options name, scaled as the images were that the weights were trained on."""
+    from selab.models.checkpoint import read_metadata
+    from selab.training.data import scaled
+    from selab.training.recipe import scaling_of
+
+    scaling = "channel" if weights is None else scaling_of(read_metadata(weights), place=str(weights))
+    return scaled(open_images(options, image), scaling)
 
 
 def _print_problems(problems: "Problems | None") -> None:

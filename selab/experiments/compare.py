@@ -29,8 +29,8 @@ from selab.records.types import Frozen, Machine, Phase, Record
 from selab.training.data import Data
 from selab.training.distributed import join
 from selab.training.evaluate import check_network
-from selab.training.progress import TrainingProgress
-from selab.training.recipe import Recipe, adapted
+from selab.training.progress import TrainingProgress, duration
+from selab.training.recipe import Recipe, adapted, recipe_hash
 from selab.training.record import (
     AccuracyRecord,
     DataSpec,
@@ -52,7 +52,7 @@ Arm = Literal["baseline", "variant"]
 ARMS: tuple[Arm, ...] = ("baseline", "variant")
 
 # Two records with these in common are of one comparison.
-_DECIDING = ("facts_hash", "baseline_facts_hash", "data", "recipe", "options")
+_DECIDING = ("facts_hash", "baseline_facts_hash", "data", "recipe", "variant_recipe", "options")
 
 
 class ComparisonPlan(Frozen, frozen=True, kw_only=True):
@@ -60,6 +60,7 @@ class ComparisonPlan(Frozen, frozen=True, kw_only=True):
 
     Attributes:
         recipe: as named; the options may change its epochs and its batch.
+        variant_recipe: of the variant, where each network has values of its own; of the same epochs.
         seeds: trained one after the other, each for both networks.
         command: the command line that asks for the same again.
     """
@@ -70,6 +71,7 @@ class ComparisonPlan(Frozen, frozen=True, kw_only=True):
     options: Options
     seeds: tuple[int, ...]
     command: str
+    variant_recipe: Recipe | None = None
 
 
 def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
@@ -160,7 +162,9 @@ class Comparison:
         self.out = out
         self.variant, self.baseline = plan.variant, plan.baseline
         self.own = catalog.baseline_of(self.variant) == self.baseline
-        self.recipe = adapted(plan.recipe, epochs=plan.options.epochs, batch=plan.options.batch)
+        changes = {"epochs": plan.options.epochs, "batch": plan.options.batch}
+        self.recipe = adapted(plan.recipe, **changes)
+        self.variant_recipe = None if plan.variant_recipe is None else adapted(plan.variant_recipe, **changes)
         self.machine = machine(plan.options.device)
         self.seeds: dict[int, Seed] = {seed: Seed(seed=seed) for seed in plan.seeds}
         self.exists = False
@@ -239,13 +243,13 @@ class Comparison:
             say(f"{self.variant.name}: {self._finished} of {units.counted(len(self.seeds), 'seed')} already finished")
         schedule = schedule or Schedule([self])
         for seed, arm in self.left():
-            variant = self.baseline if arm == "baseline" else self.variant
-            schedule.begin(variant, seed)
+            variant = self.network_of(arm)
+            schedule.begin(self, arm, seed)
             label = f"training {schedule.number} of {schedule.count} (seed {seed}, {variant.name})"
             report(label, None)
             found: dict[str, Any]
             try:
-                found = {arm: _outcome(self._train(variant, seed, label, report, say, schedule))}
+                found = {arm: _outcome(self._train(arm, seed, label, report, say, schedule))}
             except DivergedError as error:
                 say(f"{label}: {error}")
                 found = {f"{arm}_diverged": str(error)}
@@ -253,6 +257,15 @@ class Comparison:
             self._save()
         # Nothing is left to train where an earlier run with more seeds has finished these.
         self._save()
+
+    def network_of(self, arm: Arm) -> Variant:
+        """Return one of the two networks."""
+        return self.baseline if arm == "baseline" else self.variant
+
+    def recipe_of(self, arm: Arm) -> Recipe:
+        """Return how one of the two networks is trained."""
+        own = self.variant_recipe if arm == "variant" else None
+        return own or self.recipe
 
     def left(self) -> list[tuple[int, Arm]]:
         """Return the trainings that are left, in order: seed, and which of the two networks."""
@@ -266,17 +279,15 @@ class Comparison:
     def _save(self) -> None:
         self.group.on_first(lambda: save_accuracy_record(self.record(), self.path))
 
-    def _train(
-        self, variant: Variant, seed: int, label: str, report: Report, say: Say, schedule: "Schedule"
-    ) -> Training:
-        plan = self.plan
+    def _train(self, arm: Arm, seed: int, label: str, report: Report, say: Say, schedule: "Schedule") -> Training:
+        variant, recipe, options = self.network_of(arm), self.recipe_of(arm), self.plan.options
         return train(
             variant,
             self.data,
-            plan.recipe,
+            recipe,
             seed=seed,
-            folder=folder_of(variant, self.data, plan.recipe, plan.options, seed, out=self.out),
-            options=plan.options,
+            folder=folder_of(variant, self.data, recipe, options, seed, out=self.out),
+            options=options,
             report=lambda state: report(label, schedule.timed(state)),
             say=lambda text: say(f"{label}: {text}"),
         )
@@ -318,6 +329,7 @@ class Comparison:
             machine=self.machine,
             seeds=seeds,
             warnings=warnings_of(seeds, self.facts),
+            variant_recipe=self.variant_recipe,
         )
 
 
@@ -336,13 +348,20 @@ def left_of(comparisons: Sequence[Comparison], *, replace: bool) -> list[Compari
     return left
 
 
-def run_all(comparisons: Sequence[Comparison], report: Report, say: Say = lambda _: None) -> None:
-    """Run comparisons one after the other; say beforehand how many trainings and epochs that is.
+Expects = Callable[[Variant, Comparison], float | None]
+"""Returns about how many seconds a training of a network takes; None where nobody knows."""
+
+
+def run_all(
+    comparisons: Sequence[Comparison], report: Report, say: Say = lambda _: None, *, expects: Expects | None = None
+) -> None:
+    """Run comparisons one after the other; say beforehand how many trainings and epochs that is, and how long it takes.
 
     Args:
         comparisons: those of `left_of`.
         report: as in `Comparison.run`; its states have the time that all trainings take.
         say: as in `Comparison.run`.
+        expects: as `selab.experiments.expected.training_s`; None to say nothing of the time.
 
     Raises:
         SelabError: as in `Comparison.run`.
@@ -351,8 +370,10 @@ def run_all(comparisons: Sequence[Comparison], report: Report, say: Say = lambda
     if schedule.count:
         trainings = units.counted(schedule.count, "training")
         epochs = comparisons[0].recipe.epochs
+        seconds = None if expects is None else schedule.expected_s(expects)
+        about = "" if seconds is None else f", about {duration(seconds)} by a few steps of each"
         say(
-            f"{trainings} × {units.counted(epochs, 'epoch')} on {comparisons[0].facts.title}; "
+            f"{trainings} × {units.counted(epochs, 'epoch')} on {comparisons[0].facts.title}{about}; "
             "Ctrl-C saves everything, the same command resumes"
         )
     for one in comparisons:
@@ -371,20 +392,28 @@ class Schedule:
     """
 
     def __init__(self, comparisons: Sequence[Comparison]) -> None:
-        wanted = [(getattr(one, arm), seed, one.recipe.epochs) for one in comparisons for seed, arm in one.left()]
-        self._epochs = {_key(variant, seed): epochs for variant, seed, epochs in wanted}
-        self._order = list(self._epochs)
+        self._trainings = {_key(one, arm, seed): (one, arm) for one in comparisons for seed, arm in one.left()}
+        self._order = list(self._trainings)
         self._epoch_s: dict[str, float] = {}
         self._waiting = set(self._order)
         self.count, self.number = len(self._order), 0
         self._running = ""
 
-    def begin(self, variant: Variant, seed: int) -> None:
+    def expected_s(self, expects: Expects) -> float | None:
+        """Return about how many seconds all trainings take; None where nobody knows."""
+        of_network: dict[str, float | None] = {}
+        for (name, *_), (comparison, arm) in self._trainings.items():
+            if name not in of_network:
+                of_network[name] = expects(comparison.network_of(arm), comparison)
+        each = [of_network[name] for name, *_ in self._order]
+        return None if None in each else math.fsum(one for one in each if one is not None)
+
+    def begin(self, comparison: Comparison, arm: Arm, seed: int) -> None:
         """Note which training begins."""
-        key = _key(variant, seed)
+        key = _key(comparison, arm, seed)
         self.number = self._order.index(key) + 1
         self._waiting.discard(key)
-        self._running = variant.name
+        self._running = comparison.network_of(arm).name
 
     def timed(self, state: TrainingProgress) -> TrainingProgress:
         """Return a state with the time until all trainings are finished, once an epoch of one has been timed.
@@ -396,12 +425,14 @@ class Schedule:
         own = self._epoch_s.get(self._running)
         if state.eta_s is None or own is None or not self._waiting:
             return state
-        later = math.fsum(self._epochs[key] * self._epoch_s.get(key[0], own) for key in self._waiting)
+        epochs = {key: self._trainings[key][0].recipe.epochs for key in self._waiting}
+        later = math.fsum(epochs[key] * self._epoch_s.get(key[0], own) for key in self._waiting)
         return msgspec.structs.replace(state, total_eta_s=state.eta_s + later)
 
 
-def _key(variant: Variant, seed: int) -> tuple[str, str, int]:
-    return variant.name, variant.facts_hash, seed
+def _key(comparison: Comparison, arm: Arm, seed: int) -> tuple[str, str, str, int]:
+    network = comparison.network_of(arm)
+    return network.name, network.facts_hash, recipe_hash(comparison.recipe_of(arm)), seed
 
 
 def _outcome(done: Training) -> SeedOutcome:

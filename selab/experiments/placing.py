@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from selab.bench.machine import machine
-from selab.errors import DeviceError, ModelError, SelabError
+from selab.errors import ModelError, SelabError
 from selab.experiments.candidates import (
     ORIGINAL,
     Network,
@@ -35,6 +35,7 @@ from selab.experiments.candidates import (
 from selab.experiments.compare import fitted, folder_of
 from selab.experiments.job import Request, resolve
 from selab.experiments.prices import times
+from selab.experiments.tuning import optuna_for
 from selab.judging.placement import (
     Arm,
     Kind,
@@ -156,7 +157,7 @@ class Placing:
             DeviceError: Optuna is not installed.
             RecordError: the record there is of something else, or cannot be written.
         """
-        _optuna()
+        optuna_for("place")
         check_writable(self.path, replace=True)
         if replace:
             self._journal.unlink(missing_ok=True)
@@ -407,7 +408,7 @@ class Placing:
             return msgspec.structs.replace(arm, held_out_pct=0.0)
 
     def _study(self) -> tuple[Any, Any]:
-        optuna = _optuna()
+        optuna = optuna_for("place")
         self.out.mkdir(parents=True, exist_ok=True)
         key = msgspec.json.encode([getattr(self.record, one) for one in _DECIDING]).decode()
         study = optuna.create_study(
@@ -489,18 +490,6 @@ class Placing:
         if found is not None:
             made.append(self._network(PLACED, found.sites))
         write_networks(self.sites, made, self.networks)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-        import optuna.storages.journal
-    except ModuleNotFoundError as error:
-        raise DeviceError(
-            f"place: needs the package {error.name}, which is not installed; run pip install 'selab[place]'"
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
 
 
 # What two calls must have in common for one to go on with the other's results.

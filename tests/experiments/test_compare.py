@@ -374,23 +374,24 @@ def test_how_long_it_takes_is_said_beforehand(data, tmp_path, pretended):
 
 def test_the_time_of_all_trainings_is_told_after_an_epoch(data, tmp_path):
     plan = small_plan(options=Options(epochs=4, batch=64, threads=1))
-    schedule = compare.Schedule([compare.Comparison(plan, data, out=tmp_path)])
+    growing = compare.Comparison(plan, data, out=tmp_path)
+    schedule = compare.Schedule([growing])
     state = TrainingProgress(
         epoch=1, epochs=4, step=2, steps=4, images_per_s=1.0, eta_s=35.0, loss=1.0, top1_pct=1.0, last=None
     )
-    schedule.begin(plan.baseline, 0)
+    schedule.begin(growing, "baseline", 0)
     assert schedule.timed(state).total_eta_s is None
     finished = msgspec.structs.replace(state, epoch_s=10.0, eta_s=30.0)
     # This one's 30 s, and three trainings of 4 epochs; the variant is taken to be as fast.
     assert schedule.timed(finished).total_eta_s == 30 + 3 * 4 * 10
-    schedule.begin(plan.variant, 0)
+    schedule.begin(growing, "variant", 0)
     # Its first epoch is not finished: the time of its own epochs is still unknown.
     assert schedule.timed(state).total_eta_s is None
     slower = msgspec.structs.replace(finished, epoch_s=20.0, eta_s=60.0)
     assert schedule.timed(slower).total_eta_s == 60 + 4 * 10 + 4 * 20
-    schedule.begin(plan.baseline, 1)
+    schedule.begin(growing, "baseline", 1)
     assert schedule.timed(finished).total_eta_s == 30 + 4 * 20
-    schedule.begin(plan.variant, 1)
+    schedule.begin(growing, "variant", 1)
     assert schedule.timed(slower).total_eta_s is None, "the last one has its own time"
     assert schedule.timed(slower).left == "1 min left"
     assert msgspec.structs.replace(slower, total_eta_s=5820.0).left == "1 min left (1 h 37 min in all)"

@@ -7,6 +7,7 @@ import sys
 import msgspec
 import pytest
 import torch
+from resizable import FAMILY, NETWORKS, latency_of
 from tiny_training import RECIPE, images
 
 from selab.errors import SelabError
@@ -17,53 +18,20 @@ from selab.experiments.placing import PlaceRequest, Placing
 from selab.judging.placement import Limit, best, finalists, front, read_placement
 from selab.models.build import build
 from selab.models.catalog import find
-from selab.records.types import Latency
 from selab.report.placement import placement_tables, verdict_of
 from selab.report.table import render
 from selab.training.train import Options
 
-NETWORKS = """
-from torch import nn
-
-
-class Block(nn.Module):
-    def __init__(self, into, out):
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(into, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()
-
-    def forward(self, x):
-        return self.relu(self.bn(self.conv(x)))
-
-
-def build(num_classes):
-    return nn.Sequential(
-        Block(3, 8), Block(8, 8), nn.MaxPool2d(2), Block(8, 16), Block(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(16, num_classes),
-    )
-"""
-FAMILY = """
-family = "tiny"
-source = "this test"
-builder = "placing_networks:build"
-input_chw = [3, 8, 8]
-num_classes = 10
-[variants.tiny]
-title = "Tiny"
-[variants.se_tiny]
-title = "With blocks"
-baseline = "tiny"
-se = { sites = ["0", "1", "3", "4"], reduction = 2, bias = true }
-"""
 OF_NAME = {"site_0": 1.004, "site_1": 1.01, "site_2": 1.012, "site_3": 1.02}
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
-    (folder / "placing_networks.py").write_text(NETWORKS)
+    (folder / "resizable_networks.py").write_text(NETWORKS)
     (folder / "tiny.toml").write_text(FAMILY)
     yield f"{folder / 'tiny.toml'}:tiny"
-    sys.modules.pop("placing_networks", None)
+    sys.modules.pop("resizable_networks", None)
 
 
 @pytest.fixture
@@ -81,22 +49,7 @@ def made_up(monkeypatch):
         assert all(find(arch) for arch in archs)
         assert job.workload.input_chw == (3, 8, 8)
         ratios = [OF_NAME.get(name, 1.03 if name.startswith("width") else 1.015) for name in names]
-        found = {
-            arch: Latency(
-                phase="forward",
-                method="wall",
-                statistic="floor",
-                threads=1,
-                mode="eval",
-                verdict_kind="slower",
-                ratio=ratio,
-                ratio_low=ratio - 0.001,
-                ratio_high=ratio + 0.001,
-                baseline_s=1e-3,
-                variant_s=1e-3 * ratio,
-            )
-            for arch, ratio in zip(archs, ratios, strict=True)
-        }
+        found = {arch: latency_of(ratio) for arch, ratio in zip(archs, ratios, strict=True)}
         return found, ("a remark",)
 
     monkeypatch.setattr(placing, "times", times)

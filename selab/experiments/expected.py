@@ -1,0 +1,75 @@
+"""How long a training will take, from a few steps of its network."""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from selab.experiments.compare import Comparison, fitted
+from selab.models.build import build
+from selab.models.spec import Variant
+from selab.training.optim import optimizer_of
+from selab.training.train import device_settings
+
+_STEPS = 3
+_AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def training_s(variant: Variant, comparison: Comparison) -> float | None:
+    """Return about how many seconds one training of a comparison's network takes: the fastest of three steps, for all.
+
+    Random images are used, and neither augmentation nor checkpoints are in it. The networks of the trainings are not
+    touched.
+
+    Args:
+        variant: one of the comparison's two networks.
+        comparison: its data, recipe and options.
+
+    Returns:
+        None where the images lie in a folder, whose decoding may take longer, and under `torchrun`.
+    """
+    data, recipe, options = comparison.data, comparison.recipe, comparison.plan.options
+    if getattr(data, "image", None) is not None or comparison.group.world > 1:
+        return None
+    device = torch.device(options.device)
+    parts = options.accumulate
+    with device_settings(options, device):
+        model = build(fitted(variant, data)).model.to(device)
+        optimizer = optimizer_of(model, recipe)
+        images = torch.randn(max(1, recipe.batch // parts), *data.input_chw, device=device)
+        labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+        if options.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            images = images.contiguous(memory_format=torch.channels_last)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(parts):
+                with torch.autocast(device.type, dtype=_AMP[options.amp], enabled=options.amp != "off"):
+                    loss = F.cross_entropy(model(images), labels)
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        def look() -> None:
+            with torch.no_grad():
+                model(images)
+
+        model.train()
+        step_s = _fastest(step, device)
+        model.eval()
+        look_s = _fastest(look, device)
+    steps, tests = data.train_size // recipe.batch, data.test_size / len(images)
+    return recipe.epochs * (steps * step_s + tests * look_s)
+
+
+def _fastest(call: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds of the fastest of some calls, after one that warms up."""
+    taken = []
+    for _ in range(_STEPS + 1):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])

@@ -251,7 +251,7 @@ def test_another_error_ends_a_comparison(data, tmp_path, pretended, monkeypatch)
 def test_networks_are_timed_again_where_facts_or_torch_have_changed(data, root, tmp_path, monkeypatch):
     # Mixed precision has no profile of a step.
     growing = compare.Comparison(small_plan(options=Options(epochs=1, threads=1, amp="bf16")), data, out=tmp_path)
-    there = read_record(root / "profiles" / "intel-xeon-2c" / "se_small_cnn.cpu-b1-32-fp32-t1.json")
+    there = read_record(root / "profiles" / "intel-xeon-2c" / "se_small_cnn.cpu-b1-32-fp32-held-t1.json")
     fresh = msgspec.structs.replace(there, machine=growing.machine)
     (request,) = compare.requests_of(growing.record()).values()
     path = resolve(request).path(tmp_path, growing.machine.name)

@@ -69,6 +69,8 @@ def export(
     if path.suffix != runtime.suffix:
         why = f"{path}: is no name for {runtime.name}; end it in {runtime.suffix}"
         raise typer.BadParameter(why, param_hint="--out")
+    if job.is_graph and path.resolve() == Path(job.variant.name).resolve():
+        raise typer.BadParameter(f"{path}: is the network itself; name another file", param_hint="--out")
     files.check_writable(path, replace=replace)
     check_outputs(json_to)
     from selab.experiments.exporting import export as export_one

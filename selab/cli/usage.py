@@ -137,6 +137,9 @@ def _text(error: Any, context: Any) -> str:
 def _no_option(name: str, context: Any) -> str:
     command = getattr(context, "command", None)
     known = [each for one in getattr(command, "params", ()) for each in (*one.opts, *one.secondary_opts)]
+    argument = next((one for one in getattr(command, "params", ()) if one.param_type_name == "argument"), None)
+    if name == "--arch" and argument is not None:
+        return f"--arch: no such option; write the name alone: `{' '.join(_path(context))} {_name(argument)}`"
     own = {each.lstrip("-"): each for each in (*known, "--help", "--debug") if each.startswith("--")}
     close = [own[each] for each in get_close_matches(name.lstrip("-").lower(), sorted(own), n=3, cutoff=_CLOSE)]
     if not close and any(name in each.opts for one in _commands(command).values() for each in one.params):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from selab.deploy.spelling import Spelling
-from selab.deploy.target import Order, Partitions, counted, exporting, muted, needed, place_of, quiet, scratch
+from selab.deploy.target import REPLACE, Order, Partitions, counted, exporting, muted, needed, place_of, quiet, scratch
 from selab.errors import ModelError, one_line
 from selab.graphs.blocks import find_blocks
 from selab.graphs.graph import Graph
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 _OPSET = 18
+# The first one whose DequantizeLinear is per channel.
+_INT8_OPSET = 13
 _REORDERS = frozenset({"ReorderInput", "ReorderOutput"})
 _SILENT = 4
 
@@ -49,7 +51,7 @@ def export_onnx(model: nn.Module, image: tuple[int, ...], path: Path, *, name: s
             torch.onnx.export(model, (torch.zeros(image),), to, dynamo=False, opset_version=_OPSET, input_names=["x"])
     except Exception as error:
         where = place_of(model, torch.zeros(image), error)
-        raise ModelError(f"{name}: cannot be exported to ONNX{where}: {one_line(error)}") from error
+        raise ModelError(f"{name}: cannot be exported to ONNX{where}: {one_line(error)}; {REPLACE}") from error
     write_atomically(path, written.getvalue())
 
 
@@ -62,6 +64,8 @@ def onnx_of(order: Order) -> "ModelProto":
     """
     if isinstance(order.model, OnnxNetwork):
         model = with_shapes(order.model.model, order.image, order.name)
+        if order.precision == "int8":
+            model = _with_opset(model, _INT8_OPSET, order.name)
     else:
         with scratch() as folder:
             export_onnx(order.model, order.image, folder / "network.onnx", name=order.name)
@@ -70,6 +74,26 @@ def onnx_of(order: Order) -> "ModelProto":
         # What is left in fp32 is said by name.
         node.name = node.name or f"{node.op_type}_{place}"
     return model
+
+
+def _with_opset(model: "ModelProto", least: int, name: str) -> "ModelProto":
+    """Return a network of an opset that int8 has, converted by onnx's own tool where it is older.
+
+    Raises:
+        ModelError: it cannot be converted.
+    """
+    own = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), least)
+    if own >= least:
+        return model
+    try:
+        import onnx.version_converter
+
+        return onnx.version_converter.convert_version(model, least)
+    except Exception as error:
+        raise ModelError(
+            f"{name}: has opset {own}, int8 needs {least}, and onnx cannot convert it ({one_line(error)}); write it "
+            f"anew with opset {least} or later, or use --runtime openvino"
+        ) from error
 
 
 def block_operators(model: "ModelProto") -> list[str]:
@@ -115,9 +139,12 @@ class OnnxTarget:
 
 
 def _quantised(model: "ModelProto", order: Order, folder: Path) -> bytes:
+    import onnxruntime
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    # Its tools make sessions of their own, which tell of every initializer that they remove.
+    onnxruntime.set_default_logger_severity(_SILENT)
     kept = [] if order.float_blocks is None else block_operators(model)
     prepared, written = folder / "prepared.onnx", folder / "int8.onnx"
     # Symbolic inference is for networks of free shapes; these are fixed.

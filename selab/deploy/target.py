@@ -67,6 +67,8 @@ class Order:
         return self.images[0] if self.images else torch.zeros(self.image)
 
 
+REPLACE = "replace what fails, or choose another runtime"
+"""The next step where a network cannot be exported."""
 FIXED_THREADS = frozenset({"aoti"})
 """Runtimes whose files are compiled for a number of threads: with another one they run, several times slower."""
 
@@ -154,7 +156,9 @@ def exporting(order: Order, runtime: str) -> Iterator[None]:
         raise
     except Exception as error:
         where = module_of(error) or place_of(order.model, order.example, error)
-        raise ModelError(f"{order.name}: cannot be exported for {runtime}{where}: {one_line(error)}") from error
+        raise ModelError(
+            f"{order.name}: cannot be exported for {runtime}{where}: {one_line(error)}; {REPLACE}"
+        ) from error
 
 
 def place_of(model: nn.Module, example: Tensor, error: BaseException) -> str:

@@ -28,7 +28,8 @@ from selab.fusion.related import related_blocks
 from selab.graphs.blocks import find_blocks
 from selab.graphs.graph import Graph
 from selab.graphs.module import OnnxNetwork
-from selab.meta import evaluating
+from selab.meta import evaluating, make_pass
+from selab.meta.fake import VALUE_NEEDED
 from selab.models import catalog
 from selab.models.build import build
 from selab.models.checkpoint import load
@@ -239,6 +240,23 @@ class Export(Frozen, frozen=True, kw_only=True):
     remarks: tuple[str, ...]
 
 
+# Their files are written by running the network once and noting its operators.
+_TRACED = ("onnxruntime", "openvino")
+
+
+def _values_steer(model: nn.Module, images: Sequence[Tensor]) -> bool:
+    """Return whether code of a network decides by values of tensors, which a trace does not see."""
+    try:
+        with evaluating(model):
+            make_pass(model, tuple(images[0].shape))()
+    except VALUE_NEEDED:
+        return True
+    except Exception:
+        # Whatever else is wrong the export tells.
+        return False
+    return False
+
+
 def export(job: Job, path: Path, *, weights: Path | None, report: Report) -> Export:
     """Write a network for the runtime of a job, and compare the file with the network.
 
@@ -268,6 +286,11 @@ def export(job: Job, path: Path, *, weights: Path | None, report: Report) -> Exp
                 remarks.append(_SETTLED)
                 model = settled(model, images)
         inputs = _compared(job)
+        if workload.runtime in _TRACED and not job.is_graph and _values_steer(model, inputs.batches):
+            remarks.append(
+                "values steer what the network computes: the file holds the one way that an example took, whatever the "
+                "image"
+            )
         report("exporting", None)
         written = write_network(model, to, workload, path, name=job.variant.name, images=images)
         expected = _outputs_of_network(model, job, inputs.batches)

@@ -282,6 +282,10 @@ def job_of(request: Request, variant: Variant, baseline: Variant | None) -> Job:
     )
 
 
+# Runtimes that take an ONNX file.
+_OF_GRAPHS = (ONNX_RUNTIME, "openvino")
+
+
 def _of_runtime(request: Request, variant: Variant) -> Request:
     """Return the request with the runtime of an ONNX network, and with the phases that it can run.
 
@@ -305,6 +309,16 @@ def _of_runtime(request: Request, variant: Variant) -> Request:
 
 
 def _check_exported(request: Request, variant: Variant) -> None:
+    if request.runtime != TORCH and request.dtype not in ("fp32", "int8"):
+        raise SpecError(
+            f"--dtype {request.dtype}: runtime {request.runtime} has it not; it runs fp32 or int8 on a CPU; leave it "
+            "out"
+        )
+    if variant.family == ONNX_FAMILY and request.runtime not in _OF_GRAPHS:
+        raise SpecError(
+            f"--runtime {request.runtime}: {variant.name} is an ONNX network, which it does not take; use "
+            f"{' or '.join(_OF_GRAPHS)}"
+        )
     given = {
         "--spelling": request.spelling,
         "--float-blocks": request.float_blocks,

@@ -285,7 +285,7 @@ class Profile:
     def _note_excess(self, needed: str, report: Report) -> None:
         budget_s, took_s = self.job.request.budget_s, self.clock() - self.began
         if budget_s is not None and took_s > budget_s + _NOTEWORTHY_S:
-            self.remarks += (f"--budget {budget_s:g}: the command took {took_s:.0f} s; that is what {needed}",)
+            self.remarks += (f"--budget {budget_s:g}: measuring took {took_s:.0f} s; that is what {needed}",)
             report(self.remarks[-1], None)
 
     def record(self) -> Record:

@@ -134,6 +134,10 @@ def advice(record: TaxRecord) -> str:
     found = {name: one for name, one in found.items() if one.verdict_kind != "undecided"}
     if not found:
         return ""
+    where = f"Spelling to use in {record.workload.runtime}"
+    found = {name: one for name, one in found.items() if one.verdict_kind != "no_result"}
+    if not found:
+        return f"{where}: the runtime's own; these figures are too noisy to choose by."
     best = min(found, key=lambda name: found[name].ratio or 0.0)
     close = []
     for name, latency in found.items():
@@ -141,4 +145,4 @@ def advice(record: TaxRecord) -> str:
         if name != best and bounds is not None and 1 + bounds[0] <= (found[best].ratio or 0.0):
             close.append(name)
     others = f"; {', '.join(close)} cannot be told from it" if close else ""
-    return f"Spelling to use in {record.workload.runtime}: {best}{others}."
+    return f"{where}: {best}{others}."

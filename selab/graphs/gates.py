@@ -74,7 +74,11 @@ def gates_of(model: "ModelProto", images: Iterable[Array], *, place: str) -> Ite
         try:
             found = session.run(None, {name: image})
         except Exception as error:
-            raise ModelError(f"{place}: ONNX Runtime fails: {one_line(error)}") from error
+            shape = "x".join(map(str, image.shape))
+            raise ModelError(
+                f"{place}: ONNX Runtime fails on images of {shape}; give their size: --input, or --crop for a folder "
+                f"of classes ({one_line(error)})"
+            ) from error
         gates = [
             _factors(gate, block, len(image), place) for gate, block in zip(found[-len(blocks) :], blocks, strict=True)
         ]

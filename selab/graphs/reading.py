@@ -1,5 +1,6 @@
 """Read an ONNX file as data: nothing in it is run, and nothing outside its folder is read."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def read(path: Path) -> "ModelProto":
     try:
         model.ParseFromString(raw)
     except Exception:
-        raise SpecError(f"{place}: is not an ONNX file") from None
+        raise SpecError(f"{place}: is not an ONNX file, or is cut off; name an ONNX file, or copy it again") from None
     if not model.graph.node or not model.opset_import:
         raise SpecError(f"{place}: is not an ONNX network: it has no operators")
     _check_weights(model, path)
@@ -77,15 +78,27 @@ def _check_weights(model: "ModelProto", path: Path) -> None:
         what = f"{shown(path)}: the weights of {tensor.name or 'a constant'}"
         file = (folder / name).resolve()
         if not name or not file.is_relative_to(folder):
-            raise SpecError(f"{what} lie outside of its folder ({shown(name)}), where nothing is read")
+            raise SpecError(
+                f"{what} lie outside of its folder ({shown(name)}), where nothing is read; save it with its weights "
+                "beside it"
+            )
         if not file.is_file():
             raise SpecError(f"{what} are in {shown(name)}, which is not there; copy it beside the file")
         try:
-            needed = int(facts.get("offset") or 0) + int(facts.get("length") or 0)
+            needed = int(facts.get("offset") or 0) + int(facts.get("length") or _bytes_of(tensor))
         except ValueError:
             raise SpecError(f"{what}: offset or length is not a number") from None
         if needed > file.stat().st_size:
-            raise SpecError(f"{what}: {shown(name)} is too short; copy it again")
+            raise SpecError(
+                f"{what}: {shown(name)} has {file.stat().st_size:,} bytes, {needed:,} are needed; copy it again"
+            )
+
+
+def _bytes_of(tensor: "TensorProto") -> int:
+    """Return how many bytes a tensor's values take."""
+    kind = onnx().helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    size: int = math.prod(tensor.dims) * int(kind.itemsize)
+    return size
 
 
 def _tensors(model: "ModelProto") -> "list[TensorProto]":
@@ -106,7 +119,8 @@ def _check_operators(model: "ModelProto", place: str) -> None:
     foreign = [name for name in own if not name.startswith("com.microsoft.")]
     if foreign:
         raise SpecError(
-            f"{place}: has operators of a library of its own ({', '.join(foreign[:3])}); no such library is loaded"
+            f"{place}: has operators of a library of its own ({', '.join(foreign[:3])}); no such library is loaded; "
+            "write it with standard operators"
         )
 
 

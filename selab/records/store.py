@@ -104,7 +104,7 @@ class Store(Generic[_R]):
         others = [each for each in folder.iterdir() if each.is_dir() and each.name not in _NO_MACHINES]
         below = [] if paths else sorted(each.name for each in others if self.files(each))
         if below:
-            raise RecordError(f"{folder}: contains no {self.title}; its subfolders do: {', '.join(below)}")
+            raise RecordError(f"{folder}: contains no {self.title}; its subfolders do: {', '.join(below)}; name one")
         if required and not paths:
             raise RecordError(f"{folder}: contains no {self.title}; make some with `{self.command}`")
         if on_broken is None:

@@ -133,6 +133,7 @@ def test_an_option_without_its_value(wrong, words):
             ["profile", "vgg16", "vgg19"],
             "profile: 'vgg19': one network too many; this command takes one, as --arch NAME or NAME alone",
         ),
+        (["show", "--arch", "vgg16"], "show: --arch: no such option; write the name alone: `selab show NAME`"),
         (["count", "--replace=3"], "count: --replace: takes no value; write --replace alone"),
         (["diff", "a", ""], "diff: AFTER: is empty; give AFTER: another, of the same workload, machine and baseline"),
         (["profile", "--arch", "se_small_cnn", "--phase", "foward"],

@@ -13,7 +13,7 @@ from torch import nn
 
 from selab.bench.machine import available_cores
 from selab.deploy import target as targets
-from selab.deploy.onnx import TARGET, block_operators, export_onnx, onnx_of
+from selab.deploy.onnx import TARGET, _with_opset, block_operators, export_onnx, onnx_of
 from selab.deploy.target import FIXED_THREADS, REGISTRY, Order, counted, exporting, needed, place_of, target
 from selab.errors import DeviceError, ModelError, RecordError, UnknownNameError
 from selab.experiments.job import Request, resolve
@@ -136,6 +136,21 @@ def test_int8_of_an_onnx_network_with_its_blocks_and_without(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_int8_of_an_onnx_network_that_is_too_old_for_it():
+    new = graph().model
+    assert _with_opset(new, 13, "net") is new
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (1, 3, 4, 4))
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (1, 3, 4, 4))
+
+    def old(kind, version):
+        graph = onnx.helper.make_graph([onnx.helper.make_node(kind, ["x"], ["y"])], "g", [x], [y])
+        return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", version)])
+
+    assert _with_opset(old("Relu", 11), 13, "net").opset_import[0].version == 13
+    with pytest.raises(ModelError, match=r"net: has opset 11, int8 needs 13, and onnx cannot convert it .* openvino"):
+        _with_opset(old("Upsample", 11), 13, "net")
+
+
 def test_int8_has_unsigned_activations(tmp_path):
     model = quantised(tmp_path, graph())
     kinds = {one.name: one.data_type for one in model.graph.initializer}

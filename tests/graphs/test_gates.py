@@ -64,7 +64,7 @@ def test_no_block_at_all():
 
 
 def test_images_of_another_shape():
-    with pytest.raises(ModelError, match=r"net\.onnx: ONNX Runtime fails: "):
+    with pytest.raises(ModelError, match=r"net\.onnx: ONNX Runtime fails on images of 2x1x6x6; give their size: "):
         list(gates_of(model_of(spelled.paddle), [X[:, :1]], place="net.onnx"))
 
 

@@ -45,7 +45,7 @@ def test_weights_in_the_file_and_beside_it(tmp_path):
         (b"PK\x03\x04 a zip archive", "is not an ONNX"),
         (b"\x80\x02}q\x00.", "is not an ONNX"),
         (b'{"nodes": []}', "is not an ONNX"),
-        (b"\xff" * 100, "is not an ONNX file"),
+        (b"\xff" * 100, "is not an ONNX file, or is cut off; name an ONNX file, or copy it again"),
     ],
     ids=["empty", "zip", "pickle", "json", "noise"],
 )
@@ -114,7 +114,16 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
 def test_weights_that_are_missing_or_short(tmp_path):
     path = with_weights_beside(tmp_path)
     (tmp_path / "net.data").write_bytes(b"\0" * 8)
-    with pytest.raises(SpecError, match=r"net.data is too short; copy it again"):
+    with pytest.raises(SpecError, match=r"net.data has 8 bytes, 64 are needed; copy it again"):
+        read(path)
+    # A file that does not say how long the weights are.
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        kept = [entry for entry in tensor.external_data if entry.key != "length"]
+        del tensor.external_data[:]
+        tensor.external_data.extend(kept)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(SpecError, match=r"net.data has 8 bytes, 64 are needed; copy it again"):
         read(path)
     (tmp_path / "net.data").unlink()
     with pytest.raises(SpecError, match=r"are in net.data, which is not there; copy it beside the file"):

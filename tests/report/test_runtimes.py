@@ -194,6 +194,23 @@ def test_the_spelling_to_use(taxed, workload):
     assert advice(spelled(taxed, workload, {"late": 1.01})) == ""
 
 
+def test_no_spelling_is_chosen_by_figures_that_may_not_be_quoted(taxed, workload, monkeypatch):
+    record = spelled(taxed, workload, {"pool-conv": 1.1, "mean-conv": 1.2})
+    plain = type(record).latency
+
+    def noisy(names):
+        def latency(self, name, *, method):
+            found = plain(self, name, method=method)
+            return msgspec.structs.replace(found, verdict_kind="no_result") if found and name in names else found
+
+        return latency
+
+    monkeypatch.setattr(type(record), "latency", noisy({"pool-conv"}))
+    assert advice(record) == "Spelling to use in openvino: mean-conv."
+    monkeypatch.setattr(type(record), "latency", noisy({"pool-conv", "mean-conv"}))
+    assert advice(record).endswith("the runtime's own; these figures are too noisy to choose by.")
+
+
 def test_the_tax_of_a_runtime(taxed, workload):
     record = spelled(taxed, workload, {"pool-conv": 1.1, "late": 1.01})
     table = tax_tables(record)[0]

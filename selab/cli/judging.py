@@ -52,9 +52,12 @@ if TYPE_CHECKING:
     from selab.experiments.judged import Judged
     from selab.judging.folding import Folding
     from selab.models.spec import Variant
+    from selab.training.data import Data
 
 _PICTURES = ("gates.svg", "depth.svg")
 _TOLD = 1000
+# Seconds of timing all blocks, by default.
+_BLOCKS_S = 120.0
 
 
 @dataclass(kw_only=True)
@@ -140,6 +143,8 @@ def gates(
     from selab.report.figures import registry
     from selab.report.gates import gates_table
 
+    if classes and pictures is None and json_to is None:
+        raise typer.BadParameter("is of pictures and JSON; give --pictures or --json too", param_hint="--classes")
     variant = find(arch)
     check_outputs(json_to, *([] if pictures is None else [pictures / name for name in _PICTURES]))
     chosen = [one.strip() for one in classes.split(",") if one.strip()]
@@ -176,29 +181,36 @@ def blocks(
     runtime: Annotated[
         str | None, option("--runtime", WORKLOAD, "Time the blocks in this runtime, or in torch.", metavar="NAME")
     ] = None,
-    threads: Annotated[int, natural("--threads", WORKLOAD, "CPU threads of the times.", most=MOST_THREADS)] = 1,
+    threads: Annotated[
+        int | None, natural("--threads", WORKLOAD, "CPU threads of the times; 1 by default.", most=MOST_THREADS)
+    ] = None,
     fused: Annotated[bool, option("--fused", WORKLOAD, "Time the network after selab.fuse.")] = False,
-    budget: Annotated[float, seconds("--budget", TIME, "Seconds of timing.", least=1)] = 120,
+    budget: Annotated[float | None, seconds("--budget", TIME, "Seconds of timing; 120 by default.", least=1)] = None,
     json_to: Json = None,
     look: Format = "rich",
 ) -> None:
     """Show what each block is worth beside what it costs."""
     own = runtime_of(arch, runtime)
+    for name, given in (("--budget", budget), ("--threads", threads), ("--fused", fused or None)):
+        if runtime is None and given is not None:
+            raise typer.BadParameter("is for times; give --runtime too, torch or another", param_hint=name)
     variant = find(arch)
     check_outputs(json_to)
+    from selab.bench.backends import backend
     from selab.experiments import ranking
     from selab.experiments.job import Request, resolve
     from selab.report.ranking import ranking_table
 
+    backend(own)
     with reporting(open_console(stderr=True)) as report:
         network = _judged(variant, options, data, preparation)
         request = Request(
             arch=arch,
             runtime=own,
             phases=("forward",),
-            threads=threads,
+            threads=threads or 1,
             fused=fused,
-            budget_s=budget,
+            budget_s=_BLOCKS_S if budget is None else budget,
             input_chw=network.image,
         )
         job = resolve(request)
@@ -323,6 +335,15 @@ def fold(
         )
 
 
+def _check_input(asked: "tuple[int, int, int] | None", data: "Data") -> None:
+    """Refuse a shape that images with labels do not have: they are prepared otherwise than those without."""
+    if asked is None or asked == data.input_chw:
+        return
+    own = "x".join(map(str, data.input_chw))
+    more = "" if getattr(data, "image", None) is None else "; --resize and --crop choose another, or --images any shape"
+    raise typer.BadParameter(f"the images of {data.title} are {own}{more}", param_hint="--input")
+
+
 def _interval(record: "Folding") -> str:
     loss = record.loss if record.unit == "points" else None
     return "" if loss is None else f" [{loss.low:.2f}, {loss.high:.2f}]"
@@ -347,5 +368,7 @@ def _judged(
     else:
         named = data.labelled
         prepared, _ = preparation_of(named, options.weights, preparation)
-        seen = Seen(data=open_tested(named, prepared, options.weights), **how)
+        opened = open_tested(named, prepared, options.weights)
+        _check_input(how["image"], opened)
+        seen = Seen(data=opened, **how)
     return judged(variant, seen, weights=options.weights, ema=options.ema, device=options.device)

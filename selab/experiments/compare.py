@@ -14,7 +14,7 @@ from selab import units
 from selab._version import __version__
 from selab.bench.machine import machine
 from selab.cost.count import count
-from selab.errors import RecordError, SpecError
+from selab.errors import RecordError, SelabError, SpecError
 from selab.experiments.compared import Compared
 from selab.experiments.job import Request, job_of, resolve
 from selab.experiments.profiling import Profile
@@ -132,7 +132,14 @@ def loaded(
     """
     fitting = fitted(variant, data)
     model = build(fitting).model
-    done = load(model, weights, variant=variant, fitted=fitting, ema=ema)
+    try:
+        done = load(model, weights, variant=variant, fitted=fitting, ema=ema)
+    except SelabError as error:
+        if getattr(data, "image", None) is None or "its classifier has" not in str(error):
+            raise
+        raise SelabError(
+            f"{error}; for a folder that has only some of its classes, name all: --classes-file"
+        ) from error
     if done.words:
         say(f"{weights}: {done.words}")
     return model

@@ -1,6 +1,7 @@
 """Fold the gates of a network that is at hand, judged on the images of a loader."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -103,7 +104,11 @@ def fold_gates(
     Raises:
         InsertionError: there is no block with one gate per channel.
         ModelError: the network fails, or cannot be exported to be followed.
-        SelabError: there are no images; the loader can be read only once; both limits, or points without labels.
+        SelabError: there are no images; the loader can be read only once; both limits, or points without labels; ten
+            images and more with labels, of which none is right.
+
+    Warns:
+        UserWarning: the images that report do not show that the limit is kept.
 
     Examples:
         >>> import torch
@@ -121,4 +126,11 @@ def fold_gates(
     given = _Given(model, loader)
     rule = Rule.of(max_drop, max_error, labels=bool(given.seen.classes))
     done = fold(given, rule, hard_gates=bool(gate), prunes=prune, report=lambda *_: None)
+    loss = done.record.loss
+    if done.too_dear or (loss is not None and rule.points is not None and (loss.high - loss.low) / 2 > rule.limit):
+        known = "" if loss is None else f", 95 % interval {loss.low:.2f} to {loss.high:.2f}"
+        warnings.warn(
+            f"fold_gates: {done.record.summary()}{known}: that does not show that the limit is kept; give more images",
+            stacklevel=2,
+        )
     return done.network, done.record

@@ -38,6 +38,8 @@ RANKING, CHOOSING, REPORTING = range(PARTS)
 """Of three images one ranks the blocks, one decides how many of them become constants, and one reports."""
 # How much folding may cost unless it is said.
 _POINTS, _ERROR = 0.1, 0.01
+# So many images that a network has all wrong are not its own.
+_LEAST_WRONG = 10
 # What folding itself may change: rounding of weights and sums, over the largest output.
 _ROUNDING = 1e-3
 
@@ -122,7 +124,9 @@ def fold(network: Judged, rule: Rule, *, hard_gates: bool = False, prunes: bool 
         SelabError: it does not run, or cannot be followed; there are no images, or no labels to count points by.
     """
     if rule.points is not None and not network.seen.classes:
-        raise SelabError(f"{network.seen.words}: has no labels to lose points by; give --max-error instead")
+        raise SelabError(
+            f"{network.seen.words}: has no labels to lose points by; limit the error instead (--max-error, max_error)"
+        )
     report("looking at the gates", None)
     if next(network.batches(REPORTING), None) is None:
         raise SelabError(f"{network.seen.words}: of three images two decide and one reports; give 3 or more")
@@ -199,6 +203,13 @@ class _Costs:
             return changes(lambda: network.batches(part), [network.model, *arms])
         if part not in self._own:
             self._own[part], *others = answers(lambda: network.batches(part), [network.model, *arms])
+            own = self._own[part]
+            if len(own) >= _LEAST_WRONG and not own.any():
+                raise SelabError(
+                    f"{network.name}: has none of {len(own)} images right, so that no gate can cost a point: are the "
+                    "labels those that it was trained on? Number them by its classes (--classes-file), or limit the "
+                    "error instead (--max-error)"
+                )
         else:
             others = answers(lambda: network.batches(part), arms)
         return [loss_of(self._own[part], one).points for one in others]

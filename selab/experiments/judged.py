@@ -68,7 +68,13 @@ class Seen:
     @property
     def words(self) -> str:
         """What the images are."""
-        return str(self.folder) if self.data is None else f"{self.data.title} (test)"
+        if self.data is None:
+            return str(self.folder)
+        if getattr(self.data, "image", None) is None:
+            return f"{self.data.title} (test)"
+        # How many images its title says; here it may be fewer.
+        size = "×".join(map(str, self.data.input_chw))
+        return f"{self.data.title.partition(',')[0]} (test, {size})"
 
     @property
     def classes(self) -> tuple[str, ...]:

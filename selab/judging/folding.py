@@ -8,9 +8,11 @@ from selab._version import __version__
 from selab.judging.choose import Choice
 from selab.judging.loss import Loss
 from selab.judging.record import read_as
+from selab.records.display import Displayed
 from selab.records.frozen import Frozen
 from selab.records.store import Store
 from selab.records.types import Latency, lined_json
+from selab.units import counted
 
 SCHEMA = "selab.folding/1"
 
@@ -67,7 +69,7 @@ class Finetuned(Frozen, frozen=True, kw_only=True):
     seconds: float
 
 
-class Folding(Frozen, frozen=True, kw_only=True):
+class Folding(Displayed, Frozen, frozen=True, kw_only=True):
     """Blocks that became constants in other weights.
 
     Attributes:
@@ -120,6 +122,24 @@ class Folding(Frozen, frozen=True, kw_only=True):
     def folded(self) -> tuple[str, ...]:
         """The paths of the blocks that became constants."""
         return tuple(one.path for one in self.choices if one.folded)
+
+    def summary(self) -> str:
+        """Return one line."""
+        return (
+            f"{self.arch}: {len(self.folded)} of {counted(len(self.choices), 'block')} folded at {self.limit:g} "
+            f"{self.unit}; {self.cost:.2g} on the {counted(self.reported_on, 'image')} that did not decide"
+        )
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of the columns of `rows`."""
+        return ("block", "spread", "alone", "together", "folded", "where_or_why_not")
+
+    def rows(self) -> list[tuple[object, ...]]:
+        """Return one row for each block."""
+        return [
+            (one.path, one.spread, one.alone, one.together, one.folded, one.where or one.why_not)
+            for one in self.choices
+        ]
 
     @property
     def changes(self) -> bool:

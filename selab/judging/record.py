@@ -9,15 +9,17 @@ import msgspec
 from selab._version import __version__
 from selab.errors import RecordError
 from selab.judging.statistics import BlockGates
+from selab.records.display import Displayed
 from selab.records.files import read_text
 from selab.records.frozen import Frozen
 from selab.records.types import decoded, lined_json
+from selab.units import counted
 
 SCHEMA = "selab.gates/1"
 _R = TypeVar("_R")
 
 
-class Gates(Frozen, frozen=True, kw_only=True):
+class Gates(Displayed, Frozen, frozen=True, kw_only=True):
     """The gates of a network over a set of images.
 
     Attributes:
@@ -39,6 +41,31 @@ class Gates(Frozen, frozen=True, kw_only=True):
     classes: tuple[str, ...] = ()
     blocks: tuple[BlockGates, ...]
     class_means: dict[str, tuple[tuple[float, ...], ...]] = msgspec.field(default_factory=dict)
+
+    def summary(self) -> str:
+        """Return one line."""
+        blocks = counted(len(self.blocks), "block")
+        return f"gates of {self.arch}: {blocks}, over {counted(self.images, 'image')} of {self.data}"
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of the columns of `rows`."""
+        return ("block", "channels", "mean", "spread", "between_classes", "low", "high", "constant", "dead")
+
+    def rows(self) -> list[tuple[object, ...]]:
+        """Return one row for each block."""
+        return [
+            (
+                one.path,
+                one.channels,
+                *(sum(values) / len(values) for values in (one.mean,)),
+                one.spread,
+                one.specificity,
+                *(sum(values) / len(values) for values in (one.low, one.high)),
+                len(one.constant),
+                len(one.dead),
+            )
+            for one in self.blocks
+        ]
 
     def block(self, path: str) -> BlockGates:
         """Return a block by its path.

@@ -66,7 +66,8 @@ def _networks(record: Folding) -> Table:
         alone, tuned = (f"{100 * right / more.loss.images:.2f} %" for right in (more.loss.before, more.loss.after))
         rows.append((f"accuracy, {units.counted(more.epochs, 'epoch')} later", alone, tuned, loss_words(more.loss)))
     rows.append(("largest change of an output", NONE, NONE, f"{record.error:.2g} of the largest output"))
-    if record.gate_error is not None:
+    is_left = len(record.folded) < len(record.choices)
+    if record.gate_error is not None and is_left:
         by = f"of that by {record.gate}"
         rows.append((by, NONE, NONE, f"{record.gate_error:.2g} of the largest output"))
         if record.gate_loss is not None:
@@ -84,7 +85,9 @@ def _networks(record: Folding) -> Table:
     notes = []
     if record.loss is not None and record.unit == POINTS and (record.loss.high - record.loss.low) / 2 > record.limit:
         notes.append("The interval is wider than the limit: so few images cannot show that the limit is kept.")
-    if record.gate and not record.gate_error:
+    if record.gate and not is_left:
+        notes.append("Every block is folded: no gate is left to convert.")
+    elif record.gate and not record.gate_error:
         notes.append(f"No gate changed: all that are left were a {record.gate} already.")
     return Table(
         title=f"{record.arch} before and after",

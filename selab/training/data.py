@@ -145,6 +145,7 @@ class ImageSet:
         mean: by channel, in units of 1/255; subtracted.
         std: by channel, in units of 1/255; divided by.
         classes: their names, in the order of their numbers; empty if they have none.
+        judged: what its test images are: `test` images, or `held-back` ones of the training images.
     """
 
     name: str
@@ -159,6 +160,7 @@ class ImageSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] = ()
+    judged: str = "test"
     _moved: dict[torch.device, _Moved] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -241,6 +243,7 @@ class ImageSet:
             train_labels=self.train_labels[trains],
             test_images=self.train_images[held],
             test_labels=self.train_labels[held],
+            judged="held-back",
         )
 
     def _on(self, device: torch.device) -> _Moved:

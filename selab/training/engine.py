@@ -80,6 +80,7 @@ class Engine:
         self.data, self.config, self.group, self.folder = scaled(data, config.recipe.scaling), config, group, folder
         self.recipe, self.options = config.recipe, config.options
         self.report, self.clock = report, clock
+        self.judged: str = getattr(data, "judged", "test")
         # Only an image folder states how its images are prepared.
         self.image: ImageRecipe | None = getattr(data, "image", None)
         model, self.facts = _network(variant, data, self.recipe, config.seed)
@@ -356,6 +357,7 @@ class Engine:
                 loss=epoch.train_loss,
                 top1_pct=epoch.train_top1_pct,
                 last=epoch,
+                judged=self.judged,
             )
             self.report(progress)
 
@@ -400,6 +402,7 @@ class Engine:
                     loss=means.loss,
                     top1_pct=means.top1_pct,
                     last=self.epochs[-1] if self.epochs else None,
+                    judged=self.judged,
                 )
             )
         # The end of an epoch is saved after its test.

@@ -111,6 +111,7 @@ class ImageFolder:
         test_size: images in `val`, including those that cannot be decoded.
         image: how images are prepared.
         classes: their names, by number.
+        judged: what its test images are: `test` images, or `held-back` ones of the training images.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class ImageFolder:
         workers: int,
         report: Callable[[str], None] | None,
     ) -> None:
+        self.judged = "test"
         self.name = name
         self.title = title
         self.sha256 = listing.sha256
@@ -246,7 +248,7 @@ class ImageFolder:
         listing = replace(
             self._listing, train=parts[0], val=parts[1], sha256=identity_of(self.sha256, share), assumed=()
         )
-        return ImageFolder(
+        held = ImageFolder(
             listing,
             name=self.name,
             title=f"{self.title}, training images",
@@ -254,6 +256,8 @@ class ImageFolder:
             workers=self._workers,
             report=self._report,
         )
+        held.judged = "held-back"
+        return held
 
     def _batches(
         self, images: ImageFiles, asked: Iterator[list[tuple[int, int | None]]], device: torch.device

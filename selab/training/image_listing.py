@@ -108,6 +108,11 @@ def find_images(data_dir: Path, *, name: str, classes_file: Path | None = None) 
     for split in sorted(roots):
         below = "" if roots[split] == data_dir else f"{split}/"
         found[split] = _split(roots[split], folders[split], classes, split=split, below=below, digest=digest)
+        without = [name for name in folders[split] if classes.index(name) not in set(found[split].labels.tolist())]
+        if without:
+            more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
+            unfilled = ", ".join(map(printable, without[:NAMED])) + more
+            assumed.append(f"{roots[split]}: {unfilled}: no image in it; it is numbered as a class all the same")
     return Listing(
         classes=classes,
         train=found.get("train"),

@@ -17,6 +17,7 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
         epoch_s: seconds that an epoch takes with its test; None before this process has tested the network.
         loss: mean over the epoch's steps so far.
         last: the last finished epoch.
+        judged: what its test was on: `test` images, or those that were held back from training.
         total_eta_s: seconds until the end of all trainings of a comparison; None while unknown or with one training.
     """
 
@@ -30,12 +31,13 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
     loss: float
     top1_pct: float
     last: Epoch | None
+    judged: str = "test"
     total_eta_s: float | None = None
 
     @property
     def words(self) -> str:
         """`epoch 2 of 4, step 3 of 78, loss 1.2500, top-1 45.0 %, 900 images/s, 2 min left`, for a line of a log."""
-        last = "" if self.last is None else f"; test top-1 {self.last.test_top1_pct:.2f} %"
+        last = "" if self.last is None else f"; {self.judged} top-1 {self.last.test_top1_pct:.2f} %"
         left = f", {self.left}" if self.left else ""
         return (
             f"epoch {self.epoch} of {self.epochs}, step {self.step} of {self.steps}, loss {self.loss:.4f}, "
@@ -45,7 +47,7 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
     @property
     def short_words(self) -> str:
         """`epoch 2/4  900 images/s  2 min left  loss 1.25  top-1 45.0 %`, for beside a bar."""
-        last = "" if self.last is None else f", test {self.last.test_top1_pct:.1f} %"
+        last = "" if self.last is None else f", {self.judged} {self.last.test_top1_pct:.1f} %"
         left = f"{self.left}  " if self.left else ""
         return (
             f"epoch {self.epoch}/{self.epochs}  {self.images_per_s:,.0f} images/s  {left}"

@@ -373,7 +373,8 @@ def test_counts_need_no_time(selab, tmp_path, still):
     # No gate was left to convert.
     assert record.gate_loss.images == 20
     told = " ".join(said.split())
-    assert "No gate changed: all that are left were a hardsigmoid already." in told
+    assert "Every block is folded: no gate is left to convert." in told
+    assert "of that by" not in told
     assert f"(--arch {tmp_path / 'out' / 'se_small_cnn.toml'}:folded)" in told
 
 
@@ -393,12 +394,80 @@ def test_few_images_do_not_say_that_a_gate_is_still(selab, weights):
     assert "do not depend on the image" not in told
 
 
+def test_options_that_would_do_nothing_are_refused(selab, weights, photos, tmp_path):
+    words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic")
+    for command, more, said in (
+        ("gates", ("--classes", "0"), "--classes: is of pictures and JSON; give --pictures or --json too"),
+        ("gates", ("--input", "3x16x16"), "--input: the images of synthetic are 3x32x32"),
+        ("blocks", ("--budget", "5"), "--budget: is for times; give --runtime too, torch or another"),
+        ("blocks", ("--fused",), "--fused: is for times; give --runtime too, torch or another"),
+        ("blocks", ("--runtime", "foo"), "runtime foo: unknown; known: "),
+    ):
+        status, _, err = selab(command, *words, *more)
+        assert status != 0
+        assert said in " ".join(err.split())
+        assert "looking" not in err
+    folder = tmp_path / "classes"
+    for number, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        (photos / f"{number}.png").rename(folder / name / "a.png")
+    status, _, err = selab("gates", *words[:4], "--data", folder, "--input", "3x32x32")
+    assert status != 0
+    assert "are 3x224x224; --resize and --crop choose another, or --images any shape" in " ".join(err.split())
+
+
+def test_a_folder_of_classes_is_named_with_the_size_of_its_images(selab, photos, tmp_path):
+    folder = tmp_path / "ten"
+    for number in range(10):
+        (folder / str(number)).mkdir(parents=True)
+    for number in range(4):
+        (photos / f"{number}.png").rename(folder / str(number) / "a.png")
+    path = tmp_path / "w.safetensors"
+    save_file(build(find("se_small_cnn"), seed=3).model.state_dict(), path)
+    words = ("se_small_cnn", "--weights", path, "--data", folder, "--resize", "32", "--crop", "32")
+    status, said, err = selab("gates", *words, "--most", "3")
+    assert status == 0, err
+    assert "The gates of se_small_cnn over 3 images of ten (test, 3×32×32), 10 classes" in " ".join(said.split())
+    assert "4, 5, 6, 7, 8 and 1 more: no image in it; it is numbered as a class all the same" in " ".join(err.split())
+
+
+def test_a_network_that_is_always_wrong_has_other_classes(selab, still, monkeypatch, tmp_path):
+    from selab.experiments import folding
+
+    def wrong(batches, arms):
+        return [np.zeros(20, np.bool_) for _ in arms]
+
+    monkeypatch.setattr(folding, "answers", wrong)
+    words = ("se_small_cnn", "--weights", still[0], "--data", "synthetic", "--most", 60, "--out", tmp_path / "out")
+    status, _, err = selab("fold", *words, "--max-drop", 1)
+    assert status != 0
+    assert "has none of 20 images right, so that no gate can cost a point" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_at_hand_is_told_that_few_images_show_little(still):
+    model = still[1]
+    loader = [(torch.randn(9, 3, 32, 32), torch.zeros(9, dtype=torch.int64))]
+    with pytest.warns(UserWarning, match=r"fold_gates: .* did not decide.* does not show that the limit is kept"):
+        _, record = selab_package.fold_gates(model, loader, max_drop=5)
+    assert repr(record).startswith("SmallCNN: ")
+    assert "blocks folded at 5 points" in repr(record)
+    assert [row[0] for row in record.rows()] == [one.path for one in record.choices]
+
+
+def test_gates_print_as_a_table(still):
+    found = selab_package.gates(still[1], [torch.randn(4, 3, 32, 32)])
+    assert repr(found) == "gates of SmallCNN: 4 blocks, over 4 images of a loader" or len(repr(found)) < 100
+    assert len(found.rows()) == 4
+    assert len(found.rows()[0]) == len(found.columns())
+
+
 def test_classes_are_checked_before_the_pass(selab, weights, monkeypatch):
     from selab.experiments import judged
 
     monkeypatch.setattr(judged.JudgedModule, "gates", lambda *_, **__: pytest.fail("it looked"))
     words = ("--arch", "se_small_cnn", "--weights", weights, "--data", "synthetic", "--classes", "nope")
-    status, _, err = selab("gates", *words)
+    status, _, err = selab("gates", *words, "--json", "-")
     assert status != 0
     assert "--classes nope: no such class" in err
 

@@ -1,4 +1,4 @@
-"""ResNet-18, -34, -50, -101 and -152 for ImageNet, and with a stem for images of 32x32.
+"""ResNet-18, -34, -50, -101 and -152 for ImageNet.
 
 Source: He et al. 2015, arXiv 1512.03385, Table 1.
 """
@@ -115,7 +115,7 @@ class ResNet(nn.Module):
     """logits = head(stage5(stage4(stage3(stage2(stem(x)))))), the stages numbered as conv2_x to conv5_x.
 
     Shapes: (N, 3, H, W) to (N, num_classes); 224x224 images are 56x56 after the stem and 56, 28, 14 and 7 pixels wide
-    after stages 2 to 5. With the stem "3x3", 32x32 images are 32, 32, 16, 8 and 4 pixels wide.
+    after stages 2 to 5.
 
     Weights: convolutions normal with variance 2/fan_out, after arXiv 1502.01852 which the paper follows and as in
     fb.resnet.torch and torchvision; BN scale 1, shift 0; the classifier keeps PyTorch's uniform start, as torchvision.
@@ -125,18 +125,20 @@ class ResNet(nn.Module):
         num_classes: Width of the classifier.
         stride_in: "1x1" or "3x3", see Bottleneck.
         stem_pool: "caffe" or "torch", see resnet.
-        stem: "7x7" or "3x3", see resnet.
     """
 
-    def __init__(self, depth: int, num_classes: int, stride_in: str, stem_pool: str, stem: str) -> None:
+    def __init__(self, depth: int, num_classes: int, stride_in: str, stem_pool: str) -> None:
         super().__init__()
-        small = stem == "3x3"
-        conv = nn.Conv2d(3, 64, 3, padding=1, bias=False) if small else nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-        self.stem = nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(64), relu=nn.ReLU(inplace=True)))
-        if not small:
-            # Caffe rounds a pooling's output size up, so that it needs no padding to get from 112 to 56.
-            pool = nn.MaxPool2d(3, stride=2, ceil_mode=True) if stem_pool == "caffe" else nn.MaxPool2d(3, 2, padding=1)
-            self.stem.add_module("pool", pool)
+        # Caffe rounds a pooling's output size up, so that it needs no padding to get from 112 to 56.
+        pool = nn.MaxPool2d(3, stride=2, ceil_mode=True) if stem_pool == "caffe" else nn.MaxPool2d(3, 2, padding=1)
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False),
+                bn=nn.BatchNorm2d(64),
+                relu=nn.ReLU(inplace=True),
+                pool=pool,
+            )
+        )
         basic = depth in _BASIC_DEPTHS
         expansion = 1 if basic else 4
 
@@ -182,9 +184,7 @@ class ResNet(nn.Module):
         return {"residual": [name for name, module in self.named_modules() if isinstance(module, ResidualBlock)]}
 
 
-def resnet(
-    depth: int, *, num_classes: int = 1000, stride_in: str = "1x1", stem_pool: str = "caffe", stem: str = "7x7"
-) -> ResNet:
+def resnet(depth: int, *, num_classes: int = 1000, stride_in: str = "1x1", stem_pool: str = "caffe") -> ResNet:
     """Build a ResNet; depth 50 has 25,557,032 parameters and 3,857,973,248 MACs at 224x224.
 
     Args:
@@ -195,13 +195,11 @@ def resnet(
             basic blocks of depths 18 and 34 have no 1x1 and stride in their first 3x3 either way.
         stem_pool: The stem's 3x3 max pooling of stride 2. "caffe": no padding, sizes rounded up; "torch": padding 1.
             Both take 112x112 to 56x56; they see other windows.
-        stem: "7x7": the paper's convolution of stride 2, with that pooling behind it; "3x3": a convolution of stride 1
-            alone, for images of 32x32.
 
     Raises:
-        ValueError: If depth, stride_in, stem_pool or stem is none of these, or num_classes is below 1.
+        ValueError: If depth, stride_in or stem_pool is none of these, or num_classes is below 1.
 
-    Source: arXiv 1512.03385, Table 1; the stem "3x3": weiaicunzai/pytorch-cifar100, models/resnet.py.
+    Source: arXiv 1512.03385, Table 1.
     """
     if depth not in _STAGE_BLOCKS:
         allowed = ", ".join(str(known) for known in _STAGE_BLOCKS)
@@ -212,6 +210,4 @@ def resnet(
         raise ValueError(f'stride_in is {stride_in!r}: it must be "1x1" or "3x3"')
     if stem_pool not in ("caffe", "torch"):
         raise ValueError(f'stem_pool is {stem_pool!r}: it must be "caffe" or "torch"')
-    if stem not in ("7x7", "3x3"):
-        raise ValueError(f'stem is {stem!r}: it must be "7x7" or "3x3"')
-    return ResNet(depth, num_classes, stride_in, stem_pool, stem)
+    return ResNet(depth, num_classes, stride_in, stem_pool)

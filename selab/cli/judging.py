@@ -79,13 +79,6 @@ class JudgedOptions:
     device: Annotated[Device, option("--device", WHAT, "cpu or cuda.", metavar="NAME")] = "cpu"
 
 
-def _data_or_folder(text: str) -> str:
-    names = get_args(DataName)
-    if text in names or Path(text).is_dir():
-        return text
-    raise typer.BadParameter(f"{text!r} is no folder, and not one of {', '.join(names)}")
-
-
 @dataclass(kw_only=True)
 class JudgedDataOptions(DataOptions):
     """Which images the network is judged on."""
@@ -97,7 +90,6 @@ class JudgedDataOptions(DataOptions):
             DATA,
             "cifar10 (default), cifar100, synthetic, imagenet, folder, or a folder itself.",
             metavar="NAME",
-            parser=_data_or_folder,
             show_default=False,
         ),
     ] = None  # type: ignore[assignment]
@@ -110,6 +102,9 @@ class JudgedDataOptions(DataOptions):
         from selab.training.image_listing import SUFFIXES
 
         folder = Path(self.data)
+        if not folder.is_dir():
+            named = ", ".join(get_args(DataName))
+            raise typer.BadParameter(f"{self.data!r} is no folder, and not one of {named}", param_hint="--data")
         return folder if any(one.suffix.lower() in SUFFIXES for one in folder.iterdir() if one.is_file()) else None
 
     @property

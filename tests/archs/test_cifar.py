@@ -18,7 +18,16 @@ from selab.attention.insert import insert_se
 from selab.cost.count import count
 from selab.models.catalog import installed
 
-FAMILIES = ("resnet_cifar", "wide_resnet", "shake_shake", "vgg_cifar", "mobilenet_cifar", "shufflenet_cifar")
+FAMILIES = (
+    "resnet_cifar",
+    "resnet_3x3",
+    "resnext_cifar",
+    "wide_resnet",
+    "shake_shake",
+    "vgg_cifar",
+    "mobilenet_cifar",
+    "shufflenet_cifar",
+)
 VARIANTS = [name for name, variant in installed().items() if variant.family in FAMILIES]
 
 # Expected counts by arithmetic, layer by layer: (parameters, MACs).
@@ -113,6 +122,50 @@ def shake_resnext_counts(width: int, groups: int) -> Counts:
     return add(total, linear(c, 10))
 
 
+def resnext29_counts(width: int, groups: int) -> Counts:
+    """29 layers: three blocks of 1x1, grouped 3x3 and 1x1 in each stage."""
+    c, side = 64, 32
+    total = add(conv(3, c, 3, side), bn(c))
+    for stage in range(3):
+        inner, out = width * groups * 2**stage, 256 * 2**stage
+        for block in range(3):
+            before = side
+            side //= 2 if stage and block == 0 else 1
+            total = add(total, conv(c, inner, 1, before), bn(inner), conv(inner, inner, 3, side, groups), bn(inner))
+            total = add(total, conv(inner, out, 1, side), bn(out))
+            total = add(total, conv(c, out, 1, side), bn(out)) if block == 0 else total
+            c = out
+    return add(total, linear(c, 10))
+
+
+RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+def resnet_3x3_counts(depth: int) -> Counts:
+    """A stem of one 3x3; stages on 32, 16, 8 and 4 pixels; bottlenecks stride in their 3x3."""
+    c, side, basic = 64, 32, depth < 50
+    total = add(conv(3, c, 3, side), bn(c))
+    for stage, blocks in enumerate(RESNET_BLOCKS[depth]):
+        width = 64 * 2**stage
+        out = width if basic else 4 * width
+        for block in range(blocks):
+            before = side
+            side //= 2 if stage and block == 0 else 1
+            if basic:
+                total = add(total, conv(c, width, 3, side), bn(width), conv(width, width, 3, side), bn(width))
+            else:
+                total = add(total, conv(c, width, 1, before), bn(width), conv(width, width, 3, side), bn(width))
+                total = add(total, conv(width, out, 1, side), bn(out))
+            total = add(total, conv(c, out, 1, side), bn(out)) if c != out or before != side else total
+            c = out
+    return add(total, linear(c, 100))
+
+
+def resnet_3x3_sites(depth: int) -> list[int]:
+    wider = 1 if depth < 50 else 4
+    return [64 * 2**stage * wider for stage, blocks in enumerate(RESNET_BLOCKS[depth]) for _ in range(blocks)]
+
+
 VGG16 = [64, 64, 128, 128, 256, 256, 256, *[512] * 6]
 VGG16_SIDES = [32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2]
 MOBILENET = [64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]
@@ -153,12 +206,14 @@ def shufflenet_counts() -> Counts:
 # double the channels, which make half; two projections, on maps of 16x16 and 8x8; the classifier.
 RESNET_MACS = {
     depth: 3 * 16 * 9 * 32**2 + (depth - 2 - 1) * 16 * 16 * 9 * 32**2 + 16 * 32 * 16**2 + 32 * 64 * 8**2 + 64 * 10
-    for depth in (20, 56, 110)
+    for depth in (20, 32, 56, 110)
 }
 # Parameters: the integers that osmr/imgclsmob asserts in its resnet_cifar.py and preresnet_cifar.py; option A has no
 # projections and none of their BN.
 RESNETS: dict[str, Counts] = {
     "resnet20_cifar": (272_474, RESNET_MACS[20]),
+    # Two blocks more than 20 layers have in each stage.
+    "resnet32_cifar": (272_474 + 2 * sum(2 * 9 * c * c + 4 * c for c in (16, 32, 64)), RESNET_MACS[32]),
     "resnet56_cifar": (855_770, RESNET_MACS[56]),
     "resnet110_cifar": (1_730_714, RESNET_MACS[110]),
     "resnet164_cifar": (1_704_154, resnet164_macs()),
@@ -176,6 +231,7 @@ RESNET_SITES = {"20": sites(3, 16), "56": sites(9, 16), "110": sites(18, 16), "1
 TOTALS: dict[str, tuple[int, int]] = {
     **RESNETS,
     "se_resnet20_cifar": add(RESNETS["resnet20_cifar"], se(RESNET_SITES["20"])),
+    "se_resnet32_cifar": add(RESNETS["resnet32_cifar"], se(sites(5, 16))),
     "se_resnet56_cifar": add(RESNETS["resnet56_cifar"], se(RESNET_SITES["56"])),
     "se_resnet110_cifar": add(RESNETS["resnet110_cifar"], se(RESNET_SITES["110"])),
     "se_resnet164_cifar": add(RESNETS["resnet164_cifar"], se(RESNET_SITES["164"])),
@@ -190,6 +246,12 @@ TOTALS: dict[str, tuple[int, int]] = {
     "se_preresnet164_cifar": add(RESNETS["preresnet164_cifar"], se(RESNET_SITES["164"])),
     "wrn_16_8": wide_resnet_counts(2, 8),
     "se_wrn_16_8": add(wide_resnet_counts(2, 8), se(sites(2, 128))),
+    "wrn_28_10": wide_resnet_counts(4, 10),
+    "se_wrn_28_10": add(wide_resnet_counts(4, 10), se(sites(4, 160))),
+    **{f"resnext29_{groups}x64d": resnext29_counts(64, groups) for groups in (4, 8, 16)},
+    **{f"se_resnext29_{g}x64d": add(resnext29_counts(64, g), se(sites(3, 256))) for g in (4, 8, 16)},
+    **{f"resnet{depth}_cifar": resnet_3x3_counts(depth) for depth in RESNET_BLOCKS},
+    **{f"se_resnet{d}_cifar": add(resnet_3x3_counts(d), se(resnet_3x3_sites(d))) for d in RESNET_BLOCKS},
     "shake_shake_26_2x96d": shake_shake_counts(96),
     "se_shake_shake_26_2x96d": add(shake_shake_counts(96), se(sites(4, 96))),
     "shake_even_29_2x4x64d": shake_resnext_counts(64, 4),
@@ -223,6 +285,8 @@ def test_arithmetic_agrees_with_published_integers() -> None:
     assert wide_resnet_counts(2, 10)[0] == 17_116_634
     assert wide_resnet_counts(4, 10)[0] == 36_479_194
     assert wide_resnet_counts(6, 8)[0] == 35_748_314
+    # osmr/imgclsmob, resnext_cifar.py.
+    assert TOTALS["resnext29_16x64d"][0] == 68_155_210
     # As counted from moskomule/senet.pytorch (SE without bias) and kuangliu/pytorch-cifar.
     assert [TOTALS[f"se_resnet20_cifar_r{r}_no_bias"][0] for r in (4, 8, 16)] == [280_538, 276_506, 274_490]
     assert TOTALS["vgg16_cifar"][0] == 14_728_266

@@ -40,7 +40,7 @@ VARIANT_KEYS = {"title", "baseline", "arguments", "note", "se", "published"}
 SE_KEYS = {"sites", "placement", "reduction", "squeeze_from", "divisor", "squeeze", "gate", "bias"}
 SE_MORE_KEYS = {"activation", "stages"}
 PUBLISHED_KEYS = {"metric", "value", "printed", "dataset", "source", "where", "note"}
-METRICS = {"top1_error_pct", "top5_error_pct", "params", "macs", "forward_s", "forward_backward_s"}
+METRICS = {"top1_error_pct", "top5_error_pct", "loss", "params", "macs", "forward_s", "forward_backward_s"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,6 +89,8 @@ def test_published_number_says_where_it_is_from(family: str, name: str) -> None:
         if entry["metric"].endswith("_error_pct"):
             assert entry["dataset"]
             assert entry["value"] < 100
+        elif entry["metric"] == "loss":
+            assert entry["dataset"]
         elif entry["metric"] in ("params", "macs"):
             assert isinstance(entry["value"], int)
             found = re.fullmatch(

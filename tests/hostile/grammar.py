@@ -249,6 +249,8 @@ OPTIONS = {
             "--trials",
             "--search-epochs",
             "--measure",
+            "--tune",
+            "--tune-epochs",
         ],
         NUMBERS,
     ),

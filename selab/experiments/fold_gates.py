@@ -104,7 +104,7 @@ def fold_gates(
     Raises:
         InsertionError: there is no block with one gate per channel.
         ModelError: the network fails, or cannot be exported to be followed.
-        SelabError: there are no images; the loader can be read only once; both limits, or points without labels; ten
+        SelabError: there are no images; the loader can be read only once; both limits, or points without labels; fifty
             images and more with labels, of which none is right.
 
     Warns:

@@ -39,7 +39,7 @@ RANKING, CHOOSING, REPORTING = range(PARTS)
 # How much folding may cost unless it is said.
 _POINTS, _ERROR = 0.1, 0.01
 # So many images that a network has all wrong are not its own.
-_LEAST_WRONG = 10
+_LEAST_WRONG = 50
 # What folding itself may change: rounding of weights and sums, over the largest output.
 _ROUNDING = 1e-3
 

@@ -435,13 +435,13 @@ def test_a_network_that_is_always_wrong_has_other_classes(selab, still, monkeypa
     from selab.experiments import folding
 
     def wrong(batches, arms):
-        return [np.zeros(20, np.bool_) for _ in arms]
+        return [np.zeros(50, np.bool_) for _ in arms]
 
     monkeypatch.setattr(folding, "answers", wrong)
     words = ("se_small_cnn", "--weights", still[0], "--data", "synthetic", "--most", 60, "--out", tmp_path / "out")
     status, _, err = selab("fold", *words, "--max-drop", 1)
     assert status != 0
-    assert "has none of 20 images right, so that no gate can cost a point" in err
+    assert "has none of 50 images right, so that no gate can cost a point" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -105,8 +105,8 @@ def shake_shake_counts(width: int) -> Counts:
     return add(total, linear(c, 10))
 
 
-def shake_resnext_counts(width: int, groups: int) -> Counts:
-    """29 layers: three blocks of two paths of 1x1, grouped 3x3 and 1x1 in each stage."""
+def resnext_counts(width: int, groups: int, paths: int) -> Counts:
+    """29 layers: three blocks of paths of 1x1, grouped 3x3 and 1x1 in each stage; Shake-Shake has two paths."""
     c, side = 64, 32
     total = add(conv(3, c, 3, side), bn(c))
     for stage in range(3):
@@ -116,23 +116,7 @@ def shake_resnext_counts(width: int, groups: int) -> Counts:
             side //= 2 if stage and block == 0 else 1
             path = add(conv(c, inner, 1, before), bn(inner), conv(inner, inner, 3, side, groups), bn(inner))
             path = add(path, conv(inner, out, 1, side), bn(out))
-            total = add(total, path, path)
-            total = add(total, conv(c, out, 1, side), bn(out)) if block == 0 else total
-            c = out
-    return add(total, linear(c, 10))
-
-
-def resnext29_counts(width: int, groups: int) -> Counts:
-    """29 layers: three blocks of 1x1, grouped 3x3 and 1x1 in each stage."""
-    c, side = 64, 32
-    total = add(conv(3, c, 3, side), bn(c))
-    for stage in range(3):
-        inner, out = width * groups * 2**stage, 256 * 2**stage
-        for block in range(3):
-            before = side
-            side //= 2 if stage and block == 0 else 1
-            total = add(total, conv(c, inner, 1, before), bn(inner), conv(inner, inner, 3, side, groups), bn(inner))
-            total = add(total, conv(inner, out, 1, side), bn(out))
+            total = add(total, *[path] * paths)
             total = add(total, conv(c, out, 1, side), bn(out)) if block == 0 else total
             c = out
     return add(total, linear(c, 10))
@@ -248,14 +232,14 @@ TOTALS: dict[str, tuple[int, int]] = {
     "se_wrn_16_8": add(wide_resnet_counts(2, 8), se(sites(2, 128))),
     "wrn_28_10": wide_resnet_counts(4, 10),
     "se_wrn_28_10": add(wide_resnet_counts(4, 10), se(sites(4, 160))),
-    **{f"resnext29_{groups}x64d": resnext29_counts(64, groups) for groups in (4, 8, 16)},
-    **{f"se_resnext29_{g}x64d": add(resnext29_counts(64, g), se(sites(3, 256))) for g in (4, 8, 16)},
+    **{f"resnext29_{groups}x64d": resnext_counts(64, groups, 1) for groups in (4, 8, 16)},
+    **{f"se_resnext29_{g}x64d": add(resnext_counts(64, g, 1), se(sites(3, 256))) for g in (4, 8, 16)},
     **{f"resnet{depth}_cifar": resnet_3x3_counts(depth) for depth in RESNET_BLOCKS},
     **{f"se_resnet{d}_cifar": add(resnet_3x3_counts(d), se(resnet_3x3_sites(d))) for d in RESNET_BLOCKS},
     "shake_shake_26_2x96d": shake_shake_counts(96),
     "se_shake_shake_26_2x96d": add(shake_shake_counts(96), se(sites(4, 96))),
-    "shake_even_29_2x4x64d": shake_resnext_counts(64, 4),
-    "se_shake_even_29_2x4x64d": add(shake_resnext_counts(64, 4), se(sites(3, 256))),
+    "shake_even_29_2x4x64d": resnext_counts(64, 4, 2),
+    "se_shake_even_29_2x4x64d": add(resnext_counts(64, 4, 2), se(sites(3, 256))),
     "vgg16_cifar": vgg16_counts(),
     "se_vgg16_cifar": add(vgg16_counts(), se(VGG16, bias=False)),
     "mobilenet_cifar": mobilenet_counts(),

@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from selab._version import __version__
+from selab.attention.config import as_keys
 from selab.bench.machine import machine
 from selab.bench.progress import Report
 from selab.cost.count import count
@@ -241,11 +242,24 @@ def _measured(variant: Variant, baseline: Variant, family: Path, *, budget_s: fl
 
 
 def _family_text(sites: Sites, variant: Variant, networks: Sequence[Network]) -> str:
-    """Return the TOML of everything that is measured: the baseline, the networks, and the variant with its blocks."""
-    named, title = (json.dumps(text) for text in (fixed_address(variant), variant.title))
+    """Return the TOML of everything that is measured: the baseline, the networks, and the variant with its blocks.
+
+    Raises:
+        SelabError: the variant is not the baseline with blocks.
+    """
+    baseline = sites.original
+    if variant.se is None or (variant.builder, variant.arguments) != (baseline.builder, baseline.arguments):
+        raise SelabError(
+            f"--equal-time: {variant.name} is not {baseline.name} with blocks; name such a pair, or leave it out"
+        )
+    keys = {key: value for key, value in as_keys(variant.se).items() if value is not None}
+    named, title = (json.dumps(text) for text in (fixed_address(baseline), variant.title))
+    # Texts, numbers, truth values and lists of them are written as in JSON.
+    blocks = ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
     return (
         family_text(sites, networks)
         + f'\n[variants.{BLOCKS}]\ntitle = {title}\nbaseline = "{ORIGINAL}"\narguments = {{ arch = {named} }}\n'
+        + f"se = {{ {blocks} }}\n"
     )
 
 
@@ -271,9 +285,10 @@ def _latencies(
 
 def _ratio(latency: Latency, name: str) -> float:
     if latency.ratio is None:
-        raise _untimed(name)
+        raise _untimed(name, latency.verdict)
     return latency.ratio
 
 
-def _untimed(name: str) -> ModelError:
-    return ModelError(f"--equal-time: {name} could not be timed on this machine; try again when it is quieter")
+def _untimed(name: str, why: str = "") -> ModelError:
+    told = f" ({why})" if why else ""
+    return ModelError(f"--equal-time: {name} could not be timed on this machine{told}; try again when it is quieter")

@@ -42,7 +42,12 @@ def clock(monkeypatch):
 
             self.calls.append([arch.rpartition(":")[2] for arch in archs])
             base = macs(job.request.arch)
-            return {arch: latency_of(self.blocks if arch.endswith(BLOCKS) else macs(arch) / base) for arch in archs}, ()
+            # Each of them is built, as a process that measures does.
+            ratios = {arch: macs(arch) / base for arch in archs}
+            assert all(len(build(catalog.find(arch)).insertions) == 4 for arch in archs if arch.endswith(BLOCKS))
+            return {
+                arch: latency_of(self.blocks if arch.endswith(BLOCKS) else ratio) for arch, ratio in ratios.items()
+            }, ()
 
     found = Clock()
     monkeypatch.setattr(equal_time, "times", found.times)
@@ -137,6 +142,12 @@ def test_what_lies_there_is_of_other_networks(pair, clock, tmp_path):
     (tmp_path / "out/equal-time/se_tiny-vs-tiny.json").write_text("{")
     with pytest.raises(RecordError, match=r"se_tiny-vs-tiny.json: .*delete it"):
         as_slow(pair, tmp_path / "out")
+
+
+def test_a_variant_that_is_another_network_is_refused(pair, clock, tmp_path):
+    with pytest.raises(SelabError, match="--equal-time: tiny is not tiny with blocks; name such a pair"):
+        as_slow((pair[1], pair[1]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_network_without_a_time_is_named(pair, clock, tmp_path, monkeypatch):

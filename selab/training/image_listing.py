@@ -108,7 +108,8 @@ def find_images(data_dir: Path, *, name: str, classes_file: Path | None = None) 
     for split in sorted(roots):
         below = "" if roots[split] == data_dir else f"{split}/"
         found[split] = _split(roots[split], folders[split], classes, split=split, below=below, digest=digest)
-        without = [name for name in folders[split] if classes.index(name) not in set(found[split].labels.tolist())]
+        filled = {classes[number] for number in np.unique(found[split].labels)}
+        without = [name for name in folders[split] if name not in filled]
         if without:
             more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
             unfilled = ", ".join(map(printable, without[:NAMED])) + more

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from selab.experiments.compare import Comparison, fitted
 from selab.models.build import build
 from selab.models.spec import Variant
+from selab.training.evaluate import AMP_TYPES
 from selab.training.optim import optimizer_of
 from selab.training.train import device_settings
 
 _STEPS = 3
-_AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def training_s(variant: Variant, comparison: Comparison) -> float | None:
@@ -46,7 +46,7 @@ def training_s(variant: Variant, comparison: Comparison) -> float | None:
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
             for _ in range(parts):
-                with torch.autocast(device.type, dtype=_AMP[options.amp], enabled=options.amp != "off"):
+                with torch.autocast(device.type, dtype=AMP_TYPES[options.amp], enabled=options.amp != "off"):
                     loss = F.cross_entropy(model(images), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

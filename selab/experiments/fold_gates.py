@@ -127,7 +127,7 @@ def fold_gates(
     rule = Rule.of(max_drop, max_error, labels=bool(given.seen.classes))
     done = fold(given, rule, hard_gates=bool(gate), prunes=prune, report=lambda *_: None)
     loss = done.record.loss
-    if done.too_dear or (loss is not None and rule.points is not None and (loss.high - loss.low) / 2 > rule.limit):
+    if done.too_dear or done.record.is_vague:
         known = "" if loss is None else f", 95 % interval {loss.low:.2f} to {loss.high:.2f}"
         warnings.warn(
             f"fold_gates: {done.record.summary()}{known}: that does not show that the limit is kept; give more images",

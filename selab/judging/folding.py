@@ -123,6 +123,12 @@ class Folding(Displayed, Frozen, frozen=True, kw_only=True):
         """The paths of the blocks that became constants."""
         return tuple(one.path for one in self.choices if one.folded)
 
+    @property
+    def is_vague(self) -> bool:
+        """Whether so few images reported that they cannot show that a limit of points is kept."""
+        loss = self.loss
+        return loss is not None and self.unit == POINTS and (loss.high - loss.low) / 2 > self.limit
+
     def summary(self) -> str:
         """Return one line."""
         return (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean as mean
 from typing import TypeVar
 
 import msgspec
@@ -57,10 +58,11 @@ class Gates(Displayed, Frozen, frozen=True, kw_only=True):
             (
                 one.path,
                 one.channels,
-                *(sum(values) / len(values) for values in (one.mean,)),
+                mean(one.mean),
                 one.spread,
                 one.specificity,
-                *(sum(values) / len(values) for values in (one.low, one.high)),
+                mean(one.low),
+                mean(one.high),
                 len(one.constant),
                 len(one.dead),
             )

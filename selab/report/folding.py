@@ -83,7 +83,7 @@ def _networks(record: Folding) -> Table:
         ]
         rows.append((f"forward, {record.runtime}, 1 thread", *times, change_words(record.latency)))
     notes = []
-    if record.loss is not None and record.unit == POINTS and (record.loss.high - record.loss.low) / 2 > record.limit:
+    if record.is_vague:
         notes.append("The interval is wider than the limit: so few images cannot show that the limit is kept.")
     if record.gate and not is_left:
         notes.append("Every block is folded: no gate is left to convert.")

@@ -26,7 +26,7 @@ from selab.training.batches import BatchPlan
 from selab.training.curves import EpochCurves
 from selab.training.data import Data, scaled
 from selab.training.distributed import ProcessGroup, lost_another
-from selab.training.evaluate import NotFiniteError, evaluate
+from selab.training.evaluate import AMP_TYPES, NotFiniteError, evaluate
 from selab.training.interrupt import StopRequest, stoppable
 from selab.training.optim import Average, draw_he, optimizer_of
 from selab.training.pace import Means, Pace, per_second
@@ -46,7 +46,6 @@ from selab.training.run import (
     versions,
 )
 
-_AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Seconds between two reports. Each makes the host wait for the device.
 _LOOK_S = 0.5
 # Test images of a folder in one pass of one process.
@@ -172,7 +171,7 @@ class Engine:
         amp = self.options.amp
         try:
             # A cached cast of a weight would be kept in the graph, and later weights not be seen.
-            with torch.autocast("cuda", dtype=_AMP[amp], enabled=amp != "off", cache_enabled=False):
+            with torch.autocast("cuda", dtype=AMP_TYPES[amp], enabled=amp != "off", cache_enabled=False):
                 torch.cuda.make_graphed_callables(self.model, (example,))
         except (RuntimeError, ValueError) as error:
             raise ModelError(
@@ -302,7 +301,7 @@ class Engine:
             # Processes exchange gradients once, with those of the last part.
             waits = self.parallel is not None and part < parts
             with self.parallel.no_sync() if waits and self.parallel is not None else nullcontext():
-                with torch.autocast(device.type, dtype=_AMP[options.amp], enabled=options.amp != "off"):
+                with torch.autocast(device.type, dtype=AMP_TYPES[options.amp], enabled=options.amp != "off"):
                     logits = self.forward(some)
                     loss = F.cross_entropy(logits, theirs, label_smoothing=recipe.label_smoothing)
                 self.scaler.scale(loss if parts == 1 else loss / parts).backward()  # type: ignore[no-untyped-call]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from selab.training.data import Data
 
 
-__all__ = ["Accuracy", "NotFiniteError", "evaluate"]
-_AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["AMP_TYPES", "Accuracy", "NotFiniteError", "evaluate"]
+AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NotFiniteError(ModelError):
@@ -71,7 +71,7 @@ def evaluate(
     try:
         _check_device(network, device)
         batches = data.test_batches(batch=-(-batch // world) * world, device=device, rank=rank, world=world)
-        precision = torch.autocast(device.type, dtype=_AMP[amp], enabled=amp != "off")
+        precision = torch.autocast(device.type, dtype=AMP_TYPES[amp], enabled=amp != "off")
         with evaluating(network), _buffers_of_rank_zero(network, world), torch.no_grad():
             for images, labels in batches:
                 if not len(labels):

@@ -515,7 +515,10 @@ class TrainOptions:
     ] = None
     device: Annotated[Device, option("--device", TRAINING, "cpu or cuda.", metavar="NAME")] = "cpu"
     amp: Annotated[Amp, option("--amp", TRAINING, "Mixed precision: off, bf16 or fp16.", metavar="NAME")] = "off"
-    channels_last: Annotated[bool, option("--channels-last", TRAINING, "Use the memory format NHWC.")] = False
+    channels_last: Annotated[
+        bool | None,
+        option("--channels-last/--no-channels-last", TRAINING, "NHWC; by default on a CPU or with --amp."),
+    ] = None
     compiled: Annotated[bool, option("--compile", TRAINING, "Run through torch.compile.")] = False
     graphed: Annotated[
         bool, option("--cuda-graph", TRAINING, "Replay forward and backward as CUDA graphs: for small networks.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from selab import units
@@ -86,6 +87,7 @@ def train(
     chosen = recipe_of(options.recipe, variant, data)
     how = options_of(options)
     check_seed(seed)
+    _keep_memory(how.device)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
     images = open_images(data, chosen.image)
@@ -237,6 +239,16 @@ class CompareOptions:
         int | None,
         natural("--tune-epochs", TIME, "Epochs of a trial; by default a third of the training's.", show_default=False),
     ] = None
+    jobs: Annotated[
+        int | None,
+        natural(
+            "--jobs",
+            TIME,
+            "Trainings at once, each on a share of the cores; by default one, and one per GPU.",
+            most=MOST_PROCESSES,
+            show_default=False,
+        ),
+    ] = None
     latency: Annotated[
         bool,
         option("--latency/--no-latency", TIME, "Also time both networks, as `profile`."),
@@ -267,6 +279,7 @@ def compare(
         trainable(one, option="compare")
     from selab.experiments import compare as experiments_compare
     from selab.experiments.expected import training_s
+    from selab.experiments.trainings import run_all
     from selab.training.distributed import join, leave
     from selab.training.record import read_accuracy_record
 
@@ -274,22 +287,25 @@ def compare(
     networks = [experiments_compare.pair(variant, baseline) for baseline, variant in pairs]
     chosen = recipe_of(options.recipe, networks[0][1], data)
     how = options_of(options)
+    _keep_memory(how.device)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
     if more.tune and group.world > 1:
         raise SelabError("--tune: searches in one process; run it without torchrun first, the trainings are kept")
+    at_once = _at_once(more.jobs, how, data, chosen, world=group.world)
     images = open_images(data, chosen.image)
     if more.equal_time:
         networks += group.on_first(lambda: _as_slow(networks, images, out))
     ways: list[tuple[Variant, Variant, dict[str, Any]]] = [(one, base, {"recipe": chosen}) for one, base in networks]
     if more.tune:
         ways += _at_their_best(networks, images, chosen, how, more, out)
+    how = msgspec.structs.replace(how, jobs=at_once.get("at_once", 1))
     common: dict[str, Any] = {"options": how, "seeds": tuple(range(more.seeds)), "command": _command()}
     plans = [experiments_compare.ComparisonPlan(variant=one, baseline=base, **common, **way) for one, base, way in ways]
     comparisons = [experiments_compare.Comparison(plan, images, out=out) for plan in plans]
     left = _left_of(comparisons, replace=replace)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        experiments_compare.run_all(left, report, report.say, expects=training_s)
+        run_all(left, report, report.say, expects=training_s, **at_once)
     # Nothing else may run on the machine while networks are timed.
     leave()
     if not group.first:
@@ -300,6 +316,41 @@ def compare(
     if str(json_to) != "-":
         _show_comparisons(comparisons, records, out, look, timed=more.latency)
         _print_problems(getattr(images, "problems", None))
+
+
+def _keep_memory(device: Device) -> None:
+    """Keep freed memory in this process: a step on the CPU would otherwise map and clear most of its pages again."""
+    from selab.bench.heap import has_mallopt, hold_heap
+
+    if device == "cpu" and has_mallopt():
+        hold_heap()
+
+
+def _at_once(
+    jobs: int | None, options: "Options", data: DataOptions, recipe: "Recipe", *, world: int
+) -> dict[str, Any]:
+    """Return how `run_all` runs its trainings.
+
+    Raises:
+        SelabError: there are not so many GPUs or cores, or torchrun already shares them.
+    """
+    from selab.experiments.at_once import Source, places_of, runs_at_once
+
+    if world > 1:
+        if jobs is not None and jobs > 1:
+            raise SelabError(f"--jobs {jobs}: torchrun trains one network on all processes; leave out one of them")
+        return {}
+    places = places_of(options.device, jobs, threads=options.threads)
+    if len(places) == 1:
+        return {}
+    source = Source(
+        name=data.data,
+        data_dir=str(data.data_dir),
+        classes_file=None if data.classes_file is None else str(data.classes_file),
+        workers=data.workers,
+        image=recipe.image,
+    )
+    return {"at_once": len(places), "runs": runs_at_once(places, source)}
 
 
 def _command() -> str:
@@ -437,7 +488,7 @@ def options_of(options: TrainOptions) -> "Options":
     return Options(
         device=options.device,
         amp=options.amp,
-        channels_last=options.channels_last,
+        channels_last=channels_last_of(options),
         compiled=options.compiled,
         graphed=options.graphed,
         accumulate=options.accumulate,
@@ -445,6 +496,16 @@ def options_of(options: TrainOptions) -> "Options":
         batch=options.batch,
         threads=options.threads,
     )
+
+
+def channels_last_of(options: TrainOptions) -> bool:
+    """Return whether a training uses the memory format NHWC.
+
+    Unless asked, it does where convolutions were never slower in it: on a CPU, and on a GPU's matrix units.
+    """
+    if options.channels_last is not None:
+        return options.channels_last
+    return options.device == "cpu" or options.amp != "off"
 
 
 def recipe_of(name: str | None, variant: "Variant", data: DataOptions) -> "Recipe":
@@ -466,8 +527,6 @@ def preparation_of(
     Raises:
         SelabError: the data lie in memory and options say how to prepare them, or the options contradict each other.
     """
-    import msgspec
-
     from selab.training.recipe import ImageRecipe, check_suits, find_recipe, read_image_recipe
 
     recipe, resize, crop = asked.recipe, asked.resize, asked.crop

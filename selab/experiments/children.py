@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +126,7 @@ def in_processes(
         yield Started(where=where)
         began, ready_s, why = schedule.clock(), 0.0, ""
         try:
-            with closing(_lines(module, msgspec.json.encode(order_of(turn)))) as lines:
+            with closing(lines_of(module, msgspec.json.encode(order_of(turn)))) as lines:
                 for text in lines:
                     line: _Line[_Found] = msgspec.json.decode(text, type=line_type)
                     if line.error:
@@ -135,7 +135,7 @@ def in_processes(
                         ready_s = ready_s or schedule.clock() - began
                     if line.found is not None:
                         yield Found(number=number, where=where, what=line.found)
-        except _DiedError as error:
+        except DiedError as error:
             why, died = str(error), died + 1
         else:
             sampled_s = turn.sampling_s * (2 if turn.control and schedule.control_share else 1)
@@ -148,31 +148,49 @@ def in_processes(
         number += 1
 
 
-class _DiedError(SelabError):
+class DiedError(SelabError):
     """A process ended before its work was done."""
 
 
-def _lines(module: str, order: bytes) -> Generator[bytes, None, None]:
-    """Start a process and yield its lines.
+def lines_of(
+    module: str,
+    order: bytes,
+    *,
+    does: str = "measuring",
+    environment: Mapping[str, str] | None = None,
+    started: Callable[["subprocess.Popen[bytes]"], object] = lambda _: None,
+) -> Generator[bytes, None, None]:
+    """Start a process and yield its lines. It is asked to end when the generator is closed early.
+
+    Args:
+        module: has `child_main`, the program of the process.
+        order: what the process reads.
+        does: for messages.
+        environment: variables that the process has besides those of this one.
+        started: called with the process.
 
     Raises:
-        _DiedError: it ended badly.
+        DiedError: it ended badly.
     """
     # Without -P, the current folder would be the first place to import from: a random.py in it would run.
     command = [sys.executable, "-P", "-c", _START.format(module=module)]
     with ExitStack() as ended:
         with _signals_postponed():
-            process = ended.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            variables = None if environment is None else {**os.environ, **environment}
+            process = ended.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables)
+            )
             ended.push(lambda kind, *_: process.terminate() if kind is not None else None)
+            started(process)
         assert process.stdin is not None
         assert process.stdout is not None
         _write_all(process.stdin, order)
         yield from process.stdout
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
-        raise _DiedError(f"a measuring process was ended by {name}; is the memory full?")
+        raise DiedError(f"a {does} process was ended by {name}; is the memory full?")
     if process.returncode:
-        raise _DiedError(f"a measuring process ended with status {process.returncode}; see its message above")
+        raise DiedError(f"a {does} process ended with status {process.returncode}; see its message above")
 
 
 @contextmanager
@@ -217,9 +235,27 @@ def child(order_type: type[_Order], work: Callable[[_Order, Callable[[], object]
         order_type: of the order.
         work: yields what is found; its second argument is called when the networks are ready.
     """
+
+    def act(order: _Order, write: Callable[..., None]) -> None:
+        try:
+            for found in work(order, lambda: write(ready=True)):
+                write(found=found)
+        except SelabError as error:
+            write(error=str(error))
+
+    obey(order_type, act)
+
+
+def obey(order_type: type[_Order], act: Callable[[_Order, Callable[..., None]], object]) -> None:
+    """Run the program of a process: read one order, do it, and end the process.
+
+    Args:
+        order_type: of the order.
+        act: does it; its second argument writes a line, an object with the keywords it is called with.
+    """
     status = 1
     try:
-        _obey(order_type, work, sys.stdin.buffer.read(), sys.stdout.buffer)
+        _act(order_type, act, sys.stdin.buffer.read(), sys.stdout.buffer)
         status = 0
     except msgspec.ValidationError:
         traceback.print_exc()
@@ -232,9 +268,9 @@ def child(order_type: type[_Order], work: Callable[[_Order, Callable[[], object]
     os._exit(status)
 
 
-def _obey(
+def _act(
     order_type: type[_Order],
-    work: Callable[[_Order, Callable[[], object]], Iterator[object]],
+    act: Callable[[_Order, Callable[..., None]], object],
     text: bytes,
     lines: IO[bytes],
 ) -> None:
@@ -245,8 +281,4 @@ def _obey(
     order = msgspec.json.decode(text, type=order_type)
     # A user's network may print; standard output is for the lines alone.
     with redirect_stdout(sys.stderr):
-        try:
-            for found in work(order, lambda: write(ready=True)):
-                write(found=found)
-        except SelabError as error:
-            write(error=str(error))
+        act(order, write)

@@ -1,16 +1,13 @@
-"""Train a variant and its baseline from several seeds, one training after the other; finished ones are kept."""
+"""A variant and its baseline, trained from several seeds: what is finished, what is left, and the record."""
 
-import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import msgspec
 from torch import nn
 
-from selab import units
 from selab._version import __version__
 from selab.bench.machine import machine
 from selab.cost.count import count
@@ -29,8 +26,8 @@ from selab.records.types import Frozen, Machine, Phase, Record
 from selab.training.data import Data
 from selab.training.distributed import join
 from selab.training.evaluate import check_network
-from selab.training.progress import TrainingProgress, duration
-from selab.training.recipe import Recipe, adapted, recipe_hash
+from selab.training.progress import TrainingProgress
+from selab.training.recipe import Recipe, adapted
 from selab.training.record import (
     AccuracyRecord,
     DataSpec,
@@ -44,7 +41,6 @@ from selab.training.record import (
     warnings_of,
 )
 from selab.training.run import differences, request_key, run_config
-from selab.training.train import DivergedError, Training, train
 
 Report = Callable[[str, TrainingProgress | None], object]
 Say = Callable[[str], object]
@@ -148,8 +144,8 @@ def loaded(
 class Comparison:
     """A comparison while it is trained; `record()` returns what is finished at any moment.
 
-    Under `torchrun` each process has one and calls `take_over` and `run`. Rank 0 reads and writes the files and tells
-    the others, so that all train the same.
+    `selab.experiments.trainings.run_all` runs the trainings. Under `torchrun` each process has a comparison; rank 0
+    reads and writes the files and tells the others, so that all train the same.
 
     Args:
         plan: what to compare.
@@ -203,10 +199,11 @@ class Comparison:
             RecordError: the record is of something else, or cannot be written.
         """
         self.seeds, self.exists = self.group.on_first(lambda: self._with_finished(replace=replace))
-        return self._finished
+        return self.finished
 
     @property
-    def _finished(self) -> int:
+    def finished(self) -> int:
+        """Return how many seeds are finished."""
         return sum(one.settled for one in self.seeds.values())
 
     def _with_finished(self, *, replace: bool) -> tuple[dict[int, Seed], bool]:
@@ -233,38 +230,6 @@ class Comparison:
                 raise RecordError(f"{path}: {what} whose {key} is {there}, not {here}; {then}")
         return {seed.seed: seed for seed in found.seeds}
 
-    def run(self, report: Report, say: Say = lambda _: None, schedule: "Schedule | None" = None) -> None:
-        """Train what is left; the record is on disk after each training.
-
-        A training that diverges is a result too: it is recorded, and the next one begins.
-
-        Args:
-            report: called when a training begins, and with its progress.
-            say: called with one line for what is already finished, where a training resumes, and divergence.
-            schedule: of all comparisons that are run; None for this one alone.
-
-        Raises:
-            SelabError: as `selab.training.train.train`; finished trainings are in the partial record.
-        """
-        if self._finished:
-            say(f"{self.variant.name}: {self._finished} of {units.counted(len(self.seeds), 'seed')} already finished")
-        schedule = schedule or Schedule([self])
-        for seed, arm in self.left():
-            variant = self.network_of(arm)
-            schedule.begin(self, arm, seed)
-            label = f"training {schedule.number} of {schedule.count} (seed {seed}, {variant.name})"
-            report(label, None)
-            found: dict[str, Any]
-            try:
-                found = {arm: _outcome(self._train(arm, seed, label, report, say, schedule))}
-            except DivergedError as error:
-                say(f"{label}: {error}")
-                found = {f"{arm}_diverged": str(error)}
-            self.seeds[seed] = msgspec.structs.replace(self.seeds[seed], **found)
-            self._save()
-        # Nothing is left to train where an earlier run with more seeds has finished these.
-        self._save()
-
     def network_of(self, arm: Arm) -> Variant:
         """Return one of the two networks."""
         return self.baseline if arm == "baseline" else self.variant
@@ -283,21 +248,25 @@ class Comparison:
             if getattr(self.seeds[seed], arm) is None and not getattr(self.seeds[seed], f"{arm}_diverged")
         ]
 
-    def _save(self) -> None:
-        self.group.on_first(lambda: save_accuracy_record(self.record(), self.path))
+    def settle(self, seed: int, arm: Arm, found: SeedOutcome | str) -> None:
+        """Note how a training ended, and write the record.
 
-    def _train(self, arm: Arm, seed: int, label: str, report: Report, say: Say, schedule: "Schedule") -> Training:
-        variant, recipe, options = self.network_of(arm), self.recipe_of(arm), self.plan.options
-        return train(
-            variant,
-            self.data,
-            recipe,
-            seed=seed,
-            folder=folder_of(variant, self.data, recipe, options, seed, out=self.out),
-            options=options,
-            report=lambda state: report(label, schedule.timed(state)),
-            say=lambda text: say(f"{label}: {text}"),
-        )
+        Args:
+            seed: of the training.
+            arm: which of the two networks.
+            found: its result, or why it diverged.
+        """
+        changes: dict[str, Any] = {f"{arm}_diverged": found} if isinstance(found, str) else {arm: found}
+        self.seeds[seed] = msgspec.structs.replace(self.seeds[seed], **changes)
+        self.save()
+
+    def save(self) -> None:
+        """Write the record, a partial one while trainings are left.
+
+        Raises:
+            RecordError: it cannot be written.
+        """
+        self.group.on_first(lambda: save_accuracy_record(self.record(), self.path))
 
     def measure(self, report: Callable[[str, Any], object]) -> None:
         """Measure the latencies of `requests_of`, each into a record of its own.
@@ -353,103 +322,6 @@ def left_of(comparisons: Sequence[Comparison], *, replace: bool) -> list[Compari
     for variant in {network.name: network for one in left for network in (one.baseline, one.variant)}.values():
         check_network(build(fitted(variant, left[0].data)).model, left[0].data)
     return left
-
-
-Expects = Callable[[Variant, Comparison], float | None]
-"""Returns about how many seconds a training of a network takes; None where nobody knows."""
-
-
-def run_all(
-    comparisons: Sequence[Comparison], report: Report, say: Say = lambda _: None, *, expects: Expects | None = None
-) -> None:
-    """Run comparisons one after the other; say beforehand how many trainings and epochs that is, and how long it takes.
-
-    Args:
-        comparisons: those of `left_of`.
-        report: as in `Comparison.run`; its states have the time that all trainings take.
-        say: as in `Comparison.run`.
-        expects: as `selab.experiments.expected.training_s`; None to say nothing of the time.
-
-    Raises:
-        SelabError: as in `Comparison.run`.
-    """
-    schedule = Schedule(comparisons)
-    if schedule.count:
-        trainings = units.counted(schedule.count, "training")
-        epochs = comparisons[0].recipe.epochs
-        seconds = None if expects is None else schedule.expected_s(expects)
-        about = "" if seconds is None else f", about {duration(seconds)} by a few steps of each"
-        say(
-            f"{trainings} × {units.counted(epochs, 'epoch')} on {comparisons[0].facts.title}{about}; "
-            "Ctrl-C saves everything, the same command resumes"
-        )
-    for one in comparisons:
-        one.run(report, say, schedule)
-
-
-class Schedule:
-    """The trainings that are left of some comparisons, counted once each: they may share a baseline.
-
-    Args:
-        comparisons: in the order in which they are run.
-
-    Attributes:
-        number: of the running training, from 1.
-        count: of all trainings.
-    """
-
-    def __init__(self, comparisons: Sequence[Comparison]) -> None:
-        self._trainings = {_key(one, arm, seed): (one, arm) for one in comparisons for seed, arm in one.left()}
-        self._order = list(self._trainings)
-        self._epoch_s: dict[str, float] = {}
-        self._waiting = set(self._order)
-        self.count, self.number = len(self._order), 0
-        self._running = ""
-
-    def expected_s(self, expects: Expects) -> float | None:
-        """Return about how many seconds all trainings take; None where nobody knows."""
-        of_network: dict[str, float | None] = {}
-        for (name, *_), (comparison, arm) in self._trainings.items():
-            if name not in of_network:
-                of_network[name] = expects(comparison.network_of(arm), comparison)
-        each = [of_network[name] for name, *_ in self._order]
-        return None if None in each else math.fsum(one for one in each if one is not None)
-
-    def begin(self, comparison: Comparison, arm: Arm, seed: int) -> None:
-        """Note which training begins."""
-        key = _key(comparison, arm, seed)
-        self.number = self._order.index(key) + 1
-        self._waiting.discard(key)
-        self._running = comparison.network_of(arm).name
-
-    def timed(self, state: TrainingProgress) -> TrainingProgress:
-        """Return a state with the time until all trainings are finished, once an epoch of one has been timed.
-
-        Networks without a finished epoch are taken to need as long as the running one.
-        """
-        if state.epoch_s is not None:
-            self._epoch_s[self._running] = state.epoch_s
-        own = self._epoch_s.get(self._running)
-        if state.eta_s is None or own is None or not self._waiting:
-            return state
-        epochs = {key: self._trainings[key][0].recipe.epochs for key in self._waiting}
-        later = math.fsum(epochs[key] * self._epoch_s.get(key[0], own) for key in self._waiting)
-        return msgspec.structs.replace(state, total_eta_s=state.eta_s + later)
-
-
-def _key(comparison: Comparison, arm: Arm, seed: int) -> tuple[str, str, str, int]:
-    network = comparison.network_of(arm)
-    return network.name, network.facts_hash, recipe_hash(comparison.recipe_of(arm)), seed
-
-
-def _outcome(done: Training) -> SeedOutcome:
-    return SeedOutcome(
-        test=done.test,
-        seconds=done.seconds,
-        images_per_s=median(epoch.images_per_s for epoch in done.epochs),
-        epochs=done.epochs,
-        torch=done.torch,
-    )
 
 
 # --------------------------------------------------------------------------------------------------- costs and times

@@ -103,6 +103,7 @@ class Options(Frozen, frozen=True, kw_only=True):
         epochs: instead of the recipe's.
         batch: instead of the recipe's.
         threads: of the CPU; None for torch's own choice.
+        jobs: trainings at once, each on a GPU of its own or on its share of the cores.
         checkpoint_s: seconds between checkpoints within an epoch.
     """
 
@@ -115,6 +116,7 @@ class Options(Frozen, frozen=True, kw_only=True):
     epochs: int | None = None
     batch: int | None = None
     threads: int | None = None
+    jobs: int = 1
     checkpoint_s: float = 300.0
 
 

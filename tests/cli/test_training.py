@@ -83,6 +83,24 @@ class TestAccuracy:
         assert again == out
         assert f"{paths[0]}: already finished; more --seeds extend it" in " ".join(error.split())
 
+    def test_several_trainings_at_once(self, selab, tiny, tmp_path):
+        names = [f"{tiny}:{name}" for name in ("tiny", "se_tiny", "se_tiny+reduction=2")]
+        common = ["--data", "synthetic", "--seeds", 2, "--epochs", 1, "--batch", 2000, "--threads", 1, "--no-latency"]
+        status, _, error = selab("compare", *names, *common, "--out", tmp_path / "alone")
+        assert status == 0, error
+        status, _, error = selab("compare", *names, *common, "--out", tmp_path / "at_once", "--jobs", 2)
+        assert status == 0, error
+        assert "6 trainings × 1 epoch on synthetic, 2 at once" in error
+        assert len(list(tmp_path.glob("at_once/runs/*/weights.safetensors"))) == 6
+        for one in tmp_path.glob("alone/*/accuracy/*.json"):
+            here, there = (json.loads(path.read_text()) for path in (one, *tmp_path.glob(f"at_once/*/*/{one.name}")))
+            assert (here["options"].pop("jobs"), there["options"].pop("jobs")) == (1, 2)
+            assert here["options"] == there["options"]
+            for before, after in zip(here["seeds"], there["seeds"], strict=True):
+                assert [before[arm]["test"] for arm in ("baseline", "variant")] == [
+                    after[arm]["test"] for arm in ("baseline", "variant")
+                ]
+
     def test_a_network_for_other_images_is_found_out_before_training(self, selab, tmp_path):
         (tmp_path / "nets.py").write_text(
             "from torch import nn\n"
@@ -125,10 +143,11 @@ class TestAccuracy:
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        def trained(self, *_):
-            save_accuracy_record(compared_small_cnn([80.0], [81.0]), self.path)
+        def trained(comparisons, *_, **__):
+            for one in comparisons:
+                save_accuracy_record(compared_small_cnn([80.0], [81.0]), one.path)
 
-        monkeypatch.setattr(Comparison, "run", trained)
+        monkeypatch.setattr("selab.experiments.trainings.run_all", trained)
         monkeypatch.setattr(Comparison, "measure", interrupt)
         status, out, error = selab("compare", "se_small_cnn", "--data", "synthetic", "--seeds", 1, "--out", tmp_path)
         assert (status, out) == (130, "")
@@ -172,7 +191,7 @@ class TestAccuracy:
         def tell(variant, data, recipe, **_):
             raise SelabError(recipe.name)
 
-        for place in ("selab.training.train.train", "selab.experiments.compare.train"):
+        for place in ("selab.training.train.train", "selab.experiments.trainings.train"):
             monkeypatch.setattr(place, tell)
         _, _, error = selab(*words, "--data", "synthetic", "--out", tmp_path)
         assert one_line(error) == f"error: {name}"

@@ -7,8 +7,9 @@ import msgspec
 import pytest
 
 from selab.errors import RecordError, SelabError, SpecError
-from selab.experiments import compare
+from selab.experiments import compare, trainings
 from selab.experiments.job import resolve
+from selab.experiments.trainings import run_all, schedule_of
 from selab.models import catalog
 from selab.records.store import partial_path, read_record, save
 from selab.report import accuracy
@@ -61,7 +62,7 @@ def test_a_comparison_that_is_stopped_goes_on(data, tmp_path):
 
     growing = compare.Comparison(small_plan(), data, out=tmp_path)
     with pytest.raises(StopError):
-        growing.run(stop_at_third)
+        run_all([growing], stop_at_third)
     partial = read_accuracy_record(partial_path(growing.path))
     assert not partial.complete
     assert [one.variant is not None for one in partial.seeds] == [True, False]
@@ -69,7 +70,7 @@ def test_a_comparison_that_is_stopped_goes_on(data, tmp_path):
     again = compare.Comparison(small_plan(), data, out=tmp_path)
     assert again.take_over() == 1
     labels = []
-    again.run(lambda label, state: labels.append(label) if state is None else None)
+    run_all([again], lambda label, state: labels.append(label) if state is None else None)
     assert labels == ["training 1 of 2 (seed 1, small_cnn)", "training 2 of 2 (seed 1, se_small_cnn)"]
     record = read_accuracy_record(again.path)
     assert record.complete
@@ -114,7 +115,7 @@ def pretended(monkeypatch):
         test = Accuracy(images=data.test_size, top1_correct=20 + seed, top5_correct=70, loss=2.0)
         return SimpleNamespace(test=test, seconds=1.0, epochs=(epoch,), torch=trained.torch)
 
-    monkeypatch.setattr(compare, "train", pretend)
+    monkeypatch.setattr(trainings, "train", pretend)
     return trained
 
 
@@ -126,7 +127,7 @@ def test_a_training_that_diverges_is_a_result_and_the_others_go_on(data, tmp_pat
     pretended.diverging = {("small_cnn", 0)}
     told = []
     growing = compare.Comparison(small_plan(seeds=(0, 1, 2)), data, out=tmp_path)
-    growing.run(quiet, told.append)
+    run_all([growing], quiet, told.append)
     assert pretended == [(name, seed) for seed in (0, 1, 2) for name in ("small_cnn", "se_small_cnn")]
     assert any(
         label.startswith("training 1 of 6 (seed 0, small_cnn): small_cnn, epoch 1 of 1, step 3") for label in told
@@ -151,11 +152,11 @@ def test_what_has_diverged_is_not_trained_again(data, tmp_path, pretended):
             raise StopError("enough")
 
     with pytest.raises(StopError):
-        growing.run(stop_at_second_seed)
+        run_all([growing], stop_at_second_seed)
     pretended.clear()
     again = compare.Comparison(small_plan(), data, out=tmp_path)
     assert again.take_over() == 1
-    again.run(quiet)
+    run_all([again], quiet)
     assert pretended == [("small_cnn", 1), ("se_small_cnn", 1)]
 
 
@@ -163,7 +164,7 @@ def finished(data, out, **changes):
     """Runs what is left of a comparison; its record."""
     growing = compare.Comparison(small_plan(**changes), data, out=out)
     for one in compare.left_of([growing], replace=False):
-        one.run(quiet)
+        run_all([one], quiet)
     return read_accuracy_record(growing.path)
 
 
@@ -175,8 +176,8 @@ def test_more_seeds_extend_a_record(data, tmp_path, pretended):
     said = []
     growing = compare.Comparison(small_plan(seeds=(0, 1, 2), command="second"), data, out=tmp_path)
     (left,) = compare.left_of([growing], replace=False)
-    left.run(quiet, said.append)
-    assert said == ["se_small_cnn: 2 of 3 seeds already finished"]
+    run_all([left], quiet, said.append)
+    assert said[1:] == ["se_small_cnn: 2 of 3 seeds already finished"]
     assert pretended == [("small_cnn", 2), ("se_small_cnn", 2)]
     record = read_accuracy_record(growing.path)
     assert record.complete
@@ -194,7 +195,7 @@ def test_an_extension_that_is_stopped_goes_on(data, tmp_path, pretended):
     growing = compare.Comparison(small_plan(seeds=(0, 1, 2)), data, out=tmp_path)
     growing.take_over()
     with pytest.raises(StopError):
-        growing.run(stop_at_last)
+        run_all([growing], stop_at_last)
     assert len(read_accuracy_record(growing.path).seeds) == 1
     pretended.clear()
     # Fewer seeds than were begun with: all of them are finished.
@@ -212,7 +213,7 @@ def test_nothing_is_left_of_a_record_that_has_the_seeds(data, tmp_path, pretende
     assert growing.exists
     pretended.clear()
     (again,) = compare.left_of([growing], replace=True)
-    again.run(quiet)
+    run_all([again], quiet)
     assert pretended == [(name, seed) for seed in seeds for name in ("small_cnn", "se_small_cnn")]
     assert read_accuracy_record(growing.path).seeds == record.seeds[: len(seeds)]
 
@@ -243,9 +244,9 @@ def test_another_error_ends_a_comparison(data, tmp_path, pretended, monkeypatch)
     def gone(*_, **__):
         raise TrainingError("another process is gone")
 
-    monkeypatch.setattr(compare, "train", gone)
+    monkeypatch.setattr(trainings, "train", gone)
     with pytest.raises(TrainingError, match="is gone"):
-        compare.Comparison(small_plan(), data, out=tmp_path).run(quiet)
+        run_all([compare.Comparison(small_plan(), data, out=tmp_path)], quiet)
 
 
 def test_networks_are_timed_again_where_facts_or_torch_have_changed(data, root, tmp_path, monkeypatch):
@@ -337,16 +338,19 @@ def test_going_on_is_said(data, tmp_path):
     growing = compare.Comparison(plan, data, out=tmp_path)
     said = []
     with pytest.raises(StopError):
-        growing.run(stop_in_second, said.append)
-    assert said == []
+        run_all([growing], stop_in_second, said.append)
+    announced = "2 trainings × 2 epochs on synthetic; Ctrl-C saves everything, the same command resumes"
+    assert said == [announced]
     partial_path(growing.path).unlink()
     growing = compare.Comparison(plan, data, out=tmp_path)
-    growing.run(lambda label, state: None, said.append)
+    run_all([growing], lambda label, state: None, said.append)
     folders = {
         name: compare.folder_of(catalog.find(name), data, plan.recipe, plan.options, 0, out=tmp_path)
         for name in ("small_cnn", "se_small_cnn")
     }
     assert said == [
+        announced,
+        announced,
         f"training 1 of 2 (seed 0, small_cnn): already finished: {folders['small_cnn']}",
         f"training 2 of 2 (seed 0, se_small_cnn): resuming at epoch 2: {folders['se_small_cnn']}",
     ]
@@ -356,42 +360,47 @@ def test_how_long_it_takes_is_said_beforehand(data, tmp_path, pretended):
     plans = [small_plan(seeds=(0, 1, 2)), small_plan(variant=catalog.find("se_small_cnn+reduction=8"))]
     both = [compare.Comparison(plan, data, out=tmp_path) for plan in plans]
     labels, said = [], []
-    compare.run_all(compare.left_of(both, replace=False), lambda label, state: labels.append(label), said.append)
+    run_all(compare.left_of(both, replace=False), lambda label, state: labels.append(label), said.append)
     # Three seeds of three networks: the second comparison has two seeds, and its baseline is that of the first.
     assert said == ["8 trainings × 1 epoch on synthetic; Ctrl-C saves everything, the same command resumes"]
     assert labels[0] == "training 1 of 8 (seed 0, small_cnn)"
-    assert labels[5] == "training 6 of 8 (seed 2, se_small_cnn)"
-    assert labels[6:] == [
-        "training 1 of 8 (seed 0, small_cnn)",
-        "training 7 of 8 (seed 0, se_small_cnn+reduction=8)",
-        "training 3 of 8 (seed 1, small_cnn)",
-        "training 8 of 8 (seed 1, se_small_cnn+reduction=8)",
+    assert labels[2:] == [
+        "training 3 of 8 (seed 0, se_small_cnn+reduction=8)",
+        "training 4 of 8 (seed 1, small_cnn)",
+        "training 5 of 8 (seed 1, se_small_cnn)",
+        "training 6 of 8 (seed 1, se_small_cnn+reduction=8)",
+        "training 7 of 8 (seed 2, small_cnn)",
+        "training 8 of 8 (seed 2, se_small_cnn)",
     ]
     said.clear()
-    compare.run_all(compare.left_of(both, replace=False), quiet, said.append)
+    run_all(compare.left_of(both, replace=False), quiet, said.append)
     assert said == []
 
 
 def test_the_time_of_all_trainings_is_told_after_an_epoch(data, tmp_path):
     plan = small_plan(options=Options(epochs=4, batch=64, threads=1))
     growing = compare.Comparison(plan, data, out=tmp_path)
-    schedule = compare.Schedule([growing])
+    schedule = schedule_of([growing])
     state = TrainingProgress(
         epoch=1, epochs=4, step=2, steps=4, images_per_s=1.0, eta_s=35.0, loss=1.0, top1_pct=1.0, last=None
     )
-    schedule.begin(growing, "baseline", 0)
-    assert schedule.timed(state).total_eta_s is None
+    first, second, third, last = schedule.pending
+    schedule.begin(first)
+    assert schedule.timed(first, state).total_eta_s is None
     finished = msgspec.structs.replace(state, epoch_s=10.0, eta_s=30.0)
     # This one's 30 s, and three trainings of 4 epochs; the variant is taken to be as fast.
-    assert schedule.timed(finished).total_eta_s == 30 + 3 * 4 * 10
-    schedule.begin(growing, "variant", 0)
+    assert schedule.timed(first, finished).total_eta_s == 30 + 3 * 4 * 10
+    schedule.end(first)
+    schedule.begin(second)
     # Its first epoch is not finished: the time of its own epochs is still unknown.
-    assert schedule.timed(state).total_eta_s is None
+    assert schedule.timed(second, state).total_eta_s is None
     slower = msgspec.structs.replace(finished, epoch_s=20.0, eta_s=60.0)
-    assert schedule.timed(slower).total_eta_s == 60 + 4 * 10 + 4 * 20
-    schedule.begin(growing, "baseline", 1)
-    assert schedule.timed(finished).total_eta_s == 30 + 4 * 20
-    schedule.begin(growing, "variant", 1)
-    assert schedule.timed(slower).total_eta_s is None, "the last one has its own time"
-    assert schedule.timed(slower).left == "1 min left"
+    assert schedule.timed(second, slower).total_eta_s == 60 + 4 * 10 + 4 * 20
+    schedule.end(second)
+    schedule.begin(third)
+    assert schedule.timed(third, finished).total_eta_s == 30 + 4 * 20
+    schedule.end(third)
+    schedule.begin(last)
+    assert schedule.timed(last, slower).total_eta_s is None, "the last one has its own time"
+    assert schedule.timed(last, slower).left == "1 min left"
     assert msgspec.structs.replace(slower, total_eta_s=5820.0).left == "1 min left (1 h 37 min in all)"

@@ -251,6 +251,7 @@ OPTIONS = {
             "--measure",
             "--tune",
             "--tune-epochs",
+            "--jobs",
         ],
         NUMBERS,
     ),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from selab.errors import SelabError
 from selab.experiments.compare import Comparison, ComparisonPlan
+from selab.experiments.trainings import run_all
 from selab.models import catalog
 from selab.models.spec import read_family
 from selab.training.data import ImageSet, synthetic_set
@@ -307,7 +308,7 @@ def test_one_of_two_compares(selab_in_two, family, tmp_path):
             raise SelabError("enough")
 
     with pytest.raises(SelabError, match="enough"):
-        stopped.run(stop)
+        run_all([stopped], stop)
     # What is finished is known from the record alone.
     shutil.rmtree(tmp_path / "0" / "results" / "runs")
 

@@ -484,6 +484,14 @@ def bench_data(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_training(session: nox.Session) -> None:
+    """Time whole training steps against plain PyTorch with torchvision's loader, paired; DATA_DIR after --."""
+    session.install("torch==2.12.1", "torchvision==0.27.1", "-e", ".")
+    out = f"{machine_folder(session)}/acceptance/training.json"
+    session.run("python", "tests/benchmarks/bench_training.py", "--out", out, "--data", *session.posargs)
+
+
+@nox.session
 def bench_tables(session: nox.Session) -> None:
     """Time the whole zoo's cost by fvcore, thop and ours, network by network; the record goes to profiles/."""
     session.install("-e", ".")

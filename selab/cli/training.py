@@ -5,6 +5,7 @@ import shlex
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -244,7 +245,7 @@ class CompareOptions:
         natural(
             "--jobs",
             TIME,
-            "Trainings at once, each on a share of the cores; by default one, and one per GPU.",
+            "Trainings at once, each on its share of the cores, or on a GPU of its own.",
             most=MOST_PROCESSES,
             show_default=False,
         ),
@@ -278,10 +279,12 @@ def compare(
     for one in archs:
         trainable(one, option="compare")
     from selab.experiments import compare as experiments_compare
+    from selab.experiments.at_once import check_jobs
     from selab.experiments.expected import training_s
     from selab.experiments.trainings import run_all
     from selab.training.distributed import join, leave
     from selab.training.record import read_accuracy_record
+    from selab.training.verdict import LEAST_SEEDS, nothing_compared
 
     pairs = [(None, archs[0])] if len(archs) == 1 else [(archs[0], one) for one in dict.fromkeys(archs[1:])]
     networks = [experiments_compare.pair(variant, baseline) for baseline, variant in pairs]
@@ -292,20 +295,26 @@ def compare(
     group.on_first(lambda: check_outputs(json_to))
     if more.tune and group.world > 1:
         raise SelabError("--tune: searches in one process; run it without torchrun first, the trainings are kept")
-    at_once = _at_once(more.jobs, how, data, chosen, world=group.world)
+    if more.jobs is not None and more.jobs > 1 and group.world > 1:
+        raise SelabError(f"--jobs {more.jobs}: torchrun trains one network on all processes; leave out one of them")
+    check_jobs(how.device, more.jobs)
+    if more.seeds < LEAST_SEEDS:
+        print_note(
+            f"--seeds {more.seeds}: an interval worth reading needs at least {LEAST_SEEDS}; more extend the record"
+        )
     images = open_images(data, chosen.image)
     if more.equal_time:
         networks += group.on_first(lambda: _as_slow(networks, images, out))
     ways: list[tuple[Variant, Variant, dict[str, Any]]] = [(one, base, {"recipe": chosen}) for one, base in networks]
     if more.tune:
         ways += _at_their_best(networks, images, chosen, how, more, out)
-    how = msgspec.structs.replace(how, jobs=at_once.get("at_once", 1))
     common: dict[str, Any] = {"options": how, "seeds": tuple(range(more.seeds)), "command": _command()}
     plans = [experiments_compare.ComparisonPlan(variant=one, baseline=base, **common, **way) for one, base, way in ways]
     comparisons = [experiments_compare.Comparison(plan, images, out=out) for plan in plans]
     left = _left_of(comparisons, replace=replace)
+    at_once = {} if group.world > 1 else _at_once(left, more.jobs, data)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        run_all(left, report, report.say, expects=training_s, **at_once)
+        run_all(left, report, report.say, **{"expects": training_s, **at_once})
     # Nothing else may run on the machine while networks are timed.
     leave()
     if not group.first:
@@ -316,6 +325,8 @@ def compare(
     if str(json_to) != "-":
         _show_comparisons(comparisons, records, out, look, timed=more.latency)
         _print_problems(getattr(images, "problems", None))
+    if nothing := nothing_compared(records):
+        raise SelabError(nothing)
 
 
 def _keep_memory(device: Device) -> None:
@@ -326,21 +337,18 @@ def _keep_memory(device: Device) -> None:
         hold_heap()
 
 
-def _at_once(
-    jobs: int | None, options: "Options", data: DataOptions, recipe: "Recipe", *, world: int
-) -> dict[str, Any]:
-    """Return how `run_all` runs its trainings.
-
-    Raises:
-        SelabError: there are not so many GPUs or cores, or torchrun already shares them.
-    """
+def _at_once(left: "Sequence[Comparison]", jobs: int | None, data: DataOptions) -> dict[str, Any]:
+    """Return how `run_all` runs the trainings that are left: several at once, or one after the other."""
     from selab.experiments.at_once import Source, places_of, runs_at_once
+    from selab.experiments.expected import training_s
+    from selab.experiments.trainings import schedule_of
 
-    if world > 1:
-        if jobs is not None and jobs > 1:
-            raise SelabError(f"--jobs {jobs}: torchrun trains one network on all processes; leave out one of them")
+    if not left:
         return {}
-    places = places_of(options.device, jobs, threads=options.threads)
+    plan = left[0].plan
+    trainings = len(schedule_of(left).pending)
+    options: dict[str, Any] = {"threads": plan.options.threads, "in_memory": data.in_memory}
+    places = places_of(plan.options.device, jobs, trainings=trainings, **options)
     if len(places) == 1:
         return {}
     source = Source(
@@ -348,9 +356,10 @@ def _at_once(
         data_dir=str(data.data_dir),
         classes_file=None if data.classes_file is None else str(data.classes_file),
         workers=data.workers,
-        image=recipe.image,
+        image=left[0].recipe.image,
     )
-    return {"at_once": len(places), "runs": runs_at_once(places, source)}
+    expects = partial(training_s, threads=places[0].threads)
+    return {"at_once": len(places), "runs": runs_at_once(places, source), "expects": expects}
 
 
 def _command() -> str:

@@ -32,6 +32,8 @@ from selab.training.train import DivergedError, TrainingStoppedError, train
 if TYPE_CHECKING:
     import subprocess
 
+# Each takes about a gigabyte.
+_MOST_JOBS = 8
 # Seconds between two looks for a request to stop.
 _LOOK_S = 0.2
 
@@ -85,34 +87,50 @@ class _Line(Frozen, frozen=True, kw_only=True):
     error: str = ""
 
 
-def places_of(device: Device, jobs: int | None, *, threads: int | None = None) -> list[Place]:
+def check_jobs(device: Device, jobs: int | None) -> None:
+    """Refuse more trainings at once than there are GPUs, or cores.
+
+    Raises:
+        SelabError: there are fewer.
+    """
+    what, there = ("GPU", len(_gpus())) if device == "cuda" else ("core", _cores())
+    if jobs is not None and jobs > there:
+        found = f"there {'is' if there == 1 else 'are'} {units.counted(there, what)}"
+        raise SelabError(f"--jobs {jobs}: {found}, and each training takes one; give at most {there}")
+
+
+def places_of(
+    device: Device, jobs: int | None, *, trainings: int, threads: int | None = None, in_memory: bool = True
+) -> list[Place]:
     """Return where trainings run at the same time.
 
     Args:
         device: on GPUs, each training has one of its own.
-        jobs: how many; None for one per GPU, and for one alone on the CPU.
+        jobs: how many; None for one on each GPU. On the CPU, small images are then trained on as many at once as there
+            are cores, eight at most: a small network does not use several.
+        trainings: how many there are.
         threads: of each training; None to share the cores.
+        in_memory: whether the images are small and lie in memory; those of a folder are decoded by all cores.
 
     Raises:
-        SelabError: there are fewer GPUs, or fewer cores.
+        SelabError: as `check_jobs`.
     """
+    check_jobs(device, jobs)
     if device == "cuda":
-        gpus = _gpus()
-        if jobs is not None and jobs > len(gpus):
-            raise SelabError(
-                f"--jobs {jobs}: there {'is' if len(gpus) == 1 else 'are'} {units.counted(len(gpus), 'GPU')}, and each "
-                f"training takes one; give at most {len(gpus)}"
-            )
-        return [Place(threads=threads, gpu=gpu) for gpu in gpus[: jobs or len(gpus)]]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if jobs is None or jobs == 1:
-        return [Place(threads=threads)]
-    if jobs > cores:
-        raise SelabError(
-            f"--jobs {jobs}: there {'is' if cores == 1 else 'are'} {units.counted(cores, 'core')}, and more trainings "
-            f"than cores slow each other down; give at most {cores}"
-        )
-    return [Place(threads=threads or cores // jobs) for _ in range(jobs)]
+        return [Place(threads=threads, gpu=gpu) for gpu in _gpus()[: min(jobs or trainings, trainings)]]
+    most = jobs or (own_jobs() if in_memory else 1)
+    count = max(1, min(most, trainings))
+    share = None if count == 1 else max(1, _cores() // count)
+    return [Place(threads=threads or share) for _ in range(count)]
+
+
+def own_jobs() -> int:
+    """Return how many trainings run at once on the CPU where nobody says so."""
+    return min(_cores(), _MOST_JOBS)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
@@ -265,7 +283,7 @@ def _settle(done: _Running, schedule: Schedule, report: Report, say: Say) -> str
     """Note the result of a process that has ended; return why there is none, if there is none."""
     one, ended = done.one, done.ended
     if ended.finished:
-        one.settle(result_of(one, schedule, report, lambda _: None))
+        one.settle(result_of(one, schedule, report, lambda _: None), at_once=schedule.at_once)
     elif ended.diverged:
         say(f"{one.label}: {ended.diverged}")
         one.settle(DivergedError(ended.diverged))

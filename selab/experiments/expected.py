@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import msgspec
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +17,7 @@ from selab.training.train import device_settings
 _STEPS = 3
 
 
-def training_s(variant: Variant, comparison: Comparison) -> float | None:
+def training_s(variant: Variant, comparison: Comparison, *, threads: int | None = None) -> float | None:
     """Return about how many seconds one training of a comparison's network takes: the fastest of three steps, for all.
 
     Random images are used, and neither augmentation nor checkpoints are in it. The networks of the trainings are not
@@ -25,6 +26,7 @@ def training_s(variant: Variant, comparison: Comparison) -> float | None:
     Args:
         variant: one of the comparison's two networks.
         comparison: its data, recipe and options.
+        threads: instead of those of the options.
 
     Returns:
         None where the images lie in a folder, whose decoding may take longer, and under `torchrun`.
@@ -33,6 +35,7 @@ def training_s(variant: Variant, comparison: Comparison) -> float | None:
     if getattr(data, "image", None) is not None or comparison.group.world > 1:
         return None
     device = torch.device(options.device)
+    options = msgspec.structs.replace(options, threads=threads or options.threads)
     parts = options.accumulate
     with device_settings(options, device):
         model = build(fitted(variant, data)).model.to(device)

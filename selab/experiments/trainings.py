@@ -47,10 +47,16 @@ class Pending:
         one = self.comparison
         return folder_of(self.variant, one.data, self.recipe, one.plan.options, self.seed, out=one.out)
 
-    def settle(self, found: Training | DivergedError) -> None:
-        """Note its result in every comparison that waits for it, and write their records."""
+    def settle(self, found: Training | DivergedError, *, at_once: int = 1) -> None:
+        """Note its result in every comparison that waits for it, and write their records.
+
+        Args:
+            found: the result.
+            at_once: trainings that ran at the same time.
+        """
+        outcome = str(found) if isinstance(found, DivergedError) else _outcome(found, at_once)
         for comparison, arm in self.uses:
-            comparison.settle(self.seed, arm, str(found) if isinstance(found, DivergedError) else _outcome(found))
+            comparison.settle(self.seed, arm, outcome)
 
 
 @dataclass(kw_only=True)
@@ -223,11 +229,12 @@ def result_of(one: Pending, schedule: Schedule, report: Report, say: Say, **chan
     )
 
 
-def _outcome(done: Training) -> SeedOutcome:
+def _outcome(done: Training, at_once: int) -> SeedOutcome:
     return SeedOutcome(
         test=done.test,
         seconds=done.seconds,
         images_per_s=median(epoch.images_per_s for epoch in done.epochs),
         epochs=done.epochs,
         torch=done.torch,
+        at_once=at_once,
     )

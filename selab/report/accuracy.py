@@ -48,7 +48,9 @@ def comparison_table(compared: Compared) -> Table:
         f"{record.data.title}, {training_words(record)}, batch {record.recipe.batch}; {done} of "
         f"{len(record.seeds)} seeds; ± is one deviation over seeds, of a difference its 95 % interval. {place}."
     )
-    notes.append("Trainings ran one after the other: their times are no paired measurement, the passes' times are one.")
+    notes.append(
+        f"Trainings ran {_together(record)}: their times are no paired measurement, the passes' times are one."
+    )
     notes += published_notes([record])
     notes += (*words_note(rows), *_other_classes([compared]), *_no_results([compared]), *record.warnings)
     return Table(
@@ -57,6 +59,12 @@ def comparison_table(compared: Compared) -> Table:
         rows=tuple(rows),
         notes=(*notes, *not_published([record])),
     )
+
+
+def _together(record: AccuracyRecord) -> str:
+    """Return how many trainings ran at the same time, in words."""
+    counts = {one.at_once for seed in record.seeds for one in (seed.baseline, seed.variant) if one is not None} or {1}
+    return "one after the other" if counts == {1} else f"{' or '.join(map(str, sorted(counts)))} at once"
 
 
 def _own_recipes(record: AccuracyRecord) -> list[str]:

@@ -179,6 +179,13 @@ def _find(data_dir: Path, layout: Layout) -> Path | None:
 
 # ------------------------------------------------------------------------------------------------------------ unpacking
 def _check_can_be_had(data_dir: Path, layout: Layout, *, download: bool) -> None:
+    for name, other in LAYOUTS.items():
+        for folder in (data_dir, data_dir / layout.folder):
+            if other is not layout and all((folder / file).exists() for file in other.files):
+                raise DataError(
+                    f"{folder}: holds the files of {other.title}, not of {layout.title}; give --data {name}, or name "
+                    "another folder"
+                )
     folder_for_python, _, file = layout.pickled.partition("/")
     if (data_dir / file).is_file():
         raise DataError(
@@ -298,7 +305,9 @@ def _rows(path: Path, count: int, layout: Layout) -> Bytes:
         raise DataError(f"{path}: cannot be read: {error.strerror}; {_again(path, layout)}") from None
     expected = count * layout.row_bytes
     if found.size != expected:
-        raise DataError(f"{path}: has {found.size:,} bytes, expected {expected:,}; {_again(path, layout)}")
+        kinds = [one.title for one in LAYOUTS.values() if one is not layout and found.size == count * one.row_bytes]
+        whose = f", as many as images of {kinds[0]} have" if kinds else ""
+        raise DataError(f"{path}: has {found.size:,} bytes{whose}, expected {expected:,}; {_again(path, layout)}")
     rows = found.reshape(count, layout.row_bytes)
     for column, classes in enumerate(layout.labels):
         wrong = np.flatnonzero(rows[:, column] >= classes)

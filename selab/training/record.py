@@ -103,7 +103,6 @@ class Options(Frozen, frozen=True, kw_only=True):
         epochs: instead of the recipe's.
         batch: instead of the recipe's.
         threads: of the CPU; None for torch's own choice.
-        jobs: trainings at once, each on a GPU of its own or on its share of the cores.
         checkpoint_s: seconds between checkpoints within an epoch.
     """
 
@@ -116,7 +115,6 @@ class Options(Frozen, frozen=True, kw_only=True):
     epochs: int | None = None
     batch: int | None = None
     threads: int | None = None
-    jobs: int = 1
     checkpoint_s: float = 300.0
 
 
@@ -147,6 +145,7 @@ class SeedOutcome(Frozen, frozen=True, kw_only=True):
         seconds: of the whole training, evaluations included.
         images_per_s: training images per second, the median over epochs.
         torch: its version at the end; empty if unknown.
+        at_once: trainings that ran at the same time, each on its share of the cores or on a GPU of its own.
     """
 
     test: Accuracy
@@ -154,6 +153,7 @@ class SeedOutcome(Frozen, frozen=True, kw_only=True):
     images_per_s: float
     epochs: tuple[Epoch, ...]
     torch: str = ""
+    at_once: int = 1
 
 
 class Seed(Frozen, frozen=True, kw_only=True):

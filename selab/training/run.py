@@ -46,7 +46,7 @@ from selab.training.record import (
 
 _CHECKPOINT_SCHEMA = "selab.checkpoint/1"
 # These change how long a training takes, or are part of the adapted recipe: they do not make another request.
-_NEUTRAL_OPTIONS = ("epochs", "batch", "threads", "jobs", "checkpoint_s")
+_NEUTRAL_OPTIONS = ("epochs", "batch", "threads", "checkpoint_s")
 _T = TypeVar("_T")
 
 

@@ -112,6 +112,24 @@ def compare_verdict(record: AccuracyRecord) -> AccuracyVerdict:
     )
 
 
+def nothing_compared(records: Sequence[AccuracyRecord]) -> str:
+    """Return which networks diverged in every seed, so that nothing is compared, and what to do; empty if none did."""
+    seeds = {name: count for record in records for name, count in _diverged_throughout(record).items()}
+    if not seeds:
+        return ""
+    names = "; ".join(f"{name} in every one of {_seeds(count)}" for name, count in seeds.items())
+    return (
+        f"diverged: {names}; nothing is compared with {'it' if len(seeds) == 1 else 'them'}: use a recipe with a "
+        "smaller learning rate or a warm-up, or let --tune search one"
+    )
+
+
+def _diverged_throughout(record: AccuracyRecord) -> dict[str, int]:
+    arms = ((record.baseline, "baseline_diverged"), (record.arch, "variant_diverged"))
+    every = len(record.seeds)
+    return {name: every for name, key in arms if every and all(getattr(one, key) for one in record.seeds)}
+
+
 def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: bool = True) -> AccuracyDifference:
     """Judge paired differences: better, worse, or not shown, with the interval and the number of seeds.
 

@@ -20,6 +20,12 @@ def _one_line(error):
     return lines[0]
 
 
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    """Trainings in this process, where tests can see to them."""
+    monkeypatch.setattr("selab.experiments.at_once.own_jobs", lambda: 1)
+
+
 @pytest.fixture
 def one_line():
     """Checks that an error is one line, and returns the line."""

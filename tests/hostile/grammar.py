@@ -32,7 +32,7 @@ WORKING = {
     "doctor": [],
     "train": ["--arch", f"{TOML}:tiny", *TRAINING],
     "eval": ["--arch", f"{TOML}:tiny", "--weights", "good.safetensors", "--data", "synthetic"],
-    "compare": [*TRAINING, "--seeds", "1", "--no-latency", f"{TOML}:tiny", f"{TOML}:se_tiny"],
+    "compare": [*TRAINING, "--jobs", "1", "--seeds", "1", "--no-latency", f"{TOML}:tiny", f"{TOML}:se_tiny"],
     "gates": ["--arch", SE, "--weights", "good.safetensors", "--data", "synthetic", "--most", "10"],
     "blocks": ["--arch", SE, "--weights", "good.safetensors", "--data", "synthetic", "--most", "10"],
     "fold": [

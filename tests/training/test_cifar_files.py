@@ -255,6 +255,24 @@ def test_damaged_file_is_named(tmp_path, damage, told):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("folder", [".", "cifar-10-batches-bin"])
+def test_files_of_the_other_set_are_recognised(tmp_path, folder):
+    write(tmp_path / "data" / folder, "cifar100")
+    with pytest.raises(
+        DataError, match=r"holds the files of CIFAR-100, not of CIFAR-10; give --data cifar100"
+    ) as found:
+        open_data("cifar10", data_dir=tmp_path / "data")
+    assert str(found.value).startswith(f"{tmp_path / 'data' / folder}: ")
+
+
+def test_images_of_the_other_set_under_these_names_are_recognised(tmp_path):
+    write(tmp_path / "cifar-10-batches-bin", "cifar10")
+    path = tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin"
+    path.write_bytes(bytes(4 * 3074))
+    with pytest.raises(DataError, match=r"has 12,296 bytes, as many as images of CIFAR-100 have, expected 12,292"):
+        open_data("cifar10", data_dir=tmp_path)
+
+
 def test_coarse_label_is_checked_too(tmp_path):
     rows = write(tmp_path / "cifar-100-binary", "cifar100")
     rows["test.bin"][1, 0] = 20

@@ -519,6 +519,9 @@ class TrainOptions:
         bool | None,
         option("--channels-last/--no-channels-last", TRAINING, "NHWC; by default on a CPU or with --amp."),
     ] = None
+    fused: Annotated[
+        bool | None, option("--fused/--no-fused", TRAINING, "Through selab.fuse; by default on a CPU.")
+    ] = None
     compiled: Annotated[bool, option("--compile", TRAINING, "Run through torch.compile.")] = False
     graphed: Annotated[
         bool, option("--cuda-graph", TRAINING, "Replay forward and backward as CUDA graphs: for small networks.")

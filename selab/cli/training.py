@@ -498,6 +498,7 @@ def options_of(options: TrainOptions) -> "Options":
         device=options.device,
         amp=options.amp,
         channels_last=channels_last_of(options),
+        fused=fused_of(options),
         compiled=options.compiled,
         graphed=options.graphed,
         accumulate=options.accumulate,
@@ -515,6 +516,22 @@ def channels_last_of(options: TrainOptions) -> bool:
     if options.channels_last is not None:
         return options.channels_last
     return options.device == "cpu" or options.amp != "off"
+
+
+def fused_of(options: TrainOptions) -> bool:
+    """Return whether a training runs through `selab.fuse`: unless asked, where its native code runs.
+
+    Raises:
+        SelabError: it was asked for together with another way of running the network.
+    """
+    from selab.kernels.cpu import native_reason
+
+    other = "--compile" if options.compiled else "--cuda-graph" if options.graphed else ""
+    if options.fused and other:
+        raise SelabError(f"--fused: the network cannot run through it and {other}; leave out one of them")
+    if options.fused is not None:
+        return options.fused
+    return options.device == "cpu" and options.amp == "off" and not other and not native_reason()
 
 
 def recipe_of(name: str | None, variant: "Variant", data: DataOptions) -> "Recipe":

@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from selab import units
 from selab.errors import ModelError, OutOfMemoryError, SelabError
+from selab.fusion.fuse import fuse
 from selab.meta import first_line
 from selab.models.build import build
 from selab.models.checkpoint import load
@@ -85,6 +86,8 @@ class Engine:
         model, self.facts = _network(variant, data, self.recipe, config.seed)
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         self.model = model.to(group.device, memory_format=layout)  # type: ignore[call-overload]
+        if self.options.fused:
+            fuse(self.model, input_nchw=(self.recipe.batch // self.options.accumulate, *data.input_chw))
         self.optimizer = optimizer_of(self.model, self.recipe)
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=self.options.amp == "fp16")
         self.average = None if self.recipe.ema is None else Average(self.model, self.recipe.ema)

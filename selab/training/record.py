@@ -97,6 +97,7 @@ class Options(Frozen, frozen=True, kw_only=True):
     """Options of a training: changes of the recipe, and what may change the figures slightly.
 
     Attributes:
+        fused: the network runs through `selab.fuse`.
         graphed: forward and backward are CUDA graphs, captured once: for small networks on a fast GPU, whose kernels
             end sooner than the host can start them. Decisions in Python code of the network are then made once.
         accumulate: micro-batches per step; the recipe's batch stays the same.
@@ -109,6 +110,7 @@ class Options(Frozen, frozen=True, kw_only=True):
     device: Device = "cpu"
     amp: Amp = "off"
     channels_last: bool = False
+    fused: bool = False
     compiled: bool = False
     graphed: bool = False
     accumulate: int = 1

@@ -345,7 +345,12 @@ def _deciding(value: Frozen) -> dict[str, object]:
     skipped = {f"recipe.{key}" for key in TELLING} | {f"options.{key}" for key in _NEUTRAL_OPTIONS} | {"data.title"}
     found = {key: inner for key, inner in _flat(msgspec.to_builtins(value)).items() if key not in skipped}
     # Where they are not asked for, folders keep the names that they had before there were these options.
-    later = {"options.graphed": False, "start_sha256": "", **{f"recipe.{key}": value for key, value in LATER.items()}}
+    later = {
+        "options.graphed": False,
+        "options.fused": False,
+        "start_sha256": "",
+        **{f"recipe.{key}": value for key, value in LATER.items()},
+    }
     return {key: inner for key, inner in found.items() if key not in later or later[key] != inner}
 
 

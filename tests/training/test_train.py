@@ -215,6 +215,14 @@ def test_channels_last_and_half_precision(run, family):
         assert half.test.loss != evaluate(model, images(), batch=64).loss
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_through_fused_blocks(run, channels_last):
+    plain, fused = (run("se_plain", folder=str(on), fused=on, channels_last=channels_last) for on in (False, True))
+    assert tensors(plain).keys() == tensors(fused).keys()
+    torch.testing.assert_close(tensors(plain), tensors(fused), rtol=1e-3, atol=1e-5)
+    assert not same(plain, fused)
+
+
 @pytest.mark.slow
 def test_compiled(run):
     torch.testing.assert_close(

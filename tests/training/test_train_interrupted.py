@@ -30,8 +30,9 @@ from selab.training.train import TrainingStoppedError
         {"optimizer": "rmsprop", "nesterov": False, "momentum": 0.0, "lr": 1e-3},
         {"optimizer": "adam", "nesterov": False, "lr": 1e-3, "fill": "edge", "scaling": "unit"},
         {"amp": "fp16", "channels_last": True, "decay_norm_and_bias": False},
+        {"fused": True, "channels_last": True},
     ],
-    ids=["sgd", "average", "rmsprop", "adam", "fp16"],
+    ids=["sgd", "average", "rmsprop", "adam", "fp16", "fused"],
 )
 def test_stopped_and_called_again_it_ends_at_the_same_bits(run, tmp_path, changes):
     whole = run("lively", folder="whole", **changes)

@@ -43,8 +43,8 @@ def plot(
     arch: Archs = (),  # type: ignore[assignment]
     profiles: Profiles = None,
     record: Annotated[
-        Path | None,
-        option("--record", WHAT, "For curves and tax: the one record; - is standard input.", metavar="FILE"),
+        list[Path] | None,
+        option("--record", WHAT, "For curves and tax; - is standard input. Repeatable for curves.", metavar="FILE"),
     ] = None,
     workload: Annotated[
         str | None,
@@ -66,13 +66,15 @@ def plot(
 
     to = None if json_to is not None and out is None else out or Path(f"{name}.svg")
     registry.check_file(out or Path(f"{name}.svg"))
-    if name in registry.OF_ONE_RECORD and record is None:
+    if name in registry.OF_ONE_RECORD and not record:
         raise typer.BadParameter("name the record to draw", param_hint="--record")
+    if name == registry.TAX and record and len(record) > 1:
+        raise typer.BadParameter("tax is drawn from one record", param_hint="--record")
     if to is not None:
         files.check_writable(to, replace=replace)
     check_outputs(json_to)
-    if record is not None and name in registry.OF_ONE_RECORD:
-        return _show_picture(_picture_of(name, input_file(record)), to, json_to)
+    if record and name in registry.OF_ONE_RECORD:
+        return _show_picture(_picture_of(name, [input_file(one) for one in record]), to, json_to)
     axes = registry.axes_of(name, x, y)
     broken = BrokenFiles()
     records, compared = _measured(axes, profiles or (), broken)
@@ -110,16 +112,17 @@ def _measured(
     return [], [one for folder in folders for one in read_compared(folder, on_broken=broken)]
 
 
-def _picture_of(name: str, record: Path) -> "Picture":
-    """A picture of one record."""
+def _picture_of(name: str, records: list[Path]) -> "Picture":
+    """A picture of one record, or of learning curves that share a baseline."""
     from selab.experiments.tax_record import read_tax_record
     from selab.report.figures import curves, registry
     from selab.report.figures import tax as tax_figures
     from selab.training.record import read_accuracy_record
 
     if name == registry.CURVES:
-        return curves.curves(read_accuracy_record(record))
-    return tax_figures.tax_bars(read_tax_record(record))
+        first, *others = (read_accuracy_record(one) for one in records)
+        return curves.curves(first, *others)
+    return tax_figures.tax_bars(read_tax_record(records[0]))
 
 
 def _show_picture(shown: "Picture", to: Path | None, json_to: Path | None) -> None:

@@ -1,5 +1,6 @@
 """Learning curves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -7,7 +8,7 @@ from selab import units
 from selab.errors import RecordError
 from selab.records import stats
 from selab.report.figures.style import new_figure
-from selab.training.record import AccuracyRecord
+from selab.training.record import AccuracyRecord, SeedOutcome
 from selab.training.verdict import compare_verdict
 
 if TYPE_CHECKING:
@@ -35,46 +36,83 @@ class Curves:
     notes: tuple[str, ...]
 
 
-def curves(record: AccuracyRecord) -> Curves:
-    """Test accuracy after each epoch, of both networks, over the seeds that are finished.
+def curves(record: AccuracyRecord, *others: AccuracyRecord) -> Curves:
+    """Test accuracy after each epoch, of a baseline and its variants, over the seeds that all of them have finished.
+
+    Args:
+        record: of a comparison.
+        others: of further variants of the same baseline, trained alike.
 
     Raises:
-        RecordError: none is.
+        RecordError: no seed is finished, or the records are not of one baseline, data set and recipe.
     """
-    verdict = compare_verdict(record)
-    done = [one.pair for one in record.seeds if one.pair]
-    if not done:
-        then = f"{verdict.diverged}; compare with another recipe" if verdict.diverged else "go on with the comparison"
-        raise RecordError(f"plot curves: {record.arch}: no seed is finished for both networks; {then}")
-    found = []
-    for name, outcomes in zip((record.baseline, record.arch), zip(*done, strict=True), strict=True):
-        by_epoch = list(zip(*([epoch.test_top1_pct for epoch in one.epochs] for one in outcomes), strict=True))
-        found.append(
-            Curve(
-                name=name,
-                mean=tuple(stats.mean(values) for values in by_epoch),
-                low=tuple(min(values) for values in by_epoch),
-                high=tuple(max(values) for values in by_epoch),
-            )
+    records = (record, *others)
+    if len(records) >= MOST_CURVES:
+        raise RecordError(f"plot curves: {len(records)} records; at most {MOST_CURVES - 1} can be told apart")
+    _check_alike(records)
+    verdicts = [compare_verdict(one) for one in records]
+    diverged = [one.diverged for one in verdicts if one.diverged]
+    pairs = [{seed.seed: seed.pair for seed in one.seeds if seed.pair} for one in records]
+    common = sorted(set.intersection(*(set(one) for one in pairs)))
+    if not common:
+        then = f"{diverged[0]}; compare with another recipe" if diverged else "go on with the comparison"
+        whose = " and ".join(one.arch for one in records)
+        raise RecordError(
+            f"plot curves: {whose}: no seed is finished for {'all' if others else 'both'} networks; {then}"
         )
-    seeds = units.counted(len(done), "seed")
+    networks = [(record.baseline, [pairs[0][seed][0] for seed in common])]
+    networks += [(one.arch, [pair[seed][1] for seed in common]) for one, pair in zip(records, pairs, strict=True)]
     machine = record.machine.gpu or record.machine.cpu
     recipe = f"recipe {record.recipe.name}, batch {record.recipe.batch}"
+    names = ", ".join(one.arch for one in records)
     return Curves(
-        title=f"Top-1 accuracy by epoch: {record.arch} and {record.baseline}",
-        circumstances=f"{record.data.title}, {recipe}, {seeds}; {machine}",
+        title=f"Top-1 accuracy by epoch: {names} and {record.baseline}",
+        circumstances=f"{record.data.title}, {recipe}, {units.counted(len(common), 'seed')}; {machine}",
         label="top-1 accuracy on the test images (%)",
-        curves=tuple(found),
+        curves=tuple(_curve(name, outcomes) for name, outcomes in networks),
         notes=(
             "Lines: means over the seeds; bands: from the least to the greatest of them.",
-            f"At the end: {verdict.top1.difference.text}.",
-            *([f"{verdict.diverged}; drawn are the others."] if verdict.diverged else []),
+            *(f"At the end: {one.top1.difference.text}." for one in verdicts),
+            *(f"{one}; drawn are the others." for one in diverged),
         ),
     )
 
 
-# Base and variant, told apart in grey too: by shade, and by the dashes of the base.
-_CURVE_STYLES: tuple[tuple[str, Literal["--", "-"]], ...] = (("#6b6b6b", "--"), ("#08519c", "-"))
+def _curve(name: str, outcomes: Sequence[SeedOutcome]) -> Curve:
+    by_epoch = list(zip(*([epoch.test_top1_pct for epoch in one.epochs] for one in outcomes), strict=True))
+    return Curve(
+        name=name,
+        mean=tuple(stats.mean(values) for values in by_epoch),
+        low=tuple(min(values) for values in by_epoch),
+        high=tuple(max(values) for values in by_epoch),
+    )
+
+
+_ALIKE = ("baseline_facts_hash", "data", "recipe")
+
+
+def _check_alike(records: Sequence[AccuracyRecord]) -> None:
+    """Refuse records that cannot share a baseline's curve."""
+    for one in records[1:]:
+        for key in _ALIKE:
+            if getattr(one, key) != getattr(records[0], key):
+                raise RecordError(
+                    f"plot curves: {records[0].arch} and {one.arch} do not share their {key.partition('_')[0]}; give "
+                    "the records of one comparison of several variants"
+                )
+
+
+# Base and variants, told apart in grey too: by shade, and by their dashes.
+_CURVE_STYLES: tuple[tuple[str, Literal["--", "-", "-.", ":"]], ...] = (
+    ("#6b6b6b", "--"),
+    ("#08519c", "-"),
+    ("#d95f0e", "-."),
+    ("#41ab5d", ":"),
+    ("#54278f", "-"),
+    ("#000000", "-."),
+)
+MOST_CURVES = len(_CURVE_STYLES)
+"""More lines cannot be told apart."""
 
 
 def curves_figure(shown: Curves) -> "Figure":
@@ -84,10 +122,10 @@ def curves_figure(shown: Curves) -> "Figure":
 
     handles = [
         Line2D([], [], color=colour, linestyle=dashes, label=curve.name)
-        for curve, (colour, dashes) in zip(shown.curves, _CURVE_STYLES, strict=True)
+        for curve, (colour, dashes) in zip(shown.curves, _CURVE_STYLES, strict=False)
     ]
     figure, axes = new_figure(shown, plot_in=3.2, left_in=0.85, handles=handles, notes=shown.notes)
-    for curve, (colour, dashes) in zip(shown.curves, _CURVE_STYLES, strict=True):
+    for curve, (colour, dashes) in zip(shown.curves, _CURVE_STYLES, strict=False):
         epochs = range(1, len(curve.mean) + 1)
         axes.fill_between(epochs, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(epochs, curve.mean, color=colour, linestyle=dashes, marker="o", markersize=3)

@@ -479,6 +479,22 @@ def test_learning_curves_are_means_over_the_seeds(compared_small_cnn, tmp_path):
     assert registry.rendered(shown, ".svg") == registry.rendered(shown, ".svg")
 
 
+def test_learning_curves_of_several_variants_share_their_baseline(compared_small_cnn, tmp_path):
+    record = compared_small_cnn((60, 66), (66, 69), epochs=3)
+    other = msgspec.structs.replace(compared_small_cnn((60, 66), (50, 80), epochs=3), arch="small_cnn+block=eca")
+    # The second seed is finished for one of them only.
+    left = msgspec.structs.replace(other.seeds[1], variant=None)
+    other = msgspec.structs.replace(other, complete=False, seeds=(other.seeds[0], left))
+    shown = curves.curves(record, other)
+    assert [one.name for one in shown.curves] == ["small_cnn", "se_small_cnn", "small_cnn+block=eca"]
+    assert [one.mean[-1] for one in shown.curves] == pytest.approx([60, 66, 50])
+    registry.draw(shown, tmp_path / "curves.svg")
+    with pytest.raises(RecordError, match=r"do not share their recipe; give the records of one comparison"):
+        curves.curves(record, msgspec.structs.replace(other, recipe=msgspec.structs.replace(other.recipe, lr=0.5)))
+    with pytest.raises(RecordError, match="6 records; at most 5 can be told apart"):
+        curves.curves(*[record] * 6)
+
+
 def test_curves_need_a_finished_seed(compared_small_cnn):
     with pytest.raises(RecordError, match="no seed is finished for both networks; go on"):
         curves.curves(compared_small_cnn((), ()))

@@ -34,7 +34,8 @@ DRAWN = (
     "se_inception_resnet_v2",
     "se_vgg16",
 )
-# Baseline, recipe, seeds; and what a CPU can do: baseline, epochs of the short recipe for it, seeds.
+# Baseline, recipe, seeds; and what a CPU can do in days: baseline, recipe, its epochs, seeds. There each block also
+# starts as the identity.
 TRAINED = (
     ("small_cnn", "cifar_short_plain", "5"),
     ("resnet20_cifar", "cifar_resnet", "5"),
@@ -44,7 +45,11 @@ TRAINED = (
     ("shufflenet_cifar", "cifar_resnet110", "3"),
     ("vgg16_cifar", "cifar_resnet", "3"),
 )
-TRAINED_ON_CPU = (("small_cnn", "4", "5"), ("resnet20_cifar", "4", "3"))
+TRAINED_ON_CPU = (
+    ("small_cnn", "keras_cifar10_cnn", "25", "5"),
+    ("resnet20_cifar", "cifar_short", "30", "3"),
+    ("mobilenet_cifar", "cifar_short", "30", "3"),
+)
 PAIRS = (
     "se_mobilenet",
     "se_small_cnn",
@@ -464,14 +469,16 @@ def accuracy_tables(session: nox.Session) -> None:
     """Train with SE and without on CIFAR-10, several seeds each; goes on where it was stopped; --data-dir after --."""
     session.install("-e", ".")
     # Finished trainings in profiles/runs are taken over, so that the records may be made anew.
-    common = ["--data", "cifar10", "--channels-last", "--replace", "--out", "profiles", *session.posargs]
+    common = ["--data", "cifar10", "--replace", "--out", "profiles", *session.posargs]
     if has_gpu(session):
-        common += ["--device", "cuda"]
+        common += ["--device", "cuda", "--channels-last"]
         for base, recipe, seeds in TRAINED:
             session.run("selab", "compare", base, f"se_{base}", "--recipe", recipe, "--seeds", seeds, *common)
     else:
-        for base, epochs, seeds in TRAINED_ON_CPU:
-            session.run("selab", "compare", base, f"se_{base}", "--epochs", epochs, "--seeds", seeds, *common)
+        for base, recipe, epochs, seeds in TRAINED_ON_CPU:
+            arms = (base, f"se_{base}", f"se_{base}+init=identity")
+            length = ("--recipe", recipe, "--epochs", epochs, "--seeds", seeds)
+            session.run("selab", "compare", *arms, *length, *common)
     report(session, machine_folder(session))
 
 

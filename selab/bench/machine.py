@@ -28,6 +28,8 @@ _LIBRARIES = (
 )
 # Products of int8 in one instruction: /proc/cpuinfo's names on x86 and on ARM.
 _INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+# The same of bf16.
+_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def machine(device: Device = "cpu") -> Machine:
@@ -118,13 +120,24 @@ def _driver() -> str | None:
 
 def int8_words() -> str | None:
     """Return which instructions this processor has for products of int8, in words; None where the system tells not."""
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
-    if found is None:
+    flags = _cpu_flags()
+    if flags is None:
         return None
-    there = [name for name in _INT8 if name in found[1].split()]
+    there = [name for name in _INT8 if name in flags]
     if there:
         return f"int8 products by the processor's {', '.join(there)}"
     return f"the processor has no instructions for int8 products ({', '.join(_INT8)}): int8 gains little here"
+
+
+def has_bf16() -> bool | None:
+    """Return whether this processor has instructions for products of bf16; None where the system tells not."""
+    flags = _cpu_flags()
+    return None if flags is None else any(name in flags for name in _BF16)
+
+
+def _cpu_flags() -> list[str] | None:
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
+    return None if found is None else found[1].split()
 
 
 @dataclass(frozen=True, kw_only=True)

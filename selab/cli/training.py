@@ -488,12 +488,15 @@ def options_of(options: TrainOptions) -> "Options":
     Raises:
         SelabError: the device is not there, or cannot compute in this precision.
     """
+    from selab.bench.machine import has_bf16
     from selab.bench.runner import check_device
     from selab.training.record import Options
 
     check_device(options.device)
     if options.amp == "fp16" and options.device == "cpu":
         raise SelabError("--amp fp16: is for --device cuda; on a CPU use bf16, or leave it out")
+    if options.amp == "bf16" and options.device == "cpu" and has_bf16() is False:
+        print_note("--amp bf16: this processor has no instructions for it, and trains more slowly than in fp32")
     return Options(
         device=options.device,
         amp=options.amp,

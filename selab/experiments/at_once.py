@@ -15,6 +15,7 @@ import torch
 
 from selab import units
 from selab.bench.heap import has_mallopt, hold_heap
+from selab.bench.machine import available_cores
 from selab.errors import SelabError
 from selab.experiments.children import DiedError, lines_of, obey
 from selab.experiments.compare import Report, Say
@@ -93,7 +94,7 @@ def check_jobs(device: Device, jobs: int | None) -> None:
     Raises:
         SelabError: there are fewer.
     """
-    what, there = ("GPU", len(_gpus())) if device == "cuda" else ("core", _cores())
+    what, there = ("GPU", len(_gpus())) if device == "cuda" else ("core", available_cores())
     if jobs is not None and jobs > there:
         found = f"there {'is' if there == 1 else 'are'} {units.counted(there, what)}"
         raise SelabError(f"--jobs {jobs}: {found}, and each training takes one; give at most {there}")
@@ -120,17 +121,13 @@ def places_of(
         return [Place(threads=threads, gpu=gpu) for gpu in _gpus()[: min(jobs or trainings, trainings)]]
     most = jobs or (own_jobs() if in_memory else 1)
     count = max(1, min(most, trainings))
-    share = None if count == 1 else max(1, _cores() // count)
+    share = None if count == 1 else max(1, available_cores() // count)
     return [Place(threads=threads or share) for _ in range(count)]
 
 
 def own_jobs() -> int:
     """Return how many trainings run at once on the CPU where nobody says so."""
-    return min(_cores(), _MOST_JOBS)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available_cores(), _MOST_JOBS)
 
 
 def _gpus() -> list[str]:

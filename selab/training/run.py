@@ -45,8 +45,9 @@ from selab.training.record import (
 )
 
 _CHECKPOINT_SCHEMA = "selab.checkpoint/1"
-# These change how long a training takes, or are part of the adapted recipe: they do not make another request.
-_NEUTRAL_OPTIONS = ("epochs", "batch", "threads", "checkpoint_s")
+# These change how long a training takes and how sums are rounded, or are part of the adapted recipe: they do not make
+# another request.
+_NEUTRAL_OPTIONS = ("epochs", "batch", "threads", "fused", "checkpoint_s")
 _T = TypeVar("_T")
 
 
@@ -347,7 +348,6 @@ def _deciding(value: Frozen) -> dict[str, object]:
     # Where they are not asked for, folders keep the names that they had before there were these options.
     later = {
         "options.graphed": False,
-        "options.fused": False,
         "start_sha256": "",
         **{f"recipe.{key}": value for key, value in LATER.items()},
     }

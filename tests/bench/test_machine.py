@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from selab.bench import machine as machine_module
-from selab.bench.machine import CpuReading, contention_flags, int8_words, machine, read_cpu, threads_and_affinity
+from selab.bench.machine import (
+    CpuReading,
+    contention_flags,
+    has_bf16,
+    int8_words,
+    machine,
+    read_cpu,
+    threads_and_affinity,
+)
 
 
 def test_a_machine_tells_what_decides_a_latency_and_nothing_private():
@@ -28,6 +36,20 @@ def test_whether_int8_pays(monkeypatch, text, said):
     monkeypatch.setattr(machine_module, "_read", {"/proc/cpuinfo": f"model name : ACME\n{text}"}.get)
     found = int8_words()
     assert found is None if said is None else said in found
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("flags : fpu avx512_bf16\n", True),
+        ("Features : fp asimd bf16\n", True),
+        ("flags : fpu avx512_vnni\n", False),
+        ("", None),
+    ],
+)
+def test_whether_bf16_pays(monkeypatch, text, has):
+    monkeypatch.setattr(machine_module, "_read", {"/proc/cpuinfo": f"model name : ACME\n{text}"}.get)
+    assert has_bf16() is has
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.bench.machine import machine, read_cpu
+from selab.bench.machine import has_bf16, machine, read_cpu
 from selab.bench.sampler import Plan, WallArm, measure
 from selab.experiments.compare import fitted
 from selab.models.build import build
@@ -49,7 +49,12 @@ from selab.training.record import Options
 from selab.training.run import RunFolder, run_config
 from selab.training.train import device_settings
 
-ARCHES = {"small_cnn": "keras_cifar10_cnn", "resnet20_cifar": "cifar_resnet"}
+ARCHES = {
+    "small_cnn": "keras_cifar10_cnn",
+    "resnet20_cifar": "cifar_resnet",
+    "se_small_cnn": "keras_cifar10_cnn",
+    "se_resnet20_cifar": "cifar_resnet",
+}
 """Network → its recipe."""
 IMAGES = 1536
 """In a call of all processes together."""
@@ -171,7 +176,11 @@ def serve(way: str, arch: str, data_dir: Path) -> None:
     cores = torch.get_num_threads()
     threads = max(1, cores // WAYS["jobs"]) if way == "jobs" else cores
     options = Options(
-        channels_last=True, compiled=way == "compiled", amp="bf16" if way == "bf16" else "off", threads=threads
+        channels_last=True,
+        fused=way in ("selab", "jobs"),
+        compiled=way == "compiled",
+        amp="bf16" if way == "bf16" else "off",
+        threads=threads,
     )
     with device_settings(options, CPU):
         if way == "plain":
@@ -223,7 +232,7 @@ def main() -> None:
     if options.serve:
         return serve(options.serve, options.arch[0], options.data)
     here = machine()
-    ways = [*WAYS, *(["bf16"] if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else [])]
+    ways = [*WAYS, *(["bf16"] if has_bf16() else [])]
     plan = replace(Plan.for_cpu(), statistic="typical", target_half_width=0.02, budget_s=options.budget)
     before = read_cpu()
     found: dict[str, Latency] = {}

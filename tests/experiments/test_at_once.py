@@ -30,14 +30,14 @@ schedule = "constant"
 
 
 def test_cores_are_shared(monkeypatch):
-    monkeypatch.setattr(at_once, "_cores", lambda: 4)
+    monkeypatch.setattr(at_once, "available_cores", lambda: 4)
     assert places_of("cpu", None, trainings=6) == [Place(threads=1)] * 4
     assert places_of("cpu", None, trainings=2) == [Place(threads=2)] * 2
     assert places_of("cpu", None, trainings=1) == [Place()], "one alone has torch's own threads"
     assert places_of("cpu", 3, trainings=6) == [Place(threads=1)] * 3
     assert places_of("cpu", 2, trainings=6, threads=3) == [Place(threads=3)] * 2
     assert places_of("cpu", None, trainings=6, in_memory=False) == [Place()]
-    monkeypatch.setattr(at_once, "_cores", lambda: 64)
+    monkeypatch.setattr(at_once, "available_cores", lambda: 64)
     assert places_of("cpu", None, trainings=100) == [Place(threads=8)] * 8
     with pytest.raises(SelabError, match="--jobs 65: there are 64 cores, and each training takes one; give at most 64"):
         places_of("cpu", 65, trainings=100)

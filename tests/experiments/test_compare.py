@@ -310,7 +310,9 @@ def test_a_folder_is_of_one_request(data, tmp_path):
     def folder(seed=0, of=variant, **options):
         return compare.folder_of(of, data, recipe, Options(**options), seed, out=tmp_path)
 
-    assert folder() == folder(checkpoint_s=1.0) == folder(threads=7) == folder(epochs=recipe.epochs)
+    assert (
+        folder() == folder(checkpoint_s=1.0) == folder(threads=7) == folder(fused=True) == folder(epochs=recipe.epochs)
+    )
     other_facts = msgspec.structs.replace(variant, se=msgspec.structs.replace(variant.se, reduction=2))
     others = {folder(seed=1), folder(epochs=2), folder(channels_last=True), folder(batch=32), folder(of=other_facts)}
     assert len({folder(), *others}) == 6

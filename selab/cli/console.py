@@ -22,6 +22,7 @@ from selab.records.estimate import MIN_PAIRS
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
     from selab.bench.progress import Progress
     from selab.cli.options import Look
@@ -332,30 +333,36 @@ class _Lines(Following):
 
 
 class _Display(Following):
-    """A line when a training begins, and below the last one a bar of all epochs, with how far and how good it is."""
+    """A line when a training begins, and below a bar for each that runs: all epochs, how far and how good it is."""
 
     def __init__(self, console: "Console", bar: "Bar") -> None:
         self._console, self._bar = console, bar
-        self._seen: set[str] = set()
-        self._task = bar.add_task("", visible=False)
+        self._tasks: dict[str, TaskID] = {}
+        self._running: set[str] = set()
 
     def __call__(self, label: str, state: "TrainingProgress | None") -> None:
-        if label not in self._seen:
-            self._seen.add(label)
+        if label not in self._tasks:
             self.say(f"{label} …")
+            self._tasks[label] = self._bar.add_task("", visible=False)
         if state is not None:
+            ended = state.last is not None and state.last.epoch == state.epochs
+            (self._running.discard if ended else self._running.add)(label)
+            # `training 3 of 10 (seed 0, net)` → `seed 0, net`, where there are several bars.
+            which = f"{label.rpartition('(')[2].rstrip(')')}: " if len(self._running) > 1 else ""
             self._bar.update(
-                self._task,
+                self._tasks[label],
                 total=state.epochs * state.steps,
                 completed=(state.epoch - 1) * state.steps + state.step,
-                description=state.short_words,
-                visible=True,
+                description=which + state.short_words,
+                visible=not ended,
             )
             self._bar.refresh()
 
     def say(self, text: str) -> None:
-        # The bar shows the training before.
-        self._bar.update(self._task, visible=False)
+        # A bar may be of a training that has ended; those that run show themselves again.
+        for task in self._tasks.values():
+            self._bar.update(task, visible=False)
+        self._running.clear()
         self._bar.refresh()
         self._console.print(escape_markup(text), highlight=False, soft_wrap=True)
 

@@ -81,7 +81,24 @@ def test_a_terminal_has_a_bar():
         # Half of all epochs' steps are done; the bar takes what the words leave of the line.
         assert 0 < bar.count("━") <= (100 - len(words)) / 2 + 1
         report("seed 1, net", None)
-        assert written.getvalue()[len(drawn) :].rstrip().endswith("seed 1, net …")
+        assert written.getvalue()[len(drawn) :].rstrip("\n\r\x1b[2K").endswith("seed 1, net …")
+
+
+def test_a_terminal_has_a_bar_for_each_of_several_trainings():
+    written = io.StringIO()
+    labels = ["training 1 of 3 (seed 0, a)", "training 2 of 3 (seed 0, b)"]
+    with following(Console(file=written, force_terminal=True, width=120, color_system=None)) as report:
+        for label in (*labels, *labels):
+            report(label, so_far(2, 5, finished=1))
+        *_, first, second = [line for line in written.getvalue().splitlines() if "epoch 2/3" in line]
+        assert "seed 0, a: epoch 2/3" in first
+        assert "seed 0, b: epoch 2/3" in second
+        drawn = len(written.getvalue())
+        report(labels[0], so_far(3, 10, finished=3))
+        report(labels[1], so_far(2, 6, finished=1))
+        last = written.getvalue()[drawn:].splitlines()[-1]
+        assert "epoch 2/3" in last
+        assert "seed 0" not in last
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -134,6 +134,14 @@ class ELAConfig(SiteConfig, frozen=True, kw_only=True, tag="ela"):
     kernel_size: int = 7
 
 
+class SelectiveKernelConfig(SiteConfig, frozen=True, kw_only=True, tag="sk"):
+    """Selective Kernel: `branches` of grouped convolutions, weighted per channel."""
+
+    branches: int = 2
+    groups: int = 32
+    reduction: int = 16
+
+
 class ExternalConfig(SiteConfig, frozen=True, kw_only=True, tag="external"):
     """A block from a Python file or module, which is imported when the block is built and not before.
 
@@ -162,6 +170,7 @@ BLOCKS: dict[str, type[SiteConfig]] = {
         GlobalContextConfig,
         TripletConfig,
         ELAConfig,
+        SelectiveKernelConfig,
     )
 }
 """Name of a block → type of its configuration; `selab.attention.register_block` adds to it."""
@@ -276,7 +285,7 @@ def _at(place: str, key: str) -> str:
 
 
 def _check_sizes(config: SiteConfig, *, place: str) -> None:
-    for name in ("reduction", "divisor", "kernel_size", "min_channels"):
+    for name in ("reduction", "divisor", "kernel_size", "groups", "min_channels"):
         value = getattr(config, name, None)
         if isinstance(value, int):
             check_positive((value,), place=_at(place, name))

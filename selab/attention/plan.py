@@ -166,7 +166,8 @@ class _Planner:
                 if latent_width(divided, latent) < 1
                 else ""
             )
-        if self.config.__struct_config__.tag == "coordinate" or reduction is None or reduction <= divided:
+        # The bottleneck of these has a least width.
+        if self.config.__struct_config__.tag in ("coordinate", "sk") or reduction is None or reduction <= divided:
             return ""
         return f"{units.counted(divided, 'channel')}, fewer than reduction {reduction}"
 

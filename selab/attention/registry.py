@@ -22,6 +22,7 @@ from selab.attention.ela import ELA
 from selab.attention.global_context import GlobalContext
 from selab.attention.grn import GRN
 from selab.attention.se import SqueezeExcitation
+from selab.attention.selective_kernel import SelectiveKernel
 from selab.attention.simam import SimAM
 from selab.attention.triplet import TripletAttention
 from selab.attention.user_code import imported
@@ -41,6 +42,7 @@ _CLASSES: dict[str, type[Attention]] = {
     "global_context": GlobalContext,
     "triplet": TripletAttention,
     "ela": ELA,
+    "sk": SelectiveKernel,
 }
 _NOT_KEYS = ("channels", "init")
 

@@ -9,6 +9,7 @@ from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttentio
 from selab.attention.ela import ELA
 from selab.attention.global_context import GlobalContext
 from selab.attention.grn import GRN
+from selab.attention.selective_kernel import SelectiveKernel
 from selab.attention.simam import SimAM
 from selab.attention.triplet import TripletAttention
 from selab.cost.count import count
@@ -166,6 +167,29 @@ def ela(block, x, top):
     return x * gate(mean(x, 3))[:, :, :, None] * gate(mean(x, 2))[:, :, None]
 
 
+def selective_kernel(block, x):
+    outputs = []
+    for reach, branch in enumerate(block.branches, 1):
+        conv, bn, _ = branch
+        padded = torch.zeros(*x.shape[:2], H + 2 * reach, W + 2 * reach, dtype=x.dtype)
+        padded[:, :, reach : reach + H, reach : reach + W] = x
+        each = conv.weight.shape[1]
+        mixed = torch.zeros_like(x)
+        for channel in range(C):
+            first = channel // each * each
+            for i in range(3):
+                for j in range(3):
+                    seen = padded[:, first : first + each, i * reach : i * reach + H, j * reach : j * reach + W]
+                    mixed[:, channel] += (seen * conv.weight[channel, :, i, j, None, None]).sum(1)
+        outputs.append(normalised(mixed, bn).clamp(min=0))
+    squeezed = mean(sum(outputs), 2, 3) @ block.fc1.weight.T
+    scale, shift = block.bn.weight, block.bn.bias
+    hidden = (squeezed - block.bn.running_mean) / (block.bn.running_var + 1e-5).sqrt() * scale + shift
+    logits = hidden.clamp(min=0) @ block.fc2.weight.T
+    exps = [torch.exp(logits[:, n * C : (n + 1) * C]) for n in range(len(outputs))]
+    return sum(map_ * (exp / sum(exps))[:, :, None, None] for map_, exp in zip(outputs, exps, strict=True))
+
+
 FORMULAS = [
     (ECA, {}, eca),
     (ECA, {"kernel_size": 9}, eca),
@@ -248,6 +272,14 @@ def test_eca_adapts_its_size(channels, expected):
         (TripletAttention, {}, 300),
         # 7 taps, scale and shift per channel
         (ELA, {}, 256 * (7 + 2)),
+        # two convolutions of 8 channels per group, their norms; 256 → 32 → 2 * 256 and the norm between
+        (SelectiveKernel, {}, 2 * (9 * 8 * 256 + 2 * 256) + 256 * 32 + 2 * 32 + 32 * 2 * 256),
+        # 256 / 4 = 64; gcd(24, 256) = 8 groups
+        (
+            SelectiveKernel,
+            {"branches": 3, "groups": 24, "reduction": 4},
+            3 * (9 * 32 * 256 + 2 * 256) + 256 * 64 + 2 * 64 + 64 * 3 * 256,
+        ),
     ],
 )
 def test_parameters(kind, arguments, expected):
@@ -272,6 +304,7 @@ def test_parameters(kind, arguments, expected):
         (GlobalContext, 16),
         (TripletAttention, None),
         (ELA, None),
+        (SelectiveKernel, 32),
     ],
 )
 def test_the_interface(kind, expected):
@@ -309,9 +342,42 @@ def test_simam_is_its_formula():
         assert torch.equal(block(one), one * torch.tensor(0.5, dtype=dtype).sigmoid())
 
 
+@pytest.mark.parametrize("arguments", [{}, {"branches": 3, "groups": 12, "reduction": 1}])
+def test_selective_kernel_is_its_formula(arguments):
+    torch.manual_seed(0)
+    block = drawn(SelectiveKernel(C, **arguments))
+    x = torch.randn(2, C, H, W, dtype=torch.float64)
+    torch.testing.assert_close(block(x), selective_kernel(block, x), rtol=1e-12, atol=1e-12)
+    for size in ((H, W), (1, 1)):
+        cost = count(block, (1, C, *size))
+        assert not cost.unknown
+        assert block.macs(*size) == cost.macs.all
+
+
+def test_selective_kernel_takes_the_groups_that_divide_its_channels():
+    assert [SelectiveKernel(channels).groups for channels in (128, 24, 7)] == [32, 8, 1]
+    assert SelectiveKernel(48, groups=6).branches[1][0].weight.shape == (48, 8, 3, 3)
+    assert repr(SelectiveKernel(24)).startswith("SelectiveKernel(\n  24 → 32, groups=8")
+
+
+def test_selective_kernel_learns():
+    torch.manual_seed(0)
+    block = SelectiveKernel(C)
+    for layer in block.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            assert layer.weight.square().mean().item() == pytest.approx(2 / layer.weight[0].numel(), rel=0.3)
+    block(torch.randn(8, C, H, W)).square().mean().backward()
+    assert all(parameter.grad.any() for parameter in block.parameters())
+
+
 def test_macs_by_hand():
     # squeeze, scale: one per element; 5 taps and a sigmoid per channel
     assert ECA(256).macs(14, 14) == 2 * 256 * 14 * 14 + 256 * 5 + 256
+    # Two branches: 9 taps of 2 channels, norm, activation, scale; two sums, a mean. Layers 64 → 32 → 2 * 64 with norm
+    # and activation. A softmax of 128 values: exponential, sum, quotient.
+    assert SelectiveKernel(64).macs(7, 5) == (
+        64 * 7 * 5 * (2 * (9 * 2 + 3) + 2 + 1) + 64 * 32 + 2 * 32 + 32 * 2 * 64 + 3 * 128
+    )
     # 4 x 3 windows of 3 x 3 and as many sigmoids, scale
     assert GatherExcite(10, extent=2).macs(7, 5) == 10 * (4 * 3 * 9 + 4 * 3 + 7 * 5)
 
@@ -412,6 +478,11 @@ def test_cbam_starts_with_all_positions_alike():
         (lambda: GlobalContext(64, reduction=65), "reduction 65: must be from 1 to the number of channels, 64"),
         (lambda: TripletAttention(64, kernel_size=2), "kernel_size 2: must be odd and at least 1"),
         (lambda: ELA(64, kernel_size=0), "kernel_size 0: must be odd and at least 1"),
+        (lambda: SelectiveKernel(64, init="identity"), "sk ends in ReLUs and cannot start as the identity; use init"),
+        (lambda: SelectiveKernel(64, branches=1), "branches 1: must be from 2 to 16"),
+        (lambda: SelectiveKernel(64, branches=17), "branches 17: must be from 2 to 16"),
+        (lambda: SelectiveKernel(64, groups=0), "groups 0: must be at least 1"),
+        (lambda: SelectiveKernel(64, reduction=0), "reduction 0: must be at least 1"),
         (lambda: SSE(0), "channels 0: must be at least 1"),
         (lambda: ESE(64, init="zeros"), "init 'zeros': allowed: he, identity"),
     ],
@@ -427,7 +498,13 @@ def test_the_interface_is_no_block():
         Attention(8)
 
 
-ALL = [*((kind, {}) for kind in LEARNING), (GatherExcite, {}), (GatherExcite, {"extent": 2}), (SimAM, {})]
+ALL = [
+    *((kind, {}) for kind in LEARNING),
+    (GatherExcite, {}),
+    (GatherExcite, {"extent": 2}),
+    (SimAM, {}),
+    (SelectiveKernel, {}),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -122,6 +122,11 @@ class TestSmallSites:
         with pytest.raises(InsertionError, match=r"no site is left: layers\.0"):
             insert_se(foreign, "layers.*", reduction=65, input_nchw=CHW)
 
+    @pytest.mark.parametrize("block", ["coordinate", "sk"])
+    def test_a_reduction_beyond_the_channels_leaves_the_least_width(self, foreign, block):
+        done = insert_se(foreign, ["stem", "layers.*"], block=block, reduction=65, input_nchw=CHW)
+        assert (len(done), done.skipped) == (3, ())
+
     @pytest.mark.parametrize(
         ("options", "widths"),
         [

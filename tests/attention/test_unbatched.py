@@ -16,6 +16,7 @@ from selab.attention.global_context import GlobalContext
 from selab.attention.grn import GRN
 from selab.attention.inserted import inserted_blocks
 from selab.attention.se import GatedJoin, SqueezeExcitation
+from selab.attention.selective_kernel import SelectiveKernel
 from selab.attention.simam import SimAM
 from selab.attention.triplet import TripletAttention
 from selab.errors import InsertionError, ModelError
@@ -42,6 +43,8 @@ MAKERS = {
     "global_context": lambda: GlobalContext(C, reduction=4),
     "triplet": lambda: TripletAttention(C),
     "ela": lambda: ELA(C),
+    "sk": lambda: SelectiveKernel(C),
+    "sk 3": lambda: SelectiveKernel(C, branches=3, groups=2),
 }
 OTHER_WIDTHS = [(1, C - 1, H, W), (2, C + 1, H, W), (C, 1, H, W), (1, H, W, C), (2, 2 * C, H, W)]
 ALL = pytest.mark.parametrize("name", list(MAKERS))

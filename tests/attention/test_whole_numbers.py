@@ -8,6 +8,7 @@ import selab as package
 from selab.attention import blocks
 from selab.attention.config import block_config
 from selab.attention.se import SqueezeExcitation, latent_width, squeeze_width
+from selab.attention.selective_kernel import SelectiveKernel
 from selab.errors import InsertionError, SelabError, SpecError
 
 NO_WHOLE = [1.5, 2.0, True, "4", None, float("nan")]
@@ -21,6 +22,9 @@ CLASSES = [
     (blocks.GatherExcite, "extent"),
     (blocks.ECA, "kernel_size"),
     (SqueezeExcitation, "squeeze_channels"),
+    (SelectiveKernel, "branches"),
+    (SelectiveKernel, "groups"),
+    (SelectiveKernel, "reduction"),
 ]
 MAY_BE_NONE = ("kernel_size", "squeeze_channels")
 
@@ -57,6 +61,8 @@ KEYS = {
     "min_channels": {},
     "kernel_size": {"block": "cbam"},
     "extent": {"block": "gather_excite"},
+    "branches": {"block": "sk"},
+    "groups": {"block": "sk"},
 }
 
 

@@ -234,6 +234,8 @@ class SCSE(MapBlock):
 class GatherExcite(MapBlock):
     """x * upsample(sigmoid(average pooling of x)): Gather-Excite without parameters, the paper's GE-θ⁻.
 
+    With parameters it is `GETheta` and `GEThetaPlus`.
+
     Shapes: input and output (N, C, H, W) or (C, H, W); gathered (N, C, ceil(H / extent), ceil(W / extent)), or
     (N, C, 1, 1).
 

@@ -142,6 +142,19 @@ class SelectiveKernelConfig(SiteConfig, frozen=True, kw_only=True, tag="sk"):
     reduction: int = 16
 
 
+class GEThetaConfig(SiteConfig, frozen=True, kw_only=True, tag="ge_theta"):
+    """Gather-Excite with convolutions as its gather; `extent` is a power of two."""
+
+    extent: int = 8
+
+
+class GEThetaPlusConfig(SiteConfig, frozen=True, kw_only=True, tag="ge_theta_plus"):
+    """Gather-Excite with convolutions as its gather and the two layers of SE."""
+
+    extent: int = 8
+    reduction: int = 16
+
+
 class ExternalConfig(SiteConfig, frozen=True, kw_only=True, tag="external"):
     """A block from a Python file or module, which is imported when the block is built and not before.
 
@@ -171,6 +184,8 @@ BLOCKS: dict[str, type[SiteConfig]] = {
         TripletConfig,
         ELAConfig,
         SelectiveKernelConfig,
+        GEThetaConfig,
+        GEThetaPlusConfig,
     )
 }
 """Name of a block → type of its configuration; `selab.attention.register_block` adds to it."""

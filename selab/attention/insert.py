@@ -78,7 +78,7 @@ def insert_se(
         keys: keys of the block, as in `--se` and in a family's TOML. For every block:
 
             * `block`: `se` (the default), `eca`, `cbam`, `coordinate`, `scse`, `sse`, `gather_excite`, `ese`,
-              `grn`, `simam`, `global_context`, `triplet`, `ela`, `sk`, a
+              `grn`, `simam`, `global_context`, `triplet`, `ela`, `sk`, `ge_theta`, `ge_theta_plus`, a
               registered name, or a class of your own as `path/to/file.py:Class`.
             * `placement`: `standard` (the branch's output, before the addition), `pre` (its input), `post` (after the
               join), `identity` (on the shortcut) or `3x3` (inside the branch). At a module that is not a residual

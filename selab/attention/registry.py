@@ -19,6 +19,7 @@ from selab.attention.config import (
     block_name,
 )
 from selab.attention.ela import ELA
+from selab.attention.gather_excite import GETheta, GEThetaPlus
 from selab.attention.global_context import GlobalContext
 from selab.attention.grn import GRN
 from selab.attention.se import SqueezeExcitation
@@ -43,6 +44,8 @@ _CLASSES: dict[str, type[Attention]] = {
     "triplet": TripletAttention,
     "ela": ELA,
     "sk": SelectiveKernel,
+    "ge_theta": GETheta,
+    "ge_theta_plus": GEThetaPlus,
 }
 _NOT_KEYS = ("channels", "init")
 

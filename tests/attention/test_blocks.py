@@ -7,6 +7,7 @@ from torch import nn
 from selab.attention.base import Attention
 from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttention, GatherExcite
 from selab.attention.ela import ELA
+from selab.attention.gather_excite import GETheta, GEThetaPlus
 from selab.attention.global_context import GlobalContext
 from selab.attention.grn import GRN
 from selab.attention.selective_kernel import SelectiveKernel
@@ -15,7 +16,10 @@ from selab.attention.triplet import TripletAttention
 from selab.cost.count import count
 from selab.errors import InsertionError
 
-LEARNING = [ECA, CBAM, CoordinateAttention, SCSE, SSE, ESE, GRN, GlobalContext, TripletAttention, ELA]
+LEARNING = [
+    *(ECA, CBAM, CoordinateAttention, SCSE, SSE, ESE),
+    *(GRN, GlobalContext, TripletAttention, ELA, GETheta, GEThetaPlus),
+]
 C, H, W = 32, 7, 5
 
 
@@ -167,6 +171,37 @@ def ela(block, x, top):
     return x * gate(mean(x, 3))[:, :, :, None] * gate(mean(x, 2))[:, :, None]
 
 
+def gathered(x, layers):
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            high, wide = x.shape[2:]
+            padded = torch.zeros(*x.shape[:2], high + 2, wide + 2, dtype=x.dtype)
+            padded[:, :, 1:-1, 1:-1] = x
+            x = sum(
+                padded[:, :, i : i + high : 2, j : j + wide : 2] * layer.weight[:, 0, i, j, None, None]
+                for i in range(3)
+                for j in range(3)
+            )
+        else:
+            x = normalised(x, layer) if isinstance(layer, nn.BatchNorm2d) else x.clamp(min=0)
+    return x
+
+
+def nearest(gate):
+    """A position takes the gate of the nearest gathered one."""
+    rows, columns = gate.shape[2:]
+    return gate[:, :, [i * rows // H for i in range(H)]][:, :, :, [j * columns // W for j in range(W)]]
+
+
+def ge_theta(block, x, top):
+    return x * nearest(top * sigmoid(gathered(x, block.gather)))
+
+
+def ge_theta_plus(block, x, top):
+    hidden = affine(gathered(x, block.gather).clamp(min=0), block.fc1).clamp(min=0)
+    return x * nearest(top * sigmoid(affine(hidden, block.fc2)))
+
+
 def selective_kernel(block, x):
     outputs = []
     for reach, branch in enumerate(block.branches, 1):
@@ -208,6 +243,10 @@ FORMULAS = [
     (TripletAttention, {"kernel_size": 3}, triplet),
     (ELA, {}, ela),
     (ELA, {"kernel_size": 5}, ela),
+    (GETheta, {}, ge_theta),
+    (GETheta, {"extent": 2}, ge_theta),
+    (GEThetaPlus, {}, ge_theta_plus),
+    (GEThetaPlus, {"extent": 4, "reduction": 4}, ge_theta_plus),
 ]
 
 
@@ -272,6 +311,12 @@ def test_eca_adapts_its_size(channels, expected):
         (TripletAttention, {}, 300),
         # 7 taps, scale and shift per channel
         (ELA, {}, 256 * (7 + 2)),
+        # three times 9 taps, scale and shift per channel
+        (GETheta, {}, 3 * 256 * (9 + 2)),
+        (GETheta, {"extent": 2}, 256 * (9 + 2)),
+        # and two layers with biases
+        (GEThetaPlus, {}, 3 * 256 * (9 + 2) + 256 * 16 + 16 + 16 * 256 + 256),
+        (GEThetaPlus, {"extent": 4, "reduction": 8}, 2 * 256 * (9 + 2) + 256 * 32 + 32 + 32 * 256 + 256),
         # two convolutions of 8 channels per group, their norms; 256 → 32 → 2 * 256 and the norm between
         (SelectiveKernel, {}, 2 * (9 * 8 * 256 + 2 * 256) + 256 * 32 + 2 * 32 + 32 * 2 * 256),
         # 256 / 4 = 64; gcd(24, 256) = 8 groups
@@ -305,6 +350,8 @@ def test_parameters(kind, arguments, expected):
         (TripletAttention, None),
         (ELA, None),
         (SelectiveKernel, 32),
+        (GETheta, None),
+        (GEThetaPlus, 16),
     ],
 )
 def test_the_interface(kind, expected):
@@ -373,6 +420,12 @@ def test_selective_kernel_learns():
 def test_macs_by_hand():
     # squeeze, scale: one per element; 5 taps and a sigmoid per channel
     assert ECA(256).macs(14, 14) == 2 * 256 * 14 * 14 + 256 * 5 + 256
+    # Gathered 4 x 3 and 2 x 2 positions: 9 taps and a norm each; activations between; sigmoids; scale
+    assert GETheta(10, extent=4).macs(7, 5) == 10 * (12 * 10 + 12 + 4 * 10 + 4 + 7 * 5)
+    # Activations behind the gather, and two layers 10 → 5 → 10 with activations between
+    assert GEThetaPlus(10, extent=4, reduction=2).macs(7, 5) == (
+        10 * (12 * 10 + 12 + 4 * 10 + 4 + 4 + 7 * 5) + 4 * (2 * 10 * 5 + 5)
+    )
     # Two branches: 9 taps of 2 channels, norm, activation, scale; two sums, a mean. Layers 64 → 32 → 2 * 64 with norm
     # and activation. A softmax of 128 values: exponential, sum, quotient.
     assert SelectiveKernel(64).macs(7, 5) == (
@@ -404,9 +457,21 @@ WAITING = {
     GlobalContext: {"conv.weight", "conv.bias", "fc1.weight", "fc1.bias", "norm.weight", "norm.bias"},
     TripletAttention: {"over_height.conv.weight", "over_width.conv.weight", "over_channels.conv.weight"},
     ELA: {"conv.weight"},
+    # The gather is three times convolution and norm, with activations 2 and 5 between.
+    GETheta: {
+        *(f"gather.{layer}.weight" for layer in (0, 1, 3, 4, 6)),
+        *(f"gather.{layer}.bias" for layer in (1, 4)),
+    },
+    GEThetaPlus: {
+        *(f"gather.{layer}.weight" for layer in (0, 1, 3, 4, 6, 7)),
+        *(f"gather.{layer}.bias" for layer in (1, 4, 7)),
+        *("fc1.weight", "fc1.bias"),
+    },
 }
 # The normalisation takes the mean away, and with it in training any bias before it; a softmax does not see one at all.
 NEVER = {CoordinateAttention: {"conv1.bias"}, GlobalContext: {"conv.bias"}}
+# A norm's scale passes ReLU and depth-wise convolution, and the next norm takes it away while its bias is still zero.
+LATER = {GETheta: {"gather.1.weight"}}
 
 
 @pytest.mark.parametrize("kind", LEARNING)
@@ -416,12 +481,13 @@ def test_identity_learns(kind):
     x, target = torch.randn(2, 8, C, H, W, dtype=torch.float64)
     optimizer = torch.optim.SGD(block.parameters(), lr=1.0)
     without = []
-    for _ in range(2):
+    for _ in range(3):
         optimizer.zero_grad()
         (block(x) - target).square().mean().backward()
         without.append({name for name, p in block.named_parameters() if p.grad.abs().max().item() < 1e-12})
         optimizer.step()
-    assert without == [WAITING[kind], NEVER.get(kind, set())]
+    never = NEVER.get(kind, set())
+    assert without == [WAITING[kind], never | LATER.get(kind, set()), never]
     assert not torch.equal(block(x), x)
 
 
@@ -478,6 +544,11 @@ def test_cbam_starts_with_all_positions_alike():
         (lambda: GlobalContext(64, reduction=65), "reduction 65: must be from 1 to the number of channels, 64"),
         (lambda: TripletAttention(64, kernel_size=2), "kernel_size 2: must be odd and at least 1"),
         (lambda: ELA(64, kernel_size=0), "kernel_size 0: must be odd and at least 1"),
+        (lambda: GETheta(64, extent=0), "extent 0: a convolution over the whole feature map needs its size"),
+        (lambda: GETheta(64, extent=1), "extent 1: must be a power of two, at least 2"),
+        (lambda: GETheta(64, extent=6), "extent 6: must be a power of two, at least 2"),
+        (lambda: GEThetaPlus(64, extent=-2), "extent -2: must be a power of two, at least 2"),
+        (lambda: GEThetaPlus(64, reduction=65), "reduction 65: must be from 1 to the number of channels, 64"),
         (lambda: SelectiveKernel(64, init="identity"), "sk ends in ReLUs and cannot start as the identity; use init"),
         (lambda: SelectiveKernel(64, branches=1), "branches 1: must be from 2 to 16"),
         (lambda: SelectiveKernel(64, branches=17), "branches 17: must be from 2 to 16"),

@@ -270,13 +270,15 @@ class TestDtypes:
         "triplet",
         "ela",
         "sk",
+        "ge_theta",
+        "ge_theta_plus",
     ],
 )
 def test_every_block_can_be_scripted(block, init, image):
     if block in ("gather_excite", "simam", "sk") and init == "identity":
         pytest.skip("it cannot start as the identity")
     model = network()
-    options = {"reduction": 2} if block in ("se", "cbam", "global_context") else {}
+    options = {"reduction": 2} if block in ("se", "cbam", "global_context", "ge_theta_plus") else {}
     insert_se(model, "1.bn", block=block, init=init, input_nchw=CHW, **options)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(model)(image), model(image))

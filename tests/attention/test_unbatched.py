@@ -12,6 +12,7 @@ from selab.attention.blocks import CBAM, ECA, ESE, SCSE, SSE, CoordinateAttentio
 from selab.attention.config import BUILT_IN
 from selab.attention.ela import ELA
 from selab.attention.gated_site import gated_site
+from selab.attention.gather_excite import GETheta, GEThetaPlus
 from selab.attention.global_context import GlobalContext
 from selab.attention.grn import GRN
 from selab.attention.inserted import inserted_blocks
@@ -43,6 +44,9 @@ MAKERS = {
     "global_context": lambda: GlobalContext(C, reduction=4),
     "triplet": lambda: TripletAttention(C),
     "ela": lambda: ELA(C),
+    "ge_theta": lambda: GETheta(C),
+    "ge_theta 2": lambda: GETheta(C, extent=2),
+    "ge_theta_plus": lambda: GEThetaPlus(C, reduction=4),
     "sk": lambda: SelectiveKernel(C),
     "sk 3": lambda: SelectiveKernel(C, branches=3, groups=2),
 }

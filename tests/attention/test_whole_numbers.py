@@ -7,6 +7,7 @@ from torch import nn
 import selab as package
 from selab.attention import blocks
 from selab.attention.config import block_config
+from selab.attention.gather_excite import GETheta, GEThetaPlus
 from selab.attention.se import SqueezeExcitation, latent_width, squeeze_width
 from selab.attention.selective_kernel import SelectiveKernel
 from selab.errors import InsertionError, SelabError, SpecError
@@ -22,6 +23,9 @@ CLASSES = [
     (blocks.GatherExcite, "extent"),
     (blocks.ECA, "kernel_size"),
     (SqueezeExcitation, "squeeze_channels"),
+    (GETheta, "extent"),
+    (GEThetaPlus, "extent"),
+    (GEThetaPlus, "reduction"),
     (SelectiveKernel, "branches"),
     (SelectiveKernel, "groups"),
     (SelectiveKernel, "reduction"),

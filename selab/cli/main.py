@@ -13,6 +13,7 @@ from selab._version import __version__
 from selab.attention import user_code
 from selab.cli import faults, streams, usage
 from selab.cli.checks import check, diff
+from selab.cli.comparing import compare
 from selab.cli.console import StoppedError, print_error, tell_code
 from selab.cli.deploy import export, import_timings
 from selab.cli.judging import blocks, fold, gates
@@ -24,7 +25,7 @@ from selab.cli.placing import place
 from selab.cli.render import QUANTITIES, plot, schema, table
 from selab.cli.signals import INTERRUPTED, Signals
 from selab.cli.sweep import sweep
-from selab.cli.training import compare, evaluate, train
+from selab.cli.training import evaluate, train
 from selab.cli.weights import weights_app
 from selab.errors import SelabError
 

@@ -16,6 +16,7 @@ from selab.training.progress import TrainingProgress, duration
 from selab.training.recipe import Recipe, recipe_hash
 from selab.training.record import SeedOutcome
 from selab.training.train import DivergedError, Training, train
+from selab.training.verdict import LEAST_SEEDS
 
 Expects = Callable[[Variant, Comparison], float | None]
 """Returns about how many seconds a training of a network takes; None where nobody knows."""
@@ -181,9 +182,11 @@ def announcement(schedule: Schedule, expects: Expects | None) -> str:
     together = f", {schedule.at_once} at once" if schedule.at_once > 1 else ""
     seconds = None if expects is None else schedule.expected_s(expects)
     about = "" if seconds is None else f", about {duration(seconds)} by a few steps of each"
+    few = len(comparison.plan.seeds) < LEAST_SEEDS
+    width = f"; an interval worth reading needs at least {LEAST_SEEDS} seeds" if few else ""
     return (
-        f"{units.counted(len(schedule.pending), 'training')} × {epochs} on {comparison.facts.title}{together}{about}; "
-        "Ctrl-C saves everything, the same command resumes"
+        f"{units.counted(len(schedule.pending), 'training')} × {epochs} on {comparison.facts.title}{together}{about}"
+        f"{width}; Ctrl-C saves everything, the same command resumes"
     )
 
 

@@ -341,7 +341,8 @@ def test_going_on_is_said(data, tmp_path):
     said = []
     with pytest.raises(StopError):
         run_all([growing], stop_in_second, said.append)
-    announced = "2 trainings × 2 epochs on synthetic; Ctrl-C saves everything, the same command resumes"
+    few = "an interval worth reading needs at least 3 seeds"
+    announced = f"2 trainings × 2 epochs on synthetic; {few}; Ctrl-C saves everything, the same command resumes"
     assert said == [announced]
     partial_path(growing.path).unlink()
     growing = compare.Comparison(plan, data, out=tmp_path)

@@ -296,10 +296,9 @@ def readme(session: nox.Session) -> None:
     folder = linked[0] if linked else machine_folder(session)
     for trained in dict.fromkeys(one for one in linked if (Path(one) / "accuracy").is_dir()):
         session.run("selab", "table", "accuracy", "--profiles", trained, "--into", str(RESULTS))
-        axes = ("--x", "latency", "--y", "top1_error_trained")
-        session.run(
-            "selab", "plot", "accuracy", *axes, "--profiles", trained, "--out", f"{IMAGES}/bought.svg", "--replace"
-        )
+        starts = sorted((Path(trained) / "accuracy").glob("se_small_cnn*"))
+        shown = [word for one in starts for word in ("--record", str(one))]
+        session.run("selab", "plot", "curves", *shown, "--out", f"{IMAGES}/curves.svg", "--replace")
     taxed = records_of(TAX_RESULTS)
     if taxed is not None:
         session.run("selab", "table", "tax", "--profiles", taxed, "--into", str(TAX_RESULTS))

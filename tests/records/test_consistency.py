@@ -12,7 +12,7 @@ from selab.training.record import read_accuracy_record
 
 PROFILE = "intel-xeon-2c/se_resnet50.cpu-b1-224-fp32-held-t1.json"
 TAX = "amd-epyc-2c/tax/se_resnet50.cpu-b1-224-fp32-held-t1.forward.json"
-ACCURACY = "amd-epyc-2c/accuracy/se_small_cnn.cifar10.cifar_short_plain-e4.json"
+ACCURACY = "nvidia-h100-80gb-hbm3/accuracy/se_small_cnn.cifar10.keras_cnn-e25.json"
 
 
 @pytest.fixture

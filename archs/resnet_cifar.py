@@ -42,7 +42,9 @@ class ZeroPad(nn.Module):
         return F.pad(kept, (0, 0, 0, 0, 0, self.added_channels))
 
 
-def _convolutions(in_channels: int, width: int, stride: int, *, bottleneck: bool, stride_in: str) -> list[nn.Conv2d]:
+def branch_convolutions(
+    in_channels: int, width: int, stride: int, *, bottleneck: bool, stride_in: str
+) -> list[nn.Conv2d]:
     """Return the convolutions of a branch: 3x3 and 3x3, or 1x1, 3x3 and 1x1."""
     if not bottleneck:
         return [
@@ -177,7 +179,7 @@ class CIFARResNet(nn.Module):
         def stage(in_channels: int, width: int, stride: int) -> nn.Sequential:
             sequence = nn.Sequential()
             for _ in range(blocks):
-                convs = _convolutions(in_channels, width, stride, bottleneck=bottleneck, stride_in=stride_in)
+                convs = branch_convolutions(in_channels, width, stride, bottleneck=bottleneck, stride_in=stride_in)
                 sequence.append(block_type(convs, stride, shortcut))
                 in_channels, stride = convs[-1].out_channels, 1
             return sequence

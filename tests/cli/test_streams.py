@@ -57,6 +57,7 @@ def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path):
     done = shell(f"selab archs resnet18 --json {tmp_path / 'a.json'} >&- 2>&-")
     assert done.returncode == 0
     assert [one["name"] for one in json.loads((tmp_path / "a.json").read_bytes())] == [
+        *("preresnet18", "se_preresnet18"),
         *("resnet18", "se_resnet18", "resnet18_cifar", "se_resnet18_cifar"),
     ]
 

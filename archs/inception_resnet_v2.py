@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .layers import Branches, Concat
+from .layers import Branches, Concat, branched, chain
 
 # As in the release; PyTorch's own is 1e-5.
 _BN_EPS = 1e-3
@@ -119,23 +119,13 @@ class InceptionResNetBlock(nn.Module):
         return out
 
 
-def _chain(*convs: ConvBNReLU) -> nn.Sequential:
-    """Chain convolutions, named conv1, conv2, ..."""
-    return nn.Sequential(OrderedDict((f"conv{number}", conv) for number, conv in enumerate(convs, start=1)))
-
-
-def _inception(branches: dict[str, nn.Module]) -> nn.Sequential:
-    """Return concat(branches(x)), a module without a shortcut."""
-    return nn.Sequential(OrderedDict(branches=Branches(branches), concat=Concat()))
-
-
 def _mixed5b() -> nn.Sequential:
     """Return the module that makes 320 channels out of the stem's 192, at 35x35."""
-    return _inception(
+    return branched(
         {
             "path1x1": ConvBNReLU(192, 96, 1),
-            "path5x5": _chain(ConvBNReLU(192, 48, 1), ConvBNReLU(48, 64, 5)),
-            "path_double3x3": _chain(ConvBNReLU(192, 64, 1), ConvBNReLU(64, 96, 3), ConvBNReLU(96, 96, 3)),
+            "path5x5": chain(ConvBNReLU(192, 48, 1), ConvBNReLU(48, 64, 5)),
+            "path_double3x3": chain(ConvBNReLU(192, 64, 1), ConvBNReLU(64, 96, 3), ConvBNReLU(96, 96, 3)),
             "path_pool": nn.Sequential(
                 OrderedDict(
                     # TensorFlow's average leaves the padding out.
@@ -149,10 +139,10 @@ def _mixed5b() -> nn.Sequential:
 
 def _mixed6a() -> nn.Sequential:
     """Return the reduction from 320 channels at 35x35 to 1088 at 17x17."""
-    return _inception(
+    return branched(
         {
             "path3x3": ConvBNReLU(320, 384, 3, stride=2, padded=False),
-            "path_double3x3": _chain(
+            "path_double3x3": chain(
                 ConvBNReLU(320, 256, 1), ConvBNReLU(256, 256, 3), ConvBNReLU(256, 384, 3, stride=2, padded=False)
             ),
             "path_pool": nn.MaxPool2d(kernel_size=3, stride=2),
@@ -162,11 +152,11 @@ def _mixed6a() -> nn.Sequential:
 
 def _mixed7a() -> nn.Sequential:
     """Return the reduction from 1088 channels at 17x17 to 2080 at 8x8."""
-    return _inception(
+    return branched(
         {
-            "path3x3_1": _chain(ConvBNReLU(1088, 256, 1), ConvBNReLU(256, 384, 3, stride=2, padded=False)),
-            "path3x3_2": _chain(ConvBNReLU(1088, 256, 1), ConvBNReLU(256, 288, 3, stride=2, padded=False)),
-            "path_double3x3": _chain(
+            "path3x3_1": chain(ConvBNReLU(1088, 256, 1), ConvBNReLU(256, 384, 3, stride=2, padded=False)),
+            "path3x3_2": chain(ConvBNReLU(1088, 256, 1), ConvBNReLU(256, 288, 3, stride=2, padded=False)),
+            "path_double3x3": chain(
                 ConvBNReLU(1088, 256, 1), ConvBNReLU(256, 288, 3), ConvBNReLU(288, 320, 3, stride=2, padded=False)
             ),
             "path_pool": nn.MaxPool2d(kernel_size=3, stride=2),
@@ -178,8 +168,8 @@ def _block35() -> InceptionResNetBlock:
     """Return a block at 35x35, the paper's Inception-ResNet-A."""
     branches: dict[str, nn.Module] = {
         "path1x1": ConvBNReLU(320, 32, 1),
-        "path3x3": _chain(ConvBNReLU(320, 32, 1), ConvBNReLU(32, 32, 3)),
-        "path_double3x3": _chain(ConvBNReLU(320, 32, 1), ConvBNReLU(32, 48, 3), ConvBNReLU(48, 64, 3)),
+        "path3x3": chain(ConvBNReLU(320, 32, 1), ConvBNReLU(32, 32, 3)),
+        "path_double3x3": chain(ConvBNReLU(320, 32, 1), ConvBNReLU(32, 48, 3), ConvBNReLU(48, 64, 3)),
     }
     return InceptionResNetBlock(320, branches, concatenated=32 + 32 + 64, scale=0.17)
 
@@ -188,7 +178,7 @@ def _block17() -> InceptionResNetBlock:
     """Return a block at 17x17, the paper's Inception-ResNet-B."""
     branches: dict[str, nn.Module] = {
         "path1x1": ConvBNReLU(1088, 192, 1),
-        "path7x7": _chain(ConvBNReLU(1088, 128, 1), ConvBNReLU(128, 160, (1, 7)), ConvBNReLU(160, 192, (7, 1))),
+        "path7x7": chain(ConvBNReLU(1088, 128, 1), ConvBNReLU(128, 160, (1, 7)), ConvBNReLU(160, 192, (7, 1))),
     }
     return InceptionResNetBlock(1088, branches, concatenated=192 + 192, scale=0.1)
 
@@ -197,7 +187,7 @@ def _block8(*, last: bool) -> InceptionResNetBlock:
     """Return a block at 8x8, the paper's Inception-ResNet-C; the last one is neither scaled down nor rectified."""
     branches: dict[str, nn.Module] = {
         "path1x1": ConvBNReLU(2080, 192, 1),
-        "path3x3": _chain(ConvBNReLU(2080, 192, 1), ConvBNReLU(192, 224, (1, 3)), ConvBNReLU(224, 256, (3, 1))),
+        "path3x3": chain(ConvBNReLU(2080, 192, 1), ConvBNReLU(192, 224, (1, 3)), ConvBNReLU(224, 256, (3, 1))),
     }
     return InceptionResNetBlock(2080, branches, concatenated=192 + 256, scale=1.0 if last else 0.2, relu=not last)
 

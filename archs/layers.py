@@ -61,6 +61,11 @@ class ConvBNReLU(ConvBN):
         self.add_module("relu", nn.ReLU(inplace=True))
 
 
+def chain(*convs: nn.Module) -> nn.Sequential:
+    """Chain convolutions, named conv1, conv2, ..."""
+    return nn.Sequential(OrderedDict((f"conv{number}", conv) for number, conv in enumerate(convs, start=1)))
+
+
 def identity_or_projection(in_channels: int, out_channels: int, stride: int, kernel_size: int = 1) -> nn.Module:
     """Return the shortcut of a residual block: x, or bn(conv(x)) where the shape changes.
 
@@ -140,3 +145,12 @@ class Concat(nn.Module):
     def forward(self, parts: tuple[Tensor, ...]) -> Tensor:
         """Stack the channels of the parts."""
         return torch.cat(parts, dim=1)
+
+
+def branched(branches: dict[str, nn.Module]) -> nn.Sequential:
+    """Return concat(branches(x)), without a class of its own.
+
+    Args:
+        branches: The parallel paths by name.
+    """
+    return nn.Sequential(OrderedDict(branches=Branches(branches), concat=Concat()))

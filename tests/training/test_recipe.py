@@ -184,6 +184,8 @@ def test_errors_name_file_and_key(old, new, message):
         ("small_cnn", False, "imagenet_senet"),
         ("resnet", False, "imagenet_senet"),
         ("inception_resnet_v2", False, "imagenet_senet_299"),
+        ("inception_v3", False, "imagenet_senet_299"),
+        ("inception_v4", False, "imagenet_senet_299"),
         ("inception_resnet_v2", True, "cifar_short"),
         ("timm", True, "cifar_short"),
     ],

@@ -331,6 +331,58 @@ _BN_INCEPTION: Rules = (
     (r"\.double_3x3_([12])\.", _PATH_DOUBLE + r"conv\1."),
     (r"\.pool_proj\.", ".branches.path_pool.projection."),
 )
+_DENSENET: Rules = (
+    (r"^features\.(conv|norm)0\.", r"stem.\1."),
+    (r"^features\.denseblock(\d)\.denselayer(\d+)\.", r"stages.stage\1.block.layer\2.branch."),
+    (r"^features\.transition(\d)\.", r"stages.stage\1.transition."),
+    (r"^features\.norm5\.", "head.bn."),
+    (r"\.norm(\d?)\.", r".bn\1."),
+    (r"^classifier\.", "head.fc."),
+)
+_PATH7X7 = ".branches.path7x7."
+_PATH_DOUBLE7X7 = ".branches.path_double7x7."
+# The end of a path that splits: a 1x3 and a 3x1.
+_SPLIT = (("a", "split.branches.conv1x3"), ("b", "split.branches.conv3x1"))
+_INCEPTION_V3: Rules = (
+    *_counted(r"^Conv2d_{}_\dx\d\.", "stem.conv{}.", (("1a", 1), ("2a", 2), ("2b", 3), ("3b", 4), ("4a", 5))),
+    *_counted(r"^Mixed_{}([a-e])\.", r"stage{}\1.", ((5, "1.mixed5"), (6, "2.mixed6"), (7, "3.mixed7"))),
+    (r"\.branch_pool\.", ".branches.path_pool.projection."),
+    (r"\.branch(\dx\d)\.", r".branches.path\1."),
+    (r"\.branch7x7x3_", ".branch7x7_"),
+    *_counted(r"\.branch3x3_2{}\.", _PATH3X3 + "{}.", _SPLIT),
+    *_counted(r"\.branch3x3dbl_3{}\.", _PATH_DOUBLE + "{}.", _SPLIT),
+    (r"\.branch(\dx\d)_(\d)\.", r".branches.path\1.conv\2."),
+    (r"\.branch(\dx\d)dbl_(\d)\.", r".branches.path_double\1.conv\2."),
+    (r"^fc\.", "head.fc."),
+)
+_INCEPTION_V4: Rules = (
+    *_counted(r"^features\.{}\.", "stem.conv{}.", ((0, 1), (1, 2), (2, 3))),
+    *_counted(r"^features\.{}\.conv\.", "stem.mixed{}" + _PATH3X3, ((3, "3a"), (5, "5a"))),
+    *_counted(r"^features\.4\.branch0\.{}\.", "stem.mixed4a" + _PATH3X3 + "conv{}.", ((0, 1), (1, 2))),
+    *_counted(r"^features\.4\.branch1\.{}\.", "stem.mixed4a" + _PATH7X7 + "conv{}.", ((n, n + 1) for n in range(4))),
+    *_counted(r"^features\.{}\.", "stage1.inception{}.", ((n, n - 5) for n in range(6, 10))),
+    *_counted(r"^features\.{}\.", "stage{}.reduction.", ((10, 2), (18, 3))),
+    *_counted(r"^features\.{}\.", "stage2.inception{}.", ((n, n - 10) for n in range(11, 18))),
+    *_counted(r"^features\.{}\.", "stage3.inception{}.", ((n, n - 18) for n in range(19, 22))),
+    (r"\.inception(\d)\.branch0\.", r".inception\1.branches.path1x1."),
+    (r"\.branch3\.1\.", ".branches.path_pool.projection."),
+    (r"^stage2\.reduction\.branch0\.", "stage2.reduction" + _PATH3X3),
+    *_counted(r"^stage3\.reduction\.branch0\.{}\.", "stage3.reduction" + _PATH3X3 + "conv{}.", ((0, 1), (1, 2))),
+    *_counted(
+        r"^stage2\.reduction\.branch1\.{}\.",
+        "stage2.reduction" + _PATH_DOUBLE + "conv{}.",
+        ((0, 1), (1, 2), (2, 3)),
+    ),
+    *_counted(r"^(stage[23]\.\w+)\.branch1\.{}\.", r"\1" + _PATH7X7 + "conv{}.", ((n, n + 1) for n in range(4))),
+    *_counted(r"^(stage2\.\w+)\.branch2\.{}\.", r"\1" + _PATH_DOUBLE7X7 + "conv{}.", ((n, n + 1) for n in range(5))),
+    *_counted(r"^(stage1\.\w+)\.branch1\.{}\.", r"\1" + _PATH3X3 + "conv{}.", ((0, 1), (1, 2))),
+    *_counted(r"^(stage1\.\w+)\.branch2\.{}\.", r"\1" + _PATH_DOUBLE + "conv{}.", ((0, 1), (1, 2), (2, 3))),
+    (r"\.branch1_0\.", _PATH3X3 + "conv1."),
+    *_counted(r"\.branch1_1{}\.", _PATH3X3 + "{}.", _SPLIT),
+    *_counted(r"\.branch2_{}\.", _PATH_DOUBLE + "conv{}.", ((0, 1), (1, 2), (2, 3))),
+    *_counted(r"\.branch2_3{}\.", _PATH_DOUBLE + "{}.", _SPLIT),
+    (r"^last_linear\.", "head.fc."),
+)
 
 
 # --------------------------------------------------------------------------------------------------------------- ports
@@ -357,6 +409,7 @@ PORTS: tuple[Port, ...] = (
         resnext101_64x4d="resnext101_64x4d",
     ),
     *_ports("torchvision", _VGG_TORCHVISION, vgg16="vgg16_bn"),
+    *_ports("torchvision", _DENSENET, densenet121="densenet121"),
     *_ports("torchvision", _MOBILENET_V2_TORCHVISION, mobilenet_v2="mobilenet_v2"),
     *_ports("torchvision", _mobilenet_v3_torchvision(_LARGE), mobilenet_v3_large="mobilenet_v3_large"),
     *_ports("torchvision", _mobilenet_v3_torchvision(_SMALL), mobilenet_v3_small="mobilenet_v3_small"),
@@ -430,6 +483,9 @@ PORTS: tuple[Port, ...] = (
     ),
     *_ports("timm", _GHOSTNET, ghostnet_100="ghostnet_100"),
     *_ports("timm", _INCEPTION_RESNET_V2, inception_resnet_v2="inception_resnet_v2"),
+    *_ports("timm", _DENSENET, densenet121="densenet121"),
+    *_ports("timm", _INCEPTION_V3, inception_v3="inception_v3"),
+    *_ports("timm", _INCEPTION_V4, inception_v4="inception_v4"),
     *_ports("cadene", _CAFFE_RESNET, resnet101="cafferesnet101"),
     *_ports(
         "cadene",

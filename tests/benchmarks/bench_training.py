@@ -56,7 +56,7 @@ ARCHES = {
     "se_resnet20_cifar": "cifar_resnet",
 }
 """Network → its recipe."""
-IMAGES = 1536
+IMAGES = 768
 """In a call of all processes together."""
 WAYS: dict[str, int] = {"selab": 1, "jobs": 2, "compiled": 1, "vmap": 1}
 """Way → its processes."""
@@ -227,12 +227,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--budget", type=float, default=100.0, help="seconds of sampling for each ratio")
     parser.add_argument("--arch", choices=[*ARCHES], action="append")
+    parser.add_argument("--way", choices=[*WAYS, "bf16"], action="append")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve, options.arch[0], options.data)
     here = machine()
-    ways = [*WAYS, *(["bf16"] if has_bf16() else [])]
+    ways = options.way or [*WAYS, *(["bf16"] if has_bf16() else [])]
     plan = replace(Plan.for_cpu(), statistic="typical", target_half_width=0.02, budget_s=options.budget)
     before = read_cpu()
     found: dict[str, Latency] = {}

@@ -88,10 +88,10 @@ def test_a_process_that_died_is_replaced_and_keeps_its_number(order, monkeypatch
         yield said[1]
         if not deaths:
             deaths.append("a measuring process was ended by SIGKILL; is the memory full?")
-            raise children._DiedError(deaths[0])
+            raise children.DiedError(deaths[0])
 
     deaths = []
-    monkeypatch.setattr(children, "_lines", scripted)
+    monkeypatch.setattr(children, "lines_of", scripted)
     seen = list(events(order, 3))
     started = [one.where for one in seen if isinstance(one, Started)]
     assert started[:2] == ["process 1 of 3"] * 2
@@ -108,6 +108,6 @@ def test_a_process_that_died_is_replaced_and_keeps_its_number(order, monkeypatch
 
 
 def test_an_error_of_a_process_is_the_measurement_s(order, monkeypatch):
-    monkeypatch.setattr(children, "_lines", lambda *_: (text for text in [b'{"error": "broken"}']))
+    monkeypatch.setattr(children, "lines_of", lambda *_: (text for text in [b'{"error": "broken"}']))
     with pytest.raises(SelabError, match=r"^broken$"):
         list(events(order, 3))

@@ -9,6 +9,7 @@ from tiny_training import FAMILY, NETWORKS, RECIPE, images
 
 from selab.errors import RecordError, SelabError
 from selab.experiments import compare, tuning
+from selab.experiments.trainings import run_all
 from selab.experiments.tuning import Trial, Tuning, tuned, with_values
 from selab.models.catalog import find
 from selab.report import accuracy
@@ -162,7 +163,7 @@ def test_each_network_is_trained_at_its_best(network, tmp_path):
     labels = []
     left = compare.left_of(both, replace=False)
     said = []
-    compare.run_all(left, lambda label, state: state or labels.append(label), said.append, expects=lambda *_: 7.0)
+    run_all(left, lambda label, state: state or labels.append(label), said.append, expects=lambda *_: 7.0)
     # Six trainings in the one recipe, six at the networks' own values.
     assert said[0].startswith("12 trainings × 1 epoch on tiny, about 1 min by a few steps of each; ")
     assert labels[-1] == "training 12 of 12 (seed 2, se_plain)"

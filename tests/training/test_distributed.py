@@ -297,7 +297,7 @@ def test_one_of_two_compares(selab_in_two, family, tmp_path):
         variant=variant,
         baseline=baseline,
         recipe=find_recipe("cifar_short"),
-        options=Options(epochs=1, batch=1000, threads=1),
+        options=Options(epochs=1, batch=1000, threads=1, channels_last=True),
         seeds=(0, 1),
         command="",
     )

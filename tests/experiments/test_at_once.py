@@ -28,6 +28,9 @@ epochs = 1
 schedule = "constant"
 """
 
+# So many epochs that neither of two trainings ends while the other one begins.
+LONG = ("--epochs", 8, "--batch", 50)
+
 
 def test_cores_are_shared(monkeypatch):
     monkeypatch.setattr(at_once, "available_cores", lambda: 4)
@@ -93,7 +96,7 @@ def wait_for(found, process):
 
 
 def test_all_are_saved_when_one_is_asked_to_stop_and_go_on(comparing, tmp_path):
-    words = ["--seeds", 1, "--epochs", 2, "--batch", 50]
+    words = ["--seeds", 1, *LONG]
     running = comparing(*words)
     wait_for(lambda: len(checkpoints(tmp_path)) == 2, running)
     running.send_signal(signal.SIGTERM)
@@ -104,14 +107,15 @@ def test_all_are_saved_when_one_is_asked_to_stop_and_go_on(comparing, tmp_path):
     again = comparing(*words)
     _, error = again.communicate()
     assert again.returncode == 0, error
-    assert error.count("resuming at epoch 2") == 2
+    assert error.count(": resuming at epoch ") == 2
+    assert "resuming at epoch 1:" not in error
     (path,) = tmp_path.glob("out/*/accuracy/*.json")
     assert read_accuracy_record(path).complete
 
 
 @pytest.mark.skipif(not list(Path("/proc/self/task").glob("*/children")), reason="no lists of children here")
 def test_a_process_that_is_killed_ends_all_and_nothing_is_lost(comparing, tmp_path):
-    running = comparing("--seeds", 1, "--epochs", 3, "--batch", 50)
+    running = comparing("--seeds", 1, *LONG)
     wait_for(lambda: len(checkpoints(tmp_path)) == 2, running)
     os.kill(children_of(running)[0], signal.SIGKILL)
     _, error = running.communicate()

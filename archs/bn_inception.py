@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from .layers import Branches, Concat, ConvBNReLU
+from .layers import Branches, Concat, ConvBNReLU, initialise_he
 
 # Channels of a module's 1x1; its 3x3 (reduced, out); its double 3x3 (reduced, out); the projection of its pooling.
 _WIDTHS: dict[str, tuple[int, tuple[int, int], tuple[int, int], int]] = {
@@ -131,13 +131,7 @@ class BNInception(nn.Module):
                 fc=nn.Linear(channels, num_classes),
             )
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_he(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

@@ -9,6 +9,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from .layers import initialise_he
+
 # Layers in the four dense blocks of each depth, all with a growth rate of 32 (arXiv 1608.06993, Table 1).
 _BLOCK_LAYERS: dict[int, tuple[int, int, int, int]] = {
     121: (6, 12, 24, 16),
@@ -163,15 +165,7 @@ class DenseNet(nn.Module):
                 fc=nn.Linear(channels, num_classes),
             )
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialise_he(self, zero_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

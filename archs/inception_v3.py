@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .bn_inception import Inception
 from .inception_resnet_v2 import ConvBNReLU
-from .layers import branched, chain
+from .layers import branched, chain, initialise_he
 
 _STEM_CHANNELS = 192
 # Channels of the 1x7 and 7x1 convolutions in the modules mixed6b to mixed6e.
@@ -171,13 +171,7 @@ class InceptionV3(nn.Module):
                 fc=nn.Linear(2048, num_classes),
             )
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+        initialise_he(self, mode="fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

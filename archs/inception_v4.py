@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .bn_inception import Inception
 from .inception_resnet_v2 import ConvBNReLU
 from .inception_v3 import parallel_1x3_3x1, pooled_path
-from .layers import branched, chain
+from .layers import branched, chain, initialise_he
 
 # Modules of each stage, without the reductions (arXiv 1602.07261, Fig. 9).
 _STAGE_MODULES = (4, 7, 3)
@@ -162,13 +162,7 @@ class InceptionV4(nn.Module):
                 fc=nn.Linear(1536, num_classes),
             )
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+        initialise_he(self, mode="fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

@@ -1,9 +1,10 @@
-"""Layers that several families share: convolutions with their BN, and the joins of residual blocks.
+"""Layers that several families share: convolutions with their BN, their start, and the joins of residual blocks.
 
 A join's `formula` names what it computes. Code that fuses a join with the layers around it looks for these strings.
 """
 
 from collections import OrderedDict
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,25 @@ class ConvBNReLU(ConvBN):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, groups, bias=bias)
         self.add_module("relu", nn.ReLU(inplace=True))
+
+
+def initialise_he(
+    network: nn.Module, *, mode: Literal["fan_in", "fan_out"] = "fan_out", zero_bias: bool = False
+) -> None:
+    """Draw the weights of all convolutions by He. BN modules already start at scale 1 and shift 0.
+
+    Args:
+        network: with all its layers.
+        mode: Which count of connections keeps its variance.
+        zero_bias: Also set the biases of fully connected layers to 0; their weights keep PyTorch's start.
+
+    Source: arXiv 1502.01852, Sec. 2.2.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+        elif zero_bias and isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
 
 
 def chain(*convs: nn.Module) -> nn.Sequential:

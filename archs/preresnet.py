@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from .layers import initialise_he
 from .resnet_cifar import PreActivationBlock, branch_convolutions
 
 # Blocks in stages 2 to 5 (conv2_x to conv5_x) of each depth (arXiv 1512.03385, Table 1).
@@ -75,15 +76,7 @@ class PreResNet(nn.Module):
                 fc=nn.Linear(channels, num_classes),
             )
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialise_he(self, zero_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

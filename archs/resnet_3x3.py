@@ -3,7 +3,7 @@
 Source: He et al. 2015, arXiv 1512.03385, Table 1; the stem: weiaicunzai/pytorch-cifar100, models/resnet.py.
 """
 
-from .layers import ConvBNReLU
+from .layers import ConvBNReLU, initialise_he
 from .resnet import ResNet, resnet
 
 _STEM_CHANNELS = 64
@@ -25,5 +25,5 @@ def resnet_3x3(depth: int, *, num_classes: int = 100) -> ResNet:
     """
     network = resnet(depth, num_classes=num_classes, stride_in="3x3", stem_pool="torch")
     network.stem = ConvBNReLU(3, _STEM_CHANNELS, kernel_size=3)
-    network._initialise()
+    initialise_he(network)
     return network

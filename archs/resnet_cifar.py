@@ -8,7 +8,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Add, AddReLU, ConvBN
+from .layers import Add, AddReLU, ConvBN, initialise_he
 
 # Channels of the 3x3 convolutions in stages 1 to 3 (arXiv 1512.03385, Sec. 4.2).
 _STAGE_WIDTHS = (16, 32, 64)
@@ -197,15 +197,7 @@ class CIFARResNet(nn.Module):
         self.head.add_module("pool", nn.AdaptiveAvgPool2d(1))
         self.head.add_module("flatten", nn.Flatten())
         self.head.add_module("fc", nn.Linear(channels, num_classes))
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialise_he(self, zero_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

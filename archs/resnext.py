@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .layers import AddReLU, identity_or_projection
+from .layers import AddReLU, identity_or_projection, initialise_he
 
 # Blocks in stages 2 to 5 (conv2_x to conv5_x) of each depth (arXiv 1611.05431, Table 1 and Sec. 5.1).
 _STAGE_BLOCKS: dict[int, tuple[int, int, int, int]] = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -108,13 +108,7 @@ class ResNeXt(nn.Module):
                 fc=nn.Linear(2048, num_classes),
             )
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_he(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .layers import AddReLU, identity_or_projection
+from .layers import AddReLU, identity_or_projection, initialise_he
 
 # Groups of every 3x3 in a branch.
 _GROUPS = 64
@@ -118,13 +118,7 @@ class SENet154(nn.Module):
                 fc=nn.Linear(2048, num_classes),
             )
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_he(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

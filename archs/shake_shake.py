@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Add, AddReLU, ConvBN, identity_or_projection
+from .layers import Add, AddReLU, ConvBN, identity_or_projection, initialise_he
 
 _STEM_CHANNELS = {"basic": 16, "resnext": 64}
 # Convolutions of three stages of blocks; the depth counts two layers more, the stem and the classifier.
@@ -249,15 +249,7 @@ class ShakeShake(nn.Module):
         self.head.add_module("pool", nn.AdaptiveAvgPool2d(1))
         self.head.add_module("flatten", nn.Flatten())
         self.head.add_module("fc", nn.Linear(4 * out1, num_classes))
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialise_he(self, zero_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from .layers import ConvBNReLU
+from .layers import ConvBNReLU, initialise_he
 from .shufflenet import ResidualUnit, stage
 
 _GROUPS = 3
@@ -43,15 +43,7 @@ class CIFARShuffleNetV1(nn.Module):
                 fc=nn.Linear(960, num_classes),
             )
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialise_he(self, zero_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

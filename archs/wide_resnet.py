@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .layers import Add
+from .layers import Add, initialise_he
 
 # Channels of groups conv2 to conv4 at width_mult 1 (arXiv 1605.07146, Table 1).
 _GROUP_CHANNELS = (16, 32, 64)
@@ -101,15 +101,7 @@ class WideResNet(nn.Module):
                 fc=nn.Linear(out4, num_classes),
             )
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # BN modules already start at scale 1 and shift 0.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        initialise_he(self, zero_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

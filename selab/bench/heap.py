@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Callable
 
 from selab.errors import DeviceError
+from selab.records.types import Device
 
 # Parameters of mallopt, and what they are set to: nothing freed goes back to the system, nothing comes from mmap.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -24,6 +25,18 @@ def hold_heap() -> None:
     mallopt = _mallopt()
     if mallopt is None or not (mallopt(_M_MMAP_THRESHOLD, _MOST) and mallopt(_M_TRIM_THRESHOLD, _MOST)):
         raise DeviceError("--hold-heap: this system's C library has no mallopt; omit the option")
+
+
+def keep_freed(device: Device) -> None:
+    """Hold the heap of a process that trains on the CPU, where the C library can.
+
+    A step would otherwise map and clear most of its pages again.
+
+    Args:
+        device: that is trained on.
+    """
+    if device == "cpu" and has_mallopt():
+        hold_heap()
 
 
 def has_mallopt() -> bool:

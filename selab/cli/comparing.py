@@ -33,7 +33,7 @@ from selab.cli.options import (
     option,
     with_options,
 )
-from selab.cli.training import keep_memory, open_images, options_of, print_problems, recipe_of, trainable
+from selab.cli.training import open_images, options_of, print_problems, recipe_of, trainable
 from selab.errors import SelabError
 from selab.records.bounds import MOST_PROCESSES
 
@@ -110,6 +110,7 @@ def compare(
     """Train networks with SE and without, several seeds each (hours)."""
     for one in archs:
         trainable(one, option="compare")
+    from selab.bench.heap import keep_freed
     from selab.experiments import compare as experiments_compare
     from selab.experiments.expected import training_s
     from selab.experiments.trainings import run_all
@@ -121,7 +122,7 @@ def compare(
     networks = [experiments_compare.pair(variant, baseline) for baseline, variant in pairs]
     chosen = recipe_of(options.recipe, networks[0][1], data)
     how = options_of(options)
-    keep_memory(how.device)
+    keep_freed(how.device)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
     _check(more, how, world=group.world)

@@ -68,6 +68,7 @@ def train(
 ) -> None:
     """Train one network with a recipe; rerun to resume."""
     variant = trainable(arch)
+    from selab.bench.heap import keep_freed
     from selab.experiments import compare as experiments_compare
     from selab.training.augment import check_seed
     from selab.training.distributed import join
@@ -76,7 +77,7 @@ def train(
     chosen = recipe_of(options.recipe, variant, data)
     how = options_of(options)
     check_seed(seed)
-    keep_memory(how.device)
+    keep_freed(how.device)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
     images = open_images(data, chosen.image)
@@ -200,14 +201,6 @@ def _tested_table(found: "Accuracy", variant: "Variant", images: "Data") -> "Tab
         rows=(*rows, ("loss", f"{found.loss:.4f}", "")),
         notes=("Wilson intervals over images.",),
     )
-
-
-def keep_memory(device: Device) -> None:
-    """Keep freed memory in this process: a step on the CPU would otherwise map and clear most of its pages again."""
-    from selab.bench.heap import has_mallopt, hold_heap
-
-    if device == "cpu" and has_mallopt():
-        hold_heap()
 
 
 def trainable(name: str, *, option: str = "--arch") -> "Variant":

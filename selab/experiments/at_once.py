@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from selab import units
-from selab.bench.heap import has_mallopt, hold_heap
+from selab.bench.heap import keep_freed
 from selab.bench.machine import available_cores
 from selab.errors import SelabError
 from selab.experiments.children import DiedError, lines_of, obey
@@ -296,8 +296,7 @@ def child_main() -> None:
 
 def _train(order: _Order, write: Callable[..., Any]) -> None:
     """Train one network, and write lines about it."""
-    if order.options.device == "cpu" and has_mallopt():
-        hold_heap()
+    keep_freed(order.options.device)
     source = order.source
     try:
         data = open_data(

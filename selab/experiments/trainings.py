@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import msgspec
 
@@ -207,7 +206,7 @@ def one_by_one(schedule: Schedule, report: Report, say: Say) -> None:
         schedule.end(one)
 
 
-def result_of(one: Pending, schedule: Schedule, report: Report, say: Say, **changes: Any) -> Training:
+def result_of(one: Pending, schedule: Schedule, report: Report, say: Say) -> Training:
     """Train, or return what is finished already.
 
     Args:
@@ -215,7 +214,6 @@ def result_of(one: Pending, schedule: Schedule, report: Report, say: Say, **chan
         schedule: it is of.
         report: as in `run_all`.
         say: likewise.
-        changes: of its options that do not decide the result.
 
     Raises:
         SelabError: as `selab.training.train.train`.
@@ -226,7 +224,7 @@ def result_of(one: Pending, schedule: Schedule, report: Report, say: Say, **chan
         one.recipe,
         seed=one.seed,
         folder=one.folder,
-        options=msgspec.structs.replace(one.comparison.plan.options, **changes),
+        options=one.comparison.plan.options,
         report=lambda state: report(one.label, schedule.timed(one, state)),
         say=lambda text: say(f"{one.label}: {text}"),
     )

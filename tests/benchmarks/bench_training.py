@@ -188,9 +188,9 @@ def serve(way: str, arch: str, data_dir: Path) -> None:
         elif way == "vmap":
             train = batched(arch, data_dir)
         else:
-            from selab.bench.heap import hold_heap
+            from selab.bench.heap import keep_freed
 
-            hold_heap()
+            keep_freed("cpu")
             train = ours(arch, data_dir, options)
         for line in sys.stdin:
             train(int(line))

@@ -1,6 +1,8 @@
 import hashlib
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -240,3 +242,9 @@ def test_words(tmp_path):
         find_recipe(str(path))
     with pytest.raises(SpecError, match=r"none\.toml: cannot be read: No such file"):
         find_recipe(str(tmp_path / "none.toml"))
+
+
+def test_the_recipe_in_the_docs_is_complete():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"```toml\n(\[recipes\..*?)```", page, flags=re.DOTALL)
+    assert parse_recipes(block)["mine"].momentum == 0.9

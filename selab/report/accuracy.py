@@ -48,9 +48,7 @@ def comparison_table(compared: Compared) -> Table:
         f"{record.data.title}, {training_words(record)}, batch {record.recipe.batch}; {done} of "
         f"{len(record.seeds)} seeds; ± is one deviation over seeds, of a difference its 95 % interval. {place}."
     )
-    notes.append(
-        f"Trainings ran {_together(record)}: their times are no paired measurement, the passes' times are one."
-    )
+    notes += _times_note(compared)
     notes += published_notes([record])
     notes += (*words_note(rows), *_other_classes([compared]), *_no_results([compared]), *record.warnings)
     return Table(
@@ -61,10 +59,16 @@ def comparison_table(compared: Compared) -> Table:
     )
 
 
-def _together(record: AccuracyRecord) -> str:
-    """Return how many trainings ran at the same time, in words."""
-    counts = {one.at_once for seed in record.seeds for one in (seed.baseline, seed.variant) if one is not None} or {1}
-    return "one after the other" if counts == {1} else f"{' or '.join(map(str, sorted(counts)))} at once"
+def _times_note(compared: Compared) -> list[str]:
+    """Return how many trainings ran at the same time, and which times compare the networks; nothing if none ended."""
+    outcomes = [one for seed in compared.record.seeds for one in (seed.baseline, seed.variant) if one is not None]
+    if not outcomes:
+        return []
+    counts = sorted({one.at_once for one in outcomes})
+    together = "one after the other" if counts == [1] else f"{' or '.join(map(str, counts))} at once"
+    timed = compared.forward_latency or compared.step_latency
+    then = "; the times of the passes do" if timed else ""
+    return [f"Trainings ran {together}: the times of trainings do not compare the networks{then}."]
 
 
 def _own_recipes(record: AccuracyRecord) -> list[str]:

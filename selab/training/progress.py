@@ -56,11 +56,11 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
 
     @property
     def left(self) -> str:
-        """`2 min left`, `2 min left (1 h 37 min in all)` among several trainings; empty while unknown."""
+        """`2 min left`, `2 min left, 1 h 37 min for all` among several trainings; empty while unknown."""
         if self.eta_s is None:
             return ""
-        in_all = "" if self.total_eta_s is None else f" ({duration(self.total_eta_s)} in all)"
-        return f"{duration(self.eta_s)} left{in_all}"
+        for_all = "" if self.total_eta_s is None else f", {duration(self.total_eta_s)} for all"
+        return f"{duration(self.eta_s)} left{for_all}"
 
 
 Report = Callable[[TrainingProgress], object]

@@ -148,8 +148,9 @@ def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: 
     if found is None:
         mean = differences[0] if differences else None
         kind = "one_seed" if differences else "no_seeds"
-        text = "one seed shows no uncertainty" if differences else "no seed is finished for both networks"
-        text = f"{text}; run at least {LEAST_SEEDS}"
+        text = "no seed is finished for both networks"
+        if differences:
+            text = f"one seed shows no uncertainty; run at least {LEAST_SEEDS}"
     elif len(set(differences)) == 1:
         mean = differences[0]
         kind = "no_spread"

@@ -406,4 +406,4 @@ def test_the_time_of_all_trainings_is_told_after_an_epoch(data, tmp_path):
     schedule.begin(last)
     assert schedule.timed(last, slower).total_eta_s is None, "the last one has its own time"
     assert schedule.timed(last, slower).left == "1 min left"
-    assert msgspec.structs.replace(slower, total_eta_s=5820.0).left == "1 min left (1 h 37 min in all)"
+    assert msgspec.structs.replace(slower, total_eta_s=5820.0).left == "1 min left, 1 h 37 min for all"

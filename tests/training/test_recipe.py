@@ -247,4 +247,4 @@ def test_words(tmp_path):
 def test_the_recipe_in_the_docs_is_complete():
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     (block,) = re.findall(r"```toml\n(\[recipes\..*?)```", page, flags=re.DOTALL)
-    assert parse_recipes(block)["mine"].momentum == 0.9
+    assert parse_recipes(block, origin="training.md")["mine"].momentum == 0.9

@@ -136,15 +136,19 @@ def tuned(
             "give another --recipe, or more trials"
         )
     say(f"{variant.name}: lr {best.lr:.3g}, weight decay {best.weight_decay:.3g}: best of {counted(trials, 'trial')}")
-    return with_values(recipe, best, note=f"learning rate and weight decay: best of {counted(trials, 'trial')}")
+    return with_values(recipe, best, trials=trials)
 
 
-def with_values(recipe: Recipe, trial: Trial, *, note: str = "") -> Recipe:
-    """Return a recipe with a trial's values; the learning rate of the warm-up changes in proportion."""
+def with_values(recipe: Recipe, trial: Trial, *, trials: int | None = None) -> Recipe:
+    """Return a recipe with a trial's values: those of the best of some trials, or of one that is tried.
+
+    The learning rate of the warm-up changes in proportion. The number of trials is in the name: a comparison after more
+    of them has a record of its own.
+    """
     return msgspec.structs.replace(
         recipe,
-        name=f"{recipe.name}_tuned",
-        note=note,
+        name=f"{recipe.name}_tuned{trials or ''}",
+        note="" if trials is None else f"learning rate and weight decay: best of {counted(trials, 'trial')}",
         lr=trial.lr,
         warmup_lr=recipe.warmup_lr * trial.lr / recipe.lr,
         weight_decay=trial.weight_decay,

@@ -120,10 +120,11 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
     records = [one.record for one in group]
     place = records[0].machine.gpu or records[0].machine.cpu
     data = records[0].data
-    verdicts = {name_of(record): compare_verdict(record) for record in records}
+    # Two comparisons may have one name, in two recipes.
+    verdicts = [(name_of(record), compare_verdict(record)) for record in records]
     unresolved = [
         f"{name}, {metric}: {one.difference.text}"
-        for name, verdict in verdicts.items()
+        for name, verdict in verdicts
         for metric, one in (("top-1", verdict.top1), ("loss", verdict.loss))
         if one.difference.kind not in ("better", "worse")
     ]
@@ -138,8 +139,9 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
             "test on; ± is one deviation over seeds, in brackets 95 % intervals of the difference, paired by seed.",
             *published_notes(records),
             *words_note(bought_rows),
+            *(f"{name_of(record)}: {words}" for record in records for words in _own_recipes(record)),
             *unresolved,
-            *(f"{name}: {verdict.diverged}" for name, verdict in verdicts.items() if verdict.diverged),
+            *(f"{name}: {verdict.diverged}" for name, verdict in verdicts if verdict.diverged),
             *(f"{name_of(record)}: {warning}" for record in records for warning in record.warnings),
             *not_published(records),
         ),
@@ -171,14 +173,18 @@ def trainings(records: Sequence[AccuracyRecord]) -> list[str]:
 
 
 def name_of(record: AccuracyRecord) -> str:
-    """Return the name of a comparison in tables: with a baseline that is not its own, and whether it is stale."""
+    """Return the name of a comparison in tables.
+
+    With a baseline that is not its own, whether each network has values of its own, and whether it is stale.
+    """
     variant, baseline = variants_of(record)
     own = variant is not None and record.baseline == variant.baseline
     stale = any(
         facts is not None and facts.facts_hash != recorded
         for facts, recorded in ((variant, record.facts_hash), (baseline, record.baseline_facts_hash))
     )
-    return record.arch + ("" if own else f" against {record.baseline}") + (" (stale)" if stale else "")
+    best = "" if record.variant_recipe is None else ", each at its best"
+    return record.arch + ("" if own else f" against {record.baseline}") + best + (" (stale)" if stale else "")
 
 
 def _bought_row(one: Compared) -> tuple[str, ...]:

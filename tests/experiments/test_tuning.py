@@ -16,6 +16,7 @@ from selab.report import accuracy
 from selab.report.table import render
 from selab.training.record import Options, read_accuracy_record
 from selab.training.train import DivergedError
+from selab.training.verdict import compare_verdict
 
 pytest.importorskip("optuna")
 SHORT = msgspec.structs.replace(RECIPE, batch=10, warmup_epochs=1.0, warmup_lr=0.005)
@@ -51,7 +52,7 @@ def test_the_best_of_the_trials_is_taken_and_the_first_is_the_recipe(network, tm
         assert SHORT.lr / 10.001 <= one.lr <= SHORT.lr * 10.001
     best = max(record.trials, key=lambda one: one.held_out_pct[-1])
     assert (found.lr, found.weight_decay) == (best.lr, best.weight_decay)
-    assert found.name == "tiny_tuned"
+    assert found.name == "tiny_tuned3"
     # The warm-up begins in the same proportion.
     assert found.warmup_lr / found.lr == pytest.approx(SHORT.warmup_lr / SHORT.lr)
     assert said == [f"plain: lr {best.lr:.3g}, weight decay {best.weight_decay:.3g}: best of 3 trials"]
@@ -154,7 +155,7 @@ def test_a_broken_search_is_one_line(network, tmp_path):
 
 
 def test_each_network_is_trained_at_its_best(network, tmp_path):
-    own = {name: with_values(SHORT, Trial(lr=lr, weight_decay=1e-4), note="best of 5 trials")
+    own = {name: with_values(SHORT, Trial(lr=lr, weight_decay=1e-4), trials=5)
            for name, lr in (("plain", 0.01), ("se_plain", 0.03))}  # fmt: skip
     common = {"variant": network("se_plain"), "baseline": network("plain"), "options": Options(threads=1, epochs=1),
               "seeds": (0, 1, 2), "command": "selab compare …"}  # fmt: skip
@@ -175,11 +176,23 @@ def test_each_network_is_trained_at_its_best(network, tmp_path):
     shown = " ".join(
         render([accuracy.comparison_table(compare.compared(records[1], tmp_path / "m"))], "markdown").split()
     )
-    assert "Each network at its best (best of 5 trials): plain with a learning rate of 0.01" in shown
+    best = "Each network at its best (learning rate and weight decay: best of 5 trials): "
+    assert f"{best}plain with a learning rate of 0.01" in shown
     (sentence,) = accuracy.both_ways(records)
     assert sentence.startswith("se_plain against plain, same recipe: ")
     assert "; each at its best: " in sentence
-    # Another pair of values is another comparison.
+    # In a table of both, each has a row of its own, and says that nothing is shown if so.
+    bought, costs = accuracy.accuracy_tables([compare.compared(one, tmp_path / "m") for one in records])
+    names = ["se_plain", "se_plain, each at its best"]
+    assert [row[0] for row in bought.rows] == [row[0] for row in costs.rows] == names
+    said = [note.partition(", top-1:")[0] for note in bought.notes if ", top-1: " in note]
+    kinds = [compare_verdict(one).top1.difference.kind for one in records]
+    assert said == [name for name, kind in zip(names, kinds, strict=True) if kind not in ("better", "worse")]
+    assert sum("each at its best: Each network at its best (" in note for note in bought.notes) == 1
+    # More trials make a comparison of their own; another pair of values under one name is refused.
+    more = with_values(SHORT, Trial(lr=0.02, weight_decay=1e-4), trials=6)
+    after = compare.ComparisonPlan(**common, recipe=more, variant_recipe=more)
+    assert compare.Comparison(after, images(), out=tmp_path).path != both[1].path
     other = compare.ComparisonPlan(**common, recipe=own["plain"], variant_recipe=own["plain"])
     with pytest.raises(RecordError, match=r"exists: a comparison whose variant_recipe.lr is 0.03, not 0.01"):
         compare.Comparison(other, images(), out=tmp_path).take_over()

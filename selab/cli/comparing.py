@@ -38,10 +38,10 @@ from selab.errors import SelabError
 from selab.records.bounds import MOST_PROCESSES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from selab.cli.options import Look
-    from selab.experiments.compare import Comparison
+    from selab.experiments.compare import Comparison, ComparisonPlan
     from selab.models.spec import Variant
     from selab.training.data import Data
     from selab.training.recipe import Recipe
@@ -127,14 +127,14 @@ def compare(
     group.on_first(lambda: check_outputs(json_to))
     _check(more, how, world=group.world)
     images = open_images(data, chosen.image)
-    if more.equal_time:
-        networks += group.on_first(lambda: _as_slow(networks, images, out))
+    slow = group.on_first(lambda: _as_slow(networks, images, out)) if more.equal_time else []
+    networks += [pair for pair, _ in slow]
+    remarks = {(one.name, base.name): (words,) for (one, base), words in slow}
     ways: list[tuple[Variant, Variant, dict[str, Any]]] = [(one, base, {"recipe": chosen}) for one, base in networks]
     if more.tune:
         ways += _at_their_best(networks, images, chosen, how, more, out)
     common: dict[str, Any] = {"options": how, "seeds": tuple(range(more.seeds)), "command": _command()}
-    plans = [experiments_compare.ComparisonPlan(variant=one, baseline=base, **common, **way) for one, base, way in ways]
-    comparisons = [experiments_compare.Comparison(plan, images, out=out) for plan in plans]
+    comparisons = [experiments_compare.Comparison(one, images, out=out) for one in _plans(ways, remarks, common)]
     left = _left_of(comparisons, replace=replace)
     at_once = {} if group.world > 1 else _at_once(left, more.jobs, data)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
@@ -151,6 +151,20 @@ def compare(
         print_problems(getattr(images, "problems", None))
     if nothing := nothing_compared(records):
         raise SelabError(nothing)
+
+
+def _plans(
+    ways: "Sequence[tuple[Variant, Variant, dict[str, Any]]]",
+    remarks: "Mapping[tuple[str, str], tuple[str, ...]]",
+    common: dict[str, Any],
+) -> "list[ComparisonPlan]":
+    """Return a plan of each pair and its recipes, with the remarks on the pair by its names."""
+    from selab.experiments.compare import ComparisonPlan
+
+    return [
+        ComparisonPlan(variant=one, baseline=base, remarks=remarks.get((one.name, base.name), ()), **common, **way)
+        for one, base, way in ways
+    ]
 
 
 def _check(more: CompareOptions, options: "Options", *, world: int) -> None:
@@ -243,16 +257,16 @@ _EQUAL_TIME_S = 80.0
 
 def _as_slow(
     networks: "Sequence[tuple[Variant, Variant]]", images: "Data", out: Path
-) -> "list[tuple[Variant, Variant]]":
-    """Return each variant with each network that takes as long as it does: its baseline, wider or deeper."""
+) -> "list[tuple[tuple[Variant, Variant], str]]":
+    """Return each variant with each network that takes as long as it does, its baseline wider or deeper; and times."""
     from selab.experiments.compare import fitted
     from selab.experiments.equal_time import equal_time
 
     with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         return [
-            (variant, other)
+            ((variant, other), words)
             for variant, baseline in networks
-            for other in equal_time(
+            for other, words in equal_time(
                 fitted(variant, images),
                 fitted(baseline, images),
                 out=out,

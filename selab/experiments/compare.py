@@ -59,6 +59,7 @@ class ComparisonPlan(Frozen, frozen=True, kw_only=True):
         variant_recipe: of the variant, where each network has values of its own; of the same epochs.
         seeds: trained one after the other, each for both networks.
         command: the command line that asks for the same again.
+        remarks: what a reader must know of this pair.
     """
 
     variant: Variant
@@ -68,6 +69,7 @@ class ComparisonPlan(Frozen, frozen=True, kw_only=True):
     seeds: tuple[int, ...]
     command: str
     variant_recipe: Recipe | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
@@ -304,7 +306,7 @@ class Comparison:
             options=plan.options,
             machine=self.machine,
             seeds=seeds,
-            warnings=warnings_of(seeds, self.facts),
+            warnings=(*plan.remarks, *warnings_of(seeds, self.facts)),
             variant_recipe=self.variant_recipe,
         )
 

@@ -127,8 +127,10 @@ def equal_time(
     budget_s: float,
     report: Report,
     say: Callable[[str], object] = lambda _: None,
-) -> list[Variant]:
+) -> list[tuple[Variant, str]]:
     """Return the baselines that are as slow as a variant: a wider one and a deeper one, where there are such.
+
+    With each comes a line with the times of both over the baseline's; it says so if they are not equal.
 
     Measured is the forward pass of one image on one thread of the CPU, in PyTorch.
 
@@ -153,7 +155,26 @@ def equal_time(
     made = write_networks(_sites(baseline), networks, family)
     for remark in found.remarks:
         say(remark)
-    return [made[one.name] for one in networks]
+    return [(made[one.name], _times_words(found, one.name)) for one in networks]
+
+
+def _times_words(found: EqualTime, name: str) -> str:
+    """Return both networks' times over the baseline's, for those who read only the comparison."""
+    latency = next(one.latency for one in found.tried if one.network.name == name)
+    each = [f"{network} {_over(one)}" for network, one in ((name, latency), (found.arch, found.variant))]
+    words = f"forward pass of one image, over {found.baseline}'s: {', '.join(each)}"
+    return words if _near(_ratio(latency, name), _ratio(found.variant, found.arch)) else f"not equal in time: {words}"
+
+
+def _over(latency: Latency) -> str:
+    """Return `x 1.390 [1.381, 1.402]`."""
+    bounds = (latency.ratio_low, latency.ratio_high)
+    shown = "" if None in bounds else f" [{', '.join(f'{one:.3f}' for one in bounds)}]"
+    return f"x {latency.ratio:.3f}{shown}"
+
+
+def _near(ratio: float, aim: float) -> bool:
+    return abs(math.log(ratio / aim)) <= _NEAR
 
 
 def _there(path: Path, variant: Variant, baseline: Variant) -> EqualTime | None:
@@ -212,7 +233,7 @@ def _measured(variant: Variant, baseline: Variant, family: Path, *, budget_s: fl
         if of_kind:
             name = nearest(of_kind, aim)
             chosen.append(name)
-            if abs(math.log(ratios[name] / aim)) > _NEAR:
+            if not _near(ratios[name], aim):
                 remarks.append(
                     f"{baseline.name}: no {kind} takes as long as {variant.name}, x {aim:.3f}; the nearest, {name}, "
                     f"takes x {ratios[name]:.3f}"

@@ -196,7 +196,7 @@ class AccuracyRecord(Frozen, frozen=True, kw_only=True):
         complete: whether both networks of every requested seed are finished or diverged.
         recipe: in full, since recipes change.
         variant_recipe: of the variant, where each network has values of its own; None where both have `recipe`.
-        warnings: see `warnings_of`.
+        warnings: remarks of the comparison, and see `warnings_of`.
     """
 
     schema: str = SCHEMA

@@ -1,6 +1,7 @@
 """Baselines that are as slow as a variant; times are made up."""
 
 import json
+import math
 import sys
 
 import msgspec
@@ -57,7 +58,17 @@ def clock(monkeypatch):
 def as_slow(pair, out, **more):
     said = []
     networks = equal_time.equal_time(*pair, out=out, budget_s=1.0, report=lambda *_: None, say=said.append, **more)
-    return networks, said
+    return [one for one, _ in networks], said
+
+
+def test_each_network_comes_with_both_times(pair, clock, tmp_path):
+    networks = equal_time.equal_time(*pair, out=tmp_path / "out", budget_s=1.0, report=lambda *_: None)
+    for network, words in networks:
+        assert f"forward pass of one image, over tiny's: {network.name} x " in words
+        assert ", se_tiny x " in words
+        record = msgspec.json.decode((tmp_path / "out/equal-time/se_tiny-vs-tiny.json").read_bytes(), type=EqualTime)
+        taken = next(one.latency.ratio for one in record.tried if one.network.name == network.name)
+        assert words.startswith("not equal in time: ") == (abs(math.log(taken / 1.4)) > 0.02)
 
 
 def test_the_nearest_is_taken_in_proportion():

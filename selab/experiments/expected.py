@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from selab.experiments.compare import Comparison, fitted
+from selab.fusion.fuse import fuse
 from selab.models.build import build
 from selab.models.spec import Variant
 from selab.training.evaluate import AMP_TYPES
@@ -45,6 +46,8 @@ def training_s(variant: Variant, comparison: Comparison, *, threads: int | None 
         if options.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             images = images.contiguous(memory_format=torch.channels_last)
+        if options.fused:
+            fuse(model, input_nchw=(len(images), *data.input_chw))
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)

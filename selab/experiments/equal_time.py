@@ -168,8 +168,8 @@ def _times_words(found: EqualTime, name: str) -> str:
 
 def _over(latency: Latency) -> str:
     """Return `x 1.390 [1.381, 1.402]`."""
-    bounds = (latency.ratio_low, latency.ratio_high)
-    shown = "" if None in bounds else f" [{', '.join(f'{one:.3f}' for one in bounds)}]"
+    bounds = latency.interval
+    shown = "" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
     return f"x {latency.ratio:.3f}{shown}"
 
 

@@ -87,6 +87,14 @@ def build(num_classes, fault=""):
 """
 
 
+def pytest_generate_tests(metafunc):
+    """Refuses sets as parameters: every worker of pytest-xdist must collect the tests in the same order."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        values = mark.args[1] if len(mark.args) > 1 else mark.kwargs["argvalues"]
+        if isinstance(values, (set, frozenset)):
+            pytest.fail(f"{mark.args[0]!r} takes its values from a set, which has no order: give a tuple", pytrace=False)
+
+
 @pytest.fixture
 def toy(tmp_path):
     """A user's own family: `TOML:variant` names its networks."""

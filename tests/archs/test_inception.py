@@ -12,7 +12,7 @@ from selab.archs.inception_v4 import inception_v4
 from selab.attention.insert import insert_se
 from selab.models.catalog import installed
 
-FAMILIES = {"inception_v3", "inception_v4"}
+FAMILIES = ("inception_v3", "inception_v4")
 
 # A convolution: channels in, channels out, area of the kernel, side of its output.
 Conv = tuple[int, int, int, int]

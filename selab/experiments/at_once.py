@@ -235,8 +235,7 @@ def _run(schedule: Schedule, places: Sequence[Place], source: Source, report: Re
                 schedule.begin(one)
                 report(one.label, None)
                 running.append(_Running(one, free.pop(0), source, events))
-            ending = bool(fault or stop.wanted)
-            if ending:
+            if fault or stop.wanted:
                 for each in running:
                     each.stop()
             try:
@@ -252,8 +251,8 @@ def _run(schedule: Schedule, places: Sequence[Place], source: Source, report: Re
             schedule.end(other.one)
             wrong = _settle(other, schedule, report, say)
             unfinished -= not wrong
-            # A process that was asked to end says so; that is no fault.
-            fault = fault or ("" if ending else wrong)
+            # A process that was asked to end says so; that is no fault. A Ctrl-C reaches it together with this one.
+            fault = fault or ("" if stop.wanted else wrong)
         if fault:
             raise SelabError(fault)
         if unfinished:

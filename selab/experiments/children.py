@@ -25,10 +25,12 @@ from selab.records.types import Frozen
 
 # More processes that die are no accident.
 _MOST_DEATHS = 3
-# The folder of this package comes last: it is needed only where the package is not installed.
+# The folder of this package comes last: it is needed only where the package is not installed. A Ctrl-C reaches all
+# processes; during imports it would end in a traceback: there it is left to the parent, which ends the process.
 _START = (
+    "import signal; heard = signal.signal(signal.SIGINT, signal.SIG_IGN); "
     f"import sys; sys.path.append({str(Path(__file__).resolve().parents[2])!r}); "
-    "from {module} import child_main; child_main()"
+    "from {module} import child_main; signal.signal(signal.SIGINT, heard); child_main()"
 )
 _Order = TypeVar("_Order")
 _Found = TypeVar("_Found")

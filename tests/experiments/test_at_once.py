@@ -114,6 +114,21 @@ def test_all_are_saved_when_one_is_asked_to_stop_and_go_on(comparing, tmp_path):
 
 
 @pytest.mark.skipif(not list(Path("/proc/self/task").glob("*/children")), reason="no lists of children here")
+@pytest.mark.parametrize("imported_s", [0.1, 0.5, 1.5])
+def test_control_c_while_the_processes_start_is_one_line(comparing, imported_s):
+    running = comparing("--seeds", 1, *LONG)
+    wait_for(lambda: len(children_of(running)) == 2, running)
+    time.sleep(imported_s)
+    for one in (running.pid, *children_of(running)):
+        os.kill(one, signal.SIGINT)  # as a terminal does
+    _, error = running.communicate()
+    assert running.returncode == 128 + signal.SIGINT, error
+    assert "Traceback" not in error
+    assert "message above" not in error
+    assert "stopped with 2 trainings left; everything is saved" in error.splitlines()[-1]
+
+
+@pytest.mark.skipif(not list(Path("/proc/self/task").glob("*/children")), reason="no lists of children here")
 def test_a_process_that_is_killed_ends_all_and_nothing_is_lost(comparing, tmp_path):
     running = comparing("--seeds", 1, *LONG)
     wait_for(lambda: len(checkpoints(tmp_path)) == 2, running)

@@ -120,9 +120,10 @@ def centre_of(runs: Sequence[Run], statistic: Statistic) -> float | None:
 
 
 def interval_within(runs: Sequence[Run], statistic: Statistic) -> tuple[float, float] | None:
-    """Return Student's t interval of the ratio over all ABBA blocks, as if the processes had no effect of their own.
+    """Return Student's t interval over all ABBA blocks, as if the processes had no effect of their own.
 
-    A provisional answer, for as long as there are too few processes: it is narrower than the truth.
+    A provisional answer, for as long as there are too few processes: it is narrower than the truth. It lies around
+    `centre_of`, whose medians a few slow blocks do not move.
 
     Returns:
         None below three blocks.
@@ -131,7 +132,8 @@ def interval_within(runs: Sequence[Run], statistic: Statistic) -> tuple[float, f
     if len(logs) < LEAST_PROCESSES:
         return None
     half = stats.student_quantile(len(logs) - 1, 0.95) * stats.sample_deviation(logs) / math.sqrt(len(logs))
-    return math.exp(stats.mean(logs) - half), math.exp(stats.mean(logs) + half)
+    centre = stats.mean(_process_centres(runs, statistic))
+    return math.exp(centre - half), math.exp(centre + half)
 
 
 def half_width(blocks: Sequence[ABBABlock], statistic: Statistic) -> float | None:

@@ -1,7 +1,9 @@
 """Profiles in short fresh processes: what counts, what is left out, and what is said while they run."""
 
 import os
+import re
 
+import msgspec
 import pytest
 from fake_runs import paired_run
 
@@ -38,6 +40,20 @@ def test_figures_grow_with_the_processes(rows):
     assert said[2].startswith("forward +9.0 % [")
     assert (len(kept["forward"].runs), len(kept["forward"].controls)) == (3, 2)
     assert kept["forward"].unit == "process"
+
+
+def test_the_interval_so_far_holds_its_own_estimate(rows):
+    placements, _ = rows
+    # Two slow blocks of many draw the mean of all blocks, but not the medians.
+    for process in range(2):
+        run = paired_run(1.5, blocks=9)
+        slow = paired_run(4.0, blocks=2)
+        run = msgspec.structs.replace(run, quads=(*run.quads, *slow.quads))
+        placements.add(process, Placed(threads=1, raw=RawPhase(phase="forward", method="wall", run=run, controls=())))
+    said = placements.words()
+    estimate, low, high = map(float, re.fullmatch(r"forward about \+(\S+) % \[(\S+), (\S+)\]", said).groups())
+    assert low < estimate < high
+    assert estimate == pytest.approx(50, abs=1)
 
 
 def test_a_process_that_died_does_not_count(rows):

@@ -92,7 +92,9 @@ def pytest_generate_tests(metafunc):
     for mark in metafunc.definition.iter_markers("parametrize"):
         values = mark.args[1] if len(mark.args) > 1 else mark.kwargs["argvalues"]
         if isinstance(values, (set, frozenset)):
-            pytest.fail(f"{mark.args[0]!r} takes its values from a set, which has no order: give a tuple", pytrace=False)
+            pytest.fail(
+                f"{mark.args[0]!r} takes its values from a set, which has no order: give a tuple", pytrace=False
+            )
 
 
 @pytest.fixture

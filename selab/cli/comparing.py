@@ -111,15 +111,14 @@ def compare(
     for one in archs:
         trainable(one, option="compare")
     from selab.bench.heap import keep_freed
-    from selab.experiments import compare as experiments_compare
+    from selab.experiments.compare import Comparison
     from selab.experiments.expected import training_s
     from selab.experiments.trainings import run_all
     from selab.training.distributed import join, leave
     from selab.training.record import read_accuracy_record
     from selab.training.verdict import nothing_compared
 
-    pairs = [(None, archs[0])] if len(archs) == 1 else [(archs[0], one) for one in dict.fromkeys(archs[1:])]
-    networks = [experiments_compare.pair(variant, baseline) for baseline, variant in pairs]
+    networks = _pairs(archs)
     chosen = recipe_of(options.recipe, networks[0][1], data)
     how = options_of(options)
     keep_freed(how.device)
@@ -134,7 +133,7 @@ def compare(
     if more.tune:
         ways += _at_their_best(networks, images, chosen, how, more, out)
     common: dict[str, Any] = {"options": how, "seeds": tuple(range(more.seeds)), "command": _command()}
-    comparisons = [experiments_compare.Comparison(one, images, out=out) for one in _plans(ways, remarks, common)]
+    comparisons = [Comparison(one, images, out=out) for one in _plans(ways, remarks, common)]
     left = _left_of(comparisons, replace=replace)
     at_once = {} if group.world > 1 else _at_once(left, more.jobs, data)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
@@ -151,6 +150,18 @@ def compare(
         print_problems(getattr(images, "problems", None))
     if nothing := nothing_compared(records):
         raise SelabError(nothing)
+
+
+def _pairs(archs: "Sequence[str]") -> "list[tuple[Variant, Variant]]":
+    """Return the variants, each with its baseline, and tell where more than blocks differs."""
+    from selab.experiments.compare import pair, unlike
+
+    names = [(None, archs[0])] if len(archs) == 1 else [(archs[0], one) for one in dict.fromkeys(archs[1:])]
+    pairs = [pair(variant, baseline) for baseline, variant in names]
+    for words in dict.fromkeys(unlike(variant, baseline) for variant, baseline in pairs):
+        if words:
+            print_note(words)
+    return pairs
 
 
 def _plans(
@@ -262,19 +273,21 @@ def _as_slow(
     from selab.experiments.compare import fitted
     from selab.experiments.equal_time import equal_time
 
-    with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        return [
-            ((variant, other), words)
-            for variant, baseline in networks
-            for other, words in equal_time(
-                fitted(variant, images),
-                fitted(baseline, images),
-                out=out,
-                budget_s=_EQUAL_TIME_S,
-                report=report,
-                say=print_note,
-            )
-        ]
+    options: dict[str, Any] = {"out": out, "budget_s": _EQUAL_TIME_S, "say": print_note}
+    try:
+        with reporting(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
+            return [
+                ((variant, other), words)
+                for variant, baseline in networks
+                for other, words in equal_time(
+                    fitted(variant, images), fitted(baseline, images), report=report, **options
+                )
+            ]
+    except KeyboardInterrupt:
+        raise StoppedError(
+            "interrupted before networks that are equally slow were found; nothing was trained yet, and the same "
+            "command looks for them again"
+        ) from None
 
 
 def _show_comparisons(

@@ -122,21 +122,29 @@ def sites_of(original: Variant, *, se: str | None, insert: Sequence[str]) -> Sit
 
 # ------------------------------------------------------------------------------------------------------------- the TOML
 def write_networks(sites: Sites, networks: Sequence[Network], path: Path) -> dict[str, Variant]:
-    """Write the family of some networks and return its variants, the original among them.
+    """Write the family of networks of `selab place` and return its variants, the original among them.
 
     Raises:
         RecordError: the file cannot be written.
     """
-    write_atomically(path, family_text(sites, networks).encode())
+    text = family_text(sites, networks, family="placed", source=f"selab place --arch {sites.original.name}")
+    write_atomically(path, text.encode())
     return read_family(path)
 
 
-def family_text(sites: Sites, networks: Sequence[Network]) -> str:
-    """Return the TOML of some networks, the original first."""
+def family_text(sites: Sites, networks: Sequence[Network], *, family: str, source: str) -> str:
+    """Return the TOML of some networks, the original first.
+
+    Args:
+        sites: of the original.
+        networks: the others.
+        family: its name.
+        source: the command that chose them.
+    """
     original = sites.original
     named = json.dumps(fixed_address(original))
     text = (
-        f'family = "placed"\nsource = {json.dumps(f"selab place --arch {original.name}")}\n'
+        f"family = {json.dumps(family)}\nsource = {json.dumps(source)}\n"
         f'builder = "{resized.BUILDER}"\n'
         f"input_chw = [{', '.join(map(str, original.input_chw))}]\nnum_classes = {original.num_classes}\n"
     )

@@ -88,6 +88,22 @@ def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
     return variant, other
 
 
+def unlike(variant: Variant, baseline: Variant) -> str:
+    """Return in words what differs between a variant and its baseline besides blocks; empty if nothing does.
+
+    The order of the two is said as well, where the baseline is the one with blocks.
+    """
+    own, base = (catalog.baseline_of(one) or one for one in (variant, baseline))
+    if own != base and variant.baseline is not None:
+        return (
+            f"{variant.name}: its own baseline is {own.name}, not {baseline.name}; what is compared is not the blocks "
+            "alone"
+        )
+    if own == base == variant:
+        return f"{baseline.name} is the baseline here, as the first name; the usual order is {variant.name} first"
+    return ""
+
+
 def folder_of(
     variant: Variant,
     data: Data,

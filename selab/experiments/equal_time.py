@@ -7,6 +7,7 @@ another machine, trains the same networks.
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -28,13 +29,12 @@ from selab.experiments.candidates import (
     ratio_of,
     repeats,
     widths,
-    write_networks,
 )
 from selab.experiments.job import Request, resolve
 from selab.experiments.prices import times
 from selab.models.build import build
 from selab.models.provenance import fixed_address
-from selab.models.spec import Variant
+from selab.models.spec import Variant, read_family
 from selab.records.files import read_text, write_atomically
 from selab.records.store import file_name
 from selab.records.types import Frozen, Latency, decoded
@@ -152,7 +152,8 @@ def equal_time(
         found = _measured(variant, baseline, family, budget_s=budget_s, report=report)
         write_atomically(path, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     networks = [one.network for one in found.tried if one.network.name in found.chosen]
-    made = write_networks(_sites(baseline), networks, family)
+    write_atomically(family, _networks_text(_sites(baseline), variant, networks).encode())
+    made = read_family(family)
     for remark in found.remarks:
         say(remark)
     return [(made[one.name], _times_words(found, one.name)) for one in networks]
@@ -262,6 +263,12 @@ def _measured(variant: Variant, baseline: Variant, family: Path, *, budget_s: fl
     )
 
 
+def _networks_text(sites: Sites, variant: Variant, networks: Sequence[Network]) -> str:
+    """Return the TOML of the baseline and wider and deeper networks."""
+    names = shlex.join([sites.original.name, variant.name])
+    return family_text(sites, networks, family="equal_time", source=f"selab compare {names} --equal-time")
+
+
 def _family_text(sites: Sites, variant: Variant, networks: Sequence[Network]) -> str:
     """Return the TOML of everything that is measured: the baseline, the networks, and the variant with its blocks.
 
@@ -278,7 +285,7 @@ def _family_text(sites: Sites, variant: Variant, networks: Sequence[Network]) ->
     # Texts, numbers, truth values and lists of them are written as in JSON.
     blocks = ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
     return (
-        family_text(sites, networks)
+        _networks_text(sites, variant, networks)
         + f'\n[variants.{BLOCKS}]\ntitle = {title}\nbaseline = "{ORIGINAL}"\narguments = {{ arch = {named} }}\n'
         + f"se = {{ {blocks} }}\n"
     )

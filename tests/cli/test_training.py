@@ -64,6 +64,16 @@ class TestAccuracy:
         assert status == 1
         assert message in one_line(error)
 
+    def test_interrupted_before_anything_is_trained(self, selab, tiny, tmp_path, one_line, monkeypatch):
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("selab.experiments.equal_time.equal_time", interrupted)
+        words = ["compare", f"{tiny}:se_tiny", "--data", "synthetic", "--equal-time", "--out", tmp_path]
+        status, _, error = selab(*words)
+        assert status == 130
+        assert "interrupted before networks that are equally slow were found; nothing was trained" in one_line(error)
+
     def test_several_networks_with_one_baseline(self, selab, tiny, tmp_path):
         names = [f"{tiny}:{name}" for name in ("tiny", "se_tiny", "se_tiny+reduction=2")]
         common = ["--data", "synthetic", "--seeds", 1, "--epochs", 1, "--batch", 2000, "--threads", 1, "--no-latency"]

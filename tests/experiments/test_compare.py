@@ -407,3 +407,21 @@ def test_the_time_of_all_trainings_is_told_after_an_epoch(data, tmp_path):
     assert schedule.timed(last, slower).total_eta_s is None, "the last one has its own time"
     assert schedule.timed(last, slower).left == "1 min left"
     assert msgspec.structs.replace(slower, total_eta_s=5820.0).left == "1 min left, 1 h 37 min for all"
+
+
+@pytest.mark.parametrize(
+    ("baseline", "variant", "words"),
+    [
+        ("small_cnn", "se_small_cnn", ""),
+        ("small_cnn", "se_small_cnn+init=identity", ""),
+        ("se_small_cnn", "se_small_cnn+init=identity", ""),
+        ("mobilenet", "resnet18", ""),
+        ("se_small_cnn", "small_cnn", "se_small_cnn is the baseline here, as the first name; the usual order is small_"),
+        ("resnet20_cifar", "se_small_cnn", "se_small_cnn: its own baseline is small_cnn, not resnet20_cifar; what is"),
+        ("se_resnet18", "se_small_cnn", "se_small_cnn: its own baseline is small_cnn, not se_resnet18; what is compar"),
+    ],
+)
+def test_what_differs_besides_blocks_is_said(baseline, variant, words):
+    said = compare.unlike(*compare.pair(variant, baseline))
+    assert said.startswith(words)
+    assert bool(said) == bool(words)

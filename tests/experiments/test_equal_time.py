@@ -122,6 +122,12 @@ def test_a_wider_and_a_deeper_network_take_as_long(pair, clock, tmp_path):
     assert all("takes as long as se_tiny" in one for one in said)
 
 
+def test_the_toml_says_who_made_it(pair, clock, tmp_path):
+    as_slow(pair, tmp_path / "out")
+    text = (tmp_path / "out/equal-time/se_tiny-vs-tiny.toml").read_text()
+    assert text.startswith('family = "equal_time"\nsource = "selab compare tiny se_tiny --equal-time"\n')
+
+
 def test_what_was_measured_is_kept(pair, clock, tmp_path):
     first, _ = as_slow(pair, tmp_path / "out")
     clock.calls.clear()

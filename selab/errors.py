@@ -61,17 +61,18 @@ def one_line(error: BaseException, *, most: int = 300) -> str:
     return (text if len(text) <= most else f"{text[:most]}…") or type(error).__name__
 
 
-def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
+def nearest(name: str, known: Iterable[str], *, most: int = 3, shown: int = 12) -> str:
     """Return the end of an error message: `; did you mean a, b?`, or `; known: a, b, …` if no name is similar.
 
     Args:
         name: what was given.
         known: the names that exist.
         most: suggest at most this many.
+        shown: list at most this many if no name is similar.
     """
     names = sorted(known)
     close = get_close_matches(name.lower(), names, n=most, cutoff=0.5)
     if close:
         return f"; did you mean {', '.join(close)}?"
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    return f"; known: {shown}" if names else ""
+    listed = ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
+    return f"; known: {listed}" if names else ""

@@ -190,6 +190,13 @@ BLOCKS: dict[str, type[SiteConfig]] = {
 }
 """Name of a block → type of its configuration; `selab.attention.register_block` adds to it."""
 BUILT_IN = frozenset(BLOCKS)
+# What papers call blocks whose names here are longer.
+_PAPERS_NAMES = {
+    "ca": ("coordinate",),
+    "gc": ("global_context",),
+    "ge": ("gather_excite", "ge_theta", "ge_theta_plus"),
+    "sknet": ("sk",),
+}
 
 _SHARED_KEYS = SiteConfig.__struct_fields__
 
@@ -252,7 +259,7 @@ def read_block(keys: dict[str, Any], *, place: str) -> SiteConfig:
     kind, target = _kind_of(name) if isinstance(name, str) else (None, "")
     if kind is None:
         raise SpecError(
-            f"{_at(place, 'block')}: no such block {name!r}{_near(name)}; allowed: {', '.join(BLOCKS)}, "
+            f"{_at(place, 'block')}: no such block {name!r}{_suggested(name)}; or a class of your own, "
             "path/to/file.py:Class, package.module:Class"
         )
     if kind is ExternalConfig:
@@ -284,9 +291,12 @@ def _kind_of(name: str) -> tuple[type[SiteConfig] | None, str]:
     return (ExternalConfig, offered[name]) if name in offered else (None, "")
 
 
-def _near(name: object) -> str:
-    near = nearest(str(name), BLOCKS)
-    return near if near.startswith("; did you mean") else ""
+def _suggested(name: object) -> str:
+    """Return the end of a message about an unknown block: the names that are near, or all."""
+    meant = _PAPERS_NAMES.get(str(name).lower())
+    if meant is not None:
+        return f"; did you mean {', '.join(meant)}?"
+    return nearest(str(name), BLOCKS, shown=len(BLOCKS))
 
 
 def _check_arguments(arguments: dict[str, Any], *, place: str) -> None:
@@ -351,7 +361,7 @@ def changed(start: SiteConfig | None, text: str, *, option: str = "--se") -> Sit
     kind, _ = _kind_of(name)
     if kind is None:
         raise SpecError(
-            f"{where}: block {name!r}: no such block{nearest(name, BLOCKS)}; or a class of your own, "
+            f"{where}: block {name!r}: no such block{_suggested(name)}; or a class of your own, "
             "block=path/to/file.py:Class"
         )
     fields = {

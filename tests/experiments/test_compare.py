@@ -416,7 +416,11 @@ def test_the_time_of_all_trainings_is_told_after_an_epoch(data, tmp_path):
         ("small_cnn", "se_small_cnn+init=identity", ""),
         ("se_small_cnn", "se_small_cnn+init=identity", ""),
         ("mobilenet", "resnet18", ""),
-        ("se_small_cnn", "small_cnn", "se_small_cnn is the baseline here, as the first name; the usual order is small_"),
+        (
+            "se_small_cnn",
+            "small_cnn",
+            "se_small_cnn is the baseline here, as the first name; the usual order is small_",
+        ),
         ("resnet20_cifar", "se_small_cnn", "se_small_cnn: its own baseline is small_cnn, not resnet20_cifar; what is"),
         ("se_resnet18", "se_small_cnn", "se_small_cnn: its own baseline is small_cnn, not se_resnet18; what is compar"),
     ],

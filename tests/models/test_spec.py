@@ -1,7 +1,7 @@
 import msgspec
 import pytest
 
-from selab.attention.config import BLOCKS, CBAMConfig, ECAConfig, block_config, changed
+from selab.attention.config import BLOCKS, BUILT_IN, CBAMConfig, ECAConfig, block_config, changed
 from selab.errors import SpecError, UnknownNameError
 from selab.models import catalog
 from selab.models.catalog import baseline_of, find
@@ -156,6 +156,9 @@ def test_another_kind_of_block_keeps_where_it_stands_and_nothing_else():
         ("reduction=0", "reduction: 0; must be at least 1"),
         ("gate=soft", "gate: invalid enum value 'soft'; allowed: sigmoid, tanh, relu, hardsigmoid"),
         ("block=ecca", "block 'ecca': no such block; did you mean eca"),
+        ("block=gc", "block 'gc': no such block; did you mean global_context"),
+        ("block=ge", "block 'ge': no such block; did you mean gather_excite, ge_theta, ge_theta_plus"),
+        ("block=nothing_like", f"no such block; known: {', '.join(sorted(BUILT_IN))}; or a class of your own"),
         (
             "block=eca,reduction=4",
             "reduction: unknown key; allowed for eca: block, sites, placement, stages, init, min_channels, kernel_size",
@@ -181,7 +184,9 @@ def test_keys_of_other_blocks_are_refused_in_a_toml():
         SpecError, match=r"se_toy.se.(reduction|gate|divisor): unknown key; allowed: block, sites, placement"
     ):
         parse_family(text, origin="toy.toml")
-    with pytest.raises(SpecError, match=r"se_toy.se.block: .* allowed: se, eca, cbam"):
+    with pytest.raises(
+        SpecError, match=r"se_toy.se.block: no such block 'ecca'; did you mean eca.*; or a class of your own"
+    ):
         parse_family(GOOD.replace("bias = false", 'bias = false\nblock = "ecca"'), origin="toy.toml")
 
 

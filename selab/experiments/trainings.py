@@ -14,6 +14,7 @@ from selab.models.spec import Variant
 from selab.training.progress import TrainingProgress, duration
 from selab.training.recipe import Recipe, recipe_hash
 from selab.training.record import SeedOutcome
+from selab.training.run import looks_finished
 from selab.training.train import DivergedError, Training, train
 from selab.training.verdict import LEAST_SEEDS
 
@@ -47,6 +48,11 @@ class Pending:
         one = self.comparison
         return folder_of(self.variant, one.data, self.recipe, one.plan.options, self.seed, out=one.out)
 
+    @property
+    def finished(self) -> bool:
+        """Whether its result lies in its folder, from another comparison or from `selab train`."""
+        return looks_finished(self.folder)
+
     def settle(self, found: Training | DivergedError, *, at_once: int = 1) -> None:
         """Note its result in every comparison that waits for it, and write their records.
 
@@ -75,12 +81,13 @@ class Schedule:
     _begun: set[str] = field(default_factory=set, init=False)
 
     def expected_s(self, expects: Expects) -> float | None:
-        """Return about how many seconds all trainings take; None where nobody knows."""
+        """Return about how many seconds all trainings take that are not finished; None where nobody knows."""
         of_network: dict[str, float | None] = {}
-        for one in self.pending:
+        unfinished = [one for one in self.pending if not one.finished]
+        for one in unfinished:
             if one.variant.name not in of_network:
                 of_network[one.variant.name] = expects(one.variant, one.comparison)
-        each = [of_network[one.variant.name] for one in self.pending]
+        each = [of_network[one.variant.name] for one in unfinished]
         return None if None in each else math.fsum(one for one in each if one is not None) / self.at_once
 
     def begin(self, one: Pending) -> None:
@@ -178,13 +185,21 @@ def announcement(schedule: Schedule, expects: Expects | None) -> str:
     """Return in words how many trainings there will be, how long they take, and how to interrupt them."""
     comparison = schedule.pending[0].comparison
     epochs = units.counted(comparison.recipe.epochs, "epoch")
+    finished = sum(one.finished for one in schedule.pending)
+    left = len(schedule.pending) - finished
+    if not left:
+        trained = f"all {finished} are" if finished > 1 else "it is"
+        return (
+            f"{units.counted(finished, 'training')} × {epochs} on {comparison.facts.title}: {trained} trained already"
+        )
+    kept = f", {finished} more trained already" if finished else ""
     together = f", {schedule.at_once} at once" if schedule.at_once > 1 else ""
     seconds = None if expects is None else schedule.expected_s(expects)
     about = "" if seconds is None else f", about {duration(seconds)} by a few steps of each"
     few = len(comparison.plan.seeds) < LEAST_SEEDS
     width = f"; an interval worth reading needs at least {LEAST_SEEDS} seeds" if few else ""
     return (
-        f"{units.counted(len(schedule.pending), 'training')} × {epochs} on {comparison.facts.title}{together}{about}"
+        f"{units.counted(left, 'training')} × {epochs} on {comparison.facts.title}{kept}{together}{about}"
         f"{width}; Ctrl-C saves everything, the same command resumes"
     )
 

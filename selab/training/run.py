@@ -293,6 +293,11 @@ def _mistaken_training(found: Training, config: RunConfig) -> Iterator[str]:
     yield from mistaken_end(found.epochs, found.test)
 
 
+def looks_finished(path: Path) -> bool:
+    """Return whether a folder has a training's result; what is in it is checked when the training is asked for."""
+    return _is_there(path / "training.json")
+
+
 @contextmanager
 def opened(path: Path, config: RunConfig) -> Iterator[RunFolder]:
     """Create or reopen the folder of a request, and lock it against other processes.

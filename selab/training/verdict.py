@@ -50,8 +50,9 @@ class AccuracyDifference:
     Attributes:
         kind: `better` and `worse` have an interval without zero; `no_spread`: every seed has the same difference.
         half_width: of Student's 95 % interval around the mean; None for fewer than two seeds.
-        seeds_needed: where no difference is shown, roughly how many seeds would show one of this size; at most
-            `stats.MOST_SEEDS`, which means that many or more; None where no number would.
+        seeds_needed: where no difference is shown, roughly how many seeds would show one of this size in 80 % of
+            comparisons; at most `stats.MOST_SEEDS`, which means that many or more; None where no number would, and
+            below three seeds.
     """
 
     kind: DifferenceKind
@@ -164,7 +165,8 @@ def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: 
             text = f"{arch} {kind} by {abs(mean):.{places}f} ± {half:.{places}f}{_UNITS[metric]} {counted}"
         else:
             kind = "not_shown"
-            needed = stats.seeds_needed(differences)
+            # The deviation of two differences says too little.
+            needed = stats.seeds_needed(differences) if seeds >= LEAST_SEEDS else None
             text = f"no difference shown with {_seeds(seeds)}{unfinished} "
             text += f"({mean:+z.{places}f} ± {half:.{places}f}{_UNITS[metric]}){_needed(needed)}"
     return AccuracyDifference(kind=kind, mean=mean, half_width=half, seeds=seeds, seeds_needed=needed, text=text)
@@ -215,7 +217,7 @@ def _needed(seeds: int | None) -> str:
     if seeds is None:
         return ""
     many = f"{seeds} seeds or more" if seeds == stats.MOST_SEEDS else f"about {seeds} seeds"
-    return f"; {many} would be needed to show one of this size"
+    return f"; {many} would be needed to show one of this size in 4 of 5 comparisons"
 
 
 def _decimals(width: float) -> int:

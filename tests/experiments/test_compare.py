@@ -351,12 +351,19 @@ def test_going_on_is_said(data, tmp_path):
         name: compare.folder_of(catalog.find(name), data, plan.recipe, plan.options, 0, out=tmp_path)
         for name in ("small_cnn", "se_small_cnn")
     }
+    going_on = announced.replace("2 trainings", "1 training").replace(
+        "synthetic;", "synthetic, 1 more trained already;"
+    )
     assert said == [
         announced,
-        announced,
+        going_on,
         f"training 1 of 2 (seed 0, small_cnn): already finished: {folders['small_cnn']}",
         f"training 2 of 2 (seed 0, se_small_cnn): resuming at epoch 2: {folders['se_small_cnn']}",
     ]
+    growing.path.unlink()
+    said.clear()
+    run_all([compare.Comparison(plan, data, out=tmp_path)], lambda label, state: None, said.append, expects=None)
+    assert said[0] == "2 trainings × 2 epochs on synthetic: all 2 are trained already"
 
 
 def test_how_long_it_takes_is_said_beforehand(data, tmp_path, pretended):

@@ -119,15 +119,21 @@ def test_nothing_shown_says_how_many_seeds_would_show_it():
     # t = 2.570582 at five degrees of freedom: 2.570582 * 0.2 / sqrt(6) = 0.2099.
     assert found.text == (
         "no difference shown with 6 seeds (-0.10 ± 0.21 points); "
-        "about 34 seeds would be needed to show one of this size"
+        "about 34 seeds would be needed to show one of this size in 4 of 5 comparisons"
     )
     assert (found.kind, found.seeds_needed) == ("not_shown", 34)
     assert judge("se_x", "loss", differences).text.startswith("no difference shown with 6 seeds (-0.10 ± 0.21 in loss)")
 
 
+def test_two_seeds_say_nothing_of_how_many_are_needed():
+    found = judge("se_x", "top1", [1.0, -0.5])
+    assert found.seeds_needed is None
+    assert found.text == "no difference shown with 2 seeds (+0.2 ± 9.5 points)"
+
+
 def test_where_no_number_of_seeds_would_do():
     tiny = judge("se_x", "top1", [1.001, -1.0, 1.0, -1.0])
-    assert tiny.text.endswith("; 1000 seeds or more would be needed to show one of this size")
+    assert tiny.text.endswith("; 1000 seeds or more would be needed to show one of this size in 4 of 5 comparisons")
     assert "(+0.0 ± 1.8 points)" in tiny.text
     none = judge("se_x", "top1", [0.5, -0.5])
     # tan(0.475 pi) sqrt(0.5) / sqrt(2) = 6.353.

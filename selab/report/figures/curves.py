@@ -1,6 +1,6 @@
 """Learning curves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -9,7 +9,7 @@ from selab.errors import RecordError
 from selab.records import stats
 from selab.report.figures.style import new_figure
 from selab.training.record import AccuracyRecord, SeedOutcome
-from selab.training.verdict import compare_verdict
+from selab.training.verdict import AccuracyVerdict, compare_verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,10 +72,15 @@ def curves(record: AccuracyRecord, *others: AccuracyRecord) -> Curves:
         curves=tuple(_curve(name, outcomes) for name, outcomes in networks),
         notes=(
             "Lines: means over the seeds; bands: from the least to the greatest of them.",
-            *(f"At the end: {one.top1.difference.text}." for one in verdicts),
+            *(f"At the end: {_named(one.arch, verdict)}." for one, verdict in zip(records, verdicts, strict=True)),
             *(f"{one}; drawn are the others." for one in diverged),
         ),
     )
+
+
+def _named(arch: str, verdict: AccuracyVerdict) -> str:
+    text = verdict.top1.difference.text
+    return text if text.startswith(arch) else f"{arch}: {text}"
 
 
 def _curve(name: str, outcomes: Sequence[SeedOutcome]) -> Curve:
@@ -88,17 +93,25 @@ def _curve(name: str, outcomes: Sequence[SeedOutcome]) -> Curve:
     )
 
 
-_ALIKE = ("baseline_facts_hash", "data", "recipe")
+# What records of one picture have in common, and how it is named.
+_ALIKE: dict[str, tuple[str, Callable[[AccuracyRecord], str]]] = {
+    "baseline_facts_hash": ("baseline", lambda one: one.baseline),
+    "data": ("data", lambda one: f"{one.data.name} of {one.data.train_size} images"),
+    "recipe": ("recipe", lambda one: f"{one.recipe.name} of {one.recipe.epochs} epochs"),
+}
 
 
 def _check_alike(records: Sequence[AccuracyRecord]) -> None:
     """Refuse records that cannot share a baseline's curve."""
+    first = records[0]
     for one in records[1:]:
-        for key in _ALIKE:
-            if getattr(one, key) != getattr(records[0], key):
+        for key, (what, shown) in _ALIKE.items():
+            if getattr(one, key) != getattr(first, key):
+                there, here = shown(first), shown(one)
+                other = f"another {here}" if here == there else here
                 raise RecordError(
-                    f"plot curves: {records[0].arch} and {one.arch} do not share their {key.partition('_')[0]}; give "
-                    "the records of one comparison of several variants"
+                    f"plot curves: the {what} of the records differs, {there} ({first.arch}, {first.created}) and "
+                    f"{other} ({one.arch}, {one.created}); give the records of one comparison of several variants"
                 )
 
 

@@ -488,9 +488,14 @@ def test_learning_curves_of_several_variants_share_their_baseline(compared_small
     shown = curves.curves(record, other)
     assert [one.name for one in shown.curves] == ["small_cnn", "se_small_cnn", "small_cnn+block=eca"]
     assert [one.mean[-1] for one in shown.curves] == pytest.approx([60, 66, 50])
+    assert [one.startswith("At the end: small_cnn+block=eca: ") for one in shown.notes] == [False, False, True]
     registry.draw(shown, tmp_path / "curves.svg")
-    with pytest.raises(RecordError, match=r"do not share their recipe; give the records of one comparison"):
+    with pytest.raises(
+        RecordError, match=r"the recipe of the records differs, (.*) \(se_small_cnn, .*\) and another \1 \("
+    ):
         curves.curves(record, msgspec.structs.replace(other, recipe=msgspec.structs.replace(other.recipe, lr=0.5)))
+    with pytest.raises(RecordError, match=r"the baseline .* differs, small_cnn \(se_small_cnn, .*\) and tiny \("):
+        curves.curves(record, msgspec.structs.replace(other, baseline="tiny", baseline_facts_hash="0" * 64))
     with pytest.raises(RecordError, match="6 records; at most 5 can be told apart"):
         curves.curves(*[record] * 6)
 

@@ -1,6 +1,7 @@
 """The committed half that no machine changes: costs in profiles/, and the tables in docs/."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from catalog_networks import built, cost
 
 from selab.bench.runner import DTYPES
 from selab.cost.count import count
+from selab.experiments import profiling
 from selab.experiments.compare import read_compared
 from selab.experiments.tax_record import read_tax_records
 from selab.judging.folding import FOLDINGS
@@ -123,3 +125,12 @@ def test_tables_in_the_docs_are_rendered(root, committed_costs, name):
     costs = {one: committed_costs[one] for one in pages.costs_needed(name)}
     body = pages.page(name, pages.named_tables(name, costs, pages.Found(profiles=records)), records)
     assert pages.spliced(text, name, body, where="docs/results.md") == text
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in Path(__file__).parents[2].glob("profiles/*/")))
+def test_pages_of_machines_are_rendered(root, selab, committed_costs, monkeypatch, tmp_path, folder):
+    """`selab table report --profiles profiles/FOLDER --out profiles/FOLDER/README.md --replace` renders them."""
+    monkeypatch.setattr(profiling, "counted", lambda names: {name: committed_costs[name] for name in names})
+    status, _, error = selab("table", "report", "--profiles", root / "profiles" / folder, "--out", tmp_path / "page.md")
+    assert status == 0, error
+    assert (tmp_path / "page.md").read_text() == (root / "profiles" / folder / "README.md").read_text()

@@ -55,7 +55,7 @@ class Started:
     """A process starts.
 
     Attributes:
-        where: the process in words: `process 3 of 8`.
+        where: the process in words: `process 3 of about 8`.
     """
 
     where: str
@@ -121,7 +121,7 @@ def in_processes(
     number, died = 0, 0
     while schedule.left:
         turn = Turn(number=number, sampling_s=schedule.sampling_s(), control=schedule.done % 2 == 0)
-        where = f"process {schedule.done + 1} of {schedule.total}"
+        where = f"process {schedule.done + 1} of {schedule.total_words}"
         if schedule.done:
             # What the first process took corrects what was announced.
             where += f", about {schedule.expected_s():.0f} s left"

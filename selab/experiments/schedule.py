@@ -80,6 +80,12 @@ class Schedule:
         fitting = self.done + int(self._left_s() / of_one)
         return max(self.done, self._least(of_one), min(self.effort.most, fitting))
 
+    @property
+    def total_words(self) -> str:
+        """Return how many processes there will be, in words that say whether it may change."""
+        fixed = self.effort.least == self.effort.most or self.done + 1 == self.total
+        return f"{self.total}" if fixed else f"about {self.total}"
+
     def _least(self, of_one: float) -> int:
         """Return the fewest processes: of large networks those that fit into twice the time, and at least three."""
         effort = self.effort

@@ -59,6 +59,16 @@ def test_as_many_processes_as_fit(ready_s, total):
     plan = schedule([10.0], least=4, most=8)
     plan.ended(ready_s=ready_s, elapsed_s=ready_s + 6.0, sampled_s=0.45)
     assert (plan.total, plan.left) == (total, total - 1)
+    assert plan.total_words == f"about {total}"
+
+
+def test_a_total_that_cannot_change_is_not_about():
+    assert schedule([0.0], least=9, most=9).total_words == "9"
+    late = schedule([500.0], least=3, most=12)
+    assert late.total_words == "about 3"
+    for _ in range(2):
+        late.ended(ready_s=1.0, elapsed_s=8.0, sampled_s=0.4)
+    assert late.total_words == "3"
 
 
 @pytest.mark.parametrize(

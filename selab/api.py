@@ -66,7 +66,7 @@ def _built(
 def _with_blocks(name: str, se: str | None) -> str:
     if se is None:
         return name
-    return f"{name},{se}" if "+" in name else f"{name}+{se}"
+    return f"{name}+{se}" if catalog.split_address(name)[1] is None else f"{name},{se}"
 
 
 def count(

@@ -138,8 +138,10 @@ def import_timings(
 
 def _name_of(arch: str, dtype: str) -> str:
     """Return a file's name without its end for a network: of a file its stem, of changes what a name can hold."""
-    network, _, changes = arch.partition("+")
+    from selab.models.catalog import split_address
+
+    network, changes = split_address(arch)
     stem = Path(network.partition(":")[2] or network).name.removesuffix(".onnx").removesuffix(".py")
-    rest = re.sub(r"[^\w-]", "-", changes)
+    rest = re.sub(r"[^\w-]", "-", changes or "")
     named = f"{stem}-{rest}" if rest else stem
     return named if dtype == "fp32" else f"{named}.{dtype}"

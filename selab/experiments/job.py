@@ -379,7 +379,7 @@ def network_address(arch: str, se: str | None = None, insert: Sequence[str] = ()
     changes = [*([] if se is None else [se]), *([f"sites={'+'.join(insert)}"] if insert else [])]
     if not changes:
         return arch
-    return arch + ("," if re.search(r"\+\w+\s*=", arch) else "+") + ",".join(changes)
+    return arch + ("+" if catalog.split_address(arch)[1] is None else ",") + ",".join(changes)
 
 
 def parse_inputs(texts: Sequence[str], *, option: str = "--input") -> tuple[tuple[int, int, int], tuple[Input, ...]]:

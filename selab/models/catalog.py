@@ -39,9 +39,9 @@ def find(name: str, *, option: str = "--arch") -> Variant:
         SpecError: the file is malformed, or has several variants and none was named; a change does not follow the
             grammar, or names no site although the network declares none.
     """
-    split = re.fullmatch(r"(.+?)\+(\w*|\w+\s*=.*|,.*)", name)
-    if split is not None:
-        return _changed(find(split[1], option=option), split[2])
+    network, changes = split_address(name)
+    if changes is not None:
+        return _changed(find(network, option=option), changes)
     file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", name)
     if file is not None:
         return _from_file(Path(file[1]), file[2])
@@ -52,6 +52,20 @@ def find(name: str, *, option: str = "--arch") -> Variant:
     if others is None:
         raise UnknownNameError(f"{option} {name}: no such architecture{nearest(name, known)} (`selab archs` lists all)")
     return others
+
+
+def split_address(name: str) -> tuple[str, str | None]:
+    """Return the network that a name is of, and the changes of its blocks behind a `+`; None where there are none.
+
+    The path of a file that exists may itself hold a `+`: `results/se_net+init=identity.toml:wide`.
+    """
+    for end in re.finditer(r"\.(?:toml|py|onnx)(?=[:+]|$)", name):
+        path = name[: end.end()]
+        behind = re.fullmatch(r"(:[^+]*)?(?:\+(.*))?", name[end.end() :])
+        if "+" in path and behind is not None and Path(path).is_file():
+            return path + (behind[1] or ""), behind[2]
+    split = re.fullmatch(r"(.+?)\+(\w*|\w+\s*=.*|,.*)", name)
+    return (name, None) if split is None else (split[1], split[2])
 
 
 def baseline_of(variant: Variant) -> Variant | None:

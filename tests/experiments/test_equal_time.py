@@ -16,6 +16,7 @@ from selab.experiments.compare import fitted
 from selab.experiments.equal_time import BLOCKS, EqualTime, between, nearest, spaced
 from selab.models import catalog
 from selab.models.build import build
+from selab.models.provenance import fixed_address
 
 
 @pytest.fixture
@@ -126,6 +127,14 @@ def test_the_toml_says_who_made_it(pair, clock, tmp_path):
     as_slow(pair, tmp_path / "out")
     text = (tmp_path / "out/equal-time/se_tiny-vs-tiny.toml").read_text()
     assert text.startswith('family = "equal_time"\nsource = "selab compare tiny se_tiny --equal-time"\n')
+
+
+def test_a_variant_with_changes_names_a_file_that_can_be_read(pair, clock, tmp_path):
+    changed = fitted(catalog.find(f"{tmp_path / 'tiny.toml'}:se_tiny+init=identity"), images())
+    (wider, deeper), _ = as_slow((changed, pair[1]), tmp_path / "out")
+    for one in (wider, deeper):
+        assert one.file == str(tmp_path / "out/equal-time/se_tiny+init=identity-vs-tiny.toml")
+        assert catalog.find(fixed_address(one)).facts_hash == catalog.find(f"{one.file}:{one.name}").facts_hash
 
 
 def test_what_was_measured_is_kept(pair, clock, tmp_path):

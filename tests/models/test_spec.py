@@ -225,3 +225,27 @@ def test_a_variant_travels_as_json(name):
     again = msgspec.json.decode(msgspec.json.encode(variant), type=Variant)
     assert again == variant
     assert again.facts_hash == variant.facts_hash
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "parts"),
+    [
+        ("", "mobilenet", ("mobilenet", None)),
+        ("", "mobilenet+reduction=8", ("mobilenet", "reduction=8")),
+        ("", "mobilenet+block=own/file.py:Gate", ("mobilenet", "block=own/file.py:Gate")),
+        ("own/file.py", "mobilenet+block=own/file.py:Gate", ("mobilenet", "block=own/file.py:Gate")),
+        ("a+b=c/net.toml", "a+b=c/net.toml", ("a+b=c/net.toml", None)),
+        ("a+b=c/net.toml", "a+b=c/net.toml:wide", ("a+b=c/net.toml:wide", None)),
+        ("a+b=c/net.toml", "a+b=c/net.toml:wide+reduction=8", ("a+b=c/net.toml:wide", "reduction=8")),
+        ("a+b=c/net.py", "a+b=c/net.py:make+sites=x+y", ("a+b=c/net.py:make", "sites=x+y")),
+        ("a+b=c/net.onnx", "a+b=c/net.onnx:no_se", ("a+b=c/net.onnx:no_se", None)),
+        # What is not there is taken as changes, whose message says so.
+        ("", "a+b=c/net.toml:wide", ("a", "b=c/net.toml:wide")),
+    ],
+)
+def test_a_path_may_hold_what_looks_like_changes(tmp_path, monkeypatch, there, name, parts):
+    monkeypatch.chdir(tmp_path)
+    if there:
+        (tmp_path / there).parent.mkdir()
+        (tmp_path / there).touch()
+    assert catalog.split_address(name) == parts

@@ -226,12 +226,28 @@ def read_cpu() -> CpuReading | None:
     )
 
 
+# The counters go in steps of a hundredth of a second: over a shorter time a step is a tenth of a core.
+_LEAST_BETWEEN_S = 0.2
+
+
 def cores_of_others(before: CpuReading | None, after: CpuReading | None) -> float:
-    """Return how many cores other processes used between two readings; 0 where there are no counters."""
-    if before is None or after is None or after.at_s <= before.at_s:
+    """Return how many cores other processes used between two readings.
+
+    Returns:
+        0 where there are no counters, and where the readings are too near to tell.
+    """
+    if before is None or after is None or after.at_s - before.at_s < _LEAST_BETWEEN_S:
         return 0.0
     busy_s = after.busy_s - before.busy_s - (after.own_s - before.own_s)
     return max(0.0, busy_s / (after.at_s - before.at_s))
+
+
+def cores_of_others_since(before: CpuReading | None) -> float:
+    """Return how many cores other processes have used since a reading; waits where that is too short to tell."""
+    if before is None:
+        return 0.0
+    time.sleep(max(0.0, before.at_s + _LEAST_BETWEEN_S - time.monotonic()))
+    return cores_of_others(before, read_cpu())
 
 
 def contention_flags(before: CpuReading | None, after: CpuReading | None, *, threads: int, cores: int) -> list[Flag]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from selab import units
-from selab.bench.machine import CpuReading, cores_of_others, read_cpu
+from selab.bench.machine import CpuReading, cores_of_others_since
 from selab.bench.noise import expected_half_width, pair_deviation
 from selab.experiments.job import Request
 from selab.records.estimate import LEAST_PROCESSES
@@ -134,7 +134,7 @@ def expectation(schedule: Schedule, before: CpuReading | None, *, device: Device
 
     Args:
         schedule: of the measurement.
-        before: the processors' counters some seconds ago; None where there are none.
+        before: the processors' counters some time ago; None where there are none.
         device: that is measured.
         cores: logical processors that this process may use.
     """
@@ -142,7 +142,7 @@ def expectation(schedule: Schedule, before: CpuReading | None, *, device: Device
     said = f"measuring for about {schedule.expected_s():.0f} s in {number}"
     if device != "cpu":
         return said
-    others = cores_of_others(before, read_cpu())
+    others = cores_of_others_since(before)
     half = expected_half_width(schedule.total, pair_deviation(), busy=others / cores)
     seen = f"other programs use {others:.1f} of {cores} cores: " if others > _MANY_OTHERS else ""
     return f"{said}; {seen}expect about ±{100 * half:.2g} % on one thread"

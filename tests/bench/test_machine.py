@@ -7,6 +7,8 @@ from selab.bench import machine as machine_module
 from selab.bench.machine import (
     CpuReading,
     contention_flags,
+    cores_of_others,
+    cores_of_others_since,
     has_bf16,
     int8_words,
     machine,
@@ -113,6 +115,22 @@ def test_flags(after, threads, names):
 
 def test_without_counters_there_is_nothing_to_tell():
     assert contention_flags(None, None, threads=1, cores=2) == []
+
+
+def test_readings_too_near_tell_nothing_of_others():
+    # A step of the counters is 10 ms: over 20 ms it would be half a core.
+    assert cores_of_others(reading(0), reading(0.02, busy=0.03, own=0.02)) == 0
+    assert cores_of_others(reading(0), reading(1.0, busy=1.5, own=1.0)) == pytest.approx(0.5)
+
+
+@pytest.mark.skipif(read_cpu() is None, reason="no counters here")
+def test_others_are_told_over_a_time_that_is_long_enough(monkeypatch):
+    asked = []
+    monkeypatch.setattr("selab.bench.machine.cores_of_others", lambda *both: asked.append(both) or 0.25)
+    assert cores_of_others_since(read_cpu()) == 0.25
+    (before, after), *_ = asked
+    assert after.at_s - before.at_s >= 0.2
+    assert cores_of_others_since(None) == 0
 
 
 def test_counters_grow():

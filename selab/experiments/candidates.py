@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from selab.models.provenance import address, fixed_address
 from selab.models.spec import Variant, read_family
 from selab.records.files import write_atomically
 from selab.records.types import Cost
+from selab.units import counted
 
 ORIGINAL = "original"
 # More than these steps of width are not tried.
@@ -209,6 +211,17 @@ def widths(sites: Sites, ratio: float, quantity: str, *, most: int) -> list[Resi
     return sorted(near, key=lambda one: one.network.width)
 
 
+def widths_between(sites: Sites, low: float, high: float, *, most: int) -> list[Resized]:
+    """Return networks between two widths, evenly spaced; those whose numbers of channels do not fit are left out."""
+    model = build(sites.original, device="meta").model
+    found = []
+    for step in range(1, most + 1):
+        width = round(low + (high - low) * step / (most + 1), 4)
+        with suppress(ModelError):
+            found.append(copy_resized(model, sites.original, width))
+    return found
+
+
 def copy_resized(model: torch.nn.Module, original: Variant, width: float) -> Resized:
     """Return a wider network with its cost; the model is not changed."""
     twin = resized.wider_twin(model, width, original.input_chw, name=original.name)
@@ -238,6 +251,29 @@ def repeats(sites: Sites, ratio: float, quantity: str, *, most: int) -> list[Res
         found[cost.params, cost.macs.conv_linear] = Resized(network=network, cost=cost)
     near = sorted(found.values(), key=lambda one: abs(ratio_of(one.cost, sites.cost, quantity) - ratio))[:most]
     return sorted(near, key=lambda one: ratio_of(one.cost, sites.cost, quantity))
+
+
+def deeper(sites: Sites, reach: float, *, most: int) -> list[Resized]:
+    """Return networks with one block more, two blocks more, and so on: those of all stages in turn.
+
+    Args:
+        sites: of the network.
+        reach: the last one has more than so many times the MACs.
+        most: so many blocks.
+    """
+    original = sites.original
+    model = build(original, device="meta").model
+    paths = [one.network.repeat for one in repeats(sites, 1.0, "macs", most=most)]
+    found: list[Resized] = []
+    for number in range(1, most + 1 if paths else 1):
+        chosen = [paths[place % len(paths)] for place in range(number)]
+        model = resized.repeated(model, chosen[-1])
+        title = f"{original.name}, {counted(number, 'block')} more"
+        network = Network(name=f"deeper_{number}", title=title, repeat="+".join(chosen))
+        found.append(Resized(network=network, cost=count(model, (1, *original.input_chw))))
+        if ratio_of(found[-1].cost, sites.cost, "macs") > reach:
+            break
+    return found
 
 
 def ratio_of(cost: Cost, other: Cost, quantity: str) -> float:

@@ -1,8 +1,8 @@
 """Spend the time of a variant's blocks otherwise: make its baseline wider, or deeper, until it is as slow.
 
 The networks alternate in fresh processes: baseline, variant, and wider and deeper baselines. Of each kind the one
-nearest to the variant's time is taken. What was measured is kept, so that a comparison that goes on later, or on
-another machine, trains the same networks.
+nearest to the variant's time is taken, if it is near. What was measured is kept, so that a comparison that goes on
+later, or on another machine, trains the same networks.
 """
 
 import json
@@ -25,10 +25,11 @@ from selab.experiments.candidates import (
     Network,
     Resized,
     Sites,
+    deeper,
     family_text,
     ratio_of,
-    repeats,
     widths,
+    widths_between,
 )
 from selab.experiments.job import Request, resolve
 from selab.experiments.prices import times
@@ -43,11 +44,13 @@ SCHEMA = "selab.equal-time/1"
 Kind = Literal["width", "depth"]
 BLOCKS = "with_blocks"
 """The variant among the networks that are measured."""
-# Wider networks have up to so many times the MACs that the blocks add, and at least so many: blocks are slower than
-# their MACs.
-_REACH, _LEAST_REACH = 4.0, 0.5
-# So many of them are measured at first, then so many between the two nearest ones, of so many in all; and deeper ones.
-_FIRST, _THEN, _MOST_WIDTHS, _DEEPER = 6, 4, 60, 4
+# Networks have at first up to so many times the MACs that the blocks add, and at least so many: blocks are slower than
+# their MACs. Where all are faster than the variant, the reach grows by the last factor.
+_REACH, _LEAST_REACH, _FURTHER = 4.0, 0.5, 4.0
+# So many are measured at first, then in so many turns so many more: between the two nearest ones, or larger ones.
+_FIRST, _FIRST_DEEPER, _TURNS, _THEN = 6, 4, 3, 4
+# There are so many in all; the deepest one has so many blocks more.
+_MOST_WIDTHS, _MOST_DEEPER = 60, 30
 # A network is as slow as the variant if their times differ by no more.
 _NEAR = 0.02
 
@@ -74,7 +77,7 @@ class EqualTime(Frozen, frozen=True, kw_only=True):
         facts_hash: of the variant; `baseline_facts_hash` of the baseline.
         variant: its latency over the baseline's, forward, one image.
         tried: wider and deeper networks.
-        chosen: names of those nearest to the variant, one of each kind.
+        chosen: names of those that are as slow as the variant, at most one of each kind.
         remarks: what a reader must know, one line each.
     """
 
@@ -130,7 +133,7 @@ def equal_time(
 ) -> list[tuple[Variant, str]]:
     """Return the baselines that are as slow as a variant: a wider one and a deeper one, where there are such.
 
-    With each comes a line with the times of both over the baseline's; it says so if they are not equal.
+    With each comes a line with the times of both over the baseline's.
 
     Measured is the forward pass of one image on one thread of the CPU, in PyTorch.
 
@@ -138,12 +141,12 @@ def equal_time(
         variant: with blocks, fitted to the images.
         baseline: without them, fitted likewise.
         out: the folder of all results; the networks go into a TOML in it, and what was measured beside that.
-        budget_s: seconds of measuring; half as many may follow.
+        budget_s: seconds of measuring; half as many may follow, up to three times.
         report: called with what is done.
         say: called with each remark.
 
     Raises:
-        SelabError: a network cannot be measured, or none can be made wider or deeper; what lies there cannot be read.
+        SelabError: a network cannot be measured; none takes as long; what lies there cannot be read.
     """
     path = out / "equal-time" / f"{file_name(f'{variant.name}-vs-{baseline.name}')}.json"
     family = path.with_suffix(".toml")
@@ -152,6 +155,8 @@ def equal_time(
         found = _measured(variant, baseline, family, budget_s=budget_s, report=report)
         write_atomically(path, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     networks = [one.network for one in found.tried if one.network.name in found.chosen]
+    if not networks:
+        raise SelabError(f"--equal-time: {'; '.join(found.remarks)}; compare without it, or widen the network by hand")
     write_atomically(family, _networks_text(_sites(baseline), variant, networks).encode())
     made = read_family(family)
     for remark in found.remarks:
@@ -163,8 +168,7 @@ def _times_words(found: EqualTime, name: str) -> str:
     """Return both networks' times over the baseline's, for those who read only the comparison."""
     latency = next(one.latency for one in found.tried if one.network.name == name)
     each = [f"{network} {_over(one)}" for network, one in ((name, latency), (found.arch, found.variant))]
-    words = f"forward pass of one image, over {found.baseline}'s: {', '.join(each)}"
-    return words if _near(_ratio(latency, name), _ratio(found.variant, found.arch)) else f"not equal in time: {words}"
+    return f"forward pass of one image, over {found.baseline}'s: {', '.join(each)}"
 
 
 def _over(latency: Latency) -> str:
@@ -194,51 +198,152 @@ def _sites(baseline: Variant) -> Sites:
     return Sites(original=baseline, block={}, found=(), cost=cost)
 
 
-def _candidates(sites: Sites, reach: float, remarks: list[str]) -> dict[str, tuple[Kind, Resized]]:
-    """Return wider networks up to a share of MACs, the narrowest first, and deeper ones behind them."""
-    baseline = sites.original
-    found: dict[str, tuple[Kind, Resized]] = {}
-    try:
-        for one in widths(sites, reach, "macs", most=_MOST_WIDTHS):
-            found[one.network.name] = ("width", one)
-    except ModelError as error:
-        remarks.append(str(error))
-    deeper = repeats(sites, reach, "macs", most=_DEEPER)
-    found |= {one.network.name: ("depth", one) for one in deeper}
-    if not deeper:
-        remarks.append(f"{baseline.name}: no block keeps the shape of its map, so that none runs once more")
-    if not found:
-        raise SelabError(f"--equal-time: {baseline.name} can be made neither wider nor deeper: {'; '.join(remarks)}")
-    return found
+class _Search:
+    """The wider and deeper networks of a pair: those that may be measured, and the times of those that were.
+
+    Args:
+        variant: with blocks.
+        sites: of the baseline.
+        family: the TOML of all networks, which the processes that measure read.
+        report: called with what is done.
+
+    Attributes:
+        remarks: why there is nothing of a kind.
+        latencies: of each network that was measured, the variant's under `BLOCKS`.
+    """
+
+    def __init__(self, variant: Variant, sites: Sites, family: Path, report: Report) -> None:
+        self.remarks: list[str] = []
+        self.latencies: dict[str, Latency] = {}
+        self._variant, self._sites, self._family, self._report = variant, sites, family, report
+        self._found: dict[Kind, dict[str, Resized]] = {"width": {}, "depth": {}}
+        own = count(build(variant, device="meta").model, (1, *variant.input_chw))
+        reach = max(_LEAST_REACH, _REACH * (ratio_of(own, sites.cost, "macs") - 1))
+        self._reach: dict[Kind, float] = dict.fromkeys(self._found, reach)
+
+    def look(self) -> None:
+        """Find the first networks of both kinds.
+
+        Raises:
+            SelabError: the variant is not the baseline with blocks, or there is neither a wider nor a deeper network.
+        """
+        baseline = self._sites.original
+        try:
+            self._reached("width")
+        except ModelError as error:
+            self.remarks.append(str(error))
+        self._reached("depth")
+        if not self._found["depth"]:
+            self.remarks.append(f"{baseline.name}: no block keeps the shape of its map, so that none runs once more")
+        if not self.kinds:
+            raise SelabError(
+                f"--equal-time: {baseline.name} can be made neither wider nor deeper: {'; '.join(self.remarks)}"
+            )
+
+    def _reached(self, kind: Kind) -> None:
+        """Add the networks of a kind within its reach."""
+        reach = 1 + self._reach[kind]
+        if kind == "width":
+            self._add(kind, widths(self._sites, reach, "macs", most=_MOST_WIDTHS))
+        else:
+            self._add(kind, deeper(self._sites, reach, most=_MOST_DEEPER))
+
+    def _add(self, kind: Kind, networks: Sequence[Resized]) -> None:
+        """Add networks whose like is not there under another name."""
+        there = {(one.cost.params, one.cost.macs.all) for one in self._found[kind].values()}
+        self._found[kind] |= {
+            one.network.name: one for one in networks if (one.cost.params, one.cost.macs.all) not in there
+        }
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """Return the kinds that there are networks of."""
+        return [kind for kind, found in self._found.items() if found]
+
+    def network(self, name: str) -> tuple[Kind, Resized]:
+        """Return a network and its kind."""
+        return next((kind, found[name]) for kind, found in self._found.items() if name in found)
+
+    def ordered(self, kind: Kind) -> list[str]:
+        """Return the networks of a kind, the cheapest first."""
+        found = self._found[kind]
+        return sorted(found, key=lambda name: found[name].cost.macs.all)
+
+    def ratios(self, kind: Kind) -> dict[str, float]:
+        """Return the times of the networks of a kind that were measured, over the baseline's."""
+        return {name: _ratio(self.latencies[name], name) for name in self.ordered(kind) if name in self.latencies}
+
+    def more(self, kind: Kind, aim: float) -> list[str]:
+        """Return what to measure next: between the two networks around a time, or beyond the slowest one."""
+        ratios = self.ratios(kind)
+        if max(ratios.values()) < aim:
+            largest = max(map(self.cost, ratios))
+            self._reach[kind] *= _FURTHER
+            self._reached(kind)
+            return spaced([name for name in self.ordered(kind) if self.cost(name) > largest], _THEN)
+        found = between(self.ordered(kind), ratios, aim, most=_THEN)
+        if not found and kind == "width":
+            self._add(kind, self._finer(ratios, aim))
+            found = between(self.ordered(kind), ratios, aim, most=_THEN)
+        return found
+
+    def _finer(self, ratios: Mapping[str, float], aim: float) -> list[Resized]:
+        """Return widths between the two around a time."""
+        ordered = [name for name in self.ordered("width") if name in ratios]
+        place = next(place for place, name in enumerate(ordered) if ratios[name] >= aim)
+        low, high = (self._width(ordered[at]) if at >= 0 else 1.0 for at in (place - 1, place))
+        return widths_between(self._sites, low, high, most=_THEN)
+
+    def _width(self, name: str) -> float:
+        return self.network(name)[1].network.width
+
+    def cost(self, name: str) -> float:
+        """Return the MACs of a network over those of the baseline."""
+        return ratio_of(self.network(name)[1].cost, self._sites.cost, "macs")
+
+    def measure(self, names: Sequence[str], budget_s: float) -> None:
+        """Measure networks in turns with the baseline.
+
+        Raises:
+            SelabError: one cannot be measured.
+        """
+        networks = [found[name].network for kind, found in self._found.items() for name in self.ordered(kind)]
+        text = _family_text(self._sites, self._variant, networks)
+        write_atomically(self._family, text.encode())
+        self.latencies |= _latencies(self._family, names, self._sites.original, budget_s, self._report)
 
 
 def _measured(variant: Variant, baseline: Variant, family: Path, *, budget_s: float, report: Report) -> EqualTime:
-    sites, remarks = _sites(baseline), []  # type: tuple[Sites, list[str]]
-    own = count(build(variant, device="meta").model, (1, *variant.input_chw))
-    reach = 1 + max(_LEAST_REACH, _REACH * (ratio_of(own, sites.cost, "macs") - 1))
-    resized = _candidates(sites, reach, remarks)
-    write_atomically(family, _family_text(sites, variant, [one.network for _, one in resized.values()]).encode())
-    wider = [name for name, (kind, _) in resized.items() if kind == "width"]
-    deeper = [name for name, (kind, _) in resized.items() if kind == "depth"]
-    latencies = _latencies(family, [BLOCKS, *spaced(wider, _FIRST), *deeper], baseline, budget_s, report)
-    with_blocks = latencies.pop(BLOCKS)
+    search = _Search(variant, _sites(baseline), family, report)
+    search.look()
+    first = {"width": _FIRST, "depth": _FIRST_DEEPER}
+    search.measure(
+        [BLOCKS, *(one for kind in search.kinds for one in spaced(search.ordered(kind), first[kind]))], budget_s
+    )
+    with_blocks = search.latencies.pop(BLOCKS)
     aim = _ratio(with_blocks, variant.name)
-    ratios = {name: _ratio(one, name) for name, one in latencies.items()}
-    more = between(wider, ratios, aim, most=_THEN)
-    if more:
-        latencies |= _latencies(family, more, baseline, budget_s / 2, report)
-        ratios = {name: _ratio(one, name) for name, one in latencies.items()}
-    chosen = []
-    for kind, names in (("width", wider), ("depth", deeper)):
-        of_kind = {name: ratios[name] for name in names if name in ratios}
-        if of_kind:
-            name = nearest(of_kind, aim)
+    for turn in range(_TURNS):
+        names = []
+        for kind in search.kinds:
+            ratios = search.ratios(kind)
+            # What is near already may still be nearer; once is enough.
+            if not turn or not _near(ratios[nearest(ratios, aim)], aim):
+                names += search.more(kind, aim)
+        if not names:
+            break
+        search.measure(names, budget_s / 2)
+    chosen, remarks = [], search.remarks
+    for kind in search.kinds:
+        ratios = search.ratios(kind)
+        name = nearest(ratios, aim)
+        if _near(ratios[name], aim):
             chosen.append(name)
-            if not _near(ratios[name], aim):
-                remarks.append(
-                    f"{baseline.name}: no {kind} takes as long as {variant.name}, x {aim:.3f}; the nearest, {name}, "
-                    f"takes x {ratios[name]:.3f}"
-                )
+            continue
+        tried = f"of {len(ratios)} tried, up to x {max(map(search.cost, ratios)):.2f} of the MACs"
+        remarks.append(
+            f"{baseline.name}: {tried}, no {kind} takes as long as {variant.name}, x {aim:.3f}; the nearest, {name}, "
+            f"takes x {ratios[name]:.3f}"
+        )
     return EqualTime(
         arch=variant.name,
         baseline=baseline.name,
@@ -248,18 +353,20 @@ def _measured(variant: Variant, baseline: Variant, family: Path, *, budget_s: fl
         num_classes=variant.num_classes,
         machine=machine("cpu").name,
         variant=with_blocks,
-        tried=tuple(
-            Tried(
-                network=resized[name][1].network,
-                kind=resized[name][0],
-                params=resized[name][1].cost.params,
-                macs=resized[name][1].cost.macs.all,
-                latency=latency,
-            )
-            for name, latency in latencies.items()
-        ),
+        tried=tuple(_tried(search, name) for kind in search.kinds for name in search.ratios(kind)),
         chosen=tuple(chosen),
         remarks=tuple(remarks),
+    )
+
+
+def _tried(search: _Search, name: str) -> Tried:
+    kind, one = search.network(name)
+    return Tried(
+        network=one.network,
+        kind=kind,
+        params=one.cost.params,
+        macs=one.cost.macs.all,
+        latency=search.latencies[name],
     )
 
 

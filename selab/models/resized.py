@@ -30,6 +30,7 @@ def network(*, num_classes: int, arch: str, width: float = 1.0, repeat: str = ""
         arch: as `--arch` takes it; without attention blocks of its own configuration.
         width: all numbers of channels are multiplied by it, and rounded; 1 or more.
         repeat: the path of a block whose output has the shape of its input; it runs once more, with weights of its own.
+            Several are a sum, `stage1.1+stage2.1`; one that is named twice runs twice more.
 
     Raises:
         SpecError: a width below 1, or a network with blocks.
@@ -44,8 +45,8 @@ def network(*, num_classes: int, arch: str, width: float = 1.0, repeat: str = ""
     device = torch.empty(0).device.type
     fitting = msgspec.structs.replace(variant, num_classes=num_classes)
     model = build(fitting, seed=torch.initial_seed(), device=device).model
-    if repeat:
-        model = repeated(model, repeat)
+    for path in repeat.split("+") if repeat else ():
+        model = repeated(model, path)
     if width > 1:
         resize(model, wider(model, width, variant.input_chw, name=arch))
     return model
@@ -252,10 +253,11 @@ def repeated(model: nn.Module, path: str) -> nn.Module:
     for tensor in again.parameters():
         if tensor.device.type != "meta":
             tensor.data = tensor.detach().flatten()[torch.randperm(tensor.numel())].view_as(tensor)
+    more = sum(name == f"{last}_again" or name.startswith(f"{last}_again_") for name in parent._modules)
     children = list(parent._modules.items())
     parent._modules.clear()
     for name, module in children:
         parent._modules[name] = module
         if name == last:
-            parent._modules[f"{name}_again"] = again
+            parent._modules[f"{name}_again_{more + 1}" if more else f"{name}_again"] = again
     return model

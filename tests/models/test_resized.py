@@ -1,5 +1,7 @@
 """Networks with more channels, or with a block once more."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,14 @@ def test_blocks_that_keep_the_shape_run_once_more():
     one, other = again.stage1[0].branch.conv1.weight, again.stage1[1].branch.conv1.weight
     assert not torch.equal(one, other)
     torch.testing.assert_close(one.flatten().sort().values, other.flatten().sort().values)
+
+
+def test_several_blocks_run_once_more():
+    model = network(num_classes=10, arch="resnet20_cifar", repeat="stage1.1+stage2.2+stage1.1+stage1.1")
+    assert list(model.stage1._modules) == ["0", "1", "1_again_3", "1_again_2", "1_again", "2"]
+    assert list(model.stage2._modules) == ["0", "1", "2", "2_again"]
+    weights = [block.branch.conv1.weight for block in model.stage1]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(weights, 2))
 
 
 @pytest.mark.parametrize(

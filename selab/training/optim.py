@@ -43,7 +43,7 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return torch.optim.Adam(
             groups,
             lr=recipe.lr,
-            betas=(recipe.momentum, _KERAS_BETA_2),
+            betas=(recipe.beta1, _KERAS_BETA_2),
             eps=_KERAS_EPSILON,
             weight_decay=recipe.weight_decay,
             fused=True,

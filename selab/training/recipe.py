@@ -106,7 +106,9 @@ class Recipe(Frozen, frozen=True, kw_only=True):
         families: of networks, which this recipe is the default for.
         optimizer: `sgd`; or `rmsprop` or `adam` with the constants of Keras 2 (0.9 and 0.999 for the mean square, 1e-7
             for epsilon).
-        momentum: of `sgd` and `rmsprop`; of `adam`, the decay of its mean gradient.
+        momentum: of `sgd` and `rmsprop`.
+        nesterov: of `sgd` with momentum.
+        beta1: of `adam`, the decay of its mean gradient.
         weight_decay: its L2 form, added to the gradient.
         decay_norm_and_bias: whether it also acts on biases and on the scales and shifts of normalisation layers.
         batch: images per step, over all devices.
@@ -134,8 +136,9 @@ class Recipe(Frozen, frozen=True, kw_only=True):
     families: tuple[str, ...] = ()
     optimizer: Optimizer = "sgd"
     lr: _Positive
-    momentum: _Share
+    momentum: _Share = 0.0
     nesterov: bool = False
+    beta1: _Share = 0.9
     weight_decay: _NotNegative
     decay_norm_and_bias: bool = True
     batch: _Count
@@ -166,7 +169,7 @@ class Recipe(Frozen, frozen=True, kw_only=True):
 # Fields that describe a recipe and change nothing in a training.
 TELLING = ("name", "title", "source", "where", "note", "families")
 # Fields that recipes did not always have, and what they meant then: hashes leave them out where they mean it still.
-LATER = {"fill": "black", "scaling": "channel"}
+LATER: dict[str, object] = {"fill": "black", "scaling": "channel", "beta1": 0.9}
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -329,6 +332,12 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
     recipe = converted(table, Recipe, place=place, name=name)
     if not recipe.source.strip() or not recipe.where.strip():
         raise SpecError(f"{place}: source and where must say where the recipe is from")
+    if recipe.optimizer == "adam" and recipe.momentum:
+        raise SpecError(f"{place}.momentum: is of sgd and rmsprop; adam has beta1, by default 0.9")
+    if recipe.optimizer != "adam" and recipe.beta1 != LATER["beta1"]:
+        raise SpecError(f"{place}.beta1: is of adam; {recipe.optimizer} has momentum, by default 0")
+    if recipe.nesterov and not (recipe.optimizer == "sgd" and recipe.momentum):
+        raise SpecError(f"{place}.nesterov: is of sgd with momentum; leave it out")
     if list(recipe.milestones) != sorted(set(recipe.milestones)) or max(recipe.milestones, default=0) >= recipe.epochs:
         raise SpecError(
             f"{place}.milestones: {list(recipe.milestones)}: must rise, and end before epoch {recipe.epochs}"

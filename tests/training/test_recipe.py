@@ -6,9 +6,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from selab.errors import SpecError, UnknownNameError
 from selab.models.catalog import installed
+from selab.training.optim import optimizer_of
 from selab.training.recipe import (
     TELLING,
     Recipe,
@@ -144,7 +146,7 @@ def test_the_hash_is_of_what_decides_a_training():
 
 def test_the_hash_is_that_of_recipes_before_they_could_fill_and_scale():
     facts = {key: value for key, value in msgspec.to_builtins(toy()).items() if key not in TELLING}
-    before = {key: value for key, value in facts.items() if key not in ("fill", "scaling")}
+    before = {key: value for key, value in facts.items() if key not in ("fill", "scaling", "beta1")}
     assert recipe_hash(toy()) == hashlib.sha256(msgspec.json.encode(before, order="sorted")).hexdigest()[:12]
     assert len({recipe_hash(toy(**one)) for one in ({}, {"fill": "edge"}, {"scaling": "unit"})}) == 3
 
@@ -167,6 +169,17 @@ def test_the_hash_is_that_of_recipes_before_they_could_fill_and_scale():
         ("milestones = [4, 8]", "milestones = [8, 4]", "must rise, and end before epoch 10"),
         ("milestones = [4, 8]", "milestones = [4, 10]", "must rise, and end before epoch 10"),
         ("epochs = 10", "epochs = 10\nwarmup_epochs = 10", "warmup_epochs: 10: must be fewer than the 10 epochs"),
+        (
+            "lr = 0.4",
+            'lr = 0.4\noptimizer = "adam"',
+            "recipes.toy.momentum: is of sgd and rmsprop; adam has beta1",
+        ),
+        (
+            "momentum = 0.9",
+            "momentum = 0.9\nbeta1 = 0.5",
+            "recipes.toy.beta1: is of adam; sgd has momentum",
+        ),
+        ("momentum = 0.9", "nesterov = true", "recipes.toy.nesterov: is of sgd with momentum; leave it out"),
         ('where = "Sec. 1"', 'where = " "', "source and where must say where the recipe is from"),
         ("rotation_deg = 0", "rotation_deg = 200", "recipes.toy.image: rotation_deg: 200.0; must be 0 to 180"),
         ("rotation_deg = 0", "rotate = 1", "recipes.toy.image.rotate: unknown key; allowed: train_size, scale"),
@@ -248,3 +261,14 @@ def test_the_recipe_in_the_docs_is_complete():
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     (block,) = re.findall(r"```toml\n(\[recipes\..*?)```", page, flags=re.DOTALL)
     assert parse_recipes(block, origin="training.md")["mine"].momentum == 0.9
+    rows = re.findall(r"^\| (`.*?`) \|", page.partition("| Key |")[2].partition("\n\n")[0], flags=re.MULTILINE)
+    named = {key for row in rows for key in re.findall(r"`(\w+)`", row)} | {"milestones", "factor", "decay"}
+    assert named == set(Recipe.__struct_fields__) - {"name", "note", "families"}
+
+
+def test_adam_has_its_own_default():
+    text = GOOD.replace("momentum = 0.9", 'optimizer = "adam"')
+    found = parse_recipes(text, origin="toy.toml")["toy"]
+    assert (found.beta1, found.momentum) == (0.9, 0.0)
+    model = torch.nn.Linear(2, 2)
+    assert optimizer_of(model, found).defaults["betas"] == (0.9, 0.999)

@@ -267,7 +267,7 @@ class TestOptimizers:
         model = nn.Linear(1, 1, bias=False)
         nn.init.ones_(model.weight)
         recipe = msgspec.structs.replace(
-            RECIPE, optimizer="adam", lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0
+            RECIPE, optimizer="adam", lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0
         )
         optimizer = optimizer_of(model, recipe)
         m = v = 0.0

@@ -264,6 +264,8 @@ def deeper(sites: Sites, reach: float, *, most: int) -> list[Resized]:
     original = sites.original
     model = build(original, device="meta").model
     paths = [one.network.repeat for one in repeats(sites, 1.0, "macs", most=most)]
+    # Whole blocks, not layers of a block that cannot run again as a whole.
+    paths = [path for path in paths if path.count(".") == min(each.count(".") for each in paths)]
     found: list[Resized] = []
     for number in range(1, most + 1 if paths else 1):
         chosen = [paths[place % len(paths)] for place in range(number)]

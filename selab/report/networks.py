@@ -1,12 +1,13 @@
 """Tables about one network: its configuration, sites, runtime and published numbers."""
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from selab import units
 from selab.attention.config import SEConfig, SiteConfig, block_keys, block_name
 from selab.models import external
-from selab.models.spec import ONNX_FAMILY, Variant
+from selab.models.spec import ONNX_FAMILY, Published, Variant
 from selab.records.types import Cost, Insertion
 from selab.report.table import Table
 from selab.units import NONE
@@ -98,12 +99,19 @@ def runtime_table(found: "Sequence[Runtime]", *, title: str) -> Table:
     return Table(title=title, columns=columns, rows=tuple(rows), words=frozenset({0, 2, 3, 4}))
 
 
+def _printed(fact: Published) -> str:
+    """Return what a source prints; of an accuracy, the error that it means before it."""
+    found = re.match(r"\d+(?:\.\d+)?", fact.printed)
+    if found is None or not fact.metric.endswith("_error_pct"):
+        return fact.printed or f"{fact.value:g}"
+    number = float(found[0])
+    as_accuracy = abs(100 - number - fact.value) < abs(number - fact.value)
+    return f"{fact.value:g} (printed: accuracy {fact.printed})" if as_accuracy else fact.printed
+
+
 def published_table(variant: Variant) -> Table:
     """Return what others published about a variant."""
-    rows = tuple(
-        (one.metric, one.printed or f"{one.value:g}", one.dataset, f"{one.source}, {one.where}")
-        for one in variant.published
-    )
+    rows = tuple((one.metric, _printed(one), one.dataset, f"{one.source}, {one.where}") for one in variant.published)
     notes = tuple(f"{one.metric}: {one.note}" for one in variant.published if one.note)
     columns = ("published", "value", "on", "source")
     return Table(title="Published", columns=columns, rows=rows, notes=notes, words=frozenset({0, 2, 3}))

@@ -142,7 +142,8 @@ def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: 
     """
     seeds = len(differences)
     unfinished = "" if complete else ", unfinished"
-    counted = f"({_seeds(seeds)}{unfinished})"
+    few = f"; run at least {LEAST_SEEDS}" if seeds < LEAST_SEEDS else ""
+    counted = f"({_seeds(seeds)}{unfinished}{few})"
     found = stats.paired_t_interval(differences)
     mean = half = needed = None
     kind: DifferenceKind
@@ -156,7 +157,8 @@ def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: 
         mean = differences[0]
         kind = "no_spread"
         shown = f"{mean:+z.{_PLAIN_DECIMALS[metric]}f}{_UNITS[metric]}"
-        text = f"the same difference from every seed, {shown} {counted}, shows no uncertainty; run more seeds"
+        text = f"the same difference from every seed, {shown} ({_seeds(seeds)}{unfinished}), shows no uncertainty; "
+        text += "run more seeds"
     else:
         mean, half = found
         places = _decimals(half)
@@ -167,7 +169,7 @@ def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: 
             kind = "not_shown"
             # The deviation of two differences says too little.
             needed = stats.seeds_needed(differences) if seeds >= LEAST_SEEDS else None
-            text = f"no difference shown with {_seeds(seeds)}{unfinished} "
+            text = f"no difference shown with {_seeds(seeds)}{unfinished}{few} "
             text += f"({mean:+z.{places}f} ± {half:.{places}f}{_UNITS[metric]}){_needed(needed)}"
     return AccuracyDifference(kind=kind, mean=mean, half_width=half, seeds=seeds, seeds_needed=needed, text=text)
 

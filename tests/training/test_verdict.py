@@ -128,7 +128,8 @@ def test_nothing_shown_says_how_many_seeds_would_show_it():
 def test_two_seeds_say_nothing_of_how_many_are_needed():
     found = judge("se_x", "top1", [1.0, -0.5])
     assert found.seeds_needed is None
-    assert found.text == "no difference shown with 2 seeds (+0.2 ± 9.5 points)"
+    assert judge("se_x", "top1", [1.0, 1.1]).text == "se_x better by 1.05 ± 0.64 points (2 seeds; run at least 3)"
+    assert found.text == "no difference shown with 2 seeds; run at least 3 (+0.2 ± 9.5 points)"
 
 
 def test_where_no_number_of_seeds_would_do():
@@ -137,7 +138,7 @@ def test_where_no_number_of_seeds_would_do():
     assert "(+0.0 ± 1.8 points)" in tiny.text
     none = judge("se_x", "top1", [0.5, -0.5])
     # tan(0.475 pi) sqrt(0.5) / sqrt(2) = 6.353.
-    assert none.text == "no difference shown with 2 seeds (+0.0 ± 6.4 points)"
+    assert none.text == "no difference shown with 2 seeds; run at least 3 (+0.0 ± 6.4 points)"
     assert none.seeds_needed is None
 
 

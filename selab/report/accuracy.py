@@ -120,16 +120,17 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
     records = [one.record for one in group]
     place = records[0].machine.gpu or records[0].machine.cpu
     data = records[0].data
-    # Two comparisons may have one name, in two recipes.
-    verdicts = [(name_of(record), compare_verdict(record)) for record in records]
+    names = names_of(records)
+    named = list(zip(names, records, strict=True))
+    verdicts = [(name, compare_verdict(record)) for name, record in named]
     unresolved = [
         f"{name}, {metric}: {one.difference.text}"
         for name, verdict in verdicts
         for metric, one in (("top-1", verdict.top1), ("loss", verdict.loss))
         if one.difference.kind not in ("better", "worse")
     ]
-    bought_rows = tuple(_bought_row(one) for one in group)
-    cost_rows = tuple(_costs_row(one) for one in group)
+    bought_rows = tuple(_bought_row(one, name) for one, name in zip(group, names, strict=True))
+    cost_rows = tuple(_costs_row(one, name) for one, name in zip(group, names, strict=True))
     bought = Table(
         title=f"What SE buys on {data.title}",
         columns=("", "seeds", "base top-1", "top-1", "points", "published", "loss"),
@@ -139,10 +140,10 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
             "test on; ± is one deviation over seeds, in brackets 95 % intervals of the difference, paired by seed.",
             *published_notes(records),
             *words_note(bought_rows),
-            *(f"{name_of(record)}: {words}" for record in records for words in _own_recipes(record)),
+            *(f"{name}: {words}" for name, record in named for words in _own_recipes(record)),
             *unresolved,
             *(f"{name}: {verdict.diverged}" for name, verdict in verdicts if verdict.diverged),
-            *(f"{name_of(record)}: {warning}" for record in records for warning in record.warnings),
+            *(f"{name}: {warning}" for name, record in named for warning in record.warnings),
             *not_published(records),
         ),
     )
@@ -164,12 +165,21 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
 
 def trainings(records: Sequence[AccuracyRecord]) -> list[str]:
     """Return `cifar_short, 4 epochs, 3 seeds (se_resnet20_cifar)`; names only where trainings differ."""
-    names: dict[str, list[str]] = {}
-    for record in records:
+    trained: dict[str, list[str]] = {}
+    for record, name in zip(records, names_of(records), strict=True):
         seeds = len(record.seeds)
         words = f"{training_words(record)}, {units.counted(seeds, 'seed')}"
-        names.setdefault(words, []).append(name_of(record))
-    return [words + (f" ({', '.join(which)})" if len(names) > 1 else "") for words, which in names.items()]
+        trained.setdefault(words, []).append(name)
+    return [words + (f" ({', '.join(which)})" if len(trained) > 1 else "") for words, which in trained.items()]
+
+
+def names_of(records: Sequence[AccuracyRecord]) -> list[str]:
+    """Return the names of comparisons in one table; those of one pair in several recipes with their recipe."""
+    names = [name_of(record) for record in records]
+    return [
+        f"{name}, {training_words(record)}" if names.count(name) > 1 else name
+        for name, record in zip(names, records, strict=True)
+    ]
 
 
 def name_of(record: AccuracyRecord) -> str:
@@ -187,12 +197,12 @@ def name_of(record: AccuracyRecord) -> str:
     return record.arch + ("" if own else f" against {record.baseline}") + best + (" (stale)" if stale else "")
 
 
-def _bought_row(one: Compared) -> tuple[str, ...]:
+def _bought_row(one: Compared, name: str) -> tuple[str, ...]:
     record = one.record
     verdict = compare_verdict(record)
     seeds = verdict.top1.difference.seeds
     return (
-        name_of(record),
+        name,
         str(seeds) if seeds == len(record.seeds) else f"{seeds} of {len(record.seeds)}",
         *(NONE if level is None else level.shown for level in (verdict.top1.baseline, verdict.top1.variant)),
         _difference_words(verdict.top1),
@@ -228,17 +238,17 @@ def _published_row(record: AccuracyRecord) -> list[tuple[str, ...]]:
 def published_notes(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
     """Return where the published pairs of some comparisons are from."""
     named: dict[str, list[str]] = {}
-    for record in records:
+    for record, name in zip(records, names_of(records), strict=True):
         found = _published(record)
         if found is not None:
             source = f"{found[0].source}, {found[0].table}"
-            named.setdefault(source, []).append(name_of(record))
-    return tuple(f"Published ({', '.join(names)}): {source}." for source, names in named.items())
+            named.setdefault(source, []).append(name)
+    return tuple(f"Published ({', '.join(which)}): {source}." for source, which in named.items())
 
 
-def _costs_row(one: Compared) -> tuple[str, ...]:
+def _costs_row(one: Compared, name: str) -> tuple[str, ...]:
     return (
-        name_of(one.record),
+        name,
         _change(one, attrgetter("params")),
         _change(one, attrgetter("macs.paper")),
         change_words(one.forward_latency),

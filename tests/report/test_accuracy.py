@@ -94,6 +94,17 @@ def test_machines_and_data_sets_share_no_table(compared_small_cnn):
         assert len(accuracy_tables([Compared(record=record), Compared(record=other)])) == 2 * tables
 
 
+def test_two_recipes_of_one_network_are_told_apart(compared_small_cnn):
+    record = compared_small_cnn(BASE, BETTER)
+    other = msgspec.structs.replace(
+        compared_small_cnn(BASE, ALIKE), recipe=msgspec.structs.replace(record.recipe, name="mine")
+    )
+    grid, costs = accuracy_tables([Compared(record=one) for one in (record, other)])
+    names = [f"se_small_cnn, {one.recipe.name}, {one.recipe.epochs} epochs" for one in (record, other)]
+    assert [row[0] for row in grid.rows] == [row[0] for row in costs.rows] == names
+    assert any(note.startswith(f"{names[1]}, top-1: no difference shown") for note in grid.notes)
+
+
 def test_changed_facts_are_stale(compared_small_cnn):
     record = compared_small_cnn(BASE, BETTER)
     assert name_of(record) == "se_small_cnn"

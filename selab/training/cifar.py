@@ -320,7 +320,10 @@ def _rows(path: Path, count: int, layout: Layout) -> Bytes:
 
 
 def _again(path: Path, layout: Layout) -> str:
-    return f"take {path.parent.name} away: it is unpacked anew from {layout.archive} beside it, or downloaded"
+    folder = path.parent
+    if (folder.parent / layout.archive).is_file():
+        return f"take {folder.name} away: it is unpacked anew from {layout.archive} beside it"
+    return f"take {folder.name} away, and put {layout.archive} in its place or let it be downloaded"
 
 
 def _marked(folder: Path) -> tuple[str, str] | None:

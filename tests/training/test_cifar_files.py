@@ -269,7 +269,11 @@ def test_images_of_the_other_set_under_these_names_are_recognised(tmp_path):
     write(tmp_path / "cifar-10-batches-bin", "cifar10")
     path = tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin"
     path.write_bytes(bytes(4 * 3074))
-    with pytest.raises(DataError, match=r"has 12,296 bytes, as many as images of CIFAR-100 have, expected 12,292"):
+    told = r"has 12,296 bytes, as many as images of CIFAR-100 have, expected 12,292; take cifar-10-batches-bin away"
+    with pytest.raises(DataError, match=f"{told}, and put cifar-10-binary.tar.gz in its place or let it be downloaded"):
+        open_data("cifar10", data_dir=tmp_path)
+    (tmp_path / "cifar-10-binary.tar.gz").touch()
+    with pytest.raises(DataError, match=f"{told}: it is unpacked anew from cifar-10-binary.tar.gz beside it"):
         open_data("cifar10", data_dir=tmp_path)
 
 

@@ -244,14 +244,15 @@ def _read_folder(name: str, folder: Path, broken: BrokenFiles) -> "Found":
             "foldings": FOLDINGS.read_folder(folder, **required),  # type: ignore[arg-type]
             "placements": PLACEMENTS.read_folder(folder, **required),  # type: ignore[arg-type]
         }
-    # A phone's folder holds no profile, and spellings alone make a table of runtimes.
-    enough = imported or (name == pages.RUNTIMES and taxes)
+    compared = read_compared(folder, on_broken=broken) if name in (pages.ACCURACY, pages.REPORT) else []
+    # A phone's folder holds no profile, and spellings alone make a table of runtimes, comparisons a report.
+    enough = imported or (name == pages.RUNTIMES and taxes) or (name == pages.REPORT and compared)
     others = name in (pages.ACCURACY, pages.TAX, pages.GATES) or (
         enough and not store.PROFILES.files(folder, partial=True)
     )
     return pages.Found(
         profiles=[] if others else store.read_records(folder, partial=True, on_broken=broken),
-        compared=read_compared(folder, on_broken=broken) if name in (pages.ACCURACY, pages.REPORT) else (),
+        compared=compared,
         taxes=taxes,
         imported=imported,
         **judged,

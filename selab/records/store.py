@@ -31,7 +31,11 @@ from selab.records.types import PHASES, Latency, Memory, Phase, Record, from_jso
 from selab.records.verdict import check
 
 _NAME_BYTES = 120
-_NO_MACHINES = ("accuracy", "tax", "acceptance", "timeline", "imported", "folding", "placements", "gates")
+NO_MACHINES = (
+    *("accuracy", "tax", "acceptance", "timeline", "imported", "folding", "placements", "gates"),
+    *("runs", "equal-time", "tuning"),
+)
+"""Names of folders that are no machine's: those of one machine's records, and those beside the machines'."""
 _PARTIAL, _FAILED = ".partial.json", ".failed.json"
 OnBroken = Callable[[RecordError], None] | None
 """What is done with the error of a broken file; None to raise it."""
@@ -101,7 +105,7 @@ class Store(Generic[_R]):
         if not folder.is_dir():
             raise RecordError(f"{folder}: not a folder; name the folder of one machine's records")
         paths = self.files(folder, partial=partial)
-        others = [each for each in folder.iterdir() if each.is_dir() and each.name not in _NO_MACHINES]
+        others = [each for each in folder.iterdir() if each.is_dir() and each.name not in NO_MACHINES]
         below = [] if paths else sorted(each.name for each in others if self.files(each))
         if below:
             raise RecordError(f"{folder}: contains no {self.title}; its subfolders do: {', '.join(below)}; name one")

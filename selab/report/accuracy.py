@@ -68,7 +68,10 @@ def _times_note(compared: Compared) -> list[str]:
     together = "one after the other" if counts == [1] else f"{' or '.join(map(str, counts))} at once"
     timed = compared.forward_latency or compared.step_latency
     then = "; the times of the passes do" if timed else ""
-    return [f"Trainings ran {together}: the times of trainings do not compare the networks{then}."]
+    return [
+        f"Trainings ran {together}, and the machine may have been busier with some than with others: "
+        f"their times do not compare the networks{then}."
+    ]
 
 
 def _own_recipes(record: AccuracyRecord) -> list[str]:

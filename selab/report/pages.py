@@ -20,6 +20,7 @@ from selab.records import imported as imported_record
 from selab.records.acceptance import Acceptance, KernelBandwidth, LoadingTime
 from selab.records.files import files_ending
 from selab.records.imported import Imported
+from selab.records.store import NO_MACHINES
 from selab.records.types import TORCH, Cost, Latency, Machine, Record
 from selab.report.accuracy import accuracy_tables
 from selab.report.folding import summary_table
@@ -99,7 +100,8 @@ def machine_folder(profiles: Path) -> Path:
         )
         return any(files_ending(kind, ".json") for kind in kinds)
 
-    below = [] if holds(profiles) else [folder for folder in profiles.glob("*/") if holds(folder)]
+    machines = (folder for folder in profiles.glob("*/") if folder.name not in NO_MACHINES)
+    below = [] if holds(profiles) else [folder for folder in machines if holds(folder)]
     return below[0] if len(below) == 1 else profiles
 
 

@@ -217,3 +217,16 @@ def test_the_shell_shows_the_table_of_a_folder(selab, compared_small_cnn, tmp_pa
     status, _, err = selab("table", "accuracy", "--profiles", tmp_path)
     assert status == 1
     assert "contains no comparisons" in err
+
+
+def test_a_folder_of_comparisons_alone_has_tables_and_a_report(selab, compared_small_cnn, tmp_path):
+    """The other folders that `compare` makes are no machine's."""
+    record = compared_small_cnn(BASE, BETTER)
+    written(record, tmp_path / record.machine.name)
+    for name in ("runs/some", "equal-time", "tuning"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "some.json").write_text("{}")
+    for name in ("accuracy", "report"):
+        status, out, error = selab("table", name, "--profiles", tmp_path, "--format", "markdown")
+        assert status == 0, error
+        assert "| se_small_cnn | 3 |" in out

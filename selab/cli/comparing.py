@@ -227,10 +227,12 @@ def _command() -> str:
 
 def _left_of(comparisons: "Sequence[Comparison]", *, replace: bool) -> "list[Comparison]":
     """Return the comparisons with something left to train, and tell of the others."""
-    from selab.experiments.compare import left_of
+    from selab.experiments.compare import left_of, too_small
 
     with redirect_stdout(sys.stderr):
         left = left_of(comparisons, replace=replace)
+    for words in dict.fromkeys(words for one in left for words in too_small(one)):
+        print_note(words)
     for finished in comparisons:
         if finished not in left:
             print_note(f"{finished.path}: already finished; more --seeds extend it, --replace trains again")
@@ -250,13 +252,18 @@ def _at_their_best(
     out: Path,
 ) -> "list[tuple[Variant, Variant, dict[str, Any]]]":
     """Search values for each network; return every pair with the recipes of both."""
-    from selab.experiments.tuning import tuned
+    from selab.experiments.expected import seconds_of
+    from selab.experiments.tuning import optuna_for, searching, tuned
     from selab.training.recipe import adapted
 
     epochs = more.tune_epochs or max(1, adapted(recipe, epochs=options.epochs).epochs // _TUNE_SHARE)
     found = {}
+    each = list({one.name: one for pair in networks for one in reversed(pair)}.values())
+    short = adapted(recipe, epochs=epochs, batch=options.batch)
+    optuna_for("--tune")
+    print_note(searching([seconds_of(one, images, short, options) for one in each], more.tune, epochs))
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
-        for network in {one.name: one for pair in networks for one in reversed(pair)}.values():
+        for network in each:
             how: dict[str, Any] = {"trials": more.tune, "epochs": epochs, "out": out}
             found[network.name] = tuned(network, images, recipe, options, **how, report=report, say=report.say)
     return [(one, base, {"recipe": found[base.name], "variant_recipe": found[one.name]}) for one, base in networks]

@@ -104,6 +104,21 @@ def unlike(variant: Variant, baseline: Variant) -> str:
     return ""
 
 
+# A network for images so many times as wide has lost most of a small image's detail after its first layers.
+_TOO_SMALL = 4
+
+
+def too_small(comparison: "Comparison") -> list[str]:
+    """Return a line for each network of a comparison that is made for much larger images."""
+    side = comparison.data.input_chw[-1]
+    return [
+        f"{one.name}: is made for images of {one.input_chw[-1]} pixels, those of {comparison.facts.title} have {side}; "
+        "`selab archs` lists networks for small images"
+        for one in (comparison.baseline, comparison.variant)
+        if one.input_chw[-1] >= _TOO_SMALL * side
+    ]
+
+
 def folder_of(
     variant: Variant,
     data: Data,

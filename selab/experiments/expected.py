@@ -11,18 +11,18 @@ from selab.experiments.compare import Comparison, fitted
 from selab.fusion.fuse import fuse
 from selab.models.build import build
 from selab.models.spec import Variant
+from selab.training.data import Data
 from selab.training.evaluate import AMP_TYPES
 from selab.training.optim import optimizer_of
+from selab.training.recipe import Recipe
+from selab.training.record import Options
 from selab.training.train import device_settings
 
 _STEPS = 3
 
 
 def training_s(variant: Variant, comparison: Comparison, *, threads: int | None = None) -> float | None:
-    """Return about how many seconds one training of a comparison's network takes: the fastest of three steps, for all.
-
-    Random images are used, and neither augmentation nor checkpoints are in it. The networks of the trainings are not
-    touched.
+    """Return about how many seconds one training of a comparison's network takes.
 
     Args:
         variant: one of the comparison's two networks.
@@ -30,13 +30,29 @@ def training_s(variant: Variant, comparison: Comparison, *, threads: int | None 
         threads: instead of those of the options.
 
     Returns:
-        None where the images lie in a folder, whose decoding may take longer, and under `torchrun`.
+        As `seconds_of`; None under `torchrun` too.
     """
-    data, recipe, options = comparison.data, comparison.recipe, comparison.plan.options
-    if getattr(data, "image", None) is not None or comparison.group.world > 1:
+    options = msgspec.structs.replace(comparison.plan.options, threads=threads or comparison.plan.options.threads)
+    return None if comparison.group.world > 1 else seconds_of(variant, comparison.data, comparison.recipe, options)
+
+
+def seconds_of(variant: Variant, data: Data, recipe: Recipe, options: Options) -> float | None:
+    """Return about how many seconds a training takes: the fastest of three steps, for all.
+
+    Random images are used, and neither augmentation nor checkpoints are in it.
+
+    Args:
+        variant: the network; one of its own is built.
+        data: numbers and sizes of images.
+        recipe: how it is trained, with the epochs that are meant.
+        options: where.
+
+    Returns:
+        None where the images lie in a folder, whose decoding may take longer.
+    """
+    if getattr(data, "image", None) is not None:
         return None
     device = torch.device(options.device)
-    options = msgspec.structs.replace(options, threads=threads or options.threads)
     parts = options.accumulate
     with device_settings(options, device):
         model = build(fitted(variant, data)).model.to(device)

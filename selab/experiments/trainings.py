@@ -126,17 +126,24 @@ def schedule_of(comparisons: Sequence[Comparison], *, at_once: int = 1) -> Sched
             uses.setdefault(key, []).append((one, arm))
     # Sorting is stable: the networks of a seed stay in their order.
     ordered = sorted(uses.items(), key=lambda item: item[0][0])
+    recipes = {some[0][0].recipe_of(some[0][1]).name for some in uses.values()}
     pending = tuple(
         Pending(
             variant=some[0][0].network_of(some[0][1]),
             recipe=some[0][0].recipe_of(some[0][1]),
             seed=seed,
-            label=f"training {number} of {len(ordered)} (seed {seed}, {name})",
+            label=f"training {number} of {len(ordered)} ({_which(seed, name, some[0], several=len(recipes) > 1)})",
             uses=tuple(some),
         )
         for number, ((seed, name, *_), some) in enumerate(ordered, start=1)
     )
     return Schedule(pending=pending, at_once=max(1, min(at_once, len(pending))))
+
+
+def _which(seed: int, name: str, use: tuple[Comparison, Arm], *, several: bool) -> str:
+    """Return `seed 1, se_small_cnn`; with the recipe where a schedule has several."""
+    comparison, arm = use
+    return f"seed {seed}, {name}" + (f", {comparison.recipe_of(arm).name}" if several else "")
 
 
 Runs = Callable[[Schedule, Report, Say], None]

@@ -6,7 +6,8 @@ the median of those before it is ended early. Every trial is written when it end
 was stopped, on another machine too.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from selab.models.spec import Variant
 from selab.records.files import read_text, write_atomically
 from selab.records.types import Frozen, decoded
 from selab.training.data import Data
-from selab.training.progress import TrainingProgress
+from selab.training.progress import TrainingProgress, duration
 from selab.training.recipe import Recipe, adapted
 from selab.training.record import Options
 from selab.training.train import DivergedError, train
@@ -79,6 +80,23 @@ class Tuning(Frozen, frozen=True, kw_only=True):
 
 class _StoppedEarlyError(Exception):
     """A training is behind the others."""
+
+
+def searching(seconds: Sequence[float | None], trials: int, epochs: int) -> str:
+    """Return in words how many trials there will be and how long they take.
+
+    Args:
+        seconds: of a trial of each network; None where nobody knows.
+        trials: of each network.
+        epochs: of a trial.
+    """
+    each = f"{counted(trials, 'trial')} × {counted(epochs, 'epoch')} of each of {counted(len(seconds), 'network')}"
+    known = [one for one in seconds if one is not None]
+    about = f", about {duration(trials * math.fsum(known))} at most" if len(known) == len(seconds) else ""
+    return (
+        f"--tune: {each}, one after the other{about}; "
+        "one that falls behind ends early. Then the trainings. Ctrl-C saves everything, the same command resumes"
+    )
 
 
 def tuned(

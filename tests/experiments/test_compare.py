@@ -366,6 +366,16 @@ def test_going_on_is_said(data, tmp_path):
     assert said[0] == "2 trainings × 2 epochs on synthetic: all 2 are trained already"
 
 
+def test_a_network_for_much_larger_images_is_named(data, tmp_path):
+    plan = msgspec.structs.replace(small_plan(), variant=catalog.find("se_resnet18"), baseline=catalog.find("resnet18"))
+    assert compare.too_small(compare.Comparison(plan, data, out=tmp_path)) == [
+        f"{name}: is made for images of 224 pixels, those of synthetic have 32; `selab archs` lists networks for small "
+        "images"
+        for name in ("resnet18", "se_resnet18")
+    ]
+    assert compare.too_small(compare.Comparison(small_plan(), data, out=tmp_path)) == []
+
+
 def test_how_long_it_takes_is_said_beforehand(data, tmp_path, pretended):
     plans = [small_plan(seeds=(0, 1, 2)), small_plan(variant=catalog.find("se_small_cnn+reduction=8"))]
     both = [compare.Comparison(plan, data, out=tmp_path) for plan in plans]

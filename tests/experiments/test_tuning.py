@@ -167,7 +167,7 @@ def test_each_network_is_trained_at_its_best(network, tmp_path):
     run_all(left, lambda label, state: state or labels.append(label), said.append, expects=lambda *_: 7.0)
     # Six trainings in the one recipe, six at the networks' own values.
     assert said[0].startswith("12 trainings × 1 epoch on tiny, about 1 min by a few steps of each; ")
-    assert labels[-1] == "training 12 of 12 (seed 2, se_plain)"
+    assert labels[-1] == "training 12 of 12 (seed 2, se_plain, tiny_tuned5)"
     assert both[0].path != both[1].path
     records = [read_accuracy_record(one.path) for one in both]
     assert [one.variant_recipe and one.variant_recipe.lr for one in records] == [None, 0.03]
@@ -197,3 +197,11 @@ def test_each_network_is_trained_at_its_best(network, tmp_path):
     with pytest.raises(RecordError, match=r"exists: a comparison whose variant_recipe.lr is 0.03, not 0.01"):
         compare.Comparison(other, images(), out=tmp_path).take_over()
     assert json.loads(both[0].path.read_text())["variant_recipe"] is None
+
+
+def test_the_search_is_announced_with_its_time():
+    said = tuning.searching([90.0, 150.0], 10, 2)
+    assert said.startswith(
+        "--tune: 10 trials × 2 epochs of each of 2 networks, one after the other, about 40 min at most;"
+    )
+    assert "about" not in tuning.searching([90.0, None], 10, 2)

@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -156,7 +157,9 @@ def equal_time(
         write_atomically(path, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     networks = [one.network for one in found.tried if one.network.name in found.chosen]
     if not networks:
-        raise SelabError(f"--equal-time: {'; '.join(found.remarks)}; compare without it, or widen the network by hand")
+        raise SelabError(
+            f"--equal-time: {'; '.join(found.remarks)}; compare without it, or delete {path} to measure again"
+        )
     write_atomically(family, _networks_text(_sites(baseline), variant, networks).encode())
     made = read_family(family)
     for remark in found.remarks:
@@ -279,7 +282,8 @@ class _Search:
         if max(ratios.values()) < aim:
             largest = max(map(self.cost, ratios))
             self._reach[kind] *= _FURTHER
-            self._reached(kind)
+            with suppress(ModelError):  # none of the larger numbers of channels fit each other
+                self._reached(kind)
             return spaced([name for name in self.ordered(kind) if self.cost(name) > largest], _THEN)
         found = between(self.ordered(kind), ratios, aim, most=_THEN)
         if not found and kind == "width":

@@ -226,7 +226,7 @@ def _run(schedule: Schedule, places: Sequence[Place], source: Source, report: Re
     events: SimpleQueue[tuple[_Running, object]] = SimpleQueue()
     waiting, free = deque(schedule.pending), list(places)
     running: list[_Running] = []
-    fault, unfinished = "", len(waiting)
+    fault, unsettled = "", {one.label: one for one in waiting}
     with stoppable(alone=False) as stop, ExitStack() as at_end:
         at_end.callback(_end_all, running)
         while running or (waiting and not fault and not stop.wanted):
@@ -250,13 +250,15 @@ def _run(schedule: Schedule, places: Sequence[Place], source: Source, report: Re
             free.append(other.place)
             schedule.end(other.one)
             wrong = _settle(other, schedule, report, say)
-            unfinished -= not wrong
+            if not wrong:
+                del unsettled[other.one.label]
             # A process that was asked to end says so; that is no fault. A Ctrl-C reaches it together with this one.
             fault = fault or ("" if stop.wanted else wrong)
         if fault:
             raise SelabError(fault)
-        if unfinished:
-            left = units.counted(unfinished, "training")
+        if unsettled:
+            # What another command has trained is no work.
+            left = units.counted(sum(not one.finished for one in unsettled.values()), "training")
             raise TrainingStoppedError(f"stopped with {left} left; everything is saved: the same command resumes")
 
 

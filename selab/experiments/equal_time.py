@@ -111,10 +111,19 @@ def between(ordered: Sequence[str], ratios: Mapping[str, float], aim: float, *, 
         aim: the ratio that is looked for.
         most: so many.
     """
+    low, high = neighbours(ordered, ratios, aim)
+    return spaced([name for name in ordered[low + 1 : high] if name not in ratios], most)
+
+
+def neighbours(ordered: Sequence[str], ratios: Mapping[str, float], aim: float) -> tuple[int, int]:
+    """Return the places of the last measured network that is no slower than an aim, and of the next one that is.
+
+    Where there is none: -1, and the number of networks. Arguments as of `between`.
+    """
     known = [place for place, name in enumerate(ordered) if name in ratios]
     low = max((place for place in known if ratios[ordered[place]] <= aim), default=-1)
     high = min((place for place in known if place > low and ratios[ordered[place]] > aim), default=len(ordered))
-    return spaced([name for name in ordered[low + 1 : high] if name not in ratios], most)
+    return low, high
 
 
 def spaced(names: Sequence[str], most: int) -> list[str]:
@@ -293,13 +302,11 @@ class _Search:
 
     def _finer(self, ratios: Mapping[str, float], aim: float) -> list[Resized]:
         """Return widths between the two around a time."""
-        ordered = [name for name in self.ordered("width") if name in ratios]
-        place = next(place for place, name in enumerate(ordered) if ratios[name] >= aim)
-        low, high = (self._width(ordered[at]) if at >= 0 else 1.0 for at in (place - 1, place))
-        return widths_between(self._sites, low, high, most=_THEN)
-
-    def _width(self, name: str) -> float:
-        return self.network(name)[1].network.width
+        found = [self._found["width"][name].network.width for name in self.ordered("width")]
+        low, high = neighbours(self.ordered("width"), ratios, aim)
+        if high == len(found):
+            return []
+        return widths_between(self._sites, found[low] if low >= 0 else 1.0, found[high], most=_THEN)
 
     def cost(self, name: str) -> float:
         """Return the MACs of a network over those of the baseline."""

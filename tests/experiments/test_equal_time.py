@@ -14,7 +14,7 @@ from selab.cost.count import count
 from selab.errors import RecordError, SelabError
 from selab.experiments import equal_time
 from selab.experiments.compare import fitted
-from selab.experiments.equal_time import BLOCKS, EqualTime, between, nearest, spaced
+from selab.experiments.equal_time import BLOCKS, EqualTime, between, nearest, neighbours, spaced
 from selab.models import catalog
 from selab.models.build import build
 from selab.models.provenance import fixed_address
@@ -95,6 +95,14 @@ def test_the_nearest_is_taken_in_proportion():
 def test_the_search_goes_on_between_the_neighbours(known, aim, found):
     ordered = [f"w{place}" for place in range(8)]
     assert between(ordered, known, aim, most=10) == found
+
+
+def test_widths_are_refined_where_the_search_goes_on():
+    """The last network that is fast enough counts, also where a narrower one was measured as too slow."""
+    ordered = [f"w{place}" for place in range(5)]
+    assert neighbours(ordered, {"w0": 1.1, "w1": 1.6, "w2": 1.2, "w4": 1.5}, 1.3) == (2, 4)
+    assert neighbours(ordered, {"w1": 1.6}, 1.3) == (-1, 1)
+    assert neighbours(ordered, {"w1": 1.2}, 1.3) == (1, 5)
 
 
 def test_names_are_spaced_to_the_last():

@@ -52,6 +52,8 @@ _CONSTANTS = {
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
     *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"),
 }
+# These make a tensor of the same values everywhere, which is often written into afterwards.
+_FILLED = {"zeros", "ones", "full", "empty"}
 # Products of matrices and the like: the result's dimensions are not those of an operand.
 _MIXES = {"bmm", "baddbmm", "matmul", "einsum", "unfold", "im2col", "col2im", "gather", "index", "as_strided"}
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -148,6 +150,8 @@ class DataflowTrace(DispatchMode):
         self._now: dict[int, Value] = {}
         # While a tensor lives, no other has its id.
         self._kept: list[Tensor] = []
+        # Storage → the tensor that was made with it, which does not depend on the input.
+        self._made: dict[int, Tensor] = {}
 
     def run(self) -> None:
         """Run the network once."""
@@ -188,13 +192,42 @@ class DataflowTrace(DispatchMode):
         given = {key: value for key, value in kwargs.items() if key != "out"}
         operands = {id(one): self._now[id(one)] for one in tree_leaves((args, given)) if id(one) in self._now}
         result = func(*args, **kwargs)
-        if operands and _operation(func) not in _CONSTANTS:
+        name = _operation(func)
+        if operands and name not in _CONSTANTS:
             # The first result is the feature map; statistics or indices follow.
             results = tree_leaves(result[0] if isinstance(result, tuple) else result)
             for tensor in results if result is not None else tree_leaves(args[:1]):
                 if isinstance(tensor, Tensor):
                     self._note(tensor, self._value(func, args, given, tensor, tuple(operands.values())))
+                    if func._schema.is_mutable:
+                        self._write_through(tensor)
+        elif name in _FILLED or name in _CONSTANTS:
+            self._made[result.untyped_storage()._cdata] = result
+            self._kept.append(result)
         return result
+
+    def _write_through(self, part: Tensor) -> None:
+        """Note that a tensor has changed with a part of it, as where images are copied into a batch of zeros."""
+        whole = self._made.get(part.untyped_storage()._cdata)
+        if whole is None or whole is part or whole.shape == part.shape:
+            return
+        operands = tuple(self._now[id(one)] for one in (part, whole) if id(one) in self._now)
+        value = Value(
+            index=len(self.values),
+            operation="copy",
+            module=self._open[-1][0] if self._open else "",
+            shape=tuple(whole.shape),
+            operands=operands,
+            ancestors=1 << len(self.values),
+        )
+        for operand in operands:
+            value.ancestors |= operand.ancestors
+        images = (one for one in self.values if one.operation == INPUT and len(one.shape) == _MAP_DIMS - 1)
+        if value.is_map and any(value.comes_from(one) and one.shape[0] == value.shape[1] for one in images):
+            # Images (C, H, W) become a batch.
+            value.dims, value.is_image = _image_dims(value.shape), True
+            self._batch = value.shape[0] if self._batch is None else self._batch
+        self._note(whole, value)
 
     def _note(self, tensor: Tensor, value: Value) -> None:
         self.values.append(value)

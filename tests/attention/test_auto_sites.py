@@ -493,3 +493,26 @@ class TestParallelSums:
         ends = trace_ends(Denoiser(), NCHW)
         assert [end.path for end in ends.found] == ["blocks.1.bn2"]
         assert ends.left_out == ("the addition in the network: it adds the network's input",)
+
+
+class ListOfImages(nn.Module):
+    """Copies images (C, H, W) into a batch of zeros, as detectors do, and joins them with a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+
+    def forward(self, images):
+        height, width = (max(one.shape[axis] for one in images) for axis in (1, 2))
+        batch = images[0].new_full((len(images), 3, height, width), 0)
+        for place, image in zip(batch, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]].copy_(image)
+        x = self.stem(batch)
+        return {"maps": [torch.relu(x + self.branch(x))]}
+
+
+@pytest.mark.parametrize("sizes", [[(8, 8)], [(8, 12), (12, 8)]], ids=["one", "two of unequal size"])
+def test_images_that_are_copied_into_a_batch_are_followed(sizes):
+    example = ([torch.rand(3, *size) for size in sizes],)
+    assert [one.path for one in insert_se(ListOfImages(), "auto", inputs=example, reduction=4)] == ["branch"]

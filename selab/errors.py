@@ -61,6 +61,10 @@ def one_line(error: BaseException, *, most: int = 300) -> str:
     return (text if len(text) <= most else f"{text[:most]}…") or type(error).__name__
 
 
+# Shorter beginnings are of many names.
+_SHORT = 3
+
+
 def nearest(name: str, known: Iterable[str], *, most: int = 3, shown: int = 12) -> str:
     """Return the end of an error message: `; did you mean a, b?`, or `; known: a, b, …` if no name is similar.
 
@@ -71,7 +75,9 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3, shown: int = 12) 
         shown: list at most this many if no name is similar.
     """
     names = sorted(known)
-    close = get_close_matches(name.lower(), names, n=most, cutoff=0.5)
+    # Part of a name is closer than another name of the same length.
+    longer = [one for one in names if len(name) > _SHORT and one.startswith(name.lower())]
+    close = longer[:most] or get_close_matches(name.lower(), names, n=most, cutoff=0.5)
     if close:
         return f"; did you mean {', '.join(close)}?"
     listed = ", ".join(names[:shown]) + (", …" if len(names) > shown else "")

@@ -45,7 +45,7 @@ _HOMES = {
     "selab.judging.look": "gates",
 }
 # Packages that the documentation uses as attributes: `selab.cost.register_rule`.
-_PACKAGES = ("attention", "cost", "errors")
+_PACKAGES = ("attention", "cost", "errors", "models")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [

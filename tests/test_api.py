@@ -81,7 +81,7 @@ def paths(root):
 
 # -------------------------------------------------------------------------------------------------------------- names
 def test_every_public_name_is_there_and_nothing_else_is_shown():
-    assert dir(selab) == sorted([*selab.__all__, "attention", "cost", "errors"])
+    assert dir(selab) == sorted([*selab.__all__, "attention", "cost", "errors", "models"])
     assert sorted(set(selab.__all__)) == sorted(selab.__all__)
     for name in PUBLIC:
         assert getattr(selab, name).__name__ == name

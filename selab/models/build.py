@@ -23,7 +23,7 @@ from selab.graphs.module import DeployedNetwork, OnnxNetwork
 from selab.graphs.reading import image_shape
 from selab.meta import Example, first_line
 from selab.meta.modes import made_on
-from selab.models import external
+from selab.models import composed, external
 from selab.models.inputs import check_inputs, example_of, feed
 from selab.models.spec import Variant
 from selab.records.types import Insertion
@@ -72,21 +72,10 @@ def build(
     """
     if variant.on == "cpu" and device == "meta":
         device = "cpu"
-    builder = _builder(variant)
-    if not callable(builder):
-        raise SpecError(f"{variant.origin}: builder: {variant.builder!r} is not callable; name a function or a class")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            with made_on(device):
-                model = builder(num_classes=variant.num_classes, **variant.arguments)
-        except SelabError:
-            raise
-        except Exception as error:
-            raise SpecError(
-                f"{variant.place}: {variant.builder} refuses its arguments "
-                f"{dict(variant.arguments)}: {first_line(error)}"
-            ) from error
+        with made_on(device):
+            model = construct(variant)
         if isinstance(model, DeployedNetwork):
             return Built(model=model)
         if isinstance(model, OnnxNetwork):
@@ -112,6 +101,27 @@ def build(
             raise type(error)(f"{variant.place}: {error}") from error
         feed(model, variant.inputs)
     return Built(model=model, insertions=insertions, native=native)
+
+
+def construct(variant: Variant) -> Any:
+    """Call a variant's builder: its network without blocks, with weights of the current random state.
+
+    Raises:
+        SpecError: the builder cannot be imported, or refuses its arguments.
+    """
+    if composed.is_one(variant):
+        external.check_torchvision(variant.name)
+    builder = _builder(variant)
+    if not callable(builder):
+        raise SpecError(f"{variant.origin}: builder: {variant.builder!r} is not callable; name a function or a class")
+    try:
+        return builder(num_classes=variant.num_classes, **variant.arguments)
+    except SelabError:
+        raise
+    except Exception as error:
+        raise SpecError(
+            f"{variant.place}: {variant.builder} refuses its arguments {dict(variant.arguments)}: {first_line(error)}"
+        ) from error
 
 
 def _built_graph(network: OnnxNetwork, variant: Variant, image: tuple[int, ...]) -> Built:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from selab.attention.config import changed
+from selab.attention.config import SiteConfig, changed
 from selab.errors import SpecError, UnknownNameError, nearest
-from selab.models import external
+from selab.models import composed, external
 from selab.models.spec import ONNX_FAMILY, Variant, parse_family, read_family
 from selab.records.toml import read_package
 
@@ -26,9 +26,10 @@ def installed() -> dict[str, Variant]:
 def find(name: str, *, option: str = "--arch") -> Variant:
     """Return the variant of a name, as `--arch` takes it.
 
-    A name is one of the catalog, `path/to/family.toml[:variant]`, `torchvision:NAME`, `timm:NAME`,
-    `path/to/file.py:name` or `package.module:name`. `+KEY=VALUE,…` after any of these inserts attention blocks, or
-    changes those of the variant: `resnet50+reduction=8,stages=2-4` (grammar: `selab.attention.config.changed`).
+    A name is one of the catalog, that of a detector on one of these networks (`selab.models.composed`),
+    `path/to/family.toml[:variant]`, `torchvision:NAME`, `timm:NAME`, `path/to/file.py:name` or `package.module:name`.
+    `+KEY=VALUE,…` after any of these inserts attention blocks, or changes those of the variant:
+    `resnet50+reduction=8,stages=2-4` (grammar: `selab.attention.config.changed`).
 
     Args:
         name: as the user gave it.
@@ -48,7 +49,8 @@ def find(name: str, *, option: str = "--arch") -> Variant:
     known = installed()
     if name in known:
         return known[name]
-    others = external.find(name, option=option)
+    composite = composed.find(name, lambda trunk: find(trunk, option=f"{option} {name}:"))
+    others = composite or external.find(name, option=option)
     if others is None:
         raise UnknownNameError(f"{option} {name}: no such architecture{nearest(name, known)} (`selab archs` lists all)")
     return others
@@ -85,8 +87,7 @@ def _changed(variant: Variant, text: str) -> Variant:
         raise SpecError(f"{variant.name}: an ONNX network takes no blocks; leave --se and --insert out")
     start = variant.se
     if start is None:
-        same = [one for one in _family_of(variant).values() if one.baseline == variant.name and one.se is not None]
-        start = next((one.se for one in same if one.name == f"se_{variant.name}"), same[0].se if same else None)
+        start = _se_of_variants(find(str(variant.arguments["trunk"])) if composed.is_one(variant) else variant)
     return msgspec.structs.replace(
         variant,
         name=f"{variant.name}+{text}",
@@ -95,6 +96,14 @@ def _changed(variant: Variant, text: str) -> Variant:
         se=changed(start, text),
         published=(),
     )
+
+
+def _se_of_variants(baseline: Variant) -> SiteConfig | None:
+    """Return the configuration of the variant of a baseline; of several, of the one with its name."""
+    same = [one for one in _family_of(baseline).values() if one.baseline == baseline.name and one.se is not None]
+    named = next((one.se for one in same if one.name == f"se_{baseline.name}"), same[0].se if same else None)
+    found: SiteConfig | None = named
+    return found
 
 
 def _from_file(path: Path, wanted: str | None) -> Variant:

@@ -158,6 +158,15 @@ def _is_se_class(kind: type) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- libraries
+def check_torchvision(where: str) -> None:
+    """Import torchvision, for detectors and segmenters.
+
+    Raises:
+        SpecError: it is not installed, or fails on import.
+    """
+    _library("torchvision", where, extra="detection")
+
+
 def torchvision_model(*, num_classes: int, name: str) -> "nn.Module":
     """Return a classification network of torchvision with random weights."""
     models = _library("torchvision", f"torchvision:{name}").models
@@ -288,12 +297,12 @@ def _digest(path: Path) -> str:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _library(name: str, where: str) -> Any:
+def _library(name: str, where: str, *, extra: str = "") -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name:
-            raise SpecError(f"{where}: {name} is not installed; pip install 'selab[{name}]'") from None
+            raise SpecError(f"{where}: {name} is not installed; pip install 'selab[{extra or name}]'") from None
         raise SpecError(f"{where}: importing {name} fails: {explained(error)}") from error
     except Exception as error:
         raise SpecError(

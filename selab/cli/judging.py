@@ -88,7 +88,7 @@ class JudgedDataOptions(DataOptions):
         option(
             "--data",
             DATA,
-            "cifar10 (default), cifar100, synthetic, imagenet, folder, or a folder itself.",
+            "cifar10 (default), cifar100, synthetic, imagenet, places365, folder, or a folder itself.",
             metavar="NAME",
             show_default=False,
         ),

@@ -31,7 +31,7 @@ TRAINING, DATA = "Training", "Data"
 
 Look = Literal["rich", "markdown", "csv", "latex", "json"]
 Amp = Literal["off", "bf16", "fp16"]
-DataName = Literal["cifar10", "cifar100", "synthetic", "imagenet", "folder"]
+DataName = Literal["cifar10", "cifar100", "synthetic", "imagenet", "places365", "folder"]
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 
@@ -446,7 +446,7 @@ class DataOptions:
 
     data: Annotated[
         DataName,
-        option("--data", DATA, "cifar10, cifar100, synthetic, imagenet or folder.", metavar="NAME"),
+        option("--data", DATA, "cifar10, cifar100, synthetic, imagenet, places365 or folder.", metavar="NAME"),
     ] = "cifar10"
     data_dir: Annotated[
         Path, option("--data-dir", DATA, "Where the images are, or are downloaded to.", metavar="FOLDER")
@@ -471,7 +471,7 @@ class DataOptions:
     @property
     def in_memory(self) -> bool:
         """Whether the images have one size and lie in memory; else they are files in a folder."""
-        return self.data not in ("imagenet", "folder")
+        return self.data not in ("imagenet", "places365", "folder")
 
 
 @dataclass(kw_only=True)

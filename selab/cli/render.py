@@ -139,8 +139,9 @@ def table(
     name: Annotated[
         str,
         typer.Argument(
-            help="Counted: paper-2, paper-3, cifar, reduction, squeeze, excitation, stages, integration, mobile, zoo. "
-            "Measured (--profiles): added, latency, accuracy, tax, runtimes. report: a machine's page. all: counted."
+            help="Counted: paper-2, paper-3, paper-6, paper-7, cifar, reduction, squeeze, excitation, stages, "
+            "integration, mobile, zoo. Measured (--profiles): added, latency, accuracy, tax, runtimes. "
+            "report: a machine's page. all: counted."
         ),
     ],
     profiles: Profiles = None,

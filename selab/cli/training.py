@@ -275,7 +275,7 @@ def recipe_of(name: str | None, variant: "Variant", data: DataOptions) -> "Recip
     from selab.training.recipe import check_suits, default_recipe, find_recipe
 
     if name is None:
-        return default_recipe(variant.family, in_memory=data.in_memory)
+        return default_recipe(variant.family, in_memory=data.in_memory, data=data.data)
     chosen = find_recipe(name)
     check_suits(chosen, data.data, in_memory=data.in_memory)
     return chosen

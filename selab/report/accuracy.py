@@ -215,7 +215,12 @@ def _bought_row(one: Compared, name: str) -> tuple[str, ...]:
 
 
 # Data sets by the first word of what publications call them.
-_PUBLISHED_ON = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet-1k"}
+_PUBLISHED_ON = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "imagenet": "ImageNet-1k",
+    "places365": "Places365-Challenge",
+}
 
 
 def _published(record: AccuracyRecord) -> tuple[Published, Published] | None:

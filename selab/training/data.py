@@ -21,7 +21,7 @@ from selab.training.holdout import identity_of, split
 from selab.training.recipe import ImageRecipe, Scaling
 
 __all__ = ["NAMES", "Augmentation", "BatchPlan", "Data", "ImageSet", "open_data", "scaled", "synthetic_set"]
-NAMES = (*LAYOUTS, "synthetic", "folder", "imagenet")
+NAMES = (*LAYOUTS, "synthetic", "folder", "imagenet", "places365")
 
 
 class Data(Protocol):
@@ -286,7 +286,8 @@ def open_data(
     """Open a data set; download it if it is missing.
 
     Args:
-        name: one of `NAMES`. `folder` is any folder of images, `imagenet` one with ImageNet's classes.
+        name: one of `NAMES`. `folder` is any folder of images, `imagenet` one with ImageNet's classes,
+            `places365` Places365 as it is distributed.
         data_dir: its folder, or where to download it to; not used for `synthetic`.
         download: whether it may be downloaded; image folders never are.
         image: how a recipe prepares the images of a folder.

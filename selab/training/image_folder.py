@@ -38,6 +38,7 @@ from selab.training.image_decode import (
 )
 from selab.training.image_listing import IMAGENET_TRAIN, IMAGENET_VAL, FolderError, Listing, find_images, printable
 from selab.training.image_transforms import EvaluationTransform, TrainingTransform
+from selab.training.places365 import find_places365, title_of
 from selab.training.problems import NAMED, Found, Problems
 from selab.training.recipe import ImageRecipe
 
@@ -318,7 +319,8 @@ def open_folder(
 
     Args:
         data_dir: holds `train` and `val`, `val` alone, or class folders; see `find_images`.
-        name: `imagenet` for ImageNet or a part of it, with its numbering; any other for any other folder.
+        name: `imagenet` for ImageNet or a part of it, with its numbering; `places365` for Places365 in one of its
+            layouts; any other for any other folder.
         image: how images are prepared; by default `ImageRecipe()`.
         workers: processes that decode, at most one per core; 0 for none; None for `usual_workers()`. They change
             the speed only.
@@ -333,7 +335,12 @@ def open_folder(
         workers = usual_workers()
     if workers < 0:
         raise FolderError(f"workers: {workers}; must be 0 or more")
-    listing = find_images(data_dir, name=name, classes_file=classes_file)
+    if name == "places365":
+        if classes_file is not None:
+            raise FolderError(f"--classes-file {classes_file}: Places365 names its classes itself; leave it out")
+        listing = find_places365(data_dir)
+    else:
+        listing = find_images(data_dir, name=name, classes_file=classes_file)
     sizes = [("training", listing.train)] if listing.train is not None else []
     counted = ", ".join(
         units.counted(len(split.files), f"{what} image") for what, split in [*sizes, ("test", listing.val)]
@@ -353,6 +360,8 @@ def open_folder(
 
 def _title(listing: Listing, data_dir: Path, name: str) -> str:
     train, val = 0 if listing.train is None else len(listing.train.files), len(listing.val.files)
+    if name == "places365":
+        return title_of(train, val)
     if name != "imagenet":
         return f"{printable(data_dir.resolve().name)}, {val:,} test images"
     if val == IMAGENET_VAL and train in (0, IMAGENET_TRAIN):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -191,8 +191,23 @@ def _split(
     )
     if not listed:
         raise FolderError(f"{root}: its class folders hold no images; known are {', '.join(sorted(SUFFIXES))}")
+    digest_of_files(root, [(file, size) for file, size, _ in listed], split, digest)
+    return ImageSplit(
+        root=root,
+        below=below,
+        files=np.array([file for file, _, _ in listed]),
+        labels=np.array([label for _, _, label in listed], dtype=np.int64),
+    )
+
+
+def digest_of_files(root: Path, listed: Sequence[tuple[bytes, int]], split: str, digest: "hashlib._Hash") -> None:
+    """Add paths and sizes of all images of a split to its identity, and the content of some.
+
+    Raises:
+        FolderError: one cannot be read.
+    """
     digest.update(f"\0{split}\0{len(listed)}".encode())
-    for file, size, _ in listed:
+    for file, size in listed:
         digest.update(b"\0%b\0%d" % (file, size))
     sampled = min(_SAMPLED, len(listed))
     for index in range(sampled):
@@ -201,12 +216,6 @@ def _split(
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         except OSError as error:
             raise FolderError(f"{path}: cannot be read: {error.strerror}") from None
-    return ImageSplit(
-        root=root,
-        below=below,
-        files=np.array([file for file, _, _ in listed]),
-        labels=np.array([label for _, _, label in listed], dtype=np.int64),
-    )
 
 
 def _images_below(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:

@@ -282,8 +282,16 @@ def find_recipe(word: str, *, option: str = "--recipe") -> Recipe:
     return known[name]
 
 
-def default_recipe(family: str, *, in_memory: bool) -> Recipe:
-    """Return the recipe that a family uses by default, else the general one for such data."""
+def default_recipe(family: str, *, in_memory: bool, data: str = "") -> Recipe:
+    """Return the recipe that a family uses by default, else the general one for such data; Places365 has one for all.
+
+    Args:
+        family: of networks.
+        in_memory: whether the data lie in memory; else in a folder of images.
+        data: the data set's name.
+    """
+    if data == "places365":
+        return recipes()["places365_senet"]
     suiting = [recipe for recipe in recipes().values() if recipe.suits(in_memory=in_memory)]
     general = recipes()["cifar_short" if in_memory else "imagenet_senet"]
     return next((recipe for recipe in suiting if family in recipe.families), general)

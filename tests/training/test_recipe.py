@@ -223,7 +223,8 @@ def test_a_recipe_is_for_images_in_memory_or_in_folders():
     with pytest.raises(
         SpecError,
         match=r"--recipe cifar_short: is for images in memory; for image folders, such as imagenet, use one "
-        r"of imagenet_senet, imagenet_senet_299, imagenet_senet_270, imagenet_release$",
+        r"of imagenet_senet, imagenet_senet_299, imagenet_senet_270, imagenet_release, places365_senet, "
+        r"places365_csail$",
     ):
         check_suits(find_recipe("cifar_short"), "imagenet", in_memory=False)
     with pytest.raises(SpecError, match=r"--recipe imagenet_senet: is for image folders; .* use one of cifar_res"):

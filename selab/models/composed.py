@@ -7,74 +7,54 @@ backbone, with blocks of one's own too: `faster_rcnn_resnet50_fpn+reduction=8`. 
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
 
 import msgspec
 
-from selab.models.spec import Variant
+from selab.models.spec import Published, Variant
+from selab.records.toml import converted, parse_tables, read_package
+from selab.records.types import Frozen
 
 _BUILDERS = "selab.models.detection"
-_COCO_CLASSES = 91
-_VOC_CLASSES = 21
+Family = Literal["detection", "segmentation"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
+class _PublishedOn(Published, frozen=True, kw_only=True):
+    """A number that was published for the method on a network, the trunk."""
+
+    trunk: str
+
+
+class Method(Frozen, frozen=True, kw_only=True):
     """A way to detect or segment with the feature maps of a network.
 
     Attributes:
-        prefix: of its names; `suffix` ends them.
+        name: begins its names; `suffix` ends them.
         title: of the method.
         source: where it was published.
         input_chw: the images that it is usually measured on.
         num_classes: with the background, of the data set that it is usually trained on.
     """
 
-    prefix: str
+    name: str
     suffix: str = ""
+    family: Family
     title: str
     source: str
     input_chw: tuple[int, int, int]
     num_classes: int
+    published: tuple[_PublishedOn, ...] = ()
 
     def name_of(self, trunk: str) -> str:
         """Return the name of the method on a network."""
-        return f"{self.prefix}_{trunk}{self.suffix}"
+        return f"{self.name}_{trunk}{self.suffix}"
 
 
-METHODS = (
-    Method(
-        prefix="faster_rcnn",
-        suffix="_fpn",
-        title="Faster R-CNN with FPN",
-        source="Ren et al., arXiv 1506.01497; Lin et al., arXiv 1612.03144",
-        input_chw=(3, 800, 1333),
-        num_classes=_COCO_CLASSES,
-    ),
-    Method(
-        prefix="retinanet",
-        suffix="_fpn",
-        title="RetinaNet",
-        source="Lin et al., arXiv 1708.02002",
-        input_chw=(3, 800, 1333),
-        num_classes=_COCO_CLASSES,
-    ),
-    Method(
-        prefix="ssdlite",
-        title="SSDLite",
-        source="Sandler et al., arXiv 1801.04381, section 6.2",
-        input_chw=(3, 320, 320),
-        num_classes=_COCO_CLASSES,
-    ),
-    Method(
-        prefix="deeplabv3",
-        title="DeepLabV3",
-        source="Chen et al., arXiv 1706.05587",
-        input_chw=(3, 520, 520),
-        num_classes=_VOC_CLASSES,
-    ),
-)
-FAMILIES = ("detection", "segmentation")
+@cache
+def methods() -> dict[str, Method]:
+    """Return all methods by name, as `composed.toml` has them."""
+    return read_package("selab.models", _parse, header="methods")
 
 
 def find(name: str, trunk_of: Callable[[str], Variant]) -> Variant | None:
@@ -89,8 +69,8 @@ def find(name: str, trunk_of: Callable[[str], Variant]) -> Variant | None:
     Raises:
         UnknownNameError: as `trunk_of`.
     """
-    for method in METHODS:
-        found = re.fullmatch(f"{method.prefix}_(.+){method.suffix}", name)
+    for method in methods().values():
+        found = re.fullmatch(f"{method.name}_(.+){method.suffix}", name)
         if found is not None:
             return _variant(method, trunk_of(found[1]))
     return None
@@ -98,24 +78,34 @@ def find(name: str, trunk_of: Callable[[str], Variant]) -> Variant | None:
 
 def is_one(variant: Variant) -> bool:
     """Return whether a variant is a detector or segmenter of this module."""
-    return variant.family in FAMILIES and variant.builder.startswith(_BUILDERS)
+    return variant.family in get_args(Family) and variant.builder.startswith(f"{_BUILDERS}:")
+
+
+def _parse(text: str, *, origin: str) -> dict[str, Method]:
+    tables = parse_tables(text, "methods", origin=origin)
+    return {
+        name: converted(table, Method, place=f"{origin}: methods.{name}", name=name) for name, table in tables.items()
+    }
 
 
 def _variant(method: Method, trunk: Variant) -> Variant:
     bare = msgspec.structs.replace(trunk, se=None)
+    numbers = [one for one in method.published if one.trunk == trunk.name]
     return Variant(
         name=method.name_of(trunk.name),
-        family=FAMILIES[method.prefix == "deeplabv3"],
+        family=method.family,
         title=f"{method.title} on {trunk.title}",
         source=method.source,
-        builder=f"{_BUILDERS}:{method.prefix}",
+        builder=f"{_BUILDERS}:{method.name}",
         # The hash is part of what determines the network.
         arguments={"trunk": trunk.name, "trunk_hash": bare.facts_hash},
         input_chw=method.input_chw,
         num_classes=method.num_classes,
         baseline=None if trunk.baseline is None else method.name_of(trunk.baseline),
         se=trunk.se,
-        published=(),
+        published=tuple(
+            Published(**{key: getattr(one, key) for key in Published.__struct_fields__}) for one in numbers
+        ),
         note=trunk.note,
         origin=method.source,
         file="",

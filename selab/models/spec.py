@@ -18,7 +18,17 @@ from selab.models.inputs import Input
 from selab.records.toml import convert, parse, read_toml_text
 from selab.records.types import Frozen, On
 
-Metric = Literal["top1_error_pct", "top5_error_pct", "loss", "params", "macs", "forward_s", "forward_backward_s"]
+Metric = Literal[
+    "top1_error_pct",
+    "top5_error_pct",
+    "ap_pct",
+    "ap50_pct",
+    "loss",
+    "params",
+    "macs",
+    "forward_s",
+    "forward_backward_s",
+]
 
 
 # A configuration is found by the block's name, among blocks that may have been registered; JSON gives its keys.

@@ -53,7 +53,7 @@ def published_pair(
 
 
 def points(one: Published) -> str:
-    """Return an error rate as it was printed; where an accuracy was printed, the error."""
+    """Return an error rate or a precision as it was printed; where an accuracy was printed, the error."""
     return f"{one.printed if re.fullmatch(r'[0-9.]+', one.printed) else f'{one.value:g}'} %"
 
 
@@ -127,12 +127,18 @@ def reproduced(variants: Iterable[Variant], costs: dict[str, Cost]) -> tuple[int
 
 @dataclass(frozen=True, kw_only=True)
 class PaperTable:
-    """A table of arXiv 1709.01507: its number, what it is about, and its rows."""
+    """A table of arXiv 1709.01507: its number, what it is about, and its rows.
+
+    Attributes:
+        metrics: costs that it prints.
+        results: what it prints of trained networks, and the columns' headers.
+    """
 
     number: int
     about: str
     rows: tuple[str, ...]
     metrics: tuple[Metric, ...] = ()
+    results: tuple[tuple[Metric, str], ...] = (("top1_error_pct", "top-1 error"), ("top5_error_pct", "top-5 error"))
 
     @property
     def label(self) -> str:
@@ -144,6 +150,8 @@ def _with_se(*baselines: str) -> tuple[str, ...]:
     return tuple(name for base in baselines for name in (base, f"se_{base}"))
 
 
+# Tables of networks that torchvision builds.
+OF_TORCHVISION = ("paper-7",)
 _ABLATED = "se_resnet50_no_bias"
 PAPER_TABLES: dict[str, tuple[PaperTable, ...]] = {
     "paper-2": (
@@ -178,6 +186,17 @@ PAPER_TABLES: dict[str, tuple[PaperTable, ...]] = {
             number=5,
             about="CIFAR-100 (counted with 10 classes)",
             rows=_with_se("preresnet110_cifar", "preresnet164_cifar", "wrn_16_8", "shake_even_29_2x4x64d"),
+        ),
+    ),
+    "paper-6": (
+        PaperTable(number=6, about="Places365-Challenge (counted with 1,000 classes)", rows=_with_se("resnet152")),
+    ),
+    "paper-7": (
+        PaperTable(
+            number=7,
+            about="Faster R-CNN on COCO (counted with an FPN, for an image of 800 x 1333)",
+            rows=tuple(f"faster_rcnn_{trunk}_fpn" for trunk in _with_se("resnet50", "resnet101")),
+            results=(("ap50_pct", "AP@0.5"), ("ap_pct", "AP")),
         ),
     ),
     "reduction": (
@@ -256,8 +275,7 @@ def paper_table(table: PaperTable, costs: dict[str, Cost]) -> Table:
         table: which.
         costs: by variant name, at batch 1.
     """
-    known = catalog.installed()
-    variants = [known[name] for name in table.rows]
+    variants = [catalog.find(name) for name in table.rows]
     here = {
         variant.name: {one.metric: one for one in variant.published if one.source == SENET and one.table == table.label}
         for variant in variants
@@ -285,13 +303,12 @@ def paper_table(table: PaperTable, costs: dict[str, Cost]) -> Table:
             compared += [] if one is None else [(variant, one, value)]
     for variant, line in zip(variants, cells, strict=True):
         line += [
-            points(here[variant.name][metric]) if metric in here[variant.name] else NONE
-            for metric in ("top1_error_pct", "top5_error_pct")
+            points(here[variant.name][metric]) if metric in here[variant.name] else NONE for metric, _ in table.results
         ]
     names = dict.fromkeys(convention(one) for _, one, _ in compared) or {"params": None, "paper": None}
     return Table(
         title=f"{SENET}, {table.label}: {table.about}",
-        columns=(*columns, "top-1 error", "top-5 error"),
+        columns=(*columns, *(header for _, header in table.results)),
         rows=tuple(map(tuple, cells)),
         notes=(
             _closing(compared),
@@ -333,12 +350,11 @@ def _grouped(found: Iterable[tuple[str, Published]]) -> list[str]:
 
 def paper_reproduced(tables: Iterable[PaperTable], costs: dict[str, Cost]) -> tuple[int, int]:
     """Return how many cost numbers of these tables match, and how many they print."""
-    known = catalog.installed()
     met = [
         is_met(one, costs[name])
         for table in tables
         for name in table.rows
-        for one in cost_numbers(known[name])
+        for one in cost_numbers(catalog.find(name))
         if one.source == SENET and one.table == table.label and one.metric in table.metrics
     ]
     return sum(met), len(met)

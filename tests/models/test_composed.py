@@ -46,10 +46,11 @@ def test_changed_blocks_start_from_those_of_the_backbone_s_variant():
 
 def test_a_network_that_is_not_there_is_named():
     with pytest.raises(
-        UnknownNameError, match=r"--arch faster_rcnn_resnet51_fpn: resnet51: no such architecture; did you mean resnet50"
+        UnknownNameError,
+        match=r"--arch faster_rcnn_resnet51_fpn: resnet51: no such architecture; did you mean resnet50",
     ):
         catalog.find("faster_rcnn_resnet51_fpn")
-    with pytest.raises(UnknownNameError, match="ssdlite_mobilenet_v3: mobilenet_v3: .*mobilenet_v3_large"):
+    with pytest.raises(UnknownNameError, match=r"ssdlite_mobilenet_v3: mobilenet_v3: .*mobilenet_v3_large"):
         catalog.find("ssdlite_mobilenet_v3")
 
 

@@ -26,7 +26,7 @@ def weights_list(json_to: Json = None, look: Format = "rich") -> None:
     from selab.report.table import Table
 
     check_outputs(json_to)
-    rows = tuple((port.arch, port.source, port.model) for port in key_maps.PORTS)
+    rows = tuple((port.arch, port.source, port.model) for port in (*key_maps.PORTS, *key_maps.DETECTORS))
     if json_to is not None:
         return write_json([{"arch": arch, "source": source, "model": model} for arch, source, model in rows], json_to)
     columns = ("--arch", "--from", "name there")

@@ -57,11 +57,11 @@ def port_for(source: str, arch: str) -> Port:
     sources = sorted({port.source for port in PORTS})
     if source not in sources:
         raise UnknownNameError(f"--from {source}: no such source{nearest(source, sources)}")
-    found = [port for port in (*PORTS, *UNEQUAL) if (port.source, port.arch) == (source, arch)]
+    found = [port for port in (*PORTS, *DETECTORS, *UNEQUAL) if (port.source, port.arch) == (source, arch)]
     if found and not found[0].unequal:
         return found[0]
     reason = f"{source}'s {found[0].model} {found[0].unequal}" if found else f"{source} has no network that equals it"
-    known = [port.arch for port in PORTS if port.source == source]
+    known = [port.arch for port in (*PORTS, *DETECTORS) if port.source == source]
     known.sort(key=lambda name: -SequenceMatcher(None, arch, name).ratio())
     shown = ", ".join(known[:6]) + (", …" if len(known) > 6 else "")
     raise UnknownNameError(f"--arch {arch}: {reason}; from {source} there are {shown} (`selab weights list` lists all)")
@@ -396,6 +396,32 @@ def _ports(
     )
 
 
+def _below(theirs: str, ours: str, rules: Rules) -> Rules:
+    """Return rules, all for beginnings of keys, for a network that is part of another one."""
+    there = re.escape(theirs)
+    return (
+        (f"^{there}", ours),
+        *((pattern.replace("^", f"^{re.escape(ours)}", 1), rf"{ours}{new}") for pattern, new in rules),
+    )
+
+
+_BODY = "backbone.body."
+# The published weights of both detectors have frozen BatchNorms without an epsilon, where these add 0.00001.
+DETECTORS: tuple[Port, ...] = (
+    *_ports(
+        "torchvision",
+        _below(_BODY, _BODY, _RESNET),
+        faster_rcnn_resnet50_v1_5_fpn="fasterrcnn_resnet50_fpn",
+        retinanet_resnet50_v1_5_fpn="retinanet_resnet50_fpn",
+    ),
+    *_ports(
+        "torchvision",
+        _below("backbone.", _BODY, _RESNET),
+        deeplabv3_resnet50_v1_5="deeplabv3_resnet50",
+        deeplabv3_resnet101_v1_5="deeplabv3_resnet101",
+    ),
+)
+"""Pairs of networks that torchvision builds on both sides."""
 PORTS: tuple[Port, ...] = (
     *_ports(
         "torchvision",

@@ -8,8 +8,9 @@ from torch import nn
 
 import selab
 from selab.errors import ModelError
-from selab.models import backbone, catalog
+from selab.models import backbone, catalog, key_maps
 from selab.models.build import build
+from selab.models.checkpoint import convert, load
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 detection = pytest.importorskip("selab.models.detection")
@@ -57,6 +58,26 @@ def test_outputs_are_torchvision_s_with_the_same_weights(name, other):
     given = image[None] if name.startswith("deeplab") else [image]
     with torch.no_grad():
         found, expected = ours(given), reference(given)
+    for one, two in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("port", key_maps.DETECTORS, ids=lambda port: port.arch)
+def test_weights_of_torchvision_are_converted(port, tmp_path):
+    torch.manual_seed(0)
+    reference = theirs(port.model)
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.running_mean, std=0.1)
+    torch.save(reference.state_dict(), tmp_path / "theirs.pth")
+    convert(tmp_path / "theirs.pth", tmp_path / "ours.safetensors", source=port.source, arch=port.arch)
+    ours = selab.build(port.arch)
+    load(ours, tmp_path / "ours.safetensors", variant=catalog.find(port.arch))
+    image = torch.rand(3, *SIZE)
+    given = image[None] if port.model.startswith("deeplab") else [image]
+    with torch.no_grad():
+        found, expected = ours.eval()(given), reference.eval()(given)
     for one, two in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 

@@ -119,7 +119,7 @@ def runnable(root):
 
 RUN_HERE = (
     *("README.md", "docs/install.md", "docs/insertion.md", "docs/se-tax.md", "docs/api.md", "docs/weights.md"),
-    "docs/gates.md",
+    *("docs/gates.md", "docs/detection.md"),
 )
 
 

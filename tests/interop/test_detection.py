@@ -250,3 +250,18 @@ def test_maps_and_dilation_are_torchvision_s(name, dilate):
     with torch.no_grad():
         for one, two in zip(trunk(image), getter(image).values(), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_the_table_of_the_paper_in_the_docs_is_rendered():
+    from pathlib import Path
+
+    from selab.cost.count import count
+    from selab.report import pages
+
+    text = (Path(__file__).parents[2] / "docs" / "detection.md").read_text()
+    costs = {}
+    for name in pages.costs_needed("paper-7"):
+        variant = catalog.find(name)
+        costs[name] = count(build(variant, device="meta").model, (1, *variant.input_chw))
+    body = pages.page("paper-7", pages.named_tables("paper-7", costs), ())
+    assert pages.spliced(text, "paper-7", body, where="docs/detection.md") == text

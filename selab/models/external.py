@@ -185,6 +185,12 @@ def _torchvision_variant(model: str, name: str, where: str) -> Variant:
     # Detection, segmentation and video models have other inputs, or outputs other than logits.
     known = library.models.list_models(module=library.models)
     if model not in known:
+        if model in library.models.list_models():
+            raise UnknownNameError(
+                f"{where}: is no classification network; detectors and segmenters have names of their own: "
+                "faster_rcnn_NETWORK_fpn, retinanet_NETWORK_fpn, ssdlite_NETWORK, deeplabv3_NETWORK; or give "
+                "path/to/file.py:NAME"
+            )
         raise UnknownNameError(f"{where}: torchvision has no such classification network{nearest(model, known)}")
     return _variant(
         name,

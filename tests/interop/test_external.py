@@ -140,7 +140,10 @@ class TestBuilding:
         ("word", "near"),
         [
             ("torchvision:resnet5", "did you mean resnet50"),
-            ("torchvision:fasterrcnn_resnet50_fpn", "no such classification network"),
+            (
+                "torchvision:fasterrcnn_resnet50_fpn",
+                "is no classification network; detectors .* faster_rcnn_NETWORK_fpn",
+            ),
             ("timm:efficientnet-b0", "did you mean efficientnet_b0"),
             ("timm:resnet50.a1_in1", "did you mean resnet50.a1_in1k"),
         ],

@@ -71,8 +71,8 @@ def root():
 def paths(root):
     found = {}
     for path in sorted((root / "profiles").rglob("*.json")):
-        if path.parent.name in ("folding", "gates"):
-            continue  # of trained gates: `selab table gates` shows them
+        if path.parent.name in ("folding", "gates", "equal-time"):
+            continue  # of trained gates, which `selab table gates` shows, and times that comparisons name
         head = msgspec.json.decode(path.read_bytes())
         if "schema" in head:
             found.setdefault(head["schema"].partition("/")[0].partition(".")[2], path)

@@ -173,10 +173,10 @@ def equal_time(
     made = read_family(family)
     for remark in found.remarks:
         say(remark)
-    return [(made[one.name], _times_words(found, one.name)) for one in networks]
+    return [(made[one.name], times_words(found, one.name)) for one in networks]
 
 
-def _times_words(found: EqualTime, name: str) -> str:
+def times_words(found: EqualTime, name: str) -> str:
     """Return both networks' times over the baseline's, for those who read only the comparison."""
     latency = next(one.latency for one in found.tried if one.network.name == name)
     each = [f"{network} {_over(one)}" for network, one in ((name, latency), (found.arch, found.variant))]

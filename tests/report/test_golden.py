@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from catalog_networks import built, cost
@@ -11,6 +12,7 @@ from selab.bench.runner import DTYPES
 from selab.cost.count import count
 from selab.experiments import profiling
 from selab.experiments.compare import read_compared
+from selab.experiments.equal_time import EqualTime, times_words
 from selab.experiments.tax_record import read_tax_records
 from selab.judging.folding import FOLDINGS
 from selab.judging.record import read_gates
@@ -38,7 +40,7 @@ def test_there_are_profiles(root):
 def test_costs_are_those_of_today_s_counter(root):
     fresh = {}
     for path in committed(root):
-        if path.parent.name in ("acceptance", "accuracy", "tax", "folding", "gates"):
+        if path.parent.name in ("acceptance", "accuracy", "equal-time", "tax", "folding", "gates"):
             continue
         record = from_json(path.read_bytes(), where=path.name)
         work = record.workload
@@ -68,6 +70,21 @@ def test_comparisons_are_complete_and_fresh(root):
     for record in found:
         assert record.complete
         assert "stale" not in name_of(record)
+
+
+def test_times_of_baselines_as_slow_are_those_that_the_comparisons_name(root):
+    for path in sorted((root / "profiles").glob("*/equal-time/*.json")):
+        found = msgspec.json.decode(path.read_bytes(), type=EqualTime)
+        assert found.machine == path.parents[1].name
+        compared = [one for one in read_accuracy_records(path.parents[1]) if one.baseline in found.chosen]
+        assert {one.baseline for one in compared} == set(found.chosen)
+        for record in compared:
+            assert (record.arch, record.facts_hash) == (found.arch, found.facts_hash)
+            words = times_words(found, record.baseline)
+            assert words in record.warnings
+            # The width and the blocks take the same time within 2 %.
+            ratio = next(one.latency.ratio for one in found.tried if one.network.name == record.baseline)
+            assert ratio == pytest.approx(found.variant.ratio, rel=0.02)
 
 
 def test_comparisons_of_implementations_are_fresh_and_those_of_their_quads(root):

@@ -71,6 +71,21 @@ class MakesLayer(Base):
         return out
 
 
+class MakesParameter(Base):
+    """Makes a layer whose weight has known values, and moves it: a tensor with weak references cannot be swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if self.head is None:
+            self.head = nn.BatchNorm2d(y.shape[1]).to(torch.float64).to(y.dtype)
+        out: Tensor = self.head(y)
+        return out
+
+
 class CachesInContainers(Base):
     shared: ClassVar[dict[int, Tensor]] = {}
     count = 0
@@ -194,7 +209,7 @@ def traced_graph() -> nn.Module:
 ZOO: dict[str, Callable[[], nn.Module]] = {
     **{
         kind.__name__: kind
-        for kind in (CachesGrid, MakesLayer, CachesInContainers, Buffers, Switches, Uncopyable, OwnCopy)
+        for kind in (CachesGrid, MakesLayer, MakesParameter, CachesInContainers, Buffers, Switches, Uncopyable, OwnCopy)
     },
     "hooks and a forward of its own": with_hooks,
     "tied": tied,

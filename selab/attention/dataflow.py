@@ -201,7 +201,7 @@ class DataflowTrace(DispatchMode):
                     self._note(tensor, self._value(func, args, given, tensor, tuple(operands.values())))
                     if func._schema.is_mutable:
                         self._write_through(tensor)
-        elif name in _FILLED or name in _CONSTANTS:
+        elif (name in _FILLED or name in _CONSTANTS) and result.dim() == _MAP_DIMS:
             self._made[result.untyped_storage()._cdata] = result
             self._kept.append(result)
         return result

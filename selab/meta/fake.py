@@ -1,6 +1,5 @@
 """Fake tensors: they have the device, dtype, shape and strides of real ones, but no memory; no kernel runs on them."""
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selab.meta.known import Memory, note, value_of
 from selab.meta.shapes import FITS, MAKES
 
 # The values of tensors up to this many elements are followed, so that a network may read its own flags and sizes.
@@ -69,8 +69,8 @@ class FakeMode(FakeTensorMode):
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
         # Real storage of few elements → a copy of it.
         self._values: dict[int, torch.UntypedStorage] = {}
-        # Meta storage → the tensors on it whose values are known.
-        self._knowing: dict[int, list[weakref.ref[Tensor]]] = {}
+        # Meta storage → the memory of the tensors on it whose values are known.
+        self._memories: dict[int, Memory] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -181,7 +181,7 @@ class FakeMode(FakeTensorMode):
             if type(x) is not FakeTensor or x.fake_mode is not self or (device or x.fake_device) != x.fake_device:
                 return None
             device = x.fake_device
-        if all(getattr(x, "known", None) is not None for x in tensors):
+        if all(value_of(x) is not None for x in tensors):
             return None
         made = self._made_quickly(name, args, kwargs)
         if made is not None and func._schema.is_mutable:
@@ -288,7 +288,7 @@ class FakeMode(FakeTensorMode):
         x, masks = args[0], args[1]
         indices: list[Any] = []
         for mask in masks if name == "aten::index" else [masks]:
-            known = getattr(mask, "known", None)
+            known = None if mask is None else value_of(mask)
             if known is None or known.dtype not in (torch.bool, torch.uint8):
                 indices.append(mask)
             else:
@@ -307,15 +307,13 @@ class FakeMode(FakeTensorMode):
     # Known values.
 
     def _know(self, fake: Tensor, value: Tensor) -> None:
-        fake.known = value  # type: ignore[attr-defined]
-        self._knowing.setdefault(fake.untyped_storage()._cdata, []).append(weakref.ref(fake))
+        note(fake, value, self._memories.setdefault(fake.untyped_storage()._cdata, Memory()))
 
     def _forget(self, written: Tensor) -> None:
         """Forget the values of all tensors that share memory with one that an operator wrote."""
-        for one in self._knowing.pop(written.untyped_storage()._cdata, ()):
-            fake = one()
-            if fake is not None:
-                fake.known = None  # type: ignore[attr-defined]
+        memory = self._memories.pop(written.untyped_storage()._cdata, None)
+        if memory is not None:
+            memory.written = True
 
     def _made_known(self, real: Any) -> Any:
         if isinstance(real, Tensor):
@@ -326,7 +324,7 @@ class FakeMode(FakeTensorMode):
         """Run an operator on the known values of its small inputs; `_UNKNOWN` if one has none."""
         if tensors:
             for x in tensors:
-                if getattr(x, "known", None) is None:
+                if value_of(x) is None:
                     return _UNKNOWN
         elif not _is_small(func, args):
             return _UNKNOWN
@@ -336,7 +334,7 @@ class FakeMode(FakeTensorMode):
 
         def value(x: Any) -> Any:
             if isinstance(x, Tensor):
-                return x.known  # type: ignore[attr-defined]
+                return value_of(x)
             if isinstance(x, torch.device) and x.type == "meta":
                 return torch.device("cpu")
             if isinstance(x, torch.Generator):
@@ -413,7 +411,7 @@ def _has_fixed_shape(name: str, args: Any) -> bool:
     if name == "aten::index":
         return not any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     if name == "aten::_ctc_loss":
-        return not isinstance(args[3], Tensor) or getattr(args[3], "known", None) is not None
+        return not isinstance(args[3], Tensor) or value_of(args[3]) is not None
     return name == "aten::repeat_interleave" and len(args) > 1 and args[1] is not None
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selab.meta.known import value_of
+
 Makes = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 
 
@@ -201,7 +203,7 @@ def _copied(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
 def _aligned(args: Sequence[Any], _kwargs: Mapping[str, Any]) -> Any:
     """Return the outputs of the CTC loss; the longest target, where it is known, gives the number of states."""
     scores, lengths = args[0], args[3]
-    known = getattr(lengths, "known", None) if isinstance(lengths, Tensor) else lengths
+    known = value_of(lengths) if isinstance(lengths, Tensor) else lengths
     if known is None or scores.dim() != 3 or not len(known):
         return None
     steps, batch, _ = scores.shape

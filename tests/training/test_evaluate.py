@@ -259,7 +259,8 @@ def as_rank(rank, folder):
         except SelabError as error:
             told[f"breaks at {breaks_at}"] = str(error)
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
-    # One that leaves while the other still talks to it may abort.
+    # One that leaves while the other still talks to it, or while a wrapper has the group, may abort.
+    del model
     dist.barrier()
     dist.destroy_process_group()
 

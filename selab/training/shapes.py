@@ -1,7 +1,7 @@
 """A small set of images with boxes in the format of COCO: squares, discs and triangles on a background of noise.
 
-It is for a first try of a detector and for tests. Its arithmetic is in integers, so that images and boxes are the same on
-every machine.
+It is for a first try of a detector and for tests. Its arithmetic is in integers, so that images and boxes are the same
+on every machine.
 """
 
 import io

@@ -218,10 +218,8 @@ class DataflowTrace(DispatchMode):
             module=self._open[-1][0] if self._open else "",
             shape=tuple(whole.shape),
             operands=operands,
-            ancestors=1 << len(self.values),
+            ancestors=1 << len(self.values) | union_ancestors(operands),
         )
-        for operand in operands:
-            value.ancestors |= operand.ancestors
         images = (one for one in self.values if one.operation == INPUT and len(one.shape) == _MAP_DIMS - 1)
         if value.is_map and any(value.comes_from(one) and one.shape[0] == value.shape[1] for one in images):
             # Images (C, H, W) become a batch.

@@ -113,10 +113,8 @@ class Backbone(nn.Module):
         """
         if not 0 <= stages <= len(self.available):
             raise ModelError(f"freeze: stages={stages}: the network has {len(self.available)}; give 0 to that many")
-        ends = {one.path for one in self.available[:stages]}
-        if ends:
-            last = max(number for number, path in enumerate(self._steps) if path in ends)
-            self._frozen = self._steps[: last + 1]
+        # Maps and steps are in one order.
+        self._frozen = self._steps[: self._steps.index(self.available[stages - 1].path) + 1] if stages else ()
         self._frozen_norms = norms
         for module in self._frozen_modules():
             module.requires_grad_(False)
@@ -253,7 +251,7 @@ def _cut(model: nn.Module, input_nchw: tuple[int, ...], name: str) -> tuple[list
         stride = _stride(size, shape[2:])
         if features and features[-1].stride == stride:
             features.pop()
-        if len(features) and stride < features[-1].stride:
+        if features and stride < features[-1].stride:
             break
         features.append(Feature(path=path, channels=shape[1], stride=stride))
     if not features:
@@ -267,7 +265,7 @@ def _cut(model: nn.Module, input_nchw: tuple[int, ...], name: str) -> tuple[list
 def _calls(model: nn.Module, input_nchw: tuple[int, ...]) -> dict[str, _Call]:
     """Run the network once; return the call of each module that ran once, on one tensor, and returned one."""
     fakes = make_pass(model, input_nchw)
-    begun: dict[str, list[tuple[Tensor, int, tuple[int, ...]]]] = {}
+    begun: dict[str, tuple[Tensor, int, tuple[int, ...]]] = {}
     calls: dict[str, _Call] = {}
     odd: set[str] = set()
     alive: list[Tensor] = []
@@ -277,7 +275,7 @@ def _calls(model: nn.Module, input_nchw: tuple[int, ...]) -> dict[str, _Call]:
             if path in begun or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
                 odd.add(path)
                 return
-            begun[path] = [(args[0], args[0]._version, tuple(args[0].shape))]
+            begun[path] = (args[0], args[0]._version, tuple(args[0].shape))
 
         return hook
 
@@ -286,7 +284,7 @@ def _calls(model: nn.Module, input_nchw: tuple[int, ...]) -> dict[str, _Call]:
             if path in odd or not isinstance(output, Tensor):
                 odd.add(path)
                 return
-            given, version, shape = begun[path][0]
+            given, version, shape = begun[path]
             # While a tensor lives, no other has its id; one that was changed in place is another value.
             alive.extend((given, output))
             calls[path] = _Call(

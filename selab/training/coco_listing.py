@@ -11,6 +11,7 @@ Source: cocodataset.org, "Data format"; Lin et al., arXiv 1405.0312.
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,14 +273,14 @@ def _there(listed: dict[int, _Image], root: Path, left: _Left) -> dict[int, int]
             left.add("images without a size, left out", one.file_name)
             continue
         try:
-            size = path.stat().st_size
+            status = path.stat()
         except (OSError, ValueError):
             left.add(f"images that are not in {root.name}, left out", one.file_name)
             continue
-        if not path.is_file():
+        if not stat.S_ISREG(status.st_mode):
             left.add(f"images that are no files in {root.name}, left out", one.file_name)
             continue
-        there[number] = size
+        there[number] = status.st_size
     return there
 
 

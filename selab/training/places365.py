@@ -79,8 +79,9 @@ def title_of(train: int, val: int) -> str:
 def _of_folders(data_dir: Path) -> Listing:
     categories = data_dir / _CATEGORIES
     listing = find_images(data_dir, name="places365", classes_file=None)
-    if categories.is_file() and listing.classes != _classes_of(categories):
-        found, named = set(listing.classes), _classes_of(categories)
+    named = _classes_of(categories) if categories.is_file() else listing.classes
+    if listing.classes != named:
+        found = set(listing.classes)
         odd = next((one for one in listing.classes if one not in named), None) or next(
             (one for one in named if one not in found), "their order"
         )

@@ -14,8 +14,6 @@ from selab.errors import SelabError
 from selab.records.types import Frozen
 from selab.training.coco_listing import BoxedImages
 
-# The detections of an image that count, those of the highest scores.
-MOST_DETECTIONS = 100
 COLUMNS = 7
 """Of a detection: the image's number; x, y, width and height in pixels; score; the category's number."""
 

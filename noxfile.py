@@ -135,6 +135,13 @@ def interop(session: nox.Session) -> None:
 
 
 @nox.session
+def detection(session: nox.Session) -> None:
+    """Train detectors on a small set in COCO's format until their AP is above 50 % (a CUDA build, on the CPU)."""
+    session.install("torch==2.12.1", "torchvision==0.27.1", "-e", ".", *group("test"))
+    session.run("pytest", "tests/interop/test_detection_training.py", *session.posargs)
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
     """Run the tests of the native code on a build with the address and undefined-behaviour sanitizers."""
     session.install("-e", ".", *group("test"))

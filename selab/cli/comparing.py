@@ -19,16 +19,16 @@ from selab.cli.console import (
     print_tables,
     reporting,
 )
+from selab.cli.data_options import DataOptions, TrainOptions
 from selab.cli.measure import RESULTS
 from selab.cli.options import (
     OUTPUT,
     TIME,
+    TRAINING,
     WHAT,
-    DataOptions,
     Format,
     Json,
     Out,
-    TrainOptions,
     natural,
     option,
     with_options,
@@ -88,6 +88,15 @@ class CompareOptions:
         bool,
         option("--latency/--no-latency", TIME, "Also time both networks, as `profile`."),
     ] = True
+    weights: Annotated[
+        list[str] | None,
+        option(
+            "--weights",
+            TRAINING,
+            "Weights that a network starts from; of a detector its backbone's.",
+            metavar="NAME=FILE",
+        ),
+    ] = None
 
 
 @with_options
@@ -108,8 +117,6 @@ def compare(
     look: Format = "rich",
 ) -> None:
     """Train networks with SE and without, several seeds each (hours)."""
-    for one in archs:
-        trainable(one, option="compare")
     from selab.bench.heap import keep_freed
     from selab.experiments.compare import Comparison
     from selab.experiments.expected import training_s
@@ -120,19 +127,21 @@ def compare(
 
     networks = _pairs(archs)
     chosen = recipe_of(options.recipe, networks[0][1], data)
-    how = options_of(options)
+    how = options_of(options, boxed=data.boxed)
+    weights = _weights_of(more.weights or [], networks)
     keep_freed(how.device)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
-    _check(more, how, world=group.world)
-    images = open_images(data, chosen.image)
+    _check(more, how, world=group.world, boxed=data.boxed)
+    images = open_images(data, chosen.image, chosen.boxes)
     slow = group.on_first(lambda: _as_slow(networks, images, out)) if more.equal_time else []
     networks += [pair for pair, _ in slow]
     remarks = {(one.name, base.name): (words,) for (one, base), words in slow}
     ways: list[tuple[Variant, Variant, dict[str, Any]]] = [(one, base, {"recipe": chosen}) for one, base in networks]
     if more.tune:
         ways += _at_their_best(networks, images, chosen, how, more, out)
-    common: dict[str, Any] = {"options": how, "seeds": tuple(range(more.seeds)), "command": _command()}
+    seeds = tuple(range(more.seeds))
+    common: dict[str, Any] = {"options": how, "seeds": seeds, "command": _command(), "weights": weights}
     comparisons = [Comparison(one, images, out=out) for one in _plans(ways, remarks, common)]
     left = _left_of(comparisons, replace=replace)
     at_once = {} if group.world > 1 else _at_once(left, more.jobs, data)
@@ -154,6 +163,8 @@ def compare(
 
 def _pairs(archs: "Sequence[str]") -> "list[tuple[Variant, Variant]]":
     """Return the variants, each with its baseline, and tell where more than blocks differs."""
+    for one in archs:
+        trainable(one, option="compare")
     from selab.experiments.compare import pair, unlike
 
     names = [(None, archs[0])] if len(archs) == 1 else [(archs[0], one) for one in dict.fromkeys(archs[1:])]
@@ -162,6 +173,25 @@ def _pairs(archs: "Sequence[str]") -> "list[tuple[Variant, Variant]]":
         if words:
             print_note(words)
     return pairs
+
+
+def _weights_of(given: "Sequence[str]", networks: "Sequence[tuple[Variant, Variant]]") -> dict[str, Path]:
+    """Return the file that each network starts from, by its name.
+
+    Raises:
+        BadParameter: an entry is not NAME=FILE, or NAME is none of the networks, nor the backbone of one.
+    """
+    known: dict[str, str] = {}
+    for one in (each for pair in networks for each in pair):
+        known |= {str(one.arguments.get("trunk", one.name)): one.name, one.name: one.name}
+    found = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not equals or name not in known:
+            allowed = ", ".join(known)
+            raise typer.BadParameter(f"{text}: must be NAME=FILE, NAME one of {allowed}", param_hint="--weights")
+        found[known[name]] = Path(file)
+    return found
 
 
 def _plans(
@@ -178,7 +208,7 @@ def _plans(
     ]
 
 
-def _check(more: CompareOptions, options: "Options", *, world: int) -> None:
+def _check(more: CompareOptions, options: "Options", *, world: int, boxed: bool) -> None:
     """Refuse what cannot be asked for together.
 
     Raises:
@@ -187,6 +217,8 @@ def _check(more: CompareOptions, options: "Options", *, world: int) -> None:
     """
     from selab.experiments.at_once import check_jobs
 
+    if more.equal_time and boxed:
+        raise SelabError("--equal-time: makes classifiers wider and deeper; leave it out for detectors")
     if more.tune_epochs is not None and not more.tune:
         raise typer.BadParameter("is for --tune N; leave it out, or give both", param_hint="--tune-epochs")
     if more.tune and world > 1:
@@ -216,6 +248,7 @@ def _at_once(left: "Sequence[Comparison]", jobs: int | None, data: DataOptions) 
         classes_file=None if data.classes_file is None else str(data.classes_file),
         workers=data.workers,
         image=left[0].recipe.image,
+        boxes=left[0].recipe.boxes,
     )
     expects = partial(training_s, threads=places[0].threads)
     return {"at_once": len(places), "runs": runs_at_once(places, source), "expects": expects}
@@ -265,6 +298,7 @@ def _at_their_best(
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         for network in each:
             how: dict[str, Any] = {"trials": more.tune, "epochs": epochs, "out": out}
+            how["weights"] = _weights_of(more.weights or [], networks).get(network.name)
             found[network.name] = tuned(network, images, recipe, options, **how, report=report, say=report.say)
     return [(one, base, {"recipe": found[base.name], "variant_recipe": found[one.name]}) for one, base in networks]
 

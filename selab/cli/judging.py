@@ -20,6 +20,7 @@ from selab.cli.console import (
     reporting,
     write_json,
 )
+from selab.cli.data_options import DataName, DataOptions, PreparationOptions
 from selab.cli.options import (
     DATA,
     OUTPUT,
@@ -27,13 +28,10 @@ from selab.cli.options import (
     WHAT,
     WORKLOAD,
     Arch,
-    DataName,
-    DataOptions,
     Ema,
     Format,
     Inputs,
     Json,
-    PreparationOptions,
     Replace,
     natural,
     option,
@@ -41,7 +39,7 @@ from selab.cli.options import (
     seconds,
     with_options,
 )
-from selab.cli.training import open_tested, preparation_of
+from selab.cli.training import open_tested
 from selab.errors import SelabError
 from selab.models.spec import ONNX_FAMILY
 from selab.records.bounds import MOST_IMAGES, MOST_THREADS
@@ -362,8 +360,7 @@ def _judged(
         seen = Seen(folder=images, **how)
     else:
         named = data.labelled
-        prepared, _ = preparation_of(named, options.weights, preparation)
-        opened = open_tested(named, prepared, options.weights)
+        opened, _, _ = open_tested(named, options.weights, preparation)
         _check_input(how["image"], opened)
         seen = Seen(data=opened, **how)
     return judged(variant, seen, weights=options.weights, ema=options.ema, device=options.device)

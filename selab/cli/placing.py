@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selab.cli.console import builtins, check_outputs, following, open_console, print_note, print_tables, write_json
+from selab.cli.data_options import DataOptions, TrainOptions
 from selab.cli.options import (
     OUTPUT,
     TIME,
     WHAT,
     WORKLOAD,
     Arch,
-    DataOptions,
     Format,
     Insert,
     Json,
     Replace,
     Se,
-    TrainOptions,
     natural,
     option,
     seconds,

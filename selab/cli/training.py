@@ -22,18 +22,16 @@ from selab.cli.console import (
     reporting,
     write_json,
 )
+from selab.cli.data_options import DataOptions, PreparationOptions, TrainOptions
 from selab.cli.measure import RESULTS
 from selab.cli.options import (
     TRAINING,
     Amp,
     Arch,
-    DataOptions,
     Ema,
     Format,
     Json,
     Out,
-    PreparationOptions,
-    TrainOptions,
     natural,
     option,
     with_options,
@@ -47,8 +45,8 @@ if TYPE_CHECKING:
     from selab.report.table import Table
     from selab.training.data import Data
     from selab.training.problems import Problems
-    from selab.training.recipe import ImageRecipe, Recipe
-    from selab.training.record import Accuracy, Options
+    from selab.training.recipe import BoxRecipe, ImageRecipe, Recipe
+    from selab.training.record import Accuracy, Options, Precision
 
 
 @with_options
@@ -75,12 +73,12 @@ def train(
     from selab.training.train import train as train_one
 
     chosen = recipe_of(options.recipe, variant, data)
-    how = options_of(options)
+    how = options_of(options, boxed=data.boxed)
     check_seed(seed)
     keep_freed(how.device)
     group = join(how.device)
     group.on_first(lambda: check_outputs(json_to))
-    images = open_images(data, chosen.image)
+    images = open_images(data, chosen.image, chosen.boxes)
     folder = experiments_compare.folder_of(variant, images, chosen, how, seed, out=out, weights=weights)
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         done = train_one(
@@ -98,8 +96,7 @@ def train(
         return None
     if json_to is not None:
         return write_json(builtins(done), json_to)
-    low, high = done.test.top1_interval_pct
-    typer.echo(f"{variant.name}: top-1 {done.test.top1_pct:.2f} % [{low:.2f}, {high:.2f}], loss {done.test.loss:.4f}")
+    typer.echo(f"{variant.name}: {_result_words(done.test)}")
     typer.echo(f"recipe: {chosen.name}")
     typer.echo(f"weights: {done.weights}")
     print_problems(done.problems)
@@ -116,7 +113,10 @@ def evaluate(
     data: DataOptions,
     preparation: PreparationOptions,
     ema: Ema = None,
-    batch: Annotated[int, natural("--batch", TRAINING, "Images per pass.")] = 500,
+    batch: Annotated[
+        int | None,
+        natural("--batch", TRAINING, "Images per pass; by default 500, of a detector 2.", show_default=False),
+    ] = None,
     device: Annotated[Device, option("--device", TRAINING, "cpu or cuda.", metavar="NAME")] = "cpu",
     amp: Annotated[
         Amp,
@@ -126,14 +126,15 @@ def evaluate(
     look: Format = "rich",
     json_to: Json = None,
 ) -> None:
-    """Test trained weights: top-1 and top-5 with 95 % intervals."""
+    """Test trained weights: top-1 and top-5 with 95 % intervals, or AP."""
     variant = trainable(arch)
+    check_task(variant, data)
     from selab.experiments.compare import loaded
     from selab.training.evaluate import evaluate as evaluate_one
 
     check_outputs(json_to)
-    prepared, whose = preparation_of(data, weights, preparation)
-    images = open_tested(data, prepared, weights)
+    images, prepared, whose = open_tested(data, weights, preparation, detectors=True)
+    batch = batch or (_DETECTED_AT_ONCE if data.boxed else _AT_ONCE)
     how: dict[str, Any] = {"device": device, "amp": amp, "channels_last": channels_last}
     with redirect_stdout(sys.stderr), reporting(open_console(stderr=True)) as report:
         report(f"evaluating {variant.name} on {images.title}", None)
@@ -151,11 +152,22 @@ def evaluate(
     )
     if prepared is not None:
         typer.echo(f"images: {prepared.test_words} ({whose})")
-    for name, percent, (low, high) in _top_rows(found):
-        typer.echo(f"{name} {percent:.2f} % [{low:.2f}, {high:.2f}]")
-    typer.echo(f"loss {found.loss:.4f}; intervals of 95 % (Wilson) over images")
+    for line in _found_lines(found):
+        typer.echo(line)
     print_problems(getattr(images, "problems", None))
     return None
+
+
+# Images per pass, by default.
+_AT_ONCE, _DETECTED_AT_ONCE = 500, 2
+
+
+def _result_words(test: "Accuracy") -> str:
+    """Return `top-1 65.56 % [65.10, 66.02], loss 1.1146`, or `AP 37.04 %, AP at 0.50 58.12 %`."""
+    if test.precision is not None:
+        return f"AP {test.precision.ap_pct:.2f} %, AP at 0.50 {test.precision.ap50_pct:.2f} %"
+    low, high = test.top1_interval_pct
+    return f"top-1 {test.top1_pct:.2f} % [{low:.2f}, {high:.2f}], loss {test.loss:.4f}"
 
 
 def _compare_data(weights: Path, images: "Data") -> None:
@@ -177,10 +189,32 @@ def _tested(found: "Accuracy", variant: "Variant", images: "Data", weights: Path
         "data": images.title,
         "data_sha256": images.sha256,
         **builtins(found),
-        "top1_interval_pct": found.top1_interval_pct,
-        "top5_interval_pct": found.top5_interval_pct,
+        **_intervals(found),
         "problems": builtins(getattr(images, "problems", None)),
     }
+
+
+def _intervals(found: "Accuracy") -> dict[str, object]:
+    """Return the intervals of a classifier's accuracies; a detector's AP has none over images."""
+    if found.precision is not None:
+        return {}
+    return {"top1_interval_pct": found.top1_interval_pct, "top5_interval_pct": found.top5_interval_pct}
+
+
+def _found_lines(found: "Accuracy") -> list[str]:
+    """Return what a test has found, a figure a line."""
+    if found.precision is not None:
+        return [f"{name} {cell}" for name, cell in _precision_rows(found.precision)]
+    rows = [f"{name} {percent:.2f} % [{low:.2f}, {high:.2f}]" for name, percent, (low, high) in _top_rows(found)]
+    return [*rows, f"loss {found.loss:.4f}; intervals of 95 % (Wilson) over images"]
+
+
+def _precision_rows(found: "Precision") -> list[tuple[str, str]]:
+    """AP, over all thresholds and at two of them, and by the size of the objects."""
+    sizes = {"small": found.small_pct, "medium": found.medium_pct, "large": found.large_pct}
+    values = {"AP": found.ap_pct, "AP at 0.50": found.ap50_pct, "AP at 0.75": found.ap75_pct}
+    values |= {f"AP of {name} objects": value for name, value in sizes.items() if value is not None}
+    return [(name, f"{value:.2f} %") for name, value in values.items()]
 
 
 def _top_rows(found: "Accuracy") -> list[tuple[str, float, tuple[float, float]]]:
@@ -194,9 +228,12 @@ def _top_rows(found: "Accuracy") -> list[tuple[str, float, tuple[float, float]]]
 def _tested_table(found: "Accuracy", variant: "Variant", images: "Data") -> "Table":
     from selab.report.table import Table
 
+    title = f"{variant.name} on {images.title}, {units.counted(found.images, 'image')}"
+    if found.precision is not None:
+        return Table(title=title, columns=("", "precision"), rows=tuple(_precision_rows(found.precision)))
     rows = [(name, f"{value:.2f} %", f"[{low:.2f}, {high:.2f}]") for name, value, (low, high) in _top_rows(found)]
     return Table(
-        title=f"{variant.name} on {images.title}, {units.counted(found.images, 'image')}",
+        title=title,
         columns=("", "accuracy", "95 % interval"),
         rows=(*rows, ("loss", f"{found.loss:.4f}", "")),
         notes=("Wilson intervals over images.",),
@@ -215,7 +252,7 @@ def trainable(name: str, *, option: str = "--arch") -> "Variant":
     return variant
 
 
-def options_of(options: TrainOptions) -> "Options":
+def options_of(options: TrainOptions, *, boxed: bool = False) -> "Options":
     """Return the options of a training.
 
     Raises:
@@ -234,7 +271,7 @@ def options_of(options: TrainOptions) -> "Options":
         device=options.device,
         amp=options.amp,
         channels_last=channels_last_of(options),
-        fused=fused_of(options),
+        fused=fused_of(options, boxed=boxed),
         compiled=options.compiled,
         graphed=options.graphed,
         accumulate=options.accumulate,
@@ -254,7 +291,7 @@ def channels_last_of(options: TrainOptions) -> bool:
     return options.device == "cpu" or options.amp != "off"
 
 
-def fused_of(options: TrainOptions) -> bool:
+def fused_of(options: TrainOptions, *, boxed: bool = False) -> bool:
     """Return whether a training runs through `selab.fuse`: unless asked, where its native code runs.
 
     Raises:
@@ -267,6 +304,9 @@ def fused_of(options: TrainOptions) -> bool:
         raise SelabError(f"--fused: the network cannot run through it and {other}; leave out one of them")
     if options.fused is not None:
         return options.fused
+    if boxed:
+        # Its images have many sizes, and each would be a case of its own for the fused blocks.
+        return False
     return options.device == "cpu" and options.amp == "off" and not other and not native_reason()
 
 
@@ -274,11 +314,55 @@ def recipe_of(name: str | None, variant: "Variant", data: DataOptions) -> "Recip
     """The recipe of that name, or the one for this network and data; it must suit the data."""
     from selab.training.recipe import check_suits, default_recipe, find_recipe
 
+    check_task(variant, data)
     if name is None:
         return default_recipe(variant.family, in_memory=data.in_memory, data=data.data)
     chosen = find_recipe(name)
-    check_suits(chosen, data.data, in_memory=data.in_memory)
+    check_suits(chosen, data.data, in_memory=data.in_memory, task="detection" if data.boxed else "classification")
     return chosen
+
+
+def check_task(variant: "Variant", data: DataOptions) -> None:
+    """Refuse a classifier for images with boxes, and a detector for images with classes.
+
+    Raises:
+        SelabError: they do not go together.
+    """
+    from selab.models import catalog, composed
+
+    network, _ = catalog.split_address(variant.name)
+    classifier = network in catalog.installed() or network.startswith("timm:")
+    if data.boxed and (classifier or variant.family == "segmentation"):
+        then = f"; on it as the backbone: faster_rcnn_{variant.name}_fpn" if network in catalog.installed() else ""
+        raise SelabError(f"--data {data.data}: is for detectors, and {variant.name} is none{then}")
+    if not data.boxed and composed.is_one(variant):
+        others = "coco or shapes" if variant.family == "detection" else "classifiers; segmenters are not trained here"
+        raise SelabError(
+            f"--data {data.data}: has classes and {variant.name} is a {variant.family} network; use {others}"
+        )
+
+
+def boxes_of(data: DataOptions, weights: Path, asked: PreparationOptions) -> "tuple[BoxRecipe, str]":
+    """Return how images with boxes are prepared, and who says so: the options, a recipe, the weights, or nobody."""
+    from selab.training.recipe import BoxRecipe, check_suits, find_recipe, read_box_recipe
+
+    if asked.crop is not None:
+        raise SelabError("--crop: is for classifiers; the images of a detector are not cropped")
+    if asked.recipe is not None:
+        named = find_recipe(asked.recipe)
+        check_suits(named, data.data, in_memory=False, task="detection")
+        chosen, whose = named.boxes or BoxRecipe(), f"recipe {named.name}"
+    else:
+        own = read_box_recipe(weights)
+        chosen, whose = own or BoxRecipe(), "default" if own is None else "as trained"
+    if asked.resize is not None:
+        # The longer side grows with the shorter one.
+        longer = asked.resize * chosen.max_size // chosen.min_size
+        chosen, whose = (
+            msgspec.structs.replace(chosen, min_size=asked.resize, max_size=longer),
+            f"{whose}, --resize",
+        )
+    return chosen, whose
 
 
 def preparation_of(
@@ -291,6 +375,8 @@ def preparation_of(
     """
     from selab.training.recipe import ImageRecipe, check_suits, find_recipe, read_image_recipe
 
+    if data.boxed:
+        raise SelabError(f"--data {data.data}: is for detectors, which train, eval and compare take")
     recipe, resize, crop = asked.recipe, asked.resize, asked.crop
     own = None if weights is None else read_image_recipe(weights)
     given = [("--resize", resize), ("--crop", crop)]
@@ -311,29 +397,55 @@ def preparation_of(
     return msgspec.structs.replace(chosen, test_resize=resize, test_crop=crop), whose
 
 
-def open_images(options: DataOptions, image: "ImageRecipe | None") -> "Data":
-    """Open the data set that the options name, and print what was found."""
+def open_images(options: DataOptions, image: "ImageRecipe | None", boxes: "BoxRecipe | None" = None) -> "Data":
+    """Open the data set that the options name, and print what was found.
+
+    Raises:
+        SelabError: they are images with boxes, and the command is for classifiers.
+    """
     from selab.training.data import open_data
 
+    if options.boxed and boxes is None:
+        raise SelabError(f"--data {options.data}: is for detectors, which train, eval and compare take")
     return open_data(
         options.data,
         data_dir=options.data_dir,
         download=options.download,
         image=image,
+        boxes=boxes,
         workers=options.workers,
         classes_file=options.classes_file,
         report=print_note,
     )
 
 
-def open_tested(options: DataOptions, image: "ImageRecipe | None", weights: Path | None) -> "Data":
-    """Open the data set that the options name, scaled as the images were that the weights were trained on."""
+def open_tested(
+    options: DataOptions, weights: Path | None, asked: PreparationOptions, *, detectors: bool = False
+) -> "tuple[Data, ImageRecipe | BoxRecipe | None, str]":
+    """Open the data set that the options name, prepared as the images were that the weights were trained on.
+
+    Args:
+        options: which data.
+        weights: a file; None where there are none.
+        asked: how images are prepared instead.
+        detectors: whether images with boxes are accepted.
+
+    Returns:
+        The data, how its images are prepared, and who says so; None and an empty string for images in memory.
+
+    Raises:
+        SelabError: the options contradict each other, or the data.
+    """
     from selab.models.checkpoint import read_metadata
     from selab.training.data import scaled
     from selab.training.recipe import scaling_of
 
+    if options.boxed and detectors and weights is not None:
+        boxes, whose = boxes_of(options, weights, asked)
+        return open_images(options, None, boxes), boxes, whose
+    image, whose = preparation_of(options, weights, asked)
     scaling = "channel" if weights is None else scaling_of(read_metadata(weights), place=str(weights))
-    return scaled(open_images(options, image), scaling)
+    return scaled(open_images(options, image), scaling), image, whose
 
 
 def print_problems(problems: "Problems | None") -> None:

@@ -21,12 +21,12 @@ from selab.experiments.children import DiedError, lines_of, obey
 from selab.experiments.compare import Report, Say
 from selab.experiments.trainings import Pending, Schedule, result_of
 from selab.models import catalog
-from selab.models.provenance import fixed_address
+from selab.models.provenance import address
 from selab.records.types import Device, Frozen
 from selab.training.data import open_data
 from selab.training.interrupt import stoppable
 from selab.training.progress import TrainingProgress
-from selab.training.recipe import ImageRecipe, Recipe
+from selab.training.recipe import BoxRecipe, ImageRecipe, Recipe
 from selab.training.record import Options
 from selab.training.train import DivergedError, TrainingStoppedError, train
 
@@ -47,6 +47,7 @@ class Source(Frozen, frozen=True, kw_only=True):
     classes_file: str | None = None
     workers: int | None = None
     image: ImageRecipe | None = None
+    boxes: BoxRecipe | None = None
 
 
 class Place(Frozen, frozen=True, kw_only=True):
@@ -65,7 +66,8 @@ class _Order(Frozen, frozen=True, kw_only=True):
     """What one process is to train.
 
     Attributes:
-        arch: as `--arch` takes it in any folder; the file of a user's own network is read again.
+        arch: as `--arch` takes it in this folder; the file of a user's own network is read again.
+        weights: a file that the training starts from; empty for random weights.
     """
 
     arch: str
@@ -76,6 +78,7 @@ class _Order(Frozen, frozen=True, kw_only=True):
     folder: str
     source: Source
     data_sha256: str
+    weights: str = ""
 
 
 class _Line(Frozen, frozen=True, kw_only=True):
@@ -149,7 +152,8 @@ class _Running:
         self._events = events
         options = msgspec.structs.replace(one.comparison.plan.options, threads=place.threads)
         self._order = _Order(
-            arch=fixed_address(one.variant),
+            # As given: the process works in the same folder, and a path is part of what the hash is over.
+            arch=address(one.variant.name, one.variant.file),
             facts_hash=one.variant.facts_hash,
             recipe=one.recipe,
             options=options,
@@ -157,6 +161,7 @@ class _Running:
             folder=str(one.folder),
             source=source,
             data_sha256=one.comparison.data.sha256,
+            weights="" if one.weights is None else str(one.weights),
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -305,6 +310,7 @@ def _train(order: _Order, write: Callable[..., Any]) -> None:
             data_dir=Path(source.data_dir),
             download=False,
             image=source.image,
+            boxes=source.boxes,
             workers=source.workers,
             classes_file=None if source.classes_file is None else Path(source.classes_file),
         )
@@ -322,6 +328,7 @@ def _train(order: _Order, write: Callable[..., Any]) -> None:
             options=order.options,
             report=lambda state: write(progress=state),
             say=lambda text: write(said=text),
+            weights=Path(order.weights) if order.weights else None,
         )
     except DivergedError as error:
         write(diverged=str(error))

@@ -38,9 +38,10 @@ from selab.training.record import (
     read_accuracy_record,
     read_accuracy_records,
     save_accuracy_record,
+    task_of,
     warnings_of,
 )
-from selab.training.run import differences, request_key, run_config
+from selab.training.run import differences, request_key, run_config, start_of
 
 Report = Callable[[str, TrainingProgress | None], object]
 Say = Callable[[str], object]
@@ -48,7 +49,16 @@ Arm = Literal["baseline", "variant"]
 ARMS: tuple[Arm, ...] = ("baseline", "variant")
 
 # Two records with these in common are of one comparison.
-_DECIDING = ("facts_hash", "baseline_facts_hash", "data", "recipe", "variant_recipe", "options")
+_DECIDING = (
+    "facts_hash",
+    "baseline_facts_hash",
+    "data",
+    "recipe",
+    "variant_recipe",
+    "options",
+    "start_sha256",
+    "baseline_start_sha256",
+)
 
 
 class ComparisonPlan(Frozen, frozen=True, kw_only=True):
@@ -60,6 +70,7 @@ class ComparisonPlan(Frozen, frozen=True, kw_only=True):
         seeds: trained one after the other, each for both networks.
         command: the command line that asks for the same again.
         remarks: what a reader must know of this pair.
+        weights: the file that a network's trainings start from, by its name; random weights where it has none.
     """
 
     variant: Variant
@@ -70,6 +81,7 @@ class ComparisonPlan(Frozen, frozen=True, kw_only=True):
     command: str
     variant_recipe: Recipe | None = None
     remarks: tuple[str, ...] = ()
+    weights: dict[str, Path] = msgspec.field(default_factory=dict)
 
 
 def pair(arch: str, baseline: str | None) -> tuple[Variant, Variant]:
@@ -171,6 +183,10 @@ def loaded(
         ) from error
     if done.words:
         say(f"{weights}: {done.words}")
+    if task_of(data) == "detection":
+        from selab.training.detection import configure
+
+        configure(model, data.boxes)  # type: ignore[attr-defined]
     return model
 
 
@@ -204,6 +220,7 @@ class Comparison:
         self.machine = machine(plan.options.device)
         self.seeds: dict[int, Seed] = {seed: Seed(seed=seed) for seed in plan.seeds}
         self.exists = False
+        self.starts = {name: start_of(file) for name, file in plan.weights.items()}
 
     @property
     def path(self) -> Path:
@@ -339,6 +356,8 @@ class Comparison:
             seeds=seeds,
             warnings=(*plan.remarks, *warnings_of(seeds, self.facts)),
             variant_recipe=self.variant_recipe,
+            start_sha256=self.starts.get(self.variant.name, ""),
+            baseline_start_sha256=self.starts.get(self.baseline.name, ""),
         )
 
 

@@ -15,7 +15,7 @@ from selab.training.data import Data
 from selab.training.evaluate import AMP_TYPES
 from selab.training.optim import optimizer_of
 from selab.training.recipe import Recipe
-from selab.training.record import Options
+from selab.training.record import Options, task_of
 from selab.training.train import device_settings
 
 _STEPS = 3
@@ -50,7 +50,7 @@ def seconds_of(variant: Variant, data: Data, recipe: Recipe, options: Options) -
     Returns:
         None where the images lie in a folder, whose decoding may take longer.
     """
-    if getattr(data, "image", None) is not None:
+    if getattr(data, "image", None) is not None or task_of(data) == "detection":
         return None
     device = torch.device(options.device)
     parts = options.accumulate

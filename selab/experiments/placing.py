@@ -343,7 +343,7 @@ class Placing:
         """Return an arm with the right answers to the images that were held back."""
         variant = self._write()[arm.name]
         test = self._train(variant, self.choosing, self.request.search_epochs, 0, report).test
-        return msgspec.structs.replace(arm, held_out_pct=100 * test.top1_correct / test.images)
+        return msgspec.structs.replace(arm, held_out_pct=test.top1_pct)
 
     def _try_controls(self, report: Report) -> None:
         """Train what the search is compared with, for as long as its trials."""
@@ -394,8 +394,8 @@ class Placing:
             last = state.last
             if last is None or last.epoch in told:
                 return
-            told[last.epoch] = last.test_top1_pct
-            trial.report(last.test_top1_pct, last.epoch)
+            told[last.epoch] = last.score_pct
+            trial.report(last.score_pct, last.epoch)
             if last.epoch < self.request.search_epochs and trial.should_prune():
                 raise _StoppedEarlyError
 
@@ -460,7 +460,7 @@ class Placing:
                 except DivergedError as error:
                     say(f"{label}: {error}")
                     continue
-                found = SeedTest(seed=seed, correct=test.top1_correct, images=test.images)
+                found = SeedTest(seed=seed, correct=test.right, images=test.images)
                 self._set(msgspec.structs.replace(arm, tests=(*arm.tests, found)))
         self._write()
         others = [name for name in chosen if name != ORIGINAL]

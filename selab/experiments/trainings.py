@@ -46,7 +46,13 @@ class Pending:
     def folder(self) -> Path:
         """Return where it keeps its files."""
         one = self.comparison
-        return folder_of(self.variant, one.data, self.recipe, one.plan.options, self.seed, out=one.out)
+        options = one.plan.options
+        return folder_of(self.variant, one.data, self.recipe, options, self.seed, out=one.out, weights=self.weights)
+
+    @property
+    def weights(self) -> Path | None:
+        """Return the file that it starts from; None for random weights."""
+        return self.comparison.plan.weights.get(self.variant.name)
 
     @property
     def finished(self) -> bool:
@@ -249,6 +255,7 @@ def result_of(one: Pending, schedule: Schedule, report: Report, say: Say) -> Tra
         options=one.comparison.plan.options,
         report=lambda state: report(one.label, schedule.timed(one, state)),
         say=lambda text: say(f"{one.label}: {text}"),
+        weights=one.weights,
     )
 
 

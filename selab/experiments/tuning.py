@@ -110,6 +110,7 @@ def tuned(
     out: Path,
     report: Report,
     say: Say = lambda _: None,
+    weights: Path | None = None,
 ) -> Recipe:
     """Return a recipe with a network's best learning rate and weight decay of some trials.
 
@@ -123,6 +124,7 @@ def tuned(
         out: the folder of all results.
         report: called when a trial begins, and with its progress.
         say: called with one line: what is there already, what was found.
+        weights: a file that each trial starts from; None for random weights.
 
     Raises:
         DeviceError: Optuna is not installed.
@@ -131,7 +133,7 @@ def tuned(
     choosing = data.held_out(HELD_BACK)
     recipe = adapted(recipe, epochs=options.epochs, batch=options.batch)
     short = msgspec.structs.replace(options, epochs=epochs)
-    where = folder_of(variant, choosing, recipe, short, _SEED, out=out)
+    where = folder_of(variant, choosing, recipe, short, _SEED, out=out, weights=weights)
     path = out / "tuning" / f"{where.name}.json"
     search = _there(path, variant, data, recipe, epochs)
     study = _study(search)
@@ -142,7 +144,7 @@ def tuned(
         label = f"{variant.name}: trial {len(search.trials) + 1} of {trials} (lr {asked.lr:.3g}, weight decay "
         label += f"{asked.weight_decay:.3g})"
         report(label, None)
-        done = _trained(trial, asked, variant, choosing, recipe, short, out, _labelled(report, label))
+        done = _trained(trial, asked, variant, choosing, recipe, short, out, _labelled(report, label), weights)
         _tell(study, trial, done)
         search = msgspec.structs.replace(search, trials=(*search.trials, done))
         write_atomically(path, msgspec.json.format(msgspec.json.encode(search), indent=1) + b"\n")
@@ -199,6 +201,7 @@ def _trained(
     options: Options,
     out: Path,
     report: Callable[[TrainingProgress], object],
+    weights: Path | None,
 ) -> Trial:
     told: list[float] = []
 
@@ -207,20 +210,21 @@ def _trained(
         last = state.last
         if last is None or last.epoch <= len(told):
             return
-        told.append(last.test_top1_pct)
-        trial.report(last.test_top1_pct, last.epoch)
+        told.append(last.score_pct)
+        trial.report(last.score_pct, last.epoch)
         if last.epoch < (options.epochs or 0) and trial.should_prune():
             raise _StoppedEarlyError
 
     chosen = with_values(recipe, asked)
-    folder = folder_of(variant, data, chosen, options, _SEED, out=out)
+    folder = folder_of(variant, data, chosen, options, _SEED, out=out, weights=weights)
+    common: dict[str, Any] = {"folder": folder, "options": options, "report": reported, "weights": weights}
     try:
-        done = train(variant, data, chosen, seed=_SEED, folder=folder, options=options, report=reported)
+        done = train(variant, data, chosen, seed=_SEED, **common)
     except _StoppedEarlyError:
         return msgspec.structs.replace(asked, held_out_pct=tuple(told), stopped=True)
     except DivergedError:
         return asked
-    return msgspec.structs.replace(asked, held_out_pct=tuple(one.test_top1_pct for one in done.epochs))
+    return msgspec.structs.replace(asked, held_out_pct=tuple(one.score_pct for one in done.epochs))
 
 
 # ------------------------------------------------------------------------------------------------------------- Optuna

@@ -8,14 +8,15 @@ from selab import units
 from selab.experiments.compared import Compared
 from selab.models import external
 from selab.models.provenance import variants_of
+from selab.models.spec import Metric as PublishedMetric
 from selab.models.spec import Published
 from selab.records.types import PHASE_NAMES, Cost, Latency
 from selab.records.verdict import NOT_SIGNIFICANT, change_words
 from selab.report.published import published_pair
 from selab.report.table import Table
 from selab.report.wording import verdict_sentence, words_note
-from selab.training.record import AccuracyRecord, Seed, SeedOutcome
-from selab.training.verdict import PairedDifference, compare_verdict
+from selab.training.record import Accuracy, AccuracyRecord, DataSpec, Seed, SeedOutcome
+from selab.training.verdict import METRIC_NAMES, Metric, PairedDifference, compare_verdict
 from selab.units import NONE
 
 
@@ -28,17 +29,13 @@ def comparison_table(compared: Compared) -> Table:
         _cost_row("MACs (paper's FLOPs)", compared, attrgetter("macs.paper")),
         *_time_rows("forward, batch 1", compared.forward_latency),
         *_time_rows(f"forward+backward, batch {_batch(compared)}", compared.step_latency),
-        _level_row("top-1 accuracy", verdict.top1),
+        _level_row(verdict.score),
         *_published_row(record),
-    ]
-    if verdict.top5 is not None:
-        rows.append(_level_row("top-5 accuracy", verdict.top5))
-    rows += [
-        _level_row("loss", verdict.loss),
+        *(_level_row(one) for one in (verdict.more, verdict.loss) if one is not None),
         _trained_row("training, images/s", record, attrgetter("images_per_s"), "{:,.0f}".format),
         _trained_row("training, time", record, attrgetter("seconds"), units.seconds),
     ]
-    notes = [f"{name}: {one.difference.text}" for name, one in (("top-1", verdict.top1), ("loss", verdict.loss))]
+    notes = [f"{METRIC_NAMES[one.metric]}: {one.difference.text}" for one in verdict.judged]
     if verdict.diverged:
         notes.append(f"{verdict.diverged}; what is compared are the seeds that both networks finished.")
     notes += _own_recipes(record)
@@ -89,7 +86,7 @@ def both_ways(records: Sequence[AccuracyRecord]) -> list[str]:
     """Return a sentence for each pair that was compared in the same recipe, and each network at its best."""
     found: dict[tuple[str, str], dict[bool, str]] = {}
     for record in records:
-        words = compare_verdict(record).top1.difference.text
+        words = compare_verdict(record).score.difference.text
         found.setdefault((record.arch, record.baseline), {})[record.variant_recipe is not None] = words
     return [
         f"{arch} against {baseline}, same recipe: {ways[False]}; each at its best: {ways[True]}."
@@ -99,12 +96,13 @@ def both_ways(records: Sequence[AccuracyRecord]) -> list[str]:
 
 
 def seeds_table(record: AccuracyRecord) -> Table:
-    """Return top-1 accuracy and loss of both networks for each seed, and their difference."""
+    """Return both networks' top-1 accuracy and loss for each seed, or AP and AP at 0.50, and their difference."""
     started = (
         one for one in record.seeds if one.baseline or one.variant or one.baseline_diverged or one.variant_diverged
     )
     rows = tuple((str(one.seed), *_seed_cells(one)) for one in started)
-    columns = ("seed", "base top-1", "variant top-1", "points", "base loss", "variant loss")
+    score, second = _score_names(record.data)
+    columns = ("seed", f"base {score}", f"variant {score}", "points", f"base {second}", f"variant {second}")
     return Table(title="By seed", columns=columns, rows=rows)
 
 
@@ -127,16 +125,17 @@ def _grids_of_a_group(group: Sequence[Compared]) -> tuple[Table, Table]:
     named = list(zip(names, records, strict=True))
     verdicts = [(name, compare_verdict(record)) for name, record in named]
     unresolved = [
-        f"{name}, {metric}: {one.difference.text}"
+        f"{name}, {METRIC_NAMES[one.metric]}: {one.difference.text}"
         for name, verdict in verdicts
-        for metric, one in (("top-1", verdict.top1), ("loss", verdict.loss))
+        for one in verdict.judged
         if one.difference.kind not in ("better", "worse")
     ]
     bought_rows = tuple(_bought_row(one, name) for one, name in zip(group, names, strict=True))
     cost_rows = tuple(_costs_row(one, name) for one, name in zip(group, names, strict=True))
+    score, second = _score_names(data)
     bought = Table(
         title=f"What SE buys on {data.title}",
-        columns=("", "seeds", "base top-1", "top-1", "points", "published", "loss"),
+        columns=("", "seeds", f"base {score}", score, "points", "published", second),
         rows=bought_rows,
         notes=(
             f"Trained: {'; '.join(trainings(records))}. {data.train_size:,} images to train on, {data.test_size:,} to "
@@ -203,14 +202,14 @@ def name_of(record: AccuracyRecord) -> str:
 def _bought_row(one: Compared, name: str) -> tuple[str, ...]:
     record = one.record
     verdict = compare_verdict(record)
-    seeds = verdict.top1.difference.seeds
+    seeds = verdict.score.difference.seeds
     return (
         name,
         str(seeds) if seeds == len(record.seeds) else f"{seeds} of {len(record.seeds)}",
-        *(NONE if level is None else level.shown for level in (verdict.top1.baseline, verdict.top1.variant)),
-        _difference_words(verdict.top1),
+        *(NONE if level is None else level.shown for level in (verdict.score.baseline, verdict.score.variant)),
+        _difference_words(verdict.score),
         _published_points(record),
-        _difference_words(verdict.loss),
+        _difference_words(verdict.judged[-1]),
     )
 
 
@@ -220,27 +219,37 @@ _PUBLISHED_ON = {
     "cifar100": "CIFAR-100",
     "imagenet": "ImageNet-1k",
     "places365": "Places365-Challenge",
+    "coco": "COCO",
 }
 
 
 def _published(record: AccuracyRecord) -> tuple[Published, Published] | None:
-    """Return the published errors of a record's variant and baseline on its data; None unless both are of one table."""
+    """Return the published figures of a record's variant and baseline on its data; None unless both are of one table.
+
+    They are top-1 errors, or the AP of detectors.
+    """
     on = _PUBLISHED_ON.get(record.data.name)
-    ours, theirs = (None, None) if on is None else published_pair(*variants_of(record), "top1_error_pct", on=on)
+    metric: PublishedMetric = "ap_pct" if record.data.task == "detection" else "top1_error_pct"
+    ours, theirs = (None, None) if on is None else published_pair(*variants_of(record), metric, on=on)
     return None if ours is None or theirs is None else (ours, theirs)
 
 
 def _published_points(record: AccuracyRecord) -> str:
     found = _published(record)
-    return NONE if found is None else f"{found[1].value - found[0].value:+.2f}"
+    if found is None:
+        return NONE
+    gain = found[0].value - found[1].value
+    return f"{gain if found[0].metric == 'ap_pct' else -gain:+.2f}"
 
 
 def _published_row(record: AccuracyRecord) -> list[tuple[str, ...]]:
     found = _published(record)
     if found is None:
         return []
-    levels = (f"{100 - one.value:.2f} %" for one in reversed(found))
-    return [("published top-1 accuracy", *levels, f"{_published_points(record)} points")]
+    points = f"{_published_points(record)} points"
+    if found[0].metric == "ap_pct":
+        return [("published AP", *(f"{one.value:.1f} %" for one in reversed(found)), points)]
+    return [("published top-1 accuracy", *(f"{100 - one.value:.2f} %" for one in reversed(found)), points)]
 
 
 def published_notes(records: Sequence[AccuracyRecord]) -> tuple[str, ...]:
@@ -329,10 +338,20 @@ def _batch(compared: Compared) -> int:
 def _seed_cells(seed: Seed) -> tuple[str, ...]:
     both = (seed.baseline, seed.variant)
     none = tuple("diverged" if told else NONE for told in (seed.baseline_diverged, seed.variant_diverged))
-    top1 = [absent if one is None else f"{one.test.top1_pct:.2f} %" for one, absent in zip(both, none, strict=True)]
-    loss = [NONE if one is None else f"{one.test.loss:.4f}" for one in both]
-    points = NONE if seed.pair is None else f"{seed.pair[1].test.top1_pct - seed.pair[0].test.top1_pct:+.2f}"
-    return (*top1, points, *loss)
+    score = [absent if one is None else f"{one.test.score_pct:.2f} %" for one, absent in zip(both, none, strict=True)]
+    second = [NONE if one is None else _second(one.test) for one in both]
+    points = NONE if seed.pair is None else f"{seed.pair[1].test.score_pct - seed.pair[0].test.score_pct:+.2f}"
+    return (*score, points, *second)
+
+
+def _score_names(data: DataSpec) -> tuple[str, str]:
+    """Return what the score of a data set's networks is called, and the figure beside it."""
+    one: tuple[Metric, Metric] = ("ap", "ap50") if data.task == "detection" else ("top1", "loss")
+    return METRIC_NAMES[one[0]], METRIC_NAMES[one[1]]
+
+
+def _second(test: Accuracy) -> str:
+    return f"{test.loss:.4f}" if test.precision is None else f"{test.precision.ap50_pct:.2f} %"
 
 
 def _both_costs(compared: Compared, figure: Callable[[Cost], float]) -> tuple[float, float] | None:
@@ -359,7 +378,8 @@ def _time_rows(label: str, latency: Latency | None) -> list[tuple[str, ...]]:
     return [(label, *times, change_words(latency))]
 
 
-def _level_row(label: str, one: PairedDifference) -> tuple[str, ...]:
+def _level_row(one: PairedDifference) -> tuple[str, ...]:
+    label = METRIC_NAMES[one.metric] + (" accuracy" if one.metric in ("top1", "top5") else "")
     levels = [NONE if level is None else level.text for level in (one.baseline, one.variant)]
     difference = one.difference
     if difference.mean is None:

@@ -111,7 +111,8 @@ class RecordResult(Displayed):
     def columns(self) -> tuple[str, ...]:
         """Return the names of the columns of `rows`."""
         if isinstance(self.record, AccuracyRecord):
-            return "seed", "baseline_top1_pct", "variant_top1_pct", "baseline_seconds", "variant_seconds"
+            score = "ap_pct" if self.record.data.task == "detection" else "top1_pct"
+            return "seed", f"baseline_{score}", f"variant_{score}", "baseline_seconds", "variant_seconds"
         if isinstance(self.record, TaxRecord):
             return "baseline", "variant", *_LATENCY
         if self.record.latency:
@@ -125,7 +126,7 @@ class RecordResult(Displayed):
             return [
                 (
                     seed.seed,
-                    *(None if one is None else one.test.top1_pct for one in (seed.baseline, seed.variant)),
+                    *(None if one is None else one.test.score_pct for one in (seed.baseline, seed.variant)),
                     *(None if one is None else one.seconds for one in (seed.baseline, seed.variant)),
                 )
                 for seed in record.seeds

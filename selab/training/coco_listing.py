@@ -13,7 +13,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -96,6 +96,22 @@ class BoxedImages:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def select(self, indices: NDArray[np.int64]) -> "BoxedImages":
+        """Return some of the images, in the given order, with their boxes."""
+        where = [np.arange(self.starts[one], self.starts[one + 1]) for one in indices.tolist()]
+        rows = np.concatenate(where) if where else np.zeros(0, dtype=np.int64)
+        return replace(
+            self,
+            files=self.files[indices],
+            ids=self.ids[indices],
+            sizes=self.sizes[indices],
+            starts=np.cumsum([0, *map(len, where)], dtype=np.int64),
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            crowd=self.crowd[rows],
+            areas=self.areas[rows],
+        )
 
     def of(self, index: int) -> slice:
         """Return where the boxes of an image are."""
@@ -303,7 +319,9 @@ def _boxes(content: _File, listed: dict[int, _Image], categories: dict[int, str]
             left.add("boxes without an area, left out", f"id {one.id}")
             continue
         box = (max(0.0, x), max(0.0, y), min(float(image.width), x + width), min(float(image.height), y + height))
-        if box[0] >= box[2] or box[1] >= box[3]:
+        # As they will be stored: a side may be lost by rounding.
+        x1, y1, x2, y2 = map(np.float32, box)
+        if x1 >= x2 or y1 >= y2:
             left.add("boxes outside their image, left out", f"id {one.id}")
             continue
         # COCO's own boxes exceed their images by parts of a pixel.

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from selab.training.augment import Augmentation, augment, decide, normalise, ord
 from selab.training.batches import BatchPlan, check_share
 from selab.training.cifar import LAYOUTS, open_cifar
 from selab.training.holdout import identity_of, split
-from selab.training.recipe import ImageRecipe, Scaling
+from selab.training.recipe import BoxRecipe, ImageRecipe, Scaling
 
 __all__ = ["NAMES", "Augmentation", "BatchPlan", "Data", "ImageSet", "open_data", "scaled", "synthetic_set"]
-NAMES = (*LAYOUTS, "synthetic", "folder", "imagenet", "places365")
+NAMES = (*LAYOUTS, "synthetic", "folder", "imagenet", "places365", "coco", "shapes")
+BOXED = ("coco", "shapes")
+"""Data sets of images with boxes, for detectors."""
 
 
 class Data(Protocol):
@@ -69,7 +71,7 @@ class Data(Protocol):
 
     def train_batches(
         self, plan: BatchPlan, *, device: torch.device, augmentation: Augmentation
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Any, Any]]:
         """Return one rank's parts of an epoch's global batches, without the last incomplete one.
 
         Order and augmentation of global batch i depend on (seed, epoch, i) alone, so that a run resumes anywhere, with
@@ -81,7 +83,8 @@ class Data(Protocol):
             augmentation: applied to the images.
 
         Yields:
-            Images (N, C, H, W) float32, normalised; labels (N,) int64.
+            Images (N, C, H, W) float32, normalised; labels (N,) int64. For detectors lists, see
+            `selab.training.coco.CocoImages`.
 
         Raises:
             SelabError: the ranks cannot share a batch equally, or a batch has more images than the set.
@@ -90,7 +93,7 @@ class Data(Protocol):
 
     def test_batches(
         self, *, batch: int, device: torch.device, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Any, Any]]:
         """Return one rank's parts of the test images, in order; each image is in one part of one rank.
 
         The last batch may be smaller, and may have no part for a rank.
@@ -279,6 +282,7 @@ def open_data(
     data_dir: Path,
     download: bool = True,
     image: ImageRecipe | None = None,
+    boxes: BoxRecipe | None = None,
     workers: int | None = None,
     classes_file: Path | None = None,
     report: Callable[[str], None] | None = None,
@@ -287,10 +291,12 @@ def open_data(
 
     Args:
         name: one of `NAMES`. `folder` is any folder of images, `imagenet` one with ImageNet's classes,
-            `places365` Places365 as it is distributed.
+            `places365` Places365 as it is distributed; `coco` any folder in COCO's layout, `shapes` a small one that
+            is made.
         data_dir: its folder, or where to download it to; not used for `synthetic`.
         download: whether it may be downloaded; image folders never are.
         image: how a recipe prepares the images of a folder.
+        boxes: how a recipe prepares images with boxes.
         workers: processes that decode the images of a folder; None for the default number.
         classes_file: names of a folder's classes, one a line, in the order of their numbers.
         report: called with sentences: progress of the download, what was found.
@@ -299,7 +305,7 @@ def open_data(
         UnknownNameError: no such name.
         SelabError: it is missing and cannot be downloaded, or is damaged.
     """
-    if classes_file is not None and name in (*LAYOUTS, "synthetic"):
+    if classes_file is not None and name in (*LAYOUTS, "synthetic", *BOXED):
         raise SelabError(f"--classes-file {classes_file}: is for image folders; {name} numbers its classes itself")
     if name in LAYOUTS:
         return _cifar_set(name, data_dir, download=download, report=report)
@@ -307,10 +313,13 @@ def open_data(
         return synthetic_set()
     if name in NAMES:
         try:
+            from selab.training.coco import open_coco
             from selab.training.image_folder import open_folder
         except ModuleNotFoundError as error:
             missing = "pillow" if error.name == "PIL" else error.name
             raise SelabError(f"{name}: {missing} is not installed; pip install 'selab[imagenet]'") from None
+        if name in BOXED:
+            return open_coco(data_dir, name=name, boxes=boxes, workers=workers, report=report)
         return open_folder(data_dir, name=name, image=image, workers=workers, classes_file=classes_file, report=report)
     raise UnknownNameError(f"{name}: no such data set{nearest(name, NAMES)}")
 

@@ -10,17 +10,15 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from selab import units
 from selab.errors import ModelError, OutOfMemoryError, SelabError
 from selab.fusion.fuse import fuse
 from selab.meta import first_line
 from selab.models.build import build
-from selab.models.checkpoint import load
 from selab.models.spec import Variant
 from selab.training.augment import Augmentation
 from selab.training.batches import BatchPlan
@@ -29,12 +27,13 @@ from selab.training.data import Data, scaled
 from selab.training.distributed import ProcessGroup, lost_another
 from selab.training.evaluate import AMP_TYPES, NotFiniteError, evaluate
 from selab.training.interrupt import StopRequest, stoppable
+from selab.training.objective import Forward, objective_of
 from selab.training.optim import Average, draw_he, optimizer_of
 from selab.training.pace import Means, Pace, per_second
 from selab.training.problems import Problems
 from selab.training.progress import Report, TrainingProgress
-from selab.training.recipe import ImageRecipe, Recipe, lr_at, recipe_hash
-from selab.training.record import Accuracy, Epoch
+from selab.training.recipe import BoxRecipe, ImageRecipe, Recipe, lr_at, recipe_hash
+from selab.training.record import Accuracy, Epoch, tested
 from selab.training.resume import mistaken_progress, mistaken_tensors, optimizer_state
 from selab.training.run import (
     Checkpoint,
@@ -81,10 +80,13 @@ class Engine:
         self.recipe, self.options = config.recipe, config.options
         self.report, self.clock = report, clock
         self.judged: str = getattr(data, "judged", "test")
-        # Only an image folder states how its images are prepared.
+        # Only image folders, and images with boxes, state how their images are prepared.
         self.image: ImageRecipe | None = getattr(data, "image", None)
+        self.boxes: BoxRecipe | None = getattr(data, "boxes", None)
         model, self.facts = _network(variant, data, self.recipe, config.seed)
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
+        self.objective = objective_of(data, self.recipe, name=config.arch, channels_last=self.options.channels_last)
+        self.objective.prepare(model, config.arch)
         self.model = model.to(group.device, memory_format=layout)  # type: ignore[call-overload]
         if self.options.fused:
             fuse(self.model, input_nchw=(self.recipe.batch // self.options.accumulate, *data.input_chw))
@@ -92,7 +94,7 @@ class Engine:
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=self.options.amp == "fp16")
         self.average = None if self.recipe.ema is None else Average(self.model, self.recipe.ema)
         self.parallel: DistributedDataParallel | None = None
-        self.forward: Callable[[Tensor], Tensor] = self.model
+        self.forward: Forward = self.model
         self.sums = torch.zeros(2, dtype=torch.float64, device=group.device)
         self.losses, self.right = self.sums.unbind()
         self.steps = data.train_size // self.recipe.batch
@@ -113,15 +115,15 @@ class Engine:
             variant: as named.
 
         Returns:
-            The keys that were left out: of a classifier of another number of classes.
+            The keys that were left out: of a classifier of another number of classes, or of a detector's backbone.
 
         Raises:
             WeightsError: they do not fit.
         """
-        done = load(self.model, weights, variant=variant, fitted=self.facts, head="drop")
+        dropped = self.objective.start_from(self.model, weights, variant, self.facts)
         if self.average is not None:
             self.average.load(self.model.state_dict())
-        return done.dropped
+        return dropped
 
     def restore(self, found: tuple[Checkpoint, dict[str, Any]] | None) -> None:
         """Load a checkpoint, if there is one, and join the networks of all ranks.
@@ -258,6 +260,8 @@ class Engine:
             metadata["scaling"] = self.recipe.scaling
         if self.image is not None:
             metadata["image"] = msgspec.json.encode(self.image).decode()
+        if self.boxes is not None:
+            metadata["boxes"] = msgspec.json.encode(self.boxes).decode()
         with self._averaged():
             return self.folder.finish(training, self.model.state_dict(), metadata)
 
@@ -290,27 +294,28 @@ class Engine:
                     self._look(stop)
         raise TrainingError(f"{self._where()}: {self.data.title} gave no more images; has the data changed?")
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        recipe, options, device = self.recipe, self.options, self.group.device
+    def _train_step(self, images: Any, labels: Any) -> None:
+        options, device = self.options, self.group.device
         _reseed(device, self.config.seed, self.epoch, self.step, self.group.rank)
         lr = self._lr(self.step)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        if options.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         parts = options.accumulate
-        for part, (some, theirs) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True), start=1):
+        for part, (some, theirs) in enumerate(self.objective.parts(images, labels, parts), start=1):
             # Processes exchange gradients once, with those of the last part.
             waits = self.parallel is not None and part < parts
             with self.parallel.no_sync() if waits and self.parallel is not None else nullcontext():
                 with torch.autocast(device.type, dtype=AMP_TYPES[options.amp], enabled=options.amp != "off"):
-                    logits = self.forward(some)
-                    loss = F.cross_entropy(logits, theirs, label_smoothing=recipe.label_smoothing)
+                    loss, right = self.objective.loss(self.forward, some, theirs)
                 self.scaler.scale(loss if parts == 1 else loss / parts).backward()  # type: ignore[no-untyped-call]
             # Sums stay on the device: a step must not wait for it.
             self.losses.add_(loss.detach(), alpha=1 / (parts * self.group.world))
-            self.right += (logits.detach().argmax(1) == theirs).sum()
+            if right is not None:
+                self.right += right
+        if self.recipe.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -334,9 +339,7 @@ class Engine:
             lr=self._lr(self.steps - 1),
             train_loss=means.loss,
             train_top1_pct=means.top1_pct,
-            test_loss=self.test.loss,
-            test_top1_pct=self.test.top1_pct,
-            test_top5_pct=self.test.top5_pct,
+            **tested(self.test),
             seconds=self.epoch_s,
             images_per_s=per_second(self.steps * self.recipe.batch, self.epoch_s),
         )
@@ -367,6 +370,9 @@ class Engine:
         """Return the images per test batch, over all ranks."""
         # Without gradients, this takes no more memory than a training step.
         batch = 4 * self.recipe.batch // self.options.accumulate
+        if not self.objective.counts_right:
+            # Images of many sizes are padded to the largest one.
+            return self.recipe.batch // self.options.accumulate
         # One worker decodes a whole batch, and several batches wait in shared memory.
         return batch if self.image is None else min(batch, _FOLDER_TEST_BATCH * self.group.world)
 
@@ -382,9 +388,10 @@ class Engine:
         stop.wanted = any(row[2] for row in rows)
         due, distance = bool(rows[0][3]), int(rows[0][4])
         sums = tuple((row[0], row[1]) for row in rows)
+        right = math.fsum(right for _, right in sums)
         means = Means(
             loss=math.fsum(losses for losses, _ in sums) / self.step,
-            top1_pct=100 * math.fsum(right for _, right in sums) / (self.step * self.recipe.batch),
+            top1_pct=100 * right / (self.step * self.recipe.batch) if self.objective.counts_right else None,
         )
         if not math.isfinite(means.loss):
             raise self._diverged(f"the loss is {means.loss}")

@@ -1,4 +1,8 @@
-"""Evaluate a network on all test images, over all processes."""
+"""Evaluate a network on all test images, over all processes.
+
+What is counted depends on the data: a classifier's right answers here, a detector's boxes in
+`selab.training.detection`.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from selab.errors import DeviceError, ModelError, OutOfMemoryError, SelabError
-from selab.meta import evaluating, first_line
-from selab.training.record import TOP5_CLASSES, Accuracy, Amp
+from selab.errors import DeviceError, ModelError, SelabError
+from selab.meta import evaluating
+from selab.training.record import TOP5_CLASSES, Accuracy, Amp, task_of
+from selab.training.tally import NotFiniteError, Tally, Totals, passed, unreadable_in
 
 if TYPE_CHECKING:
     from selab.training.data import Data
@@ -22,10 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AMP_TYPES", "Accuracy", "NotFiniteError", "evaluate"]
 AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class NotFiniteError(ModelError):
-    """Logits are not finite, and so the loss is not either."""
 
 
 def evaluate(
@@ -38,7 +39,7 @@ def evaluate(
     channels_last: bool = False,
     report: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
-    """Count right answers and average the cross entropy over all test images; sums are float64.
+    """Count right answers and average the cross entropy over all test images, in float64; of a detector, find the AP.
 
     Under `torch.distributed` every rank calls it and gets the same result. Each takes its share of the images, with
     rank 0's buffers: batch norm's running statistics differ between ranks during training.
@@ -46,11 +47,11 @@ def evaluate(
     Args:
         model: on `device`. Modes, gradients and buffers are restored, and nothing is drawn at random.
         data: the test images.
-        batch: images per pass, over all ranks; rounded up to a multiple of their number. Changes the result only by
-            rounding.
+        batch: images per pass, over all ranks; rounded up to a multiple of their number. Changes the result of a
+            classifier only by rounding; a detector pads the images of a pass to one size.
         device: where the images go.
         amp: what the forward pass computes in; the loss is computed in float64 from its logits.
-        channels_last: the images' memory format.
+        channels_last: the images' memory format, where a batch is one tensor.
         report: called after each batch with this rank's images so far, and the number of all test images.
 
     Returns:
@@ -58,7 +59,8 @@ def evaluate(
         folder; `data.test_size - images` is how many there are.
 
     Raises:
-        ModelError: the forward pass fails, or its output is not one logit per class and image.
+        ModelError: the forward pass fails, or its output is not one logit per class and image, or not the boxes of
+            a detector.
         NotFiniteError: logits are not finite.
         OutOfMemoryError: the device does not hold a batch.
         DeviceError: the model is on another device.
@@ -67,7 +69,7 @@ def evaluate(
     device = torch.device(device)
     network = model.module if isinstance(model, DistributedDataParallel) else model
     rank, world = _rank_and_world()
-    counted, problem = _Counted(), None
+    tally, problem = tally_of(data), None
     try:
         _check_device(network, device)
         batches = data.test_batches(batch=-(-batch // world) * world, device=device, rank=rank, world=world)
@@ -76,31 +78,52 @@ def evaluate(
             for images, labels in batches:
                 if not len(labels):
                     continue
-                if channels_last:
+                if channels_last and isinstance(images, Tensor):
                     images = images.contiguous(memory_format=torch.channels_last)
                 with precision:
-                    logits = _logits(network, images, data)
-                counted.add(logits.double(), labels)
+                    outputs = tally.run(network, images)
+                tally.add(outputs, labels)
                 if report is not None:
-                    report(counted.images, data.test_size)
-        counted.note_unreadable(data)
+                    report(tally.images, data.test_size)
     except SelabError as error:
         # Other ranks wait for this one's counts: they must receive its error before it is raised.
         problem = error
-    return _accuracy(_of_all_ranks(counted, problem, world), data)
+    ranks = _of_all_ranks(tally, problem, world)
+    images = sum(each.images for each in ranks)
+    if not images:
+        raise SelabError(f"{data.title}: holds no test images; name a data set that does")
+    missing = data.test_size - images
+    if missing < 0 or (missing and not any(each.unreadable for each in ranks)):
+        raise SelabError(
+            f"{data.title}: gave {images} test images of {data.test_size}; its test_batches must give each once"
+        )
+    return tally.result(ranks, sorted({name for each in ranks for name in each.skipped}))
+
+
+def tally_of(data: "Data") -> Tally:
+    """Return what is counted on these images."""
+    if task_of(data) == "detection":
+        from selab.training.detection import Detections
+
+        return Detections(data)
+    return _Counted(data)
 
 
 class _Counted:
     """Counts of this rank, kept on the device so that batches do not wait for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: "Data") -> None:
+        self.data = data
         self.images = 0
         self.sums: Tensor | None = None
-        self.unreadable = 0
-        self.skipped: tuple[str, ...] = ()
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: float64 logits (n, classes) and labels (n,)."""
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        """See `Tally.run`: logits (n, classes)."""
+        return _logits(network, images, self.data)
+
+    def add(self, outputs: Tensor, labels: Tensor) -> None:
+        """See `Tally.add`: logits (n, classes) and labels (n,)."""
+        logits = outputs.double()
         # One ranking for both, so that tied logits cannot be right for top-1 and wrong for top-5.
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         sums = torch.stack(
@@ -114,15 +137,8 @@ class _Counted:
         self.sums = sums if self.sums is None else self.sums + sums
         self.images += len(labels)
 
-    def note_unreadable(self, data: "Data") -> None:
-        """Note the images that a folder could not decode, without training images."""
-        problems: Any = getattr(data, "problems", None)
-        if problems is not None:
-            names = (*problems.corrupt.first, *problems.truncated.first)
-            self.unreadable = problems.unreadable
-            self.skipped = tuple(name for name in names if not (data.train_size and name.startswith("train/")))
-
     def totals(self) -> "_Totals":
+        """See `Tally.totals`."""
         top1, top5, loss, not_finite = [0.0] * 4 if self.sums is None else self.sums.tolist()
         return _Totals(
             images=self.images,
@@ -130,20 +146,34 @@ class _Counted:
             top5_correct=round(top5),
             loss=loss,
             not_finite=round(not_finite),
-            unreadable=self.unreadable,
-            skipped=self.skipped,
+            **unreadable_in(self.data),
+        )
+
+    def result(self, ranks: "list[_Totals]", skipped: list[str]) -> Accuracy:
+        """See `Tally.result`."""
+        images = sum(each.images for each in ranks)
+        not_finite = sum(each.not_finite for each in ranks)
+        if not_finite:
+            raise NotFiniteError(
+                f"logits of {not_finite} of {images} images are not finite; the weights may be broken, or the training "
+                "have diverged: try a smaller learning rate, or no mixed precision"
+            )
+        top5 = sum(each.top5_correct for each in ranks) if self.data.num_classes >= TOP5_CLASSES else None
+        return Accuracy(
+            images=images,
+            top1_correct=sum(each.top1_correct for each in ranks),
+            top5_correct=top5,
+            loss=math.fsum(each.loss for each in ranks) / images,
+            skipped=tuple(skipped),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Totals:
-    images: int
+class _Totals(Totals):
     top1_correct: int
     top5_correct: int
     loss: float
     not_finite: int
-    unreadable: int
-    skipped: tuple[str, ...]
 
 
 def _rank_and_world() -> tuple[int, int]:
@@ -178,39 +208,29 @@ def _buffers_of_rank_zero(network: nn.Module, world: int) -> Iterator[None]:
 
 
 def check_network(network: nn.Module, data: "Data") -> None:
-    """Check with one black image that a network is a classifier for these images.
+    """Check with one black image that a network is a classifier for these images, or a detector.
 
     Args:
         network: on the CPU; not changed.
         data: the image size and the classes.
 
     Raises:
-        ModelError: its forward pass fails, or does not return one logit per class.
+        ModelError: its forward pass fails, or does not return one logit per class, or no boxes.
         OutOfMemoryError: the pass does not fit.
     """
     was_training = network.training
     network.eval()
     try:
         with torch.no_grad():
-            _logits(network, torch.zeros(1, *data.input_chw), data)
+            images = torch.zeros(1, *data.input_chw)
+            tally_of(data).run(network, images if task_of(data) == "classification" else list(images))
     finally:
         network.train(was_training)
 
 
 def _logits(network: nn.Module, images: Tensor, data: "Data") -> Tensor:
-    name, shape = type(network).__name__, tuple(images.shape)
-    try:
-        logits: Any = network(images)
-    except Exception as error:
-        text = first_line(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-            raise OutOfMemoryError(
-                f"out of memory with images of shape {shape}: {text}; use a smaller batch"
-            ) from error
-        raise ModelError(
-            f"{name}: forward fails on images of shape {shape}: {text}; they are {data.title}'s: "
-            "build the network for these"
-        ) from error
+    name = type(network).__name__
+    logits = passed(network, images, tuple(images.shape), data)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
         raise ModelError(f"{name}: its output is of {found}, not one row of logits per image; give a classifier")
@@ -222,41 +242,17 @@ def _logits(network: nn.Module, images: Tensor, data: "Data") -> Tensor:
     return logits
 
 
-def _of_all_ranks(counted: _Counted, problem: SelabError | None, world: int) -> list[_Totals]:
+def _of_all_ranks(tally: Tally, problem: SelabError | None, world: int) -> list[Totals]:
     """Return every rank's counts, by rank; raise one rank's error on all."""
     if world == 1:
         if problem is not None:
             raise problem
-        return [counted.totals()]
+        return [tally.totals()]
     told: list[Any] = [None] * world
-    dist.all_gather_object(told, counted.totals() if problem is None else str(problem))
+    dist.all_gather_object(told, tally.totals() if problem is None else str(problem))
     if problem is not None:
         raise problem
     for rank, each in enumerate(told):
         if isinstance(each, str):
             raise ModelError(f"rank {rank}: {each}")
     return told
-
-
-def _accuracy(ranks: list[_Totals], data: "Data") -> Accuracy:
-    images = sum(each.images for each in ranks)
-    if not images:
-        raise SelabError(f"{data.title}: holds no test images; name a data set that does")
-    missing = data.test_size - images
-    if missing < 0 or (missing and not any(each.unreadable for each in ranks)):
-        raise SelabError(
-            f"{data.title}: gave {images} test images of {data.test_size}; its test_batches must give each once"
-        )
-    not_finite = sum(each.not_finite for each in ranks)
-    if not_finite:
-        raise NotFiniteError(
-            f"logits of {not_finite} of {images} images are not finite; the weights may be broken, or the training "
-            "have diverged: try a smaller learning rate, or no mixed precision"
-        )
-    return Accuracy(
-        images=images,
-        top1_correct=sum(each.top1_correct for each in ranks),
-        top5_correct=sum(each.top5_correct for each in ranks) if data.num_classes >= TOP5_CLASSES else None,
-        loss=math.fsum(each.loss for each in ranks) / images,
-        skipped=tuple(sorted({name for each in ranks for name in each.skipped})),
-    )

@@ -11,38 +11,25 @@ converted to RGB, and the EXIF orientation is ignored. A damaged stretch that li
 distinguished from a good image.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from selab import units
 from selab.training.batches import BatchPlan, check_share
-from selab.training.distributed import number_of
+from selab.training.file_images import Asked, FileImages, hashed, share, workers_of
 from selab.training.holdout import identity_of, split
-from selab.training.image_decode import (
-    ImageFiles,
-    ImageFinding,
-    Loaded,
-    by_class,
-    collated,
-)
+from selab.training.image_decode import ImageFiles, by_class, collated
 from selab.training.image_listing import IMAGENET_TRAIN, IMAGENET_VAL, FolderError, Listing, find_images, printable
 from selab.training.image_transforms import EvaluationTransform, TrainingTransform
 from selab.training.places365 import find_places365, title_of
-from selab.training.problems import NAMED, Found, Problems
 from selab.training.recipe import ImageRecipe
-
-_MOST_WORKERS = 8  # by default
 
 
 # --------------------------------------------------------------------------------------------------------------- order
@@ -54,7 +41,7 @@ def epoch_order(labels: NDArray[np.int64], *, seed: int, epoch: int, balanced: b
 
     Source: arXiv 1512.05830, "class-aware sampling".
     """
-    generator = torch.Generator().manual_seed(_hashed("order", seed, epoch))
+    generator = torch.Generator().manual_seed(hashed("order", seed, epoch))
 
     def shuffled(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
         rounds = -(-most // len(values))
@@ -73,19 +60,6 @@ def epoch_order(labels: NDArray[np.int64], *, seed: int, epoch: int, balanced: b
     return order
 
 
-def share(total: int, *, batch: int, number: int, rank: int, world: int) -> range:
-    """Return the positions in an epoch of one rank's part of global batch `number`; the last batch may be smaller."""
-    part = batch // world
-    first = number * batch + rank * part
-    return range(min(first, total), min(first + part, total))
-
-
-def _hashed(*what: object) -> int:
-    """Return a 63-bit seed for a generator, hashed from all arguments."""
-    digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 # ---------------------------------------------------------------------------------------------------------------- data
 class _InMemory(Protocol):
     """The augmentation of sets in memory; a folder accepts none, since its recipe has its own."""
@@ -98,7 +72,7 @@ class _InMemory(Protocol):
     def cutout(self) -> int: ...
 
 
-class ImageFolder:
+class ImageFolder(FileImages):
     """A folder of images, ready for training and evaluation; made by `open_folder`.
 
     Attributes:
@@ -125,6 +99,7 @@ class ImageFolder:
         workers: int,
         report: Callable[[str], None] | None,
     ) -> None:
+        super().__init__(workers, report)
         self.judged = "test"
         self.name = name
         self.title = title
@@ -138,35 +113,10 @@ class ImageFolder:
         self.test_size = len(listing.val.files)
         self.image = image
         self._listing = listing
-        self._workers = min(workers, _cores())
-        self._report = report
         self._test = ImageFiles(listing.val, EvaluationTransform(image), listing.classes)
         self._train = None
         if listing.train is not None:
             self._train = ImageFiles(listing.train, TrainingTransform(image), listing.classes)
-        self._found: dict[str, set[str]] = {kind: set() for kind in Problems.__struct_fields__}
-        self._skipped: set[str] = set()
-
-    @property
-    def problems(self) -> Problems:
-        """Unusual images among those that this process has read so far."""
-        return Problems(
-            **{kind: Found(count=len(files), first=tuple(sorted(files)[:NAMED])) for kind, files in self._found.items()}
-        )
-
-    def share_problems(self) -> Problems:
-        """Share the problems between all processes of a training, each of which calls this; return all of them."""
-        if dist.is_available() and dist.is_initialized():
-            told: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(told, self._found)
-            for kind, files in self._found.items():
-                files.update(*(each[kind] for each in told))
-        return self.problems
-
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """Names of the test images that this process has left out so far."""
-        return tuple(sorted(self._skipped))
 
     def train_batches(
         self, plan: BatchPlan, *, device: torch.device, augmentation: _InMemory
@@ -202,10 +152,10 @@ class ImageFolder:
             )
         order = epoch_order(self._train.split.labels, seed=seed, epoch=epoch, balanced=self.image.balanced)
 
-        def asked() -> Iterator[list[tuple[int, int | None]]]:
+        def asked() -> Iterator[Asked]:
             for number in range(plan.first, self.train_size // batch):
                 places = share(self.train_size, batch=batch, number=number, rank=rank, world=world)
-                yield [(int(order[place]), _hashed("image", seed, epoch, place)) for place in places]
+                yield [(int(order[place]), hashed("image", seed, epoch, place)) for place in places]
 
         return self._batches(self._train, asked(), device)
 
@@ -224,7 +174,7 @@ class ImageFolder:
         """
         check_share(batch, rank, world, error=FolderError)
 
-        def asked() -> Iterator[list[tuple[int, int | None]]]:
+        def asked() -> Iterator[Asked]:
             for number in range(-(-self.test_size // batch)):
                 places = share(self.test_size, batch=batch, number=number, rank=rank, world=world)
                 if places:
@@ -261,40 +211,12 @@ class ImageFolder:
         return held
 
     def _batches(
-        self, images: ImageFiles, asked: Iterator[list[tuple[int, int | None]]], device: torch.device
+        self, images: ImageFiles, asked: Iterator[Asked], device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        loader: DataLoader[Loaded] = DataLoader(
-            images,
-            batch_sampler=asked,
-            num_workers=self._workers,
-            collate_fn=collated,
-            pin_memory=device.type == "cuda",
-            # By default it would draw its workers' seed from the training's generator.
-            generator=torch.Generator(),
-        )
-        loaded = iter(loader)
-        while True:
-            try:
-                batch = next(loaded, None)
-            except RuntimeError as error:
-                told = str(error).partition("\n")[0]
-                raise FolderError(f"{images.split.root}: loading failed: {told}; try a smaller --workers") from error
-            if batch is None:
-                return
-            for finding in batch.findings:
-                self._note(finding)
-                if finding.reason and images is self._test:
-                    self._skipped.add(finding.file)
-            if batch.fault:
-                raise FolderError(batch.fault)
+        training = images is not self._test
+        for batch in self._loaded(images, asked, collated, device, root=images.split.root, training=training):
             if len(batch.labels):
                 yield self._normalised(batch.images, device), batch.labels.to(device, non_blocking=True)
-
-    def _note(self, finding: ImageFinding) -> None:
-        files = self._found[finding.kind]
-        if finding.reason and finding.file not in files and len(files) < NAMED and self._report is not None:
-            self._report(f"{finding.file}: cannot be decoded: {finding.reason}")
-        files.add(finding.file)
 
     def _normalised(self, images: Tensor, device: torch.device) -> Tensor:
         """Return (x / 255 - mean) / std, computed on the device: bytes are a quarter of the transfer."""
@@ -331,10 +253,7 @@ def open_folder(
         FolderError: as `find_images`.
         RecordError: the file of classes cannot be read.
     """
-    if workers is None:
-        workers = usual_workers()
-    if workers < 0:
-        raise FolderError(f"workers: {workers}; must be 0 or more")
+    workers = workers_of(workers)
     if name == "places365":
         if classes_file is not None:
             raise FolderError(f"--classes-file {classes_file}: Places365 names its classes itself; leave it out")
@@ -368,12 +287,3 @@ def _title(listing: Listing, data_dir: Path, name: str) -> str:
         return "ImageNet"
     part = f"{train:,} training and " if train else ""
     return f"ImageNet, {part}{val:,} test images"
-
-
-def usual_workers() -> int:
-    """Return the default number of worker processes: this process's share of the machine's cores, at most 8."""
-    return min(_MOST_WORKERS, max(1, _cores() // number_of("LOCAL_WORLD_SIZE", 1, least=1)))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

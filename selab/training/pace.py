@@ -9,7 +9,7 @@ class Means:
     """Mean loss and accuracy over the steps of an epoch so far."""
 
     loss: float
-    top1_pct: float
+    top1_pct: float | None
 
 
 class Pace:

@@ -11,31 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selab.errors import SelabError
-from selab.records.types import Frozen
 from selab.training.coco_listing import BoxedImages
+from selab.training.record import Precision
 
 COLUMNS = 7
 """Of a detection: the image's number; x, y, width and height in pixels; score; the category's number."""
-
-
-class Precision(Frozen, frozen=True, kw_only=True):
-    """Average precision of a detector on a set of images, in percent.
-
-    Attributes:
-        images: how many were evaluated.
-        ap_pct: mean over the categories and ten thresholds of the intersection over union, 0.50 to 0.95.
-        ap50_pct: at 0.50 alone; `ap75_pct` at 0.75.
-        small_pct: of objects below 32 x 32 pixels; None where there are none. `medium_pct` and `large_pct`: up to
-            96 x 96, and above.
-    """
-
-    images: int
-    ap_pct: float
-    ap50_pct: float
-    ap75_pct: float
-    small_pct: float | None
-    medium_pct: float | None
-    large_pct: float | None
 
 
 def average_precision(truth: BoxedImages, categories: dict[int, str], found: NDArray[np.float64]) -> Precision:
@@ -57,7 +37,6 @@ def average_precision(truth: BoxedImages, categories: dict[int, str], found: NDA
         evaluation = _evaluated(_annotations(truth, categories), found.reshape(-1, COLUMNS))
     shares = [None if one < 0 else 100 * float(one) for one in evaluation.stats[:6]]
     return Precision(
-        images=len(truth),
         ap_pct=shares[0] or 0.0,
         ap50_pct=shares[1] or 0.0,
         ap75_pct=shares[2] or 0.0,

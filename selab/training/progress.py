@@ -5,6 +5,9 @@ from collections.abc import Callable
 from selab.records.types import Frozen
 from selab.training.record import Epoch
 
+# Images per second below which decimals say something.
+_FEW = 10
+
 
 class TrainingProgress(Frozen, frozen=True, kw_only=True):
     """How far a training is.
@@ -16,6 +19,7 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
         eta_s: seconds until the end of the training; None while unknown.
         epoch_s: seconds that an epoch takes with its test; None before this process has tested the network.
         loss: mean over the epoch's steps so far.
+        top1_pct: the same; None for a detector.
         last: the last finished epoch.
         judged: what its test was on: `test` images, or those that were held back from training.
         total_eta_s: seconds until the end of all trainings of a comparison; None while unknown or with one training.
@@ -29,7 +33,7 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
     eta_s: float | None
     epoch_s: float | None = None
     loss: float
-    top1_pct: float
+    top1_pct: float | None
     last: Epoch | None
     judged: str = "test"
     total_eta_s: float | None = None
@@ -37,21 +41,23 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
     @property
     def words(self) -> str:
         """`epoch 2 of 4, step 3 of 78, loss 1.2500, top-1 45.0 %, 900 images/s, 2 min left`, for a line of a log."""
-        last = "" if self.last is None else f"; {self.judged} top-1 {self.last.test_top1_pct:.2f} %"
+        last = "" if self.last is None else f"; {self.judged} {self.last.score_words}"
         left = f", {self.left}" if self.left else ""
+        top1 = "" if self.top1_pct is None else f"top-1 {self.top1_pct:.1f} %, "
         return (
             f"epoch {self.epoch} of {self.epochs}, step {self.step} of {self.steps}, loss {self.loss:.4f}, "
-            f"top-1 {self.top1_pct:.1f} %, {self.images_per_s:,.0f} images/s{left}{last}"
+            f"{top1}{_per_second(self.images_per_s)}{left}{last}"
         )
 
     @property
     def short_words(self) -> str:
         """`epoch 2/4  900 images/s  2 min left  loss 1.25  top-1 45.0 %`, for beside a bar."""
-        last = "" if self.last is None else f", {self.judged} {self.last.test_top1_pct:.1f} %"
+        last = "" if self.last is None else f", {self.judged} {self.last.score_pct:.1f} %"
         left = f"{self.left}  " if self.left else ""
+        top1 = "" if self.top1_pct is None else f"  top-1 {self.top1_pct:.1f} %"
         return (
-            f"epoch {self.epoch}/{self.epochs}  {self.images_per_s:,.0f} images/s  {left}"
-            f"loss {self.loss:.2f}  top-1 {self.top1_pct:.1f} %{last}"
+            f"epoch {self.epoch}/{self.epochs}  {_per_second(self.images_per_s)}  {left}"
+            f"loss {self.loss:.2f}{top1}{last}"
         )
 
     @property
@@ -61,6 +67,11 @@ class TrainingProgress(Frozen, frozen=True, kw_only=True):
             return ""
         for_all = "" if self.total_eta_s is None else f", {duration(self.total_eta_s)} for all"
         return f"{duration(self.eta_s)} left{for_all}"
+
+
+def _per_second(images: float) -> str:
+    """Return `900 images/s`, with decimals where a second has few."""
+    return f"{images:,.0f} images/s" if images >= _FEW else f"{images:.2g} images/s"
 
 
 Report = Callable[[TrainingProgress], object]

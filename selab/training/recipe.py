@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
@@ -25,6 +25,8 @@ Warmup = Literal["linear", "constant"]
 Initial = Literal["he", "builder"]
 Fill = Literal["black", "edge"]
 Scaling = Literal["channel", "unit"]
+Task = Literal["classification", "detection"]
+"""What a network is trained for; a data set says which. Detectors have an average precision, and no accuracy."""
 _Positive = Annotated[float, Meta(gt=0)]
 _NotNegative = Annotated[float, Meta(ge=0)]
 _Share = Annotated[float, Meta(ge=0, lt=1)]
@@ -97,6 +99,54 @@ class ImageRecipe(Frozen, frozen=True, kw_only=True):
             raise ValueError(f"std: {list(self.std)}; must be above 0")
 
 
+class BoxRecipe(Frozen, frozen=True, kw_only=True):
+    """How images with boxes are prepared, and which parts of a detector's backbone stay as they are.
+
+    By default as most publications on COCO do.
+
+    Attributes:
+        min_size: the shorter side of an image in the network, in pixels.
+        max_size: of the longer one; the image is then made smaller than `min_size`.
+        flip: half of the training images are mirrored.
+        frozen_stages: of the backbone, up to this number of its feature maps; 2 is the stem and the first stage of a
+            ResNet.
+        frozen_norms: whether the backbone's BatchNorms keep their statistics, scales and shifts.
+        sampled: boxes per image that the second stage of a Faster R-CNN is trained on.
+        proposals: boxes per image that its second stage looks at in tests.
+
+    Source: FREEZE_AT = 2, AffineChannel, FAST_RCNN.BATCH_SIZE_PER_IM = 512 and TEST.RPN_POST_NMS_TOP_N = 1000 of
+    Detectron; `trainable_layers=3` and FrozenBatchNorm2d of torchvision.
+    """
+
+    min_size: int = 800
+    max_size: int = 1333
+    flip: bool = True
+    frozen_stages: int = 2
+    frozen_norms: bool = True
+    sampled: int = 512
+    proposals: int = 1000
+
+    @property
+    def test_words(self) -> str:
+        """`shorter side 800, longer side up to 1333`."""
+        return f"shorter side {self.min_size}, longer side up to {self.max_size}"
+
+    @property
+    def freezes(self) -> bool:
+        """Whether parts of the backbone stay as they are, which is for trained weights."""
+        return bool(self.frozen_stages or self.frozen_norms)
+
+    def __post_init__(self) -> None:
+        # A ValueError becomes a message with the key's path where a recipe is read from a TOML.
+        if not 1 <= self.min_size <= self.max_size:
+            raise ValueError(f"min_size: {self.min_size}; must be at least 1 and at most max_size, {self.max_size}")
+        for key in ("sampled", "proposals"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; must be at least 1")
+        if self.frozen_stages < 0:
+            raise ValueError(f"frozen_stages: {self.frozen_stages}; must be 0 or more")
+
+
 class Recipe(Frozen, frozen=True, kw_only=True):
     """How a network is trained, whatever network it is.
 
@@ -116,6 +166,7 @@ class Recipe(Frozen, frozen=True, kw_only=True):
             from the end of the warm-up on; `inverse` divides by 1 + `decay` * epochs.
         milestones: in epochs.
         warmup_epochs: how long the learning rate rises from `warmup_lr` to `lr` (`linear`) or stays there (`constant`).
+        clip_norm: the gradients of a step are made smaller where their norm, over all parameters, is above it.
         ema: decay per step of the weights' moving average, which is then what is tested and kept; None for none.
         init: `he` draws all weights anew after arXiv 1502.01852, eq. 10; `builder` keeps those of the network's code.
         crop_pad: training images are padded by so many pixels on each side and cropped back at a random place; this and
@@ -126,6 +177,7 @@ class Recipe(Frozen, frozen=True, kw_only=True):
         flip: half of the training images are mirrored.
         cutout: a square of this side is blanked at a random place of each training image.
         image: what is done to images in folders instead; None for data in memory.
+        boxes: what is done to images with boxes; None for classifiers.
     """
 
     name: str
@@ -151,6 +203,7 @@ class Recipe(Frozen, frozen=True, kw_only=True):
     warmup: Warmup = "linear"
     warmup_lr: _NotNegative = 0.0
     label_smoothing: _Share = 0.0
+    clip_norm: _Positive | None = None
     ema: Annotated[float, Meta(gt=0, lt=1)] | None = None
     init: Initial = "builder"
     crop_pad: _Pixels = 0
@@ -159,9 +212,12 @@ class Recipe(Frozen, frozen=True, kw_only=True):
     flip: bool = False
     cutout: _Pixels = 0
     image: ImageRecipe | None = None
+    boxes: BoxRecipe | None = None
 
-    def suits(self, *, in_memory: bool) -> bool:
-        """Return whether its augmentation is for such data: in memory, or in a folder."""
+    def suits(self, *, in_memory: bool, task: Task = "classification") -> bool:
+        """Return whether its augmentation is for such data: in memory, in a folder, or with boxes."""
+        if task == "detection" or self.boxes is not None:
+            return task == "detection" and self.boxes is not None
         augments = bool(self.crop_pad or self.flip or self.cutout or self.scaling != "channel")
         return (self.image is None or augments) if in_memory else not augments
 
@@ -169,7 +225,7 @@ class Recipe(Frozen, frozen=True, kw_only=True):
 # Fields that describe a recipe and change nothing in a training.
 TELLING = ("name", "title", "source", "where", "note", "families")
 # Fields that recipes did not always have, and what they meant then: hashes leave them out where they mean it still.
-LATER: dict[str, object] = {"fill": "black", "scaling": "channel", "beta1": 0.9}
+LATER: dict[str, object] = {"fill": "black", "scaling": "channel", "beta1": 0.9, "boxes": None, "clip_norm": None}
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -282,36 +338,43 @@ def find_recipe(word: str, *, option: str = "--recipe") -> Recipe:
     return known[name]
 
 
+# Data sets that have one recipe for all networks.
+_OWN_RECIPES = {"places365": "places365_senet", "coco": "coco_1x", "shapes": "shapes"}
+
+
 def default_recipe(family: str, *, in_memory: bool, data: str = "") -> Recipe:
-    """Return the recipe that a family uses by default, else the general one for such data; Places365 has one for all.
+    """Return the recipe that a family uses by default, else the general one for such data; some have one for all.
 
     Args:
         family: of networks.
         in_memory: whether the data lie in memory; else in a folder of images.
         data: the data set's name.
     """
-    if data == "places365":
-        return recipes()["places365_senet"]
+    if data in _OWN_RECIPES:
+        return recipes()[_OWN_RECIPES[data]]
     suiting = [recipe for recipe in recipes().values() if recipe.suits(in_memory=in_memory)]
     general = recipes()["cifar_short" if in_memory else "imagenet_senet"]
     return next((recipe for recipe in suiting if family in recipe.families), general)
 
 
-def check_suits(recipe: Recipe, data: str, *, in_memory: bool) -> None:
+def check_suits(recipe: Recipe, data: str, *, in_memory: bool, task: Task = "classification") -> None:
     """Check that a recipe's augmentation is for this kind of data.
 
     Args:
         recipe: the facts.
         data: the data set's name, for the message.
         in_memory: whether the data lie in memory; else in a folder of images.
+        task: what networks are trained for on these data.
 
     Raises:
-        SpecError: it is for the other kind; the message names the recipes for this one.
+        SpecError: it is for another kind; the message names the recipes for this one.
     """
-    if recipe.suits(in_memory=in_memory):
+    if recipe.suits(in_memory=in_memory, task=task):
         return
     kind, other = ("images in memory", "image folders") if in_memory else ("image folders", "images in memory")
-    fitting = ", ".join(name for name, one in recipes().items() if one.suits(in_memory=in_memory))
+    kind = "images with boxes" if task == "detection" else kind
+    other = "images with boxes" if recipe.boxes is not None else "classifiers" if task == "detection" else other
+    fitting = ", ".join(name for name, one in recipes().items() if one.suits(in_memory=in_memory, task=task))
     raise SpecError(f"--recipe {recipe.name}: is for {other}; for {kind}, such as {data}, use one of {fitting}")
 
 
@@ -350,6 +413,8 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
         raise SpecError(
             f"{place}.milestones: {list(recipe.milestones)}: must rise, and end before epoch {recipe.epochs}"
         )
+    if recipe.boxes is not None and (recipe.image is not None or recipe.label_smoothing or recipe.init == "he"):
+        raise SpecError(f"{place}.boxes: image, label_smoothing and init = 'he' are for classifiers; leave them out")
     if recipe.warmup_epochs >= recipe.epochs:
         raise SpecError(
             f"{place}.warmup_epochs: {recipe.warmup_epochs:g}: must be fewer than the {recipe.epochs} epochs"
@@ -358,7 +423,7 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
 
 
 # What the metadata of weights say of how images are prepared for them.
-PREPARATION = ("image", "scaling")
+PREPARATION = ("image", "scaling", "boxes")
 
 
 def scaling_of(metadata: Mapping[str, str], *, place: str) -> Scaling:
@@ -387,11 +452,27 @@ def read_image_recipe(path: Path) -> ImageRecipe | None:
     Raises:
         WeightsError: the file cannot be read, or its metadata is malformed.
     """
+    return _told(path, "image", ImageRecipe)
+
+
+def read_box_recipe(path: Path) -> BoxRecipe | None:
+    """Return how the images were prepared that a detector was trained on; None if its file does not say.
+
+    Raises:
+        WeightsError: the file cannot be read, or its metadata is malformed.
+    """
+    return _told(path, "boxes", BoxRecipe)
+
+
+_Kind = TypeVar("_Kind", ImageRecipe, BoxRecipe)
+
+
+def _told(path: Path, key: str, kind: type[_Kind]) -> _Kind | None:
     # Imported late: recipes are read without torch.
     from selab.models.checkpoint import WeightsError, line, read_metadata
 
-    told = read_metadata(path).get("image")
+    told = read_metadata(path).get(key)
     try:
-        return None if told is None else msgspec.json.decode(told, type=ImageRecipe)
+        return None if told is None else msgspec.json.decode(told, type=kind)
     except msgspec.DecodeError as error:
-        raise WeightsError(f"{path}: its metadata's image: {line(error)}; get the file again") from None
+        raise WeightsError(f"{path}: its metadata's {key}: {line(error)}; get the file again") from None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -20,7 +20,7 @@ from selab.records.consistency import mistaken_machine
 from selab.records.files import read_text, write_atomically
 from selab.records.store import OnBroken, Store, file_name, partial_path
 from selab.records.types import Device, Frozen, Machine, decoded
-from selab.training.recipe import Recipe
+from selab.training.recipe import Recipe, Task
 
 SCHEMA = "selab.accuracy/1"
 FOLDER = "accuracy"
@@ -30,26 +30,63 @@ TOP5_CLASSES = 6
 Amp = Literal["off", "bf16", "fp16"]
 
 
-class Accuracy(Frozen, frozen=True, kw_only=True):
-    """Accuracy of a network on a set of images.
+class Precision(Frozen, frozen=True, kw_only=True):
+    """Average precision of a detector, in percent, as COCO's benchmark computes it.
+
+    Attributes:
+        ap_pct: mean over the categories and ten thresholds of the intersection over union, 0.50 to 0.95.
+        ap50_pct: at 0.50 alone.
+        ap75_pct: at 0.75 alone.
+        small_pct: of objects below 32 x 32 pixels; None where there are none.
+        medium_pct: up to 96 x 96.
+        large_pct: above.
+
+    Source: cocodataset.org, "Detection evaluation".
+    """
+
+    ap_pct: float
+    ap50_pct: float
+    ap75_pct: float
+    small_pct: float | None
+    medium_pct: float | None
+    large_pct: float | None
+
+
+class Accuracy(Frozen, frozen=True, kw_only=True, omit_defaults=True):
+    """How good a network is on a set of images: a classifier's right answers, or a detector's average precision.
 
     Attributes:
         images: how many were evaluated.
+        top1_correct: images whose class has the greatest logit; None for a detector.
         top5_correct: images whose class is among the five greatest logits; None below six classes.
-        loss: mean cross entropy in nats, without label smoothing.
+        loss: mean cross entropy in nats, without label smoothing; None for a detector.
+        precision: of a detector; None for a classifier.
         skipped: names of the first images that could not be read; they enter no other figure.
     """
 
     images: int
-    top1_correct: int
+    top1_correct: int | None
     top5_correct: int | None
-    loss: float
+    loss: float | None
+    precision: Precision | None = None
     skipped: tuple[str, ...] = ()
 
     @property
+    def score_pct(self) -> float:
+        """The figure that networks are compared by: `top1_pct`, or a detector's AP."""
+        return self.top1_pct if self.precision is None else self.precision.ap_pct
+
+    @property
+    def right(self) -> int:
+        """`top1_correct` of a classifier; a TypeError for a detector, which has no right answers to count."""
+        if self.top1_correct is None:
+            raise TypeError("a detector has an average precision, and no number of right answers")
+        return self.top1_correct
+
+    @property
     def top1_pct(self) -> float:
-        """100 top1_correct / images."""
-        return 100 * self.top1_correct / self.images
+        """100 top1_correct / images, of a classifier."""
+        return 100 * self.right / self.images
 
     @property
     def top5_pct(self) -> float | None:
@@ -59,7 +96,7 @@ class Accuracy(Frozen, frozen=True, kw_only=True):
     @property
     def top1_interval_pct(self) -> tuple[float, float]:
         """95 % interval of `top1_pct` over images of the same kind (Wilson); does not cover other seeds."""
-        low, high = stats.wilson(self.top1_correct, self.images)
+        low, high = stats.wilson(self.right, self.images)
         return 100 * low, 100 * high
 
     @property
@@ -71,26 +108,58 @@ class Accuracy(Frozen, frozen=True, kw_only=True):
         return 100 * low, 100 * high
 
 
-class Epoch(Frozen, frozen=True, kw_only=True):
+class Epoch(Frozen, frozen=True, kw_only=True, omit_defaults=True):
     """One pass over the training images, and the test after it.
 
     Attributes:
         epoch: counted from 1.
         lr: the learning rate of its last step.
         train_loss: mean over the augmented training images, while the network was changing.
+        train_top1_pct: the same; None for a detector.
+        test_loss: None for a detector.
+        test_top1_pct: None for a detector.
         test_top5_pct: None below six classes.
+        test_ap_pct: a detector's average precision; None for a classifier.
+        test_ap50_pct: the same at an intersection over union of 0.50.
         seconds: of training, without the evaluation.
     """
 
     epoch: int
     lr: float
     train_loss: float
-    train_top1_pct: float
-    test_loss: float
-    test_top1_pct: float
+    train_top1_pct: float | None
+    test_loss: float | None
+    test_top1_pct: float | None
     test_top5_pct: float | None
+    test_ap_pct: float | None = None
+    test_ap50_pct: float | None = None
     seconds: float
     images_per_s: float
+
+    @property
+    def score_pct(self) -> float:
+        """The figure that networks are compared by: `test_top1_pct`, or a detector's AP."""
+        score = self.test_top1_pct if self.test_ap_pct is None else self.test_ap_pct
+        if score is None:
+            raise TypeError("an epoch has a top-1 accuracy or an average precision")
+        return score
+
+    @property
+    def score_words(self) -> str:
+        """`top-1 65.56 %` or `AP 37.04 %`."""
+        return f"{'top-1' if self.test_ap_pct is None else 'AP'} {self.score_pct:.2f} %"
+
+
+def tested(test: Accuracy) -> dict[str, float | None]:
+    """Return what an `Epoch` says of the test after it."""
+    found = test.precision
+    return {
+        "test_loss": test.loss,
+        "test_top1_pct": None if found is not None else test.top1_pct,
+        "test_top5_pct": test.top5_pct,
+        "test_ap_pct": None if found is None else found.ap_pct,
+        "test_ap50_pct": None if found is None else found.ap50_pct,
+    }
 
 
 class Options(Frozen, frozen=True, kw_only=True):
@@ -120,13 +189,14 @@ class Options(Frozen, frozen=True, kw_only=True):
     checkpoint_s: float = 300.0
 
 
-class DataSpec(Frozen, frozen=True, kw_only=True):
+class DataSpec(Frozen, frozen=True, kw_only=True, omit_defaults=True):
     """A data set; records of different ones never share a column.
 
     Attributes:
         title: for tables.
         sha256: over the bytes of the files or of the generated images.
         official: whether these are the published files.
+        num_classes: for detection, with the background.
     """
 
     name: str
@@ -137,6 +207,27 @@ class DataSpec(Frozen, frozen=True, kw_only=True):
     input_chw: tuple[int, int, int]
     train_size: int
     test_size: int
+    task: Task = "classification"
+
+
+class Tested(Protocol):
+    """What a result is checked against: a data set, or its `DataSpec`."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        ...
+
+    @property
+    def test_size(self) -> int:
+        """Number of test images."""
+        ...
+
+
+def task_of(data: object) -> Task:
+    """Return what a data set's networks are trained for; one that does not say so is for classification."""
+    task: Task = getattr(data, "task", "classification")
+    return task
 
 
 class SeedOutcome(Frozen, frozen=True, kw_only=True):
@@ -197,6 +288,8 @@ class AccuracyRecord(Frozen, frozen=True, kw_only=True):
         recipe: in full, since recipes change.
         variant_recipe: of the variant, where each network has values of its own; None where both have `recipe`.
         warnings: remarks of the comparison, and see `warnings_of`.
+        start_sha256: of the weights that the variant's trainings start from; empty for random ones.
+        baseline_start_sha256: of the baseline's.
     """
 
     schema: str = SCHEMA
@@ -218,6 +311,8 @@ class AccuracyRecord(Frozen, frozen=True, kw_only=True):
     seeds: tuple[Seed, ...]
     warnings: tuple[str, ...] = ()
     variant_recipe: Recipe | None = None
+    start_sha256: str = ""
+    baseline_start_sha256: str = ""
 
 
 def warnings_of(seeds: Iterable[Seed], data: DataSpec) -> tuple[str, ...]:
@@ -311,71 +406,93 @@ def _mistaken(outcome: SeedOutcome, data: DataSpec, recipe: Recipe) -> Iterator[
     for name, value in (("seconds", outcome.seconds), ("images_per_s", outcome.images_per_s)):
         if not 0 < value < math.inf:
             yield f"{name}: is {value!r}, no positive number"
-    yield from (f"test.{wrong}" for wrong in mistaken_accuracy(outcome.test, data.test_size, data.num_classes))
+    yield from (f"test.{wrong}" for wrong in mistaken_accuracy(outcome.test, data))
     if len(outcome.epochs) != recipe.epochs:
         yield f"epochs: holds {len(outcome.epochs)}, the recipe has {recipe.epochs}"
-    yield from mistaken_epochs(outcome.epochs, recipe)
-    yield from mistaken_top5(outcome.epochs, data.num_classes)
+    yield from mistaken_epochs(outcome.epochs, recipe, data)
     yield from mistaken_end(outcome.epochs, outcome.test)
 
 
-def mistaken_accuracy(test: Accuracy, test_size: int, num_classes: int) -> Iterator[str]:
+def mistaken_accuracy(test: Accuracy, data: Tested) -> Iterator[str]:
     """Yield what no evaluation gives: field and reason.
 
     Args:
         test: the evaluation.
-        test_size: images of the data set.
-        num_classes: its classes.
+        data: what it was on.
     """
-    if not 1 <= test.images <= test_size:
-        yield f"images: is {test.images}, the data set has {test_size}"
-    if (test.top5_correct is None) != (num_classes < TOP5_CLASSES):
-        yield f"top5_correct: is {test.top5_correct} of {num_classes} classes; counted from {TOP5_CLASSES} on"
+    if not 1 <= test.images <= data.test_size:
+        yield f"images: is {test.images}, the data set has {data.test_size}"
+    if (test.precision is not None) != (task_of(data) == "detection"):
+        yield f"precision: is {test.precision}, for {task_of(data)}"
+        return
+    if test.precision is not None:
+        yield from _mistaken_precision(test, test.precision)
+        return
+    if (test.top5_correct is None) != (data.num_classes < TOP5_CLASSES):
+        yield f"top5_correct: is {test.top5_correct} of {data.num_classes} classes; counted from {TOP5_CLASSES} on"
     top5_correct = test.images if test.top5_correct is None else test.top5_correct
-    if not 0 <= test.top1_correct <= top5_correct <= test.images:
+    if test.top1_correct is None or not 0 <= test.top1_correct <= top5_correct <= test.images:
         yield f"top1_correct: is {test.top1_correct}, top-5 {test.top5_correct}, of {test.images} images"
-    if not 0 <= test.loss < math.inf:
+    if test.loss is None or not 0 <= test.loss < math.inf:
         yield f"loss: is {test.loss!r}; a mean cross entropy is finite and not negative"
 
 
-def mistaken_epochs(epochs: Sequence[Epoch], recipe: Recipe) -> Iterator[str]:
+def _mistaken_precision(test: Accuracy, found: Precision) -> Iterator[str]:
+    for name in ("top1_correct", "top5_correct", "loss"):
+        if getattr(test, name) is not None:
+            yield f"{name}: is {getattr(test, name)!r}, and a detector has none"
+    for name, value in msgspec.structs.asdict(found).items():
+        if value is not None and not 0 <= value <= 100:
+            yield f"precision.{name}: is {value!r}, expected 0 to 100"
+
+
+def mistaken_epochs(epochs: Sequence[Epoch], recipe: Recipe, data: Tested) -> Iterator[str]:
     """Yield what no training's epochs are: field and reason.
 
     Args:
         epochs: from the first one on.
         recipe: as run.
+        data: what was trained and tested on.
     """
+    detected = task_of(data) == "detection"
+    of_detector = ("test_ap_pct", "test_ap50_pct")
+    of_classifier = ("train_top1_pct", "test_top1_pct", "test_loss")
+    given, absent = (of_detector, (*of_classifier, "test_top5_pct")) if detected else (of_classifier, of_detector)
     for index, epoch in enumerate(epochs):
         where = f"epochs[{index}]"
         if epoch.epoch != index + 1 or epoch.epoch > recipe.epochs:
             yield f"{where}.epoch: is {epoch.epoch}, expected {index + 1} of {recipe.epochs}"
         for name in ("lr", "train_loss", "test_loss", "seconds", "images_per_s"):
-            if not 0 <= getattr(epoch, name) < math.inf:
-                yield f"{where}.{name}: is {getattr(epoch, name)!r}, expected a finite number, not negative"
-        top5 = 100.0 if epoch.test_top5_pct is None else epoch.test_top5_pct
-        for name in ("train_top1_pct", "test_top1_pct"):
-            if not 0 <= getattr(epoch, name) <= 100:
-                yield f"{where}.{name}: is {getattr(epoch, name)!r}, expected 0 to 100"
-        if not epoch.test_top1_pct <= top5 <= 100:
-            yield f"{where}.test_top5_pct: is {top5!r}, with a top-1 of {epoch.test_top1_pct!r}"
+            value = getattr(epoch, name)
+            if value is not None and not 0 <= value < math.inf:
+                yield f"{where}.{name}: is {value!r}, expected a finite number, not negative"
+        for name in given:
+            value = getattr(epoch, name)
+            if value is None or (name != "test_loss" and not 0 <= value <= 100):
+                yield f"{where}.{name}: is {value!r}, expected {'a number' if name == 'test_loss' else '0 to 100'}"
+        for name in absent:
+            if getattr(epoch, name) is not None:
+                yield f"{where}.{name}: is {getattr(epoch, name)!r}, for {task_of(data)}"
+        if not detected:
+            yield from _mistaken_top5(epoch, where, data.num_classes)
 
 
-def mistaken_top5(epochs: Sequence[Epoch], num_classes: int) -> Iterator[str]:
-    """Yield epochs whose top-5 accuracy is there below six classes, or is missing: field and reason."""
-    for index, epoch in enumerate(epochs):
-        if (epoch.test_top5_pct is None) != (num_classes < TOP5_CLASSES):
-            yield f"epochs[{index}].test_top5_pct: is {epoch.test_top5_pct} of {num_classes} classes"
+def _mistaken_top5(epoch: Epoch, where: str, num_classes: int) -> Iterator[str]:
+    """Yield a top-5 accuracy that is there below six classes, is missing, or is lower than the top-1 accuracy."""
+    top1, top5 = epoch.test_top1_pct or 0.0, epoch.test_top5_pct
+    if (top5 is None) != (num_classes < TOP5_CLASSES):
+        yield f"{where}.test_top5_pct: is {top5} of {num_classes} classes"
+    if top5 is not None and not top1 <= top5 <= 100:
+        yield f"{where}.test_top5_pct: is {top5!r}, with a top-1 of {top1!r}"
 
 
 def mistaken_end(epochs: Sequence[Epoch], test: Accuracy) -> Iterator[str]:
     """Yield where the last epoch's test is not the last evaluation."""
-    if not epochs:
+    if not epochs or not test.images:
         return
-    for name, last, own in (
-        ("test_loss", epochs[-1].test_loss, test.loss),
-        ("test_top1_pct", epochs[-1].test_top1_pct, test.top1_pct if test.images else math.nan),
-    ):
-        if not math.isclose(last, own, rel_tol=1e-9, abs_tol=1e-9):
+    for name, own in tested(test).items():
+        last = getattr(epochs[-1], name)
+        if (last is None) != (own is None) or not math.isclose(last or 0.0, own or 0.0, rel_tol=1e-9, abs_tol=1e-9):
             yield f"epochs[{len(epochs) - 1}].{name}: is {last!r}, the last test gave {own!r}"
 
 

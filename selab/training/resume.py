@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from selab import units
 from selab.training.recipe import Recipe, lr_at
-from selab.training.record import mistaken_accuracy, mistaken_end, mistaken_epochs, mistaken_top5
+from selab.training.record import mistaken_accuracy, mistaken_end, mistaken_epochs
 from selab.training.run import Checkpoint
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def mistaken_progress(found: Checkpoint, recipe: Recipe, data: "Data") -> Iterat
     yield from _mistaken_sums(found, recipe)
     if len(found.epochs) != found.epoch:
         yield f"epochs: are {len(found.epochs)}, in epoch {found.epoch}"
-    yield from mistaken_epochs(found.epochs, recipe)
-    yield from mistaken_top5(found.epochs, data.num_classes)
+    yield from mistaken_epochs(found.epochs, recipe, data)
     for index, epoch in enumerate(found.epochs):
         lr = lr_at(recipe, index + (steps - 1) / steps)
         if not math.isclose(epoch.lr, lr, rel_tol=1e-6, abs_tol=1e-12):
@@ -56,7 +55,7 @@ def mistaken_progress(found: Checkpoint, recipe: Recipe, data: "Data") -> Iterat
     if (found.test is None) != (found.epoch == 0):
         yield f"test: is {'missing' if found.test is None else 'there'} in epoch {found.epoch}"
     if found.test is not None:
-        yield from (f"test.{wrong}" for wrong in mistaken_accuracy(found.test, data.test_size, data.num_classes))
+        yield from (f"test.{wrong}" for wrong in mistaken_accuracy(found.test, data))
         yield from mistaken_end(found.epochs, found.test)
 
 

@@ -41,7 +41,6 @@ from selab.training.record import (
     mistaken_accuracy,
     mistaken_end,
     mistaken_epochs,
-    mistaken_top5,
 )
 
 _CHECKPOINT_SCHEMA = "selab.checkpoint/1"
@@ -96,12 +95,17 @@ def run_config(
         data=msgspec.convert(data, DataSpec, from_attributes=True),
         seed=seed,
         options=options,
-        start_sha256="" if weights is None else _sha256(read_state(weights)),
+        start_sha256="" if weights is None else start_of(weights),
     )
 
 
-def _sha256(state: Mapping[str, Tensor]) -> str:
-    """Return a hash over tensors: a file with the same ones may differ, for its header has no fixed order."""
+def start_of(weights: Path) -> str:
+    """Return a hash over a file's tensors: another file with the same ones may differ, for headers have no fixed order.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    state = read_state(weights)
     found = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()
@@ -285,11 +289,8 @@ def _mistaken_training(found: Training, config: RunConfig) -> Iterator[str]:
         yield f"epochs: are {len(found.epochs)}, expected {config.recipe.epochs}"
     if found.world < 1:
         yield f"world: is {found.world}, expected at least 1"
-    yield from mistaken_epochs(found.epochs, config.recipe)
-    yield from mistaken_top5(found.epochs, config.data.num_classes)
-    yield from (
-        f"test.{wrong}" for wrong in mistaken_accuracy(found.test, config.data.test_size, config.data.num_classes)
-    )
+    yield from mistaken_epochs(found.epochs, config.recipe, config.data)
+    yield from (f"test.{wrong}" for wrong in mistaken_accuracy(found.test, config.data))
     yield from mistaken_end(found.epochs, found.test)
 
 

@@ -27,7 +27,9 @@ Bytes = NDArray[np.uint8]
 
 
 def write_shapes(folder: Path, *, train_size: int = 256, val_size: int = 64, seed: int = 0) -> Path:
-    """Write the set into a folder, in COCO's layout: `train`, `val` and `annotations`. PNG files, 128 x 128 pixels.
+    """Write the set into a folder, in COCO's layout: `train`, `val` and `annotations`.
+
+    Files are BMP, 128 x 128 pixels: they have the same bytes on every machine, which compressed ones have not.
 
     Args:
         folder: made if it is not there; files of the same names are replaced.
@@ -47,8 +49,8 @@ def write_shapes(folder: Path, *, train_size: int = 256, val_size: int = 64, see
         annotations: list[dict[str, object]] = []
         for number in range(size):
             pixels, shapes = _image(number, seed=seed, purpose=purpose)
-            file = f"{number:06d}.png"
-            write_atomically(folder / name / file, _png(pixels))
+            file = f"{number:06d}.bmp"
+            write_atomically(folder / name / file, _bmp(pixels))
             images.append({"id": number + 1, "file_name": file, "width": _SIDE, "height": _SIDE})
             for label, left, top, side in shapes:
                 annotations.append(
@@ -102,9 +104,9 @@ def _mask(label: int, side: int) -> NDArray[np.bool_]:
     return covered
 
 
-def _png(pixels: Bytes) -> bytes:
+def _bmp(pixels: Bytes) -> bytes:
     from PIL import Image
 
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "png")
+    Image.fromarray(pixels).save(content, "bmp")
     return content.getvalue()

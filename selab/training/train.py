@@ -21,7 +21,7 @@ from selab.training.distributed import PATIENCE_S, ProcessGroup, join
 from selab.training.engine import Engine
 from selab.training.progress import Report, TrainingProgress
 from selab.training.recipe import Recipe
-from selab.training.record import Epoch, Options
+from selab.training.record import Epoch, Options, task_of
 from selab.training.run import (
     DivergedError,
     RunConfig,
@@ -131,6 +131,16 @@ def _check(config: RunConfig, group: ProcessGroup) -> None:
     if options.graphed and (options.device != "cuda" or options.compiled or group.world > 1):
         raise TrainingError(
             "--cuda-graph: is for one process on --device cuda, without --compile; leave out one or the other"
+        )
+    detector = task_of(data) == "detection"
+    if detector and (options.compiled or options.graphed):
+        asked = "--compile" if options.compiled else "--cuda-graph"
+        raise TrainingError(f"{asked}: detectors choose boxes by their scores and are not captured; leave it out")
+    if detector and recipe.boxes is not None and recipe.boxes.freezes and not config.start_sha256:
+        raise TrainingError(
+            f"{recipe.name}: keeps parts of the backbone as they are, and random weights would stay random; give "
+            "trained ones (--weights FILE, of the backbone's classifier), or a recipe with frozen_stages = 0 and "
+            "frozen_norms = false"
         )
     parts = group.world * options.accumulate
     if options.accumulate < 1 or recipe.batch % parts:

@@ -15,12 +15,20 @@ from selab import units
 from selab.records import stats
 from selab.training.record import Accuracy, AccuracyRecord
 
-Metric = Literal["top1", "top5", "loss"]
+Metric = Literal["top1", "top5", "loss", "ap", "ap50"]
 DifferenceKind = Literal["better", "worse", "not_shown", "no_spread", "one_seed", "no_seeds"]
 LEAST_SEEDS = 3
 """Fewest seeds to recommend: with two, the interval is 12.7 standard errors wide."""
-_UNITS: dict[Metric, str] = {"top1": " points", "top5": " points of top-5", "loss": " in loss"}
-_PLAIN_DECIMALS: dict[Metric, int] = {"top1": 2, "top5": 2, "loss": 4}
+METRIC_NAMES: dict[Metric, str] = {"top1": "top-1", "top5": "top-5", "loss": "loss", "ap": "AP", "ap50": "AP at 0.50"}
+"""What tables call them."""
+_UNITS: dict[Metric, str] = {
+    "top1": " points",
+    "top5": " points of top-5",
+    "loss": " in loss",
+    "ap": " points",
+    "ap50": " points of AP at 0.50",
+}
+_PLAIN_DECIMALS: dict[Metric, int] = {"top1": 2, "top5": 2, "loss": 4, "ap": 2, "ap50": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,22 +83,31 @@ class PairedDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyVerdict:
-    """The verdict of a record. The headline is `top1`.
+    """The verdict of a record.
 
     Attributes:
-        top5: None below six classes.
+        score: the headline: top-1 accuracy, or a detector's AP.
+        more: top-5 accuracy, from six classes on, or a detector's AP at 0.50; None where there is neither.
+        loss: None for detectors.
         diverged: `1 of 5 seeds diverged (x, seed 0)`; the comparison is of the others. Empty if none did.
     """
 
-    top1: PairedDifference
-    top5: PairedDifference | None
-    loss: PairedDifference
+    score: PairedDifference
+    more: PairedDifference | None
+    loss: PairedDifference | None
     diverged: str = ""
+
+    @property
+    def judged(self) -> tuple[PairedDifference, ...]:
+        """The two that are judged in words: the score, and the loss or a detector's AP at 0.50."""
+        second = self.more if self.loss is None else self.loss
+        return (self.score,) if second is None else (self.score, second)
 
 
 def compare_verdict(record: AccuracyRecord) -> AccuracyVerdict:
     """Compare the two networks of a record over the seeds that both have finished."""
     pairs = [(each.pair[0].test, each.pair[1].test) for each in record.seeds if each.pair]
+    detected = record.data.task == "detection"
     has_top5 = bool(pairs) and all(test.top5_correct is not None for pair in pairs for test in pair)
 
     def compared(metric: Metric) -> PairedDifference:
@@ -105,10 +122,11 @@ def compare_verdict(record: AccuracyRecord) -> AccuracyVerdict:
             difference=judge(record.arch, metric, differences, complete=record.complete),
         )
 
+    more: Metric | None = "ap50" if detected else "top5" if has_top5 else None
     return AccuracyVerdict(
-        top1=compared("top1"),
-        top5=compared("top5") if has_top5 else None,
-        loss=compared("loss"),
+        score=compared("ap" if detected else "top1"),
+        more=None if more is None else compared(more),
+        loss=None if detected else compared("loss"),
         diverged=_diverged(record),
     )
 
@@ -176,12 +194,12 @@ def judge(arch: str, metric: Metric, differences: Sequence[float], *, complete: 
 
 def _value(metric: Metric, test: Accuracy) -> Fraction:
     """Return percent, or the loss in nats, exactly."""
-    if metric == "loss":
-        return Fraction(test.loss)
-    correct = test.top1_correct if metric == "top1" else test.top5_correct
-    if correct is None:
-        raise ValueError("top-5 was not counted; it says nothing below six classes")
-    return Fraction(100 * correct, test.images)
+    if test.precision is not None and metric in ("ap", "ap50"):
+        return Fraction(test.precision.ap_pct if metric == "ap" else test.precision.ap50_pct)
+    value = {"loss": test.loss, "top1": test.top1_correct, "top5": test.top5_correct}.get(metric)
+    if value is None:
+        raise ValueError(f"{METRIC_NAMES[metric]} was not found; top-5 says nothing below six classes")
+    return Fraction(value) if metric == "loss" else Fraction(100 * int(value), test.images)
 
 
 def _level(metric: Metric, values: Sequence[Fraction]) -> Level | None:

@@ -139,7 +139,7 @@ def test_a_training_that_diverges_is_a_result_and_the_others_go_on(data, tmp_pat
     assert record.seeds[0].variant is not None
     # The seed whose variant came to its end says nothing about the difference.
     verdict = compare_verdict(record)
-    assert verdict.top1.difference.seeds == verdict.top1.variant.seeds == 2
+    assert verdict.score.difference.seeds == verdict.score.variant.seeds == 2
     assert verdict.diverged == "1 of 3 seeds diverged (small_cnn, seed 0)"
 
 

@@ -186,7 +186,7 @@ def test_each_network_is_trained_at_its_best(network, tmp_path):
     names = ["se_plain", "se_plain, each at its best"]
     assert [row[0] for row in bought.rows] == [row[0] for row in costs.rows] == names
     said = [note.partition(", top-1:")[0] for note in bought.notes if ", top-1: " in note]
-    kinds = [compare_verdict(one).top1.difference.kind for one in records]
+    kinds = [compare_verdict(one).score.difference.kind for one in records]
     assert said == [name for name, kind in zip(names, kinds, strict=True) if kind not in ("better", "worse")]
     assert sum("each at its best: Each network at its best (" in note for note in bought.notes) == 1
     # More trials make a comparison of their own; another pair of values under one name is refused.

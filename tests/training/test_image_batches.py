@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from selab.experiments import compare
 from selab.models.spec import read_family
-from selab.training import image_decode, image_folder
+from selab.training import file_images, image_decode
 from selab.training.batches import BatchPlan
 from selab.training.evaluate import evaluate
 from selab.training.image_folder import open_folder
@@ -62,7 +62,7 @@ def fill(root, contents):
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
     """Two workers, however many cores there are; torch warns where there are fewer."""
-    monkeypatch.setattr(image_folder, "_cores", lambda: 2)
+    monkeypatch.setattr(file_images, "cores", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from selab.errors import SelabError
-from selab.training import image_folder, image_listing
+from selab.training import file_images, image_listing
 from selab.training.image_decode import decode
 from selab.training.image_folder import epoch_order, open_folder, share
 from selab.training.image_listing import FolderError, find_images
@@ -335,9 +335,9 @@ def test_all_processes_hear_of_what_each_has_found(opened, monkeypatch):
     def gather(told, own):
         told[:] = [own, others]
 
-    monkeypatch.setattr(image_folder.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(image_folder.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(image_folder.dist, "all_gather_object", gather)
+    monkeypatch.setattr(file_images.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(file_images.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(file_images.dist, "all_gather_object", gather)
     found = opened.share_problems()
     assert (found.corrupt.first, found.grey.first) == (("val/b/no.jpg",), ("val/a/3.jpg", "val/b/grey.jpg"))
     assert found.words == "1 left out (val/b/no.jpg), 2 grey, 0 CMYK"
@@ -355,8 +355,8 @@ def test_many_problems_are_counted_and_five_named():
     ("cores", "local", "workers"), [(64, None, 8), (6, None, 6), (64, "8", 8), (8, "4", 2), (1, "4", 1)]
 )
 def test_the_usual_workers_share_the_cores(monkeypatch, cores, local, workers):
-    monkeypatch.setattr(image_folder, "_cores", lambda: cores)
+    monkeypatch.setattr(file_images, "cores", lambda: cores)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert image_folder.usual_workers() == workers
+    assert file_images.usual_workers() == workers

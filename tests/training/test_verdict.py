@@ -61,7 +61,7 @@ def record_of(baseline, variant, *, complete=True, **fields):
 def test_levels_and_difference_by_hand():
     # Baseline 90.0, 90.2, 90.1 %; the variant is better by 1.0, 0.8, 0.9 points.
     record = record_of([outcome(n) for n in (9000, 9020, 9010)], [outcome(n) for n in (9100, 9100, 9100)])
-    top1 = compare_verdict(record).top1
+    top1 = compare_verdict(record).score
     assert (top1.baseline.mean, top1.variant.mean) == (pytest.approx(90.1), 91.0)
     assert (top1.baseline.deviation, top1.variant.deviation) == (pytest.approx(0.1), 0.0)
     assert top1.baseline.text == "90.10 ± 0.10 % (3 seeds)"
@@ -78,7 +78,7 @@ def test_what_both_networks_owe_to_the_seed_drops_out():
     # The levels spread by points, the differences by hundredths.
     before, after = (8500, 9000, 9500), (8509, 9010, 9511)
     record = record_of([outcome(n) for n in before], [outcome(n) for n in after])
-    top1 = compare_verdict(record).top1
+    top1 = compare_verdict(record).score
     assert top1.baseline.deviation == pytest.approx(5.0)
     # 4.302653 * 0.01 / sqrt(3) = 0.0248.
     assert top1.difference.text == "se_x better by 0.100 ± 0.025 points (3 seeds)"
@@ -86,7 +86,7 @@ def test_what_both_networks_owe_to_the_seed_drops_out():
 
 def test_the_other_way_round_it_is_worse_by_as_much():
     one, other = [outcome(n) for n in (9000, 9020, 9010)], [outcome(n) for n in (9100, 9100, 9100)]
-    found = compare_verdict(record_of(other, one)).top1.difference
+    found = compare_verdict(record_of(other, one)).score.difference
     assert (found.kind, found.text) == ("worse", "se_x worse by 0.90 ± 0.25 points (3 seeds)")
     assert found.mean == pytest.approx(-0.9)
 
@@ -106,9 +106,9 @@ def test_top5_has_its_own_words_and_is_left_out_where_it_was_not_counted():
     left = [outcome(9000, top5_correct=n) for n in (9900, 9910, 9905)]
     right = [outcome(9000, top5_correct=n) for n in (9950, 9950, 9950)]
     found = compare_verdict(record_of(left, right))
-    assert found.top5.difference.text == "se_x better by 0.45 ± 0.12 points of top-5 (3 seeds)"
+    assert found.more.difference.text == "se_x better by 0.45 ± 0.12 points of top-5 (3 seeds)"
     few = [outcome(9000, top5_correct=None)] * 3
-    assert compare_verdict(record_of(few, few)).top5 is None
+    assert compare_verdict(record_of(few, few)).more is None
 
 
 def test_nothing_shown_says_how_many_seeds_would_show_it():
@@ -147,7 +147,7 @@ def test_a_negative_difference_that_rounds_to_zero_has_no_minus():
 
 
 def test_one_seed_shows_no_uncertainty():
-    found = compare_verdict(record_of([outcome(9000)], [outcome(9100)])).top1
+    found = compare_verdict(record_of([outcome(9000)], [outcome(9100)])).score
     assert found.difference.text == "one seed shows no uncertainty; run at least 3"
     assert (found.difference.kind, found.difference.seeds, found.difference.half_width) == ("one_seed", 1, None)
     assert found.difference.mean == pytest.approx(1.0)
@@ -158,23 +158,23 @@ def test_the_same_difference_from_every_seed_is_no_certainty():
     # 0.12 points each time, though the percentages as floats differ by three different numbers.
     before, after = (1010, 9010, 4010), (1022, 9022, 4022)
     assert len({100 * right / 10_000 - 100 * left / 10_000 for left, right in zip(before, after, strict=True)}) == 3
-    found = compare_verdict(record_of([outcome(n) for n in before], [outcome(n) for n in after])).top1.difference
+    found = compare_verdict(record_of([outcome(n) for n in before], [outcome(n) for n in after])).score.difference
     assert found.kind == "no_spread"
     expected = "the same difference from every seed, +0.12 points (3 seeds), shows no uncertainty; run more seeds"
     assert (found.text, found.mean, found.half_width) == (expected, 0.12, None)
     same = [outcome(9000)] * 2
-    assert "+0.00 points (2 seeds)" in compare_verdict(record_of(same, same)).top1.difference.text
+    assert "+0.00 points (2 seeds)" in compare_verdict(record_of(same, same)).score.difference.text
 
 
 def test_only_seeds_that_both_have_finished_count():
     left = [outcome(9000), outcome(9020), outcome(9010), outcome(5000)]
     right = [outcome(9100), outcome(9100), outcome(9100), None]
-    found = compare_verdict(record_of(left, right, complete=False)).top1
+    found = compare_verdict(record_of(left, right, complete=False)).score
     assert found.difference.text == "se_x better by 0.90 ± 0.25 points (3 seeds, unfinished)"
     assert found.baseline.text == "90.10 ± 0.10 % (3 seeds)"
     nothing = compare_verdict(record_of([outcome(9000)], [None], complete=False))
-    assert (nothing.top1.baseline, nothing.top1.variant, nothing.top5) == (None, None, None)
-    assert nothing.top1.difference.text == "no seed is finished for both networks"
+    assert (nothing.score.baseline, nothing.score.variant, nothing.more) == (None, None, None)
+    assert nothing.score.difference.text == "no seed is finished for both networks"
     assert nothing.loss.difference.kind == "no_seeds"
 
 

@@ -68,7 +68,7 @@ def curves(record: AccuracyRecord, *others: AccuracyRecord) -> Curves:
     return Curves(
         title=f"Top-1 accuracy by epoch: {names} and {record.baseline}",
         circumstances=f"{record.data.title}, {recipe}, {units.counted(len(common), 'seed')}; {machine}",
-        label="top-1 accuracy on the test images (%)",
+        label=f"{'AP' if record.data.task == 'detection' else 'top-1 accuracy'} on the test images (%)",
         curves=tuple(_curve(name, outcomes) for name, outcomes in networks),
         notes=(
             "Lines: means over the seeds; bands: from the least to the greatest of them.",
@@ -79,12 +79,12 @@ def curves(record: AccuracyRecord, *others: AccuracyRecord) -> Curves:
 
 
 def _named(arch: str, verdict: AccuracyVerdict) -> str:
-    text = verdict.top1.difference.text
+    text = verdict.score.difference.text
     return text if text.startswith(arch) else f"{arch}: {text}"
 
 
 def _curve(name: str, outcomes: Sequence[SeedOutcome]) -> Curve:
-    by_epoch = list(zip(*([epoch.test_top1_pct for epoch in one.epochs] for one in outcomes), strict=True))
+    by_epoch = list(zip(*([epoch.score_pct for epoch in one.epochs] for one in outcomes), strict=True))
     return Curve(
         name=name,
         mean=tuple(stats.mean(values) for values in by_epoch),

@@ -1,0 +1,153 @@
+"""Images that are decoded from files while a network is trained: worker processes, and what is unusual about files."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from selab.training.distributed import number_of
+from selab.training.image_decode import ImageFinding
+from selab.training.image_listing import FolderError
+from selab.training.problems import NAMED, Found, Problems
+
+_MOST_WORKERS = 8  # by default
+Asked = list[tuple[int, int | None]]
+"""Images of a batch: which, and in training the seed of what is random about it."""
+
+
+class _Loaded(Protocol):
+    @property
+    def findings(self) -> tuple[ImageFinding, ...]: ...
+    @property
+    def fault(self) -> str: ...
+
+
+_Batch = TypeVar("_Batch", bound=_Loaded)
+
+
+class FileImages:
+    """What all data sets of image files have in common.
+
+    Args:
+        workers: processes that decode, at most one per core; 0 for none.
+        report: called with a sentence for each of the first files that cannot be decoded.
+    """
+
+    def __init__(self, workers: int, report: Callable[[str], None] | None) -> None:
+        self._workers = min(workers, cores())
+        self._report = report
+        self._found: dict[str, set[str]] = {kind: set() for kind in Problems.__struct_fields__}
+        self._skipped: set[str] = set()
+
+    @property
+    def problems(self) -> Problems:
+        """Unusual images among those that this process has read so far."""
+        return Problems(
+            **{kind: Found(count=len(files), first=tuple(sorted(files)[:NAMED])) for kind, files in self._found.items()}
+        )
+
+    def share_problems(self) -> Problems:
+        """Share the problems between all processes of a training, each of which calls this; return all of them."""
+        if dist.is_available() and dist.is_initialized():
+            told: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(told, self._found)
+            for kind, files in self._found.items():
+                files.update(*(each[kind] for each in told))
+        return self.problems
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the test images that this process has left out so far."""
+        return tuple(sorted(self._skipped))
+
+    def _loaded(
+        self,
+        images: Dataset[Any],
+        asked: Iterator[Asked],
+        collate: Callable[[list[Any]], _Batch],
+        device: torch.device,
+        *,
+        root: Path,
+        training: bool,
+    ) -> Iterator[_Batch]:
+        """Yield the batches that are asked for, and note what is unusual about their files.
+
+        Raises:
+            FolderError: a worker fails, or a batch has a fault.
+        """
+        loader: DataLoader[Any] = DataLoader(
+            images,
+            batch_sampler=asked,
+            num_workers=self._workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            # By default it would draw its workers' seed from the training's generator.
+            generator=torch.Generator(),
+            worker_init_fn=_apart,
+        )
+        loaded = iter(loader)
+        while True:
+            try:
+                batch: _Batch | None = next(loaded, None)
+            except RuntimeError as error:
+                told = str(error).partition("\n")[0]
+                raise FolderError(f"{root}: loading failed: {told}; try a smaller --workers") from error
+            if batch is None:
+                return
+            for finding in batch.findings:
+                self._note(finding)
+                if finding.reason and not training:
+                    self._skipped.add(finding.file)
+            if batch.fault:
+                raise FolderError(batch.fault)
+            yield batch
+
+    def _note(self, finding: ImageFinding) -> None:
+        files = self._found[finding.kind]
+        if finding.reason and finding.file not in files and len(files) < NAMED and self._report is not None:
+            self._report(f"{finding.file}: cannot be decoded: {finding.reason}")
+        files.add(finding.file)
+
+
+def _apart(_number: int) -> None:
+    """Leave the group of processes: a signal to all of it must not end a worker before the training has saved."""
+    os.setpgrp()
+
+
+def hashed(*what: object) -> int:
+    """Return a 63-bit seed for a generator, hashed from all arguments."""
+    digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def share(total: int, *, batch: int, number: int, rank: int, world: int) -> range:
+    """Return the positions in an epoch of one rank's part of global batch `number`; the last batch may be smaller."""
+    part = batch // world
+    first = number * batch + rank * part
+    return range(min(first, total), min(first + part, total))
+
+
+def usual_workers() -> int:
+    """Return the default number of worker processes: this process's share of the machine's cores, at most 8."""
+    return min(_MOST_WORKERS, max(1, cores() // number_of("LOCAL_WORLD_SIZE", 1, least=1)))
+
+
+def workers_of(asked: int | None) -> int:
+    """Return a number of worker processes: what was asked for, or `usual_workers()`.
+
+    Raises:
+        FolderError: it is negative.
+    """
+    if asked is not None and asked < 0:
+        raise FolderError(f"workers: {asked}; must be 0 or more")
+    return usual_workers() if asked is None else asked
+
+
+def cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

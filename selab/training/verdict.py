@@ -97,6 +97,10 @@ class AccuracyVerdict:
     loss: PairedDifference | None
     diverged: str = ""
 
+    def of(self, metric: str) -> PairedDifference | None:
+        """Return what is found of a metric; None where the networks have no such figure."""
+        return next((one for one in (self.score, self.more, self.loss) if one and one.metric == metric), None)
+
     @property
     def judged(self) -> tuple[PairedDifference, ...]:
         """The two that are judged in words: the score, and the loss or a detector's AP at 0.50."""

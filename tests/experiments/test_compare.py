@@ -95,7 +95,7 @@ def pretended(monkeypatch):
 
     trained = Trainings()
 
-    def pretend(variant, data, recipe, *, seed, folder, options, report, say):
+    def pretend(variant, data, recipe, *, seed, folder, options, report, say, weights=None):
         trained.append((variant.name, seed))
         if (variant.name, seed) in trained.diverging:
             raise DivergedError(

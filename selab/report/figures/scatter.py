@@ -51,7 +51,7 @@ from selab.report.figures.style import (
 )
 from selab.report.published import published_pair
 from selab.training.record import AccuracyRecord
-from selab.training.verdict import PairedDifference, compare_verdict
+from selab.training.verdict import compare_verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,7 +163,7 @@ def _trained(subject: Subject, which: Axis) -> BothValues | str:
     record = subject.trained
     if record is None:
         return "not trained"
-    found: PairedDifference | None = getattr(compare_verdict(record), which.path)
+    found = compare_verdict(record).of(which.path)
     if found is None or found.baseline is None or found.variant is None:
         return f"no {which.short}"
     base, se, half = 100 - found.baseline.mean, 100 - found.variant.mean, found.difference.half_width

@@ -80,7 +80,9 @@ def archs(
         return write_json([as_builtins(variant) for variant in variants], json_to)
     rows = tuple((one.name, one.baseline or "", one.title) for one in variants)
     columns = ("name", "baseline", "what it is")
-    table = Table(title=f"Architectures ({len(rows)})", columns=columns, rows=rows, words=frozenset(range(3)))
+    note = f"Any of them can be NETWORK in {', '.join(composed.patterns())} (docs/detection.md)."
+    words = frozenset(range(3))
+    table = Table(title=f"Architectures ({len(rows)})", columns=columns, rows=rows, notes=(note,), words=words)
     return print_tables([table], look)
 
 

@@ -15,7 +15,7 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from typing import Any
 
@@ -233,7 +233,8 @@ def _counter(
             total, uncounted = run()
             explained = tuple(differences() if callable(differences) else differences)
     except Exception as error:
-        failed = f"{name} fails on this model: {_reason(error)}"
+        gone = isinstance(error, PackageNotFoundError)
+        failed = f"{name} is not installed" if gone else f"{name} fails on this model: {_reason(error)}"
         return Counter(
             name=name, version=installed, direction=direction, unit=unit, total=None, ours=ours, error=failed
         )

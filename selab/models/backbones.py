@@ -207,10 +207,14 @@ def _chosen(every: Sequence[Feature], wanted: Sequence[int] | None, name: str, e
     has = ", ".join(f"{i} (stride {one.stride}, {one.channels} channels)" for i, one in enumerate(every)) + end
     if wanted is None:
         return list(every)
+    if isinstance(wanted, int | str):
+        raise ModelError(f"{name}: out_indices {wanted!r}: give a list of numbers; it has {has}")
+    if not len(wanted):
+        raise ModelError(f"{name}: out_indices: name at least one feature map; it has {has}")
     for index in wanted:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(every):
             raise ModelError(f"{name}: has no feature map {index!r}; it has {has}")
-    if not wanted or list(wanted) != sorted(set(wanted)):
+    if list(wanted) != sorted(set(wanted)):
         raise ModelError(f"{name}: out_indices {list(wanted)}: name feature maps in rising order; it has {has}")
     return [every[index] for index in wanted]
 

@@ -52,7 +52,8 @@ def find(name: str, *, option: str = "--arch") -> Variant:
     composite = composed.find(name, lambda trunk: find(trunk, option=f"{option} {name}:"))
     others = composite or external.find(name, option=option)
     if others is None:
-        raise UnknownNameError(f"{option} {name}: no such architecture{nearest(name, known)} (`selab archs` lists all)")
+        every = [*known, *composed.names(known)]
+        raise UnknownNameError(f"{option} {name}: no such architecture{nearest(name, every)} (`selab archs` lists all)")
     return others
 
 

@@ -6,7 +6,7 @@ backbone, with blocks of one's own too: `faster_rcnn_resnet50_fpn+reduction=8`. 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Literal, get_args
 
@@ -74,6 +74,16 @@ def find(name: str, trunk_of: Callable[[str], Variant]) -> Variant | None:
         if found is not None:
             return _variant(method, trunk_of(found[1]))
     return None
+
+
+def names(trunks: Iterable[str]) -> list[str]:
+    """Return the names of every method on every one of these networks."""
+    return [method.name_of(trunk) for method in methods().values() for trunk in trunks]
+
+
+def patterns() -> list[str]:
+    """Return `faster_rcnn_NETWORK_fpn` and the others."""
+    return names(["NETWORK"])
 
 
 def is_one(variant: Variant) -> bool:

@@ -170,6 +170,7 @@ class CocoImages(FileImages):
         boxes: how images are prepared.
         truth: the images to evaluate on, with their boxes.
         judged: what its test images are: `test` images, or `held-back` ones of the training images.
+        wanted: where there are no training images, what to do about it.
     """
 
     task: Task = "detection"
@@ -197,6 +198,7 @@ class CocoImages(FileImages):
         self.test_size = len(listing.val)
         self.boxes = boxes
         self.truth = listing.val
+        self.wanted = "put annotations/instances_train2017.json and train2017 beside those of val2017"
         self._listing = listing
 
     def train_batches(
@@ -221,7 +223,7 @@ class CocoImages(FileImages):
         """
         train = self._listing.train
         if train is None:
-            raise FolderError(f"{self.title}: has no training images with annotations; evaluate, or add them")
+            raise FolderError(f"{self.title}: holds no training images; {self.wanted}")
         if augmentation.crop_pad or augmentation.cutout:
             raise FolderError("crop_pad and cutout are for images in memory; for detectors, use the [boxes] keys")
         batch, seed, epoch, rank, world = plan.batch, plan.seed, plan.epoch, plan.rank, plan.world

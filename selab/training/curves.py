@@ -6,6 +6,7 @@ from typing import Self
 
 import msgspec
 
+from selab.errors import SelabError
 from selab.training.record import Epoch
 
 
@@ -19,7 +20,10 @@ class EpochCurves:
 
     def __init__(self, folder: Path, epochs: tuple[Epoch, ...]) -> None:
         # Importing it takes as long as an epoch of a small training.
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise SelabError(f"learning curves: {error.name} is not installed; pip install {error.name}") from None
 
         # Two files of one second have no order: points of a killed process could follow those of the next one.
         for earlier in folder.glob("events.out.tfevents.*"):

@@ -87,6 +87,7 @@ class ImageFolder(FileImages):
         image: how images are prepared.
         classes: their names, by number.
         judged: what its test images are: `test` images, or `held-back` ones of the training images.
+        wanted: where there are no training images, what to do about it.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class ImageFolder(FileImages):
         self.train_size = 0 if listing.train is None else len(listing.train.files)
         self.test_size = len(listing.val.files)
         self.image = image
+        self.wanted = listing.wanted
         self._listing = listing
         self._test = ImageFiles(listing.val, EvaluationTransform(image), listing.classes)
         self._train = None
@@ -138,7 +140,7 @@ class ImageFolder(FileImages):
                 missing, or a class has no image that can be decoded.
         """
         if self._train is None:
-            raise FolderError(f"{self._test.split.root}: there is no folder train beside it; evaluate, or add train")
+            raise FolderError(f"{self.title}: holds no training images; {self.wanted}")
         if augmentation.crop_pad or augmentation.flip or augmentation.cutout:
             raise FolderError(
                 "crop_pad, flip and cutout are for images in memory; for folders, use the recipe's [image] keys"

@@ -58,6 +58,7 @@ class Listing:
         assumed: sentences about how the folder was interpreted.
         sha256: over the classes, all paths and sizes, and the content of 64 evenly spaced files per split: reading all
             of ImageNet takes an hour. A changed file of unchanged size may go unnoticed.
+        wanted: where no training images are there, what to do about it.
     """
 
     classes: tuple[str, ...]
@@ -65,6 +66,7 @@ class Listing:
     val: ImageSplit
     assumed: tuple[str, ...]
     sha256: str
+    wanted: str = "put them into a folder named train beside val"
 
 
 def find_images(data_dir: Path, *, name: str, classes_file: Path | None = None) -> Listing:

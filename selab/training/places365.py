@@ -62,9 +62,15 @@ def find_places365(data_dir: Path) -> Listing:
     if trains and any((data_dir / name).is_dir() for name in _TRAIN_FOLDERS):
         train = _listed(trains[0], data_dir, _TRAIN_FOLDERS, "train", digest, assumed)
     else:
-        assumed.append(f"{data_dir} has no list and folder of training images and is used for evaluation alone")
+        assumed.append(
+            f"{data_dir} has no {' or '.join(_TRAIN_LISTS)} with one of the folders {', '.join(_TRAIN_FOLDERS)} and is "
+            "used for evaluation alone"
+        )
     val = _listed(data_dir / _VAL_LIST, data_dir, _VAL_FOLDERS, "val", digest, assumed)
-    return Listing(classes=classes, train=train, val=val, assumed=tuple(assumed), sha256=digest.hexdigest())
+    wanted = f"put {_TRAIN_LISTS[0]} and {_TRAIN_FOLDERS[0]} beside {_VAL_LIST}"
+    return Listing(
+        classes=classes, train=train, val=val, assumed=tuple(assumed), sha256=digest.hexdigest(), wanted=wanted
+    )
 
 
 def title_of(train: int, val: int) -> str:
@@ -77,6 +83,13 @@ def title_of(train: int, val: int) -> str:
 
 
 def _of_folders(data_dir: Path) -> Listing:
+    unlisted = next((one for one in (*_VAL_FOLDERS, *_TRAIN_FOLDERS) if (data_dir / one).is_dir()), None)
+    if unlisted is not None:
+        raise FolderError(f"{data_dir / _VAL_LIST}: is missing; it lists the images of {_VAL_FOLDERS[0]}; put it there")
+    if not any(one.is_dir() for one in data_dir.iterdir()):
+        raise FolderError(
+            f"{data_dir}: holds neither train and val with a folder per class, nor {_VAL_LIST} with {_VAL_FOLDERS[0]}"
+        )
     categories = data_dir / _CATEGORIES
     listing = find_images(data_dir, name="places365", classes_file=None)
     named = _classes_of(categories) if categories.is_file() else listing.classes
@@ -107,7 +120,9 @@ def _classes_of(file: Path) -> tuple[str, ...]:
             )
         names[int(found[2])] = found[1][3:].replace("/", "-")
     if sorted(names) != list(range(CLASSES)):
-        raise FolderError(f"{file}: numbers {len(names)} categories; expected 0 to {CLASSES - 1}")
+        odd = min(set(range(CLASSES)) ^ set(names))
+        which = f"gives {names[odd]} the number {odd}" if odd in names else f"has no category of the number {odd}"
+        raise FolderError(f"{file}: {which}; expected 0 to {CLASSES - 1}")
     return tuple(names[number] for number in range(CLASSES))
 
 

@@ -126,7 +126,8 @@ def train(
 def _check(config: RunConfig, group: ProcessGroup) -> None:
     recipe, options, data = config.recipe, config.options, config.data
     if not data.train_size:
-        raise TrainingError(f"{data.title}: holds no training images; put them into a folder named train beside val")
+        wanted = getattr(data, "wanted", "name a data set that does")
+        raise TrainingError(f"{data.title}: holds no training images; {wanted}")
     check_seed(config.seed)
     if options.graphed and (options.device != "cuda" or options.compiled or group.world > 1):
         raise TrainingError(

@@ -277,7 +277,7 @@ def test_what_training_needs(tmp_path, detector):
     data = open_coco(root, name="coco", boxes=PLAIN, workers=0)
     with pytest.raises(SelabError, match="holds no training images"):
         trained(data, detector, tmp_path / "run")
-    with pytest.raises(FolderError, match="has no training images with annotations; evaluate"):
+    with pytest.raises(FolderError, match="holds no training images; put annotations/"):
         next(data.train_batches(BatchPlan(batch=2, seed=0, epoch=0), device=CPU, augmentation=NOTHING))
 
 

@@ -76,7 +76,7 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3, shown: int = 12) 
     """
     names = sorted(known)
     # Part of a name is closer than another name of the same length.
-    longer = [one for one in names if len(name) > _SHORT and one.startswith(name.lower())]
+    longer = sorted((one for one in names if len(name) > _SHORT and one.startswith(name.lower())), key=len)
     close = longer[:most] or get_close_matches(name.lower(), names, n=most, cutoff=0.5)
     if close:
         return f"; did you mean {', '.join(close)}?"

@@ -47,7 +47,7 @@ from selab.cli.options import (
 )
 from selab.errors import RecordError, UnknownNameError, nearest
 from selab.experiments.job import network_address, with_inputs
-from selab.models import catalog
+from selab.models import catalog, composed
 from selab.models.spec import ONNX_FAMILY
 from selab.records.types import Device, Dtype
 

@@ -49,10 +49,12 @@ def find(name: str, *, option: str = "--arch") -> Variant:
     known = installed()
     if name in known:
         return known[name]
-    composite = composed.find(name, lambda trunk: find(trunk, option=f"{option} {name}:"))
+    # A trunk is no detector itself.
+    begins = f"{option} {name}:"
+    composite = None if option.endswith(":") else composed.find(name, lambda trunk: find(trunk, option=begins))
     others = composite or external.find(name, option=option)
     if others is None:
-        every = [*known, *composed.names(known)]
+        every = list(known) if option.endswith(":") else [*known, *composed.names(known)]
         raise UnknownNameError(f"{option} {name}: no such architecture{nearest(name, every)} (`selab archs` lists all)")
     return others
 

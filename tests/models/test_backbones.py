@@ -100,7 +100,8 @@ def test_blocks_go_into_a_backbone_by_the_groups_of_its_network():
         ((-1,), "has no feature map -1"),
         ((2, 1), r"out_indices \[2, 1\]: name feature maps in rising order"),
         ((1, 1), "in rising order"),
-        ((), r"out_indices \[\]: name feature maps"),
+        ((), r"out_indices: name at least one feature map; it has"),
+        (3, r"out_indices 3: give a list of numbers; it has"),
     ],
 )
 def test_a_map_that_is_not_there_says_what_is(wanted, message):

@@ -67,3 +67,21 @@ def test_without_torchvision_one_line_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "selab.models.detection", raising=False)
     with pytest.raises(SpecError, match=r"faster_rcnn_resnet18_fpn: torchvision .*pip install 'selab\[detection\]'"):
         build(catalog.find("faster_rcnn_resnet18_fpn"))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("faster_rcnn_se_resnet50", "faster_rcnn_se_resnet50_fpn, "),
+        ("fasterrcnn_resnet50_fpn", "faster_rcnn_resnet50_fpn, "),
+        ("ssdlite320_mobilenet_v3_large", "ssdlite_mobilenet_v3_large, "),
+    ],
+)
+def test_detectors_are_suggested(name, meant):
+    with pytest.raises(UnknownNameError, match=f"{name}: no such architecture; did you mean {meant}"):
+        catalog.find(name)
+
+
+def test_a_detector_is_no_backbone_of_another():
+    with pytest.raises(UnknownNameError, match="ssdlite_resnet18: no such architecture; did you mean se_resnet18"):
+        catalog.find("faster_rcnn_ssdlite_resnet18_fpn")

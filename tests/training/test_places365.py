@@ -107,7 +107,7 @@ def test_without_training_images_it_is_for_evaluation(lists):
         ("places365_val.txt", "a.jpg 365\n", r"line 1: 'a\.jpg 365': .*from 0 to 364"),
         ("places365_val.txt", "a.jpg 1\n", r"val_256: holds none of the 1 images of places365_val\.txt"),
         ("categories_places365.txt", "airfield 0\n", r"line 1: 'airfield 0': expected a category and its number"),
-        ("categories_places365.txt", "/a/airfield 0\n", r"numbers 1 categories; expected 0 to 364"),
+        ("categories_places365.txt", "/a/airfield 0\n", r"has no category of the number 1; expected 0 to 364"),
     ],
 )
 def test_malformed_lists_are_refused_with_the_line(lists, file, text, message):
@@ -144,3 +144,24 @@ def test_whole_sets_have_their_names():
 def test_the_paper_s_recipe_is_the_default():
     assert default_recipe("resnet", in_memory=False, data="places365") is recipes()["places365_senet"]
     assert recipes()["places365_senet"].image.balanced
+
+
+def test_a_layout_that_is_not_whole_is_named(lists, tmp_path):
+    (lists / "places365_train_standard.txt").unlink()
+    found = open_folder(lists, name="places365", workers=0)
+    assert "has no places365_train_standard.txt or places365_train_challenge.txt" in found._listing.assumed[1]
+    assert found.wanted == "put places365_train_standard.txt and data_256 beside places365_val.txt"
+    (lists / "places365_val.txt").unlink()
+    with pytest.raises(FolderError, match=r"places365_val\.txt: is missing; it lists the images of val_256"):
+        find_places365(lists)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FolderError, match=r"empty: holds neither train and val with a folder per class, nor places365"):
+        find_places365(empty)
+
+
+def test_a_number_that_no_category_has(lists):
+    file = lists / "categories_places365.txt"
+    file.write_text(file.read_text() + "/x/extra 365\n")
+    with pytest.raises(FolderError, match=r"gives extra the number 365; expected 0 to 364"):
+        find_places365(lists)

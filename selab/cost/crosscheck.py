@@ -234,7 +234,7 @@ def _counter(
             explained = tuple(differences() if callable(differences) else differences)
     except Exception as error:
         gone = isinstance(error, PackageNotFoundError)
-        failed = f"{name} is not installed" if gone else f"{name} fails on this model: {_reason(error)}"
+        failed = "not installed" if gone else f"{name} fails on this model: {_reason(error)}"
         return Counter(
             name=name, version=installed, direction=direction, unit=unit, total=None, ours=ours, error=failed
         )

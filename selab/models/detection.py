@@ -126,7 +126,9 @@ class _FixedWork(nn.Module):
     backbone: nn.Module
     head: nn.Module
 
-    def _prepare(self, num_classes: int) -> None:
+    def __init__(self, *args: Any, num_classes: int, **kwargs: Any) -> None:
+        # The next class is torchvision's detector.
+        super().__init__(*args, num_classes=num_classes, **kwargs)
         self.num_classes = num_classes
         self.transform.__class__ = _Transform
         for module in self.modules():
@@ -310,9 +312,7 @@ def faster_rcnn(*, num_classes: int, trunk: str, trunk_hash: str = "") -> Faster
     """
     del trunk_hash
     body = _Pyramid(_trunk(trunk, (4, 8, 16, 32)), LastLevelMaxPool())
-    model = FasterRCNN(body, num_classes=num_classes)
-    model._prepare(num_classes)
-    return model
+    return FasterRCNN(body, num_classes=num_classes)
 
 
 def retinanet(*, num_classes: int, trunk: str, trunk_hash: str = "") -> RetinaNet:
@@ -325,9 +325,7 @@ def retinanet(*, num_classes: int, trunk: str, trunk_hash: str = "") -> RetinaNe
     """
     del trunk_hash
     body = _Pyramid(_trunk(trunk, (8, 16, 32)), LastLevelP6P7(_FPN_CHANNELS, _FPN_CHANNELS))
-    model = RetinaNet(body, num_classes=num_classes)
-    model._prepare(num_classes)
-    return model
+    return RetinaNet(body, num_classes=num_classes)
 
 
 def ssdlite(*, num_classes: int, trunk: str, trunk_hash: str = "") -> SSD:
@@ -346,11 +344,11 @@ def ssdlite(*, num_classes: int, trunk: str, trunk_hash: str = "") -> SSD:
     body = _SSDMaps(_trunk(trunk, (16, 32)), norm)
     anchors = DefaultBoxGenerator([[2, 3]] * len(body.out_channels), min_ratio=0.2, max_ratio=0.95)
     head = SSDLiteHead(list(body.out_channels), anchors.num_anchors_per_location(), num_classes, norm)
-    model = SSD(
+    return SSD(
         body,
         anchors,
         (320, 320),
-        num_classes,
+        num_classes=num_classes,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         head=head,
@@ -359,8 +357,6 @@ def ssdlite(*, num_classes: int, trunk: str, trunk_hash: str = "") -> SSD:
         detections_per_img=300,
         topk_candidates=300,
     )
-    model._prepare(num_classes)
-    return model
 
 
 def deeplabv3(*, num_classes: int, trunk: str, trunk_hash: str = "") -> DeepLabV3:

@@ -1,12 +1,17 @@
 """Places365 in the layouts in which it is distributed."""
 
+import msgspec
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
+from selab.models import catalog
 from selab.training.image_folder import open_folder
 from selab.training.image_listing import FolderError
 from selab.training.places365 import CLASSES, find_places365, title_of
-from selab.training.recipe import default_recipe, recipes
+from selab.training.recipe import ImageRecipe, default_recipe, find_recipe, recipes
+from selab.training.record import Options
+from selab.training.train import train
 
 # Three real categories, so that the order of the easy layout's folders is that of the numbers.
 NAMES = ["airfield", "apartment_building/outdoor", "zen_garden"]
@@ -165,3 +170,15 @@ def test_a_number_that_no_category_has(lists):
     file.write_text(file.read_text() + "/x/extra 365\n")
     with pytest.raises(FolderError, match=r"gives extra the number 365; expected 0 to 364"):
         find_places365(lists)
+
+
+def test_it_is_trained_on(lists, tmp_path):
+    small = ImageRecipe(train_size=32, test_resize=36, test_crop=32, rotation_deg=0, pixel_jitter=0, balanced=True)
+    recipe = msgspec.structs.replace(find_recipe("places365_senet"), epochs=1, batch=2, milestones=(), image=small)
+    data = open_folder(lists, name="places365", image=small, workers=0)
+    done = train(
+        catalog.find("resnet20_cifar"), data, recipe, seed=0, folder=tmp_path / "run", options=Options(threads=1),
+        report=lambda _: None,
+    )  # fmt: skip
+    assert (done.test.images, done.data) == (3, "places365")
+    assert load_file(done.weights)["fc.weight"].shape[0] == CLASSES

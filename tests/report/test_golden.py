@@ -16,7 +16,7 @@ from selab.experiments.equal_time import EqualTime, times_words
 from selab.experiments.tax_record import read_tax_records
 from selab.judging.folding import FOLDINGS
 from selab.judging.record import read_gates
-from selab.models import provenance
+from selab.models import catalog, composed, provenance
 from selab.models.catalog import installed
 from selab.records import store
 from selab.records.types import from_json
@@ -45,7 +45,8 @@ def test_costs_are_those_of_today_s_counter(root):
         record = from_json(path.read_bytes(), where=path.name)
         work = record.workload
         for name, stored in ((record.arch, record.cost), (record.baseline, record.baseline_cost)):
-            if stored is None:
+            # Networks that torchvision builds are counted in tests/interop.
+            if stored is None or composed.is_one(catalog.find(name)):
                 continue
             key = (name, work.batch, work.input_chw, work.dtype)
             if key not in fresh:

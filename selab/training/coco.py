@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from selab import units
-from selab.training.batches import BatchPlan, check_share
+from selab.training.batches import BatchPlan
 from selab.training.coco_listing import BoxedImages, CocoListing, find_coco
-from selab.training.file_images import Asked, FileImages, hashed, share, workers_of
+from selab.training.file_images import FileImages, hashed, workers_of
 from selab.training.holdout import identity_of, split
 from selab.training.image_decode import ImageFinding, decode
 from selab.training.image_listing import FolderError, printable
@@ -185,20 +185,21 @@ class CocoImages(FileImages):
         workers: int,
         report: Callable[[str], None] | None,
     ) -> None:
-        super().__init__(workers, report)
-        self.judged = "test"
-        self.name = name
-        self.title = title
-        self.sha256 = listing.sha256
-        self.official = False
+        train, val = listing.train, listing.val
+        super().__init__(
+            name=name,
+            title=title,
+            sha256=listing.sha256,
+            sizes=(0 if train is None else len(train), len(val)),
+            wanted="put annotations/instances_train2017.json and train2017 beside those of val2017",
+            workers=workers,
+            report=report,
+        )
         self.categories = listing.categories
         self.num_classes = listing.num_classes
         self.input_chw = (3, boxes.min_size, boxes.max_size)
-        self.train_size = 0 if listing.train is None else len(listing.train)
-        self.test_size = len(listing.val)
         self.boxes = boxes
-        self.truth = listing.val
-        self.wanted = "put annotations/instances_train2017.json and train2017 beside those of val2017"
+        self.truth = val
         self._listing = listing
 
     def train_batches(
@@ -221,25 +222,15 @@ class CocoImages(FileImages):
             FolderError: no training images, fewer than `batch`, or an impossible share; while running: a file is
                 missing, or too many cannot be decoded.
         """
+        self._check_training(plan)
         train = self._listing.train
-        if train is None:
-            raise FolderError(f"{self.title}: holds no training images; {self.wanted}")
+        assert train is not None
         if augmentation.crop_pad or augmentation.cutout:
             raise FolderError("crop_pad and cutout are for images in memory; for detectors, use the [boxes] keys")
-        batch, seed, epoch, rank, world = plan.batch, plan.seed, plan.epoch, plan.rank, plan.world
-        check_share(batch, rank, world, error=FolderError)
-        if batch > self.train_size:
-            held = units.counted(self.train_size, "image")
-            raise FolderError(f"{train.root}: holds {held}, less than a batch of {batch:,}")
-        order = grouped_order(train.sizes, batch=batch, seed=seed, epoch=epoch)
-
-        def asked() -> Iterator[Asked]:
-            for number in range(plan.first, self.train_size // batch):
-                places = share(self.train_size, batch=batch, number=number, rank=rank, world=world)
-                yield [(int(order[place]), hashed("image", seed, epoch, place)) for place in places]
-
+        order = grouped_order(train.sizes, batch=plan.batch, seed=plan.seed, epoch=plan.epoch)
+        asked = self._training(plan, order)
         files = _BoxFiles(train, flip=self.boxes.flip)
-        for loaded in self._loaded(files, asked(), _collated, device, root=train.root, training=True):
+        for loaded in self._loaded(files, asked, _collated, device, root=train.root, training=True):
             boxes = [{key: one.to(device, non_blocking=True) for key, one in each.items()} for each in loaded.boxes]
             yield _moved(loaded.images, device), boxes
 
@@ -256,16 +247,9 @@ class CocoImages(FileImages):
         Raises:
             FolderError: an impossible share; while running: a file is missing.
         """
-        check_share(batch, rank, world, error=FolderError)
-
-        def asked() -> Iterator[Asked]:
-            for number in range(-(-self.test_size // batch)):
-                places = share(self.test_size, batch=batch, number=number, rank=rank, world=world)
-                if places:
-                    yield [(place, None) for place in places]
-
+        asked = self._testing(batch=batch, rank=rank, world=world)
         files = _BoxFiles(self.truth, flip=False)
-        for loaded in self._loaded(files, asked(), _collated, device, root=self.truth.root, training=False):
+        for loaded in self._loaded(files, asked, _collated, device, root=self.truth.root, training=False):
             if loaded.images:
                 yield _moved(loaded.images, device), loaded.indices
 

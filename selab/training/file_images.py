@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from selab import units
+from selab.training.batches import BatchPlan, check_share
 from selab.training.distributed import number_of
 from selab.training.image_decode import ImageFinding
 from selab.training.image_listing import FolderError
@@ -34,11 +38,35 @@ class FileImages:
     """What all data sets of image files have in common.
 
     Args:
+        name: what it was opened as.
+        title: for tables.
+        sha256: identity.
+        sizes: training images, 0 where there are none; and test images, including those that cannot be decoded.
+        wanted: where there are no training images, what to do about it.
         workers: processes that decode, at most one per core; 0 for none.
         report: called with a sentence for each of the first files that cannot be decoded.
+
+    Attributes:
+        official: False, since there is no published checksum.
+        judged: what its test images are: `test` images, or `held-back` ones of the training images.
     """
 
-    def __init__(self, workers: int, report: Callable[[str], None] | None) -> None:
+    official = False
+    judged = "test"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        title: str,
+        sha256: str,
+        sizes: tuple[int, int],
+        wanted: str,
+        workers: int,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        self.name, self.title, self.sha256, self.wanted = name, title, sha256, wanted
+        self.train_size, self.test_size = sizes
         self._workers = min(workers, cores())
         self._report = report
         self._found: dict[str, set[str]] = {kind: set() for kind in Problems.__struct_fields__}
@@ -64,6 +92,36 @@ class FileImages:
     def skipped(self) -> tuple[str, ...]:
         """Names of the test images that this process has left out so far."""
         return tuple(sorted(self._skipped))
+
+    def _check_training(self, plan: BatchPlan) -> None:
+        """Check that there are training images for a plan.
+
+        Raises:
+            FolderError: there are none, fewer than a batch, or the processes cannot share it.
+        """
+        if not self.train_size:
+            raise FolderError(f"{self.title}: holds no training images; {self.wanted}")
+        check_share(plan.batch, plan.rank, plan.world, error=FolderError)
+        if plan.batch > self.train_size:
+            held = units.counted(self.train_size, "training image")
+            raise FolderError(f"{self.title}: holds {held}, less than a batch of {plan.batch:,}")
+
+    def _training(self, plan: BatchPlan, order: NDArray[np.int64]) -> Iterator[Asked]:
+        """Yield the images of one rank's parts of an epoch's batches, in this order, and their seeds."""
+        for number in range(plan.first, self.train_size // plan.batch):
+            places = share(self.train_size, batch=plan.batch, number=number, rank=plan.rank, world=plan.world)
+            yield [(int(order[place]), hashed("image", plan.seed, plan.epoch, place)) for place in places]
+
+    def _testing(self, *, batch: int, rank: int, world: int) -> Iterator[Asked]:
+        """Return the images of one rank's parts of the test images, in order.
+
+        Raises:
+            FolderError: the processes cannot share a batch.
+        """
+        check_share(batch, rank, world, error=FolderError)
+        numbers = range(-(-self.test_size // batch))
+        parts = (share(self.test_size, batch=batch, number=one, rank=rank, world=world) for one in numbers)
+        return ([(place, None) for place in places] for places in parts if places)
 
     def _loaded(
         self,

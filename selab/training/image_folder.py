@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selab import units
-from selab.training.batches import BatchPlan, check_share
-from selab.training.file_images import Asked, FileImages, hashed, share, workers_of
+from selab.training.batches import BatchPlan
+from selab.training.file_images import Asked, FileImages, hashed, workers_of
 from selab.training.holdout import identity_of, split
 from selab.training.image_decode import ImageFiles, by_class, collated
 from selab.training.image_listing import IMAGENET_TRAIN, IMAGENET_VAL, FolderError, Listing, find_images, printable
@@ -100,20 +100,20 @@ class ImageFolder(FileImages):
         workers: int,
         report: Callable[[str], None] | None,
     ) -> None:
-        super().__init__(workers, report)
-        self.judged = "test"
-        self.name = name
-        self.title = title
-        self.sha256 = listing.sha256
-        self.official = False
+        super().__init__(
+            name=name,
+            title=title,
+            sha256=listing.sha256,
+            sizes=(0 if listing.train is None else len(listing.train.files), len(listing.val.files)),
+            wanted=listing.wanted,
+            workers=workers,
+            report=report,
+        )
         self.classes = listing.classes
         self.num_classes = len(listing.classes)
         side = image.test_crop if listing.train is None else image.train_size
         self.input_chw = (3, side, side)
-        self.train_size = 0 if listing.train is None else len(listing.train.files)
-        self.test_size = len(listing.val.files)
         self.image = image
-        self.wanted = listing.wanted
         self._listing = listing
         self._test = ImageFiles(listing.val, EvaluationTransform(image), listing.classes)
         self._train = None
@@ -139,27 +139,15 @@ class ImageFolder(FileImages):
             FolderError: no training images, fewer than `batch`, or an impossible share; while running: a file is
                 missing, or a class has no image that can be decoded.
         """
-        if self._train is None:
-            raise FolderError(f"{self.title}: holds no training images; {self.wanted}")
+        self._check_training(plan)
+        assert self._train is not None
         if augmentation.crop_pad or augmentation.flip or augmentation.cutout:
             raise FolderError(
                 "crop_pad, flip and cutout are for images in memory; for folders, use the recipe's [image] keys"
             )
-        batch, seed, epoch, rank, world = plan.batch, plan.seed, plan.epoch, plan.rank, plan.world
-        check_share(batch, rank, world, error=FolderError)
-        if batch > self.train_size:
-            raise FolderError(
-                f"{self._train.split.root}: holds {units.counted(self.train_size, 'image')}, less than a batch "
-                f"of {batch:,}"
-            )
-        order = epoch_order(self._train.split.labels, seed=seed, epoch=epoch, balanced=self.image.balanced)
-
-        def asked() -> Iterator[Asked]:
-            for number in range(plan.first, self.train_size // batch):
-                places = share(self.train_size, batch=batch, number=number, rank=rank, world=world)
-                yield [(int(order[place]), hashed("image", seed, epoch, place)) for place in places]
-
-        return self._batches(self._train, asked(), device)
+        labels = self._train.split.labels
+        order = epoch_order(labels, seed=plan.seed, epoch=plan.epoch, balanced=self.image.balanced)
+        return self._batches(self._train, self._training(plan, order), device)
 
     def test_batches(
         self, *, batch: int, device: torch.device, rank: int = 0, world: int = 1
@@ -174,15 +162,7 @@ class ImageFolder(FileImages):
         Raises:
             FolderError: an impossible share; while running: a file is missing.
         """
-        check_share(batch, rank, world, error=FolderError)
-
-        def asked() -> Iterator[Asked]:
-            for number in range(-(-self.test_size // batch)):
-                places = share(self.test_size, batch=batch, number=number, rank=rank, world=world)
-                if places:
-                    yield [(place, None) for place in places]
-
-        return self._batches(self._test, asked(), device)
+        return self._batches(self._test, self._testing(batch=batch, rank=rank, world=world), device)
 
     def held_out(self, share: float) -> "ImageFolder":
         """Return the training images as a data set of their own, a share of each class as its test images.

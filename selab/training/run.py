@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,6 +106,13 @@ def start_of(weights: Path) -> str:
     Raises:
         WeightsError: it cannot be read.
     """
+    status = weights.stat() if weights.is_file() else None
+    return _start_of(weights, None if status is None else (status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=8)
+def _start_of(weights: Path, _version: tuple[int, int] | None) -> str:
+    """Return `start_of`, read once: a comparison asks for it with every training."""
     state = read_state(weights)
     found = hashlib.sha256()
     for key in sorted(state):

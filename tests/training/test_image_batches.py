@@ -310,14 +310,14 @@ def test_an_epoch_that_is_left_leaves_no_process(planted):
 def test_what_is_asked_must_be_possible(planted):
     data = open_folder(planted, name="folder", image=PLAIN, workers=0)
     for changes, message in (
-        ({"batch": 7}, "train: holds 6 images, less than a batch of 7"),
+        ({"batch": 7}, "holds 6 training images, less than a batch of 7"),
         ({"batch": 5, "world": 2}, "batch: 5 images cannot be shared by 2 processes"),
         ({"batch": 4, "world": 2, "rank": 2}, "rank: 2; allowed are 0 to 1"),
         ({"batch": 4, "augmentation": SimpleNamespace(crop_pad=4, flip=False, cutout=0)}, "are for images in memory"),
     ):
         with pytest.raises(FolderError, match=message):
             train(data, **changes)
-    with pytest.raises(FolderError, match="there is no folder train"):
+    with pytest.raises(FolderError, match="holds no training images; put them into a folder named train"):
         train(open_folder(planted / "val", name="folder", image=PLAIN, workers=0))
     with pytest.raises(FolderError, match="workers: -1"):
         open_folder(planted, name="folder", workers=-1)

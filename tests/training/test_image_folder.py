@@ -12,8 +12,9 @@ from PIL import Image
 
 from selab.errors import SelabError
 from selab.training import file_images, image_listing
+from selab.training.file_images import share
 from selab.training.image_decode import decode
-from selab.training.image_folder import epoch_order, open_folder, share
+from selab.training.image_folder import epoch_order, open_folder
 from selab.training.image_listing import FolderError, find_images
 from selab.training.problems import Found, Problems
 from selab.training.recipe import ImageRecipe

@@ -181,4 +181,4 @@ def test_it_is_trained_on(lists, tmp_path):
         report=lambda _: None,
     )  # fmt: skip
     assert (done.test.images, done.data) == (3, "places365")
-    assert load_file(done.weights)["fc.weight"].shape[0] == CLASSES
+    assert load_file(done.weights)["head.fc.weight"].shape[0] == CLASSES

@@ -367,6 +367,6 @@ def _measure(growing: "Comparison") -> None:
             growing.measure(report)
     except KeyboardInterrupt:
         raise StoppedError(
-            f"interrupted; the comparison is in {growing.path}, times are missing: `selab table accuracy --profiles "
-            f"{growing.path.parents[1]}` shows what there is"
+            f"interrupted; the comparison is in {growing.path}, times are missing: the same command measures them, "
+            f"`selab table accuracy --profiles {growing.path.parents[1]}` shows what there is"
         ) from None

@@ -376,7 +376,7 @@ def preparation_of(
     from selab.training.recipe import ImageRecipe, check_suits, find_recipe, read_image_recipe
 
     if data.boxed:
-        raise SelabError(f"--data {data.data}: is for detectors, which train, eval and compare take")
+        raise SelabError(f"--data {data.data}: holds boxes; only train, eval and compare take detectors")
     recipe, resize, crop = asked.recipe, asked.resize, asked.crop
     own = None if weights is None else read_image_recipe(weights)
     given = [("--resize", resize), ("--crop", crop)]
@@ -406,7 +406,7 @@ def open_images(options: DataOptions, image: "ImageRecipe | None", boxes: "BoxRe
     from selab.training.data import open_data
 
     if options.boxed and boxes is None:
-        raise SelabError(f"--data {options.data}: is for detectors, which train, eval and compare take")
+        raise SelabError(f"--data {options.data}: holds boxes; only train, eval and compare take detectors")
     return open_data(
         options.data,
         data_dir=options.data_dir,

@@ -42,6 +42,7 @@ from selab.training.record import (
     warnings_of,
 )
 from selab.training.run import differences, request_key, run_config, start_of
+from selab.training.train import check_request
 
 Report = Callable[[str, TrainingProgress | None], object]
 Say = Callable[[str], object]
@@ -122,6 +123,9 @@ _TOO_SMALL = 4
 
 def too_small(comparison: "Comparison") -> list[str]:
     """Return a line for each network of a comparison that is made for much larger images."""
+    if task_of(comparison.data) == "detection":
+        # A detector takes images of any size.
+        return []
     side = comparison.data.input_chw[-1]
     return [
         f"{one.name}: is made for images of {one.input_chw[-1]} pixels, those of {comparison.facts.title} have {side}; "
@@ -289,6 +293,18 @@ class Comparison:
         own = self.variant_recipe if arm == "variant" else None
         return own or self.recipe
 
+    def check(self) -> None:
+        """Check that both networks can be trained as planned.
+
+        Raises:
+            TrainingError: as `selab.training.train.check_request`.
+        """
+        for arm in ARMS:
+            network = self.network_of(arm)
+            started = network.name in self.plan.weights
+            recipe, options, world = self.recipe_of(arm), self.plan.options, self.group.world
+            check_request(network.name, recipe, options, self.data, started=started, world=world)
+
     def left(self) -> list[tuple[int, Arm]]:
         """Return the trainings that are left, in order: seed, and which of the two networks."""
         return [
@@ -371,6 +387,8 @@ def left_of(comparisons: Sequence[Comparison], *, replace: bool) -> list[Compari
     for one in comparisons:
         one.take_over(replace=replace)
     left = [one for one in comparisons if not one.exists]
+    for one in left:
+        one.check()
     for variant in {network.name: network for one in left for network in (one.baseline, one.variant)}.values():
         check_network(build(fitted(variant, left[0].data)).model, left[0].data)
     return left

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selab.attention.sites import declared_groups
 from selab.errors import ModelError
 from selab.meta import evaluating, failed_pass, make_pass
-from selab.models import catalog
+from selab.models import catalog, composed
 from selab.models.build import build
 from selab.models.checkpoint import load
 
@@ -176,6 +176,9 @@ def backbone(
     """
     if isinstance(network, str):
         variant = catalog.find(network, option="backbone")
+        if composed.is_one(variant):
+            trunk = variant.arguments["trunk"]
+            raise ModelError(f"{network}: is built on a backbone itself; take that of its network, {trunk}")
         model = build(variant, seed=seed).model
         if weights is not None:
             load(model, Path(weights), variant=variant, head="drop")

@@ -239,7 +239,8 @@ def load(
                 f"; its classifier has {theirs} classes, this network {ours}: build it with {theirs} classes, or leave "
                 "its own classifier (selab weights convert --head drop; head='drop' in Python)"
             )
-        raise WeightsError(f"{where}: does not fit {type(model).__name__}: {listed}{hint}")
+        named = type(model).__name__ if variant is None else variant.name
+        raise WeightsError(f"{where}: does not fit {named}: {listed}{hint}")
     if isinstance(weights, Path):
         for key, value in state.items():
             if key not in dropped:

@@ -78,19 +78,21 @@ class _BoxFiles(Dataset[_Loaded]):
                 gone = f"{name}: cannot be read: {error.strerror}; it was there when {self.split.root} was listed"
                 return _Loaded(index, None, None, tuple(findings), f"{gone}; bring it back, or open the folder again")
             image, kind, reason = decode(content)
+            cannot = "be decoded"
             if image is not None and image.size[::-1] != tuple(self.split.sizes[chosen]):
                 # Its boxes are somewhere else.
                 height, width = self.split.sizes[chosen]
-                kind, reason = (
+                kind, cannot, reason = (
                     "corrupt",
+                    "be used",
                     f"has {image.width} x {image.height} pixels, its annotations {width} x {height}",
                 )
                 image = None
             if kind is not None:
-                findings.append(ImageFinding(kind, name, reason))
+                findings.append(ImageFinding(kind, name, reason, cannot))
             if image is not None:
                 return self._item(chosen, image, seed, tuple(findings))
-        fault = "" if seed is None else f"{self.split.root}: {_TRIES} images in turn cannot be decoded; get them again"
+        fault = "" if seed is None else f"{self.split.root}: {_TRIES} images in turn cannot be used; get them again"
         return _Loaded(index, None, None, tuple(findings), fault)
 
     def _item(self, index: int, image: Image.Image, seed: int | None, findings: tuple[ImageFinding, ...]) -> _Loaded:

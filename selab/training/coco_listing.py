@@ -10,17 +10,18 @@ Source: cocodataset.org, "Data format"; Lin et al., arXiv 1405.0312.
 """
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from selab import units
 from selab.records.bounds import json_fault
 from selab.training.image_listing import FolderError, digest_of_files
 from selab.training.problems import NAMED
@@ -58,12 +59,6 @@ class _File(msgspec.Struct):
     images: list[_Image]
     categories: list[_Category]
     annotations: list[_Annotation]
-
-
-class _LooseFile(msgspec.Struct):
-    images: list[_Image]
-    categories: list[_Category]
-    annotations: list[msgspec.Raw]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +145,10 @@ class _Left:
         count, first = self.found.get(kind, (0, []))
         self.found[kind] = (count + 1, [*first, str(what)] if len(first) < NAMED else first)
 
-    def sentences(self, file: Path) -> Iterator[str]:
+    def sentences(self) -> Iterator[str]:
         for kind, (count, first) in self.found.items():
             named = ", ".join(first) + (", …" if count > len(first) else "")
-            yield f"{file.name}: {kind}: {count:,} ({named})"
+            yield f"{kind}: {count:,} ({named})"
 
 
 def find_coco(data_dir: Path) -> CocoListing:
@@ -208,6 +203,8 @@ def _read(
     left = _Left()
     content = _decoded(raw, file, left)
     categories = _categories(content, file)
+    content.images = _once(content.images, "images", left)
+    content.annotations = _once(content.annotations, "annotations", left)
     listed = {one.id: one for one in content.images}
     there = _there(listed, root, left)
     boxes = _boxes(content, listed, categories, left)
@@ -215,9 +212,10 @@ def _read(
         for number in [one for one in there if not any(not crowd for _, _, crowd, _ in boxes.get(one, ()))]:
             left.add("images without boxes, not trained on", listed[number].file_name)
             del there[number]
-    assumed.extend(f"{file.parent.name}/{sentence}" for sentence in left.sentences(file))
+    assumed.extend(f"{file.parent.name}/{file.name}: {sentence}" for sentence in left.sentences())
     if not there:
-        raise FolderError(f"{file}: none of its {units.counted(len(listed), 'image')} can be used; {root} holds them")
+        why = "; ".join(left.sentences()) or "it lists none"
+        raise FolderError(f"{file}: none of its images can be used: {why}")
     digest.update(hashlib.sha256(raw).digest())
     order = sorted(there, key=lambda number: os.fsencode(listed[number].file_name))
     digest_of_files(root, [(os.fsencode(listed[one].file_name), there[one]) for one in order], name, digest)
@@ -241,26 +239,50 @@ def _read(
 
 
 def _decoded(raw: bytes, file: Path, left: _Left) -> _File:
-    """Return an annotation file's content; annotations that are malformed are left out one by one."""
+    """Return an annotation file's content; entries that are malformed are left out one by one."""
     try:
         return msgspec.json.decode(raw, type=_File)
-    except msgspec.DecodeError:
-        # Slower: each annotation by itself.
-        pass
-    try:
-        loose = msgspec.json.decode(raw, type=_LooseFile)
     except msgspec.DecodeError as error:
-        text = raw.decode("utf-8", "replace")
-        raise FolderError(
-            f"{file}: {json_fault(text, error)}; expected the keys images, categories, annotations"
-        ) from None
-    kept = []
-    for number, one in enumerate(loose.annotations):
+        # Slower: each entry by itself. Python's reader takes the NaN that Python's writer writes.
+        fault = json_fault(raw.decode("utf-8", "replace"), error)
+    try:
+        loose = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise FolderError(f"{file}: {fault}; get it again") from None
+    keys = ("images", "categories", "annotations")
+    if not isinstance(loose, dict) or not all(isinstance(loose.get(key), list) for key in keys):
+        raise FolderError(f"{file}: {fault}; expected lists named {', '.join(keys)}")
+    try:
+        categories = msgspec.convert(loose["categories"], list[_Category])
+    except msgspec.ValidationError as error:
+        raise FolderError(f"{file}: categories: {error}; each needs a number, id, and a name") from None
+    return _File(
+        images=_usable(loose["images"], _Image, "images", left),
+        categories=categories,
+        annotations=_usable(loose["annotations"], _Annotation, "annotations", left),
+    )
+
+
+_Entry = TypeVar("_Entry", _Image, _Annotation)
+
+
+def _usable(entries: list[object], kind: type[_Entry], name: str, left: _Left) -> list[_Entry]:
+    found = []
+    for number, one in enumerate(entries):
         try:
-            kept.append(msgspec.json.decode(one, type=_Annotation))
-        except msgspec.DecodeError:
-            left.add("malformed annotations, left out", f"annotations[{number}]")
-    return _File(images=loose.images, categories=loose.categories, annotations=kept)
+            found.append(msgspec.convert(one, kind))
+        except msgspec.ValidationError:
+            left.add(f"malformed {name}, left out", f"{name}[{number}]")
+    return found
+
+
+def _once(entries: list[_Entry], name: str, left: _Left) -> list[_Entry]:
+    """Return the entries without those whose number an earlier one has."""
+    found: dict[int, _Entry] = {}
+    for one in entries:
+        if found.setdefault(one.id, one) is not one:
+            left.add(f"{name} with the number of an earlier one, left out", f"id {one.id}")
+    return list(found.values())
 
 
 def _categories(content: _File, file: Path) -> dict[int, str]:
@@ -285,6 +307,9 @@ def _there(listed: dict[int, _Image], root: Path, left: _Left) -> dict[int, int]
     there = {}
     for number, one in listed.items():
         path = root / one.file_name
+        if ".." in Path(one.file_name).parts or Path(one.file_name).is_absolute():
+            left.add(f"images outside {root.name}, left out", one.file_name)
+            continue
         if one.width < 1 or one.height < 1:
             left.add("images without a size, left out", one.file_name)
             continue

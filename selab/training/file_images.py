@@ -168,7 +168,7 @@ class FileImages:
     def _note(self, finding: ImageFinding) -> None:
         files = self._found[finding.kind]
         if finding.reason and finding.file not in files and len(files) < NAMED and self._report is not None:
-            self._report(f"{finding.file}: cannot be decoded: {finding.reason}")
+            self._report(f"{finding.file}: cannot {finding.cannot}: {finding.reason}")
         files.add(finding.file)
 
 

@@ -27,11 +27,12 @@ def by_class(labels: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
 
 # ------------------------------------------------------------------------------------------------------------- reading
 class ImageFinding(NamedTuple):
-    """An unusual file; `reason` says why it cannot be decoded, and is empty if it can."""
+    """An unusual file; `reason` says why it `cannot` be decoded or used, and is empty if it can."""
 
     kind: Kind
     file: str
     reason: str
+    cannot: str = "be decoded"
 
 
 class Loaded(NamedTuple):

@@ -121,6 +121,8 @@ def _classes_of(file: Path) -> tuple[str, ...]:
         names[int(found[2])] = found[1][3:].replace("/", "-")
     if sorted(names) != list(range(CLASSES)):
         odd = min(set(range(CLASSES)) ^ set(names))
+        if len(names) < CLASSES:
+            raise FolderError(f"{file}: names {len(names)} of {CLASSES} categories; the first missing number is {odd}")
         which = f"gives {names[odd]} the number {odd}" if odd in names else f"has no category of the number {odd}"
         raise FolderError(f"{file}: {which}; expected 0 to {CLASSES - 1}")
     return tuple(names[number] for number in range(CLASSES))
@@ -142,6 +144,8 @@ def _listed(
                 f"{file}, line {number}: {line[:60]!r}: expected an image and a class from 0 to {CLASSES - 1}"
             )
         name = entry[1].lstrip("/")
+        if ".." in Path(name).parts:
+            raise FolderError(f"{file}, line {number}: {line[:60]!r}: leads out of {root.name}")
         try:
             size = (root / name).stat().st_size
         except OSError:

@@ -284,6 +284,10 @@ def adapted(recipe: Recipe, *, epochs: int | None = None, batch: int | None = No
     return recipe if batch is None else msgspec.structs.replace(recipe, batch=batch)
 
 
+# Keys that mean nothing where a recipe has `boxes`.
+_OF_CLASSIFIERS = ("label_smoothing", "init", "crop_pad", "fill", "scaling", "flip", "cutout", "image")
+
+
 # Of a recipe's learning rate, for weights that it has trained already.
 _FINE = 0.1
 
@@ -413,8 +417,9 @@ def _recipe(name: str, table: object, origin: str) -> Recipe:
         raise SpecError(
             f"{place}.milestones: {list(recipe.milestones)}: must rise, and end before epoch {recipe.epochs}"
         )
-    if recipe.boxes is not None and (recipe.image is not None or recipe.label_smoothing or recipe.init == "he"):
-        raise SpecError(f"{place}.boxes: image, label_smoothing and init = 'he' are for classifiers; leave them out")
+    others = [key for key in _OF_CLASSIFIERS if isinstance(table, dict) and key in table]
+    if recipe.boxes is not None and others:
+        raise SpecError(f"{place}: {', '.join(others)}: for classifiers; leave out, or see the keys of boxes")
     if recipe.warmup_epochs >= recipe.epochs:
         raise SpecError(
             f"{place}.warmup_epochs: {recipe.warmup_epochs:g}: must be fewer than the {recipe.epochs} epochs"

@@ -17,14 +17,13 @@ from selab.errors import SelabError
 from selab.models.spec import Variant
 from selab.training.augment import check_seed
 from selab.training.data import Data
-from selab.training.distributed import PATIENCE_S, ProcessGroup, join
+from selab.training.distributed import PATIENCE_S, join
 from selab.training.engine import Engine
 from selab.training.progress import Report, TrainingProgress
 from selab.training.recipe import Recipe
 from selab.training.record import Epoch, Options, task_of
 from selab.training.run import (
     DivergedError,
-    RunConfig,
     Training,
     TrainingError,
     TrainingStoppedError,
@@ -96,7 +95,9 @@ def train(
     """
     config = run_config(variant, data, recipe, seed=seed, options=options, weights=weights)
     group = join(options.device, patience_s=patience_s)
-    _check(config, group)
+    check_seed(config.seed)
+    started = bool(config.start_sha256)
+    check_request(variant.name, config.recipe, config.options, data, started=started, world=group.world)
     with ExitStack() as stack:
         held = group.on_first(lambda: stack.enter_context(opened(folder, config)))
         finished = group.on_first(held.training)
@@ -116,37 +117,49 @@ def train(
                     raise
                 if dropped and group.first:
                     classes = units.counted(data.num_classes, "class", "classes")
-                    say(f"{weights}: {', '.join(dropped)} left out, for {classes}")
+                    why = "a detector has heads of its own" if task_of(data) == "detection" else f"for {classes}"
+                    say(f"{weights}: {', '.join(dropped)} left out, {why}")
             engine.restore(found)
             if found is not None and group.first:
                 say(f"resuming at epoch {min(engine.epoch + 1, config.recipe.epochs)}: {folder}")
             return engine.run()
 
 
-def _check(config: RunConfig, group: ProcessGroup) -> None:
-    recipe, options, data = config.recipe, config.options, config.data
+def check_request(name: str, recipe: Recipe, options: Options, data: Data, *, started: bool, world: int) -> None:
+    """Check that a training is possible, before anything of it is done.
+
+    Args:
+        name: of the network.
+        recipe: as run.
+        options: where.
+        data: what to train on.
+        started: whether it starts from given weights.
+        world: how many processes share it.
+
+    Raises:
+        TrainingError: there are too few images, or the options, the recipe and the data do not go together.
+    """
     if not data.train_size:
         wanted = getattr(data, "wanted", "name a data set that does")
         raise TrainingError(f"{data.title}: holds no training images; {wanted}")
-    check_seed(config.seed)
-    if options.graphed and (options.device != "cuda" or options.compiled or group.world > 1):
-        raise TrainingError(
-            "--cuda-graph: is for one process on --device cuda, without --compile; leave out one or the other"
-        )
     detector = task_of(data) == "detection"
     if detector and (options.compiled or options.graphed):
         asked = "--compile" if options.compiled else "--cuda-graph"
         raise TrainingError(f"{asked}: detectors choose boxes by their scores and are not captured; leave it out")
-    if detector and recipe.boxes is not None and recipe.boxes.freezes and not config.start_sha256:
+    if options.graphed and (options.device != "cuda" or options.compiled or world > 1):
         raise TrainingError(
-            f"{recipe.name}: keeps parts of the backbone as they are, and random weights would stay random; give "
-            "trained ones (--weights FILE, of the backbone's classifier), or a recipe with frozen_stages = 0 and "
-            "frozen_norms = false"
+            "--cuda-graph: is for one process on --device cuda, without --compile; leave out one or the other"
         )
-    parts = group.world * options.accumulate
+    if detector and recipe.boxes is not None and recipe.boxes.freezes and not started:
+        raise TrainingError(
+            f"{name}: {recipe.name} keeps parts of the backbone as they are, and random weights would stay random; "
+            "give those of the backbone's classifier (train --weights FILE, compare --weights NAME=FILE for each "
+            "network), or a recipe with frozen_stages = 0 and frozen_norms = false"
+        )
+    parts = world * options.accumulate
     if options.accumulate < 1 or recipe.batch % parts:
         raise TrainingError(
-            f"a batch of {recipe.batch} cannot be divided among {units.counted(group.world, 'process', 'processes')} "
+            f"a batch of {recipe.batch} cannot be divided among {units.counted(world, 'process', 'processes')} "
             f"by {units.counted(options.accumulate, 'micro-batch', 'micro-batches')}; "
             "choose another --batch or --accumulate"
         )

@@ -179,7 +179,7 @@ def test_what_cannot_be_decoded_is_replaced_in_training_and_left_out_of_tests(tm
     assert kept == [0, 2]
     assert data.skipped == ("val/000001.bmp", "val/000003.bmp")
     assert data.problems.unreadable == 3
-    assert "val/000003.bmp: cannot be decoded: has 128 x 128 pixels, its annotations 64 x 128" in told
+    assert "val/000003.bmp: cannot be used: has 128 x 128 pixels, its annotations 64 x 128" in told
     assert any(sentence.startswith("train/000002.bmp: cannot be decoded: is of no known") for sentence in told)
 
 
@@ -267,7 +267,7 @@ def test_networks_that_are_no_detectors_are_refused(data, detector, tmp_path):
 
 
 def test_random_weights_are_not_frozen(data, detector, tmp_path):
-    with pytest.raises(TrainingError, match=r"coco_1x: keeps parts of the backbone as they are.*--weights FILE"):
+    with pytest.raises(TrainingError, match=r"cells: coco_1x keeps parts of the backbone.*compare --weights NAME=FILE"):
         trained(data, detector, tmp_path / "run", recipe=adapted(find_recipe("coco_1x"), batch=4))
 
 
@@ -371,7 +371,10 @@ PAIR = ("compare", "cells.py:cells", "cells.py:cells+sites=body.11", "--recipe",
         (("train", "--arch", "cells.py:cells", "--recipe", "cifar_short"), "is for classifiers; for images with boxes"),
         ((*PAIR, "--equal-time"), "leave it out for detectors"),
         ((*PAIR, "--weights", "x=y"), "must be NAME=FILE"),
-        (("gates", "--arch", "se_small_cnn", "--weights", "w.safetensors"), "is for detectors, which train, eval and"),
+        (
+            ("gates", "--arch", "se_small_cnn", "--weights", "w.safetensors"),
+            "only train, eval and compare take detectors",
+        ),
     ],
 )
 def test_what_does_not_go_together(place, words, message):
@@ -381,3 +384,11 @@ def test_what_does_not_go_together(place, words, message):
     assert done.returncode != 0
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_comparison_is_refused_before_anything_is_trained(place):
+    words = ("--recipe", "coco_1x", "--batch", 4)
+    done = selab("compare", "cells.py:cells", "cells.py:cells+sites=body.11", *words, *COMMON, cwd=place)
+    assert done.returncode != 0
+    assert "cells.py:cells: coco_1x keeps parts of the backbone as they are" in " ".join(done.stderr.split())
+    assert "training 1 of" not in done.stderr

@@ -129,8 +129,14 @@ def test_the_names_of_coco_s_years_and_minival(write):
             "gives the number 1 to two categories",
         ),
         (lambda content: content | {"categories": [{"id": 0, "name": "cat"}]}, "the category cat has the number 0"),
-        (lambda content: content | {"images": [image(1, "none.png")]}, "none of its 1 image can be used"),
-        (lambda content: content | {"images": [image(1) | {"width": "wide"}]}, r"images\[0\]\.width"),
+        (
+            lambda content: content | {"images": [image(1, "none.png")]},
+            r"none of its images can be used: images that are not in val, left out: 1 \(none\.png\)",
+        ),
+        (
+            lambda content: content | {"images": [image(1) | {"width": "wide"}]},
+            r"none of its images can be used: malformed images, left out: 1 \(images\[0\]\)",
+        ),
         (lambda content: [], "expected"),
     ],
 )
@@ -180,3 +186,41 @@ def test_shapes_are_the_same_each_time_and_others_with_another_seed(tmp_path):
         for number, seed in enumerate((0, 0, 1))
     ]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_entries_that_are_twice_there_malformed_or_elsewhere_are_left_out(write, tmp_path):
+    folder = write(
+        "val", [image(1), image(2)], [box(1, 1, [0, 0, 5, 5]), box(1, 1, [0, 0, 9, 9]), box(2, 2, [1, 1, 2, 2])]
+    )
+    Image.new("RGB", (40, 30)).save(tmp_path / "outside.png")
+    file = folder / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    content["images"] += [
+        image(1, "2.png"),
+        {"id": 7},
+        image(8, "../outside.png"),
+        image(9, str(tmp_path / "outside.png")),
+    ]
+    content["annotations"].append(box(3, 1, [1, float("nan"), 2, 2]))
+    # As Python writes it, which is not JSON.
+    file.write_text(json.dumps(content))
+    assert "NaN" in file.read_text()
+    found = find_coco(folder)
+    assert found.val.ids.tolist() == [1, 2]
+    assert found.val.boxes.tolist() == [[0, 0, 5, 5], [1, 1, 3, 3]]
+    told = "\n".join(found.assumed)
+    for kind in (
+        "images with the number of an earlier one, left out: 1 (id 1)",
+        "annotations with the number of an earlier one, left out: 1 (id 1)",
+        "malformed images, left out: 1 (images[3])",
+        "images outside val, left out: 2 (../outside.png, ",
+        "boxes without an area, left out: 1 (id 3)",
+    ):
+        assert kind in told
+
+
+def test_what_is_no_json_is_said_so(write):
+    folder = write("val", [image(1)], [])
+    (folder / "annotations/instances_val.json").write_text("hello")
+    with pytest.raises(FolderError, match=r"instances_val\.json: JSON is malformed: .*; get it again"):
+        find_coco(folder)

@@ -109,10 +109,11 @@ def test_without_training_images_it_is_for_evaluation(lists):
             "a.jpg 1\nb.jpg\n",
             r"places365_val\.txt, line 2: 'b\.jpg': expected an image and a class",
         ),
+        ("places365_val.txt", "../a.jpg 3\n", r"line 1: '\.\./a\.jpg 3': leads out of val_256"),
         ("places365_val.txt", "a.jpg 365\n", r"line 1: 'a\.jpg 365': .*from 0 to 364"),
         ("places365_val.txt", "a.jpg 1\n", r"val_256: holds none of the 1 images of places365_val\.txt"),
         ("categories_places365.txt", "airfield 0\n", r"line 1: 'airfield 0': expected a category and its number"),
-        ("categories_places365.txt", "/a/airfield 0\n", r"has no category of the number 1; expected 0 to 364"),
+        ("categories_places365.txt", "/a/airfield 0\n", r"names 1 of 365 categories; the first missing number is 1"),
     ],
 )
 def test_malformed_lists_are_refused_with_the_line(lists, file, text, message):

@@ -275,3 +275,11 @@ def test_adam_has_its_own_default():
     assert (found.beta1, found.momentum) == (0.9, 0.0)
     model = torch.nn.Linear(2, 2)
     assert optimizer_of(model, found).defaults["betas"] == (0.9, 0.999)
+
+
+def test_keys_of_classifiers_are_refused_beside_boxes():
+    text = GOOD.replace("[recipes.toy]", "[recipes.toy]\nboxes = {}\nflip = false")
+    with pytest.raises(SpecError, match=r"toy.toml: recipes.toy: .*flip.*: for classifiers; leave out"):
+        parse_recipes(text, origin="toy.toml")
+    boxed = text.replace("flip = false\n", "").partition("[recipes.toy.image]")[0]
+    assert parse_recipes(boxed, origin="toy.toml")["toy"].boxes is not None

@@ -152,7 +152,7 @@ def test_impossible_batches(run, changes, message):
 def test_data_for_evaluation_alone(run):
     data = images()
     alone = replace(data, train_images=data.train_images[:0], train_labels=data.train_labels[:0])
-    with pytest.raises(TrainingError, match="holds no training images; put them into a folder named train"):
+    with pytest.raises(TrainingError, match="holds no training images; name a data set that does"):
         run(data=alone)
 
 

@@ -7,7 +7,7 @@ import typer
 
 from selab import units
 from selab.cli.console import check_outputs, print_note, print_tables, write_json
-from selab.cli.options import OUTPUT, WHAT, Ema, Format, Json, Replace, examples, option
+from selab.cli.options import OUTPUT, WHAT, Ema, Format, Json, Replace, examples, natural, option
 from selab.cli.usage import Command, Group
 
 weights_app = typer.Typer(
@@ -52,6 +52,10 @@ def weights_convert(
         Literal["keep", "drop"],
         option("--head", WHAT, "A classifier of another number of classes: keep (refuse) or drop.", metavar="NAME"),
     ] = "keep",
+    num_classes: Annotated[
+        int | None,
+        natural("--num-classes", WHAT, "Of the classifier, if not the network's own: 365.", show_default=False),
+    ] = None,
     replace: Replace = False,
     dry_run: Annotated[
         bool,
@@ -70,6 +74,7 @@ def weights_convert(
         replace=replace,
         ema=ema,
         head=head,
+        num_classes=num_classes,
     )
     if done.taken:
         print_note(f"{source_path}: {done.taken}")

@@ -123,6 +123,7 @@ def convert(
     replace: bool = False,
     ema: bool | None = None,
     head: Head = "keep",
+    num_classes: int | None = None,
 ) -> Conversion:
     """Convert the weights of an external network into those of the variant that computes the same function.
 
@@ -134,6 +135,7 @@ def convert(
         replace: whether an existing file may be replaced.
         ema: whether to take a moving average of the weights; None for the average if the file has one.
         head: `drop` accepts a classifier of another number of classes and initialises ours, from seed 0.
+        num_classes: of the classifier, where it is not the variant's: 365 for weights of Places365.
 
     Raises:
         UnknownNameError: no such source or variant, or no network of the source is known to be equal to it.
@@ -142,6 +144,8 @@ def convert(
     """
     variant = catalog.find(arch)
     port = port_for(source, arch)
+    if num_classes is not None:
+        variant = msgspec.structs.replace(variant, num_classes=num_classes)
     if target_path is not None:
         _check_target(target_path, source_path, replace=replace)
     expected = build(variant, device="meta").model.state_dict()
@@ -159,6 +163,8 @@ def convert(
         "selab": __version__,
         "source": source,
     } | _taken_from(found, dropped)
+    if num_classes is not None:
+        metadata |= {"num_classes": str(num_classes), "input_chw": "x".join(map(str, variant.input_chw))}
     if target_path is not None:
         write_atomically(target_path, safetensors.torch.save(converted, metadata))
     given = {step.ours for step in steps}
@@ -339,7 +345,7 @@ def _steps(
                 needs = units.counted(variant.num_classes, "class", "classes")
                 raise WeightsError(
                     f"{where}: its classifier {shown(theirs)} has {has}, and {variant.name} has "
-                    f"{variant.num_classes}; give weights of {needs}, or --head drop to "
+                    f"{variant.num_classes}; give weights of {needs}, --num-classes {len(tensor)}, or --head drop to "
                     "initialise the classifier anew"
                 )
             shapes.append(_misfit(theirs, tensor, place))
@@ -446,7 +452,7 @@ def _check_made_for(variant: Variant, fitted: Variant, metadata: Mapping[str, st
     if made_for in (None, variant.facts_hash, fitted.facts_hash):
         return
     name = metadata.get("arch", "another network")
-    if "recipe_hash" not in metadata:
+    if "num_classes" not in metadata:
         reason = f"an earlier configuration of {name}" if name == variant.name else name
         raise WeightsError(f"{where}: was converted for {reason}, not for {variant.name}; convert it again")
     trained = _as_trained(variant, metadata)

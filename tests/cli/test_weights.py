@@ -6,6 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from selab.training.data import synthetic_set
+
 
 @pytest.fixture
 def listing(root):
@@ -85,3 +87,30 @@ class TestWeights:
         assert written["head.fc.weight"].shape == (1000, 1024)
         assert written["head.fc.weight"].abs().sum() > 0
         assert written["stem.conv.weight"].abs().sum() == 0
+
+    def test_a_classifier_of_other_data_is_converted_with_it(self, selab, tmp_path, one_line, listing):
+        source, target = tmp_path / "in.pth", tmp_path / "out.safetensors"
+        state = {key: torch.zeros(shape, dtype=None if shape else torch.long) for key, shape in listing.items()}
+        state |= {key: torch.ones_like(value) for key, value in state.items() if key.endswith("running_var")}
+        state |= {"classifier.3.weight": torch.zeros(10, 1024), "classifier.3.bias": torch.arange(10.0)}
+        torch.save(state, source)
+        words = ["weights", "convert", source, target, "--from", "torchvision", "--arch", "mobilenet_v3_small"]
+        status, _, error = selab(*words)
+        assert status == 1
+        assert "--num-classes 10, or --head drop" in one_line(error)
+        status, _, error = selab(*words, "--num-classes", 10)
+        assert status == 0, error
+        tested = ["eval", "--arch", "mobilenet_v3_small", "--weights", target, "--json", "-"]
+        # Converted for images of 224 pixels; the network takes others too.
+        status, out, error = selab(*tested, "--data", "synthetic")
+        assert status == 0, error
+        found = json.loads(out)
+        # The last class has the greatest logit for every image.
+        assert found["top1_correct"] == int((synthetic_set().test_labels == 9).sum())
+        status, _, error = selab(*tested, "--data", "cifar100", "--data-dir", tmp_path, "--no-download")
+        assert status == 1
+        other = tmp_path / "other.safetensors"
+        status, _, error = selab(*words[:3], other, *words[4:], "--num-classes", 11)
+        assert status == 1
+        assert "has 10 classes, and mobilenet_v3_small has 11" in one_line(error)
+        assert not other.exists()

@@ -240,6 +240,7 @@ OPTIONS = {
             "--resize",
             "--crop",
             "--seeds",
+            "--num-classes",
             "--depth",
             "--reduction",
             "--most",

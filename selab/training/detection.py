@@ -81,7 +81,7 @@ def start_from(model: nn.Module, weights: Path, variant: Variant, fitted: Varian
         fitted: with the data's classes and image size.
 
     Returns:
-        The keys that were left out: the classifier's own layers.
+        The keys that were left out: the classifier's own layers, or those for another number of classes.
 
     Raises:
         WeightsError: they do not fit.
@@ -89,7 +89,12 @@ def start_from(model: nn.Module, weights: Path, variant: Variant, fitted: Varian
     body = _body(model)
     state = read_state(weights)
     if body is None or not composed.is_one(variant) or any(key.startswith("backbone.") for key in state):
-        return load(model, weights, variant=variant, fitted=fitted).dropped
+        own = model.state_dict()
+        others = [key for key in own if key in state and state[key].shape != own[key].shape]
+        if not others or any(state[key].shape[1:] != own[key].shape[1:] for key in others):
+            return load(model, weights, variant=variant, fitted=fitted).dropped
+        # Layers with outputs for each class, of another number of classes.
+        return load(model, state | {key: own[key] for key in others}).dropped or tuple(others)
     trunk = msgspec.structs.replace(catalog.find(str(variant.arguments["trunk"])), se=variant.se)
     whole = build(trunk).model
     load(whole, weights, variant=trunk, head="drop")

@@ -117,7 +117,9 @@ def train(
                     raise
                 if dropped and group.first:
                     classes = units.counted(data.num_classes, "class", "classes")
-                    why = "a detector has heads of its own" if task_of(data) == "detection" else f"for {classes}"
+                    # Keys of its own are of layers with an output for each class, others of the backbone's classifier.
+                    own = any(key in engine.model.state_dict() for key in dropped)
+                    why = f"for {classes}" if own else "a detector has heads of its own"
                     say(f"{weights}: {', '.join(dropped)} left out, {why}")
             engine.restore(found)
             if found is not None and group.first:

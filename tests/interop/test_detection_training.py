@@ -12,7 +12,7 @@ from selab.models import catalog
 from selab.models.build import build
 from selab.training.coco import open_coco
 from selab.training.data import open_data
-from selab.training.detection import configure
+from selab.training.detection import configure, start_from
 from selab.training.evaluate import evaluate
 from selab.training.recipe import BoxRecipe, find_recipe
 from selab.training.record import Options
@@ -82,6 +82,15 @@ def test_from_a_classifier_s_weights_only_what_is_not_frozen_moves(name, folder,
         weights=tmp_path / "run/weights.safetensors",
     )  # fmt: skip
     assert again.start_sha256 != done.start_sha256
+    # Of another number of classes, all but the layers of the classes.
+    other = build(msgspec.structs.replace(variant, num_classes=9), seed=2).model
+    save_file(other.state_dict(), tmp_path / "nine.safetensors")
+    fitted = msgspec.structs.replace(variant, num_classes=4)
+    dropped = start_from(model, tmp_path / "nine.safetensors", variant, fitted)
+    values, nine = model.state_dict(), other.state_dict()
+    assert dropped
+    assert all(nine[key].shape != values[key].shape for key in dropped)
+    assert all(torch.equal(values[key], nine[key]) for key in values if key not in dropped)
 
 
 def test_the_test_is_of_what_the_detector_returns(folder, tmp_path):

@@ -4,7 +4,7 @@ A detector here is what torchvision's are: in train mode it takes a list of imag
 dictionary of losses; in eval mode it returns `boxes`, `labels` and `scores` of each image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from selab.errors import ModelError
+from selab.meta import first_line
 from selab.models import catalog, composed
 from selab.models.backbones import Backbone
 from selab.models.build import build
 from selab.models.checkpoint import load, read_state
 from selab.models.spec import Variant
 from selab.training.precision import COLUMNS, average_precision
-from selab.training.recipe import BoxRecipe
+from selab.training.recipe import BoxRecipe, Recipe
 from selab.training.record import Accuracy
 from selab.training.tally import NotFiniteError, Totals, passed, unreadable_in
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 _MOST_BOXES = 100
 """Boxes of an image that COCO's benchmark looks at, those of the highest scores."""
 _BODY = "backbone.body"
-LOSSES = "a detector returns a dictionary of losses in train mode, as torchvision's do"
 
 
 def configure(model: nn.Module, boxes: BoxRecipe) -> None:
@@ -103,23 +103,54 @@ def start_from(model: nn.Module, weights: Path, variant: Variant, fitted: Varian
     return tuple(key for key in values if key not in body.state_dict() and not key.endswith("num_batches_tracked"))
 
 
-def total_loss(losses: object, name: str) -> Tensor:
-    """Return the sum of a detector's losses.
-
-    Raises:
-        ModelError: they are not a dictionary of tensors.
-    """
-    if not isinstance(losses, Mapping) or not losses:
-        raise ModelError(f"{name}: returned a {type(losses).__name__}; {LOSSES}")
-    return torch.stack([one.sum() for one in losses.values()]).sum()
-
-
 def _body(model: nn.Module) -> Backbone | None:
     try:
         body = model.get_submodule(_BODY)
     except AttributeError:
         return None
     return body if isinstance(body, Backbone) else None
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+class Detection:
+    """Boxes: the sum of a detector's own losses; see `selab.training.objective.Objective`.
+
+    Args:
+        recipe: how it is trained.
+        name: of the network, for messages.
+    """
+
+    counts_right = False
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        self._boxes = recipe.boxes or BoxRecipe()
+        self._name = name
+
+    def prepare(self, model: nn.Module) -> None:
+        """See `Objective.prepare`: image sizes, and the parts of the backbone that stay as they are."""
+        configure(model, self._boxes)
+        freeze(model, self._boxes, self._name)
+
+    def start_from(self, model: nn.Module, weights: Path, variant: Variant, fitted: Variant) -> tuple[str, ...]:
+        """See `Objective.start_from`; of a classifier's weights the backbone is loaded."""
+        return start_from(model, weights, variant, fitted)
+
+    def parts(self, images: list[Tensor], targets: list[Any], count: int) -> Iterator[tuple[list[Tensor], list[Any]]]:
+        """See `Objective.parts`."""
+        size = len(images) // count
+        for start in range(0, size * count, size):
+            yield images[start : start + size], targets[start : start + size]
+
+    def loss(self, forward: Callable[..., Any], images: list[Tensor], targets: list[Any]) -> tuple[Tensor, None]:
+        """See `Objective.loss`."""
+        expected = "a detector returns a dictionary of losses in train mode, as torchvision's do"
+        try:
+            losses = forward(images, targets)
+        except TypeError as error:
+            raise ModelError(f"{self._name}: fails with images and boxes: {first_line(error)}; {expected}") from error
+        if not isinstance(losses, Mapping) or not losses:
+            raise ModelError(f"{self._name}: returned a {type(losses).__name__}; {expected}")
+        return torch.stack([one.sum() for one in losses.values()]).sum(), None
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

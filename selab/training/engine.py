@@ -86,7 +86,7 @@ class Engine:
         model, self.facts = _network(variant, data, self.recipe, config.seed)
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         self.objective = objective_of(data, self.recipe, name=config.arch, channels_last=self.options.channels_last)
-        self.objective.prepare(model, config.arch)
+        self.objective.prepare(model)
         self.model = model.to(group.device, memory_format=layout)  # type: ignore[call-overload]
         if self.options.fused:
             fuse(self.model, input_nchw=(self.recipe.batch // self.options.accumulate, *data.input_chw))

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selab.errors import ModelError
-from selab.meta import first_line
 from selab.models.checkpoint import load
 from selab.models.spec import Variant
 from selab.training.recipe import Recipe
@@ -30,7 +28,7 @@ class Objective(Protocol):
 
     counts_right: bool
 
-    def prepare(self, model: nn.Module, name: str) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Set what the recipe says of the network, before there is an optimizer.
 
         Raises:
@@ -68,7 +66,7 @@ class Classification:
         self._smoothing = recipe.label_smoothing
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
 
-    def prepare(self, model: nn.Module, name: str) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """See `Objective.prepare`; nothing is to be set."""
 
     def start_from(self, model: nn.Module, weights: Path, variant: Variant, fitted: Variant) -> tuple[str, ...]:
@@ -86,47 +84,6 @@ class Classification:
         return loss, (logits.detach().argmax(1) == targets).sum()
 
 
-class Detection:
-    """Boxes: the sum of a detector's own losses."""
-
-    counts_right = False
-
-    def __init__(self, recipe: Recipe, name: str) -> None:
-        from selab.training.recipe import BoxRecipe
-
-        self._boxes = recipe.boxes or BoxRecipe()
-        self._name = name
-
-    def prepare(self, model: nn.Module, name: str) -> None:
-        """See `Objective.prepare`: image sizes, and the parts of the backbone that stay as they are."""
-        from selab.training import detection
-
-        detection.configure(model, self._boxes)
-        detection.freeze(model, self._boxes, name)
-
-    def start_from(self, model: nn.Module, weights: Path, variant: Variant, fitted: Variant) -> tuple[str, ...]:
-        """See `Objective.start_from`; of a classifier's weights the backbone is loaded."""
-        from selab.training import detection
-
-        return detection.start_from(model, weights, variant, fitted)
-
-    def parts(self, images: list[Tensor], targets: list[Any], count: int) -> Iterator[tuple[list[Tensor], list[Any]]]:
-        """See `Objective.parts`."""
-        size = len(images) // count
-        for start in range(0, size * count, size):
-            yield images[start : start + size], targets[start : start + size]
-
-    def loss(self, forward: Forward, images: list[Tensor], targets: list[Any]) -> tuple[Tensor, None]:
-        """See `Objective.loss`."""
-        from selab.training.detection import LOSSES, total_loss
-
-        try:
-            losses = forward(images, targets)
-        except TypeError as error:
-            raise ModelError(f"{self._name}: fails with images and boxes: {first_line(error)}; {LOSSES}") from error
-        return total_loss(losses, self._name), None
-
-
 def objective_of(data: "Data", recipe: Recipe, *, name: str, channels_last: bool) -> Objective:
     """Return what a network is trained for on these data.
 
@@ -137,5 +94,7 @@ def objective_of(data: "Data", recipe: Recipe, *, name: str, channels_last: bool
         channels_last: the memory format of batches that are one tensor.
     """
     if task_of(data) == "detection":
+        from selab.training.detection import Detection
+
         return Detection(recipe, name)
     return Classification(recipe, channels_last=channels_last)

@@ -282,14 +282,13 @@ def test_what_training_needs(tmp_path, detector):
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
-def selab(*words, cwd, processes=1):
-    head = [sys.executable, "-P", "-m", "selab"]
-    if processes > 1:
-        head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        head += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "selab"]
-    words = [*map(str, words)]
+def in_two(*words, cwd):
+    """Runs the program in two processes."""
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    head += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "selab"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*head, *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    words = [*head, *map(str, words)]
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 RECIPES = """
@@ -307,8 +306,9 @@ boxes = { min_size = 128, max_size = 128, frozen_stages = 0, frozen_norms = fals
 
 
 @pytest.fixture
-def place(folder, detector, tmp_path):
-    """A folder in which commands run, with two networks and a recipe."""
+def place(folder, detector, tmp_path, monkeypatch):
+    """The folder in which commands run, with two networks and a recipe."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "cells.py").write_text(detector.read_text())
     (tmp_path / "recipes.toml").write_text(RECIPES)
     (tmp_path / "shapes").symlink_to(folder)
@@ -318,42 +318,42 @@ def place(folder, detector, tmp_path):
 COMMON = ("--data", "coco", "--data-dir", "shapes", "--workers", 0, "--threads", 1)
 
 
-def test_two_networks_are_compared_by_their_average_precision(place):
+def test_two_networks_are_compared_by_their_average_precision(place, selab):
     words = ("cells.py:cells", "cells.py:cells+sites=body.11,reduction=4", "--recipe", "recipes.toml", "--no-latency")
-    done = selab("compare", *words, *COMMON, "--seeds", 2, "--jobs", 2, cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert "AP at 0.50" in done.stdout
-    assert "top-1" not in done.stdout
+    status, out, error = selab("compare", *words, *COMMON, "--seeds", 2, "--jobs", 2)
+    assert status == 0, error
+    assert "AP at 0.50" in out
+    assert "top-1" not in out
     (file,) = (place / "results").glob("*/accuracy/*.json")
     record = json.loads(file.read_text())
     assert record["data"]["task"] == "detection"
     assert all(one["baseline"]["test"]["precision"]["ap_pct"] >= 0 for one in record["seeds"])
-    machine = file.parents[1]
-    for command in (("table", "accuracy"), ("table", "report")):
-        shown = selab(*command, "--profiles", machine, cwd=place)
-        assert shown.returncode == 0, shown.stderr
-    drawn = selab("plot", "curves", "--record", file, "--out", "curves.svg", cwd=place)
-    assert drawn.returncode == 0, drawn.stderr
+    table = ("table", "accuracy", "--profiles", file.parents[1])
+    for command in (table, ("plot", "curves", "--record", file, "--out", "curves.svg")):
+        status, _, error = selab(*command)
+        assert status == 0, error
 
 
-def test_train_and_eval_say_the_average_precision(place):
-    done = selab("train", "--arch", "cells.py:cells", "--recipe", "recipes.toml", *COMMON, cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert "cells.py:cells: AP " in done.stdout
+def test_train_and_eval_say_the_average_precision(place, selab):
+    status, out, error = selab("train", "--arch", "cells.py:cells", "--recipe", "recipes.toml", *COMMON)
+    assert status == 0, error
+    assert "cells.py:cells: AP " in out
     (weights,) = (place / "results/runs").glob("*/weights.safetensors")
-    tested = selab("eval", "--arch", "cells.py:cells", "--weights", weights, *COMMON[:-2], cwd=place)
-    assert tested.returncode == 0, tested.stderr
-    assert "images: shorter side 128, longer side up to 128 (as trained)" in tested.stdout
-    assert "AP at 0.75" in tested.stdout
-    told = selab("eval", "--arch", "cells.py:cells", "--weights", weights, *COMMON[:-2], "--json", "-", cwd=place)
-    assert json.loads(told.stdout)["precision"]["ap50_pct"] >= 0
+    words = ("eval", "--arch", "cells.py:cells", "--weights", weights, *COMMON[:-2])
+    status, out, error = selab(*words)
+    assert status == 0, error
+    assert "images: shorter side 128, longer side up to 128 (as trained)" in out
+    assert "AP at 0.75" in out
+    _, out, _ = selab(*words, "--json", "-")
+    assert json.loads(out)["precision"]["ap50_pct"] >= 0
 
 
-def test_two_processes_train_and_test_what_one_does(place):
+def test_two_processes_train_and_test_what_one_does(place, selab):
     words = ("train", "--arch", "cells.py:cells", "--recipe", "recipes.toml", *COMMON)
-    alone = selab(*words, "--out", "one", "--json", "one.json", cwd=place)
-    both = selab(*words, "--out", "two", "--json", "two.json", cwd=place, processes=2)
-    assert (alone.returncode, both.returncode) == (0, 0), both.stderr
+    status, _, error = selab(*words, "--out", "one", "--json", "one.json")
+    assert status == 0, error
+    both = in_two(*words, "--out", "two", "--json", "two.json", cwd=place)
+    assert both.returncode == 0, both.stderr
     one, two = (json.loads((place / name).read_text()) for name in ("one.json", "two.json"))
     assert two["world"] == 2
     assert two["test"]["images"] == 7
@@ -377,18 +377,18 @@ PAIR = ("compare", "cells.py:cells", "cells.py:cells+sites=body.11", "--recipe",
         ),
     ],
 )
-def test_what_does_not_go_together(place, words, message):
+def test_what_does_not_go_together(place, selab, words, message):
     (place / "w.safetensors").write_bytes(b"")
-    common = COMMON if words[0] != "gates" else COMMON[:4]
-    done = selab(*words, *common, cwd=place)
-    assert done.returncode != 0
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    status, _, error = selab(*words, *(COMMON if words[0] != "gates" else COMMON[:4]))
+    assert status != 0
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
 
 
-def test_a_comparison_is_refused_before_anything_is_trained(place):
+@pytest.mark.usefixtures("place")
+def test_a_comparison_is_refused_before_anything_is_trained(selab):
     words = ("--recipe", "coco_1x", "--batch", 4)
-    done = selab("compare", "cells.py:cells", "cells.py:cells+sites=body.11", *words, *COMMON, cwd=place)
-    assert done.returncode != 0
-    assert "cells.py:cells: coco_1x keeps parts of the backbone as they are" in " ".join(done.stderr.split())
-    assert "training 1 of" not in done.stderr
+    status, _, error = selab("compare", "cells.py:cells", "cells.py:cells+sites=body.11", *words, *COMMON)
+    assert status != 0
+    assert "cells.py:cells: coco_1x keeps parts of the backbone as they are" in " ".join(error.split())
+    assert "training 1 of" not in error

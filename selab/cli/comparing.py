@@ -139,7 +139,7 @@ def compare(
     remarks = {(one.name, base.name): (words,) for (one, base), words in slow}
     ways: list[tuple[Variant, Variant, dict[str, Any]]] = [(one, base, {"recipe": chosen}) for one, base in networks]
     if more.tune:
-        ways += _at_their_best(networks, images, chosen, how, more, out)
+        ways += _at_their_best(networks, images, chosen, how, more, out, weights)
     seeds = tuple(range(more.seeds))
     common: dict[str, Any] = {"options": how, "seeds": seeds, "command": _command(), "weights": weights}
     comparisons = [Comparison(one, images, out=out) for one in _plans(ways, remarks, common)]
@@ -176,21 +176,22 @@ def _pairs(archs: "Sequence[str]") -> "list[tuple[Variant, Variant]]":
 
 
 def _weights_of(given: "Sequence[str]", networks: "Sequence[tuple[Variant, Variant]]") -> dict[str, Path]:
-    """Return the file that each network starts from, by its name.
+    """Return the file that each network starts from, by its name; a backbone's name is of all networks on it.
 
     Raises:
         BadParameter: an entry is not NAME=FILE, or NAME is none of the networks, nor the backbone of one.
     """
-    known: dict[str, str] = {}
+    known: dict[str, list[str]] = {}
     for one in (each for pair in networks for each in pair):
-        known |= {str(one.arguments.get("trunk", one.name)): one.name, one.name: one.name}
-    found = {}
+        for key in {one.name, str(one.arguments.get("trunk", one.name))}:
+            known.setdefault(key, []).append(one.name)
+    found: dict[str, Path] = {}
     for text in given:
         name, equals, file = text.partition("=")
         if not equals or name not in known:
             allowed = ", ".join(known)
             raise typer.BadParameter(f"{text}: must be NAME=FILE, NAME one of {allowed}", param_hint="--weights")
-        found[known[name]] = Path(file)
+        found |= dict.fromkeys(known[name], Path(file))
     return found
 
 
@@ -283,6 +284,7 @@ def _at_their_best(
     options: "Options",
     more: CompareOptions,
     out: Path,
+    weights: "Mapping[str, Path]",
 ) -> "list[tuple[Variant, Variant, dict[str, Any]]]":
     """Search values for each network; return every pair with the recipes of both."""
     from selab.experiments.expected import seconds_of
@@ -298,7 +300,7 @@ def _at_their_best(
     with following(open_console(stderr=True)) as report, redirect_stdout(sys.stderr):
         for network in each:
             how: dict[str, Any] = {"trials": more.tune, "epochs": epochs, "out": out}
-            how["weights"] = _weights_of(more.weights or [], networks).get(network.name)
+            how["weights"] = weights.get(network.name)
             found[network.name] = tuned(network, images, recipe, options, **how, report=report, say=report.say)
     return [(one, base, {"recipe": found[base.name], "variant_recipe": found[one.name]}) for one, base in networks]
 

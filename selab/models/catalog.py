@@ -40,21 +40,26 @@ def find(name: str, *, option: str = "--arch") -> Variant:
         SpecError: the file is malformed, or has several variants and none was named; a change does not follow the
             grammar, or names no site although the network declares none.
     """
+    return _find(name, option, composites=True)
+
+
+def _find(name: str, option: str, *, composites: bool) -> Variant:
+    """See `find`; without `composites` a name is of a network that is none, such as a backbone."""
     network, changes = split_address(name)
     if changes is not None:
-        return _changed(find(network, option=option), changes)
+        return _changed(_find(network, option, composites=composites), changes)
     file = re.fullmatch(r"(.+\.toml)(?::(\w+))?", name)
     if file is not None:
         return _from_file(Path(file[1]), file[2])
     known = installed()
     if name in known:
         return known[name]
-    # A trunk is no detector itself.
-    begins = f"{option} {name}:"
-    composite = None if option.endswith(":") else composed.find(name, lambda trunk: find(trunk, option=begins))
+    composite = None
+    if composites:
+        composite = composed.find(name, lambda trunk: _find(trunk, f"{option} {name}:", composites=False))
     others = composite or external.find(name, option=option)
     if others is None:
-        every = list(known) if option.endswith(":") else [*known, *composed.names(known)]
+        every = [*known, *composed.names(known)] if composites else known
         raise UnknownNameError(f"{option} {name}: no such architecture{nearest(name, every)} (`selab archs` lists all)")
     return others
 

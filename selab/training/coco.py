@@ -4,11 +4,10 @@ Images keep their sizes: a detector resizes them itself, on its device. Those of
 wide, so that little is padded.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ from torch.utils.data import Dataset
 from selab import units
 from selab.training.batches import BatchPlan
 from selab.training.coco_listing import BoxedImages, CocoListing, find_coco
-from selab.training.file_images import FileImages, hashed, workers_of
+from selab.training.file_images import FileImages, InMemory, hashed, workers_of
 from selab.training.holdout import identity_of, split
-from selab.training.image_decode import ImageFinding, decode
+from selab.training.image_decode import ImageFinding, read_image
 from selab.training.image_listing import FolderError, printable
 from selab.training.image_transforms import to_tensor
 from selab.training.recipe import BoxRecipe, Task
@@ -70,14 +69,10 @@ class _BoxFiles(Dataset[_Loaded]):
         findings: list[ImageFinding] = []
         for number in range(1 if seed is None else _TRIES):
             chosen = index if not number else hashed("instead", seed, number) % len(self.split)
-            file = os.fsdecode(bytes(self.split.files[chosen]))
-            name = self.split.below + printable(file)
-            try:
-                content = (self.split.root / file).read_bytes()
-            except OSError as error:
-                gone = f"{name}: cannot be read: {error.strerror}; it was there when {self.split.root} was listed"
-                return _Loaded(index, None, None, tuple(findings), f"{gone}; bring it back, or open the folder again")
-            image, kind, reason = decode(content)
+            raw = bytes(self.split.files[chosen])
+            name, image, kind, reason, gone = read_image(self.split.root, self.split.below, raw)
+            if gone:
+                return _Loaded(index, None, None, tuple(findings), gone)
             cannot = "be decoded"
             if image is not None and image.size[::-1] != tuple(self.split.sizes[chosen]):
                 # Its boxes are somewhere else.
@@ -148,13 +143,6 @@ def grouped_order(sizes: NDArray[np.int64], *, batch: int, seed: int, epoch: int
     return np.concatenate([batches.reshape(-1), full[count * batch :]])
 
 
-class _InMemory(Protocol):
-    @property
-    def crop_pad(self) -> int: ...
-    @property
-    def cutout(self) -> int: ...
-
-
 class CocoImages(FileImages):
     """Images with boxes, ready for training and evaluation; made by `open_coco`.
 
@@ -176,6 +164,7 @@ class CocoImages(FileImages):
     """
 
     task: Task = "detection"
+    keys = "boxes"
 
     def __init__(
         self,
@@ -205,7 +194,7 @@ class CocoImages(FileImages):
         self._listing = listing
 
     def train_batches(
-        self, plan: BatchPlan, *, device: torch.device, augmentation: _InMemory
+        self, plan: BatchPlan, *, device: torch.device, augmentation: InMemory
     ) -> Iterator[tuple[list[Tensor], list[Boxes]]]:
         """Return one rank's parts of an epoch's global batches, without the last incomplete one.
 
@@ -224,11 +213,9 @@ class CocoImages(FileImages):
             FolderError: no training images, fewer than `batch`, or an impossible share; while running: a file is
                 missing, or too many cannot be decoded.
         """
-        self._check_training(plan)
+        self._check_training(plan, augmentation)
         train = self._listing.train
         assert train is not None
-        if augmentation.crop_pad or augmentation.cutout:
-            raise FolderError("crop_pad and cutout are for images in memory; for detectors, use the [boxes] keys")
         order = grouped_order(train.sizes, batch=plan.batch, seed=plan.seed, epoch=plan.epoch)
         asked = self._training(plan, order)
         files = _BoxFiles(train, flip=self.boxes.flip)
@@ -255,8 +242,8 @@ class CocoImages(FileImages):
             if loaded.images:
                 yield _moved(loaded.images, device), loaded.indices
 
-    def held_out(self, part: float) -> "CocoImages":
-        """Return the training images as a data set of their own, a part of them as its test images.
+    def held_out(self, share: float) -> "CocoImages":
+        """Return the training images as a data set of their own, a share of them as its test images.
 
         Raises:
             FolderError: there are no training images.
@@ -265,12 +252,12 @@ class CocoImages(FileImages):
         train = self._listing.train
         if train is None:
             raise FolderError(f"{self.title}: has no training images with annotations to hold some back from")
-        trains, held = split(np.zeros(len(train), dtype=np.int64), part, title=self.title)
+        trains, held = split(np.zeros(len(train), dtype=np.int64), share, title=self.title)
         listing = replace(
             self._listing,
             train=train.select(trains),
             val=train.select(held),
-            sha256=identity_of(self.sha256, part),
+            sha256=identity_of(self.sha256, share),
             assumed=(),
         )
         kept = CocoImages(

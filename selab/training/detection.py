@@ -161,7 +161,7 @@ class _Totals(Totals):
 
 
 class Detections:
-    """The boxes that a detector has found in this rank's images; see `selab.training.evaluate.Tally`.
+    """The boxes that a detector has found in this rank's images; see `selab.training.tally.Tally`.
 
     Args:
         data: the images and their boxes.

@@ -370,7 +370,7 @@ class Engine:
         """Return the images per test batch, over all ranks."""
         # Without gradients, this takes no more memory than a training step.
         batch = 4 * self.recipe.batch // self.options.accumulate
-        if not self.objective.counts_right:
+        if self.boxes is not None:
             # Images of many sizes are padded to the largest one.
             return self.recipe.batch // self.options.accumulate
         # One worker decodes a whole batch, and several batches wait in shared memory.

@@ -34,6 +34,25 @@ class _Loaded(Protocol):
 _Batch = TypeVar("_Batch", bound=_Loaded)
 
 
+class InMemory(Protocol):
+    """The augmentation of sets in memory; image files accept none, since their recipe has its own."""
+
+    @property
+    def crop_pad(self) -> int:
+        """Pixels that are padded on each side."""
+        ...
+
+    @property
+    def flip(self) -> bool:
+        """Whether half of the images are mirrored."""
+        ...
+
+    @property
+    def cutout(self) -> int:
+        """Side of a square that is blanked, in pixels."""
+        ...
+
+
 class FileImages:
     """What all data sets of image files have in common.
 
@@ -49,8 +68,10 @@ class FileImages:
     Attributes:
         official: False, since there is no published checksum.
         judged: what its test images are: `test` images, or `held-back` ones of the training images.
+        keys: the table of a recipe that says how these images are prepared.
     """
 
+    keys = "image"
     official = False
     judged = "test"
 
@@ -93,14 +114,18 @@ class FileImages:
         """Names of the test images that this process has left out so far."""
         return tuple(sorted(self._skipped))
 
-    def _check_training(self, plan: BatchPlan) -> None:
-        """Check that there are training images for a plan.
+    def _check_training(self, plan: BatchPlan, augmentation: InMemory) -> None:
+        """Check that there are training images for a plan, and no augmentation for images in memory.
 
         Raises:
             FolderError: there are none, fewer than a batch, or the processes cannot share it.
         """
         if not self.train_size:
             raise FolderError(f"{self.title}: holds no training images; {self.wanted}")
+        if augmentation.crop_pad or augmentation.flip or augmentation.cutout:
+            raise FolderError(
+                f"crop_pad, flip and cutout are for images in memory; for folders, use the recipe's [{self.keys}] keys"
+            )
         check_share(plan.batch, plan.rank, plan.world, error=FolderError)
         if plan.batch > self.train_size:
             held = units.counted(self.train_size, "training image")

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +76,34 @@ def decode(content: bytes) -> tuple[Image.Image | None, Kind | None, str]:
     return converted, kinds.get(mode, "other"), ""
 
 
+class FileImage(NamedTuple):
+    """A file that was read: its name in messages, and as `decode`; `gone` says that it cannot be read any more."""
+
+    name: str
+    image: Image.Image | None
+    kind: Kind | None
+    reason: str
+    gone: str = ""
+
+
+def read_image(root: Path, below: str, raw: bytes) -> FileImage:
+    """Read and decode a file of a listing.
+
+    Args:
+        root: the folder that was listed.
+        below: prefix of file names in messages.
+        raw: the path below `root`, as the file system's bytes.
+    """
+    file = os.fsdecode(raw)
+    name = below + printable(file)
+    try:
+        content = (root / file).read_bytes()
+    except OSError as error:
+        gone = f"{name}: cannot be read: {error.strerror}; it was there when {root} was listed"
+        return FileImage(name, None, None, "", f"{gone}; bring it back, or open the folder again")
+    return FileImage(name, *decode(content))
+
+
 class ImageFiles(Dataset[Loaded]):
     """The images of a split; an item is an index and, in training, the seed of what is random in its transform.
 
@@ -97,14 +126,10 @@ class ImageFiles(Dataset[Loaded]):
         label = int(self.split.labels[index])
         findings: list[ImageFinding] = []
         for candidate in [index] if seed is None else self._candidates(index, label, seed):
-            file = os.fsdecode(bytes(self.split.files[candidate]))
-            name = self.split.below + printable(file)
-            try:
-                content = (self.split.root / file).read_bytes()
-            except OSError as error:
-                gone = f"{name}: cannot be read: {error.strerror}; it was there when {self.split.root} was listed"
-                return Loaded(None, label, tuple(findings), f"{gone}; bring it back, or open the folder again")
-            image, kind, reason = decode(content)
+            raw = bytes(self.split.files[candidate])
+            name, image, kind, reason, gone = read_image(self.split.root, self.split.below, raw)
+            if gone:
+                return Loaded(None, label, tuple(findings), gone)
             if kind is not None:
                 findings.append(ImageFinding(kind, name, reason))
             if image is not None:

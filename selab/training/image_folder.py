@@ -14,7 +14,6 @@ distinguished from a good image.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from selab import units
 from selab.training.batches import BatchPlan
-from selab.training.file_images import Asked, FileImages, hashed, workers_of
+from selab.training.file_images import Asked, FileImages, InMemory, hashed, workers_of
 from selab.training.holdout import identity_of, split
 from selab.training.image_decode import ImageFiles, by_class, collated
 from selab.training.image_listing import IMAGENET_TRAIN, IMAGENET_VAL, FolderError, Listing, find_images, printable
@@ -61,17 +60,6 @@ def epoch_order(labels: NDArray[np.int64], *, seed: int, epoch: int, balanced: b
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
-class _InMemory(Protocol):
-    """The augmentation of sets in memory; a folder accepts none, since its recipe has its own."""
-
-    @property
-    def crop_pad(self) -> int: ...
-    @property
-    def flip(self) -> bool: ...
-    @property
-    def cutout(self) -> int: ...
-
-
 class ImageFolder(FileImages):
     """A folder of images, ready for training and evaluation; made by `open_folder`.
 
@@ -121,7 +109,7 @@ class ImageFolder(FileImages):
             self._train = ImageFiles(listing.train, TrainingTransform(image), listing.classes)
 
     def train_batches(
-        self, plan: BatchPlan, *, device: torch.device, augmentation: _InMemory
+        self, plan: BatchPlan, *, device: torch.device, augmentation: InMemory
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Return one rank's parts of an epoch's global batches, without the last incomplete one.
 
@@ -139,12 +127,8 @@ class ImageFolder(FileImages):
             FolderError: no training images, fewer than `batch`, or an impossible share; while running: a file is
                 missing, or a class has no image that can be decoded.
         """
-        self._check_training(plan)
+        self._check_training(plan, augmentation)
         assert self._train is not None
-        if augmentation.crop_pad or augmentation.flip or augmentation.cutout:
-            raise FolderError(
-                "crop_pad, flip and cutout are for images in memory; for folders, use the recipe's [image] keys"
-            )
         labels = self._train.split.labels
         order = epoch_order(labels, seed=plan.seed, epoch=plan.epoch, balanced=self.image.balanced)
         return self._batches(self._train, self._training(plan, order), device)

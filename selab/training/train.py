@@ -118,7 +118,7 @@ def train(
                 if dropped and group.first:
                     classes = units.counted(data.num_classes, "class", "classes")
                     # Keys of its own are of layers with an output for each class, others of the backbone's classifier.
-                    own = any(key in engine.model.state_dict() for key in dropped)
+                    own = not engine.model.state_dict().keys().isdisjoint(dropped)
                     why = f"for {classes}" if own else "a detector has heads of its own"
                     say(f"{weights}: {', '.join(dropped)} left out, {why}")
             engine.restore(found)

@@ -392,3 +392,12 @@ def test_a_comparison_is_refused_before_anything_is_trained(selab):
     assert status != 0
     assert "cells.py:cells: coco_1x keeps parts of the backbone as they are" in " ".join(error.split())
     assert "training 1 of" not in error
+
+
+def test_weights_of_a_backbone_are_for_every_network_on_it():
+    from selab.cli.comparing import _weights_of
+
+    names = ("faster_rcnn_resnet18_fpn", "retinanet_resnet18_fpn", "faster_rcnn_se_resnet18_fpn")
+    one, other, se = map(catalog.find, names)
+    found = _weights_of(["resnet18=a", f"{se.name}=b"], [(other, one), (se, one)])
+    assert found == {one.name: Path("a"), other.name: Path("a"), se.name: Path("b")}
